@@ -1,0 +1,38 @@
+"""Config groups become dataclasses or keyword arguments here, so that a misspelt key is an error."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from lowrank.errors import UserError, unknown
+
+T = TypeVar("T")
+
+
+def call(fn: Callable[..., T], group: Mapping[str, Any], where: str) -> T:
+    """`fn(**group)`; an unknown or missing key raises UserError naming `where.key` and the nearest valid one."""
+    parameters = {k: p for k, p in inspect.signature(fn).parameters.items() if p.kind != p.VAR_KEYWORD}
+    for key in group:
+        if key not in parameters:
+            raise unknown("config key", f"{where}.{key}", [f"{where}.{k}" for k in parameters])
+    missing = [k for k, p in parameters.items() if p.default is p.empty and k not in group]
+    if missing:
+        raise UserError(f"{where}.{missing[0]} is required")
+    return fn(**{k: _plain(v) for k, v in group.items()})
+
+
+def _plain(value: Any) -> Any:
+    """ConfigDict -> dict and list -> tuple, so that dataclasses stay hashable."""
+    if isinstance(value, Mapping) or hasattr(value, "to_dict"):
+        return {k: _plain(v) for k, v in dict(value).items()}
+    return tuple(_plain(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def replace(instance: T, group: Mapping[str, Any], where: str) -> T:
+    """`dataclasses.replace(instance, **group)` with the same checks."""
+    fields = [f.name for f in dataclasses.fields(instance)]
+    for key in group:
+        if key not in fields:
+            raise unknown("config key", f"{where}.{key}", [f"{where}.{k}" for k in fields])
+    return dataclasses.replace(instance, **{k: _plain(v) for k, v in group.items()})

@@ -1,0 +1,172 @@
+"""A weight is anything that can be multiplied.
+
+A `Weight` stands where a kernel `[..., in, out]` stood. Models call `dot`, `affine`, `take` and `attend`
+and know no method; plain arrays are weights too. A form is a frozen dataclass registered as a pytree; its
+fields say what they are: `trainable()` is learned, `frozen()` is kept, `static()` is not an array.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from lowrank import tree
+from lowrank.errors import UserError
+
+PyTree = Any
+F = TypeVar("F", bound=type)
+
+
+def trainable() -> Any:
+    """A field that is learned."""
+    return dataclasses.field(metadata={"trainable": True})
+
+
+def frozen(**kwargs: Any) -> Any:
+    """A field that is kept as it is: a base weight, codes, a scale."""
+    return dataclasses.field(metadata={"trainable": False}, **kwargs)
+
+
+def static(**kwargs: Any) -> Any:
+    """A field that is part of the type, not an array."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+def form(cls: F) -> F:
+    """Class decorator: a frozen dataclass that is a pytree."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+class Weight:
+    """What stands where a kernel `[..., in, out]` stood. A form overrides `dot` when it is used for speed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the kernel it stands for: `[..., in, out]`."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the kernel it stands for."""
+        return self.base.dtype
+
+    def materialize(self) -> jax.Array:
+        """The kernel as one array `[..., in, out]`, for merging and tests."""
+        raise NotImplementedError(type(self).__name__)
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """`x @ materialize()` for `x: [..., in]`; correct and slow unless a form overrides it."""
+        return dot(x, self.materialize())
+
+    def affine(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+        """`dot(x) + bias`; (IA)^3 scales the bias as well."""
+        return _add_bias(self.dot(x), bias)
+
+    def merged_bias(self, bias: jax.Array) -> jax.Array:
+        """The bias that goes with `materialize()`."""
+        return bias
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        """Rows of an embedding table `[vocab, width]`."""
+        return jnp.take(self.materialize(), ids, axis=0)
+
+
+def is_weight(x: Any) -> bool:
+    """Whether `x` is a form (plain arrays are weights too, but leaves)."""
+    return isinstance(x, Weight)
+
+
+def dot(x: jax.Array, w: Any) -> jax.Array:
+    """`x[..., in] @ w[in, out]` in the dtype of `x`, for a form or a plain array."""
+    return w.dot(x) if is_weight(w) else jnp.dot(x, w.astype(x.dtype))
+
+
+def affine(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
+    """`dot(x, w) + bias`; `bias` may be None."""
+    if bias is None:
+        return dot(x, w)
+    return w.affine(x, bias) if is_weight(w) else _add_bias(dot(x, w), bias)
+
+
+def take(w: Any, ids: jax.Array) -> jax.Array:
+    """Rows `ids` of an embedding `[vocab, width]`."""
+    return w.take(ids) if is_weight(w) else jnp.take(w, ids, axis=0)
+
+
+def attend(x: jax.Array, w: Any) -> jax.Array:
+    """`x[..., width] @ w[vocab, width].T`: logits from a tied embedding, in the dtype of `x`."""
+    return jax.lax.dot_general(x, materialize(w).astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def materialize(w: Any) -> jax.Array:
+    """The plain array that `w` stands for."""
+    return w.materialize() if is_weight(w) else w
+
+
+def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+
+
+def merge(params: PyTree) -> PyTree:
+    """Every form in a parameter tree replaced by the kernel it stands for, and its bias with it."""
+    if not isinstance(params, dict):
+        return materialize(params)
+    merged = {name: merge(child) for name, child in params.items()}
+    if is_weight(params.get("kernel")) and "bias" in params:
+        merged["bias"] = params["kernel"].merged_bias(params["bias"])
+    return merged
+
+
+Rewrite = Callable[[jax.Array, Any, str], Any]  # (key, weight, name) -> weight
+
+
+def rewrite(params: PyTree, rules: Sequence[tuple[str, Rewrite]], key: jax.Array) -> PyTree:
+    """Replaces each weight whose name a rule's regex matches in full by what the rule makes of it.
+
+    Rules apply in order, so later ones wrap earlier ones. A rule that matches nothing raises UserError. Each
+    weight's key depends on its name alone: adding a rule leaves the others' initial values as they were.
+    """
+    for i, (pattern, fn) in enumerate(rules):
+        hits = set(tree.matching(pattern, tree.names(params, is_weight), "target"))
+        rule_key = jax.random.fold_in(key, i)
+        params = tree.map_named(
+            lambda n, w, fn=fn, k=rule_key, hits=hits: fn(name_key(k, n), w, n) if n in hits else w,
+            params,
+            is_leaf=is_weight,
+        )
+    return params
+
+
+def name_key(key: jax.Array, name: str) -> jax.Array:
+    """A random key that depends on a leaf's name only."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def trainable_mask(params: PyTree, train: Sequence[str] = ()) -> PyTree:
+    """A tree of bools: the fields that forms declare trainable, and the leaves whose names `train` matches."""
+    chosen = {n for p in train for n in tree.matching(p, tree.names(params), "train pattern")}
+    mask = jax.tree.map(lambda w: _declared(w) if is_weight(w) else False, params, is_leaf=is_weight)
+    mask = tree.map_named(lambda n, declared, _: declared or n in chosen, mask, params)
+    for name, (leaf, learns) in tree.named_leaves(jax.tree.map(lambda x, m: (x, m), params, mask), _is_pair):
+        if learns and not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise UserError(f"{name} is {leaf.dtype}: only floating-point leaves can be trained")
+    return mask
+
+
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, tuple)
+
+
+def _declared(w: Weight) -> Weight:
+    """The same form with a bool in place of each array: what its fields declare, at every depth."""
+    values = {}
+    for field in dataclasses.fields(w):
+        value = getattr(w, field.name)
+        if field.metadata.get("static"):
+            continue
+        learns = field.metadata.get("trainable", False)
+        values[field.name] = _declared(value) if is_weight(value) else jax.tree.map(lambda _, t=learns: t, value)
+    return dataclasses.replace(w, **values)
