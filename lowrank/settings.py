@@ -11,10 +11,15 @@ T = TypeVar("T")
 
 
 def call(fn: Callable[..., T], group: Mapping[str, Any], where: str) -> T:
-    """`fn(**group)`; an unknown or missing key raises UserError naming `where.key` and the nearest valid one."""
-    parameters = {k: p for k, p in inspect.signature(fn).parameters.items() if p.kind != p.VAR_KEYWORD}
+    """`fn(**group)`; an unknown or missing key raises UserError naming `where.key` and the nearest valid one.
+
+    A function that takes `**kwargs` hands them on to one that does not, and that one checks them.
+    """
+    parameters = inspect.signature(fn).parameters
+    passes_on = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    parameters = {k: p for k, p in parameters.items() if p.kind != p.VAR_KEYWORD}
     for key in group:
-        if key not in parameters:
+        if key not in parameters and not passes_on:
             raise unknown("config key", f"{where}.{key}", [f"{where}.{k}" for k in parameters])
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in group]
     if missing:

@@ -37,7 +37,7 @@ def static(**kwargs: Any) -> Any:
 
 def form(cls: F) -> F:
     """Class decorator: a frozen dataclass that is a pytree."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
 
 
 class Weight:

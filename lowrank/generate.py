@@ -1,0 +1,206 @@
+"""Batched generation with a KV cache: one compiled program prefills the prompts and decodes until every row stops.
+
+Shapes: B rows, T prompt positions (padded on the left), N new tokens, V vocabulary.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from lowrank.models.decoder import init_cache
+
+from lowrank.errors import UserError
+from lowrank.models import build
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: greedy at temperature 0, else from the logits / temperature after both filters.
+
+    `top_k` keeps the k most likely tokens (0: all); then `top_p` keeps the smallest set of the most likely ones whose
+    probabilities reach `top_p` (1: all; Holtzman et al. 2020). Order and ties are as in transformers.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature} is below 0")
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k} is below 0 (0 keeps every token)")
+        if not 0 <= self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} is not in [0, 1]")
+
+
+def keep_top_k(logits_BxV: jax.Array, k: int) -> jax.Array:
+    """`logits`, with -inf below the k-th largest of each row (ties with it stay); 0 or k >= V keeps all."""
+    if k == 0 or k >= logits_BxV.shape[-1]:
+        return logits_BxV
+    floor_Bx1 = jax.lax.top_k(logits_BxV, k)[0][:, -1:]
+    return jnp.where(logits_BxV < floor_Bx1, -jnp.inf, logits_BxV)
+
+
+def keep_top_p(logits_BxV: jax.Array, p: float) -> jax.Array:
+    """`logits`, with -inf outside the smallest set of most likely tokens whose probabilities reach `p`; 1 keeps all.
+
+    The most likely token always stays.
+    """
+    if p >= 1:
+        return logits_BxV
+    order_BxV = jnp.argsort(logits_BxV, axis=-1)
+    tail_BxV = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits_BxV, order_BxV, axis=-1), axis=-1), axis=-1)
+    drop_BxV = (tail_BxV <= 1 - p).at[:, -1].set(False)
+    drop_BxV = jnp.put_along_axis(jnp.zeros_like(drop_BxV), order_BxV, drop_BxV, axis=-1, inplace=False)
+    return jnp.where(drop_BxV, -jnp.inf, logits_BxV)
+
+
+def next_token(logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """`[B]` int32: one token a row, drawn with that row's own key."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+    logits_BxV = keep_top_p(keep_top_k(logits_BxV / sampling.temperature, sampling.top_k), sampling.top_p)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BxV).astype(jnp.int32)
+
+
+def generate(
+    model: nn.Module,
+    params: PyTree,
+    tokens_BxT: np.ndarray,
+    segments_BxT: np.ndarray,
+    *,
+    max_new: int,
+    stop_ids: Iterable[int] = (),
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    rng: jax.Array | None = None,
+    pad_id: int = 0,
+) -> jax.Array:
+    """Continues each prompt by up to `max_new` tokens: `[B, max_new]` int32, with `pad_id` after a row's stop token.
+
+    Prompts are padded on the left: `segments` is 1 on their tokens and 0 before. A row's stop token (any of
+    `stop_ids`) is part of its result. Decoding ends as soon as every row has stopped. `params` are as the model
+    reads them: a method with `bind` passes `bind(params, None, None)`. Sampling needs `rng`, a key or one key a row;
+    a row's tokens depend on its key and prompt alone. Raises UserError when prompt + max_new exceed the model's
+    positions, or for a setting out of range.
+    """
+    sampling = Sampling(float(temperature), int(top_k), float(top_p))
+    _check_fit(model.config, int(np.max(np.sum(np.asarray(segments_BxT) > 0, axis=-1))), max_new)
+    if sampling.temperature > 0 and rng is None:
+        raise UserError(f"temperature={temperature} samples, so it needs rng, a key from jax.random.key")
+    keys_B = row_keys(jax.random.key(0) if rng is None else rng, len(tokens_BxT))
+    stops = tuple(sorted({int(i) for i in stop_ids}))
+    return _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, sampling, pad_id)
+
+
+def row_keys(rng: jax.Array, rows: int) -> jax.Array:
+    """`[rows]` keys out of one; keys that are one a row already stay as they are."""
+    return rng if rng.ndim else jax.vmap(partial(jax.random.fold_in, rng))(jnp.arange(rows))
+
+
+def _check_fit(config: Any, prompt: int, max_new: int) -> None:
+    if max_new < 1:
+        raise UserError(f"max_new={max_new} is below 1")
+    if prompt < 1:
+        raise UserError("a prompt is empty: generation needs at least one token to continue")
+    if prompt + max_new + config.num_prompt > config.max_positions:
+        virtual = f" + {config.num_prompt} virtual tokens" if config.num_prompt else ""
+        total = f"prompt of {prompt} tokens{virtual} + max_new={max_new}"
+        raise UserError(f"{total} exceeds the model's {config.max_positions} positions")
+
+
+@partial(jax.jit, static_argnames=("model", "max_new", "stops", "sampling", "pad_id"))
+def _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, sampling, pad_id):
+    B, T = tokens_BxT.shape
+    variables = {"params": params}
+    tokens_BxT, segments_BxT = jnp.asarray(tokens_BxT, jnp.int32), jnp.asarray(segments_BxT, jnp.int32)
+    lengths_B = jnp.sum(segments_BxT > 0, axis=-1, dtype=jnp.int32)
+    ones_Bx1 = jnp.ones((B, 1), jnp.int32)
+
+    def last_logits(tokens, positions, segments, cache):
+        h, cache = model.apply(variables, tokens, positions, segments, cache, method="features")
+        return model.apply(variables, h[:, -1:], method="logits")[:, 0], cache
+
+    def write(n, logits_BxV, out_BxN, done_B):
+        drawn_B = next_token(logits_BxV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, n), sampling)
+        token_B = jnp.where(done_B, pad_id, drawn_B)
+        out_BxN = jax.lax.dynamic_update_slice(out_BxN, token_B[:, None], (0, n))
+        return out_BxN, token_B, done_B | jnp.isin(drawn_B, jnp.asarray(stops, jnp.int32))
+
+    def running(state):
+        n, (_, _, done_B), _ = state
+        return (n < max_new) & ~jnp.all(done_B)
+
+    def step(state):
+        n, (out_BxN, token_B, done_B), cache = state
+        logits_BxV, cache = last_logits(token_B[:, None], (lengths_B + n - 1)[:, None], ones_Bx1, cache)
+        return n + 1, write(n, logits_BxV, out_BxN, done_B), cache
+
+    cache = init_cache(model.config, B, T + max_new, model.config.dtype)
+    positions_BxT = jnp.maximum(jnp.cumsum(segments_BxT > 0, axis=-1, dtype=jnp.int32) - 1, 0)
+    logits_BxV, cache = last_logits(tokens_BxT, positions_BxT, segments_BxT, cache)
+    first = write(0, logits_BxV, jnp.full((B, max_new), pad_id, jnp.int32), jnp.zeros(B, bool))
+    return jax.lax.while_loop(running, step, (jnp.int32(1), first, cache))[1][0]
+
+
+def texts(
+    pretrained: Any,
+    params: PyTree,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_new: int = 64,
+    batch_size: int = 32,
+    stop_ids: Iterable[int] | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    rng: jax.Array | None = None,
+) -> list[str]:
+    """The continuation of each prompt (a string, or token ids), in the order given, without its stop token.
+
+    `pretrained` gives `config` and `tokenizer`; `stop_ids` defaults to the tokenizer's. Prompts of like length share
+    a batch, and a prompt's text does not depend on its neighbours. Raises UserError as `generate` does.
+    """
+    tokenizer, model = pretrained.tokenizer, build(pretrained.config)
+    stops = set(tokenizer.stop_ids if stop_ids is None else stop_ids)
+    ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+    keys = None if rng is None else row_keys(rng, len(ids))
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    out = [""] * len(ids)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        full = rows + rows[-1:] * (batch_size - len(rows))  # a constant batch: one program a length
+        tokens, segments = left_pad([ids[i] for i in full], tokenizer.pad_id)
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "pad_id": tokenizer.pad_id}
+        drawn = None if keys is None else keys[np.asarray(full)]
+        new = generate(model, params, tokens, segments, max_new=max_new, stop_ids=stops, rng=drawn, **settings)
+        for i, row in zip(rows, np.asarray(new), strict=False):
+            out[i] = tokenizer.decode(list(itertools.takewhile(lambda t: t not in stops, row.tolist())))
+    return out
+
+
+def left_pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """`(tokens, segments)`, int32 `[rows, length]`: prompts padded on the left, to a `bucket` of the longest."""
+    length = bucket(max(len(row) for row in ids))
+    tokens = np.full((len(ids), length), pad_id, np.int32)
+    segments = np.zeros_like(tokens)
+    for i, row in enumerate(ids):
+        tokens[i, length - len(row) :] = row
+        segments[i, length - len(row) :] = 1
+    return tokens, segments
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up to a multiple of a quarter of the power of two below it, at least 16: 4 sizes a doubling."""
+    step = max(16, 2 ** (max(length - 1, 1).bit_length() - 1) // 4)
+    return -(-length // step) * step

@@ -1,0 +1,56 @@
+"""DoRA: a magnitude for each output times the direction of `W + scale * A @ B` (Liu et al. 2024, arXiv:2402.09353).
+
+`W' = magnitude * (W + scale A B) / ||W + scale A B||`, the norm taken over the input axis of each column and,
+as in the paper's section 4.3, held constant in the gradient.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.weight import dot, form, frozen, materialize, trainable
+from lowrank.weights.lora import LoRA
+
+
+@form
+class DoRA(LoRA):
+    """A LoRA with `magnitude` `[..., out]` and the cached `base_sq = sum_in W^2` `[..., out]`, both float32."""
+
+    magnitude: jax.Array = trainable()
+    base_sq: jax.Array = frozen()
+
+    def materialize(self) -> jax.Array:
+        """`magnitude * V / ||V||` with `V = W + scale * A @ B`, in the base's dtype."""
+        base = materialize(self.base)
+        direction = base.astype(jnp.float32) + self.delta()
+        norm = jax.lax.stop_gradient(jnp.linalg.norm(direction, axis=-2))
+        return (direction * (self.magnitude / norm)[..., None, :]).astype(base.dtype)
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """`(x @ W + scale * drop(x) @ A @ B) * magnitude / norm`, with no `in x out` temporary."""
+        gain = self.magnitude / jax.lax.stop_gradient(self.column_norm())
+        y = dot(x, self.base) + self.low_rank(x)
+        return y * jnp.broadcast_to(gain.astype(y.dtype), y.shape)
+
+    def column_norm(self) -> jax.Array:
+        """`||W + scale A B||` of each column `[out]`, in float32, from rank-r products alone.
+
+        `||W||^2 + 2 s <W, AB> + s^2 ||AB||^2`, where `<W, AB> = sum_r (A^T W) * B` and
+        `||AB||^2 = sum_r B * (A^T A) B`. bfloat16 would lose 5e-3 to cancellation.
+        """
+        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
+        cross = jnp.sum(dot(a.T, self.base) * b, axis=-2)
+        square = jnp.sum(b * ((a.T @ a) @ b), axis=-2)
+        return jnp.sqrt(jnp.maximum(self.base_sq + 2 * self.scale * cross + self.scale**2 * square, 1e-24))
+
+
+def attach(lora: LoRA) -> DoRA:
+    """The DoRA that starts where `lora` stands: the magnitude is the column norm of `W + scale * A @ B`."""
+    base: Any = materialize(lora.base).astype(jnp.float32)
+    return DoRA(
+        **{f.name: getattr(lora, f.name) for f in dataclasses.fields(lora)},
+        magnitude=jnp.linalg.norm(base + lora.delta(), axis=-2),
+        base_sq=jnp.sum(base * base, axis=-2),
+    )

@@ -1,0 +1,118 @@
+"""LoRA: `W + scale * A @ B` (Hu et al. 2021, arXiv:2106.09685).
+
+With rsLoRA's scale (Kalajdzievski 2023, arXiv:2312.03732) and PiSSA's init (Meng et al. 2024, arXiv:2404.02948).
+Kernels are `[in, out]`, so A is `[in, r]` and B `[r, out]`: the transposes of the paper's. Stacked layers put
+a layer axis first. Layers of a stack may have different ranks: they are padded to the largest with zero
+columns of A and zero rows of B, whose gradients are zero, so the padding stays zero.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.errors import UserError, unknown
+from lowrank.weight import Weight, dot, form, frozen, is_weight, materialize, static, trainable
+
+
+@form
+class LoRA(Weight):
+    """`base` `[..., in, out]`, `a` `[..., in, r]`, `b` `[..., r, out]`, `scale` `[...]`, `key` `[...]` or None."""
+
+    base: Any = frozen()
+    a: jax.Array = trainable()
+    b: jax.Array = trainable()
+    scale: jax.Array = frozen()  # alpha / r or alpha / sqrt(r), one a layer: a leaf, so that checkpoints hold it
+    key: jax.Array | None = frozen(default=None)  # dropout key, bound for one training step
+    dropout: float = static(default=0.0)
+
+    def delta(self) -> jax.Array:
+        """The update `scale * A @ B`, `[..., in, out]` in float32."""
+        product = jnp.matmul(self.a.astype(jnp.float32), self.b.astype(jnp.float32), precision="highest")
+        return product * self.scale[..., None, None]
+
+    def materialize(self) -> jax.Array:
+        """`W + scale * A @ B`, summed in float32 and rounded once to the base's dtype."""
+        base = materialize(self.base)
+        return (base.astype(jnp.float32) + self.delta()).astype(base.dtype)
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """`x @ W + scale * drop(x) @ A @ B` without forming `A @ B`."""
+        return dot(x, self.base) + self.low_rank(x)
+
+    def low_rank(self, x: jax.Array) -> jax.Array:
+        """`scale * drop(x) @ A @ B` for `x: [..., in]`."""
+        return dot(dot(self._dropped(x), self.a) * self.scale.astype(x.dtype), self.b)
+
+    def _dropped(self, x: jax.Array) -> jax.Array:
+        if self.key is None or not self.dropout:
+            return x
+        keep = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
+        return jnp.where(keep, x / (1 - self.dropout), 0)
+
+
+def attach(
+    key: jax.Array, w: Any, *, ranks: Sequence[int], alphas: Sequence[float], rslora: bool, dropout: float, init: str
+) -> LoRA:
+    """A LoRA on `w` `[..., in, out]` with one rank and alpha for each layer of the stack (one if unstacked).
+
+    A rank of 0 leaves that layer unadapted. Raises UserError for an unknown `init`.
+    """
+    if init not in INITS:
+        raise unknown("LoRA init", init, INITS)
+    stack, (n_in, n_out), rank = w.shape[:-2], w.shape[-2:], max(ranks)
+    scale = jnp.array([_scale(r, a, rslora) for r, a in zip(ranks, alphas, strict=True)], jnp.float32).reshape(stack)
+    lora = LoRA(
+        base=w,
+        a=jnp.zeros((*stack, n_in, rank), jnp.float32),
+        b=jnp.zeros((*stack, rank, n_out), jnp.float32),
+        scale=scale,
+        dropout=dropout,
+    )
+    lora = INITS[init](key, lora)
+    live = (jnp.arange(rank)[None, :] < jnp.array(ranks)[:, None]).reshape(*stack, rank)
+    lora = dataclasses.replace(lora, a=lora.a * live[..., None, :], b=lora.b * live[..., :, None])
+    # PiSSA's base loses what A and B hold, so it is made once the padding is in place.
+    return _residual(lora) if init == "pissa" else lora
+
+
+def _scale(rank: int, alpha: float, rslora: bool) -> float:
+    return alpha / max(rank, 1) ** (0.5 if rslora else 1)
+
+
+def _gaussian(key: jax.Array, lora: LoRA) -> LoRA:
+    return dataclasses.replace(lora, a=jax.random.normal(key, lora.a.shape) / lora.a.shape[-1])
+
+
+def _kaiming(key: jax.Array, lora: LoRA) -> LoRA:
+    bound = lora.a.shape[-2] ** -0.5  # Kaiming uniform with negative slope sqrt(5), as nn.Linear and PEFT have it
+    return dataclasses.replace(lora, a=jax.random.uniform(key, lora.a.shape, minval=-bound, maxval=bound))
+
+
+def _zero_a(key: jax.Array, lora: LoRA) -> LoRA:
+    return dataclasses.replace(lora, b=jax.random.normal(key, lora.b.shape) * lora.b.shape[-2] ** -0.5)
+
+
+def _pissa(key: jax.Array, lora: LoRA) -> LoRA:
+    """The leading singular triples of W, shared evenly: `A = U sqrt(S / scale)`, `B = sqrt(S / scale) V`."""
+    del key
+    if is_weight(lora.base):
+        raise UserError(f"PiSSA starts from a plain kernel, not from {type(lora.base).__name__}")
+    u, s, v = jnp.linalg.svd(lora.base.astype(jnp.float32), full_matrices=False)
+    rank = lora.a.shape[-1]
+    root = jnp.sqrt(s[..., :rank] / lora.scale[..., None])
+    return dataclasses.replace(lora, a=u[..., :, :rank] * root[..., None, :], b=root[..., :, None] * v[..., :rank, :])
+
+
+def _residual(lora: LoRA) -> LoRA:
+    return dataclasses.replace(lora, base=(lora.base.astype(jnp.float32) - lora.delta()).astype(lora.base.dtype))
+
+
+INITS: dict[str, Callable[[jax.Array, LoRA], LoRA]] = {
+    "kaiming": _kaiming,
+    "gaussian": _gaussian,
+    "zero_a": _zero_a,
+    "pissa": _pissa,
+}

@@ -1,0 +1,50 @@
+"""The arrows of the design: who may import whom."""
+
+import ast
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1]
+TOPS = ("lowrank", "configs", "launch", "experiments")
+ALLOWED = {  # module -> the project's modules it may import (by prefix)
+    "lowrank/errors": (),
+    "lowrank/settings": ("lowrank.errors",),
+    "lowrank/tree": ("lowrank.errors",),
+    "lowrank/weight": ("lowrank.errors", "lowrank.tree"),
+    "lowrank/weights": ("lowrank.errors", "lowrank.tree", "lowrank.weight", "lowrank.weights", "lowrank.kernels"),
+    "lowrank/kernels": ("lowrank.errors", "lowrank.kernels"),
+    "lowrank/models": ("lowrank.errors", "lowrank.settings", "lowrank.tree", "lowrank.weight", "lowrank.models"),
+    "lowrank/methods": ("lowrank.errors", "lowrank.settings", "lowrank.tree", "lowrank.weight", "lowrank.weights"),
+    "lowrank": ("lowrank",),
+    "configs": ("lowrank.settings", "lowrank.errors", "configs"),
+    "launch": ("lowrank", "launch"),
+    "experiments": ("lowrank", "launch", "configs", "experiments"),
+}
+
+
+def imported(path: pathlib.Path) -> list[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    source = [(node.module, alias.name) for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
+    return plain + [f"{module}.{name}" for module, name in source]
+
+
+def allowed(module: str) -> tuple[str, ...]:
+    return next(ALLOWED[p] for p in sorted(ALLOWED, key=len, reverse=True) if f"{module}/".startswith(f"{p}/"))
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path in sorted(p for top in TOPS for p in (ROOT / top).rglob("*.py")):
+        module = str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__")
+        ours = [i for i in imported(path) if i.split(".")[0] in TOPS]
+        for name in ours:
+            if not any(f"{name}.".startswith(f"{a}.") for a in allowed(module)):
+                wrong.append(f"{module} imports {name}")
+    assert not wrong
+
+
+def test_the_library_reads_no_flag_and_no_pickle():
+    sources = {p: p.read_text() for p in (ROOT / "lowrank").rglob("*.py")}
+    assert sources
+    for word in ("absl.flags", "from absl import flags", "import pickle", "pickle.load", "torch.load"):
+        assert not [str(p) for p, text in sources.items() if word in text], word

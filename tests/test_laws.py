@@ -1,0 +1,96 @@
+"""The laws of a weight, for every form in the table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank import tree
+from lowrank.weight import affine, dot, materialize, merge, trainable_mask
+from tests.forms import FORMS, IN, OUT, L, kernel, shaken
+
+KEY = jax.random.key(1)
+X = jax.random.normal(jax.random.key(2), (2, 5, IN))
+each_form = pytest.mark.parametrize("name", FORMS)
+
+
+def made(name, stacked=False, trained=True):
+    w = FORMS[name](KEY, kernel(stacked))
+    return shaken(w, jax.random.key(3)) if trained else w
+
+
+@each_form
+@pytest.mark.parametrize("stacked", [False, True])
+def test_shape_is_the_kernels(name, stacked):
+    w = made(name, stacked)
+    assert w.shape == materialize(w).shape == kernel(stacked).shape
+    assert w.dtype == materialize(w).dtype == kernel(stacked).dtype
+
+
+@each_form
+def test_dot_is_multiplication_by_the_materialized_kernel(name):
+    w = made(name)
+    np.testing.assert_allclose(dot(X, w), X @ materialize(w), atol=2e-5)
+
+
+@each_form
+def test_affine_is_the_merged_kernel_and_bias(name):
+    w, bias = made(name), jnp.linspace(-1, 1, OUT)
+    merged = merge({"kernel": w, "bias": bias})
+    np.testing.assert_allclose(affine(X, w, bias), X @ merged["kernel"] + merged["bias"][None, None], atol=2e-5)
+
+
+@each_form
+@pytest.mark.parametrize("stacked", [False, True])
+def test_identity_at_attach(name, stacked):
+    if name == "lora zero A":
+        assert not np.any(made(name, stacked, trained=False).a)
+    np.testing.assert_allclose(materialize(made(name, stacked, trained=False)), kernel(stacked), atol=3e-6)
+
+
+@each_form
+def test_slicing_a_stack_commutes_with_materializing(name):
+    stack = made(name, stacked=True)
+    for i in range(L):
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+        np.testing.assert_allclose(materialize(layer), materialize(stack)[i], atol=1e-6)
+
+
+@each_form
+def test_dot_under_scan_is_dot_layer_by_layer(name):
+    stack = made(name, stacked=True)
+    scanned = jax.lax.scan(lambda _, w: (None, dot(X, w)), None, stack)[1]
+    np.testing.assert_allclose(scanned, jnp.einsum("bti,lio->lbto", X, materialize(stack)), atol=2e-5)
+
+
+@each_form
+def test_gradient_of_dot_is_the_gradient_through_materialize(name):
+    w = made(name)
+    trained, frozen = tree.split(w, trainable_mask({"kernel": w}, ["kernel"] if name == "array" else [])["kernel"])
+
+    def gradients(multiply):
+        loss = lambda t, x: jnp.sum(jnp.sin(multiply(x, tree.join(t, frozen))))  # noqa: E731
+        return jax.grad(loss, argnums=(0, 1))(trained, X)
+
+    fast, plain = gradients(dot), gradients(lambda x, w: x @ materialize(w))
+    assert len(jax.tree.leaves(fast)) > 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5, rtol=1e-4), fast, plain)
+
+
+@each_form
+def test_bfloat16_base_keeps_its_dtype_and_stays_close(name):
+    w = FORMS[name](KEY, kernel(False).astype(jnp.bfloat16))
+    assert materialize(w).dtype == jnp.bfloat16
+    y = dot(X.astype(jnp.bfloat16), w)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), X @ kernel(False), atol=0.2)
+
+
+@each_form
+def test_frozen_and_trained_leaves_split_and_join(name):
+    w = made(name, stacked=True)
+    mask = trainable_mask({"kernel": w}, [])["kernel"]
+    trained, frozen = tree.split(w, mask)
+    assert len(jax.tree.leaves(trained)) + len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(w))
+    assert all(not n.endswith("base") for n in tree.names(trained))
+    jax.tree.map(np.testing.assert_array_equal, tree.join(trained, frozen), w)

@@ -1,0 +1,140 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank import methods, tree
+from lowrank.errors import UserError
+from lowrank.weight import dot, materialize, trainable_mask
+
+L, D = 3, 8
+Q = r"layers/attn/q/kernel"
+
+
+def base():
+    key = jax.random.key(0)
+    kernel = lambda i: jax.random.normal(jax.random.fold_in(key, i), (L, D, D))  # noqa: E731
+    attn = {n: {"kernel": kernel(i), "bias": jnp.zeros((L, D))} for i, n in enumerate("qkvo")}
+    mlp = {"down": {"kernel": kernel(9), "bias": jnp.zeros((L, D))}}
+    return {"layers": {"attn": attn, "mlp": mlp}, "head": {"kernel": kernel(10)[0]}}
+
+
+def attached(**group):
+    method = methods.build(group)
+    params = methods.attach(method, base(), jax.random.key(1))
+    return params, tree.names(tree.split(params, trainable_mask(params, method.train))[0])
+
+
+@pytest.mark.parametrize(
+    ("group", "trained"),
+    [
+        ({"name": "full"}, tree.names(base())),
+        ({"name": "head"}, ["head/kernel"]),
+        ({"name": "bitfit"}, [n for n in tree.names(base()) if n.endswith("bias")]),
+        ({"name": "lora"}, [f"layers/attn/{m}/kernel/{f}" for m in "qv" for f in "ab"]),
+        ({"name": "lora", "target": Q, "bias": "lora_only"}, ["layers/attn/q/bias", f"{Q}/a", f"{Q}/b"]),
+        ({"name": "dora", "target": Q}, [f"{Q}/{f}" for f in ("a", "b", "magnitude")]),
+        ({"name": "ia3"}, [f"layers/{m}/kernel/s" for m in ("attn/k", "attn/v", "mlp/down")]),
+    ],
+)
+def test_a_method_trains_exactly_what_it_names(group, trained):
+    assert sorted(attached(**group)[1]) == sorted(trained)
+
+
+def test_model_options_come_with_their_labels():
+    assert methods.build({"name": "prompt", "length": 5}).model == {"num_prompt": 5}
+    assert methods.build({"name": "partial", "layers": 1}).train == ("top/.*",)
+
+
+@pytest.mark.parametrize(("rslora", "expected"), [(False, 16 / 4), (True, 16 / 2)])
+def test_the_scale_is_alpha_over_rank_or_its_root(rslora, expected):
+    params, _ = attached(name="lora", rank=4, alpha=16, rslora=rslora)
+    np.testing.assert_allclose(params["layers"]["attn"]["q"]["kernel"].scale, [expected] * L)
+
+
+def test_patterns_set_rank_and_alpha_by_module_and_by_layer():
+    patterns = {"rank_pattern": {Q: 2, r"layers/1/attn/q/kernel": 5}, "alpha_pattern": {r"layers/2/.*": 3.0}}
+    params, _ = attached(name="lora", rank=4, alpha=16, **patterns)
+    q, v = params["layers"]["attn"]["q"]["kernel"], params["layers"]["attn"]["v"]["kernel"]
+    assert q.a.shape == (L, D, 5)
+    assert v.a.shape == (L, D, 4)
+    assert np.any(q.a != 0, axis=1).sum(-1).tolist() == [2, 5, 2]
+    np.testing.assert_allclose(q.scale, [16 / 2, 16 / 5, 3 / 2])
+
+
+def test_the_padding_of_a_smaller_rank_gets_no_gradient():
+    params, _ = attached(name="lora", rank=4, target=Q, rank_pattern={r"layers/1/.*": 2}, init="zero_a")
+    w = params["layers"]["attn"]["q"]["kernel"]
+    layer = jax.tree.map(lambda leaf: leaf[1], w)
+    x = jax.random.normal(jax.random.key(2), (6, D))
+    grads = jax.grad(lambda w: jnp.sum(jnp.sin(dot(x, w))))(layer)
+    assert np.any(grads.a[:, :2])
+    assert not np.any(grads.a[:, 2:])
+    assert not np.any(grads.b[2:])
+
+
+def test_pissa_holds_the_leading_singular_values():
+    params, _ = attached(name="lora", rank=2, init="pissa", target=Q)
+    w, kernel = params["layers"]["attn"]["q"]["kernel"], np.asarray(base()["layers"]["attn"]["q"]["kernel"], np.float64)
+    u, s, v = np.linalg.svd(kernel)
+    leading = np.einsum("lir,lr,lro->lio", u[:, :, :2], s[:, :2], v[:, :2])
+    np.testing.assert_allclose(w.delta(), leading, atol=1e-4)
+    np.testing.assert_allclose(w.base, kernel - leading, atol=1e-4)
+
+
+def test_dora_keeps_the_formula_of_the_paper_in_float64():
+    params, _ = attached(name="dora", rank=2, init="zero_a", target=Q)
+    w = jax.tree.map(lambda leaf: leaf[0], params["layers"]["attn"]["q"]["kernel"])
+    w = w.__class__(**{**vars(w), "a": w.a + 0.5, "magnitude": w.magnitude * 1.5})
+    base_, a, b, m = (np.asarray(t, np.float64) for t in (w.base, w.a, w.b, w.magnitude))
+    direction = base_ + float(w.scale) * a @ b
+    expected = m * direction / np.linalg.norm(direction, axis=0)
+    np.testing.assert_allclose(materialize(w), expected, atol=1e-5)
+    np.testing.assert_allclose(dot(jnp.eye(D), w), expected, atol=1e-5)
+
+
+def test_dropout_follows_its_key_and_is_off_without_one():
+    method = methods.build({"name": "lora", "dropout": 0.5, "init": "zero_a", "target": Q})
+    params = methods.attach(method, base(), jax.random.key(1))
+    params["layers"]["attn"]["q"]["kernel"] = w = params["layers"]["attn"]["q"]["kernel"]
+    assert methods.build({"name": "lora"}).bind is None
+    assert method.bind(params, None, None) is params
+    bound = method.bind(params, None, jax.random.key(5))["layers"]["attn"]["q"]["kernel"]
+    bound = bound.__class__(**{**vars(bound), "a": w.a + 1.0})
+    x = jnp.ones((64, D))
+    outputs = jax.lax.scan(lambda _, w: (None, dot(x, w)), None, bound)[1] - x @ materialize(w)
+    assert not np.allclose(outputs[0][:1], outputs[0])  # rows differ: each element is dropped on its own
+    mean = jnp.mean(outputs, axis=1)
+    np.testing.assert_allclose(mean, jnp.mean(x[:1] @ (bound.delta()), axis=1), rtol=0.3, atol=0.8)
+
+
+def test_one_rule_more_leaves_the_other_initial_values_alone():
+    one, _ = attached(name="lora", target=Q)
+    two, _ = attached(name="lora", target=r".*(q|v)/kernel")
+    q = lambda p: p["layers"]["attn"]["q"]["kernel"].a  # noqa: E731
+    np.testing.assert_array_equal(q(one), q(two))
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"name": "lara"}, r"unknown method 'lara' \(did you mean 'lora'\?\)"),
+        ({"name": "lora", "rnak": 4}, r"'method.rnak' \(did you mean 'method.rank'\?\)"),
+        ({"name": "dora", "rnak": 4}, r"'method.rnak' \(did you mean 'method.rank'\?\)"),
+        ({"name": "lora", "rank": 0}, "method.rank must be positive, not 0"),
+        ({"name": "lora", "rank": D + 1}, r"rank 9 is larger than min\(in, out\) = 8 of layers/attn/q/kernel"),
+        ({"name": "lora", "alpha": 0}, "method.alpha must be positive, not 0"),
+        ({"name": "lora", "alpha_pattern": {".*": -1}}, r"alpha_pattern\['\.\*'\] must be positive"),
+        ({"name": "lora", "dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"name": "lora", "bias": "some"}, "unknown LoRA bias 'some'"),
+        ({"name": "lora", "init": "pisa"}, r"unknown LoRA init 'pisa' \(did you mean 'pissa'\?\)"),
+        ({"name": "lora", "target": ".*atn/q/kernel"}, r"target .* matches no leaf \(did you mean"),
+        ({"name": "lora", "target": ".*bias"}, "only kernels"),
+        ({"name": "lora", "rank_pattern": {"layers/9/.*": 2}}, "rank or alpha pattern 'layers/9/.*' matches no leaf"),
+        ({"name": "partial", "layers": 0}, "at least 1"),
+        ({"name": "prompt", "length": 0}, "at least 1"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(group, message):
+    with pytest.raises(UserError, match=message):
+        attached(**group)
