@@ -65,7 +65,11 @@ def token_nll(logits_xV: jax.Array, targets_x: jax.Array) -> jax.Array:
 
 
 def chunked_nll(
-    logits: Callable[[jax.Array], jax.Array], h_BxTxD: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array, rows: int
+    logits: Callable[[jax.Array], jax.Array],
+    h_BxTxD: jax.Array,
+    targets_BxT: jax.Array,
+    weights_BxT: jax.Array,
+    rows: int,
 ) -> jax.Array:
     """`sum(weights * token_nll(logits(h), targets))` with the logits of about `rows` tokens alive at a time.
 

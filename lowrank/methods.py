@@ -162,8 +162,8 @@ def _check_lora(rank: int, alpha: float, dropout: float, ranks: Mapping[str, int
 
 
 def _check_ranks(name: str, shape: tuple[int, ...], ranks: list[int]) -> None:
-    if len(shape) < 2:
-        raise UserError(f"{name} has shape {shape}: only kernels [..., in, out] take a low-rank update")
+    if not name.endswith("kernel"):
+        raise UserError(f"{name} is no kernel: only kernels [..., in, out] take a low-rank update")
     if max(ranks) > min(shape[-2:]):
         raise UserError(f"rank {max(ranks)} is larger than min(in, out) = {min(shape[-2:])} of {name}")
     if max(ranks) == 0:

@@ -96,7 +96,7 @@ def test_dora_keeps_the_formula_of_the_paper_in_float64():
 def test_dropout_follows_its_key_and_is_off_without_one():
     method = methods.build({"name": "lora", "dropout": 0.5, "init": "zero_a", "target": Q})
     params = methods.attach(method, base(), jax.random.key(1))
-    params["layers"]["attn"]["q"]["kernel"] = w = params["layers"]["attn"]["q"]["kernel"]
+    w = params["layers"]["attn"]["q"]["kernel"]
     assert methods.build({"name": "lora"}).bind is None
     assert method.bind(params, None, None) is params
     bound = method.bind(params, None, jax.random.key(5))["layers"]["attn"]["q"]["kernel"]
