@@ -1,0 +1,1 @@
+"""One file a form: the class, and the function that makes it."""

@@ -1,0 +1,40 @@
+# One command for each thing a newcomer wants. Every target makes .venv when it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test parity bench lint format clean
+
+quickstart: $(VENV)/ready
+	$(BIN)/python -m experiments.quickstart
+
+test: $(VENV)/ready-dev lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/parity
+
+parity: $(VENV)/ready-parity
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/parity
+
+bench: $(VENV)/ready-parity
+	$(BIN)/python -m experiments.bench.step
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# A stamp is written only when the install has succeeded, so that a broken one is done again.
+$(VENV)/ready: setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lowrank needs Python >= 3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/ready-%: $(VENV)/ready
+	$(BIN)/python -m pip install -q -e '.[dev,$*]'
+	touch $@

@@ -1,0 +1,40 @@
+"""Packaging for lowrank: parameter-efficient fine-tuning in JAX."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="lowrank",
+    version="0.1.0",
+    description="Parameter-efficient fine-tuning in JAX, from a laptop to a TPU pod",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["lowrank", "lowrank.*", "launch", "configs"]),
+    install_requires=[
+        "absl-py",
+        "array_record",
+        "flax>=0.12",
+        "gguf>=0.17",
+        "grain>=0.2.12",
+        "huggingface_hub",
+        "jax>=0.10",
+        "jinja2",
+        "matplotlib",
+        "ml_collections",
+        "numpy",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "rouge-score",
+        "sacrebleu",
+        "safetensors",
+        "tensorboardX",
+        "tensorflow-datasets",
+        "tokenizers",
+        "tqdm",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+        "dev": ["pre-commit", "pytest", "pytest-xdist", "ruff", "tensorboard"],
+        "parity": ["peft>=0.21", "torch==2.13.0", "transformers>=5.0"],  # exact torch: the CPU build where one is at hand
+    },
+)
