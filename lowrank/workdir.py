@@ -1,0 +1,123 @@
+"""The run's folder: files that appear whole or not at all, and one config for all the runs that share it."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lowrank.errors import UserError
+
+CONFIG = "config.json"
+MAY_CHANGE = ("mesh", "checkpoint", "log_every", "distributed")  # what a restart may do differently
+_ABSENT = object()
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Writes `path` beside itself and renames: readers see the old text or the new, never half of it."""
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """`write_text` for bytes. A disk that refuses raises UserError naming the file, which keeps its old content."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            os.chmod(beside, 0o644)  # mkstemp makes it private
+            os.replace(beside, path)
+        except BaseException:
+            os.unlink(beside)
+            raise
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+    return path
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Writes `value` as indented JSON, beside then renamed. NaN and infinities become strings."""
+    return write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def plain(value: Any, where: str = "value") -> Any:
+    """`value` in what JSON has: mappings -> dict, sequences -> list, NumPy and JAX scalars -> numbers.
+
+    Non-finite floats become "NaN", "Infinity" and "-Infinity", which `float` reads back. Anything else raises
+    UserError naming its place.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if value - value == 0 else {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
+    if isinstance(value, Mapping) or hasattr(value, "to_dict"):
+        return {str(k): plain(v, f"{where}.{k}") for k, v in dict(value).items()}
+    if isinstance(value, list | tuple):
+        return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist(), where)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise UserError(f"{where} is a {type(value).__name__}, which JSON cannot hold")
+
+
+def claim(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> Path:
+    """Makes `workdir` the folder of a run with this config, or checks that it already is one; returns its path.
+
+    The first run writes `config.json`. Later ones must hold the same values, except under the keys in `MAY_CHANGE`.
+
+    Raises:
+      UserError: the folder holds a run with another config (names the first key that differs), a `config.json`
+        that cannot be read, or checkpoints that no config explains.
+    """
+    workdir, config = Path(workdir), plain(config, "config")
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"workdir {workdir} is a file, not a folder")
+    path = workdir / CONFIG
+    found = _read(path) if path.exists() else None
+    if found is not None:
+        _same(found, config, workdir)
+    elif (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
+        raise UserError(f"workdir {workdir} holds checkpoints but no {CONFIG}: choose another workdir")
+    if jax.process_index() == 0 and found != config:
+        write_json(path, config)
+    return workdir
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} does not hold a config")
+    return found
+
+
+def _same(theirs: dict[str, Any], ours: dict[str, Any], workdir: Path) -> None:
+    theirs, ours = _flat(theirs), _flat(ours)
+    for key in [*ours, *theirs]:
+        a, b = theirs.get(key, _ABSENT), ours.get(key, _ABSENT)
+        if key.split(".")[0] not in MAY_CHANGE and (a is _ABSENT or b is _ABSENT or json.dumps(a) != json.dumps(b)):
+            raise UserError(
+                f"workdir {workdir} holds another config's run: {key} is {_show(a)} there and {_show(b)} here; "
+                "choose another workdir"
+            )
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{a: {b: 1}}` -> `{a.b: 1}`; an empty group stays, so that it differs from a missing one."""
+    out = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and value
+        out.update(_flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return out
