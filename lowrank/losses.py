@@ -1,4 +1,4 @@
-"""Objectives: each gives a weighted sum of losses and the weight to divide it by, so that sums over microbatches are exact.
+"""Objectives: a weighted sum of losses and the weight to divide it by, so that sums over microbatches are exact.
 
 Shapes: B batch, T time, D width, V vocabulary, C classes, S chunks of K positions.
 """
@@ -9,14 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import CustomVJPPrimal
 
 from lowrank.errors import unknown
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
 Sums = tuple[jax.Array, jax.Array]  # (sum of weighted losses, sum of weights), float32 scalars
-Logits = Callable[..., jax.Array]  # (h, *consts) -> logits
 
 
 def causal_lm(model: Any, params: PyTree, batch: Batch, rows: int = 0) -> Sums:
@@ -54,14 +52,13 @@ def objective(name: str) -> Callable[..., Sums]:
 
 
 def token_nll(logits_xV: jax.Array, targets_x: jax.Array) -> jax.Array:
-    """`-log softmax(logits)[target]` for `[..., V]` and `[...]`, in float32.
-
-    The target's logit is picked by comparison: unlike a gather, it fuses, and it stays local when V is sharded.
-    """
+    """`-log softmax(logits)[target]` for `[..., V]` and `[...]`, in float32."""
     logits_xV = logits_xV.astype(jnp.float32)
-    hit_xV = jnp.expand_dims(targets_x, -1) == jax.lax.broadcasted_iota(jnp.int32, logits_xV.shape, logits_xV.ndim - 1)
-    picked_x = jnp.sum(jnp.where(hit_xV, logits_xV, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits_xV, axis=-1) - picked_x
+    top_x1 = jax.lax.stop_gradient(jnp.max(logits_xV, axis=-1, keepdims=True))
+    shifted_xV = logits_xV - top_x1
+    # A comparison, not a gather: it fuses with the sum, and it stays local when V is sharded.
+    hit_xV = targets_x[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits_xV.shape, logits_xV.ndim - 1)
+    return jnp.log(jnp.sum(jnp.exp(shifted_xV), axis=-1)) - jnp.sum(jnp.where(hit_xV, shifted_xV, 0.0), axis=-1)
 
 
 def chunked_nll(
@@ -79,7 +76,7 @@ def chunked_nll(
     """
     n_batch, length = targets_BxT.shape
     size = max(1, min(length, rows // n_batch))
-    chunks = jax.tree.map(lambda x: _cut(x, size), (h_BxTxD, targets_BxT, weights_BxT))
+    chunks = [_cut(x, size) for x in (h_BxTxD, targets_BxT, weights_BxT)]
     head, consts = jax.closure_convert(logits, chunks[0][0])
     return _chunked(head, *chunks, *consts)
 
@@ -92,46 +89,42 @@ def _cut(x_BxT: jax.Array, size: int) -> jax.Array:
     return jnp.moveaxis(x_BxT.reshape(x_BxT.shape[0], n_chunks, size, *x_BxT.shape[2:]), 1, 0)
 
 
-def _chunk_nll(head: Logits, h_BxKxD: jax.Array, consts: list, targets_BxK: jax.Array, weights_BxK: jax.Array) -> Any:
-    return jnp.sum(token_nll(head(h_BxKxD, *consts), targets_BxK) * weights_BxK)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(head: Logits, h_SxBxKxD: Any, targets_SxBxK: Any, weights_SxBxK: Any, *consts: Any) -> jax.Array:
+def _chunked(head: Callable, h_SxBxKxD: Any, targets_SxBxK: Any, weights_SxBxK: Any, *consts: Any) -> jax.Array:
     def add(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
         h, targets, weights = chunk
-        return total + _chunk_nll(head, h, consts, targets, weights), None
+        return total + jnp.sum(token_nll(head(h, *consts), targets) * weights), None
 
     return jax.lax.scan(add, jnp.float32(0), (h_SxBxKxD, targets_SxBxK, weights_SxBxK))[0]
 
 
-def _chunked_fwd(head: Logits, *args: CustomVJPPrimal) -> tuple[jax.Array, Any]:
-    (h, targets, weights, *consts), learned = [a.value for a in args], [a.perturbed for a in args[3:]]
+def _chunked_fwd(head: Callable, *args: Any) -> tuple[jax.Array, Any]:
+    """The sum, and its gradients for `h` and for those of `consts` that are perturbed (the others: None)."""
+    h_SxBxKxD, targets_SxBxK, weights_SxBxK, *consts = [arg.value for arg in args]
+    learned = [i for i, arg in enumerate(args[3:]) if arg.perturbed]
 
     def add(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
-        total, dconsts = carry
         h_BxKxD, targets_BxK, weights_BxK = chunk
 
-        def nll(h: jax.Array, some: list) -> jax.Array:
-            some = iter(some)
-            full = [next(some) if learns else c for c, learns in zip(consts, learned, strict=True)]
-            return _chunk_nll(head, h, full, targets_BxK, weights_BxK)
+        def nll(h: jax.Array, some: dict[int, jax.Array]) -> jax.Array:
+            whole = [some.get(i, const) for i, const in enumerate(consts)]
+            return jnp.sum(token_nll(head(h, *whole), targets_BxK) * weights_BxK)
 
-        picked = [c for c, learns in zip(consts, learned, strict=True) if learns]
-        value, (dh_BxKxD, more) = jax.value_and_grad(nll, argnums=(0, 1))(h_BxKxD, picked)
-        return (total + value, [d + m.astype(d.dtype) for d, m in zip(dconsts, more, strict=True)]), dh_BxKxD
+        total, dconsts = carry
+        value, (dh, more) = jax.value_and_grad(nll, argnums=(0, 1))(h_BxKxD, {i: consts[i] for i in learned})
+        return (total + value, jax.tree.map(lambda d, m: d + m.astype(d.dtype), dconsts, more)), dh
 
-    zeros = [jnp.zeros(c.shape, jnp.float32) for c, learns in zip(consts, learned, strict=True) if learns]
-    (total, dconsts), dh = jax.lax.scan(add, (jnp.float32(0), zeros), (h, targets, weights))
-    dconsts, dtypes = iter(dconsts), [c.dtype for c in consts]
-    return total, (dh, [next(dconsts).astype(t) if x else None for t, x in zip(dtypes, learned, strict=True)])
+    zeros = {i: jnp.zeros(consts[i].shape, jnp.float32) for i in learned}
+    chunks = (h_SxBxKxD, targets_SxBxK, weights_SxBxK)
+    (total, dconsts), dh_SxBxKxD = jax.lax.scan(add, (jnp.float32(0), zeros), chunks)
+    return total, (dh_SxBxKxD, [dconsts[i].astype(c.dtype) if i in dconsts else None for i, c in enumerate(consts)])
 
 
-def _chunked_bwd(head: Logits, residuals: Any, g: jax.Array) -> tuple:
+def _chunked_bwd(head: Callable, gradients: tuple, g: jax.Array) -> tuple:
     del head
-    dh, dconsts = residuals
-    scale = lambda d: d * g.astype(d.dtype)  # noqa: E731
-    return scale(dh), None, None, *(None if d is None else scale(d) for d in dconsts)
+    dh_SxBxKxD, dconsts = jax.tree.map(lambda d: d * g.astype(d.dtype), gradients)
+    return dh_SxBxKxD, None, None, *dconsts
 
 
+# Symbolic zeros tell which of the head's arrays are being differentiated.
 _chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)

@@ -1,0 +1,121 @@
+"""The mesh, and ordered `(regex, PartitionSpec)` rules from leaf names to shardings.
+
+A spec lines up with a leaf's last dimensions, so one rule serves a kernel `[in, out]` and a stack `[layers, in, out]`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lowrank import tree
+from lowrank.errors import UserError
+
+PyTree = Any
+P = PartitionSpec
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+_OUT = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|gate|up)/kernel"  # split over its outputs
+_IN = r"(layers|top)/(attn|mlp)/(o|down)/kernel"  # split over its inputs, which those outputs are
+
+# A form's fields keep the kernel's layout at any depth (`kernel/base/base/codes`); factors and vectors come first.
+DEFAULT_RULES: Rules = (
+    (r"(.*/)?(key|magnitude|base_sq|s|bias)", P()),
+    (rf"{_OUT}/(.*/)?a", P("fsdp", None)),
+    (rf"{_OUT}/(.*/)?b", P(None, "tensor")),
+    (rf"{_IN}/(.*/)?a", P("tensor", None)),
+    (rf"{_IN}/(.*/)?b", P(None, "fsdp")),
+    (rf"{_OUT}(/.*)?", P("fsdp", "tensor")),
+    (rf"{_IN}(/.*)?", P("tensor", "fsdp")),
+    (r"embed/embedding(/.*)?", P("tensor", "fsdp")),
+    (r"(head|pooler)/(.*/)?kernel(/.*)?", P("fsdp", "tensor")),
+    (r"embed/(positions|types)", P(None, "fsdp")),
+    (r"(.*/)?scale", P()),
+    (r"prompt/embedding", P()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh with axes `data, fsdp, tensor`; one size may be -1: the devices that the others leave.
+
+    Raises UserError when the sizes do not fit the devices. In one process a smaller mesh takes the first devices.
+    """
+    sizes, devices = [data, fsdp, tensor], jax.devices()
+    where = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh {where}: sizes are positive, and one may be -1")
+    rest = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // rest if size == -1 else size for size in sizes]
+    total = math.prod(sizes)
+    whole = -1 in (data, fsdp, tensor) or jax.process_count() > 1
+    if not 0 < total <= len(devices) or (whole and total != len(devices)):
+        raise UserError(f"mesh {where} does not fit {len(devices)} devices")
+    # Auto: the compiler places the collectives. jax.make_mesh would default to explicit axes.
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:total])
+
+
+def shardings(params: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PyTree:
+    """A NamedSharding for each leaf (array or shape) by the first rule that matches its name.
+
+    A leaf that no rule matches raises UserError. A dimension that its mesh axes do not divide is replicated, and
+    so is a leaf with fewer dimensions than its spec.
+    """
+    return tree.map_named(lambda name, leaf: _fit(tree.first_match(rules, name), leaf, mesh), params)
+
+
+def _fit(spec: PartitionSpec, leaf: Any, mesh: Mesh) -> NamedSharding:
+    missing = leaf.ndim - len(spec)
+    if missing < 0:
+        return NamedSharding(mesh, P())
+    aligned = zip((None,) * missing + tuple(spec), leaf.shape, strict=True)
+    return NamedSharding(mesh, P(*(axis if _divides(axis, size, mesh) else None for axis, size in aligned)))
+
+
+def _divides(axis: Any, size: int, mesh: Mesh) -> bool:
+    axes = (axis,) if isinstance(axis, str) else axis or ()
+    return size % math.prod(mesh.shape[a] for a in axes) == 0
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def optimizer_shardings(optimizer: Any, state: PyTree, trained: PyTree, mesh: Mesh) -> PyTree:
+    """Shardings of an optimizer state (shapes): what has its parameter's shape follows it, the rest is replicated."""
+    of_param = optax.tree.map_params(
+        optimizer,
+        lambda leaf, shape, sharding: sharding if leaf.shape == shape.shape else replicated(mesh),
+        state,
+        trained,
+        jax.tree.map(lambda leaf: leaf.sharding, trained),
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    return of_param
+
+
+def check_batch(size: int, accumulate: int, mesh: Mesh) -> None:
+    """Raises UserError when a global batch does not divide into microbatches over the mesh, or over the hosts."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if size % (shards * accumulate):
+        raise UserError(
+            f"data.batch_size {size} is not divisible by the mesh: data {mesh.shape['data']} x fsdp "
+            f"{mesh.shape['fsdp']} x optim.accumulate {accumulate} = {shards * accumulate}"
+        )
+    local = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,)).values()
+    rows = {i for index in local for i in range(*index[0].indices(size))}
+    if len(rows) * jax.process_count() != size:
+        raise UserError("mesh.tensor must stay within a host: each host feeds its own part of the batch")
+
+
+def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's rows of a batch as global arrays, split over `data` and `fsdp`."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,0 +1,110 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank import losses
+from lowrank.errors import UserError
+
+B, T, D, V = 2, 7, 5, 11
+
+
+def _problem(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 5)
+    h = jax.random.normal(keys[0], (B, T, D))
+    head = jax.random.normal(keys[1], (D, V))
+    targets = jax.random.randint(keys[2], (B, T), 0, V)
+    weights = jax.random.uniform(keys[3], (B, T))
+    body = jax.random.normal(keys[4], (D, D))
+    return h, head, targets, weights, body
+
+
+def _both(rows=4):
+    """The plain sum and the chunked one as functions of (body, head)."""
+    h, _, targets, weights, _ = _problem()
+
+    def plain(body, head):
+        return 3 * jnp.sum(losses.token_nll(h @ body @ head, targets) * weights)
+
+    def chunked(body, head):
+        return 3 * losses.chunked_nll(lambda x: x @ head, h @ body, targets, weights, rows)
+
+    return plain, chunked
+
+
+def test_token_nll_is_the_float64_definition():
+    h, head, targets, _, _ = _problem()
+    logits = np.asarray(h, np.float64) @ np.asarray(head, np.float64)
+    exp = np.exp(logits - logits.max(-1, keepdims=True))
+    want = -np.log(np.take_along_axis(exp / exp.sum(-1, keepdims=True), np.asarray(targets)[..., None], -1)[..., 0])
+    np.testing.assert_allclose(losses.token_nll(h @ head, targets), want, rtol=1e-5, atol=1e-6)
+
+
+def test_token_nll_survives_large_logits():
+    logits = jnp.array([[1e4, -1e4, 0.0]])
+    assert losses.token_nll(logits, jnp.array([0]))[0] == 0
+    assert losses.token_nll(logits, jnp.array([1]))[0] == 2e4
+
+
+def test_token_nll_of_bfloat16_logits_is_float32():
+    logits = jnp.ones((3, V), jnp.bfloat16)
+    assert losses.token_nll(logits, jnp.zeros(3, jnp.int32)).dtype == jnp.float32
+    np.testing.assert_allclose(losses.token_nll(logits, jnp.zeros(3, jnp.int32)), np.log(V), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6, 14, 1000])
+def test_chunked_equals_plain_in_value_and_gradients(rows):
+    plain, chunked = _both(rows)
+    _, head, _, _, body = _problem()
+    want, want_grads = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(body, head)
+    got, got_grads = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(body, head)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(got_grads[0], want_grads[0], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(got_grads[1], want_grads[1], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(chunked)(body, head), want, rtol=1e-6)
+
+
+def test_a_frozen_head_costs_no_gradient_of_its_own():
+    _, chunked = _both()
+    _, head, _, _, body = _problem()
+
+    def matmuls(argnums):
+        return str(jax.make_jaxpr(jax.grad(chunked, argnums))(body, head)).count("dot_general")
+
+    assert matmuls((0, 1)) == matmuls(0) + 1
+
+
+def test_chunked_never_holds_all_logits():
+    rows, length, width, vocab = 32, 1024, 8, 4096
+    head = jnp.ones((width, vocab))
+    targets, weights = jnp.zeros((1, length), jnp.int32), jnp.ones((1, length))
+
+    def temp(loss):
+        return (
+            jax.jit(jax.grad(loss)).lower(jnp.ones((1, length, width))).compile().memory_analysis().temp_size_in_bytes
+        )
+
+    chunked = temp(lambda h: losses.chunked_nll(lambda x: x @ head, h, targets, weights, rows))
+    plain = temp(lambda h: jnp.sum(losses.token_nll(h @ head, targets) * weights))
+    assert plain >= length * vocab * 4
+    assert chunked <= 6 * rows * vocab * 4
+
+
+def test_a_head_with_integer_codes_can_be_chunked():
+    h, head, targets, weights, body = _problem()
+    codes = jnp.round(head * 10).astype(jnp.int8)
+
+    def loss(body, codes, rows):
+        x = h @ body
+        logits = lambda x: x @ (codes.astype(jnp.float32) / 10)  # noqa: E731
+        if not rows:
+            return jnp.sum(losses.token_nll(logits(x), targets) * weights)
+        return losses.chunked_nll(logits, x, targets, weights, rows)
+
+    grad = jax.jit(jax.grad(loss), static_argnums=2)
+    np.testing.assert_allclose(grad(body, codes, 4), grad(body, codes, 0), rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_objective_names_the_nearest():
+    with pytest.raises(UserError, match="'causal_lm'"):
+        losses.objective("causal_ml")

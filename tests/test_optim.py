@@ -1,0 +1,114 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lowrank import optim
+from lowrank.errors import UserError
+from lowrank.optim import OptimConfig
+
+STEPS = 10
+TRAINED = {
+    "frozen": None,
+    "q": {"a": jnp.full((2, 3), 0.5), "b": jnp.full((3, 2), -0.25)},
+    "norm": {"scale": jnp.ones((2, 4))},
+    "bias": jnp.ones(3),
+}
+
+
+def _updates(config, trained=TRAINED, steps=3):
+    optimizer = optim.make(config, STEPS, trained)
+    state, gradient = optimizer.init(trained), jax.tree.map(lambda x: x * 0.1 + 0.3, trained)
+    for _ in range(steps):
+        update, state = optimizer.update(gradient, state, trained)
+    return update
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "reference"),
+    [
+        ("adamw", {"b2": 0.95}, lambda lr: optax.adamw(lr, b2=0.95, weight_decay=0.1)),
+        ("lion", {}, lambda lr: optax.lion(lr, weight_decay=0.1)),
+        ("sgd", {"momentum": 0.9}, lambda lr: optax.chain(optax.trace(0.9), optax.add_decayed_weights(0.1), _down(lr))),
+        (
+            "adafactor",
+            {"parameter_scale": False},
+            lambda lr: optax.chain(
+                optax.adafactor(None, multiply_by_parameter_scale=False),
+                optax.scale(-1.0),
+                optax.add_decayed_weights(0.1),
+                _down(lr),
+            ),
+        ),
+    ],
+)
+def test_every_optimizer_is_optaxs_with_decoupled_decay(name, args, reference):
+    config = OptimConfig(name=name, args=args, lr=0.01, schedule="constant", weight_decay=0.1, clip=0, no_decay="")
+    trained = {"a": jnp.full((2, 3), 0.5)}
+    want, state = reference(0.01), None
+    state, gradient = want.init(trained), {"a": jnp.full((2, 3), 0.35)}
+    for _ in range(3):
+        update, state = want.update(gradient, state, trained)
+    np.testing.assert_allclose(_updates(config, trained)["a"], update["a"], rtol=1e-6)
+
+
+def _down(lr):
+    return optax.scale_by_learning_rate(lr)
+
+
+def test_b_ratio_scales_the_leaves_named_b_alone():
+    one, plus = (_updates(OptimConfig(lr=0.01, b_ratio=ratio)) for ratio in (1.0, 16.0))
+    np.testing.assert_allclose(plus["q"]["b"], 16 * one["q"]["b"], rtol=1e-6)
+    np.testing.assert_array_equal(plus["q"]["a"], one["q"]["a"])
+    np.testing.assert_array_equal(plus["bias"], one["bias"])
+
+
+def test_weight_decay_spares_vectors_norms_and_biases():
+    none, some = (_updates(OptimConfig(lr=0.01, weight_decay=decay)) for decay in (0.0, 0.5))
+    assert not np.allclose(some["q"]["a"], none["q"]["a"])
+    np.testing.assert_array_equal(some["norm"]["scale"], none["norm"]["scale"])
+    np.testing.assert_array_equal(some["bias"], none["bias"])
+
+
+def test_ratio_zero_freezes_without_moments():
+    config = OptimConfig(lr_ratios=((".*/a", 0.0),))
+    assert not np.any(_updates(config)["q"]["a"])
+    shapes = [leaf.shape for leaf in jax.tree.leaves(optim.make(config, STEPS, TRAINED).init(TRAINED))]
+    assert (2, 3) not in shapes
+    assert shapes.count((3, 2)) == 2
+
+
+def test_the_clip_sees_the_trained_tree_whole():
+    config = OptimConfig(name="sgd", lr=1.0, schedule="constant", clip=0.5, b_ratio=2.0)
+    update = _updates(config, steps=1)
+    gradient = jax.tree.map(lambda x: x * 0.1 + 0.3, TRAINED)
+    factor = 0.5 / np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(update["q"]["a"], -factor * gradient["q"]["a"], rtol=1e-6)
+    np.testing.assert_allclose(update["q"]["b"], -2 * factor * gradient["q"]["b"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "middle", "end"), [("constant", 1.0, 1.0), ("linear", 0.55, 0.1), ("cosine", 0.55, 0.1)]
+)
+def test_schedules_warm_up_and_then_follow_their_curve(name, middle, end):
+    rate = optim.schedule(OptimConfig(lr=2.0, schedule=name, warmup=4, final=0.1), 24)
+    np.testing.assert_allclose([rate(0), rate(2), rate(4)], [0.0, 1.0, 2.0], rtol=1e-6)
+    np.testing.assert_allclose([rate(14), rate(24)], [2 * middle, 2 * end], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "culprit"),
+    [
+        (OptimConfig(name="adam"), "'adamw'"),
+        (OptimConfig(schedule="cosin"), "'cosine'"),
+        (OptimConfig(args={"b3": 1.0}), "optim.args.b3"),
+        (OptimConfig(lr=-1.0), "optim.lr"),
+        (OptimConfig(warmup=11), "optim.warmup 11"),
+        (OptimConfig(accumulate=0), "optim.accumulate"),
+        (OptimConfig(lr_ratios=(("q/z", 2.0),)), "'q/z' matches no leaf"),
+    ],
+)
+def test_bad_settings_are_named(config, culprit):
+    with pytest.raises(UserError, match=culprit):
+        optim.make(config, STEPS, TRAINED)
