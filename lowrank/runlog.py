@@ -208,8 +208,8 @@ class _Progress:
 
     def _line(self, step: int, loss: float, rate: str) -> None:
         done, elapsed = step - self._start, time.monotonic() - self._began
-        left = elapsed / done * (self._total - step) if done > 0 else 0
-        parts = [f"step {step}/{self._total}", f"loss {loss:.4f}", rate, f"ETA {tqdm.format_interval(left)}"]
+        left = f"ETA {tqdm.format_interval(elapsed / done * (self._total - step))}" if done > 0 else ""
+        parts = [f"step {step}/{self._total}", f"loss {loss:.4f}", rate, left]
         print("  ".join(p for p in parts if p), file=self._stream, flush=True)
 
     def say(self, text: str) -> None:

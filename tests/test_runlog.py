@@ -134,14 +134,15 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, monkeypatc
     monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
     with RunLog(tmp_path, 100, tokens_per_step=1500, every_seconds=30, stream=stream) as log:
-        for step in range(10, 101, 10):
-            now[0] += 10
+        for step in range(0, 101, 10):
             log.scalars(step, {"train/loss": step / 10})
+            now[0] += 10
         log.say("done")
     assert stream.getvalue().splitlines() == [
-        "step 10/100  loss 1.0000  ETA 01:30",
-        "step 40/100  loss 4.0000  1.50k tokens/s  ETA 01:00",
-        "step 70/100  loss 7.0000  1.50k tokens/s  ETA 00:30",
+        "step 0/100  loss 0.0000",
+        "step 30/100  loss 3.0000  1.50k tokens/s  ETA 01:10",
+        "step 60/100  loss 6.0000  1.50k tokens/s  ETA 00:40",
+        "step 90/100  loss 9.0000  1.50k tokens/s  ETA 00:10",
         "step 100/100  loss 10.0000  1.50k tokens/s  ETA 00:00",
         "done",
     ]
@@ -176,11 +177,12 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
         quiet(tmp_path / "file")
     log = quiet(tmp_path)
     log._lines.close()
-    log._lines = Path("/dev/full").open("a")
-    with pytest.raises(UserError, match="cannot write the log at /dev/full: No space left on device"):
-        log.scalars(1, {"train/loss": 1.0})
-    with pytest.raises(UserError, match="No space left on device"):
-        log.close()
+    with Path("/dev/full").open("a") as full:
+        log._lines = full
+        with pytest.raises(UserError, match="cannot write the log at /dev/full: No space left on device"):
+            log.scalars(1, {"train/loss": 1.0})
+        with pytest.raises(UserError, match="No space left on device"):
+            log.close()
 
 
 def test_the_log_does_not_import_torch(tmp_path):
