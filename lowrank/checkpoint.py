@@ -54,6 +54,8 @@ class Checkpointer:
     def __init__(self, directory: str | os.PathLike[str], every: int = 0, keep: int = 2):
         """Opens or creates `directory` and clears away what an interrupted save left there.
 
+        One run at a time: opening the folder of a run that is saving at that moment makes its save fail.
+
         Args:
           directory: where the steps are; a local path or `gs://...`.
           every: steps between periodic checkpoints (see `due`); 0 for none.
@@ -63,8 +65,8 @@ class Checkpointer:
             raise UserError(f"checkpoint.every={every} must be >= 0 and checkpoint.keep={keep} must be >= 1")
         self.directory = epath.Path(directory).absolute()
         self.every = every
-        self._quiet = _quiet_orbax()
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 item_names=("arrays", "meta"),
@@ -75,6 +77,7 @@ class Checkpointer:
             )
         except OSError as e:
             raise UserError(f"checkpoint folder {self.directory} cannot be used: {_reason(e)}") from e
+        self._quiet = _quiet_orbax()
 
     def __enter__(self) -> "Checkpointer":
         return self

@@ -153,6 +153,12 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "c").write_text("a file")
+    with pytest.raises(UserError, match=r"checkpoint folder .*/c cannot be used"):
+        Checkpointer(tmp_path / "c")
+
+
 @pytest.mark.parametrize("leaf", [jnp.ones((3,), jnp.uint4), jnp.ones((0, 2)), jax.random.key(0)])
 def test_what_cannot_be_stored_is_named_before_anything_is_written(tmp_path, leaf):
     with Checkpointer(tmp_path / "c") as saver:
@@ -273,7 +279,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path):
 
 
 PROCESS = """
-import sys, jax, numpy as np
+import os, signal, sys, time, jax, numpy as np
 address, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(address, 2, index)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
@@ -288,7 +294,13 @@ with Checkpointer(folder) as saver, StopSignal() as stop:
     for shard in arrays["w"].addressable_shards:
         np.testing.assert_array_equal(shard.data, whole[shard.index])
     assert not stop.requested(1)
-    print(meta["step"], meta["host"]["index"], saver.latest())
+    if index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    step = 2
+    while not stop.requested(step):
+        step += 1
+        time.sleep(0.01)
+    print(meta["step"], meta["host"]["index"], saver.latest(), step)
 """
 
 
@@ -301,7 +313,8 @@ def test_two_processes_write_one_checkpoint_and_each_gets_its_own_state_back(tmp
     how = {"cwd": ROOT, "env": env, "text": True, "stdout": subprocess.PIPE}
     children = [subprocess.Popen([*run, str(i), tmp_path / "c"], **how) for i in range(2)]
     said = [child.communicate(timeout=120)[0].splitlines()[-1].split() for child in children]
-    assert said == [["1", "0", "1"], ["1", "1", "1"]]
+    assert [words[:3] for words in said] == [["1", "0", "1"], ["1", "1", "1"]]
+    assert said[0][3] == said[1][3]  # one of them got SIGTERM, both stop after the same step
     with Checkpointer(tmp_path / "c") as saver, pytest.raises(UserError, match="data states of 2 processes"):
         saver.meta(1)
 
