@@ -62,7 +62,7 @@ def make(
         updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
         metrics = {
             "loss": total / jnp.maximum(weight, 1e-8),
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "weight": weight,
         }

@@ -1,0 +1,163 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lowrank import methods, optim, sharding, step, tree, weight
+from lowrank.optim import OptimConfig
+
+L, D, B = 4, 64, 16  # layers, width, batch
+
+
+def _loss(params, batch, rng):
+    """A residual stack of two matmuls a layer, weighted squared error."""
+    del rng
+
+    def block(x_BxD, layer):
+        return x_BxD + jnp.tanh(weight.dot(x_BxD, layer["attn"]["q"]["kernel"])) @ layer["attn"]["o"]["kernel"], None
+
+    out_BxD = jax.lax.scan(block, batch["x"], params["layers"])[0]
+    error_B = jnp.sum((out_BxD - batch["y"]) ** 2, -1)
+    return jnp.sum(error_B * batch["weights"]), jnp.sum(batch["weights"])
+
+
+def _params(width=D, layers=L):
+    keys = jax.random.split(jax.random.key(0), 2)
+    q, o = (jax.random.normal(k, (layers, width, width)) * 0.3 / width**0.5 for k in keys)
+    return {"layers": {"attn": {"q": {"kernel": q}, "o": {"kernel": o}}}}
+
+
+def _batch(mesh, width=D, seed=0):
+    rng = np.random.default_rng(seed)
+    weights = rng.uniform(size=B).astype(np.float32)  # uneven: a mean of microbatch means would be wrong
+    rows = {"x": rng.normal(size=(B, width)), "y": rng.normal(size=(B, width)), "weights": weights}
+    return sharding.global_batch({k: v.astype(np.float32) for k, v in rows.items()}, mesh)
+
+
+def _setup(method=None, sizes=(2, 2, 2), width=D, layers=L, loss=_loss, **options):
+    """`(compiled step, state, frozen, batch, mesh)`."""
+    mesh = sharding.make_mesh(*sizes)
+    method = method or methods.lora(rank=4)
+    params = methods.attach(method, _params(width, layers), jax.random.key(1))
+    params = jax.device_put(params, sharding.shardings(params, mesh))
+    trained, frozen = tree.split(params, weight.trainable_mask(params, method.train))
+    config = OptimConfig(**{"lr": 0.01, "schedule": "constant", **options})
+    optimizer = optim.make(config, 10, trained)
+    state, batch = step.init(trained, optimizer, mesh), _batch(mesh, width)
+    fn = step.make(loss, optimizer, optim.schedule(config, 10), seed=0, accumulate=config.accumulate)
+    return step.compile(fn, state, frozen, batch), state, frozen, batch, mesh
+
+
+def _bytes(values):
+    return sum(x.nbytes for x in jax.tree.leaves(values))
+
+
+def test_a_step_is_the_gradient_step_by_hand():
+    compiled, state, frozen, batch, _ = _setup(methods.full(), name="sgd", clip=0)
+    before = jax.device_get(state.trained)
+
+    def mean(params):
+        total, weights = _loss(params, batch, None)
+        return total / weights
+
+    loss, gradient = jax.value_and_grad(mean)(jax.device_put(before))
+    state, metrics = compiled(state, frozen, batch)
+    want = jax.tree.map(lambda p, g: p - 0.01 * g, before, jax.device_get(gradient))
+    jax.tree.map(lambda got, w: np.testing.assert_allclose(got, w, rtol=1e-4, atol=1e-6), state.trained, want)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-4)
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_equals_the_large_batch(accumulate):
+    compiled, state, frozen, batch, _ = _setup(sizes=(2, 1, 1), name="sgd")
+    whole, want = compiled(state, frozen, batch)
+    compiled, state, frozen, batch, _ = _setup(sizes=(2, 1, 1), name="sgd", accumulate=accumulate)
+    parts, got = compiled(state, frozen, batch)
+    for key in ("loss", "grad_norm", "weight"):
+        np.testing.assert_allclose(got[key], want[key], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), parts.trained, whole.trained)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+def test_every_mesh_gives_the_same_step(sizes):
+    compiled, state, frozen, batch, _ = _setup(sizes=(1, 1, 1))
+    want, want_metrics = compiled(state, frozen, batch)
+    compiled, state, frozen, batch, _ = _setup(sizes=sizes)
+    got, metrics = compiled(state, frozen, batch)
+    np.testing.assert_allclose(metrics["loss"], want_metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], want_metrics["grad_norm"], rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), got.trained, want.trained)
+
+
+def test_training_lowers_the_loss_and_touches_no_frozen_byte():
+    compiled, state, frozen, batch, _ = _setup()
+    before, losses = jax.device_get(frozen), []
+    for _ in range(5):
+        state, metrics = compiled(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.95 * losses[0]
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.device_get(frozen)))
+
+
+def test_several_steps_compile_once():
+    seen = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: seen.append(event))
+    try:
+        compiled, state, frozen, batch, mesh = _setup()
+        jax.block_until_ready(compiled(state, frozen, batch))
+        compiled, state, frozen, batch, mesh = _setup(lr=0.02)  # another program: the listener must see it compiled
+        batches = [_batch(mesh, seed=i) for i in range(4)]
+        before = seen.count("/jax/core/compile/backend_compile_duration")
+        for batch in batches:
+            state, _ = compiled(state, frozen, batch)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert before > 0
+    assert seen.count("/jax/core/compile/backend_compile_duration") == before
+
+
+def test_a_batch_of_another_shape_is_refused_rather_than_compiled():
+    compiled, state, frozen, _, mesh = _setup()
+    half = sharding.global_batch({"x": np.ones((8, D), np.float32), "y": np.ones((8, D), np.float32)}, mesh)
+    with pytest.raises(TypeError):
+        compiled(state, frozen, half | {"weights": jnp.ones(8)})
+
+
+def test_frozen_leaves_have_no_gradient_no_moment_and_no_copy():
+    compiled, state, frozen, _, _ = _setup(sizes=(1, 1, 1), width=256, layers=16)
+    memory, trained = compiled.memory_analysis(), _bytes(state.trained)
+    assert memory.argument_size_in_bytes < 1.05 * (_bytes(frozen) + _bytes(state))
+    assert memory.output_size_in_bytes < _bytes(state) + 1024
+    assert memory.alias_size_in_bytes == _bytes(state)  # the state is donated
+    assert memory.temp_size_in_bytes < _bytes(frozen) / 4  # a gradient of the frozen leaves alone would be all of it
+    assert _bytes(state) < 3.1 * trained
+    trained_shapes = {x.shape for x in jax.tree.leaves(state.trained)} | {()}
+    assert {x.shape for x in jax.tree.leaves(state.optimizer)} <= trained_shapes
+
+
+def test_full_fine_tuning_does_need_that_memory():
+    compiled, state, _, _, _ = _setup(methods.full(), sizes=(1, 1, 1), width=256, layers=16)
+    assert _bytes(state) > 2.9 * _bytes(state.trained)
+    assert compiled.memory_analysis().temp_size_in_bytes > _bytes(state.trained) / 2
+
+
+def test_randomness_depends_on_the_seed_and_the_step_alone():
+    def loss(params, batch, rng):
+        total, weights = _loss(params, batch, rng)
+        return total * jax.random.uniform(rng), weights
+
+    compiled, state, frozen, batch, mesh = _setup(loss=loss, name="sgd", lr=0.0)
+    first = []
+    for _ in range(3):
+        state, metrics = compiled(state, frozen, batch)
+        first.append(float(metrics["loss"]))
+    compiled, state, frozen, batch, _ = _setup(loss=loss, name="sgd", lr=0.0)
+    state = dataclasses.replace(state, step=jax.device_put(jnp.int32(2), sharding.replicated(mesh)))
+    _, metrics = compiled(state, frozen, batch)
+    assert len(set(first)) == 3
+    assert float(metrics["loss"]) == first[2]
