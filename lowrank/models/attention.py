@@ -1,0 +1,132 @@
+"""Attention: which keys a token sees, and grouped-query attention through `jax.nn.dot_product_attention`.
+
+Shapes: B rows, T queries, S keys, N query heads, K key heads, H head width, D width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lowrank.models import rope
+from lowrank.models.layers import Linear, Norm
+
+EVERY = -1  # the segment of virtual prompt tokens: they are seen from all segments
+
+
+class View(NamedTuple):
+    """What a layer sees: rope tables `[B, T, 1, H/2]` (None: no rope) and a mask `[B, 1, T, S]` (None: all, or causal)."""
+
+    cos: jax.Array | None = None
+    sin: jax.Array | None = None
+    mask_Bx1xTxS: jax.Array | None = None
+
+
+def seen(q_segments_BxT: jax.Array, k_segments_BxS: jax.Array) -> jax.Array:
+    """`[B, T, S]` bool: whether query and key are of one segment, or the key belongs to all."""
+    k_Bx1xS = k_segments_BxS[:, None, :]
+    return (q_segments_BxT[:, :, None] == k_Bx1xS) | (k_Bx1xS == EVERY)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245) with optional qk-norm, rope, window and cap."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    o_bias: bool = False
+    fused: bool = False  # one kernel `qkv` instead of three
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    causal: bool = False  # where the view has no mask
+    window: int = 0  # where the view has no mask
+    scale: float | None = None
+    softcap: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self, x_BxTxD: jax.Array, view: View, past: tuple[jax.Array, jax.Array] | None = None, index: jax.Array | int = 0
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """`[B, T, D]`, and the keys and values of these tokens if `past` `[B, S, K, H]` is given to write them into."""
+        q, k, v = self._project(x_BxTxD)
+        if view.cos is not None:
+            q, k = rope.rotate(q, view.cos, view.sin), rope.rotate(k, view.cos, view.sin)
+        new = None
+        if past is not None:
+            new = tuple(a.astype(b.dtype) for a, b in zip((k, v), past, strict=True))
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(b, a, index, axis=1).astype(q.dtype)
+                for a, b in zip(new, past, strict=True)
+            )
+        options = {"causal": self.causal, "window": self.window, "scale": self.scale, "softcap": self.softcap}
+        out = attend(q, k, v, view.mask_Bx1xTxS, **options)
+        out = out.reshape(*out.shape[:2], self.heads * self.head_dim)
+        return Linear(x_BxTxD.shape[-1], self.o_bias, name="o")(out), new
+
+    def _project(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        widths = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
+        if self.fused:
+            q, k, v = jnp.split(
+                Linear(sum(widths), self.qkv_bias, name="qkv")(x_BxTxD), (widths[0], sum(widths[:2])), axis=-1
+            )
+        else:
+            q, k, v = (Linear(w, self.qkv_bias, name=n)(x_BxTxD) for n, w in zip("qkv", widths, strict=True))
+        q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in (q, k, v))
+        if self.qk_norm:
+            q = Norm("rms", self.norm_eps, self.norm_offset, name="q_norm")(q)
+            k = Norm("rms", self.norm_eps, self.norm_offset, name="k_norm")(k)
+        return q, k, v
+
+
+def attend(
+    q_BxTxNxH: jax.Array,
+    k_BxSxKxH: jax.Array,
+    v_BxSxKxH: jax.Array,
+    mask_Bx1xTxS: jax.Array | None = None,
+    *,
+    causal: bool = False,
+    window: int = 0,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """`softmax(scale * q k) v`, `[B, T, N, H]`; the softmax in float32.
+
+    A mask says all there is to say; without one, `causal` and `window` (a token sees itself and the window - 1
+    before it; 0: no window) apply. `softcap` squashes the scores to `cap * tanh(score / cap)` and needs a mask.
+    """
+    if softcap:
+        return _softcapped(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_Bx1xTxS, scale, softcap)
+    static = mask_Bx1xTxS is None
+    return jax.nn.dot_product_attention(
+        q_BxTxNxH,
+        k_BxSxKxH,
+        v_BxSxKxH,
+        mask=mask_Bx1xTxS,
+        scale=scale,
+        is_causal=causal and static,
+        local_window_size=(window - 1, 0) if static and 0 < window < k_BxSxKxH.shape[1] else None,
+        implementation="cudnn" if _cudnn_fits(q_BxTxNxH) else "xla",
+    )
+
+
+def _cudnn_fits(q_BxTxNxH: jax.Array) -> bool:
+    """cuDNN's fused attention wants half precision, heads of a multiple of 8 up to 128, and an Ampere GPU or later."""
+    _, T, _, H = q_BxTxNxH.shape
+    if q_BxTxNxH.dtype not in (jnp.bfloat16, jnp.float16) or H % 8 or H > 128 or T == 1:
+        return False
+    device = jax.devices()[0]
+    return device.platform == "gpu" and "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
+
+
+def _softcapped(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_Bx1xTxS, scale, cap):
+    B, T, N, H = q_BxTxNxH.shape
+    K = k_BxSxKxH.shape[2]
+    q = q_BxTxNxH.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k_BxSxKxH, preferred_element_type=jnp.float32)
+    scores = cap * jnp.tanh(scores * ((H**-0.5 if scale is None else scale) / cap))
+    scores = jnp.where(mask_Bx1xTxS[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v_BxSxKxH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", probs, v_BxSxKxH).reshape(B, T, N, H)

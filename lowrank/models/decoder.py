@@ -1,0 +1,303 @@
+"""One causal decoder, driven by its config: Llama, SmolLM2, Mistral, Qwen, GPT-2, Gemma.
+
+Shapes: B rows, T tokens, S keys, D width, V vocabulary, C labels, L layers. Parameter names:
+`embed/embedding` `[V, D]`, `layers/attn/{q,k,v,o}/kernel` `[L, in, out]`, `layers/mlp/{gate,up,down}/kernel`,
+`layers/{attn_norm,mlp_norm}/scale`, `norm/scale`, `head/kernel` `[D, V]`; `top/...` holds the last `top_layers`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lowrank import weight
+from lowrank.errors import UserError
+from lowrank.models import cache as caches
+from lowrank.models import rope
+from lowrank.models.attention import EVERY, Attention, View, seen
+from lowrank.models.cache import Cache
+from lowrank.models.layers import MLP, Linear, Norm, kernel_init, stored
+from lowrank.models.stack import check, depths, stack
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder and how it runs. `tied`: the LM head is the embedding."""
+
+    vocab_size: int
+    max_positions: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    tied: bool = False
+    norm: str = "rms"  # or "layer"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # added to stored scales
+    post_norms: bool = False  # norms on what attention and MLP return, too
+    qk_norm: bool = False
+    fused_qkv: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    gated: bool = True
+    activation: str = "silu"
+    learned_positions: bool = False  # a table instead of rope
+    rope_theta: float = 10000.0
+    rope_scaling: rope.RopeScaling | None = None
+    window: int = 0  # local layers see this many tokens, themselves included; 0: no layer is local
+    local_layers: tuple[bool, ...] = ()  # which layers are local; (): all, if there is a window
+    local_rope_theta: float = 0.0  # of local layers, unscaled; 0: as the others
+    embed_scale: float = 1.0
+    attn_scale: float | None = None  # None: head_dim ** -0.5
+    attn_logit_softcap: float = 0.0
+    final_logit_softcap: float = 0.0
+    dtype: str = "float32"  # of activations; norms, softmax and logits are float32
+    remat: str = "block"  # what the backward pass recomputes: none | block | dots
+    unroll: int = 1  # layers per step of the scan
+    num_prompt: int = 0  # virtual tokens before every sequence
+    top_layers: int = 0  # how many of the last layers are a stack of their own
+    num_labels: int = 0  # > 0: a classifier in place of the LM head
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.heads % self.kv_heads:
+            raise UserError(f"{self.heads} query heads cannot share {self.kv_heads} key heads evenly")
+        if self.local_layers and len(self.local_layers) != self.layers:
+            raise UserError(f"local_layers names {len(self.local_layers)} layers, the model has {self.layers}")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether local and global layers alternate."""
+        return self.window > 0 and len(set(self.local_layers)) > 1
+
+    @property
+    def static_window(self) -> int:
+        """The window that all layers share; 0 when none has one, or only some."""
+        return self.window if self.window and all(self.local_layers) else 0
+
+
+def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = None) -> Cache:
+    """An empty cache for `batch` rows of `length` tokens, and the virtual prompt tokens before them."""
+    return caches.empty(
+        depths(config),
+        batch,
+        length + config.num_prompt,
+        config.kv_heads,
+        config.head_dim,
+        dtype or config.dtype,
+        prompted=not config.num_prompt,
+    )
+
+
+class Embed(nn.Module):
+    """Token embeddings, with learned positions if the config has them."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        """Reads the tables."""
+        c = self.config
+        self.embedding = stored(self, "embedding", kernel_init, (c.vocab_size, c.width))
+        if c.learned_positions:
+            self.positions = stored(self, "positions", kernel_init, (c.max_positions, c.width))
+
+    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+        """`[B, T, D]` in the compute dtype."""
+        h = weight.take(self.embedding, tokens_BxT).astype(self.config.dtype)
+        return h * jnp.asarray(self.config.embed_scale, h.dtype) if self.config.embed_scale != 1 else h
+
+    def place(self, h_BxTxD: jax.Array, positions_BxT: jax.Array) -> jax.Array:
+        """Adds the learned positions."""
+        at = weight.take(self.positions, positions_BxT).astype(h_BxTxD.dtype)
+        return h_BxTxD + jnp.broadcast_to(at, h_BxTxD.shape)
+
+
+class Prompt(nn.Module):
+    """Virtual tokens, learned in place of text (Lester et al. 2021, arXiv:2104.08691)."""
+
+    length: int
+    width: int
+
+    @nn.compact
+    def __call__(self, h_BxTxD: jax.Array) -> jax.Array:
+        """`[B, length + T, D]`: the virtual tokens, then `h`."""
+        table = stored(self, "embedding", kernel_init, (self.length, self.width))
+        table = jnp.broadcast_to(table.astype(h_BxTxD.dtype), (h_BxTxD.shape[0], self.length, self.width))
+        return jnp.concatenate([table, h_BxTxD], axis=1)
+
+
+class Block(nn.Module):
+    """A pre-norm layer: attention, then MLP, each added to the stream."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, h, view, local, past, index):
+        """`(h [B, T, D], keys and values of these tokens or None)`; `local` picks one of two views if there are two."""
+        c = self.config
+        if local is not None:
+            view = jax.tree.map(lambda x: x[local], view)
+        attention = Attention(
+            c.heads,
+            c.kv_heads,
+            c.head_dim,
+            c.qkv_bias,
+            c.o_bias,
+            c.fused_qkv,
+            c.qk_norm,
+            c.norm_eps,
+            c.norm_offset,
+            causal=True,
+            window=c.static_window,
+            scale=c.attn_scale,
+            softcap=c.attn_logit_softcap,
+            name="attn",
+        )
+        y, new = attention(self._norm("attn_norm", h), view, past, index)
+        h = h + (self._norm("post_attn_norm", y) if c.post_norms else y)
+        y = MLP(c.hidden, c.activation, c.gated, c.mlp_bias, name="mlp")(self._norm("mlp_norm", h))
+        return h + (self._norm("post_mlp_norm", y) if c.post_norms else y), new
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        return Norm(self.config.norm, self.config.norm_eps, self.config.norm_offset, name=name)(x)
+
+
+class Decoder(nn.Module):
+    """A causal language model, or a classifier when `num_labels` is set.
+
+    `segments` are int32 `[B, T]`: tokens see their own segment only, and 0 is padding, on either side; None means
+    that all tokens of a row are one segment. `positions` default to a token's place in its segment.
+    """
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        """Names the parts."""
+        c = self.config
+        self.embed = Embed(c)
+        if c.num_prompt:
+            self.prompt = Prompt(c.num_prompt, c.width)
+        if "layers" in depths(c):
+            self.layers = stack(Block, c, depths(c)["layers"])
+        if "top" in depths(c):
+            self.top = stack(Block, c, depths(c)["top"])
+        self.norm = Norm(c.norm, c.norm_eps, c.norm_offset)
+        if c.num_labels or not c.tied:
+            self.head = Linear(c.num_labels or c.vocab_size)
+
+    def __call__(self, tokens_BxT, positions_BxT=None, segments_BxT=None, cache=None):
+        """Logits float32 `[B, T, V]` (with a cache: `(logits, cache)`), or `[B, C]` when `num_labels` is set."""
+        if self.config.num_labels:
+            return self.classify(tokens_BxT, segments_BxT)
+        if cache is None:
+            return self.logits(self.features(tokens_BxT, positions_BxT, segments_BxT))
+        h_BxTxD, cache = self.features(tokens_BxT, positions_BxT, segments_BxT, cache)
+        return self.logits(h_BxTxD), cache
+
+    def features(self, tokens_BxT, positions_BxT=None, segments_BxT=None, cache=None):
+        """What the head reads, `[B, T, D]`; with a cache `(features, cache)`, and these tokens follow those in it.
+
+        Raises UserError when the sequence is longer than the model's positions.
+        """
+        c = self.config
+        T = tokens_BxT.shape[1]
+        if T + c.num_prompt > c.max_positions:
+            virtual = f" and {c.num_prompt} virtual ones" if c.num_prompt else ""
+            raise UserError(f"a sequence of {T} tokens{virtual} exceeds the model's {c.max_positions} positions")
+        h = self.embed(tokens_BxT)
+        virtual = 0 if cache is not None and cache.prompted else c.num_prompt
+        if virtual:
+            h = self.prompt(h)
+        positions_BxT, views, cache = _views(c, h.shape[:2], virtual, positions_BxT, segments_BxT, cache)
+        if c.learned_positions:
+            h = self.embed.place(h, positions_BxT)
+        h, new = self._run(h, views, cache)
+        h = self.norm(h[:, virtual:])
+        return h if cache is None else (h, caches.advance(cache, new))
+
+    def _run(self, h, views, cache):
+        c, new, first = self.config, {}, 0
+        for name, depth in depths(c).items():
+            local = jnp.array(c.local_layers[first : first + depth], jnp.int32) if c.mixed else None
+            past = None if cache is None else (cache.keys[name], cache.values[name])
+            index = None if cache is None else cache.index
+            h, new[name] = getattr(self, name)(h, views, local, past, index)
+            first += depth
+        return h, new
+
+    def logits(self, h_BxTxD: jax.Array) -> jax.Array:
+        """Features to logits, float32 `[B, T, V]`."""
+        c = self.config
+        if c.tied:
+            y = weight.attend(h_BxTxD, self.embed.embedding).astype(jnp.float32)
+        else:
+            y = self.head(h_BxTxD).astype(jnp.float32)
+        return c.final_logit_softcap * jnp.tanh(y / c.final_logit_softcap) if c.final_logit_softcap else y
+
+    def classify(self, tokens_BxT: jax.Array, segments_BxT: jax.Array | None = None) -> jax.Array:
+        """Label logits, float32 `[B, C]`, read off each row's last real token."""
+        h_BxTxD = self.features(tokens_BxT, segments_BxT=segments_BxT)
+        if segments_BxT is None:
+            return self.head(h_BxTxD[:, -1]).astype(jnp.float32)
+        places_T = jnp.arange(tokens_BxT.shape[1])
+        last_B = jnp.max(jnp.where(segments_BxT > 0, places_T[None, :], 0), axis=1)
+        return self.head(jnp.take_along_axis(h_BxTxD, last_B[:, None, None], axis=1)[:, 0]).astype(jnp.float32)
+
+
+def _views(c, shape, virtual, positions_BxT, segments_BxT, cache):
+    """`(positions, views, cache)` of `shape` = (B, T) tokens, the first `virtual` of them virtual.
+
+    With neither segments nor cache the view has no mask: attention is causal, and its kernels know how to do that.
+    """
+    B, T = shape
+    start = 0 if cache is None else cache.index
+    seen_BxTxS = None
+    if segments_BxT is not None or cache is not None or c.mixed or c.attn_logit_softcap:
+        if segments_BxT is None:
+            segments_BxT = jnp.ones((B if cache is not None else 1, T - virtual), jnp.int32)
+        segments_BxT = jnp.pad(segments_BxT, ((0, 0), (virtual, 0)), constant_values=EVERY)
+        k_segments_BxS = segments_BxT
+        if cache is not None:
+            k_segments_BxS = jax.lax.dynamic_update_slice_in_dim(cache.segments_BxS, segments_BxT, start, axis=1)
+        S = k_segments_BxS.shape[1]
+        causal_TxS = jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None]
+        seen_BxTxS = seen(segments_BxT, k_segments_BxS) & causal_TxS[None]
+    if positions_BxT is not None:
+        positions_BxT = positions_BxT + c.num_prompt
+        if virtual:
+            before = jnp.broadcast_to(jnp.arange(virtual, dtype=positions_BxT.dtype), (positions_BxT.shape[0], virtual))
+            positions_BxT = jnp.concatenate([before, positions_BxT], axis=1)
+    elif seen_BxTxS is None:
+        positions_BxT = jnp.arange(T)[None, :]
+    else:  # a token's place is the number of tokens it sees before itself
+        positions_BxT = jnp.sum(seen_BxTxS, axis=-1, dtype=jnp.int32) - 1
+    k_positions_BxS = positions_BxT
+    if cache is not None:
+        cache = caches.write(cache, segments_BxT, positions_BxT)
+        k_positions_BxS = cache.positions_BxS
+    return positions_BxT, _layer_views(c, positions_BxT, k_positions_BxS, seen_BxTxS), cache
+
+
+def _layer_views(c, positions_BxT, k_positions_BxS, seen_BxTxS):
+    """The view of all layers; when local and global ones alternate, both stacked: `x[0]` global, `x[1]` local."""
+    wide = near = seen_BxTxS
+    if seen_BxTxS is not None and c.window:
+        near = seen_BxTxS & (positions_BxT[:, :, None] - k_positions_BxS[:, None, :] < c.window)
+    if not c.mixed:
+        return _view(c, positions_BxT, c.rope_theta, c.rope_scaling, near if c.static_window else wide)
+    local = (c.local_rope_theta, None) if c.local_rope_theta else (c.rope_theta, c.rope_scaling)
+    views = _view(c, positions_BxT, c.rope_theta, c.rope_scaling, wide), _view(c, positions_BxT, *local, near)
+    return jax.tree.map(lambda *x: jnp.stack(x), *views)
+
+
+def _view(c, positions_BxT, theta, scaling, seen_BxTxS) -> View:
+    mask = None if seen_BxTxS is None else seen_BxTxS[:, None]
+    if c.learned_positions:
+        return View(mask_Bx1xTxS=mask)
+    return View(*rope.tables(positions_BxT, rope.frequencies(c.head_dim, theta, scaling)), mask)

@@ -1,0 +1,91 @@
+"""What decoders and encoders are made of: Linear, Norm, MLP, and reading a parameter that may be a form.
+
+Kernels are 2-D `[in, out]`. Shapes: B rows, T tokens, D width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lowrank import weight
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "relu": nn.relu,
+}
+
+kernel_init = nn.initializers.normal(0.02)
+
+
+def stored(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> Any:
+    """The parameter `name` of `module`: an array or a form as it is stored, or `init(key, shape)` at initialisation.
+
+    `Module.param` would look at a form's first leaf only. Raises ValueError when the stored shape is another.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape)
+    value = module.get_variable("params", name)
+    if value.shape != shape:
+        raise ValueError(f"{'/'.join((*module.path, name))} has shape {value.shape}, the model needs {shape}")
+    return value
+
+
+class Linear(nn.Module):
+    """`x @ kernel (+ bias)`, in the dtype of `x`; the kernel may be any weight."""
+
+    features: int
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in] -> [..., features]`."""
+        kernel = stored(self, "kernel", kernel_init, (x.shape[-1], self.features))
+        bias = stored(self, "bias", nn.initializers.zeros, (self.features,)) if self.bias else None
+        return weight.affine(x, kernel, bias)
+
+
+class Norm(nn.Module):
+    """RMSNorm, or LayerNorm with a bias, over the last axis; in float32, returned in the dtype of the input.
+
+    The stored scale has `offset` added to it: Gemma stores `scale - 1`.
+    """
+
+    kind: str = "rms"
+    eps: float = 1e-6
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D] -> [..., D]`."""
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        scale = stored(self, "scale", nn.initializers.constant(1 - self.offset), x.shape[-1:])
+        y = y * jnp.broadcast_to(scale.astype(jnp.float32) + self.offset, y.shape)
+        if self.kind == "layer":
+            bias = stored(self, "bias", nn.initializers.zeros, x.shape[-1:])
+            y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+        return y.astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))` when gated (Shazeer 2020, arXiv:2002.05202)."""
+
+    hidden: int
+    activation: str
+    gated: bool = False
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """`[B, T, D] -> [B, T, D]`."""
+        act = ACTIVATIONS[self.activation]
+        up = Linear(self.hidden, self.bias, name="up")(x_BxTxD)
+        h = act(Linear(self.hidden, self.bias, name="gate")(x_BxTxD)) * up if self.gated else act(up)
+        return Linear(x_BxTxD.shape[-1], self.bias, name="down")(h)
