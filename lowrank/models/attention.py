@@ -10,27 +10,20 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lowrank.models import rope
+from lowrank.models.cache import put
 from lowrank.models.layers import Linear, Norm
-
-EVERY = -1  # the segment of virtual prompt tokens: they are seen from all segments
 
 
 class View(NamedTuple):
-    """What a layer sees: rope tables `[B, T, 1, H/2]` (None: no rope) and a mask `[B, 1, T, S]` (None: all, or causal)."""
+    """What a layer sees: rope tables `[B, T, 1, H/2]` (None: no rope), a mask `[B, 1, T, S]` (None: all, or causal)."""
 
     cos: jax.Array | None = None
     sin: jax.Array | None = None
     mask_Bx1xTxS: jax.Array | None = None
 
 
-def seen(q_segments_BxT: jax.Array, k_segments_BxS: jax.Array) -> jax.Array:
-    """`[B, T, S]` bool: whether query and key are of one segment, or the key belongs to all."""
-    k_Bx1xS = k_segments_BxS[:, None, :]
-    return (q_segments_BxT[:, :, None] == k_Bx1xS) | (k_Bx1xS == EVERY)
-
-
 class Attention(nn.Module):
-    """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245) with optional qk-norm, rope, window and cap."""
+    """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245), optionally with qk-norm and soft cap."""
 
     heads: int
     kv_heads: int
@@ -48,7 +41,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxTxD: jax.Array, view: View, past: tuple[jax.Array, jax.Array] | None = None, index: jax.Array | int = 0
+        self,
+        x_BxTxD: jax.Array,
+        view: View,
+        past: tuple[jax.Array, jax.Array] | None = None,
+        index: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """`[B, T, D]`, and the keys and values of these tokens if `past` `[B, S, K, H]` is given to write them into."""
         q, k, v = self._project(x_BxTxD)
@@ -56,11 +53,8 @@ class Attention(nn.Module):
             q, k = rope.rotate(q, view.cos, view.sin), rope.rotate(k, view.cos, view.sin)
         new = None
         if past is not None:
-            new = tuple(a.astype(b.dtype) for a, b in zip((k, v), past, strict=True))
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(b, a, index, axis=1).astype(q.dtype)
-                for a, b in zip(new, past, strict=True)
-            )
+            new = k, v
+            k, v = (put(slots, x, index, axis=1).astype(q.dtype) for slots, x in zip(past, new, strict=True))
         options = {"causal": self.causal, "window": self.window, "scale": self.scale, "softcap": self.softcap}
         out = attend(q, k, v, view.mask_Bx1xTxS, **options)
         out = out.reshape(*out.shape[:2], self.heads * self.head_dim)

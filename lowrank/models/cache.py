@@ -31,9 +31,8 @@ def empty(
     return Cache(kv, kv, marks, marks, jnp.int32(0), prompted)
 
 
-def write(cache: Cache, segments_BxT: jax.Array, positions_BxT: jax.Array) -> Cache:
-    """The cache with the marks of T further tokens; their keys and values are added by `advance`."""
-    put = jax.lax.dynamic_update_slice_in_dim
+def mark(cache: Cache, segments_BxT: jax.Array, positions_BxT: jax.Array) -> Cache:
+    """The cache with the marks of T further tokens; `advance` adds their keys and values."""
     return dataclasses.replace(
         cache,
         segments_BxS=put(cache.segments_BxS, segments_BxT, cache.index, axis=1),
@@ -43,8 +42,12 @@ def write(cache: Cache, segments_BxT: jax.Array, positions_BxT: jax.Array) -> Ca
 
 def advance(cache: Cache, new: dict[str, tuple[jax.Array, jax.Array]]) -> Cache:
     """The cache with the keys and values `[L, B, T, K, H]` of T further tokens, written once for all layers."""
-    put = jax.lax.dynamic_update_slice_in_dim
     keys = {name: put(cache.keys[name], k, cache.index, axis=2) for name, (k, _) in new.items()}
     values = {name: put(cache.values[name], v, cache.index, axis=2) for name, (_, v) in new.items()}
     T = next(iter(new.values()))[0].shape[2]
     return dataclasses.replace(cache, keys=keys, values=values, index=cache.index + T, prompted=True)
+
+
+def put(slots: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    """`slots` with `new` written from `index` on, in the dtype of the slots."""
+    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), index, axis)

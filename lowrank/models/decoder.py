@@ -10,16 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from lowrank import weight
 from lowrank.errors import UserError
 from lowrank.models import cache as caches
-from lowrank.models import rope
-from lowrank.models.attention import EVERY, Attention, View, seen
+from lowrank.models import rope, views
+from lowrank.models.attention import Attention
 from lowrank.models.cache import Cache
-from lowrank.models.layers import MLP, Linear, Norm, kernel_init, stored
+from lowrank.models.embed import Embed, Prompt
+from lowrank.models.layers import MLP, Linear, Norm
 from lowrank.models.stack import check, depths, stack
 
 
@@ -74,12 +73,12 @@ class DecoderConfig:
     @property
     def mixed(self) -> bool:
         """Whether local and global layers alternate."""
-        return self.window > 0 and len(set(self.local_layers)) > 1
+        return self.window > 0 and not all(self.local_layers)
 
     @property
-    def static_window(self) -> int:
-        """The window that all layers share; 0 when none has one, or only some."""
-        return self.window if self.window and all(self.local_layers) else 0
+    def needs_mask(self) -> bool:
+        """Whether attention cannot do with being causal within one window."""
+        return self.mixed or self.attn_logit_softcap > 0
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = None) -> Cache:
@@ -93,43 +92,6 @@ def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = None
         dtype or config.dtype,
         prompted=not config.num_prompt,
     )
-
-
-class Embed(nn.Module):
-    """Token embeddings, with learned positions if the config has them."""
-
-    config: DecoderConfig
-
-    def setup(self) -> None:
-        """Reads the tables."""
-        c = self.config
-        self.embedding = stored(self, "embedding", kernel_init, (c.vocab_size, c.width))
-        if c.learned_positions:
-            self.positions = stored(self, "positions", kernel_init, (c.max_positions, c.width))
-
-    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
-        """`[B, T, D]` in the compute dtype."""
-        h = weight.take(self.embedding, tokens_BxT).astype(self.config.dtype)
-        return h * jnp.asarray(self.config.embed_scale, h.dtype) if self.config.embed_scale != 1 else h
-
-    def place(self, h_BxTxD: jax.Array, positions_BxT: jax.Array) -> jax.Array:
-        """Adds the learned positions."""
-        at = weight.take(self.positions, positions_BxT).astype(h_BxTxD.dtype)
-        return h_BxTxD + jnp.broadcast_to(at, h_BxTxD.shape)
-
-
-class Prompt(nn.Module):
-    """Virtual tokens, learned in place of text (Lester et al. 2021, arXiv:2104.08691)."""
-
-    length: int
-    width: int
-
-    @nn.compact
-    def __call__(self, h_BxTxD: jax.Array) -> jax.Array:
-        """`[B, length + T, D]`: the virtual tokens, then `h`."""
-        table = stored(self, "embedding", kernel_init, (self.length, self.width))
-        table = jnp.broadcast_to(table.astype(h_BxTxD.dtype), (h_BxTxD.shape[0], self.length, self.width))
-        return jnp.concatenate([table, h_BxTxD], axis=1)
 
 
 class Block(nn.Module):
@@ -154,7 +116,7 @@ class Block(nn.Module):
             c.norm_eps,
             c.norm_offset,
             causal=True,
-            window=c.static_window,
+            window=c.window,
             scale=c.attn_scale,
             softcap=c.attn_logit_softcap,
             name="attn",
@@ -180,7 +142,8 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         """Names the parts."""
         c = self.config
-        self.embed = Embed(c)
+        places = c.max_positions if c.learned_positions else 0
+        self.embed = Embed(c.vocab_size, c.width, c.dtype, c.embed_scale, places)
         if c.num_prompt:
             self.prompt = Prompt(c.num_prompt, c.width)
         if "layers" in depths(c):
@@ -214,30 +177,26 @@ class Decoder(nn.Module):
         virtual = 0 if cache is not None and cache.prompted else c.num_prompt
         if virtual:
             h = self.prompt(h)
-        positions_BxT, views, cache = _views(c, h.shape[:2], virtual, positions_BxT, segments_BxT, cache)
-        if c.learned_positions:
-            h = self.embed.place(h, positions_BxT)
-        h, new = self._run(h, views, cache)
+        positions_BxT, view, cache = views.causal(c, *h.shape[:2], virtual, positions_BxT, segments_BxT, cache)
+        h = self.embed.place(h, positions_BxT)
+        h, new = self._run(h, view, cache)
         h = self.norm(h[:, virtual:])
         return h if cache is None else (h, caches.advance(cache, new))
 
-    def _run(self, h, views, cache):
+    def _run(self, h, view, cache):
         c, new, first = self.config, {}, 0
         for name, depth in depths(c).items():
             local = jnp.array(c.local_layers[first : first + depth], jnp.int32) if c.mixed else None
             past = None if cache is None else (cache.keys[name], cache.values[name])
             index = None if cache is None else cache.index
-            h, new[name] = getattr(self, name)(h, views, local, past, index)
+            h, new[name] = getattr(self, name)(h, view, local, past, index)
             first += depth
         return h, new
 
     def logits(self, h_BxTxD: jax.Array) -> jax.Array:
         """Features to logits, float32 `[B, T, V]`."""
         c = self.config
-        if c.tied:
-            y = weight.attend(h_BxTxD, self.embed.embedding).astype(jnp.float32)
-        else:
-            y = self.head(h_BxTxD).astype(jnp.float32)
+        y = self.embed.attend(h_BxTxD) if c.tied else self.head(h_BxTxD).astype(jnp.float32)
         return c.final_logit_softcap * jnp.tanh(y / c.final_logit_softcap) if c.final_logit_softcap else y
 
     def classify(self, tokens_BxT: jax.Array, segments_BxT: jax.Array | None = None) -> jax.Array:
@@ -248,56 +207,3 @@ class Decoder(nn.Module):
         places_T = jnp.arange(tokens_BxT.shape[1])
         last_B = jnp.max(jnp.where(segments_BxT > 0, places_T[None, :], 0), axis=1)
         return self.head(jnp.take_along_axis(h_BxTxD, last_B[:, None, None], axis=1)[:, 0]).astype(jnp.float32)
-
-
-def _views(c, shape, virtual, positions_BxT, segments_BxT, cache):
-    """`(positions, views, cache)` of `shape` = (B, T) tokens, the first `virtual` of them virtual.
-
-    With neither segments nor cache the view has no mask: attention is causal, and its kernels know how to do that.
-    """
-    B, T = shape
-    start = 0 if cache is None else cache.index
-    seen_BxTxS = None
-    if segments_BxT is not None or cache is not None or c.mixed or c.attn_logit_softcap:
-        if segments_BxT is None:
-            segments_BxT = jnp.ones((B if cache is not None else 1, T - virtual), jnp.int32)
-        segments_BxT = jnp.pad(segments_BxT, ((0, 0), (virtual, 0)), constant_values=EVERY)
-        k_segments_BxS = segments_BxT
-        if cache is not None:
-            k_segments_BxS = jax.lax.dynamic_update_slice_in_dim(cache.segments_BxS, segments_BxT, start, axis=1)
-        S = k_segments_BxS.shape[1]
-        causal_TxS = jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None]
-        seen_BxTxS = seen(segments_BxT, k_segments_BxS) & causal_TxS[None]
-    if positions_BxT is not None:
-        positions_BxT = positions_BxT + c.num_prompt
-        if virtual:
-            before = jnp.broadcast_to(jnp.arange(virtual, dtype=positions_BxT.dtype), (positions_BxT.shape[0], virtual))
-            positions_BxT = jnp.concatenate([before, positions_BxT], axis=1)
-    elif seen_BxTxS is None:
-        positions_BxT = jnp.arange(T)[None, :]
-    else:  # a token's place is the number of tokens it sees before itself
-        positions_BxT = jnp.sum(seen_BxTxS, axis=-1, dtype=jnp.int32) - 1
-    k_positions_BxS = positions_BxT
-    if cache is not None:
-        cache = caches.write(cache, segments_BxT, positions_BxT)
-        k_positions_BxS = cache.positions_BxS
-    return positions_BxT, _layer_views(c, positions_BxT, k_positions_BxS, seen_BxTxS), cache
-
-
-def _layer_views(c, positions_BxT, k_positions_BxS, seen_BxTxS):
-    """The view of all layers; when local and global ones alternate, both stacked: `x[0]` global, `x[1]` local."""
-    wide = near = seen_BxTxS
-    if seen_BxTxS is not None and c.window:
-        near = seen_BxTxS & (positions_BxT[:, :, None] - k_positions_BxS[:, None, :] < c.window)
-    if not c.mixed:
-        return _view(c, positions_BxT, c.rope_theta, c.rope_scaling, near if c.static_window else wide)
-    local = (c.local_rope_theta, None) if c.local_rope_theta else (c.rope_theta, c.rope_scaling)
-    views = _view(c, positions_BxT, c.rope_theta, c.rope_scaling, wide), _view(c, positions_BxT, *local, near)
-    return jax.tree.map(lambda *x: jnp.stack(x), *views)
-
-
-def _view(c, positions_BxT, theta, scaling, seen_BxTxS) -> View:
-    mask = None if seen_BxTxS is None else seen_BxTxS[:, None]
-    if c.learned_positions:
-        return View(mask_Bx1xTxS=mask)
-    return View(*rope.tables(positions_BxT, rope.frequencies(c.head_dim, theta, scaling)), mask)

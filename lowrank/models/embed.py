@@ -1,0 +1,68 @@
+"""What turns token ids into the first hidden state.
+
+Shapes: B rows, T tokens, D width, V vocabulary, P positions.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lowrank import weight
+from lowrank.models.layers import Norm, kernel_init, stored
+
+
+class Embed(nn.Module):
+    """Token embeddings `[V, D]`, and learned positions `[P, D]`, token types and a LayerNorm for models with them."""
+
+    vocab_size: int
+    width: int
+    dtype: str
+    scale: float = 1.0
+    positions_size: int = 0
+    types_size: int = 0
+    norm_eps: float | None = None
+
+    def setup(self) -> None:
+        """Reads the tables."""
+        self.embedding = stored(self, "embedding", kernel_init, (self.vocab_size, self.width))
+        if self.positions_size:
+            self.positions = stored(self, "positions", kernel_init, (self.positions_size, self.width))
+        if self.types_size:
+            self.types = stored(self, "types", kernel_init, (self.types_size, self.width))
+        if self.norm_eps is not None:
+            self.norm = Norm("layer", self.norm_eps)
+
+    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+        """`[B, T, D]` in the compute dtype."""
+        h = weight.take(self.embedding, tokens_BxT).astype(self.dtype)
+        return h * jnp.asarray(self.scale, h.dtype) if self.scale != 1 else h
+
+    def place(self, h_BxTxD: jax.Array, positions_BxT: jax.Array, types_BxT: jax.Array | None = None) -> jax.Array:
+        """Adds positions (`[1, T]` or `[B, T]`) and token types (None: all 0) and normalises, as the model has them."""
+        if self.positions_size:
+            h_BxTxD = self._add(h_BxTxD, self.positions, positions_BxT)
+        if self.types_size:
+            zeros = jnp.zeros((1, h_BxTxD.shape[1]), jnp.int32)
+            h_BxTxD = self._add(h_BxTxD, self.types, zeros if types_BxT is None else types_BxT)
+        return h_BxTxD if self.norm_eps is None else self.norm(h_BxTxD)
+
+    def _add(self, h_BxTxD: jax.Array, table: jax.Array, ids_BxT: jax.Array) -> jax.Array:
+        return h_BxTxD + jnp.broadcast_to(weight.take(table, ids_BxT).astype(h_BxTxD.dtype), h_BxTxD.shape)
+
+    def attend(self, h_BxTxD: jax.Array) -> jax.Array:
+        """Logits float32 `[B, T, V]` of a model whose head is the embedding."""
+        return weight.attend(h_BxTxD, self.embedding).astype(jnp.float32)
+
+
+class Prompt(nn.Module):
+    """Virtual tokens, learned in place of text (Lester et al. 2021, arXiv:2104.08691)."""
+
+    length: int
+    width: int
+
+    @nn.compact
+    def __call__(self, h_BxTxD: jax.Array) -> jax.Array:
+        """`[B, length + T, D]`: the virtual tokens, then `h`."""
+        table = stored(self, "embedding", kernel_init, (self.length, self.width)).astype(h_BxTxD.dtype)
+        table = jnp.broadcast_to(table[None], (h_BxTxD.shape[0], self.length, self.width))
+        return jnp.concatenate([table, h_BxTxD], axis=1)

@@ -1,0 +1,95 @@
+"""Who sees whom, and where: masks and positions from segments, before any layer runs.
+
+Shapes: B rows, T tokens (virtual ones first), S keys.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.models import cache as caches
+from lowrank.models import rope
+from lowrank.models.attention import View
+
+EVERY = -1  # the segment of virtual prompt tokens: all segments see them
+
+
+def with_prompt(segments_BxT: jax.Array, virtual: int) -> jax.Array:
+    """The segments, with `virtual` tokens in front that all segments see."""
+    return jnp.pad(segments_BxT, ((0, 0), (virtual, 0)), constant_values=EVERY)
+
+
+def seen(q_segments_BxT: jax.Array, k_segments_BxS: jax.Array) -> jax.Array:
+    """`[B, T, S]` bool: whether query and key are of one segment, or the key belongs to all."""
+    k_Bx1xS = k_segments_BxS[:, None, :]
+    return (q_segments_BxT[:, :, None] == k_Bx1xS) | (k_Bx1xS == EVERY)
+
+
+def places(segments_BxT: jax.Array) -> jax.Array:
+    """`[B, T]`: how many earlier tokens each token sees, which is its position in its segment."""
+    T = segments_BxT.shape[1]
+    return jnp.sum(seen(segments_BxT, segments_BxT) & _causal(T, T, 0)[None], axis=-1, dtype=jnp.int32) - 1
+
+
+def causal(config, batch, length, virtual, positions, segments, cache):
+    """`(positions [B, T], view, cache)` of `length` tokens, the first `virtual` of them virtual.
+
+    `positions` and `segments` speak of the others, or are None. A cache comes back with these tokens marked in it. With
+    neither segments nor a cache the view has no mask: attention itself knows how to be causal.
+    """
+    if segments is None and cache is None and not config.needs_mask:
+        positions = _positions(positions, virtual, config.num_prompt, jnp.arange(length)[None, :])
+        return positions, _layer_views(config, positions, positions, None), None
+    if segments is None:
+        segments = jnp.ones((1 if cache is None else batch, length - virtual), jnp.int32)
+    segments = with_prompt(segments, virtual)
+    k_segments, start = segments, 0
+    if cache is not None:
+        start = cache.index
+        k_segments = caches.put(cache.segments_BxS, segments, start, axis=1)
+    seen_BxTxS = seen(segments, k_segments) & _causal(length, k_segments.shape[1], start)[None]
+    counted = jnp.sum(seen_BxTxS, axis=-1, dtype=jnp.int32) - 1
+    k_positions = positions = _positions(positions, virtual, config.num_prompt, counted)
+    if cache is not None:
+        positions = jnp.broadcast_to(positions, segments.shape)
+        cache = caches.mark(cache, segments, positions)
+        k_positions = cache.positions_BxS
+    return positions, _layer_views(config, positions, k_positions, seen_BxTxS), cache
+
+
+def _causal(T: int, S: int, start: jax.Array | int) -> jax.Array:
+    return jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None]
+
+
+def _positions(given: jax.Array | None, virtual: int, shift: int, default: jax.Array) -> jax.Array:
+    """Given positions, moved behind the model's virtual tokens; `virtual` of those are among the tokens."""
+    if given is None:
+        return default
+    before = jnp.broadcast_to(jnp.arange(virtual, dtype=given.dtype), (given.shape[0], virtual))
+    return jnp.concatenate([before, given + shift], axis=1)
+
+
+def _layer_views(c, positions_BxT, k_positions_BxS, seen_BxTxS) -> View:
+    """The view of all layers; when local and global ones alternate, both stacked: `x[0]` global, `x[1]` local."""
+    wide = near = seen_BxTxS
+    if seen_BxTxS is not None and c.window:
+        near = seen_BxTxS & (positions_BxT[:, :, None] - k_positions_BxS[:, None, :] < c.window)
+    if not c.mixed:
+        return _view(c, positions_BxT, c.rope_theta, c.rope_scaling, near)
+    local = (c.local_rope_theta, None) if c.local_rope_theta else (c.rope_theta, c.rope_scaling)
+    views = _view(c, positions_BxT, c.rope_theta, c.rope_scaling, wide), _view(c, positions_BxT, *local, near)
+    return jax.tree.map(lambda *x: jnp.stack(x), *views)
+
+
+def _view(c, positions_BxT, theta, scaling, seen_BxTxS) -> View:
+    mask = None if seen_BxTxS is None else seen_BxTxS[:, None]
+    if c.learned_positions:
+        return View(mask_Bx1xTxS=mask)
+    return View(*rope.tables(positions_BxT, rope.frequencies(c.head_dim, theta, scaling)), mask)
+
+
+def bidirectional(segments_BxT: jax.Array | None, virtual: int, length: int) -> tuple[jax.Array, View]:
+    """`(positions, view)` of `length` tokens that see their whole segment; None: all of the row."""
+    if segments_BxT is None:
+        return jnp.arange(length)[None, :], View()
+    segments = with_prompt(segments_BxT, virtual)
+    return places(segments), View(mask_Bx1xTxS=seen(segments, segments)[:, None])

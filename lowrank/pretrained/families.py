@@ -1,0 +1,60 @@
+"""The table of model families: how each one's `config.json` and tensors map to ours."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lowrank.errors import UserError, unknown
+from lowrank.models import DecoderConfig, EncoderConfig
+from lowrank.pretrained import hf_configs, hf_export, hf_tensors
+from lowrank.pretrained.hf_tensors import Tensor
+
+Config = DecoderConfig | EncoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One row of the table.
+
+    `prefix` is what a checkpoint of the bare model leaves off its tensors' names. `ignored` are regexes of tensors
+    that carry nothing the model needs.
+    """
+
+    config: Callable[[Mapping[str, Any]], Config]  # config.json -> ours; raises UserError for what we do not compute
+    tensors: Callable[[Config], list[Tensor]]  # every leaf, and the tensors it is made of
+    hf_config: Callable[[Config], dict[str, Any]]  # ours -> config.json, for checkpoints that came without one
+    prefix: str
+    ignored: tuple[str, ...] = ()
+
+
+_LM = (r".*rotary_emb\.inv_freq", r"lm_head\.weight")
+_GPT2 = (r".*attn\.(masked_)?bias", r"lm_head\.weight")
+_BERT = (r".*position_ids", r"cls\..*", r"(bert\.)?pooler\..*")
+_ROBERTA = (r".*position_ids", r"lm_head\..*", r"(roberta\.)?pooler\..*")
+
+
+def _llama_like(model_type: str, config: Callable[[Mapping[str, Any]], Config]) -> Family:
+    return Family(config, hf_tensors.llama, hf_export.LLAMA_LIKE[model_type], "model.", _LM)
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": _llama_like("llama", hf_configs.llama),
+    "mistral": _llama_like("mistral", hf_configs.mistral),
+    "qwen2": _llama_like("qwen2", hf_configs.qwen2),
+    "qwen3": _llama_like("qwen3", hf_configs.qwen3),
+    "gemma2": _llama_like("gemma2", hf_configs.gemma2),
+    "gemma3_text": _llama_like("gemma3_text", hf_configs.gemma3),
+    "gpt2": Family(hf_configs.gpt2, hf_tensors.gpt2, hf_export.gpt2, "transformer.", _GPT2),
+    "bert": Family(hf_configs.bert, hf_tensors.bert, hf_export.bert, "bert.", _BERT),
+    "roberta": Family(hf_configs.roberta, hf_tensors.roberta, hf_export.roberta, "roberta.", _ROBERTA),
+}
+
+
+def family_of(hf_config: Mapping[str, Any]) -> Family:
+    """The family of a `config.json`. Raises UserError for a `model_type` that is not in the table."""
+    name = hf_config.get("model_type")
+    if name is None:
+        raise UserError("config.json has no 'model_type'")
+    if name not in FAMILIES:
+        raise unknown("model type", name, FAMILIES)
+    return FAMILIES[name]

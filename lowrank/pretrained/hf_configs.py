@@ -1,0 +1,220 @@
+"""A Hugging Face `config.json` as our config, and back, family by family.
+
+Each family is a table of fields that only change their names, and what is left to say in code.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lowrank.errors import UserError, unknown
+from lowrank.models import DecoderConfig, EncoderConfig
+from lowrank.models.rope import RopeScaling
+
+HF = Mapping[str, Any]
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
+
+LLAMA = {
+    "vocab_size": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+}
+GPT2 = {
+    "vocab_size": "vocab_size",
+    "max_positions": "n_positions",
+    "width": "n_embd",
+    "layers": "n_layer",
+    "heads": "n_head",
+    "norm_eps": "layer_norm_epsilon",
+}
+BERT = {**LLAMA, "norm_eps": "layer_norm_eps", "types": "type_vocab_size"}
+
+
+def _renamed(hf: HF, fields: dict[str, str]) -> dict[str, Any]:
+    for name in fields.values():
+        if hf.get(name) is None:
+            raise UserError(f"config.json has no {name!r}")
+    return {ours: hf[theirs] for ours, theirs in fields.items()}
+
+
+def _activation(hf: HF, key: str, default: str) -> str:
+    name = hf.get(key) or default
+    if name not in ACTIVATIONS:
+        raise unknown(f"activation in config.json's {key!r},", name, ACTIVATIONS)
+    return ACTIVATIONS[name]
+
+
+def _refuse(hf: HF, **unsupported: Any) -> None:
+    """Raises UserError for options that would silently compute something else."""
+    for key, fine in unsupported.items():
+        if hf.get(key, fine) not in (fine, None):
+            raise UserError(f"config.json's {key}={hf[key]!r} is not supported (only {fine!r})")
+
+
+def _rope(params: HF, theta: float) -> tuple[float, RopeScaling | None]:
+    """`(theta, scaling)` of rope parameters in the old form (`type`) or the new one (`rope_type`)."""
+    kind = params.get("rope_type") or params.get("type") or "default"
+    _refuse(params, partial_rotary_factor=1.0)
+    theta = float(params.get("rope_theta") or theta)
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling("linear", float(params["factor"]))
+    if kind != "llama3":
+        raise unknown("rope scaling", kind, ("default", "linear", "llama3"))
+    ends = float(params["low_freq_factor"]), float(params["high_freq_factor"])
+    return theta, RopeScaling("llama3", float(params["factor"]), *ends, int(params["original_max_position_embeddings"]))
+
+
+def _rope_params(hf: HF) -> HF:
+    """Old configs have `rope_theta` and `rope_scaling`, new ones `rope_parameters`."""
+    old = {**(hf.get("rope_scaling") or {}), **({"rope_theta": hf["rope_theta"]} if hf.get("rope_theta") else {})}
+    return hf.get("rope_parameters") or old
+
+
+def _windows(window: int | None, kinds: Sequence[str]) -> dict[str, Any]:
+    """The sliding window, and which layers have it when not all do."""
+    local = tuple(kind == "sliding_attention" for kind in kinds)
+    if not window or not any(local):
+        return {}
+    return {"window": int(window)} | ({} if all(local) else {"local_layers": local})
+
+
+def _llama_like(hf: HF, defaults: HF, **fixed: Any) -> dict[str, Any]:
+    hf = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, **defaults, **hf}
+    fields = _renamed(hf, LLAMA)
+    theta, scaling = _rope(_rope_params(hf), 10000.0)
+    fields |= {
+        "kv_heads": hf.get("num_key_value_heads") or fields["heads"],
+        "head_dim": hf.get("head_dim") or fields["width"] // fields["heads"],
+        "tied": bool(hf["tie_word_embeddings"]),
+        "activation": _activation(hf, "hidden_act", "silu"),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+    }
+    return fields | fixed
+
+
+def llama(hf: HF) -> DecoderConfig:
+    """Llama 2, 3.x and SmolLM2."""
+    bias = bool(hf.get("attention_bias"))
+    return DecoderConfig(**_llama_like(hf, {}, qkv_bias=bias, o_bias=bias, mlp_bias=bool(hf.get("mlp_bias"))))
+
+
+def mistral(hf: HF) -> DecoderConfig:
+    """Mistral: Llama with a sliding window in every layer."""
+    _refuse(hf, layer_types=None)
+    windows = _windows(hf.get("sliding_window", 4096), ["sliding_attention"])
+    return DecoderConfig(**_llama_like(hf, {"num_key_value_heads": 8}, **windows))
+
+
+def _qwen(hf: HF, defaults: HF, **fixed: Any) -> DecoderConfig:
+    first = hf.get("max_window_layers", 28)
+    kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(hf.get("num_hidden_layers", 0))]
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
+    return DecoderConfig(**_llama_like(hf, defaults, **fixed, **_windows(window, hf.get("layer_types") or kinds)))
+
+
+def qwen2(hf: HF) -> DecoderConfig:
+    """Qwen2 and 2.5: Llama with biases on q, k and v."""
+    return _qwen(hf, {}, qkv_bias=True)
+
+
+def qwen3(hf: HF) -> DecoderConfig:
+    """Qwen3: Llama with norms on q and k."""
+    bias = bool(hf.get("attention_bias"))
+    return _qwen(hf, {"head_dim": 128}, qk_norm=True, qkv_bias=bias, o_bias=bias)
+
+
+def _gemma(hf: HF, pattern: int, caps: tuple[float, float], **fixed: Any) -> DecoderConfig:
+    """`caps`: the soft caps of attention and logits where config.json leaves them out."""
+    _refuse(hf, use_bidirectional_attention=False)
+    layers, bias = hf.get("num_hidden_layers", 0), bool(hf.get("attention_bias"))
+    kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
+    fixed |= _windows(hf.get("sliding_window", 4096), hf.get("layer_types") or kinds)
+    fields = _llama_like(
+        hf,
+        {"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True},
+        norm_offset=1.0,
+        post_norms=True,
+        qkv_bias=bias,
+        o_bias=bias,
+        embed_scale=float(hf.get("hidden_size", 0)) ** 0.5,
+        attn_scale=float(hf.get("query_pre_attn_scalar", 256)) ** -0.5,
+        attn_logit_softcap=float(hf.get("attn_logit_softcapping", caps[0]) or 0),
+        final_logit_softcap=float(hf.get("final_logit_softcapping", caps[1]) or 0),
+    )
+    return DecoderConfig(**{**fields, "activation": _activation(hf, "hidden_activation", "gelu_pytorch_tanh"), **fixed})
+
+
+def gemma2(hf: HF) -> DecoderConfig:
+    """Gemma 2: local and global layers in turn, soft caps."""
+    return _gemma(hf, 2, (50.0, 30.0))
+
+
+def gemma3(hf: HF) -> DecoderConfig:
+    """Gemma 3 text: five local layers to a global one, each kind with its own rope, norms on q and k."""
+    nested, old = hf.get("rope_parameters") or {}, _rope_params({**hf, "rope_parameters": None})
+    theta, scaling = _rope(nested.get("full_attention") or old, 1_000_000.0)
+    local_theta, local_scaling = _rope(
+        nested.get("sliding_attention") or {"rope_theta": hf.get("rope_local_base_freq")}, 10000.0
+    )
+    if local_scaling is not None:
+        raise UserError(f"config.json scales the rope of local layers ({local_scaling.kind}): not supported")
+    ropes = {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta}
+    hf = {k: v for k, v in hf.items() if k not in ("rope_parameters", "rope_scaling")}
+    return _gemma(hf, hf.get("sliding_window_pattern", 6), (0.0, 0.0), qk_norm=True, **ropes)
+
+
+def gpt2(hf: HF) -> DecoderConfig:
+    """GPT-2."""
+    _refuse(hf, scale_attn_by_inverse_layer_idx=False, scale_attn_weights=True, add_cross_attention=False)
+    fields = _renamed({"layer_norm_epsilon": 1e-5, **hf}, GPT2)
+    return DecoderConfig(
+        **fields,
+        kv_heads=fields["heads"],
+        head_dim=fields["width"] // fields["heads"],
+        hidden=hf.get("n_inner") or 4 * fields["width"],
+        tied=hf.get("tie_word_embeddings", True),
+        activation=_activation(hf, "activation_function", "gelu_new"),
+        norm="layer",
+        fused_qkv=True,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        gated=False,
+        learned_positions=True,
+    )
+
+
+def _encoder(hf: HF, offset: int, **fixed: Any) -> EncoderConfig:
+    _refuse(hf, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    fields = _renamed({"layer_norm_eps": 1e-12, "type_vocab_size": 2, **hf}, BERT)
+    return EncoderConfig(
+        **{**fields, "max_positions": fields["max_positions"] - offset},
+        position_offset=offset,
+        activation=_activation(hf, "hidden_act", "gelu"),
+        **fixed,
+    )
+
+
+def bert(hf: HF) -> EncoderConfig:
+    """BERT, and the sentence encoders made from it."""
+    return _encoder(hf, 0, pooling="pooler")
+
+
+def roberta(hf: HF) -> EncoderConfig:
+    """RoBERTa: the rows of its position table up to the padding id are never read."""
+    return _encoder(hf, hf.get("pad_token_id", 1) + 1, pooling="cls", dense_head=True)

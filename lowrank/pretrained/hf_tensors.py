@@ -1,0 +1,115 @@
+"""Which leaf of ours each tensor of a Hugging Face checkpoint is, family by family."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lowrank.models.stack import depths
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One leaf and the tensors it is made of.
+
+    `hf` names one tensor; with `{i}` in it, `count` tensors, those of layers `first, first + 1, ...`, are stacked on
+    axis 0 of the leaf. `transpose`: torch stores a Linear's kernel `[out, in]`, the leaf is `[in, out]`.
+    """
+
+    leaf: str
+    hf: str
+    transpose: bool = False
+    first: int = 0
+    count: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors' names, in the order in which they are stacked."""
+        if not self.count:
+            return (self.hf,)
+        return tuple(self.hf.format(i=i) for i in range(self.first, self.first + self.count))
+
+
+Row = tuple[str, str, bool]  # leaf, hf, transpose
+
+
+def linear(leaf: str, hf: str, bias: bool = False, transpose: bool = True) -> list[Row]:
+    """The rows of a Linear."""
+    rows = [(f"{leaf}/kernel", f"{hf}.weight", transpose)]
+    return [*rows, (f"{leaf}/bias", f"{hf}.bias", False)] if bias else rows
+
+
+def norm(leaf: str, hf: str, bias: bool = False) -> list[Row]:
+    """The rows of an RMSNorm, or of a LayerNorm with its bias."""
+    rows = [(f"{leaf}/scale", f"{hf}.weight", False)]
+    return [*rows, (f"{leaf}/bias", f"{hf}.bias", False)] if bias else rows
+
+
+def _stacked(config: Any, prefix: str, rows: Iterable[Row]) -> Iterator[Tensor]:
+    first = 0
+    for stack, depth in depths(config).items():
+        for leaf, hf, transpose in rows:
+            yield Tensor(f"{stack}/{leaf}", f"{prefix}.{{i}}.{hf}", transpose, first, depth)
+        first += depth
+
+
+def _whole(rows: Iterable[Row]) -> Iterator[Tensor]:
+    for leaf, hf, transpose in rows:
+        yield Tensor(leaf, hf, transpose)
+
+
+def _decoder_head(c: Any) -> list[Row]:
+    if c.num_labels:
+        return linear("head", "score")
+    return [] if c.tied else linear("head", "lm_head")
+
+
+def llama(c: Any) -> list[Tensor]:
+    """Llama and those that share its names: Mistral, Qwen, Gemma."""
+    rows = [row for n in "qkv" for row in linear(f"attn/{n}", f"self_attn.{n}_proj", c.qkv_bias)]
+    rows += linear("attn/o", "self_attn.o_proj", c.o_bias)
+    if c.qk_norm:
+        rows += norm("attn/q_norm", "self_attn.q_norm") + norm("attn/k_norm", "self_attn.k_norm")
+    rows += [row for n in ("gate", "up", "down") for row in linear(f"mlp/{n}", f"mlp.{n}_proj", c.mlp_bias)]
+    rows += norm("attn_norm", "input_layernorm")
+    if c.post_norms:
+        rows += norm("post_attn_norm", "post_attention_layernorm") + norm("mlp_norm", "pre_feedforward_layernorm")
+        rows += norm("post_mlp_norm", "post_feedforward_layernorm")
+    else:
+        rows += norm("mlp_norm", "post_attention_layernorm")
+    ends = [("embed/embedding", "model.embed_tokens.weight", False), *norm("norm", "model.norm"), *_decoder_head(c)]
+    return [*_whole(ends), *_stacked(c, "model.layers", rows)]
+
+
+def gpt2(c: Any) -> list[Tensor]:
+    """GPT-2, whose Conv1D keeps kernels `[in, out]` as we do."""
+    rows = linear("attn/qkv", "attn.c_attn", True, False) + linear("attn/o", "attn.c_proj", True, False)
+    rows += linear("mlp/up", "mlp.c_fc", True, False) + linear("mlp/down", "mlp.c_proj", True, False)
+    rows += norm("attn_norm", "ln_1", True) + norm("mlp_norm", "ln_2", True)
+    ends = [("embed/embedding", "transformer.wte.weight", False), ("embed/positions", "transformer.wpe.weight", False)]
+    ends += norm("norm", "transformer.ln_f", True) + _decoder_head(c)
+    return [*_whole(ends), *_stacked(c, "transformer.h", rows)]
+
+
+def _encoder(c: Any, prefix: str, head: list[Row]) -> list[Tensor]:
+    names = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
+    rows = [row for n, hf in names.items() for row in linear(f"attn/{n}", f"attention.{hf}", True)]
+    rows += norm("attn_norm", "attention.output.LayerNorm", True)
+    rows += linear("mlp/up", "intermediate.dense", True) + linear("mlp/down", "output.dense", True)
+    rows += norm("mlp_norm", "output.LayerNorm", True)
+    tables = {"embedding": "word_embeddings", "positions": "position_embeddings", "types": "token_type_embeddings"}
+    ends = [(f"embed/{leaf}", f"{prefix}.embeddings.{hf}.weight", False) for leaf, hf in tables.items()]
+    ends += norm("embed/norm", f"{prefix}.embeddings.LayerNorm", True)
+    if c.pooling == "pooler":
+        ends += linear("pooler", f"{prefix}.pooler.dense", True)
+    return [*_whole(ends + (head if c.num_labels else [])), *_stacked(c, f"{prefix}.encoder.layer", rows)]
+
+
+def bert(c: Any) -> list[Tensor]:
+    """BERT, and the sentence encoders made from it."""
+    return _encoder(c, "bert", linear("head", "classifier", True))
+
+
+def roberta(c: Any) -> list[Tensor]:
+    """RoBERTa, whose classification head has two layers."""
+    head = linear("head/dense", "classifier.dense", True) + linear("head/out", "classifier.out_proj", True)
+    return _encoder(c, "roberta", head)
