@@ -1,0 +1,155 @@
+"""Records become token sequences that fit: the text is cut, the answer never.
+
+Shapes: N tokens of one sequence.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lowrank.data.render import Piece, Renderer
+from lowrank.data.templates import Record
+from lowrank.errors import UserError, nearest
+
+Arrays = dict[str, np.ndarray]
+Encoded = tuple[list[int], list[bool]]  # ids, and which of them are to be learned
+_WORD = 40  # a cut moves back to the start of a word, if there is one within so many characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """Sequences for next-token prediction: `tokens`, `targets` int32 and `weights` float32, `[N]`, N <= `length`.
+
+    A target weighs 1 where the answer (its end included) is predicted and `prompt_weight` elsewhere. A record that is
+    too long loses the end of its long text; a document is cut into pieces that overlap by one token, so that each of
+    its tokens but the first is predicted once.
+    """
+
+    renderer: Renderer
+    tokenizer: Any
+    length: int
+    prompt_weight: float
+
+    def __call__(self, record: Record, where: str) -> tuple[list[Arrays], bool]:
+        """`(sequences, whether the text was shortened)`. Raises UserError naming `where`."""
+        limit = self.length + 1  # the last token is only predicted
+        if self.renderer.document:
+            ids, learned = self._join(self.renderer.pieces(record, where), where)
+            starts = range(0, max(1, len(ids) - 1), self.length)
+            return [self._shift(ids[i : i + limit], learned[i : i + limit]) for i in starts], False
+
+        def build(long: str | None) -> Encoded:
+            return self._join(self.renderer.pieces(record, where, long), where)
+
+        text = functools.partial(self.renderer.long_text, record, where)
+        (ids, learned), cut = fit(build, self.tokenizer, text, limit, where)
+        return [self._shift(ids, learned)], cut is not None
+
+    def prompt(self, record: Record, where: str, reserve: int) -> tuple[str, list[int]]:
+        """`(text, ids)` of the prompt alone, shortened so that `reserve` tokens more fit into `length`."""
+
+        def build(long: str | None) -> Encoded:
+            return start(self.tokenizer, [(self.renderer.prompt(record, where, long), False)])
+
+        text = functools.partial(self.renderer.long_text, record, where)
+        (ids, _), cut = fit(build, self.tokenizer, text, self.length - reserve, where)
+        return self.renderer.prompt(record, where, cut), ids
+
+    def _join(self, pieces: Sequence[Piece], where: str) -> Encoded:
+        ids, learned = start(self.tokenizer, pieces)
+        if not self.renderer.closed and ids[-1:] != [self.tokenizer.eos_id]:
+            ids, learned = [*ids, self.tokenizer.eos_id], [*learned, True]
+        if len(ids) < 2:
+            raise UserError(f"{where}: nothing to predict in a single token")
+        return ids, learned
+
+    def _shift(self, ids: Sequence[int], learned: Sequence[bool]) -> Arrays:
+        weights = np.where(np.asarray(learned[1:], bool), 1.0, self.prompt_weight)
+        return {
+            "tokens": np.asarray(ids[:-1], np.int32),
+            "targets": np.asarray(ids[1:], np.int32),
+            "weights": weights.astype(np.float32),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Sequences for classification: `tokens` int32 `[N]` with the tokenizer's special tokens, and `labels`."""
+
+    renderer: Renderer
+    tokenizer: Any
+    length: int
+    label_field: str
+    labels: tuple[str, ...]
+
+    def __call__(self, record: Record, where: str) -> tuple[list[Arrays], bool]:
+        """`([sequence], whether the text was shortened)`. Raises UserError naming `where`."""
+
+        def build(long: str | None) -> Encoded:
+            ids = self.tokenizer.encode_special(self.text(record, where, long))
+            return ids, [False] * len(ids)
+
+        text = functools.partial(self.renderer.long_text, record, where)
+        (ids, _), cut = fit(build, self.tokenizer, text, self.length, where)
+        return [{"tokens": np.asarray(ids, np.int32), "labels": np.int32(self.label(record, where))}], cut is not None
+
+    def text(self, record: Record, where: str, long: str | None = None) -> str:
+        """The text that is classified."""
+        return "".join(text for text, _ in self.renderer.pieces(record, where, long))
+
+    def label(self, record: Record, where: str) -> int:
+        """The index of the record's label in `labels`."""
+        if self.label_field not in record:
+            raise UserError(f"{where}: the record has no field {self.label_field!r}{nearest(self.label_field, record)}")
+        name = str(record[self.label_field])
+        if name not in self.labels:
+            known = ", ".join(self.labels)
+            raise UserError(f"{where}: unknown label {name!r}{nearest(name, self.labels)}; known: {known}")
+        return self.labels.index(name)
+
+
+def start(tokenizer: Any, pieces: Sequence[Piece]) -> Encoded:
+    """The pieces' ids, each encoded on its own, behind the tokenizer's first token where it has one."""
+    ids: list[int] = []
+    learned: list[bool] = []
+    for text, learn in pieces:
+        new = tokenizer.encode(text)
+        ids += new
+        learned += [learn] * len(new)
+    if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
+        return [tokenizer.bos_id, *ids], [False, *learned]
+    return ids, learned
+
+
+def fit(
+    build: Callable[[str | None], Encoded], tokenizer: Any, text: Callable[[], str], limit: int, where: str
+) -> tuple[Encoded, str | None]:
+    """`(build(cut), cut)` with at most `limit` ids: `cut` is None, or as long a start of `text()` as was found to fit.
+
+    Raises UserError when what is around the text is too long by itself.
+    """
+    encoded, cut = build(None), None
+    if len(encoded[0]) <= limit:
+        return encoded, cut
+    whole = text()
+    ids = tokenizer.encode(whole)
+    keep = len(ids)
+    while (excess := len(encoded[0]) - limit) > 0:
+        if cut == "":
+            raise UserError(f"{where}: {limit + excess} tokens without the text that may be cut; at most {limit} fit")
+        keep = max(0, keep - excess)
+        cut = shorten(whole, len(tokenizer.decode(ids[:keep]))) if keep else ""
+        encoded = build(cut)
+    return encoded, cut
+
+
+def shorten(text: str, size: int) -> str:
+    """At most the first `size` characters of `text`, ending with a whole word if its words are short."""
+    if size >= len(text):
+        return text
+    head = text[:size]
+    words = head.rstrip() if text[size].isspace() else head[: max(head.rfind(" "), head.rfind("\n"), 0)].rstrip()
+    return words if words and size - len(words) <= _WORD else head

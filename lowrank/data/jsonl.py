@@ -1,0 +1,131 @@
+"""Records in JSONL files: one JSON object a line, indexed in one pass and read at random."""
+
+import functools
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from lowrank.errors import UserError, nearest
+
+Record = Mapping[str, Any]
+
+
+class Jsonl:
+    """A file, which is the split `train`, or a folder, whose `*.jsonl` files are its splits.
+
+    Every line of a split in use is checked: one that is not a JSON object raises UserError with its number.
+    """
+
+    def __init__(self, path: str, split: str) -> None:
+        self.name = f"jsonl:{path} ({split})"
+        files = _Files(Path(path))
+        try:
+            parts = tfds.core.splits.AbstractSplit.from_spec(split).to_absolute(files)
+        except (ValueError, NotImplementedError) as e:
+            raise bad_split(f"jsonl:{path}", split, files, e) from None
+        self._parts = [(files[p.splitname], p.from_ or 0, p.to) for p in parts]
+        self._lengths = [len(range(scan.num_examples)[begin:end]) for scan, begin, end in self._parts]
+        self.fields = tuple(dict.fromkeys(field for scan, _, _ in self._parts for field in scan.fields))
+        self.identity = f"jsonl {split} " + " ".join(f"{scan.checksum:08x}" for scan, _, _ in self._parts)
+
+    def __len__(self) -> int:
+        return sum(self._lengths)
+
+    def __getitem__(self, index: int) -> Record:
+        scan, i = self._at(index)
+        return scan.read(i)
+
+    def where(self, index: int) -> str:
+        """`PATH:LINE` of a record."""
+        scan, i = self._at(index)
+        return scan.where(i)
+
+    def labels(self, field: str) -> tuple[str, ...]:
+        """What `field` holds, sorted, over the whole of each file: a slice has the labels of the rest."""
+        records = (scan.read(i) for scan, _, _ in self._parts for i in range(scan.num_examples))
+        found = {r[field] for r in records if isinstance(r.get(field), str | int)}
+        return tuple(str(x) for x in sorted(found, key=lambda x: (isinstance(x, str), x)))
+
+    def _at(self, index: int) -> tuple["_Scan", int]:
+        for (scan, begin, _), length in zip(self._parts, self._lengths, strict=True):
+            if index < length:
+                return scan, begin + index
+            index -= length
+        raise IndexError(index)
+
+
+class _Files(Mapping[str, "_Scan"]):
+    """Split name -> its file, scanned when it is first asked for."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            close = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
+            raise UserError(f"no such file: {path}{close}")
+        self._paths = {p.stem: p for p in sorted(path.glob("*.jsonl"))} if path.is_dir() else {"train": path}
+        if not self._paths:
+            raise UserError(f"no *.jsonl files in {path}")
+        self._scan = functools.cache(_Scan)
+
+    def __getitem__(self, name: str) -> "_Scan":
+        return self._scan(self._paths[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._paths
+
+
+class _Scan:
+    """One pass over a file: where its records are, what fields they have, and that each is a JSON object."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.checksum = path, 0
+        fields: dict[str, None] = {}
+        lines, offsets, offset = [], [], 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    fields.update(dict.fromkeys(_object(line, f"{path}:{number}")))
+                    lines.append(number)
+                    offsets.append(offset)
+                self.checksum = zlib.crc32(line, self.checksum)
+                offset += len(line)
+        self._lines, self._offsets = np.asarray(lines, np.int64), np.asarray(offsets, np.int64)
+        self.fields, self.num_examples = tuple(fields), len(lines)
+
+    def read(self, i: int) -> Record:
+        with open(self.path, "rb") as file:
+            file.seek(self._offsets[i])
+            return _object(file.readline(), self.where(i))
+
+    def where(self, i: int) -> str:
+        return f"{self.path}:{self._lines[i]}"
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: not UTF-8: {e.reason} at byte {e.start}") from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where}: not JSON: {e.msg} at column {e.colno}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a record is a JSON object, not {type(record).__name__}")
+    return record
+
+
+def bad_split(name: str, split: str, known: Mapping[str, Any], error: Exception) -> UserError:
+    """What is wrong with a split expression: a name that is not `known`, or else what TFDS says."""
+    reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
+    reason = "" if reason.startswith("Unknown split") else f" ({reason})"
+    return UserError(f"{name} has no split {split!r}{nearest(split, known)}{reason}; its splits: {', '.join(known)}")

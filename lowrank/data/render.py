@@ -1,0 +1,149 @@
+"""What the model reads of a record: pieces of text, each either prompt or to be learned."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from lowrank.data.templates import MESSAGES, Record, Template
+from lowrank.errors import UserError
+
+Piece = tuple[str, bool]  # (text, whether it is to be learned)
+
+
+class Renderer(Protocol):
+    """A template or a conversation; `long` stands in for `long_text(record)` where that is too long.
+
+    A `document` is learned in full and cut into as many sequences as it takes; what is `closed` brings its own end.
+    """
+
+    document: bool
+    closed: bool
+
+    def long_text(self, record: Record, where: str) -> str:
+        """The part of the record that may be shortened."""
+
+    def pieces(self, record: Record, where: str, long: str | None = None) -> list[Piece]:
+        """The whole text in order. Raises UserError naming `where` for a record that lacks a field or an answer."""
+
+    def prompt(self, record: Record, where: str, long: str | None = None) -> str:
+        """The text that generation continues."""
+
+    def answer(self, record: Record, where: str) -> str:
+        """What the generated text is compared with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """A template's prompt and completion, joined as they are."""
+
+    template: Template
+    closed = False
+
+    @property
+    def document(self) -> bool:
+        """Whether there is no prompt."""
+        return not self.template.prompt
+
+    def long_text(self, record: Record, where: str) -> str:
+        """The template's long field."""
+        return self.template.long_text(record, where)
+
+    def pieces(self, record: Record, where: str, long: str | None = None) -> list[Piece]:
+        """Prompt and completion, or the document alone."""
+        prompt, completion = self.template.render(record, where, long)
+        return [(prompt, False), (completion, True)] if prompt else [(completion, True)]
+
+    def prompt(self, record: Record, where: str, long: str | None = None) -> str:
+        """The prompt."""
+        return self.template.render(record, where, long)[0]
+
+    def answer(self, record: Record, where: str) -> str:
+        """The completion, without space around it."""
+        return self.template.render(record, where)[1].strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """Turns as the tokenizer's chat template writes them: a template's two, or those in the record's `messages`.
+
+    Every answer among `messages` is learned, and the longest of the user's turns is the one that is shortened.
+    """
+
+    tokenizer: Any
+    template: Template | None = None
+    document = False
+    closed = True
+
+    def long_text(self, record: Record, where: str) -> str:
+        """The template's long field, or the user's longest turn."""
+        if self.template:
+            return self.template.long_text(record, where)
+        messages = _messages(record, where)
+        return messages[_longest(messages, where)]["content"]
+
+    def pieces(self, record: Record, where: str, long: str | None = None) -> list[Piece]:
+        """The conversation, its answers to be learned."""
+        return turns(self.tokenizer, self._turns(record, where, long), where)
+
+    def prompt(self, record: Record, where: str, long: str | None = None) -> str:
+        """The conversation up to the last answer, which is announced."""
+        return self.tokenizer.chat(self._turns(record, where, long)[:-1], add_generation_prompt=True)
+
+    def answer(self, record: Record, where: str) -> str:
+        """The last answer."""
+        return self._turns(record, where, None)[-1]["content"].strip()
+
+    def _turns(self, record: Record, where: str, long: str | None) -> list[dict[str, str]]:
+        if self.template:
+            prompt, completion = self.template.render(record, where, long)
+            return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
+        messages = _messages(record, where)
+        if long is not None:
+            at = _longest(messages, where)
+            messages[at] = {**messages[at], "content": long}
+        return messages
+
+
+def _messages(record: Record, where: str) -> list[dict[str, str]]:
+    """The record's messages, checked: roles and contents are text, and the last is an answer that says something."""
+    if MESSAGES not in record:
+        raise UserError(f"{where}: the record has no field {MESSAGES!r}")
+    messages = record[MESSAGES]
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: {MESSAGES} is not a list of turns")
+    for turn in messages:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in ("role", "content")):
+            raise UserError(f"{where}: each of {MESSAGES} needs a role and a content, both text")
+        if turn["role"] == "assistant" and not turn["content"].strip():
+            raise UserError(f"{where}: empty completion")
+    if messages[-1]["role"] != "assistant" or len(messages) < 2:
+        raise UserError(f"{where}: {MESSAGES} must end with an assistant's turn that answers something")
+    return [dict(turn) for turn in messages]
+
+
+def _longest(messages: Sequence[dict[str, str]], where: str) -> int:
+    user = [i for i, turn in enumerate(messages) if turn["role"] == "user"]
+    if not user:
+        raise UserError(f"{where}: {MESSAGES} has no user's turn")
+    return max(user, key=lambda i: len(messages[i]["content"]))
+
+
+def turns(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> list[Piece]:
+    """The conversation as the tokenizer's chat template writes it, the assistant's turns to be learned.
+
+    A template may write an earlier turn differently once others follow (some drop its reasoning); such a turn
+    counts as prompt. The last one is always learned.
+    """
+    full = tokenizer.chat(list(messages))
+    pieces, end = [], 0
+    for i, turn in enumerate(messages):
+        if turn["role"] != "assistant" or not i:
+            continue
+        before = tokenizer.chat(list(messages[:i]), add_generation_prompt=True)
+        through = tokenizer.chat(list(messages[: i + 1]))
+        if full.startswith(through) and through.startswith(before) and len(before) < len(through):
+            pieces += [(full[end : len(before)], False), (through[len(before) :], True)]
+            end = len(through)
+    if end != len(full):
+        raise UserError(f"{where}: the chat template gives the last answer no place after its prompt")
+    return pieces

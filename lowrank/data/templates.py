@@ -1,0 +1,163 @@
+"""Prompt templates: a record's fields become a prompt and a completion.
+
+A template is named, or written out: `{field}` stands for the record's field, `{{` and `}}` for braces. Prompt and
+completion are joined as they are, so the space between them belongs to one of them: ` {title}`.
+"""
+
+import dataclasses
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lowrank.errors import UserError, nearest, unknown
+
+Record = Mapping[str, Any]
+
+
+def parse(text: str) -> list[tuple[str, str | None]]:
+    """`[(literal, field or None), ...]` of a format string. Raises UserError for one that is malformed."""
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as e:
+        raise UserError(f"template {text!r}: {e}") from None
+    for _, field, spec, conversion in parts:
+        if field == "" or spec or conversion:
+            raise UserError(f"template {text!r}: a field is written {{name}}, without index, format or conversion")
+    return [(literal, field) for literal, field, _, _ in parts]
+
+
+def fill(text: str, record: Record, where: str) -> str:
+    """The format string with the record's values in it; a value that holds braces stays as it is."""
+    return "".join(part + (value(record, field, where) if field else "") for part, field in parse(text))
+
+
+def value(record: Record, field: str, where: str) -> str:
+    """One field as text: strings and numbers as they are, of a list the first item. Raises UserError otherwise."""
+    if field not in record:
+        raise UserError(f"{where}: the record has no field {field!r}{nearest(field, record)}")
+    found = record[field]
+    if isinstance(found, list | tuple):
+        found = found[0] if len(found) else ""
+    if isinstance(found, str):
+        return found
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise UserError(f"{where}: field {field!r} is {type(found).__name__}, not text")
+    return str(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """`prompt` and `completion` as format strings; without a prompt the completion is a document, learned in full.
+
+    `long` names the field that is shortened, at its end, when a record does not fit (a document is not). `chat` makes
+    prompt and completion one turn each of the tokenizer's chat template. `blank` is `(field, prompt)`: the prompt
+    for records where that field is missing or empty.
+    """
+
+    prompt: str
+    completion: str
+    long: str = ""
+    chat: bool = False
+    blank: tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.long and self.long not in self.fields:
+            raise unknown("template field", self.long, self.fields)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields it needs, in order of appearance."""
+        found = [field for text in (self.prompt, self.completion) for _, field in parse(text) if field]
+        return tuple(dict.fromkeys(found))
+
+    def render(self, record: Record, where: str, long: str | None = None) -> tuple[str, str]:
+        """`(prompt, completion)`, with `long` in place of the long field.
+
+        Raises UserError naming `where` when a field is missing or no text, or the completion is empty.
+        """
+        prompt = self.blank[1] if self._is_blank(record) else self.prompt
+        if long is not None:
+            record = {**record, self.long: long}
+        completion = fill(self.completion, record, where)
+        if not completion.strip():
+            raise UserError(f"{where}: empty {'completion' if self.prompt else 'text'}")
+        return fill(prompt, record, where), completion
+
+    def long_text(self, record: Record, where: str) -> str:
+        """The text of the long field; empty when nothing may be shortened."""
+        if not self.long or (self._is_blank(record) and self.blank[0] == self.long):
+            return ""
+        return value(record, self.long, where)
+
+    def _is_blank(self, record: Record) -> bool:
+        return self.blank is not None and not str(record.get(self.blank[0]) or "").strip()
+
+
+_RESPONSE = "### Response:\n"
+_TASK = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
+_INSTRUCTION = "\n\n### Instruction:\n{instruction}\n\n"
+
+TEMPLATES: dict[str, Template] = {
+    "plain": Template("{prompt}", "{completion}", long="prompt"),
+    "headline": Template("{text}\n\nHeadline:", " {title}", long="text"),
+    "instruction": Template("### Instruction:\n{prompt}\n\n" + _RESPONSE, "{completion}", long="prompt"),
+    "alpaca": Template(
+        _TASK.format(", paired with an input that provides further context")
+        + f"{_INSTRUCTION}### Input:\n{{input}}\n\n{_RESPONSE}",
+        "{output}",
+        long="input",
+        blank=("input", _TASK.format("") + _INSTRUCTION + _RESPONSE),
+    ),
+    "chat": Template("{prompt}", "{completion}", long="prompt", chat=True),
+    "text": Template("", "{text}", long="text"),
+}
+MESSAGES = "messages"  # a template too: the record brings its own turns
+AUTO = "auto"
+
+
+def resolve(name: str, completion: str, long: str, chat: bool, fields: Sequence[str], source: str) -> Template | None:
+    """The template a config asks for, or None for `messages`; checked against the fields that `source` has.
+
+    `name` is one of `TEMPLATES`, `messages`, `auto` (chosen by the fields) or a prompt with `{field}`s, to which
+    `completion` belongs. A prompt without completion is a document.
+    """
+    name = automatic(fields, source) if name == AUTO else name
+    if name == MESSAGES:
+        needed = (MESSAGES,)
+    else:
+        template = _written(name, completion, long) if "{" in name else _named(name, completion, long)
+        template = dataclasses.replace(template, chat=template.chat or chat)
+        needed = template.fields
+    optional = () if name == MESSAGES or not template.blank else template.blank[:1]
+    for field in needed:
+        if field not in fields and field not in optional:
+            raise UserError(f"template field {field!r} is not in {source}{nearest(field, fields)}; {_has(fields)}")
+    return None if name == MESSAGES else template
+
+
+def automatic(fields: Iterable[str], source: str) -> str:
+    """The template's name that fits the fields: of several, the one that says most."""
+    wants = {"messages": "messages", "plain": "prompt completion", "alpaca": "instruction output"}
+    wants |= {"headline": "text title", "text": "text"}
+    for name, needed in wants.items():
+        if set(needed.split()) <= set(fields):
+            return name
+    raise UserError(f"no template fits {source}: set data.template; {_has(fields)}")
+
+
+def _has(fields: Iterable[str]) -> str:
+    return f"its fields: {', '.join(sorted(fields)) or 'none'}"
+
+
+def _named(name: str, completion: str, long: str) -> Template:
+    if name not in TEMPLATES:
+        raise unknown("template", name, [*TEMPLATES, MESSAGES, AUTO])
+    template = TEMPLATES[name]
+    completion = completion or template.completion
+    return dataclasses.replace(template, completion=completion, long=long or template.long)
+
+
+def _written(prompt: str, completion: str, long: str) -> Template:
+    found = [field for _, field in parse(prompt) if field]
+    long = long or ("text" if "text" in found else found[-1] if found else "")
+    return Template(prompt, completion, long=long) if completion else Template("", prompt, long=long)
