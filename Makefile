@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test parity bench lint format clean
+.PHONY: quickstart test parity bench tables lint format clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m experiments.quickstart
@@ -16,6 +16,9 @@ parity: $(VENV)/ready-parity
 
 bench: $(VENV)/ready-parity
 	$(BIN)/python -m experiments.bench.step
+
+tables: $(VENV)/ready
+	$(BIN)/python -m experiments.tables
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,63 @@
+"""This library's side of the step benchmark: answers each line on stdin with one training step (see `step.py`)."""
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.bench.worker import serve
+from lowrank import data, losses, methods, models, optim, peft_format, pretrained, sharding, step, tree, weight
+
+MODEL, ROWS, LENGTH = "smollm2-135m", 4, 128
+OPTIM = optim.OptimConfig(lr=1e-4, schedule="constant", clip=0.0)
+
+
+def main(method_name: str, folder: str) -> None:
+    """Loads the model, leaves `tokens.npy` and the initial adapter for the other side, then serves steps."""
+    method = methods.build({"name": method_name, "rank": 8, "alpha": 16})
+    mesh = sharding.make_mesh()
+    base = pretrained.load(MODEL, mesh=mesh, rules=sharding.DEFAULT_RULES, model={"remat": "dots"})
+    params = methods.attach(method, base.params, jax.random.key(0))
+    trained, frozen = tree.split(params, weight.trainable_mask(params, method.train))
+    trained, frozen = (jax.device_put(t, sharding.shardings(t, mesh)) for t in (trained, frozen))
+    group = {"name": method_name, "rank": 8, "alpha": 16}
+    peft_format.save(params, base, Path(folder) / method_name, method=group)
+    batch = sharding.global_batch(_batch(base.tokenizer, Path(folder)), mesh)
+    del params, base.params["layers"]
+
+    optimizer = optim.make(OPTIM, 1000, trained)
+    network = models.build(base.config)
+    loss = functools.partial(_loss, network)
+    plain = step.make(loss, optimizer, optim.schedule(OPTIM, 1000), seed=0)
+    state, program = step.init(trained, optimizer, mesh), None
+
+    def one_step() -> float:
+        nonlocal state, program
+        program = program or step.compile(plain, state, frozen, batch)
+        state, metrics = program(state, frozen, batch)
+        return float(metrics["loss"])
+
+    serve(one_step)
+
+
+def _loss(network, params, batch, rng):
+    del rng
+    return losses.causal_lm(network, params, {**batch, "positions": None, "segments": None}, rows=0)
+
+
+def _batch(tokenizer: pretrained.Tokenizer, folder: Path) -> dict[str, np.ndarray]:
+    """Real text: the first articles of BBC News, one after the other; the last token of a row has no target."""
+    articles = data.examples(data.DataConfig(source="bbc_news", max_examples=8), tokenizer)
+    ids = tokenizer.encode("\n\n".join(a["text"] for a in articles))[: ROWS * LENGTH]
+    tokens = np.array(ids, np.int32).reshape(ROWS, LENGTH)
+    np.save(folder / "tokens.npy", tokens)
+    weights = np.ones_like(tokens, np.float32)
+    weights[:, -1] = 0
+    return {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "weights": weights}
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

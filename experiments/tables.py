@@ -1,0 +1,56 @@
+"""Rewrites the README's tables from result files: `python -m experiments.tables`, or `make tables`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of `TABLES`.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+
+def bench_step() -> str:
+    """The step beside peft's, from `experiments/bench/results/step.json`."""
+    results = _json("experiments/bench/results/step.json")
+    head = "| | ours, s/step | peft, s/step | peft / ours | ours, peak MB | peft, peak MB | first step, ours / peft, s |"
+    rows = [
+        f"| {name} | {r['ours_s']:.2f} | {r['peft_s']:.2f} | **{r['ratio']:.2f}** | {r['ours_rss_mb']:.0f} "
+        f"| {r['peft_rss_mb']:.0f} | {r['ours_first_step_s']:.1f} / {r['peft_first_step_s']:.1f} |"
+        for name, r in (("LoRA", results["lora"]), ("DoRA", results["dora"]))
+    ]
+    return "\n".join([head, "|---|" + "---:|" * 6, *rows])
+
+
+def quickstart() -> str:
+    """What the quickstart reached, from `experiments/quickstart/results/summary.json`."""
+    s = _json("experiments/quickstart/results/summary.json")
+    head = "| | ROUGE-L before | ROUGE-L after | trained parameters | of all | seconds on 2 cores |"
+    row = (
+        f"| SmolLM2-135M, LoRA | {s['rougeL_before']:.3f} | **{s['rougeL_after']:.3f}** | {s['trained_params']:,} "
+        f"| {100 * s['trained_params'] / s['total_params']:.2f} % | {s['seconds']:.0f} |"
+    )
+    return "\n".join([head, "|---|" + "---:|" * 5, row])
+
+
+TABLES: dict[str, Callable[[], str]] = {"bench/step": bench_step, "quickstart": quickstart}
+
+
+def filled(text: str) -> str:
+    """`text` with every marked table made anew. Raises KeyError for a name that is not in TABLES."""
+
+    def table(found: re.Match[str]) -> str:
+        return f"<!-- table: {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def _json(path: str) -> dict[str, Any]:
+    return json.loads((ROOT / path).read_text())
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text()))
