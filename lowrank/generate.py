@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from lowrank.models.decoder import init_cache
 
 from lowrank.errors import UserError
-from lowrank.models import build
+from lowrank.models import build, init_cache
 
 PyTree = Any
 
@@ -95,12 +94,12 @@ def generate(
     positions, or for a setting out of range.
     """
     sampling = Sampling(float(temperature), int(top_k), float(top_p))
-    _check_fit(model.config, int(np.max(np.sum(np.asarray(segments_BxT) > 0, axis=-1))), max_new)
+    _check_fit(model.config, np.sum(np.asarray(segments_BxT) > 0, axis=-1), max_new)
     if sampling.temperature > 0 and rng is None:
         raise UserError(f"temperature={temperature} samples, so it needs rng, a key from jax.random.key")
     keys_B = row_keys(jax.random.key(0) if rng is None else rng, len(tokens_BxT))
     stops = tuple(sorted({int(i) for i in stop_ids}))
-    return _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, sampling, pad_id)
+    return _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, sampling, pad_id)[0]
 
 
 def row_keys(rng: jax.Array, rows: int) -> jax.Array:
@@ -108,19 +107,20 @@ def row_keys(rng: jax.Array, rows: int) -> jax.Array:
     return rng if rng.ndim else jax.vmap(partial(jax.random.fold_in, rng))(jnp.arange(rows))
 
 
-def _check_fit(config: Any, prompt: int, max_new: int) -> None:
+def _check_fit(config: Any, lengths_B: np.ndarray, max_new: int) -> None:
     if max_new < 1:
         raise UserError(f"max_new={max_new} is below 1")
-    if prompt < 1:
+    if min(lengths_B) < 1:
         raise UserError("a prompt is empty: generation needs at least one token to continue")
-    if prompt + max_new + config.num_prompt > config.max_positions:
+    if max(lengths_B) + max_new + config.num_prompt > config.max_positions:
         virtual = f" + {config.num_prompt} virtual tokens" if config.num_prompt else ""
-        total = f"prompt of {prompt} tokens{virtual} + max_new={max_new}"
+        total = f"a prompt of {max(lengths_B)} tokens{virtual} + max_new={max_new}"
         raise UserError(f"{total} exceeds the model's {config.max_positions} positions")
 
 
 @partial(jax.jit, static_argnames=("model", "max_new", "stops", "sampling", "pad_id"))
 def _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, sampling, pad_id):
+    """`(tokens [B, N], how many of the N were decoded before all rows had stopped)`."""
     B, T = tokens_BxT.shape
     variables = {"params": params}
     tokens_BxT, segments_BxT = jnp.asarray(tokens_BxT, jnp.int32), jnp.asarray(segments_BxT, jnp.int32)
@@ -146,11 +146,12 @@ def _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, s
         logits_BxV, cache = last_logits(token_B[:, None], (lengths_B + n - 1)[:, None], ones_Bx1, cache)
         return n + 1, write(n, logits_BxV, out_BxN, done_B), cache
 
-    cache = init_cache(model.config, B, T + max_new, model.config.dtype)
+    cache = init_cache(model.config, B, T + max_new)
     positions_BxT = jnp.maximum(jnp.cumsum(segments_BxT > 0, axis=-1, dtype=jnp.int32) - 1, 0)
     logits_BxV, cache = last_logits(tokens_BxT, positions_BxT, segments_BxT, cache)
     first = write(0, logits_BxV, jnp.full((B, max_new), pad_id, jnp.int32), jnp.zeros(B, bool))
-    return jax.lax.while_loop(running, step, (jnp.int32(1), first, cache))[1][0]
+    steps, (out_BxN, *_), _ = jax.lax.while_loop(running, step, (jnp.int32(1), first, cache))
+    return out_BxN, steps
 
 
 def texts(
@@ -171,7 +172,8 @@ def texts(
     `pretrained` gives `config` and `tokenizer`; `stop_ids` defaults to the tokenizer's. Prompts of like length share
     a batch, and a prompt's text does not depend on its neighbours. Raises UserError as `generate` does.
     """
-    tokenizer, model = pretrained.tokenizer, build(pretrained.config)
+    tokenizer, config = pretrained.tokenizer, pretrained.config
+    model = build(config)
     stops = set(tokenizer.stop_ids if stop_ids is None else stop_ids)
     ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     keys = None if rng is None else row_keys(rng, len(ids))
@@ -180,7 +182,7 @@ def texts(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         full = rows + rows[-1:] * (batch_size - len(rows))  # a constant batch: one program a length
-        tokens, segments = left_pad([ids[i] for i in full], tokenizer.pad_id)
+        tokens, segments = left_pad([ids[i] for i in full], tokenizer.pad_id, config.max_positions - config.num_prompt)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "pad_id": tokenizer.pad_id}
         drawn = None if keys is None else keys[np.asarray(full)]
         new = generate(model, params, tokens, segments, max_new=max_new, stop_ids=stops, rng=drawn, **settings)
@@ -189,9 +191,10 @@ def texts(
     return out
 
 
-def left_pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """`(tokens, segments)`, int32 `[rows, length]`: prompts padded on the left, to a `bucket` of the longest."""
-    length = bucket(max(len(row) for row in ids))
+def left_pad(ids: Sequence[Sequence[int]], pad_id: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """`(tokens, segments)`, int32 `[rows, length]`: prompts padded on the left to a `bucket`, or to `limit` if less."""
+    longest = max(len(row) for row in ids)
+    length = max(longest, min(bucket(longest), limit))
     tokens = np.full((len(ids), length), pad_id, np.int32)
     segments = np.zeros_like(tokens)
     for i, row in enumerate(ids):
