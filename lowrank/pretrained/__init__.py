@@ -1,0 +1,4 @@
+from lowrank.pretrained.load import Pretrained, describe, find, load
+from lowrank.pretrained.tokenizer import Tokenizer
+
+__all__ = ["Pretrained", "Tokenizer", "describe", "find", "load"]

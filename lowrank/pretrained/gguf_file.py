@@ -1,0 +1,146 @@
+"""A GGUF file: its metadata, and its tensors as `Stored` ones, dequantised a few rows at a time.
+
+The `gguf` package knows the block formats; its reader is not used because it keeps one array object for each token
+of the vocabulary (seconds, and hundreds of megabytes). The format: a header, key-value pairs, the tensors' table,
+and the data, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+import dataclasses
+import functools
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
+from gguf.constants import GGUFValueType as Kind
+
+from lowrank.errors import UserError
+from lowrank.pretrained.stored import Stored, read_array
+
+SCALARS = {
+    Kind.UINT8: "B",
+    Kind.INT8: "b",
+    Kind.BOOL: "?",
+    Kind.UINT16: "H",
+    Kind.INT16: "h",
+    Kind.UINT32: "I",
+    Kind.INT32: "i",
+    Kind.FLOAT32: "f",
+    Kind.UINT64: "Q",
+    Kind.INT64: "q",
+    Kind.FLOAT64: "d",
+}
+_CORRUPT = (OSError, ValueError, LookupError, ArithmeticError, TypeError, MemoryError, RecursionError)
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUF:
+    """What is in a file; no tensor has been read. `metadata` holds numbers, strings, and lists of them."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, Stored]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """`metadata[key]`; without a default, raises UserError when it is not there."""
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise UserError(f"{self.path} has no metadata {key!r}")
+        return value
+
+
+class _Cursor:
+    """Walks a byte buffer; whatever does not fit in it raises ValueError."""
+
+    def __init__(self, data: mmap.mmap):
+        self.data, self.at = data, 0
+
+    def bytes(self, count: int) -> bytes:
+        if count > len(self.data) - self.at:
+            raise ValueError(f"it ends at byte {len(self.data)}, inside its header")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        return struct.unpack(f"<{layout}", self.bytes(struct.calcsize(f"<{layout}")))
+
+    def string(self) -> str:
+        (length,) = self.unpack("Q")
+        return self.bytes(length).decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind == Kind.STRING:
+            return self.string()
+        if kind != Kind.ARRAY:
+            return self.unpack(SCALARS[Kind(kind)])[0]
+        kind, count = self.unpack("IQ")
+        if kind in (Kind.STRING, Kind.ARRAY):
+            return [self.value(kind) for _ in range(count)]
+        return list(self.unpack(f"{count}{SCALARS[Kind(kind)]}"))
+
+
+def open_gguf(path: Path) -> GGUF:
+    """Reads the header of a GGUF file. Raises UserError when the file is missing, truncated or corrupt."""
+    try:
+        with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _parse(path, _Cursor(data))
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path} is not a file") from None
+    except (*_CORRUPT, struct.error) as e:
+        raise UserError(f"{path} is truncated or corrupt: {e}") from None
+
+
+def _parse(path: Path, cursor: _Cursor) -> GGUF:
+    magic, version = cursor.bytes(4), cursor.unpack("I")[0]
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError(f"it does not start as a GGUF file of version 2 or 3 does (magic {magic!r})")
+    tensor_count, pair_count = cursor.unpack("QQ")
+    metadata = {}
+    for _ in range(pair_count):
+        key = cursor.string()
+        metadata[key] = cursor.value(cursor.unpack("I")[0])
+    table = [_table_entry(cursor) for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+    data_start, size = -(-cursor.at // alignment) * alignment, len(cursor.data)
+    tensors = {name: _stored(path, size, name, shape, kind, data_start + at) for name, shape, kind, at in table}
+    if len(tensors) < len(table):
+        raise ValueError("two tensors have the same name")
+    return GGUF(path, metadata, tensors)
+
+
+def _table_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    name = cursor.string()
+    shape = cursor.unpack(f"{cursor.unpack('I')[0]}Q")[::-1]  # the fastest axis comes first in the file
+    kind, offset = cursor.unpack("IQ")
+    return name, shape, kind, offset
+
+
+def _stored(path: Path, size: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Stored:
+    kind = GGMLQuantizationType(kind)
+    per_block, block_bytes = GGML_QUANT_SIZES[kind]
+    row = shape[-1] if shape else 1
+    count = int(np.prod(shape, dtype=object))
+    if row % per_block or offset + count // per_block * block_bytes > size:
+        raise ValueError(f"tensor {name!r} {shape} in {kind.name} does not fit in its {size} bytes")
+    row_bytes = row // per_block * block_bytes
+    return Stored(shape, kind.name, functools.partial(_read, path, offset, kind, shape, row_bytes))
+
+
+def _read(
+    path: Path, offset: int, kind: GGMLQuantizationType, shape: tuple[int, ...], row_bytes: int, start: int, stop: int
+) -> np.ndarray:
+    if len(shape) < 2:  # the one row of a vector is read whole
+        return _dequantize(read_array(path, np.uint8, offset, (row_bytes,)), kind, path)[start:stop]
+    inner = int(np.prod(shape[1:-1], dtype=np.int64))
+    packed = read_array(path, np.uint8, offset + start * inner * row_bytes, ((stop - start) * inner, row_bytes))
+    return _dequantize(packed, kind, path).reshape(stop - start, *shape[1:])
+
+
+def _dequantize(packed: np.ndarray, kind: GGMLQuantizationType, path: Path) -> np.ndarray:
+    try:
+        return gguf.quants.dequantize(packed, kind)
+    except NotImplementedError:
+        raise UserError(f"{path} holds a tensor in {kind.name}, which the gguf package cannot dequantise") from None

