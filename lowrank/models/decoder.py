@@ -154,31 +154,31 @@ class Decoder(nn.Module):
         if c.num_labels or not c.tied:
             self.head = Linear(c.num_labels or c.vocab_size)
 
-    def __call__(self, tokens_BxT, positions_BxT=None, segments_BxT=None, cache=None):
+    def __call__(self, tokens, positions=None, segments=None, cache=None):
         """Logits float32 `[B, T, V]` (with a cache: `(logits, cache)`), or `[B, C]` when `num_labels` is set."""
         if self.config.num_labels:
-            return self.classify(tokens_BxT, segments_BxT)
+            return self.classify(tokens, segments)
         if cache is None:
-            return self.logits(self.features(tokens_BxT, positions_BxT, segments_BxT))
-        h_BxTxD, cache = self.features(tokens_BxT, positions_BxT, segments_BxT, cache)
+            return self.logits(self.features(tokens, positions, segments))
+        h_BxTxD, cache = self.features(tokens, positions, segments, cache)
         return self.logits(h_BxTxD), cache
 
-    def features(self, tokens_BxT, positions_BxT=None, segments_BxT=None, cache=None):
+    def features(self, tokens, positions=None, segments=None, cache=None):
         """What the head reads, `[B, T, D]`; with a cache `(features, cache)`, and these tokens follow those in it.
 
         Raises UserError when the sequence is longer than the model's positions.
         """
         c = self.config
-        T = tokens_BxT.shape[1]
+        T = tokens.shape[1]
         if T + c.num_prompt > c.max_positions:
             virtual = f" and {c.num_prompt} virtual ones" if c.num_prompt else ""
             raise UserError(f"a sequence of {T} tokens{virtual} exceeds the model's {c.max_positions} positions")
-        h = self.embed(tokens_BxT)
+        h = self.embed(tokens)
         virtual = 0 if cache is not None and cache.prompted else c.num_prompt
         if virtual:
             h = self.prompt(h)
-        positions_BxT, view, cache = views.causal(c, *h.shape[:2], virtual, positions_BxT, segments_BxT, cache)
-        h = self.embed.place(h, positions_BxT)
+        positions, view, cache = views.causal(c, *h.shape[:2], virtual, positions, segments, cache)
+        h = self.embed.place(h, positions)
         h, new = self._run(h, view, cache)
         h = self.norm(h[:, virtual:])
         return h if cache is None else (h, caches.advance(cache, new))
@@ -199,11 +199,11 @@ class Decoder(nn.Module):
         y = self.embed.attend(h_BxTxD) if c.tied else self.head(h_BxTxD).astype(jnp.float32)
         return c.final_logit_softcap * jnp.tanh(y / c.final_logit_softcap) if c.final_logit_softcap else y
 
-    def classify(self, tokens_BxT: jax.Array, segments_BxT: jax.Array | None = None) -> jax.Array:
+    def classify(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
         """Label logits, float32 `[B, C]`, read off each row's last real token."""
-        h_BxTxD = self.features(tokens_BxT, segments_BxT=segments_BxT)
-        if segments_BxT is None:
+        h_BxTxD = self.features(tokens, segments=segments)
+        if segments is None:
             return self.head(h_BxTxD[:, -1]).astype(jnp.float32)
-        places_T = jnp.arange(tokens_BxT.shape[1])
-        last_B = jnp.max(jnp.where(segments_BxT > 0, places_T[None, :], 0), axis=1)
+        places_T = jnp.arange(tokens.shape[1])
+        last_B = jnp.max(jnp.where(segments > 0, places_T[None, :], 0), axis=1)
         return self.head(jnp.take_along_axis(h_BxTxD, last_B[:, None, None], axis=1)[:, 0]).astype(jnp.float32)

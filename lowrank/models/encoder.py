@@ -110,22 +110,22 @@ class Encoder(nn.Module):
         if c.num_labels:
             self.head = DenseHead(c.num_labels) if c.dense_head else Linear(c.num_labels, True)
 
-    def __call__(self, tokens_BxT, segments=None, types=None):
+    def __call__(self, tokens, segments=None, types=None):
         """Label logits float32 `[B, C]` when `num_labels` is set, else features `[B, T, D]`."""
         if self.config.num_labels:
-            return self.classify(tokens_BxT, segments, types)
+            return self.classify(tokens, segments, types)
         if self.is_initializing():
-            self.pooled(tokens_BxT, segments, types)
-        return self.features(tokens_BxT, segments, types)
+            self.pooled(tokens, segments, types)
+        return self.features(tokens, segments, types)
 
-    def features(self, tokens_BxT, segments=None, types=None):
+    def features(self, tokens, segments=None, types=None):
         """`[B, T, D]`. Raises UserError when the sequence is longer than the model's positions."""
         c = self.config
-        length = tokens_BxT.shape[1] + c.num_prompt
+        length = tokens.shape[1] + c.num_prompt
         if length > c.max_positions:
             virtual = f", {c.num_prompt} of them virtual," if c.num_prompt else ""
             raise UserError(f"a sequence of {length} tokens{virtual} exceeds the model's {c.max_positions} positions")
-        h = self.embed(tokens_BxT)
+        h = self.embed(tokens)
         if c.num_prompt:
             h = self.prompt(h)
             types = None if types is None else jnp.pad(types, ((0, 0), (c.num_prompt, 0)))
@@ -135,18 +135,18 @@ class Encoder(nn.Module):
             h, _ = getattr(self, name)(h, view, None, None, None)
         return h[:, c.num_prompt :]
 
-    def pooled(self, tokens_BxT, segments=None, types=None):
+    def pooled(self, tokens, segments=None, types=None):
         """`[B, D]`: what stands for a row, by the config's `pooling`."""
-        h_BxTxD = self.features(tokens_BxT, segments, types)
+        h_BxTxD = self.features(tokens, segments, types)
         if self.config.pooling == "mean":
-            real_BxT = jnp.ones_like(tokens_BxT) if segments is None else segments > 0
+            real_BxT = jnp.ones_like(tokens) if segments is None else segments > 0
             real_BxTx1 = real_BxT[..., None].astype(jnp.float32)
             total_BxD = jnp.sum(h_BxTxD.astype(jnp.float32) * real_BxTx1, axis=1)
             return (total_BxD / jnp.maximum(jnp.sum(real_BxTx1, axis=1), 1)).astype(h_BxTxD.dtype)
-        first_B = jnp.zeros(len(tokens_BxT), jnp.int32) if segments is None else jnp.argmax(segments > 0, axis=1)
+        first_B = jnp.zeros(len(tokens), jnp.int32) if segments is None else jnp.argmax(segments > 0, axis=1)
         first_BxD = jnp.take_along_axis(h_BxTxD, first_B[:, None, None], axis=1)[:, 0]
         return jnp.tanh(self.pooler(first_BxD)) if self.config.pooling == "pooler" else first_BxD
 
-    def classify(self, tokens_BxT, segments=None, types=None):
+    def classify(self, tokens, segments=None, types=None):
         """Label logits, float32 `[B, C]`."""
-        return self.head(self.pooled(tokens_BxT, segments, types)).astype(jnp.float32)
+        return self.head(self.pooled(tokens, segments, types)).astype(jnp.float32)

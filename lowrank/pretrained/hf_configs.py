@@ -22,6 +22,15 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 
+SCALINGS = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low": "low_freq_factor",
+        "high": "high_freq_factor",
+        "original_positions": "original_max_position_embeddings",
+    },
+}
 LLAMA = {
     "vocab_size": "vocab_size",
     "max_positions": "max_position_embeddings",
@@ -70,12 +79,12 @@ def _rope(params: HF, theta: float) -> tuple[float, RopeScaling | None]:
     theta = float(params.get("rope_theta") or theta)
     if kind == "default":
         return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", float(params["factor"]))
-    if kind != "llama3":
-        raise unknown("rope scaling", kind, ("default", "linear", "llama3"))
-    ends = float(params["low_freq_factor"]), float(params["high_freq_factor"])
-    return theta, RopeScaling("llama3", float(params["factor"]), *ends, int(params["original_max_position_embeddings"]))
+    if kind not in SCALINGS:
+        raise unknown("rope scaling", kind, ["default", *SCALINGS])
+    for name in SCALINGS[kind].values():
+        if params.get(name) is None:
+            raise UserError(f"config.json's rope scaling {kind!r} has no {name!r}")
+    return theta, RopeScaling(kind, **{ours: params[theirs] for ours, theirs in SCALINGS[kind].items()})
 
 
 def _rope_params(hf: HF) -> HF:

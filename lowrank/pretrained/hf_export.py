@@ -5,7 +5,7 @@ from typing import Any
 
 from lowrank.models import DecoderConfig, EncoderConfig
 from lowrank.models.rope import RopeScaling
-from lowrank.pretrained.hf_configs import BERT, GPT2, LLAMA
+from lowrank.pretrained.hf_configs import BERT, GPT2, LLAMA, SCALINGS
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 
@@ -26,11 +26,8 @@ def _rope(theta: float, s: RopeScaling | None) -> dict[str, Any]:
     """`rope_theta`, and `rope_scaling` if there is any: the form that all versions of transformers read."""
     if s is None:
         return {"rope_theta": theta}
-    scaling: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
-    if s.kind == "llama3":
-        scaling |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
-        scaling["original_max_position_embeddings"] = s.original_positions
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    scaling = {theirs: getattr(s, ours) for ours, theirs in SCALINGS[s.kind].items()}
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": s.kind, **scaling}}
 
 
 def _llama_like(c: DecoderConfig, model_type: str, name: str) -> dict[str, Any]:

@@ -1,0 +1,201 @@
+"""Every family's logits agree with transformers on a tiny random model, plain and padded on either side."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from lowrank.models import build
+from lowrank.pretrained.families import FAMILIES, family_of
+
+B, T, VOCAB, LIMIT = 3, 24, 83, 2e-4
+REAL = (T, 17, 9)  # tokens of each row that are not padding
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+GEMMA = {**GROUPED, "num_hidden_layers": 4, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 6}
+GPT2 = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
+ENCODER = {**SMALL, "type_vocab_size": 2, "pad_token_id": 0}
+
+DECODERS = {
+    "llama-2": {"model_type": "llama", **SMALL},
+    "llama-3-scaled": {"model_type": "llama", **GROUPED, "rope_theta": 500000.0, "rope_scaling": LLAMA3},
+    "llama-linear": {"model_type": "llama", **GROUPED, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama-biased": {"model_type": "llama", **GROUPED, "attention_bias": True, "mlp_bias": True, "head_dim": 12},
+    "smollm2": {"model_type": "llama", **GROUPED, "tie_word_embeddings": True, "rope_theta": 100000.0},
+    "mistral": {"model_type": "mistral", **GROUPED, "sliding_window": 7},
+    "qwen2": {"model_type": "qwen2", **GROUPED, "rope_theta": 1e6},
+    "qwen2.5-tied-windowed": {
+        "model_type": "qwen2",
+        **GROUPED,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", **GROUPED, "head_dim": 16},
+    "gemma-2": {"model_type": "gemma2", **GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 5.0},
+    "gemma-3": {
+        "model_type": "gemma3_text",
+        **GEMMA,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "final_logit_softcapping": 5.0,
+    },
+    "gpt-2": {"model_type": "gpt2", **GPT2},
+}
+ENCODERS = {
+    "bert": {"model_type": "bert", **ENCODER},
+    "roberta": {"model_type": "roberta", **ENCODER, "type_vocab_size": 1, "pad_token_id": 1},
+}
+
+
+def reference(auto, spec, **options):
+    """A transformers model of random weights, norms and biases included, that stand far from their initial values."""
+    spec = {**spec, **options}
+    config = transformers.AutoConfig.for_model(spec.pop("model_type"), **spec)
+    model = auto.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        p.copy_(noise * 1.5 * p.shape[-1] ** -0.5 if p.ndim == 2 else p + 0.3 * noise)
+    return model
+
+
+def converted(model, config, family):
+    """Our parameter tree of a transformers model, by the family's table; every tensor is accounted for."""
+    state = {name: p.numpy() for name, p in model.named_parameters()}
+    params, used = {}, set()
+    for tensor in family.tensors(config):
+        arrays = [state[name] for name in tensor.names]
+        arrays = [a.T if tensor.transpose else a for a in arrays]
+        *path, last = tensor.leaf.split("/")
+        node = params
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = np.stack(arrays) if tensor.count else arrays[0]
+        used |= set(tensor.names)
+    assert used == set(state)
+    like = jax.eval_shape(build(config).init, jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, like)
+    return params
+
+
+def batch(side):
+    """`(tokens, segments)`; `side` is where the padding is, or None."""
+    tokens = np.random.default_rng(0).integers(5, VOCAB, (B, T)).astype(np.int32)
+    if side is None:
+        return tokens, None
+    real = np.arange(T)[None] < np.array(REAL)[:, None]
+    segments = (real if side == "right" else real[:, ::-1]).astype(np.int32)
+    return tokens, segments
+
+
+def as_torch(tokens, segments):
+    inputs = {"input_ids": torch.tensor(tokens, dtype=torch.long)}
+    if segments is not None:
+        mask = torch.tensor(segments, dtype=torch.long)
+        inputs |= {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    return inputs
+
+
+def largest_gap(ours, theirs, where=None):
+    gap = np.abs(np.asarray(ours) - theirs.numpy())
+    return gap.max() if where is None else gap[where > 0].max()
+
+
+@pytest.fixture(params=DECODERS)
+def decoder(request):
+    spec = DECODERS[request.param]
+    family = family_of(spec)
+    model = reference(transformers.AutoModelForCausalLM, spec)
+    config = family.config(model.config.to_dict())
+    return model, config, converted(model, config, family)
+
+
+def test_every_decoder_family_computes_the_logits_of_transformers(decoder):
+    model, config, params = decoder
+    apply = jax.jit(lambda tokens, segments: build(config).apply({"params": params}, tokens, segments=segments))
+    for side in (None, "right", "left"):
+        tokens, segments = batch(side)
+        theirs = model(**as_torch(tokens, segments)).logits
+        assert largest_gap(apply(tokens, segments), theirs, segments) <= LIMIT, side
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_a_config_survives_the_way_through_transformers_and_back(name):
+    spec = (DECODERS | ENCODERS)[name]
+    family = family_of(spec)
+    config = family.config(spec)
+    written = family.hf_config(config)
+    read = transformers.AutoConfig.for_model(**written)
+    assert family.config(written) == config
+    assert family.config(read.to_dict()) == config
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gpt-2", "gemma-3"])
+def test_a_decoder_classifies_by_its_last_token_as_transformers_does(name):
+    spec = {**DECODERS[name], "pad_token_id": 0, "num_labels": 5}
+    family = family_of(spec)
+    model = reference(transformers.AutoModelForSequenceClassification, spec)
+    config = family.config(model.config.to_dict())
+    config = type(config)(**{**vars(config), "num_labels": 5})
+    params = converted(model, config, family)
+    for side in (None, "right"):
+        tokens, segments = batch(side)
+        tokens = tokens if segments is None else np.where(segments > 0, tokens, 0)
+        theirs = model(**as_torch(tokens, segments)).logits
+        ours = build(config).apply({"params": params}, tokens, segments=segments)
+        assert largest_gap(ours, theirs) <= LIMIT, side
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_family_computes_the_features_of_transformers(name):
+    family = FAMILIES[name]
+    model = reference(transformers.AutoModel, ENCODERS[name], add_pooling_layer=True)
+    config = family.config(model.config.to_dict())
+    config = type(config)(**{**vars(config), "pooling": "pooler"})
+    state = torch.nn.ModuleDict({family.prefix.rstrip("."): model})
+    params = converted(state, config, family)
+    for side in (None, "right"):
+        tokens, segments = batch(side)
+        inputs = as_torch(tokens, segments)
+        inputs.pop("position_ids", None)
+        theirs = model(**inputs)
+        ours = build(config).apply({"params": params}, tokens, segments=segments)
+        pooled = build(config).apply({"params": params}, tokens, segments=segments, method="pooled")
+        assert largest_gap(ours, theirs.last_hidden_state, segments) <= LIMIT, side
+        assert largest_gap(pooled, theirs.pooler_output) <= LIMIT, side
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_family_classifies_as_transformers_does(name):
+    family = FAMILIES[name]
+    model = reference(transformers.AutoModelForSequenceClassification, ENCODERS[name], num_labels=5)
+    config = family.config(model.config.to_dict())
+    config = type(config)(**{**vars(config), "num_labels": 5})
+    params = converted(model, config, family)
+    for side in (None, "right"):
+        tokens, segments = batch(side)
+        types = np.arange(T)[None, :].repeat(B, 0) >= 5 if config.types > 1 else np.zeros((B, T))
+        inputs = as_torch(tokens, segments) | {"token_type_ids": torch.tensor(types, dtype=torch.long)}
+        inputs.pop("position_ids", None)
+        theirs = model(**inputs).logits
+        ours = build(config).apply({"params": params}, tokens, segments, types.astype(np.int32))
+        assert largest_gap(ours, theirs) <= LIMIT, side
