@@ -170,7 +170,8 @@ def texts(
     """The continuation of each prompt (a string, or token ids), in the order given, without its stop token.
 
     `pretrained` gives `config` and `tokenizer`; `stop_ids` defaults to the tokenizer's. Prompts of like length share
-    a batch, and a prompt's text does not depend on its neighbours. Raises UserError as `generate` does.
+    a batch of at most `batch_size`, and a prompt's text does not depend on its neighbours. Raises UserError as
+    `generate` does.
     """
     tokenizer, config = pretrained.tokenizer, pretrained.config
     model = build(config)
@@ -178,10 +179,11 @@ def texts(
     ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     keys = None if rng is None else row_keys(rng, len(ids))
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    batch_size = -(-len(ids) // max(1, -(-len(ids) // batch_size)))  # as many batches, all of a size
     out = [""] * len(ids)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        full = rows + rows[-1:] * (batch_size - len(rows))  # a constant batch: one program a length
+        full = rows + rows[-1:] * (batch_size - len(rows))  # one program a length
         tokens, segments = left_pad([ids[i] for i in full], tokenizer.pad_id, config.max_positions - config.num_prompt)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "pad_id": tokenizer.pad_id}
         drawn = None if keys is None else keys[np.asarray(full)]
