@@ -1,4 +1,5 @@
+from lowrank.pretrained.export import export
 from lowrank.pretrained.load import Pretrained, describe, find, load
 from lowrank.pretrained.tokenizer import Tokenizer
 
-__all__ = ["Pretrained", "Tokenizer", "describe", "find", "load"]
+__all__ = ["Pretrained", "Tokenizer", "describe", "export", "find", "load"]

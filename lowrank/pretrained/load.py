@@ -97,12 +97,7 @@ def _describe(source: Source, model: Mapping[str, Any], param_dtype: str) -> tup
             f"the model a vocabulary of {config.vocab_size}"
         )
     shapes = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
-    return config, words, tree.map_named(lambda name, x: x.update(dtype=_dtype(name, config, param_dtype)), shapes)
-
-
-def _dtype(leaf: str, config: Config, param_dtype: str) -> str:
-    """Prompts and classification heads, which are always trained, stay in float32."""
-    return "float32" if _may_be_new(leaf, config) and not leaf.startswith("pooler/") else param_dtype
+    return config, words, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), shapes)
 
 
 def load(

@@ -1,0 +1,153 @@
+"""A full Hugging Face checkpoint of a model: config.json, safetensors and the tokenizer's files."""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from lowrank import tree
+from lowrank.errors import UserError, unknown
+from lowrank.pretrained.families import FAMILIES
+from lowrank.pretrained.hf_files import INDEX, SINGLE
+from lowrank.pretrained.hf_tensors import Tensor
+from lowrank.pretrained.load import PARAM_DTYPES, Pretrained
+
+PyTree = Any
+SHARD_BYTES = 5_000_000_000
+RUNTIME = (
+    "dtype",
+    "remat",
+    "unroll",
+    "top_layers",
+    "num_labels",
+)  # what a checkpoint does not depend on, or says itself
+
+
+def export(
+    params: PyTree,
+    base: Pretrained,
+    directory: Path | str,
+    *,
+    dtype: str = "float32",
+    labels: Sequence[str] = (),
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes `params`, plain arrays in the tree of `base`, so that transformers loads them; every process must call it.
+
+    `dtype` is what the tensors are stored in; `labels` name the classes; a file holds at most `shard_bytes`. The
+    directory is written beside and renamed, and must not hold anything before. Raises UserError for that, and for
+    what a Hugging Face checkpoint has no place for.
+    """
+    directory = Path(directory)
+    if dtype not in PARAM_DTYPES:
+        raise unknown("dtype", dtype, PARAM_DTYPES)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists and is not an empty directory")
+    config = _hf_config(base, dtype, labels)
+    shards = _shards(
+        _checked(params, base), dict(tree.named_leaves(params)), jax.numpy.dtype(dtype).itemsize, shard_bytes
+    )
+    if jax.process_index():
+        for shard in shards:
+            _arrays(shard, params, dtype)
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        _write_shards(scratch, shards, params, dtype)
+        base.tokenizer.save(scratch)
+        (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        scratch.chmod(0o755)
+        scratch.rename(directory)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot write {directory}: {e}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return directory
+
+
+Part = tuple[str, Tensor, int | None]  # a tensor's name, its leaf, and which layer of it
+
+
+def _hf_config(base: Pretrained, dtype: str, labels: Sequence[str]) -> dict[str, Any]:
+    family, config = FAMILIES[base.family], base.config
+    kept = RUNTIME if config.num_labels else (*RUNTIME, "pooling")
+    source = family.config(base.hf_config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in kept and value != getattr(source, field.name):
+            raise UserError(f"model.{field.name}={value!r} cannot be told in a {base.family} config.json")
+    if labels and len(labels) != config.num_labels:
+        raise UserError(f"{len(labels)} labels for a model with {config.num_labels}")
+    ours = family.hf_config(config)
+    merged = {**base.hf_config, "architectures": ours["architectures"], "torch_dtype": dtype}
+    merged.setdefault("pad_token_id", base.tokenizer.pad_id)
+    if config.num_labels:
+        names = list(labels) or [f"LABEL_{i}" for i in range(config.num_labels)]
+        merged |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    merged.pop("dtype", None)
+    return merged
+
+
+def _checked(params: PyTree, base: Pretrained) -> list[Tensor]:
+    tensors = FAMILIES[base.family].tensors(base.config)
+    names, places = set(tree.names(params)), {t.leaf for t in tensors}
+    for name in sorted(names ^ places):
+        missing = f"leaf {name!r} is missing" if name in places else f"leaf {name!r} has no place in a checkpoint"
+        raise UserError(f"cannot export {base.name}: {missing}")
+    return tensors
+
+
+def _shards(tensors: Sequence[Tensor], leaves: Mapping[str, Any], itemsize: int, limit: int) -> list[list[Part]]:
+    shards: list[list[Part]] = [[]]
+    room = limit
+    for part in _parts(tensors):
+        leaf = leaves[part[1].leaf]
+        size = leaf.size * itemsize // (part[1].count or 1)
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(part)
+        room -= size
+    return shards
+
+
+def _parts(tensors: Sequence[Tensor]) -> Iterator[Part]:
+    for tensor in tensors:
+        for i, name in enumerate(tensor.names):
+            yield name, tensor, i if tensor.count else None
+
+
+def _arrays(shard: Sequence[Part], params: PyTree, dtype: str) -> dict[str, np.ndarray]:
+    """One file's tensors on the host."""
+    leaves = dict(tree.named_leaves(params))
+    arrays = {}
+    for name, tensor, layer in shard:
+        leaf = leaves[tensor.leaf] if layer is None else leaves[tensor.leaf][layer]
+        if not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        array = np.asarray(leaf)
+        arrays[name] = np.ascontiguousarray(array.T if tensor.transpose else array, jax.numpy.dtype(dtype))
+    return arrays
+
+
+def _write_shards(directory: Path, shards: Sequence[Sequence[Part]], params: PyTree, dtype: str) -> None:
+    weight_map, total = {}, 0
+    for i, shard in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        arrays = _arrays(shard, params, dtype)
+        save_file(arrays, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(arrays, file)
+        total += sum(a.nbytes for a in arrays.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
