@@ -16,6 +16,7 @@ from lowrank.errors import UserError, nearest
 
 Arrays = dict[str, np.ndarray]
 Encoded = tuple[list[int], list[bool]]  # ids, and which of them are to be learned
+_CHARACTERS = 6  # a token is shorter than that on average: of a very long text only so much is encoded
 _WORD = 40  # a cut moves back to the start of a word, if there is one within so many characters
 
 
@@ -112,15 +113,16 @@ class Labelled:
 
 
 def start(tokenizer: Any, pieces: Sequence[Piece]) -> Encoded:
-    """The pieces' ids, each encoded on its own, behind the tokenizer's first token where it has one."""
+    """The pieces' ids, each encoded on its own, behind the start token if the tokenizer puts one before a text."""
     ids: list[int] = []
     learned: list[bool] = []
     for text, learn in pieces:
         new = tokenizer.encode(text)
         ids += new
         learned += [learn] * len(new)
-    if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
-        return [tokenizer.bos_id, *ids], [False, *learned]
+    first = tokenizer.encode_special("")[:1]
+    if first == [tokenizer.bos_id] != ids[:1]:
+        return [*first, *ids], [False, *learned]
     return ids, learned
 
 
@@ -131,18 +133,23 @@ def fit(
 
     Raises UserError when what is around the text is too long by itself.
     """
-    encoded, cut = build(None), None
-    if len(encoded[0]) <= limit:
-        return encoded, cut
     whole = text()
-    ids = tokenizer.encode(whole)
-    keep = len(ids)
-    while (excess := len(encoded[0]) - limit) > 0:
-        if cut == "":
-            raise UserError(f"{where}: {limit + excess} tokens without the text that may be cut; at most {limit} fit")
-        keep = max(0, keep - excess)
-        cut = shorten(whole, len(tokenizer.decode(ids[:keep]))) if keep else ""
+    head = whole[: _CHARACTERS * limit]
+    ids = tokenizer.encode(head) if len(head) < len(whole) else []
+    if len(ids) <= limit:  # short enough to try
+        encoded = build(None)
+        if len(encoded[0]) <= limit:
+            return encoded, None
+        ids = tokenizer.encode(whole)
+    around = len(build("")[0])
+    if around > limit:
+        raise UserError(f"{where}: {around} tokens without the text that may be cut; at most {limit} fit")
+    keep, excess = limit - around, 1
+    while excess > 0:
+        cut = shorten(whole, len(tokenizer.decode(ids[:keep]))) if keep > 0 else ""
         encoded = build(cut)
+        excess = len(encoded[0]) - limit
+        keep -= excess
     return encoded, cut
 
 

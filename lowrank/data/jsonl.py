@@ -24,7 +24,7 @@ class Jsonl:
 
     def __init__(self, path: str, split: str) -> None:
         self.name = f"jsonl:{path} ({split})"
-        files = _Files(Path(path))
+        self._files = files = _Files(Path(path))
         try:
             parts = tfds.core.splits.AbstractSplit.from_spec(split).to_absolute(files)
         except (ValueError, NotImplementedError) as e:
@@ -47,8 +47,8 @@ class Jsonl:
         return scan.where(i)
 
     def labels(self, field: str) -> tuple[str, ...]:
-        """What `field` holds, sorted, over the whole of each file: a slice has the labels of the rest."""
-        records = (scan.read(i) for scan, _, _ in self._parts for i in range(scan.num_examples))
+        """What `field` holds, sorted, in all files together: every split and slice has the same labels."""
+        records = (scan.read(i) for scan in self._files.values() for i in range(scan.num_examples))
         found = {r[field] for r in records if isinstance(r.get(field), str | int)}
         return tuple(str(x) for x in sorted(found, key=lambda x: (isinstance(x, str), x)))
 

@@ -87,7 +87,7 @@ class Chat:
 
     def prompt(self, record: Record, where: str, long: str | None = None) -> str:
         """The conversation up to the last answer, which is announced."""
-        return self.tokenizer.chat(self._turns(record, where, long)[:-1], add_generation_prompt=True)
+        return _write(self.tokenizer, self._turns(record, where, long)[:-1], where, announce=True)
 
     def answer(self, record: Record, where: str) -> str:
         """The last answer."""
@@ -134,16 +134,23 @@ def turns(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> lis
     A template may write an earlier turn differently once others follow (some drop its reasoning); such a turn
     counts as prompt. The last one is always learned.
     """
-    full = tokenizer.chat(list(messages))
+    full = _write(tokenizer, messages, where)
     pieces, end = [], 0
     for i, turn in enumerate(messages):
         if turn["role"] != "assistant" or not i:
             continue
-        before = tokenizer.chat(list(messages[:i]), add_generation_prompt=True)
-        through = tokenizer.chat(list(messages[: i + 1]))
+        before = _write(tokenizer, messages[:i], where, announce=True)
+        through = _write(tokenizer, messages[: i + 1], where) if i + 1 < len(messages) else full
         if full.startswith(through) and through.startswith(before) and len(before) < len(through):
             pieces += [(full[end : len(before)], False), (through[len(before) :], True)]
             end = len(through)
     if end != len(full):
         raise UserError(f"{where}: the chat template gives the last answer no place after its prompt")
     return pieces
+
+
+def _write(tokenizer: Any, messages: Sequence[dict[str, str]], where: str, announce: bool = False) -> str:
+    try:
+        return tokenizer.chat(list(messages), add_generation_prompt=announce)
+    except UserError as e:  # no template, or one that refuses these turns
+        raise UserError(f"{where}: {e}") from None

@@ -79,7 +79,7 @@ class Template:
         if long is not None:
             record = {**record, self.long: long}
         completion = fill(self.completion, record, where)
-        if not completion.strip():
+        if long != "" and not completion.strip():
             raise UserError(f"{where}: empty {'completion' if self.prompt else 'text'}")
         return fill(prompt, record, where), completion
 

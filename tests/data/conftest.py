@@ -13,7 +13,6 @@ WORDS = "The minister said on Monday that shares rose after a strong first half 
 class Bytes:
     """A byte-level BPE with the interface of `lowrank.pretrained`'s tokenizer."""
 
-    add_bos = False
     bos_id, eos_id, pad_id = 0, 1, 2
 
     def __init__(self) -> None:

@@ -41,10 +41,13 @@ def test_a_broken_file_of_another_split_is_not_read(write, tmp_path):
     assert len(open_source(f"jsonl:{tmp_path}", "train", tmp_path)) == 10
 
 
-def test_labels_are_those_of_the_whole_file_and_numbers_sort_as_numbers(write, tmp_path):
+def test_labels_are_those_of_all_files_and_numbers_sort_as_numbers(write, tmp_path):
     assert open_source(write(TEN), "train[:1]", tmp_path).labels("label") == ("a", "b")
+    write(TEN, "train.jsonl")
+    write([{"text": "x", "label": "aa"}], "test.jsonl")
+    assert open_source(f"jsonl:{tmp_path}", "test", tmp_path).labels("label") == ("a", "aa", "b")
     numbers = [{"text": "x", "label": i} for i in (10, 9, 2)]
-    assert open_source(write(numbers), "train", tmp_path).labels("label") == ("2", "9", "10")
+    assert open_source(write(numbers, "n.jsonl"), "train", tmp_path).labels("label") == ("2", "9", "10")
 
 
 @pytest.mark.parametrize(

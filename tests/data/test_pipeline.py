@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused_before_training(config, tokenizer, changes
 
 
 def test_a_chat_needs_a_tokenizer_with_a_chat_template(config, plain_tokenizer):
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(UserError, match=r"records\.jsonl:1: the tokenizer has no chat template"):
         make_loader(replace(config, template="chat"), plain_tokenizer)
 
 
@@ -276,8 +276,9 @@ def test_a_process_that_ends_with_an_open_loader_ends_in_silence(tmp_path):
 import sys
 from lowrank.data import DataConfig, make_loader
 class Letters:
-    add_bos, bos_id, eos_id, pad_id = False, 0, 1, 2
+    bos_id, eos_id, pad_id = 0, 1, 2
     def encode(self, text): return [ord(c) for c in text]
+    encode_special = encode
 loader = make_loader(DataConfig(source="jsonl:" + sys.argv[1], seq_len=8), Letters())
 print(next(loader)["tokens"].shape)
 """
