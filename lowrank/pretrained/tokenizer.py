@@ -1,6 +1,7 @@
 """Text to token ids and back, with the special tokens and the chat template that a model came with."""
 
 import datetime
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,11 +78,8 @@ class Tokenizer:
             raise UserError("the tokenizer has no chat template")
         special = {key: self._text(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         try:
-            return (
-                _environment()
-                .from_string(template)
-                .render(messages=messages, add_generation_prompt=add_generation_prompt, **special)
-            )
+            compiled = _compiled(template)
+            return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **special)
         except jinja2.TemplateError as e:
             raise UserError(f"the chat template cannot render these messages: {e}") from None
 
@@ -121,6 +119,11 @@ def from_directory(directory: Path, hf_config: Mapping[str, Any]) -> Tokenizer:
 
 def _first(value: Any) -> int | None:
     return value[0] if isinstance(value, list) and value else value if isinstance(value, int) else None
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
 
 
 def _environment() -> jinja2.Environment:
