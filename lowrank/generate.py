@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from lowrank.data import encode
 from lowrank.errors import UserError
 from lowrank.models import build, init_cache
 
@@ -167,7 +168,7 @@ def texts(
     top_p: float = 1.0,
     rng: jax.Array | None = None,
 ) -> list[str]:
-    """The continuation of each prompt (a string, or token ids), in the order given, without its stop token.
+    """The continuation of each prompt (a string, or all its token ids), in the order given, without its stop token.
 
     `pretrained` gives `config` and `tokenizer`; `stop_ids` defaults to the tokenizer's. Prompts of like length share
     a batch of at most `batch_size`, and a prompt's text does not depend on its neighbours. Raises UserError as
@@ -176,10 +177,11 @@ def texts(
     tokenizer, config = pretrained.tokenizer, pretrained.config
     model = build(config)
     stops = set(tokenizer.stop_ids if stop_ids is None else stop_ids)
-    ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+    ids = [encode.start(tokenizer, [(p, False)])[0] if isinstance(p, str) else list(p) for p in prompts]
     keys = None if rng is None else row_keys(rng, len(ids))
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    batch_size = -(-len(ids) // max(1, -(-len(ids) // batch_size)))  # as many batches, all of a size
+    batches = -(-len(ids) // batch_size)
+    batch_size = -(-len(ids) // batches) if batches else 1  # as many batches, all of one size
     out = [""] * len(ids)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
