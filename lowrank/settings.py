@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def call(fn: Callable[..., T], group: Mapping[str, Any], where: str) -> T:
-    """`fn(**group)`; an unknown or missing key raises UserError naming `where.key` and the nearest valid one.
+    """`fn(**group)`; an unknown, missing or mistyped key raises UserError naming it and the nearest valid one.
 
     A function that takes `**kwargs` hands them on to one that does not, and that one checks them.
     """
@@ -21,10 +21,19 @@ def call(fn: Callable[..., T], group: Mapping[str, Any], where: str) -> T:
     for key in group:
         if key not in parameters and not passes_on:
             raise unknown("config key", f"{where}.{key}", [f"{where}.{k}" for k in parameters])
+        if key in parameters:
+            _check_type(parameters[key].annotation, group[key], f"{where}.{key}")
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in group]
     if missing:
         raise UserError(f"{where}.{missing[0]} is required")
     return fn(**{k: _plain(v) for k, v in group.items()})
+
+
+def _check_type(kind: Any, value: Any, where: str) -> None:
+    """Numbers, words and switches must be what they are declared to be; an int will do for a float."""
+    accepted = {bool: bool, int: int, float: int | float, str: str}.get(kind)
+    if accepted and (not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool)):
+        raise UserError(f"{where} must be a {kind.__name__}, not {value!r}")
 
 
 def _plain(value: Any) -> Any:

@@ -28,3 +28,13 @@ def test_a_misspelt_key_is_named_with_the_nearest_valid_one():
 def test_a_required_key_is_named():
     with pytest.raises(UserError, match=r"optim\.rate is required"):
         settings.call(Group, {}, "optim")
+
+
+@pytest.mark.parametrize("rate", ["fast", True, None])
+def test_a_mistyped_value_is_named(rate):
+    with pytest.raises(UserError, match=f"optim.rate must be a float, not {rate!r}"):
+        settings.call(Group, {"rate": rate}, "optim")
+
+
+def test_an_int_will_do_for_a_float():
+    assert settings.call(Group, {"rate": 1}, "optim").rate == 1

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +38,10 @@ def _batch(mesh, width=D, seed=0):
     return sharding.global_batch({k: v.astype(np.float32) for k, v in rows.items()}, mesh)
 
 
-def _setup(method=None, sizes=(2, 2, 2), width=D, layers=L, loss=_loss, **options):
-    """`(compiled step, state, frozen, batch, mesh)`."""
+@functools.cache
+def _made(full=False, sizes=(1, 1, 1), width=D, layers=L, loss=_loss, **options):
     mesh = sharding.make_mesh(*sizes)
-    method = method or methods.lora(rank=4)
+    method = methods.full() if full else methods.lora(rank=4)
     params = methods.attach(method, _params(width, layers), jax.random.key(1))
     params = jax.device_put(params, sharding.shardings(params, mesh))
     trained, frozen = tree.split(params, weight.trainable_mask(params, method.train))
@@ -51,12 +52,18 @@ def _setup(method=None, sizes=(2, 2, 2), width=D, layers=L, loss=_loss, **option
     return step.compile(fn, state, frozen, batch), state, frozen, batch, mesh
 
 
+def _setup(**options):
+    """`(compiled step, state, frozen, batch, mesh)`; the state is a copy that may be donated."""
+    compiled, state, *rest = _made(**options)
+    return compiled, jax.tree.map(jnp.copy, state), *rest
+
+
 def _bytes(values):
     return sum(x.nbytes for x in jax.tree.leaves(values))
 
 
 def test_a_step_is_the_gradient_step_by_hand():
-    compiled, state, frozen, batch, _ = _setup(methods.full(), name="sgd", clip=0)
+    compiled, state, frozen, batch, _ = _setup(full=True, name="sgd", clip=0)
     before = jax.device_get(state.trained)
 
     def mean(params):
@@ -72,26 +79,26 @@ def test_a_step_is_the_gradient_step_by_hand():
     assert int(state.step) == 1
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_accumulation_equals_the_large_batch(accumulate):
-    compiled, state, frozen, batch, _ = _setup(sizes=(2, 1, 1), name="sgd")
+@pytest.mark.parametrize(("accumulate", "sizes"), [(2, (2, 1, 1)), (4, (1, 1, 1))])
+def test_accumulation_equals_the_large_batch(accumulate, sizes):
+    compiled, state, frozen, batch, _ = _setup(sizes=sizes, name="sgd")
     whole, want = compiled(state, frozen, batch)
-    compiled, state, frozen, batch, _ = _setup(sizes=(2, 1, 1), name="sgd", accumulate=accumulate)
+    compiled, state, frozen, batch, _ = _setup(sizes=sizes, name="sgd", accumulate=accumulate)
     parts, got = compiled(state, frozen, batch)
     for key in ("loss", "grad_norm", "weight"):
         np.testing.assert_allclose(got[key], want[key], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), parts.trained, whole.trained)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
-def test_every_mesh_gives_the_same_step(sizes):
+def test_every_mesh_gives_the_same_step():
     compiled, state, frozen, batch, _ = _setup(sizes=(1, 1, 1))
     want, want_metrics = compiled(state, frozen, batch)
-    compiled, state, frozen, batch, _ = _setup(sizes=sizes)
-    got, metrics = compiled(state, frozen, batch)
-    np.testing.assert_allclose(metrics["loss"], want_metrics["loss"], rtol=1e-5)
-    np.testing.assert_allclose(metrics["grad_norm"], want_metrics["grad_norm"], rtol=1e-4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), got.trained, want.trained)
+    for sizes in ((8, 1, 1), (2, 2, 2), (1, 4, 2)):
+        compiled, state, frozen, batch, _ = _setup(sizes=sizes)
+        got, metrics = compiled(state, frozen, batch)
+        np.testing.assert_allclose(metrics["loss"], want_metrics["loss"], rtol=1e-5)
+        np.testing.assert_allclose(metrics["grad_norm"], want_metrics["grad_norm"], rtol=1e-4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), got.trained, want.trained)
 
 
 def test_training_lowers_the_loss_and_touches_no_frozen_byte():
@@ -108,9 +115,7 @@ def test_several_steps_compile_once():
     seen = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: seen.append(event))
     try:
-        compiled, state, frozen, batch, mesh = _setup()
-        jax.block_until_ready(compiled(state, frozen, batch))
-        compiled, state, frozen, batch, mesh = _setup(lr=0.02)  # another program: the listener must see it compiled
+        compiled, state, frozen, _, mesh = _setup(lr=0.02)  # a program of its own: the listener must hear it compiled
         batches = [_batch(mesh, seed=i) for i in range(4)]
         before = seen.count("/jax/core/compile/backend_compile_duration")
         for batch in batches:
@@ -129,7 +134,7 @@ def test_a_batch_of_another_shape_is_refused_rather_than_compiled():
 
 
 def test_frozen_leaves_have_no_gradient_no_moment_and_no_copy():
-    compiled, state, frozen, _, _ = _setup(sizes=(1, 1, 1), width=256, layers=16)
+    compiled, state, frozen, _, _ = _setup(width=256, layers=16)
     memory, trained = compiled.memory_analysis(), _bytes(state.trained)
     assert memory.argument_size_in_bytes < 1.05 * (_bytes(frozen) + _bytes(state))
     assert memory.output_size_in_bytes < _bytes(state) + 1024
@@ -141,7 +146,7 @@ def test_frozen_leaves_have_no_gradient_no_moment_and_no_copy():
 
 
 def test_full_fine_tuning_does_need_that_memory():
-    compiled, state, _, _, _ = _setup(methods.full(), sizes=(1, 1, 1), width=256, layers=16)
+    compiled, state, _, _, _ = _setup(full=True, width=256, layers=16)
     assert _bytes(state) > 2.9 * _bytes(state.trained)
     assert compiled.memory_analysis().temp_size_in_bytes > _bytes(state.trained) / 2
 

@@ -1,0 +1,29 @@
+"""Instruction tuning of a Llama-like model on your own JSONL records `{"prompt": ..., "completion": ...}`.
+
+    python -m launch.main --config=configs/llama_sft_jsonl.py --workdir=runs/sft \
+        --config.model.name=/path/to/hf_model --config.data.source=jsonl:/path/to/records.jsonl
+
+bfloat16 base and activations, float32 adapters, all linear maps adapted with LoRA+ rates; the parameters are split
+over all devices (`mesh.fsdp=-1`).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: `method=NAME,KEY=VALUE,...`."""
+    target = r"layers/(attn/(q|k|v|o)|mlp/(gate|up|down))/kernel"
+    return common.new(
+        seed=0,
+        steps=1000,
+        objective="causal_lm",
+        model={"name": "smollm2-135m", "param_dtype": "bfloat16", "dtype": "bfloat16", "remat": "block"},
+        method=common.method(arg, "lora", rank=16, alpha=32.0, target=target),
+        data={"source": "jsonl:records.jsonl", "split": "train", "seq_len": 1024, "batch_size": 16},
+        optim={"lr": 2e-4, "b_ratio": 4.0, "schedule": "cosine", "warmup": 30, "accumulate": 1},
+        mesh={"data": 1, "fsdp": -1, "tensor": 1},
+        checkpoint={"every": 200, "keep": 2},
+        log_every=10,
+    )

@@ -1,0 +1,38 @@
+"""SmolLM2-135M-Instruct learns to write BBC headlines in minutes on a CPU; LoRA on every kernel of attention and MLP.
+
+make quickstart        (or: python -m experiments.quickstart)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# The model's own chat format without its long system message, and the start of the answer: among nine wordings, the
+# one with which the model as it comes writes the best headlines (see experiments/quickstart/README.md).
+PROMPT = (
+    "<|im_start|>user\nWrite a headline of at most six words for this BBC News article.\n\n{text}<|im_end|>\n"
+    "<|im_start|>assistant\nHeadline:"
+)
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: `method=NAME,KEY=VALUE,...`."""
+    kernels = r".*/(q|k|v|o|gate|up|down)/kernel"
+    return common.new(
+        seed=0,
+        steps=40,
+        objective="causal_lm",
+        model={"name": "smollm2-135m", "remat": "none"},
+        method=common.method(arg, "lora", rank=8, alpha=16.0, target=kernels),
+        data={
+            "source": "bbc_news",
+            "template": PROMPT,
+            "completion": " {title}",
+            "seq_len": 96,
+            "batch_size": 8,
+            "prompt_loss_weight": 0.1,
+        },
+        optim={"name": "adamw", "lr": 2e-3, "schedule": "linear", "warmup": 4, "clip": 1.0},
+        eval={"split": "test", "max_examples": 40, "texts": 100, "max_new": 16},
+        log_every=5,
+    )

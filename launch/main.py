@@ -1,0 +1,90 @@
+"""Fine-tunes: `python -m launch.main --config=configs/X.py[:arg] --workdir=DIR [--config.a.b=c ...]`.
+
+Bad input is one line on stderr and exit code 2. SIGTERM saves and exits with 0; the same command then continues.
+"""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from lowrank import train
+from lowrank.errors import UserError, unknown
+
+# New keys are let in so that every option can be set, listed in the file or not; the dataclasses refuse unknown ones.
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The config file; its argument after a colon.", lock_config=False, accept_new_attributes=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, logs, report and adapter.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the training that the flags describe."""
+    del argv
+    config = _CONFIG.value.lock()
+    try:
+        if config.get("distributed", False):
+            jax.distributed.initialize()
+        train.run(config, _WORKDIR.value, command=shlex.join(["python", "-m", "launch.main", *sys.argv[1:]]))
+    except UserError as e:
+        _fail(e)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """absl's parser for `app.run`, with one line for a bad flag where absl or ml_collections print pages."""
+    try:
+        _check_groups(argv)
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]!r} is not a flag")
+        if _CONFIG.value is None or _WORKDIR.value is None:
+            raise UserError("--config=FILE and --workdir=DIR are both required")
+        return rest
+    except (flags.Error, UserError) as e:
+        return _fail(e)
+
+
+def _check_groups(argv: Sequence[str]) -> None:
+    """Raises UserError for a config that cannot be loaded, and for an override in a group that it does not have."""
+    words = [arg.lstrip("-").partition("=") for arg in argv[1:]]
+    names = [name for name, _, _ in words]
+    if "config" not in names:
+        return
+    at = names.index("config")
+    config = _load(words[at][2] or "".join(argv[at + 2 : at + 3]))  # --config=FILE or --config FILE
+    for name in names:
+        if name.startswith("config."):
+            _check_group(config, name)
+
+
+def _load(path: str) -> Mapping[str, Any]:
+    try:
+        return dict(config_flags.ConfigFileFlagParser("config").parse(path).items())
+    except OSError:
+        raise UserError(f"config file {path.partition(':')[0]!r} cannot be read") from None
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path}: {e.__context__ or e}") from None  # the parser wraps it in a traceback's text
+
+
+def _check_group(config: Any, name: str) -> None:
+    _, *groups, _ = name.split(".")
+    for depth, group in enumerate(groups):
+        if group not in config:
+            prefix = ".".join(["config", *groups[:depth]])
+            raise unknown("config key", name, [f"{prefix}.{k}" for k, v in config.items() if hasattr(v, "items")])
+        config = config[group]
+        if not hasattr(config, "items"):
+            raise UserError(f"unknown config key {name!r}: config.{'.'.join(groups[: depth + 1])} is not a group")
+
+
+def _fail(error: Exception) -> Any:
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

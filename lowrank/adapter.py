@@ -1,0 +1,82 @@
+"""What a run has learned, on disk: a PEFT adapter where PEFT has a format for it, else the trained leaves by name."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from safetensors.numpy import save as to_safetensors
+
+from lowrank import peft_format, tree, workdir
+from lowrank.errors import UserError, nearest
+from lowrank.weight import is_weight
+
+PyTree = Any
+ARRAYS, ABOUT = "trained.safetensors", "trained.json"
+
+
+def save(
+    params: PyTree,
+    base: Any,
+    directory: str | os.PathLike[str],
+    *,
+    mask: PyTree,
+    method: Mapping[str, Any],
+    original: PyTree | None = None,
+) -> str:
+    """Writes the adapter of `base` that `params` holds; returns what it is. Every process must call it.
+
+    Methods that rewrite weights are written in the PEFT format where it can hold them; what others train, and what
+    PEFT has no place for, is written as `trained.safetensors` `{leaf name: array}` and `trained.json`.
+    """
+    trained = [name for name, learns in tree.named_leaves(mask) if learns]
+    why = "no weight was rewritten"
+    if any(is_weight(w) for w in jax.tree.leaves(params, is_leaf=is_weight)):
+        try:
+            peft_format.save(params, base, directory, trained=trained, method=method, original=original)
+            return "adapter in the PEFT format"
+        except UserError as e:
+            why = str(e)
+    _save_leaves(params, trained, {"base": base.name, "method": dict(method), "not_peft": why}, Path(directory))
+    return "trained leaves by name"
+
+
+def load_leaves(directory: str | os.PathLike[str], params: PyTree, base_name: str) -> PyTree:
+    """`params`, to which the same method was attached, with the leaves that `save` wrote by name.
+
+    Raises UserError when they cannot be read, are of another base, or differ from `params` in name or shape.
+    """
+    directory = Path(directory)
+    try:
+        about, arrays = json.loads((directory / ABOUT).read_text()), load_file(directory / ARRAYS)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise UserError(f"adapter {directory} cannot be read: {e}") from None
+    if about.get("base") != base_name:
+        raise UserError(f"adapter {directory} was trained on {about.get('base')!r}, not on {base_name!r}")
+    shapes = {name: leaf.shape for name, leaf in tree.named_leaves(params)}
+    for name, array in arrays.items():
+        if name not in shapes:
+            raise UserError(f"leaf {name!r} of {directory} is not in the model{nearest(name, shapes)}")
+        if array.shape != shapes[name]:
+            raise UserError(f"leaf {name!r} of {directory} has shape {array.shape}, the model needs {shapes[name]}")
+    put = lambda name, leaf: jax.device_put(arrays[name].astype(leaf.dtype), leaf.sharding)  # noqa: E731
+    return tree.map_named(lambda name, leaf: put(name, leaf) if name in arrays else leaf, params)
+
+
+def _save_leaves(params: PyTree, trained: list[str], about: Mapping[str, Any], directory: Path) -> None:
+    leaves = dict(tree.named_leaves(params))
+    arrays = {name: _on_host(leaves[name]) for name in trained}
+    if jax.process_index() == 0:
+        workdir.write_bytes(directory / ARRAYS, to_safetensors(arrays))
+        workdir.write_json(directory / ABOUT, {**about, "leaves": trained})
+
+
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+    return np.ascontiguousarray(whole)

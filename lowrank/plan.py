@@ -1,0 +1,204 @@
+"""A config becomes a checked plan: all that can be wrong is found before a weight is read or anything is computed."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from lowrank import counts, data, losses, methods, models, optim, pretrained, settings, sharding, step, tree, weight
+from lowrank.errors import UserError
+from lowrank.methods import Method
+from lowrank.optim import OptimConfig
+from lowrank.scoring import EvalConfig, Scorer
+
+PyTree = Any
+Group = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The top level of a config. A group's keys are those of the dataclass or function that reads it."""
+
+    steps: int
+    model: Group  # name, param_dtype, and options of the model's config: dtype, remat, ...
+    method: Group  # name, and the keywords of that function in `methods`
+    data: Group  # data.DataConfig; the objective is this level's
+    optim: Group = dataclasses.field(default_factory=dict)  # optim.OptimConfig
+    eval: Group = dataclasses.field(default_factory=dict)  # scoring.EvalConfig
+    mesh: Group = dataclasses.field(default_factory=dict)  # sharding.make_mesh
+    checkpoint: Group = dataclasses.field(default_factory=dict)  # checkpoint.Checkpointer
+    objective: str = "causal_lm"  # a key of losses.OBJECTIVES
+    seed: int = 0
+    loss_rows: int = 1024  # tokens a device whose logits exist at a time; 0: all of the batch's
+    log_every: int = 10  # steps
+    distributed: bool = False  # the launcher calls jax.distributed.initialize() first
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What the `model` group says beside the options of the model's own config."""
+
+    name: str
+    param_dtype: str = "float32"  # of what is frozen; what is trained is float32
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """The `checkpoint` group."""
+
+    every: int = 0  # steps; 0: only at SIGTERM and at the end
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked run. `shapes` and `mask` are the adapted parameters: their shapes, and which of them are trained."""
+
+    config: RunConfig
+    method: Method
+    model: ModelConfig
+    options: dict[str, Any]  # of the model's config, the method's among them
+    network: Any
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
+    loader: data.Loader
+    scorer: Scorer | None
+    mesh: Mesh
+    shapes: PyTree
+    mask: PyTree
+    table: str  # what every rule matched, and how much of the model is trained
+    tokens_per_step: float
+
+    def load(self) -> pretrained.Pretrained:
+        """The base, each leaf where the mesh wants it."""
+        return pretrained.load(
+            self.model.name,
+            param_dtype=self.model.param_dtype,
+            mesh=self.mesh,
+            rules=sharding.DEFAULT_RULES,
+            model=self.options,
+            seed=self.config.seed,
+        )
+
+    def attach(self, params: PyTree) -> tuple[PyTree, PyTree | None]:
+        """`(params with the method's rewrites, the ones before)`: what is trained in float32, all on the mesh.
+
+        The ones before are None unless a rewrite changed a base (PiSSA); else they are the same arrays.
+        """
+        where = sharding.shardings(self.shapes, self.mesh)
+        attach = functools.partial(methods.attach, self.method, key=jax.random.key(self.config.seed))
+        adapted = _computed(attach, params, where)
+        changed = _bases_changed(params, adapted)
+        adapted = jax.tree.map(lambda x, learns: x.astype("float32") if learns else x, adapted, self.mask)
+        return jax.device_put(adapted, where), params if changed else None
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of the trained leaves."""
+        return optim.make(self.optim, self.config.steps, tree.split(self.shapes, self.mask)[0])
+
+    def step(self, optimizer: optax.GradientTransformation) -> Any:
+        """The training step, ready for `step.compile`."""
+        rows = self.config.loss_rows * self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        objective = losses.objective(self.config.objective)
+
+        def loss(params: PyTree, batch: losses.Batch, rng: jax.Array) -> losses.Sums:
+            bound = self.method.bind(params, batch, rng) if self.method.bind else params
+            return objective(self.network, bound, batch, rows)
+
+        schedule = optim.schedule(self.optim, self.config.steps)
+        return step.make(loss, optimizer, schedule, seed=self.config.seed, accumulate=self.optim.accumulate)
+
+
+def make(config: Group) -> Plan:
+    """Checks a config (a ConfigDict or nested dicts) against the model, the data and the mesh. Raises UserError."""
+    c = settings.call(RunConfig, config, "config")
+    _check_numbers(c)
+    losses.objective(c.objective)
+    method = methods.build(c.method)
+    optim_config = settings.call(OptimConfig, c.optim, "optim")
+    optim.check(optim_config, c.steps)
+    data_config = settings.call(data.DataConfig, {**c.data, "objective": c.objective}, "data")
+    mesh = settings.call(sharding.make_mesh, c.mesh, "mesh")
+    sharding.check_batch(data_config.batch_size, optim_config.accumulate, mesh)
+    own = [f.name for f in dataclasses.fields(ModelConfig)]
+    model = settings.call(ModelConfig, {k: v for k, v in c.model.items() if k in own}, "model")
+    options = {k: v for k, v in c.model.items() if k not in own} | dict(method.model)
+    shape, tokenizer, _ = pretrained.describe(model.name, model=options)
+    if c.objective == "causal_lm" and not isinstance(shape, models.DecoderConfig):
+        raise UserError(f"{model.name} is an encoder: it is fine-tuned with objective=classification")
+    room = shape.max_positions - shape.num_prompt
+    loader = data.make_loader(data_config, tokenizer, jax.process_index(), jax.process_count(), room)
+    if loader.labels:
+        options["num_labels"] = len(loader.labels)
+    shape, _, base = pretrained.describe(model.name, model=options)
+    shapes, mask, table = _split(method, base, bool(loader.labels))
+    sharding.shardings(shapes, mesh)
+    network = models.build(shape)
+    eval_config = settings.call(EvalConfig, c.eval, "eval")
+    plan = Plan(
+        config=c,
+        method=method,
+        model=model,
+        options=options,
+        network=network,
+        optim=optim_config,
+        checkpoint=settings.call(CheckpointConfig, c.checkpoint, "checkpoint"),
+        loader=loader,
+        scorer=Scorer(eval_config, data_config, tokenizer, network, method.bind, mesh) if eval_config.split else None,
+        mesh=mesh,
+        shapes=shapes,
+        mask=mask,
+        table=table,
+        tokens_per_step=_tokens_per_step(data_config, loader),
+    )
+    plan.optimizer()
+    return plan
+
+
+def _check_numbers(c: RunConfig) -> None:
+    for key, least in (("steps", 1), ("log_every", 1), ("loss_rows", 0), ("seed", 0)):
+        if getattr(c, key) < least:
+            raise UserError(f"{key} must be at least {least}, not {getattr(c, key)}")
+
+
+def _split(method: Method, base: PyTree, labelled: bool) -> tuple[PyTree, PyTree, str]:
+    """`(shapes, mask, table)` of the adapted parameters; a classifier's head is new, so it is always trained."""
+    method = dataclasses.replace(method, train=(*method.train, *(("head/.*",) if labelled else ())))
+    shapes = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), base)
+    mask = weight.trainable_mask(shapes, method.train)
+    if not any(jax.tree.leaves(mask)):
+        raise UserError("the method trains nothing")
+    return shapes, mask, counts.rule_table(methods.matches(method, shapes), shapes, mask)
+
+
+def _computed(fn: Callable[[PyTree], PyTree], params: PyTree, where: PyTree) -> PyTree:
+    """`fn(params)` under jit; what `fn` hands through stays the array it was, where jit would make a copy of it."""
+    program, shapes = jax.make_jaxpr(fn, return_shape=True)(params)
+    given = {id(var): x for var, x in zip(program.jaxpr.invars, jax.tree.leaves(params), strict=True)}
+    made = [id(var) not in given for var in program.jaxpr.outvars]
+
+    def some(values: PyTree) -> list[Any]:
+        return [x for x, new in zip(jax.tree.leaves(values), made, strict=True) if new]
+
+    fresh = iter(jax.jit(lambda p: some(fn(p)), out_shardings=some(where))(params))
+    leaves = [next(fresh) if new else given[id(v)] for v, new in zip(program.jaxpr.outvars, made, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _bases_changed(before: PyTree, after: PyTree) -> bool:
+    """Whether a form's plain base is another array than the one it was made from."""
+    forms = {name: w for name, w in tree.named_leaves(after, weight.is_weight) if weight.is_weight(w)}
+    plain = dict(tree.named_leaves(before))
+    bases = {name: w.base for name, w in forms.items() if isinstance(w.base, jax.Array)}
+    return any(base is not plain[name] for name, base in bases.items())
+
+
+def _tokens_per_step(config: data.DataConfig, loader: data.Loader) -> float:
+    """Real tokens a step of all hosts: rows that are packed are nearly full, others are as long as their sequence."""
+    mean = loader.stats["tokens"] / max(1, loader.stats["sequences"])
+    packed = config.packing and not loader.labels
+    return config.batch_size * (config.seq_len if packed else mean)

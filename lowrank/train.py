@@ -1,0 +1,188 @@
+"""The training run: plan, load, split, step, save. Everything else lives in the file that its name says."""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lowrank import adapter, counts, plan, report, sharding, step, tree, workdir
+from lowrank.checkpoint import Checkpointer, StopSignal, flatten_named, unflatten_named
+from lowrank.errors import UserError
+from lowrank.runlog import RunLog
+
+PyTree = Any
+SUMMARY, BEFORE, ADAPTER = "summary.json", "before.json", "adapter"
+
+
+def run(config: Mapping[str, Any], directory: str | os.PathLike[str], command: str = "") -> dict[str, Any]:
+    """Fine-tunes as `config` (a ConfigDict or nested dicts) says, in `directory`; returns the summary it leaves there.
+
+    A directory with a checkpoint of the same config is continued, bit for bit on the same mesh. SIGTERM saves and
+    returns early, with `stopped_at` in the summary. `command` is what the report says to repeat the run with.
+
+    Raises:
+      UserError: a bad config, before anything is computed; a loss that is not finite; a disk that refuses.
+    """
+    job = plan.make(config)
+    folder = workdir.claim(directory, config)
+    every, keep = job.checkpoint.every, job.checkpoint.keep
+    with StopSignal() as stop, Checkpointer(folder / "checkpoints", every, keep) as saver:
+        start = saver.latest() or 0
+        if start == job.config.steps and (folder / SUMMARY).exists():
+            return json.loads((folder / SUMMARY).read_text())
+        with RunLog(folder, job.config.steps, start=start, tokens_per_step=job.tokens_per_step) as log:
+            log.say(job.table)
+            return Run(job, folder, saver, log, stop, command).go()
+
+
+class Run:
+    """One run of a plan, from its last checkpoint on."""
+
+    def __init__(self, job: plan.Plan, folder: Path, saver: Checkpointer, log: RunLog, stop: StopSignal, command: str):
+        """Loads the base, attaches the method and restores what a checkpoint holds."""
+        self.job, self.folder, self.saver, self.log, self.stop, self.command = job, folder, saver, log, stop, command
+        base = job.load()
+        params, self.original = job.attach(base.params)
+        self.base = dataclasses.replace(base, params=None)
+        trained, self.frozen = tree.split(params, job.mask)
+        self.optimizer = job.optimizer()
+        self.state = step.init(trained, self.optimizer, job.mesh)
+        self.metrics: Mapping[str, jax.Array] | None = None  # of the last step done
+        self.compile_seconds = 0.0
+        if saver.latest() is not None:
+            self._restore(saver.latest())
+
+    def go(self) -> dict[str, Any]:
+        """Trains, and leaves the adapter and the report; or stops where SIGTERM came."""
+        before = self._before()
+        done = self._train()
+        if done < self.job.config.steps:
+            self.log.say(f"stopped after step {done}; the same command continues")
+            return {"stopped_at": done}
+        return self._finish(before)
+
+    def _restore(self, last: int) -> None:
+        like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in self._arrays().items()}
+        arrays, meta = self.saver.restore(last, like)
+        self.state = unflatten_named(self.state, arrays)
+        self.job.loader.set_state(meta["host"])
+        self.log.say(f"continuing after step {last}")
+
+    def _train(self) -> int:
+        """Trains to the end or to SIGTERM and saves; returns the number of steps done."""
+        c, start, program = self.job.config, int(self.state.step), None
+        done = start
+        while done < c.steps and not self.stop.requested(done):
+            batch = self._batch(done)
+            program = program or self._compile(batch)
+            previous = self.metrics
+            self.state, self.metrics = program(self.state, self.frozen, batch)
+            self._check_finite(done, previous)  # one step behind, so that the device does not wait for the host
+            done += 1
+            if done % c.log_every == 0 or done == c.steps:
+                self.log.scalars(done, {f"train/{name}": value for name, value in self.metrics.items()})
+            if self.saver.due(done):
+                self._save(done)
+            if self.job.scorer and self.job.scorer.due(done) and done < c.steps:
+                self._score(done)
+        if done > start:
+            self._save(done, block=True)
+        return done
+
+    def _batch(self, done: int) -> dict[str, jax.Array]:
+        batch = next(self.job.loader, None)
+        if batch is None:
+            raise UserError(f"the data ended after step {done} of {self.job.config.steps}: raise data.epochs")
+        return sharding.global_batch(batch, self.job.mesh)
+
+    def _compile(self, batch: Mapping[str, jax.Array]) -> jax.stages.Compiled:
+        started = time.monotonic()
+        program = step.compile(self.job.step(self.optimizer), self.state, self.frozen, batch)
+        self.compile_seconds = time.monotonic() - started
+        return program
+
+    def _check_finite(self, done: int, metrics: Mapping[str, jax.Array] | None) -> None:
+        for name in ("loss", "grad_norm") if metrics else ():
+            if not math.isfinite(value := float(metrics[name])):
+                kept = self.saver.latest()
+                survivor = "there is no checkpoint" if kept is None else f"the checkpoint of step {kept} is intact"
+                raise UserError(f"{name} is {value} at step {done}; {survivor}")
+
+    def _save(self, done: int, block: bool = False) -> None:
+        self._check_finite(done, self.metrics)
+        meta = {"step": done, "config": workdir.plain(vars(self.job.config))}
+        self.saver.save(done, self._arrays(), meta, block=block, host=self.job.loader.get_state())
+
+    def _arrays(self) -> dict[str, jax.Array]:
+        return flatten_named(self.state)
+
+    def _params(self) -> PyTree:
+        return tree.join(self.state.trained, self.frozen)
+
+    def _score(self, done: int) -> dict[str, float]:
+        with self.log.paused():
+            scores = self.job.scorer.scores(self._params())
+        self.log.scalars(done, {f"eval/{'loss' if name == 'nll' else name}": v for name, v in scores.items()})
+        return scores
+
+    def _judge(self) -> dict[str, Any]:
+        """`{scores, texts}` of the parameters as they are; nothing without an `eval` group."""
+        if not self.job.scorer:
+            return {"scores": {}, "texts": []}
+        scores = self._score(int(self.state.step))
+        with self.log.paused():
+            more, texts = self.job.scorer.texts(self._params())
+        return {"scores": scores | more, "texts": texts}
+
+    def _before(self) -> dict[str, Any]:
+        """The scores before the first step, from the file if the run goes on after a stop."""
+        path = self.folder / BEFORE
+        if int(self.state.step) == 0 or not path.exists():
+            workdir.write_json(path, self._judge())
+        return json.loads(path.read_text())
+
+    def _finish(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        c, after = self.job.config, self._judge()
+        kind = adapter.save(
+            self._params(),
+            self.base,
+            self.folder / ADAPTER,
+            mask=self.job.mask,
+            method=workdir.plain(c.method),
+            original=self.original,
+        )
+        summary = {
+            "model": self.job.model.name,
+            "method": c.method["name"],
+            "steps": c.steps,
+            "final_loss": float(self.metrics["loss"]) if self.metrics else None,
+            **counts.totals(self.job.shapes, self.job.mask),
+            **report.peak_memory(),
+            "seconds": self.log.seconds,
+            "compile_seconds": self.compile_seconds,
+            "tokens_per_s": self.log.tokens_per_s,
+            "before": before["scores"],
+            "after": after["scores"],
+        }
+        if jax.process_index() == 0:
+            self._report(summary, before["texts"], after["texts"], kind)
+        return summary
+
+    def _report(self, summary: dict[str, Any], before: list[str], after: list[str], kind: str) -> None:
+        report.write(
+            self.folder,
+            summary,
+            self.job.table,
+            title=f"{summary['method']} on {summary['model']}",
+            command=self.command,
+            config=workdir.plain(vars(self.job.config)),
+            samples=self.job.scorer.samples(before, after) if before else (),
+            files={ADAPTER: kind, "checkpoints": "trained leaves, optimizer, data position"},
+        )
+        workdir.write_json(self.folder / SUMMARY, summary)
