@@ -1,0 +1,77 @@
+"""`adapter_config.json`: what it must say, what it may say, and what would change the maths unseen."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowrank.errors import UserError, nearest, unknown
+from lowrank.peft_format.forms import FORMS, Form
+
+NAME = "adapter_config.json"
+_ABOUT = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+)
+
+
+def read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Form]:
+    """The adapter's JSON with PEFT's defaults filled in, and the form it describes.
+
+    Raises UserError for a folder without an adapter, an unknown `peft_type`, and keys that are unknown and switched
+    on or have a value that is not understood.
+    """
+    path = Path(directory) / NAME
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} holds no adapter: it has no {NAME}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a JSON object")
+    form = _form(raw, path)
+    for key, value in raw.items():
+        _check(key, value, form, path)
+    return {**dict.fromkeys(_ABOUT), **form.reads, **raw}, form
+
+
+def _form(raw: Mapping[str, Any], path: Path) -> Form:
+    peft_type = raw.get("peft_type")
+    alike = [form for form in FORMS.values() if form.peft_type == peft_type]
+    if not alike:
+        raise unknown(f"peft_type in {path}:", str(peft_type), {form.peft_type for form in FORMS.values()})
+    for form in alike:
+        if all(bool(raw.get(key)) == value for key, value in form.flags.items()):
+            return form
+    raise UserError(f"{path}: no form of {peft_type} has these settings: {', '.join(alike[0].flags)}")
+
+
+def _check(key: str, value: Any, form: Form, path: Path) -> None:
+    known = (*_ABOUT, *form.reads, *form.ignores, *form.flags)
+    if key in form.only:
+        if value not in form.only[key]:
+            raise UserError(f"{path}: {key}={value!r} is not supported; known: {', '.join(map(repr, form.only[key]))}")
+    elif key not in known and value:  # a feature that is off changes nothing
+        raise UserError(f"{path}: {key}={value!r} is not supported{nearest(key, known)}")
+
+
+def check_base(config: Mapping[str, Any], name: str, directory: str | os.PathLike[str], any_base: bool) -> None:
+    """Raises UserError when the adapter records another base than `name`, unless `any_base`."""
+    recorded = config["base_model_name_or_path"]
+    if recorded and not any_base and _same(recorded) != _same(name):
+        raise UserError(
+            f"the adapter in {directory} is for base {recorded!r}, the loaded base is {name!r} "
+            "(any_base=True, or --any_base, attaches it all the same)"
+        )
+
+
+def _same(name: str) -> str:
+    """A folder's real path; a hub id as it is."""
+    return os.path.realpath(name) if os.path.isdir(name) else name.rstrip("/")

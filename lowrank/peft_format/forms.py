@@ -1,0 +1,275 @@
+"""The forms that PEFT's format can hold. A further one is a further entry of `FORMS`.
+
+Torch stores `[out, in]` where we keep `[in, out]`, so a matrix is transposed on its way; also for GPT-2's Conv1D, whose
+adapters are stored as those of any other layer. Layers of a stack with smaller ranks are padded with zeros here and
+stripped there.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank.errors import UserError
+from lowrank.peft_format import match
+from lowrank.weight import Weight
+from lowrank.weights import dora
+from lowrank.weights.dora import DoRA
+from lowrank.weights.lora import LoRA
+from lowrank.weights.scaled import Scaled
+
+Settings = Mapping[str, Any]
+Arrays = dict[str, np.ndarray]
+
+
+class Layer(NamedTuple):
+    """One adapted module: what the JSON says of it, and its arrays by field, in our layout."""
+
+    settings: Settings
+    arrays: Arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One tensor of an adapted module: its name after the module's path, our field, and its shape on disk."""
+
+    suffix: str
+    field: str
+    shape: Callable[[int, int, Settings], tuple[int, ...]]  # of (in, out, settings)
+    vector: bool = False  # ours is one-dimensional
+
+    def to_disk(self, array: np.ndarray, n_in: int, n_out: int, settings: Settings) -> np.ndarray:
+        """Our array as torch stores it."""
+        return array.T.reshape(self.shape(n_in, n_out, settings))
+
+    def from_disk(self, array: np.ndarray) -> np.ndarray:
+        """A stored array in our layout."""
+        return array.reshape(-1) if self.vector else array.T
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How one kind of weight is said in PEFT's format."""
+
+    peft_type: str
+    kind: type[Weight]
+    parts: tuple[Part, ...]
+    flags: Mapping[str, Any]  # JSON values that tell the forms of one peft_type apart
+    reads: Mapping[str, Any]  # JSON keys that are obeyed, with PEFT's defaults
+    ignores: tuple[str, ...]  # JSON keys without effect on what the adapter computes
+    only: Mapping[str, tuple[Any, ...]]  # JSON keys that change the maths, with the values that are understood
+    settings: Callable[[Mapping[str, Any], str], Settings]  # (JSON, path) -> of that module
+    peel: Callable[[Weight, Arrays], Layer | None]  # (weight, one layer of its arrays) -> None: not adapted
+    grow: Callable[[Any, Sequence[Layer | None]], Weight]  # (base weight, one entry a layer) -> the form
+    # (settings of each adapted path, the other paths, the method's settings) -> JSON
+    summary: Callable[[Mapping[str, Settings], Sequence[str], Settings], dict[str, Any]]
+    extra: tuple[str, ...] = ()  # fields that `peel` needs beside those of the parts
+    rebase: Callable[[Layer, np.ndarray], Layer] | None = None  # (layer, base - original) -> on the original base
+
+
+def _lora_settings(config: Mapping[str, Any], path: str) -> Settings:
+    rank = match.value(config["rank_pattern"] or {}, path, config["r"])
+    alpha = match.value(config["alpha_pattern"] or {}, path, config["lora_alpha"])
+    for what, number, kind in (("rank", rank, int), ("alpha", alpha, int | float)):
+        if isinstance(number, bool) or not isinstance(number, kind) or not number > 0:
+            raise UserError(f"the adapter's {what} for {path} is {number!r}; it must be a positive number")
+    return {"r": rank, "scale": alpha / rank ** _power(config["use_rslora"]), "dropout": config["lora_dropout"]}
+
+
+def _power(rslora: bool) -> float:
+    return 0.5 if rslora else 1.0
+
+
+def _lora_summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
+    rslora = bool(method.get("rslora", False))
+    rank, ranks = match.by_module({path: s["r"] for path, s in modules.items()})
+    alphas = {path: _tidy(s["scale"] * s["r"] ** _power(rslora)) for path, s in modules.items()}
+    alpha, alpha_pattern = match.by_module(alphas)
+    return {
+        "target_modules": match.ends(modules, others),
+        "r": rank,
+        "rank_pattern": ranks,
+        "lora_alpha": alpha,
+        "alpha_pattern": alpha_pattern,
+        "use_rslora": rslora,
+        "lora_dropout": max(s["dropout"] for s in modules.values()),
+        "init_lora_weights": True,
+    }
+
+
+def _tidy(x: float) -> float | int:
+    """The round number that float32 blurred into `x`, if there is one."""
+    near = float(f"{x:.5g}")
+    x = near if abs(near - x) <= 1e-6 * abs(x) else x
+    return int(x) if x == int(x) else x
+
+
+def _peel_lora(w: LoRA, arrays: Arrays) -> Layer | None:
+    """Strips the padding: what is zero in both A and B adds nothing."""
+    live = np.any(arrays["a"] != 0, axis=0) | np.any(arrays["b"] != 0, axis=1)
+    settings = {"r": int(live.sum()), "scale": float(arrays["scale"]), "dropout": w.dropout}
+    return Layer(settings, {"a": arrays["a"][:, live], "b": arrays["b"][live]}) if live.any() else None
+
+
+def _peel_dora(w: DoRA, arrays: Arrays) -> Layer | None:
+    """A layer of rank 0 is left out as long as its magnitude is that of the base."""
+    layer = _peel_lora(w, arrays)
+    if layer is None:
+        if np.allclose(arrays["magnitude"], np.sqrt(arrays["base_sq"]), rtol=1e-6, atol=0):
+            return None
+        zeros = {"a": arrays["a"][:, :1], "b": arrays["b"][:1]}
+        layer = Layer({"r": 1, "scale": float(arrays["scale"]), "dropout": w.dropout}, zeros)
+    return Layer(layer.settings, layer.arrays | {"magnitude": arrays["magnitude"]})
+
+
+def _rebase_lora(layer: Layer, change: np.ndarray) -> Layer:
+    """A base that was changed by a matrix of rank r (PiSSA's residual) moves into the update, of rank 2r then."""
+    rank, scale = layer.settings["r"], layer.settings["scale"]
+    u, s, v = np.linalg.svd(change / scale, full_matrices=False)
+    root = np.sqrt(s[:rank])
+    a = np.concatenate([layer.arrays["a"], u[:, :rank] * root], axis=1)
+    b = np.concatenate([layer.arrays["b"], root[:, None] * v[:rank]], axis=0)
+    return Layer({**layer.settings, "r": a.shape[1]}, {**layer.arrays, "a": a, "b": b})
+
+
+def _peel_scaled(w: Scaled, arrays: Arrays) -> Layer:
+    return Layer({"feedforward": w.side == "in"}, {"s": arrays["s"]})
+
+
+def _grow_lora(base: Any, layers: Sequence[Layer | None]) -> LoRA:
+    (n_in, n_out), present = base.shape[-2:], [layer for layer in layers if layer]
+    rank = max(layer.settings["r"] for layer in present)
+    a, b = np.zeros((len(layers), n_in, rank), np.float32), np.zeros((len(layers), rank, n_out), np.float32)
+    scale = np.ones(len(layers), np.float32)
+    for i, layer in enumerate(layers):
+        if layer:
+            r = layer.settings["r"]
+            a[i, :, :r], b[i, :r], scale[i] = layer.arrays["a"], layer.arrays["b"], layer.settings["scale"]
+    stack = base.shape[:-2]
+    return LoRA(
+        base=base,
+        a=jnp.asarray(a.reshape(*stack, n_in, rank)),
+        b=jnp.asarray(b.reshape(*stack, rank, n_out)),
+        scale=jnp.asarray(scale.reshape(stack)),
+        dropout=present[0].settings["dropout"],
+    )
+
+
+def _grow_dora(base: Any, layers: Sequence[Layer | None]) -> DoRA:
+    w = dora.attach(_grow_lora(base, layers))
+    magnitude = np.array(w.magnitude).reshape(len(layers), -1)  # layers without an adapter keep the base's
+    for i, layer in enumerate(layers):
+        if layer:
+            magnitude[i] = layer.arrays["magnitude"]
+    return dataclasses.replace(w, magnitude=jnp.asarray(magnitude.reshape(w.magnitude.shape)))
+
+
+def _grow_scaled(base: Any, layers: Sequence[Layer | None]) -> Scaled:
+    sides = {"in" if layer.settings["feedforward"] else "out" for layer in layers if layer}
+    if len(sides) > 1:
+        raise UserError("feedforward_modules names some layers of a stack and not others")
+    (side,) = sides
+    s = np.ones((len(layers), base.shape[-1 if side == "out" else -2]), np.float32)
+    for i, layer in enumerate(layers):
+        if layer:
+            s[i] = layer.arrays["s"]
+    return Scaled(base=base, s=jnp.asarray(s.reshape(*base.shape[:-2], -1)), side=side)
+
+
+def _ia3_settings(config: Mapping[str, Any], path: str) -> Settings:
+    names = config["feedforward_modules"]
+    if names is None:
+        raise UserError("the adapter's feedforward_modules is missing")
+    if isinstance(names, str):
+        return {"feedforward": match.named(names, path)}
+    return {"feedforward": any(path.endswith(name) for name in names)}  # here PEFT asks for no dot before the name
+
+
+def _ia3_summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
+    """PEFT wants every entry of `feedforward_modules` among the `target_modules`."""
+    del method
+    inner = [path for path, s in modules.items() if s["feedforward"]]
+    outer = [path for path in modules if path not in inner]
+    inner_names = match.ends(inner, [*outer, *others])
+    if any(path.endswith(name) for name in inner_names for path in outer):
+        inner_names = sorted(inner)
+    outer_names = match.ends(outer, [*inner, *others])
+    return {
+        "target_modules": sorted({*inner_names, *outer_names}),
+        "feedforward_modules": inner_names,
+        "init_ia3_weights": True,
+    }
+
+
+_WHERE = {"target_modules": None, "exclude_modules": None, "modules_to_save": None}
+_LORA_A = Part(".lora_A.weight", "a", lambda n_in, n_out, s: (s["r"], n_in))
+_LORA_B = Part(".lora_B.weight", "b", lambda n_in, n_out, s: (n_out, s["r"]))
+_MAGNITUDE = Part(".lora_magnitude_vector", "magnitude", lambda n_in, n_out, s: (n_out,), vector=True)
+_IA3_L = Part(".ia3_l", "s", lambda n_in, n_out, s: (1, n_in) if s["feedforward"] else (n_out, 1), vector=True)
+
+_LORA = Form(
+    peft_type="LORA",
+    kind=LoRA,
+    parts=(_LORA_A, _LORA_B),
+    flags={"use_dora": False},
+    reads={
+        **_WHERE,
+        "r": 8,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "bias": "none",
+    },
+    ignores=(
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "fan_in_fan_out",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+        "velora_config",
+    ),
+    # The inits that are not here replace the base by a residual when the adapter is loaded.
+    only={"init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica")},
+    settings=_lora_settings,
+    peel=_peel_lora,
+    grow=_grow_lora,
+    summary=_lora_summary,
+    extra=("scale",),
+    rebase=_rebase_lora,
+)
+
+FORMS: dict[str, Form] = {
+    "lora": _LORA,
+    "dora": dataclasses.replace(
+        _LORA,
+        kind=DoRA,
+        parts=(_LORA_A, _LORA_B, _MAGNITUDE),
+        flags={"use_dora": True},
+        peel=_peel_dora,
+        grow=_grow_dora,
+        extra=("scale", "base_sq"),
+    ),
+    "ia3": Form(
+        peft_type="IA3",
+        kind=Scaled,
+        parts=(_IA3_L,),
+        flags={},
+        reads={**_WHERE, "feedforward_modules": None},
+        ignores=("fan_in_fan_out", "init_ia3_weights"),
+        only={},
+        settings=_ia3_settings,
+        peel=_peel_scaled,
+        grow=_grow_scaled,
+        summary=_ia3_summary,
+    ),
+}

@@ -1,0 +1,161 @@
+"""An adapted tree into a PEFT adapter."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lowrank import tree, workdir
+from lowrank.errors import UserError, nearest
+from lowrank.models import DecoderConfig
+from lowrank.peft_format import config as configs
+from lowrank.peft_format import match, tensors
+from lowrank.peft_format.forms import FORMS, Form, Layer
+from lowrank.peft_format.modules import HEADS, Base, Module, Place, check_untied, modules
+from lowrank.weight import Weight, is_weight, materialize
+
+PyTree = Any
+
+
+def save(
+    params: PyTree,
+    base: Base,
+    directory: str | os.PathLike[str],
+    *,
+    trained: Iterable[str] = (),
+    method: Mapping[str, Any] | None = None,
+    original: PyTree | None = None,
+) -> Path:
+    """Writes the adapter in `params`, the adapted tree of `base`, and returns its folder. Every process must call it.
+
+    Args:
+      trained: names of all trained leaves; those beside the forms' own are written too (biases, a classifier's head).
+      method: the config group of the method; `rslora` says how scales are written as alphas.
+      original: the parameters before the method was attached. PiSSA needs them: its base is a residual, so that its
+        update of rank r is one of rank 2r to the original.
+
+    Raises:
+      UserError: for a form, or a trained leaf, that the format cannot hold, and for PiSSA without `original`.
+    """
+    method = dict(method or {})
+    if method.get("init") == "pissa" and original is None:
+        raise UserError("a PiSSA adapter is written against the original base: pass original=")
+    weights = {name: w for name, w in tree.named_leaves(params, is_weight) if is_weight(w)}
+    form, known = _form(weights), modules(base)
+    layers = _peeled(form, weights, known, dict(tree.named_leaves(original, is_weight)) if original else {})
+    places, bias, saved = _others(form, known, layers, {*trained, *getattr(base, "new", ())} - _own(form, weights))
+    check_untied(base, places.values())
+    leaves = dict(tree.named_leaves(params, is_weight))
+    arrays = {key: _tensor(leaves[place.leaf], place) for key, place in places.items()}
+    for path, layer in layers.items():
+        n_in, n_out = weights[known[path].weight.leaf].shape[-2:]
+        for part in form.parts:
+            array = part.to_disk(layer.arrays[part.field], n_in, n_out, layer.settings)
+            arrays[f"{tensors.PREFIX}{path}{part.suffix}"] = array
+    summary = _summary(form, base, known, layers, method) | bias | {"modules_to_save": saved or None}
+    if jax.process_index() == 0:
+        tensors.write(directory, arrays)
+        workdir.write_json(Path(directory) / configs.NAME, dict(sorted(summary.items())))
+    return Path(directory)
+
+
+def _summary(
+    form: Form, base: Base, known: Mapping[str, Module], layers: Mapping[str, Layer], method: Mapping[str, Any]
+) -> dict[str, Any]:
+    settings = {path: layer.settings for path, layer in layers.items()}
+    lm = "CAUSAL_LM" if isinstance(base.config, DecoderConfig) else "FEATURE_EXTRACTION"
+    return {
+        "peft_type": form.peft_type,
+        "task_type": "SEQ_CLS" if base.config.num_labels else lm,
+        "base_model_name_or_path": base.name,
+        "revision": None,
+        "inference_mode": True,
+        "fan_in_fan_out": not all(known[path].weight.transpose for path in layers),
+        **form.flags,
+        **form.summary(settings, [path for path in known if path not in layers], method),
+    }
+
+
+def _form(weights: Mapping[str, Weight]) -> Form:
+    """The one form that all the weights have."""
+    if not weights:
+        raise UserError("there is no adapter to write: no weight was rewritten")
+    known = {form.kind: form for form in FORMS.values()}
+    for name, w in weights.items():
+        if type(w) not in known:
+            kinds = ", ".join(sorted(kind.__name__ for kind in known))
+            raise UserError(f"{name} is a {type(w).__name__}; the PEFT format holds: {kinds}")
+        if is_weight(w.base) and type(w.base) in known:
+            raise UserError(f"{name} is a {type(w).__name__} on a {type(w.base).__name__}; PEFT has one form a layer")
+    kinds = {type(w).__name__ for w in weights.values()}
+    if len(kinds) > 1:
+        raise UserError(f"one PEFT adapter holds one form, not {' and '.join(sorted(kinds))}")
+    return known[type(next(iter(weights.values())))]
+
+
+def _peeled(
+    form: Form, weights: Mapping[str, Weight], known: Mapping[str, Module], original: Mapping[str, Any]
+) -> dict[str, Layer]:
+    """What every adapted module holds, by path."""
+    layers, homes = {}, {m.weight.leaf for m in known.values() if m.linear}
+    for name, w in weights.items():
+        if name not in homes:
+            raise UserError(f"{name} has no module in the base{nearest(name, homes)}")
+        fields = {f: tensors.on_host(getattr(w, f)) for f in (*(p.field for p in form.parts), *form.extra)}
+        for path, module in known.items():
+            if module.linear and module.weight.leaf == name:
+                at = ... if module.weight.layer is None else module.weight.layer
+                layer = form.peel(w, {f: x[at] for f, x in fields.items()})
+                change = _change(original[name], w.base, at) if layer and original and form.rebase else None
+                if change is not None and np.any(change):
+                    layer = form.rebase(layer, change)
+                layers |= {path: layer} if layer else {}
+    if not layers:
+        raise UserError("there is no adapter to write: every layer has rank 0")
+    return layers
+
+
+def _change(original: Any, base: Any, at: Any) -> np.ndarray:
+    """What attaching the method did to the base of one layer, `[in, out]`."""
+    after, before = (tensors.on_host(materialize(w)[at]) for w in (base, original))
+    return after - before
+
+
+def _own(form: Form, weights: Mapping[str, Weight]) -> set[str]:
+    """The leaves that the forms themselves write."""
+    return {f"{name}/{part.field}" for name in weights for part in form.parts}
+
+
+def _others(
+    form: Form, known: Mapping[str, Module], layers: Mapping[str, Layer], rest: set[str]
+) -> tuple[dict[str, Place], dict[str, str], list[str]]:
+    """`(place by key, {"bias": mode} if the form has modes, modules_to_save)` of the leaves in `rest`."""
+    whole = [m.path for m in known.values() if m.weight and m.weight.layer is None and m.weight.leaf in rest]
+    saved = sorted({_saved_name(path) for path in whole})
+    kept = [module for path, module in known.items() if match.inside(saved, path)]
+    places = {f"{tensors.PREFIX}{m.path}.{kind}": place for m in kept for kind, place in m.places().items()}
+    rest = rest - {place.leaf for place in places.values()}
+    biases = {path: m.bias for path, m in known.items() if m.bias and m not in kept}
+    wanted = {place for place in biases.values() if place.leaf in rest}
+    modes = {"none": [], "lora_only": [path for path in biases if path in layers], "all": list(biases)}
+    for mode, paths in modes.items() if rest <= {place.leaf for place in wanted} else ():
+        if wanted == {biases[path] for path in paths} and (mode == "none" or "bias" in form.reads):
+            inner = {path: ".base_layer" if path in layers else "" for path in paths}
+            places |= {f"{tensors.PREFIX}{path}{inner[path]}.bias": biases[path] for path in paths}
+            return places, {"bias": mode} if "bias" in form.reads else {}, saved
+    raise UserError(f"PEFT's {form.peft_type} has no place for the trained leaf {min(rest)}")
+
+
+def _saved_name(path: str) -> str:
+    """A head is saved as one module, whatever its parts."""
+    first = path.split(".")[0]
+    return first if first in HEADS else path
+
+
+def _tensor(leaf: Any, place: Place) -> np.ndarray:
+    array = tensors.on_host(materialize(leaf))
+    array = array if place.layer is None else array[place.layer]
+    return array.T if place.transpose else array
