@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow_datasets as tfds
 
+from lowrank.data import gfile
 from lowrank.data.bbc_news import BbcNews
 from lowrank.data.jsonl import Jsonl, Record, bad_split
 from lowrank.errors import UserError, nearest
@@ -135,6 +136,7 @@ def prepared(spec: str, data_dir: Path, **kwargs: Any) -> tfds.core.DatasetBuild
     The data are written beside and renamed as a whole, so an interrupted run leaves nothing, and of two processes
     that prepare at once the first wins. Raises UserError for an unknown name and for data that cannot be had.
     """
+    gfile.stand_in()
     if os.path.isdir(spec):
         return tfds.builder_from_directory(spec)
     builder = _builder(spec, data_dir, **kwargs)

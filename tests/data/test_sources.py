@@ -1,12 +1,14 @@
 """TFDS datasets without TensorFlow: names, splits, nested features, and datasets that cannot be had."""
 
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.utils.lazy_imports_utils import tensorflow as tf
 
-from lowrank.data.sources import open_source
+from lowrank.data.sources import open_source, prepared
 from lowrank.errors import UserError
 
 
@@ -51,6 +53,68 @@ def test_a_dataset_is_prepared_and_read_without_tensorflow(tmp_path):
     assert source.labels("kind") == ("who", "what")
     assert source.labels("question") == ()
     assert "tensorflow" not in sys.modules
+
+
+class TinyArchive(tfds.core.GeneratorBasedBuilder):
+    """Reads an archive and a file as most text datasets of TFDS do, through `tf.io.gfile`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, archive, **kwargs):
+        self._archive = archive
+        super().__init__(**kwargs)
+
+    def _info(self):
+        features = {"text": tfds.features.Text(), "name": tf.string, "score": tf.int64, "yes": tf.bool}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        folder = dl_manager.extract(self._archive)
+        members = dl_manager.iter_archive(self._archive)
+        return {"train": self._generate_examples(folder), "test": self._read(members)}
+
+    def _generate_examples(self, folder):
+        for path in tf.io.gfile.glob(folder / "*.txt"):
+            with tf.io.gfile.GFile(path) as file:
+                yield path, {"text": tf.compat.as_text(file.read()), "name": "n", "score": 3, "yes": True}
+
+    def _read(self, members):
+        for name, file in members:
+            yield name, {"text": file.read(), "name": name, "score": 4, "yes": False}
+
+
+@pytest.mark.parametrize("kind", ["zip", "gztar"])
+def test_an_archive_is_unpacked_and_read_without_tensorflow(tmp_path, kind):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / "in" / f"{i}.txt").write_text(f"text £{i}", encoding="utf-8")
+    archive = shutil.make_archive(str(tmp_path / "texts"), kind, tmp_path / "in")
+    builder = prepared("tiny_archive", tmp_path / "tfds", archive=archive)
+    read = {name: builder.as_data_source(name) for name in ("train", "test")}
+    for records in read.values():
+        assert sorted(records[i]["text"].decode() for i in range(3)) == ["text £0", "text £1", "text £2"]
+    assert (read["train"][0]["score"], bool(read["train"][0]["yes"])) == (3, True)
+    assert "tensorflow" not in sys.modules
+
+
+class TinyPictures(tfds.core.GeneratorBasedBuilder):
+    """Cannot do without TensorFlow."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield 0, {"text": tf.image.decode_png(b"")}
+
+
+def test_a_dataset_that_needs_tensorflow_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"cannot prepare tiny_pictures: .*it needs TensorFlow, for tf\.image"):
+        open_source("tfds:tiny_pictures", "train", tmp_path)
 
 
 def test_a_prepared_folder_is_read_by_its_path(tmp_path):
