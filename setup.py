@@ -16,6 +16,7 @@ setup(
         "gguf>=0.17",
         "grain>=0.2.12",
         "huggingface_hub",
+        "importlib_resources",  # tensorflow-datasets uses it and does not ask for it
         "jax>=0.10",
         "jinja2",
         "matplotlib",
