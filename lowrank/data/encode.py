@@ -49,6 +49,10 @@ class Language:
         (ids, learned), cut = fit(build, self.tokenizer, text, limit, where)
         return [self._shift(ids, learned)], cut is not None
 
+    def check(self, record: Record, where: str) -> None:
+        """Raises UserError for a record that lacks a field or an answer; nothing is encoded."""
+        self.renderer.answer(record, where)
+
     def prompt(self, record: Record, where: str, reserve: int) -> tuple[str, list[int]]:
         """`(text, ids)` of the prompt alone, shortened so that `reserve` tokens more fit into `length`."""
 
@@ -96,6 +100,11 @@ class Labelled:
         text = functools.partial(self.renderer.long_text, record, where)
         (ids, _), cut = fit(build, self.tokenizer, text, self.length, where)
         return [{"tokens": np.asarray(ids, np.int32), "labels": np.int32(self.label(record, where))}], cut is not None
+
+    def check(self, record: Record, where: str) -> None:
+        """Raises UserError for a record that lacks a field or a known label; nothing is encoded."""
+        self.renderer.answer(record, where)
+        self.label(record, where)
 
     def text(self, record: Record, where: str, long: str | None = None) -> str:
         """The text that is classified."""

@@ -22,6 +22,8 @@ class Jsonl:
     Every line of a split in use is checked: one that is not a JSON object raises UserError with its number.
     """
 
+    typed = False
+
     def __init__(self, path: str, split: str) -> None:
         self.name = f"jsonl:{path} ({split})"
         self._files = files = _Files(Path(path))

@@ -83,6 +83,9 @@ class Examples:
         self.encode = _encoder(config, tokenizer, self.source, self.labels)
         self.size = min(len(self.source), config.max_examples or len(self.source))
         self._kept: dict[int, tuple[list[Arrays], bool]] = {}
+        if not self.source.typed:
+            for i in range(self.size):
+                self.encode.check(self.source[i], self.source.where(i))
 
     def __len__(self) -> int:
         return self.size
@@ -187,7 +190,7 @@ def make_loader(
     process_count: int = 1,
     max_positions: int | None = None,
 ) -> Loader:
-    """The loader of `config` for this host. Every record of a dataset of at most `KEPT` is encoded, so checked, now.
+    """The loader of `config` for this host. Every JSONL record is checked now, and up to `KEPT` records are encoded.
 
     Raises UserError for what cannot be read or does not fit: `seq_len` beyond `max_positions` (the model's), a
     `batch_size` that the hosts cannot share, an unknown dataset, split, template or field, a record without a field or

@@ -21,8 +21,12 @@ FORMAT = "array_record"  # the one TFDS format that is read without TensorFlow
 
 
 class Source(Protocol):
-    """Records by index. `fields` are the names that occur; `identity` changes when the records do."""
+    """Records by index. `fields` are the names that occur; `identity` changes when the records do.
 
+    Of a `typed` source every record has every field.
+    """
+
+    typed: bool
     name: str
     fields: tuple[str, ...]
     identity: str
@@ -65,6 +69,8 @@ class Tfds:
 
     Nested features get dotted names (`answers.text`), class labels become their names.
     """
+
+    typed = True
 
     def __init__(self, spec: str, split: str, data_dir: str | os.PathLike[str]) -> None:
         builder = prepared(spec, Path(data_dir).expanduser())

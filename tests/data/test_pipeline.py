@@ -171,11 +171,30 @@ def test_a_dataset_too_large_to_keep_gives_the_same_batches(config, tokenizer, m
     assert_same(take(loader, 10), expected)
 
 
-def test_a_bad_record_met_while_training_is_named_through_the_thread(config, tokenizer, write, monkeypatch):
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "x"}, r"bad\.jsonl:91: the record has no field 'completion'"),
+        ({"prompt": "x", "completion": " "}, r"bad\.jsonl:91: empty completion"),
+    ],
+)
+def test_a_bad_record_is_named_before_training_in_a_file_of_any_size(
+    config, tokenizer, write, monkeypatch, record, message
+):
     monkeypatch.setattr(pipeline, "KEPT", 1)
     monkeypatch.setattr(pipeline, "MEASURED", 1)
-    loader = make_loader(replace(config, source=write([*PAIRS, {"prompt": "x"}], "bad.jsonl")), tokenizer)
-    with pytest.raises(UserError, match=r"bad\.jsonl:91: the record has no field 'completion'"):
+    with pytest.raises(UserError, match=message):
+        make_loader(replace(config, source=write([*PAIRS, record], "bad.jsonl")), tokenizer)
+
+
+def test_an_answer_too_long_that_is_met_while_training_is_named_through_the_thread(
+    config, tokenizer, write, monkeypatch
+):
+    monkeypatch.setattr(pipeline, "KEPT", 1)
+    monkeypatch.setattr(pipeline, "MEASURED", 1)
+    long = {"prompt": "x", "completion": "long " * 200}
+    loader = make_loader(replace(config, source=write([*PAIRS, long], "bad.jsonl")), tokenizer)
+    with pytest.raises(UserError, match=r"bad\.jsonl:91: \d+ tokens without the text that may be cut"):
         take(loader, 90)
 
 
