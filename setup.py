@@ -14,7 +14,7 @@ setup(
         "array_record",
         "flax>=0.12",
         "gguf>=0.17",
-        "grain>=0.2.12",
+        "grain>=0.2.18",
         "huggingface_hub",
         "importlib_resources",  # tensorflow-datasets uses it and does not ask for it
         "jax>=0.10",
