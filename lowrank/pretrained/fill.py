@@ -16,7 +16,6 @@ from lowrank.pretrained.hf_tensors import Tensor
 from lowrank.pretrained.stored import Stored
 
 CHUNK_BYTES = 8 << 20
-READABLE = ("F32", "F16", "BF16")
 
 
 def check(where: str, tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]):
@@ -26,6 +25,8 @@ def check(where: str, tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int,
         for name in tensor.names:
             if name not in stored:
                 raise UserError(f"{where}: tensor {name!r} is missing{nearest(name, stored.keys() - used)}")
+            if not stored[name].readable:
+                raise UserError(f"{where}: tensor {name!r} is {stored[name].dtype}, which cannot be read as floats")
             layer = shapes[tensor.leaf][1:] if tensor.count else shapes[tensor.leaf]
             needed = layer[::-1] if tensor.transpose else layer
             if stored[name].shape != needed:

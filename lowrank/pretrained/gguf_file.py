@@ -126,21 +126,24 @@ def _stored(path: Path, size: int, name: str, shape: tuple[int, ...], kind: int,
     if row % per_block or offset + count // per_block * block_bytes > size:
         raise ValueError(f"tensor {name!r} {shape} in {kind.name} does not fit in its {size} bytes")
     row_bytes = row // per_block * block_bytes
-    return Stored(shape, kind.name, functools.partial(_read, path, offset, kind, shape, row_bytes))
+    read = functools.partial(_read, path, offset, kind, shape, row_bytes)
+    return Stored(shape, kind.name, read, readable=_readable(kind, block_bytes))
+
+
+@functools.cache
+def _readable(kind: GGMLQuantizationType, block_bytes: int) -> bool:
+    try:
+        gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:  # integers, and formats newer than the package
+        return False
+    return True
 
 
 def _read(
     path: Path, offset: int, kind: GGMLQuantizationType, shape: tuple[int, ...], row_bytes: int, start: int, stop: int
 ) -> np.ndarray:
     if len(shape) < 2:  # the one row of a vector is read whole
-        return _dequantize(read_array(path, np.uint8, offset, (row_bytes,)), kind, path)[start:stop]
+        return gguf.quants.dequantize(read_array(path, np.uint8, offset, (row_bytes,)), kind)[start:stop]
     inner = int(np.prod(shape[1:-1], dtype=np.int64))
     packed = read_array(path, np.uint8, offset + start * inner * row_bytes, ((stop - start) * inner, row_bytes))
-    return _dequantize(packed, kind, path).reshape(stop - start, *shape[1:])
-
-
-def _dequantize(packed: np.ndarray, kind: GGMLQuantizationType, path: Path) -> np.ndarray:
-    try:
-        return gguf.quants.dequantize(packed, kind)
-    except NotImplementedError:
-        raise UserError(f"{path} holds a tensor in {kind.name}, which the gguf package cannot dequantise") from None
+    return gguf.quants.dequantize(packed, kind).reshape(stop - start, *shape[1:])

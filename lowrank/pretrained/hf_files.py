@@ -15,7 +15,7 @@ from lowrank.pretrained.stored import Stored, read_array
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -81,12 +81,10 @@ def _stored(path: Path, start: int, entry: dict[str, Any]) -> Stored:
     shape = tuple(entry["shape"])
     # Read by hand rather than through the library: pages of its memory map would count as the process's memory.
     read = functools.partial(_read, path, start + entry["data_offsets"][0], entry["dtype"], shape)
-    return Stored(shape, entry["dtype"], read)
+    return Stored(shape, entry["dtype"], read, readable=entry["dtype"] in DTYPES)
 
 
 def _read(path: Path, offset: int, dtype: str, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-    if dtype not in DTYPES:
-        raise UserError(f"{path} holds a tensor in {dtype}; only {', '.join(DTYPES)} are read")
     kind, row = np.dtype(DTYPES[dtype]), shape[1:]
     first = start * int(np.prod(row, dtype=np.int64)) * kind.itemsize
     return read_array(path, kind, offset + first, (stop - start, *row))

@@ -16,13 +16,15 @@ Rows = Callable[[int, int], np.ndarray]
 class Stored:
     """One tensor of a checkpoint.
 
-    `read(start, stop)` returns those rows (of axis 0) in a floating-point dtype; `dtype` names what is stored.
-    `flipped`: the file keeps a matrix `[a, b]` where the Hugging Face checkpoint has `[b, a]`.
+    `read(start, stop)` returns those rows (of axis 0) in a floating-point dtype; `dtype` names what is stored, and
+    only what is `readable` may be read. `flipped`: the file keeps a matrix `[a, b]` where the Hugging Face checkpoint
+    has `[b, a]`.
     """
 
     shape: tuple[int, ...]
     dtype: str
     read: Rows
+    readable: bool = True
     flipped: bool = False
 
 

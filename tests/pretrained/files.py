@@ -1,0 +1,202 @@
+"""Tiny checkpoints on disk: Hugging Face directories, and GGUF files as llama.cpp would convert them."""
+
+import json
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from lowrank import tree
+from lowrank.models import build
+from lowrank.pretrained.families import family_of
+
+VOCAB = 32
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5000.0,
+    "tie_word_embeddings": True,
+}
+GEMMA3 = {**LLAMA, "model_type": "gemma3_text", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
+GPT2 = {"model_type": "gpt2", "vocab_size": VOCAB, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
+BERT = {k: v for k, v in LLAMA.items() if k not in ("rms_norm_eps", "rope_theta", "num_key_value_heads")}
+BERT = {**BERT, "model_type": "bert", "type_vocab_size": 2}
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def tensors(hf_config: dict, model: dict | None = None, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tensors for a config, float32, by their Hugging Face names."""
+    family = family_of(hf_config)
+    config = family.config(hf_config | (model or {}))
+    network = build(config)
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    shapes = {name: leaf.shape for name, leaf in tree.named_leaves(shapes)}
+    rng, out = np.random.default_rng(seed), {}
+    for tensor in family.tensors(config):
+        shape = shapes[tensor.leaf][1:] if tensor.count else shapes[tensor.leaf]
+        for name in tensor.names:
+            out[name] = rng.normal(size=shape[::-1] if tensor.transpose else shape).astype(np.float32)
+    return out
+
+
+def write_directory(
+    folder: Path, hf_config: dict, arrays: dict[str, np.ndarray], dtype: str = "F32", shards: int = 1
+) -> Path:
+    """A Hugging Face directory that holds `arrays` in `dtype`; returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.ascontiguousarray(x.astype(DTYPES[dtype])) for name, x in arrays.items()}
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    write_tokenizer(folder, hf_config["vocab_size"])
+    if shards == 1:
+        save_file(arrays, folder / "model.safetensors")
+        return folder
+    weight_map = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(arrays)}
+    for file in set(weight_map.values()):
+        save_file({name: x for name, x in arrays.items() if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def write_tokenizer(folder: Path, size: int) -> None:
+    """A tokenizer of `size` words: <pad> <s> </s> [UNK] w4 w5 ..."""
+    words = ["<pad>", "<s>", "</s>", "[UNK]", *(f"w{i}" for i in range(4, size))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "[UNK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+
+
+def directory(folder: Path, hf_config: dict, **options) -> Path:
+    """A Hugging Face directory of random tensors."""
+    return write_directory(folder, hf_config, tensors(hf_config), **options)
+
+
+def write_gguf(path: Path, metadata: dict, arrays: dict[str, np.ndarray], kinds: dict[str, str] | None = None) -> Path:
+    """A GGUF file; `kinds` names the block format of the tensors that are not stored as they are."""
+    writer = gguf.GGUFWriter(path, metadata["general.architecture"])
+    put = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in metadata.items():
+        if key != "general.architecture":
+            put.get(type(value), writer.add_array)(key, value)
+    for name, array in arrays.items():
+        kind = gguf.GGMLQuantizationType[(kinds or {}).get(name, "F32")]
+        writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def vocabulary(size: int = VOCAB) -> dict:
+    """The metadata of a byte-level tokenizer of letters and the one word `ab`."""
+    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "ab", *(f"<{i}>" for i in range(30, size))]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens[:size],
+        "tokenizer.ggml.token_type": [3, 3, 3] + [1] * (size - 3),
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
+STEMS = {  # how llama.cpp calls the tensors
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+    "ln_1": "attn_norm",
+    "ln_2": "ffn_norm",
+}
+
+
+def gguf_name(hf: str, arch: str) -> str:
+    """llama.cpp's name for a tensor of `arch`."""
+    after = "post_attention_norm" if arch.startswith("gemma") else "ffn_norm"
+    stems = {**STEMS, "post_attention_layernorm": after}
+    stem, _, kind = hf.rpartition(".")
+    stem, layer = stem.removeprefix("model.layers.").removeprefix("transformer.h."), ""
+    if stem[0].isdigit():
+        layer, _, stem = stem.partition(".")
+        layer = f"blk.{layer}."
+    return f"{layer}{stems[stem]}.{kind}"
+
+
+def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to the rows of q and k."""
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def converted(arrays: dict[str, np.ndarray], arch: str, heads: int = 4, kv_heads: int = 2) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint as llama.cpp's converter writes them."""
+    out = {}
+    for hf, x in arrays.items():
+        name = gguf_name(hf, arch)
+        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):
+            x = interleave(x, heads if ".attn_q." in name else kv_heads)
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            x = x + 1
+        if arch == "gpt2" and name.startswith("blk.") and x.ndim == 2:
+            x = x.T
+        out[name] = x
+    return out
+
+
+def gguf_metadata(hf: dict, arch: str) -> dict:
+    """The metadata that llama.cpp's converter writes for a config."""
+    gpt2 = arch == "gpt2"
+    renamed = {
+        "context_length": hf["n_positions" if gpt2 else "max_position_embeddings"],
+        "embedding_length": hf["n_embd" if gpt2 else "hidden_size"],
+        "block_count": hf["n_layer" if gpt2 else "num_hidden_layers"],
+        "feed_forward_length": 4 * hf["n_embd"] if gpt2 else hf["intermediate_size"],
+        "attention.head_count": hf["n_head" if gpt2 else "num_attention_heads"],
+        "attention.layer_norm_epsilon" if gpt2 else "attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    if not gpt2:
+        renamed |= {"attention.head_count_kv": hf["num_key_value_heads"], "rope.freq_base": hf["rope_theta"]}
+    if "head_dim" in hf:
+        renamed["attention.key_length"] = hf["head_dim"]
+    if "sliding_window" in hf:
+        renamed["attention.sliding_window"] = hf["sliding_window"]
+    return {"general.architecture": arch} | {f"{arch}.{k}": v for k, v in renamed.items()}
+
+
+def gguf_twin(path: Path, hf: dict, arrays: dict[str, np.ndarray], arch: str, **metadata) -> Path:
+    """The GGUF file of a checkpoint."""
+    return write_gguf(path, {**gguf_metadata(hf, arch), **vocabulary(), **metadata}, converted(arrays, arch))
