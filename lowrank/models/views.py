@@ -24,12 +24,6 @@ def seen(q_segments_BxT: jax.Array, k_segments_BxS: jax.Array) -> jax.Array:
     return (q_segments_BxT[:, :, None] == k_Bx1xS) | (k_Bx1xS == EVERY)
 
 
-def places(segments_BxT: jax.Array) -> jax.Array:
-    """`[B, T]`: how many earlier tokens each token sees, which is its position in its segment."""
-    T = segments_BxT.shape[1]
-    return jnp.sum(seen(segments_BxT, segments_BxT) & _causal(T, T, 0)[None], axis=-1, dtype=jnp.int32) - 1
-
-
 def causal(config, batch, length, virtual, positions, segments, cache):
     """`(positions [B, T], view, cache)` of `length` tokens, the first `virtual` of them virtual.
 
@@ -87,9 +81,16 @@ def _view(c, positions_BxT, theta, scaling, seen_BxTxS) -> View:
     return View(*rope.tables(positions_BxT, rope.frequencies(c.head_dim, theta, scaling)), mask)
 
 
-def bidirectional(segments_BxT: jax.Array | None, virtual: int, length: int) -> tuple[jax.Array, View]:
-    """`(positions, view)` of `length` tokens that see their whole segment; None: all of the row."""
-    if segments_BxT is None:
+def bidirectional(segments: jax.Array | None, virtual: int, length: int) -> tuple[jax.Array, View]:
+    """`(positions, view)` of `length` tokens that see their whole segment; None: all of the row.
+
+    Virtual tokens see every real token of the row: a row with virtual tokens is to hold one segment.
+    """
+    if segments is None:
         return jnp.arange(length)[None, :], View()
-    segments = with_prompt(segments_BxT, virtual)
-    return places(segments), View(mask_Bx1xTxS=seen(segments, segments)[:, None])
+    segments = with_prompt(segments, virtual)
+    visible_BxTxS = seen(segments, segments)
+    positions_BxT = jnp.sum(visible_BxTxS & _causal(length, length, 0)[None], axis=-1, dtype=jnp.int32) - 1
+    if virtual:
+        visible_BxTxS |= (segments[:, :, None] == EVERY) & (segments[:, None, :] > 0)
+    return positions_BxT, View(mask_Bx1xTxS=visible_BxTxS[:, None])

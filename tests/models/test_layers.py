@@ -1,0 +1,58 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank.models.layers import MLP, Linear, Norm
+from lowrank.models.rope import RopeScaling, frequencies, rotate, tables
+
+
+def test_a_linear_refuses_a_kernel_of_another_shape():
+    with pytest.raises(ValueError, match=r"kernel has shape \(3, 5\), the model needs \(4, 5\)"):
+        Linear(5).apply({"params": {"kernel": jnp.ones((3, 5))}}, jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_a_norm_computes_in_float32_whatever_its_input(kind):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((3, 7, 64)) * 5 + 2, jnp.bfloat16)
+    params = {"scale": rng.standard_normal(64).astype(np.float32), "bias": rng.standard_normal(64).astype(np.float32)}
+    y = Norm(kind, 1e-5, 1.0).apply({"params": params}, x)
+    x64 = np.asarray(x, np.float64)
+    x64 = x64 - x64.mean(-1, keepdims=True) if kind == "layer" else x64
+    want = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5) * (params["scale"] + 1.0)
+    want = want + params["bias"] if kind == "layer" else want
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=2**-8, atol=1e-6)
+
+
+def test_a_gated_mlp_multiplies_the_gate_into_the_hidden_layer():
+    x = np.random.default_rng(0).standard_normal((1, 2, 4)).astype(np.float32)
+    model = MLP(6, "silu", gated=True)
+    params = model.init(jax.random.key(0), x)["params"]
+    gate, up, down = (np.asarray(params[n]["kernel"], np.float64) for n in ("gate", "up", "down"))
+    want = (x @ gate / (1 + np.exp(-x @ gate)) * (x @ up)) @ down
+    np.testing.assert_allclose(model.apply({"params": params}, x), want, rtol=1e-4, atol=1e-8)
+
+
+def test_rope_scores_depend_on_the_distance_alone():
+    q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 1, 8)).astype(np.float32)
+    near, far = np.array([[5, 3]]), np.array([[25, 23]])
+
+    def score(positions):
+        cos, sin = tables(positions, frequencies(8, 100.0))
+        return jnp.vdot(rotate(q, cos[:, :1], sin[:, :1]), rotate(k, cos[:, 1:], sin[:, 1:]))
+
+    np.testing.assert_allclose(score(near), score(far), rtol=1e-4)
+    assert abs(score(near) - score(np.array([[5, 4]]))) > 1e-2
+
+
+def test_llama3_scaling_keeps_high_frequencies_and_divides_low_ones():
+    plain = frequencies(64, 500000.0)
+    scaled = frequencies(64, 500000.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192))
+    ratio, turns = plain / scaled, 8192 * plain / (2 * np.pi)
+    np.testing.assert_allclose(ratio[turns > 4], 1, rtol=1e-6)
+    np.testing.assert_allclose(ratio[turns < 1], 8, rtol=1e-6)
+    between = ratio[(turns >= 1) & (turns <= 4)]
+    assert len(between) > 0
+    assert np.all(np.diff(between) > 0)

@@ -1,0 +1,102 @@
+"""Tiny decoders of every kind, with parameters far from their initial values."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank import tree
+from lowrank.models import DecoderConfig, EncoderConfig, build
+
+V, T = 43, 12
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is what takes time
+SIZES = {"vocab_size": V, "max_positions": 32, "width": 16, "heads": 4, "hidden": 24}
+
+LLAMA = {"layers": 2, "kv_heads": 2, "head_dim": 6}
+WINDOWED = {**LLAMA, "window": 4, "qkv_bias": True, "tied": True}
+GPT2 = {
+    **LLAMA,
+    "kv_heads": 4,
+    "norm": "layer",
+    "fused_qkv": True,
+    "qkv_bias": True,
+    "o_bias": True,
+    "mlp_bias": True,
+    "gated": False,
+    "activation": "gelu_tanh",
+    "learned_positions": True,
+}
+GEMMA = {
+    **LLAMA,
+    "layers": 3,
+    "tied": True,
+    "norm_offset": 1.0,
+    "post_norms": True,
+    "qk_norm": True,
+    "activation": "gelu_tanh",
+    "window": 4,
+    "local_layers": (True, False, True),
+    "local_rope_theta": 100.0,
+    "embed_scale": 4.0,
+    "attn_scale": 0.2,
+    "attn_logit_softcap": 3.0,
+    "final_logit_softcap": 5.0,
+}
+DECODERS = {"llama": LLAMA, "windowed": WINDOWED, "gpt2": GPT2, "gemma": GEMMA}
+
+
+def decoder(kind, **options):
+    """`(model, params)`."""
+    return _random(build(DecoderConfig(**{**SIZES, "remat": "none", **DECODERS[kind], **options})))
+
+
+def encoder(**options):
+    """`(model, params)`."""
+    return _random(build(EncoderConfig(**{**SIZES, "layers": 2, "remat": "none", **options})))
+
+
+def _random(model):
+    like = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
+    rng = np.random.default_rng(0)
+
+    def leaf(name, x):
+        noise = rng.standard_normal(x.shape).astype(np.float32)
+        return jnp.asarray(noise * 1.5 * x.shape[-2] ** -0.5 if name.endswith("kernel") else 1 + 0.5 * noise)
+
+    return model, tree.map_named(leaf, like)
+
+
+def tokens(rows, length=T, seed=0):
+    """Token ids int32 `[rows, length]`."""
+    return np.random.default_rng(seed).integers(1, V, (rows, length)).astype(np.int32)
+
+
+def run(model, params, *args, method="features", **kwargs):
+    """`method` of the model, compiled once for each shape of its arguments."""
+    return _apply(model, method, params, args, kwargs)
+
+
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+def _apply(model, method, params, args, kwargs):
+    return model.apply({"params": params}, *args, **kwargs, method=method)
+
+
+def sight(model, params, segments=None):
+    """`[T, T]` bool: whether the feature of token i depends on token j, told by a derivative."""
+    ids = np.arange(T, dtype=np.int32)[None]
+    # in a random direction: what a layer sees of a token is rarely orthogonal to it
+    directions = np.random.default_rng(1).standard_normal((T, 1, params["embed"]["embedding"].shape[1]))
+
+    def features(embeddings_TxD):
+        table = params["embed"]["embedding"].at[:T].set(embeddings_TxD)
+        swapped = {**params, "embed": {**params["embed"], "embedding": table}}
+        return model.apply({"params": swapped}, ids, segments=segments, method="features")[0]
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def derivatives(embeddings_TxD):
+        moves_TxTxD = jnp.eye(T)[:, :, None] * jnp.asarray(directions, jnp.float32)
+        return jax.vmap(lambda m: jax.jvp(features, (embeddings_TxD,), (m,))[1])(moves_TxTxD)
+
+    depends = derivatives(params["embed"]["embedding"][:T])  # [from, to, D]
+    return np.asarray(jnp.any(depends != 0, axis=-1)).T

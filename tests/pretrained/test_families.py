@@ -1,0 +1,88 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lowrank import tree
+from lowrank.errors import UserError
+from lowrank.models import build
+from lowrank.pretrained.families import FAMILIES, family_of
+
+SIZES = {
+    "vocab_size": 43,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+GPT2 = {"vocab_size": 43, "n_positions": 32, "n_embd": 16, "n_layer": 3, "n_head": 4}
+OPTIONS = [{}, {"top_layers": 2}, {"top_layers": 3, "num_labels": 4}]
+
+
+def spec(name, **options):
+    return {"model_type": name, **(GPT2 if name == "gpt2" else SIZES), **options}
+
+
+def leaves(config):
+    like = jax.eval_shape(build(config).init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
+    return dict(tree.named_leaves(like))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_table_covers_every_leaf_once_and_every_layer_once(name, options):
+    config = dataclasses.replace(FAMILIES[name].config(spec(name)), **options)
+    tensors = FAMILIES[name].tensors(config)
+    shapes = leaves(config)
+    assert sorted(t.leaf for t in tensors) == sorted(shapes)
+    hf = [n for t in tensors for n in t.names]
+    assert len(hf) == len(set(hf))
+    assert all(shapes[t.leaf].shape[0] == t.count for t in tensors if t.count)
+    down = sorted(n for t in tensors if t.leaf.endswith("mlp/down/kernel") for n in t.names)
+    assert [n.split(".down")[0].split(".mlp")[0].split(".output")[0][-2:] for n in down] == [".0", ".1", ".2"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_config_written_and_read_again_is_the_same(name):
+    family = FAMILIES[name]
+    config = family.config(spec(name, sliding_window=8))
+    assert family_of(family.hf_config(config)) is family
+    assert family.config(family.hf_config(config)) == config
+
+
+def test_rope_is_read_from_old_and_new_configs_alike():
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    config = FAMILIES["llama"].config
+    new = config(spec("llama", rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **scaling}))
+    old = config(spec("llama", rope_theta=5e5, rope_scaling={"rope_type": "llama3", **scaling}))
+    older = config(spec("llama", rope_theta=5e5, rope_scaling={"type": "llama3", **scaling}))
+    assert new == old == older
+    assert (new.rope_theta, new.rope_scaling.factor) == (5e5, 8.0)
+
+
+def test_gemma_3_has_five_local_layers_to_a_global_one_and_a_rope_for_each_kind():
+    config = FAMILIES["gemma3_text"].config(spec("gemma3_text", num_hidden_layers=7, sliding_window=8))
+    assert config.local_layers == (True, True, True, True, True, False, True)
+    assert (config.window, config.rope_theta, config.local_rope_theta) == (8, 1e6, 1e4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (spec("lama"), "unknown model type 'lama' .did you mean 'llama'"),
+        (SIZES, "config.json has no 'model_type'"),
+        ({k: v for k, v in spec("llama").items() if k != "hidden_size"}, "config.json has no 'hidden_size'"),
+        (spec("llama", rope_scaling={"rope_type": "yarn", "factor": 4.0}), "unknown rope scaling 'yarn'"),
+        (spec("llama", rope_scaling={"rope_type": "linear"}), "rope scaling 'linear' has no 'factor'"),
+        (spec("qwen3", hidden_act="mish"), "unknown activation in config.json's 'hidden_act', 'mish'"),
+        (spec("gpt2", scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True is not supported"),
+        (spec("bert", position_embedding_type="relative_key"), "position_embedding_type='relative_key' is not"),
+        (spec("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention=True is not supported"),
+    ],
+)
+def test_what_a_config_lacks_or_we_do_not_compute_is_named(config, message):
+    with pytest.raises(UserError, match=message):
+        family_of(config).config(config)
