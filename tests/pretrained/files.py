@@ -36,19 +36,22 @@ BERT = {**BERT, "model_type": "bert", "type_vocab_size": 2}
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
-def tensors(hf_config: dict, model: dict | None = None, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tensors for a config, float32, by their Hugging Face names."""
+def shapes(hf_config: dict) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a checkpoint, by its Hugging Face name."""
     family = family_of(hf_config)
-    config = family.config(hf_config | (model or {}))
-    network = build(config)
-    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-    shapes = {name: leaf.shape for name, leaf in tree.named_leaves(shapes)}
-    rng, out = np.random.default_rng(seed), {}
+    config = family.config(hf_config)
+    tree_of = jax.eval_shape(lambda: build(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    leaves, out = {name: leaf.shape for name, leaf in tree.named_leaves(tree_of)}, {}
     for tensor in family.tensors(config):
-        shape = shapes[tensor.leaf][1:] if tensor.count else shapes[tensor.leaf]
-        for name in tensor.names:
-            out[name] = rng.normal(size=shape[::-1] if tensor.transpose else shape).astype(np.float32)
+        shape = leaves[tensor.leaf][1:] if tensor.count else leaves[tensor.leaf]
+        out |= dict.fromkeys(tensor.names, shape[::-1] if tensor.transpose else shape)
     return out
+
+
+def tensors(hf_config: dict) -> dict[str, np.ndarray]:
+    """Random tensors for a config, float32, by their Hugging Face names."""
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes(hf_config).items()}
 
 
 def write_directory(

@@ -1,0 +1,126 @@
+"""Laws of tokenizers: what is encoded is decoded, ends are known, and templates say what their author wrote."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, processors
+
+from lowrank.errors import UserError
+from lowrank.pretrained.tokenizer import Tokenizer, from_directory
+from tests.pretrained import files
+
+CHATML = (
+    "{% for m in messages %}{{ bos_token }}{{ m['role'] }}: {{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}\n{{ bos_token }}assistant:{% endif %}"
+)
+USER = [{"role": "user", "content": " hi "}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    files.write_tokenizer(tmp_path, 12)
+    return tmp_path
+
+
+def configure(folder, **changes):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_ids_and_text_and_ends(folder):
+    tokenizer = from_directory(folder, {})
+    assert tokenizer.encode("w4 w7 </s>") == [4, 7, 2]
+    assert tokenizer.encode_batch(["w4", "w5 w6"]) == [[4], [5, 6]]
+    assert tokenizer.decode([4, 7]) == "w4 w7"
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 2, 12)
+    assert tokenizer.stop_ids == (2,)
+
+
+def test_padding_and_truncation_that_the_file_asks_for_are_off(folder):
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(2)
+    backend.enable_padding(length=8)
+    backend.save(str(folder / "tokenizer.json"))
+    assert from_directory(folder, {}).encode("w4 w5 w6 w7") == [4, 5, 6, 7]
+
+
+def test_what_surrounds_a_text_is_added_on_request_only(folder):
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 1))
+    tokenizer = Tokenizer(backend, {"cls_token": "<s>", "sep_token": "</s>"})
+    assert tokenizer.encode("w4") == [4]
+    assert tokenizer.encode_special("w4") == [1, 4, 2]
+    assert tokenizer.encode_pair("w4", "w5 w6") == ([1, 4, 2, 5, 6, 2], [0, 0, 0, 1, 1, 1])
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
+
+
+def test_special_tokens_may_be_objects_or_ids_of_the_model(folder):
+    configure(folder, eos_token={"content": "w5"}, bos_token=None, pad_token=None)
+    tokenizer = from_directory(folder, {"bos_token_id": 6, "pad_token_id": 7, "eos_token_id": [8, 5]})
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (6, 5, 7)
+    assert tokenizer.stop_ids == (5, 8)
+
+
+def test_generation_stops_where_its_config_says(folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 2, 99]}))
+    assert from_directory(folder, {"eos_token_id": 4}).stop_ids == (2, 9)
+
+
+def test_a_tokenizer_without_an_end_is_refused(folder):
+    configure(folder, eos_token=None)
+    with pytest.raises(UserError, match="neither an 'eos_token' nor a 'sep_token'"):
+        from_directory(folder, {})
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, r"has no tokenizer\.json"), ("{}", r"tokenizer\.json is not a")])
+def test_a_missing_or_corrupt_file_is_named(folder, text, message):
+    (folder / "tokenizer.json").unlink() if text is None else (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        from_directory(folder, {})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["config", "named", "file"])
+def test_a_chat_template_renders_wherever_it_is_kept(folder, place):
+    if place == "file":
+        (folder / "chat_template.jinja").write_text(CHATML)
+    else:
+        named = [{"name": "tools", "template": "no"}, {"name": "default", "template": CHATML}]
+        configure(folder, chat_template=CHATML if place == "config" else named)
+    tokenizer = from_directory(folder, {})
+    assert tokenizer.chat(USER) == "<s>user: hi</s>\n"
+    assert tokenizer.chat(USER, add_generation_prompt=True) == "<s>user: hi</s>\n<s>assistant:"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for %}", "cannot render"),
+        ("{{ messages.__class__.__mro__ }}", "cannot render"),
+    ],
+)
+def test_a_template_that_objects_is_one_line(folder, template, message):
+    configure(folder, chat_template=template)
+    with pytest.raises(UserError, match=message) as error:
+        from_directory(folder, {}).chat(USER)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_saved_is_the_same_tokenizer(folder, tmp_path):
+    (folder / "chat_template.jinja").write_text(CHATML)
+    before = from_directory(folder, {"eos_token_id": 5})
+    (tmp_path / "copy").mkdir()
+    before.save(tmp_path / "copy")
+    after = from_directory(tmp_path / "copy", {"eos_token_id": 5})
+    assert after.backend.to_str() == before.backend.to_str()
+    assert after.chat(USER) == before.chat(USER)
+    assert (after.bos_id, after.eos_id, after.pad_id, after.stop_ids) == (1, 2, 0, (2, 5))
+
+
+def test_ids_beyond_a_gap_count(tmp_path):
+    backend = Backend(models.WordLevel({"a": 0, "</s>": 40}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert Tokenizer(backend, {"eos_token": "</s>"}).vocab_size == 41
