@@ -18,7 +18,7 @@ from lowrank.runlog import LOSS, METRICS, read_metrics
 from lowrank.workdir import plain, write_bytes, write_text
 
 EVAL_LOSS = "eval/loss"
-_SKIPPED = ("before", "after")  # keys of a summary that have a table of their own
+_SKIPPED = ("before", "after", "samples")  # keys of a summary that have a section of their own
 
 
 def write(

@@ -169,12 +169,13 @@ class Run:
             "tokens_per_s": self.log.tokens_per_s,
             "before": before["scores"],
             "after": after["scores"],
+            "samples": self.job.scorer.samples(before["texts"], after["texts"]) if before["texts"] else [],
         }
         if jax.process_index() == 0:
-            self._report(summary, before["texts"], after["texts"], kind)
+            self._report(summary, kind)
         return summary
 
-    def _report(self, summary: dict[str, Any], before: list[str], after: list[str], kind: str) -> None:
+    def _report(self, summary: dict[str, Any], kind: str) -> None:
         report.write(
             self.folder,
             summary,
@@ -182,7 +183,7 @@ class Run:
             title=f"{summary['method']} on {summary['model']}",
             command=self.command,
             config=workdir.plain(vars(self.job.config)),
-            samples=self.job.scorer.samples(before, after) if before else (),
+            samples=summary["samples"],
             files={ADAPTER: kind, "checkpoints": "trained leaves, optimizer, data position"},
         )
         workdir.write_json(self.folder / SUMMARY, summary)
