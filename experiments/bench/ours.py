@@ -51,7 +51,7 @@ def _loss(network, params, batch, rng):
 def _batch(tokenizer: pretrained.Tokenizer, folder: Path) -> dict[str, np.ndarray]:
     """Real text: the first articles of BBC News, one after the other; the last token of a row has no target."""
     articles = data.examples(data.DataConfig(source="bbc_news", max_examples=8), tokenizer)
-    ids = tokenizer.encode("\n\n".join(a["text"] for a in articles))[: ROWS * LENGTH]
+    ids = tokenizer.encode("\n\n".join(a["prompt"] for a in articles))[: ROWS * LENGTH]
     tokens = np.array(ids, np.int32).reshape(ROWS, LENGTH)
     np.save(folder / "tokens.npy", tokens)
     weights = np.ones_like(tokens, np.float32)
