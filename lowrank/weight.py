@@ -106,6 +106,11 @@ def materialize(w: Any) -> jax.Array:
     return w.materialize() if is_weight(w) else w
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """At least float32, which updates and norms are computed in; float64 stays, for exact references."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
     return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 

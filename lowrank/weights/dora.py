@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weight import dot, form, frozen, materialize, trainable
+from lowrank.weight import dot, form, frozen, materialize, trainable, wide
 from lowrank.weights.lora import LoRA
 
 
@@ -24,7 +24,7 @@ class DoRA(LoRA):
     def materialize(self) -> jax.Array:
         """`magnitude * V / ||V||` with `V = W + scale * A @ B`, in the base's dtype."""
         base = materialize(self.base)
-        direction = base.astype(jnp.float32) + self.delta()
+        direction = wide(base) + self.delta()
         norm = jax.lax.stop_gradient(jnp.linalg.norm(direction, axis=-2))
         return (direction * (self.magnitude / norm)[..., None, :]).astype(base.dtype)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.errors import UserError, unknown
-from lowrank.weight import Weight, dot, form, frozen, is_weight, materialize, static, trainable
+from lowrank.weight import Weight, dot, form, frozen, is_weight, materialize, static, trainable, wide
 
 
 @form
@@ -29,14 +29,14 @@ class LoRA(Weight):
     dropout: float = static(default=0.0)
 
     def delta(self) -> jax.Array:
-        """The update `scale * A @ B`, `[..., in, out]` in float32."""
-        product = jnp.matmul(self.a.astype(jnp.float32), self.b.astype(jnp.float32), precision="highest")
+        """The update `scale * A @ B`, `[..., in, out]` in float32 or wider."""
+        product = jnp.matmul(wide(self.a), wide(self.b), precision="highest")
         return product * self.scale[..., None, None]
 
     def materialize(self) -> jax.Array:
         """`W + scale * A @ B`, summed in float32 and rounded once to the base's dtype."""
         base = materialize(self.base)
-        return (base.astype(jnp.float32) + self.delta()).astype(base.dtype)
+        return (wide(base) + self.delta()).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`x @ W + scale * drop(x) @ A @ B` without forming `A @ B`."""

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weight import Weight, dot, form, frozen, materialize, static, trainable
+from lowrank.weight import Weight, dot, form, frozen, materialize, static, trainable, wide
 
 
 @form
@@ -20,7 +20,7 @@ class Scaled(Weight):
         """The rescaled kernel, in the base's dtype."""
         base = materialize(self.base)
         s = self.s[..., None, :] if self.side == "out" else self.s[..., :, None]
-        return (base.astype(jnp.float32) * s).astype(base.dtype)
+        return (wide(base) * s).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`(x @ W) * s` or `(x * s) @ W`."""
