@@ -18,6 +18,7 @@ from lowrank.errors import UserError, nearest
 from lowrank.weight import is_weight
 
 PyTree = Any
+OPTIONS = ("num_labels", "num_prompt", "top_layers")  # of the model, which decide what leaves there are
 ARRAYS, ABOUT = "trained.safetensors", "trained.json"
 
 
@@ -43,7 +44,9 @@ def save(
             return "adapter in the PEFT format"
         except UserError as e:
             why = str(e)
-    _save_leaves(params, trained, {"base": base.name, "method": dict(method), "not_peft": why}, Path(directory))
+    options = {name: getattr(base.config, name) for name in OPTIONS if getattr(base.config, name)}
+    about = {"base": base.name, "model": options, "method": dict(method), "not_peft": why}
+    _save_leaves(params, trained, about, Path(directory))
     return "trained leaves by name"
 
 

@@ -65,13 +65,16 @@ def _check(key: str, value: Any, form: Form, path: Path) -> None:
 def check_base(config: Mapping[str, Any], name: str, directory: str | os.PathLike[str], any_base: bool) -> None:
     """Raises UserError when the adapter records another base than `name`, unless `any_base`."""
     recorded = config["base_model_name_or_path"]
-    if recorded and not any_base and _same(recorded) != _same(name):
+    if recorded and not any_base and not _same(recorded, name):
         raise UserError(
             f"the adapter in {directory} is for base {recorded!r}, the loaded base is {name!r} "
             "(any_base=True, or --any_base, attaches it all the same)"
         )
 
 
-def _same(name: str) -> str:
-    """A folder's real path; a hub id as it is."""
-    return os.path.realpath(name) if os.path.isdir(name) else name.rstrip("/")
+def _same(recorded: str, name: str) -> bool:
+    """Hub ids say the owner, folders and wheels only the model: then the last part decides, in any case."""
+    recorded, name = (text.rstrip("/").lower() for text in (recorded, name))
+    if "/" in recorded and "/" in name:
+        return recorded == name
+    return recorded.rpartition("/")[2] == name.rpartition("/")[2]

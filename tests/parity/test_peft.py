@@ -18,6 +18,7 @@ from lowrank.models import build
 from lowrank.pretrained.families import FAMILIES
 from lowrank.weight import is_weight, merge, trainable_mask
 from tests.forms import shaken
+from tests.models.tiny import QUICK
 
 # A missing tensor is only a warning in peft, so warnings stay errors but for those of its own making.
 pytestmark = [
@@ -91,7 +92,8 @@ def ours(model, family):
 
 
 def our_logits(base, params):
-    apply = jax.jit(lambda p: build(base.config).apply({"params": p}, TOKENS, segments=np.ones_like(TOKENS)))
+    model = build(base.config)
+    apply = jax.jit(lambda p: model.apply({"params": p}, TOKENS, segments=np.ones_like(TOKENS)), compiler_options=QUICK)
     return np.asarray(apply(params))
 
 

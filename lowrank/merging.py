@@ -1,0 +1,150 @@
+"""An adapted model as a plain Hugging Face checkpoint, and what rounding to its dtype costs the adapter."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank import adapter, methods, peft_format, pretrained, tree
+from lowrank.errors import UserError, unknown
+from lowrank.pretrained import Pretrained
+from lowrank.pretrained.load import PARAM_DTYPES
+from lowrank.weight import Weight, is_weight, materialize
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """How far the stored kernels W' are from W + dW: `||W' - W - dW|| / ||dW||` (Frobenius), over all and at worst.
+
+    W is the base as it was loaded, dW what the adapter adds; only the matrices that it changes are counted, by more
+    than the rounding of a DoRA's magnitude.
+    """
+
+    dtype: str
+    matrices: int
+    error: float
+    worst: float
+    worst_matrix: str
+
+    def __str__(self) -> str:
+        """One line for people."""
+        worst = f", at worst {self.worst:.2e} in {self.worst_matrix}" if self.matrices else ""
+        return (
+            f"merged {self.matrices} matrices into {self.dtype}: relative error of the update {self.error:.2e}{worst}"
+        )
+
+
+def merge_to_hf(
+    params: PyTree,
+    base: Pretrained,
+    directory: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    labels: Sequence[str] = (),
+) -> MergeReport:
+    """Writes `params`, the adapted tree of `base`, as a full checkpoint with its kernels stored in `dtype`.
+
+    `labels` name a classifier's classes. Raises UserError as `pretrained.export` does.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists and is not an empty directory")
+    plain, report = merged(params, dtype)
+    pretrained.export(plain, base, directory, dtype=dtype, labels=labels)
+    return report
+
+
+def merged(params: PyTree, dtype: str) -> tuple[PyTree, MergeReport]:
+    """`params` with each form replaced by its kernel in `dtype`, and the error of that.
+
+    The exact sum is taken in float64, one layer at a time, and rounded once. Raises UserError for an unknown dtype.
+    """
+    if dtype not in PARAM_DTYPES:
+        raise unknown("dtype", dtype, PARAM_DTYPES)
+    leaves, errors = dict(tree.named_leaves(params, is_weight)), {}
+    for name, w in list(leaves.items()):
+        if is_weight(w):
+            leaves[name], norms = _merged(w, dtype)
+            errors |= {_layer_name(name, i, len(norms)): pair for i, pair in enumerate(norms)}
+            bias = f"{name.removesuffix('kernel')}bias"
+            if bias in leaves:
+                leaves[bias] = w.merged_bias(leaves[bias])
+    return tree.map_named(lambda name, _: leaves[name], params, is_leaf=is_weight), _report(dtype, errors)
+
+
+def _merged(w: Weight, dtype: str) -> tuple[jax.Array, list[tuple[float, float]]]:
+    """`(kernel [..., in, out] in dtype, [(||W' - W - dW||, ||dW||) of each layer])`; float32 blur is no update."""
+    stack = w.shape[:-2]
+    stored, norms = [], []
+    for i in range(stack[0]) if stack else (...,):
+        base, exact = _exact(jax.tree.map(lambda x, i=i: x[i], w))
+        kernel = exact.astype(jnp.dtype(dtype))
+        stored.append(kernel)
+        change = _norm(exact - base)
+        norms.append((_norm(kernel.astype(np.float64) - exact), change if change > 1e-6 * _norm(base) else 0.0))
+    return jnp.asarray(np.stack(stored) if stack else stored[0]), norms
+
+
+def _exact(w: Weight) -> tuple[np.ndarray, np.ndarray]:
+    """The kernel of one layer without its form and with it, in float64."""
+    arrays = jax.tree.map(np.asarray, w)
+    with jax.enable_x64(True):
+        lift = lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x)  # noqa: E731
+        w = jax.tree.map(lift, arrays)
+        return np.asarray(materialize(w.base), np.float64), np.asarray(w.materialize(), np.float64)
+
+
+def _norm(x: np.ndarray) -> float:
+    return float(np.sqrt(np.sum(x * x)))
+
+
+def _layer_name(name: str, layer: int, layers: int) -> str:
+    first, _, rest = name.partition("/")
+    return f"{first}/{layer}/{rest}" if layers > 1 else name
+
+
+def _report(dtype: str, errors: Mapping[str, tuple[float, float]]) -> MergeReport:
+    changed = {name: pair for name, pair in errors.items() if pair[1] > 0}
+    if not changed:
+        return MergeReport(dtype, 0, 0.0, 0.0, "")
+    lost, size = (float(np.sqrt(sum(pair[k] ** 2 for pair in changed.values()))) for k in (0, 1))
+    worst = max(changed, key=lambda name: changed[name][0] / changed[name][1])
+    return MergeReport(dtype, len(changed), lost / size, changed[worst][0] / changed[worst][1], worst)
+
+
+def adapted(directory: str | os.PathLike[str], spec: str | None = None, *, any_base: bool = False) -> Pretrained:
+    """The model `spec` (by default the one that the adapter records) with the adapter in `directory` attached.
+
+    The folder holds a PEFT adapter, or trained leaves by name as a run leaves them. Raises UserError for an adapter
+    of another base, unless `any_base`, and as `pretrained.load` and `peft_format.load` do.
+    """
+    if (Path(directory) / adapter.ABOUT).exists():
+        return _with_leaves(Path(directory), spec)
+    about = peft_format.about(directory)
+    base = pretrained.load(_spec(spec, about.base, directory), model=about.model)
+    return dataclasses.replace(base, params=peft_format.load(directory, base.params, base, any_base=any_base))
+
+
+def _spec(spec: str | None, recorded: str | None, directory: str | os.PathLike[str]) -> str:
+    if not (spec or recorded):
+        raise UserError(f"the adapter in {directory} does not say what its base is: name it")
+    return spec or recorded
+
+
+def _with_leaves(directory: Path, spec: str | None) -> Pretrained:
+    try:
+        about = json.loads((directory / adapter.ABOUT).read_text())
+        recorded, options, group = about["base"], about["model"], about["method"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"cannot read {directory / adapter.ABOUT}: {e}") from None
+    base = pretrained.load(_spec(spec, recorded, directory), model=options)
+    params = methods.attach(methods.build(group), base.params, jax.random.key(0))
+    return dataclasses.replace(base, params=adapter.load_leaves(directory, params, base.name))
