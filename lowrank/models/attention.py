@@ -3,7 +3,7 @@
 Shapes: B rows, T queries, S keys, N query heads, K key heads, H head width, D width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from lowrank.models import rope
 from lowrank.models.cache import put
-from lowrank.models.layers import Linear, Norm
+from lowrank.models.layers import HALF, Linear, Norm
 
 
 class View(NamedTuple):
@@ -30,7 +30,7 @@ class Attention(nn.Module):
     head_dim: int
     qkv_bias: bool = False
     o_bias: bool = False
-    fused: bool = False  # one kernel `qkv` instead of three
+    fused_qkv: bool = False  # one kernel `qkv` instead of three
     qk_norm: bool = False
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
@@ -38,6 +38,7 @@ class Attention(nn.Module):
     window: int = 0  # where the view has no mask
     scale: float | None = None
     softcap: float = 0.0
+    fused: bool = True  # cuDNN's kernel where it fits
 
     @nn.compact
     def __call__(
@@ -55,14 +56,14 @@ class Attention(nn.Module):
         if past is not None:
             new = k, v
             k, v = (put(slots, x, index, axis=1).astype(q.dtype) for slots, x in zip(past, new, strict=True))
-        options = {"causal": self.causal, "window": self.window, "scale": self.scale, "softcap": self.softcap}
+        options = {name: getattr(self, name) for name in ("causal", "window", "scale", "softcap", "fused")}
         out = attend(q, k, v, view.mask_Bx1xTxS, **options)
         out = out.reshape(*out.shape[:2], self.heads * self.head_dim)
         return Linear(x_BxTxD.shape[-1], self.o_bias, name="o")(out), new
 
     def _project(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         widths = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
-        if self.fused:
+        if self.fused_qkv:
             q, k, v = jnp.split(
                 Linear(sum(widths), self.qkv_bias, name="qkv")(x_BxTxD), (widths[0], sum(widths[:2])), axis=-1
             )
@@ -85,8 +86,9 @@ def attend(
     window: int = 0,
     scale: float | None = None,
     softcap: float = 0.0,
+    fused: bool = True,
 ) -> jax.Array:
-    """`softmax(scale * q k) v`, `[B, T, N, H]`; the softmax in float32.
+    """`softmax(scale * q k) v`, `[B, T, N, H]`; the softmax in float32. `fused`: by cuDNN where it can.
 
     A mask says all there is to say; without one, `causal` and `window` (a token sees itself and the window - 1
     before it; 0: no window) apply. `softcap` squashes the scores to `cap * tanh(score / cap)` and needs a mask.
@@ -102,17 +104,20 @@ def attend(
         scale=scale,
         is_causal=causal and static,
         local_window_size=(window - 1, 0) if static and 0 < window < k_BxSxKxH.shape[1] else None,
-        implementation="cudnn" if _cudnn_fits(q_BxTxNxH) else "xla",
+        implementation="cudnn" if fused and cudnn_fits(q_BxTxNxH, k_BxSxKxH.shape[1], jax.devices()[0]) else "xla",
     )
 
 
-def _cudnn_fits(q_BxTxNxH: jax.Array) -> bool:
-    """cuDNN's fused attention wants half precision, heads of a multiple of 8 up to 128, and an Ampere GPU or later."""
+def cudnn_fits(q_BxTxNxH: Any, keys: int, device: Any) -> bool:
+    """Whether cuDNN's fused attention takes these queries (shape and dtype) and `keys` keys on `device`.
+
+    It wants half precision, even lengths, heads of a multiple of 8 up to 128 (256 from Hopper on), Ampere or later.
+    """
     _, T, _, H = q_BxTxNxH.shape
-    if q_BxTxNxH.dtype not in (jnp.bfloat16, jnp.float16) or H % 8 or H > 128 or T == 1:
+    if device.platform != "gpu" or "NVIDIA" not in device.device_kind or q_BxTxNxH.dtype not in HALF:
         return False
-    device = jax.devices()[0]
-    return device.platform == "gpu" and "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
+    capability = float(device.compute_capability)
+    return capability >= 8 and H % 8 == 0 and (256 if capability >= 9 else 128) >= H and T % 2 == keys % 2 == 0
 
 
 def _softcapped(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_Bx1xTxS, scale, cap):

@@ -15,10 +15,11 @@ from flax import linen as nn
 from lowrank.errors import UserError
 from lowrank.models import cache as caches
 from lowrank.models import rope, views
-from lowrank.models.attention import Attention
+from lowrank.models.attention import Attention, View
 from lowrank.models.cache import Cache
 from lowrank.models.embed import Embed, Prompt
-from lowrank.models.layers import MLP, Linear, Norm
+from lowrank.models.layers import MLP, Norm
+from lowrank.models.readout import Readout
 from lowrank.models.stack import check, depths, stack
 
 
@@ -59,6 +60,7 @@ class DecoderConfig:
     dtype: str = "float32"  # of activations; norms, softmax and logits are float32
     remat: str = "block"  # what the backward pass recomputes: none | block | dots
     unroll: int = 1  # layers per step of the scan
+    fused_attention: bool = True  # cuDNN's kernel where it fits; else, and with False, XLA's
     num_prompt: int = 0  # virtual tokens before every sequence
     top_layers: int = 0  # how many of the last layers are a stack of their own
     num_labels: int = 0  # > 0: a classifier in place of the LM head
@@ -100,7 +102,7 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, h, view, local, past, index):
+    def __call__(self, h: jax.Array, view: View, local: Any, past: Any, index: Any) -> tuple[jax.Array, Any]:
         """`(h [B, T, D], keys and values of these tokens or None)`; `local` picks one of two views if there are two."""
         c = self.config
         if local is not None:
@@ -119,6 +121,7 @@ class Block(nn.Module):
             window=c.window,
             scale=c.attn_scale,
             softcap=c.attn_logit_softcap,
+            fused=c.fused_attention,
             name="attn",
         )
         y, new = attention(self._norm("attn_norm", h), view, past, index)
@@ -152,9 +155,15 @@ class Decoder(nn.Module):
             self.top = stack(Block, c, depths(c)["top"])
         self.norm = Norm(c.norm, c.norm_eps, c.norm_offset)
         if c.num_labels or not c.tied:
-            self.head = Linear(c.num_labels or c.vocab_size)
+            self.head = Readout(c.num_labels or c.vocab_size)
 
-    def __call__(self, tokens, positions=None, segments=None, cache=None):
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
         """Logits float32 `[B, T, V]` (with a cache: `(logits, cache)`), or `[B, C]` when `num_labels` is set."""
         if self.config.num_labels:
             return self.classify(tokens, segments)
@@ -163,7 +172,13 @@ class Decoder(nn.Module):
         h_BxTxD, cache = self.features(tokens, positions, segments, cache)
         return self.logits(h_BxTxD), cache
 
-    def features(self, tokens, positions=None, segments=None, cache=None):
+    def features(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
         """What the head reads, `[B, T, D]`; with a cache `(features, cache)`, and these tokens follow those in it.
 
         Raises UserError when the sequence is longer than the model's positions.
@@ -196,14 +211,14 @@ class Decoder(nn.Module):
     def logits(self, h_BxTxD: jax.Array) -> jax.Array:
         """Features to logits, float32 `[B, T, V]`."""
         c = self.config
-        y = self.embed.attend(h_BxTxD) if c.tied else self.head(h_BxTxD).astype(jnp.float32)
+        y = self.embed.attend(h_BxTxD) if c.tied else self.head(h_BxTxD)
         return c.final_logit_softcap * jnp.tanh(y / c.final_logit_softcap) if c.final_logit_softcap else y
 
     def classify(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
         """Label logits, float32 `[B, C]`, read off each row's last real token."""
         h_BxTxD = self.features(tokens, segments=segments)
         if segments is None:
-            return self.head(h_BxTxD[:, -1]).astype(jnp.float32)
+            return self.head(h_BxTxD[:, -1])
         places_T = jnp.arange(tokens.shape[1])
         last_B = jnp.max(jnp.where(segments > 0, places_T[None, :], 0), axis=1)
-        return self.head(jnp.take_along_axis(h_BxTxD, last_B[:, None, None], axis=1)[:, 0]).astype(jnp.float32)
+        return self.head(jnp.take_along_axis(h_BxTxD, last_B[:, None, None], axis=1)[:, 0])

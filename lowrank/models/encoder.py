@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, D width, C labels. Parameter names: `embed/{embedding,
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,12 @@ from flax import linen as nn
 
 from lowrank.errors import UserError, unknown
 from lowrank.models import views
-from lowrank.models.attention import Attention
+from lowrank.models.attention import Attention, View
 from lowrank.models.embed import Embed, Prompt
 from lowrank.models.layers import MLP, Linear, Norm
 from lowrank.models.stack import check, depths, stack
 
+Opt = jax.Array | None
 POOLING = ("cls", "mean", "pooler")
 
 
@@ -40,6 +42,7 @@ class EncoderConfig:
     dtype: str = "float32"  # of activations; norms, softmax and logits are float32
     remat: str = "block"  # what the backward pass recomputes: none | block | dots
     unroll: int = 1  # layers per step of the scan
+    fused_attention: bool = True  # cuDNN's kernel where it fits; else, and with False, XLA's
     num_prompt: int = 0  # virtual tokens before every sequence
     top_layers: int = 0  # how many of the last layers are a stack of their own
     num_labels: int = 0  # > 0: a classifier
@@ -66,10 +69,11 @@ class Block(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, h, view, local, past, index):
+    def __call__(self, h: jax.Array, view: View, local: Any, past: Any, index: Any) -> tuple[jax.Array, Any]:
         """`(h [B, T, D], None)`."""
         c = self.config
-        attention = Attention(c.heads, c.heads, c.head_dim, qkv_bias=True, o_bias=True, name="attn")
+        options = {"qkv_bias": True, "o_bias": True, "fused": c.fused_attention}
+        attention = Attention(c.heads, c.heads, c.head_dim, **options, name="attn")
         h = Norm("layer", c.norm_eps, name="attn_norm")(h + attention(h, view)[0])
         y = MLP(c.hidden, c.activation, bias=True, name="mlp")(h)
         return Norm("layer", c.norm_eps, name="mlp_norm")(h + y), None
@@ -110,7 +114,7 @@ class Encoder(nn.Module):
         if c.num_labels:
             self.head = DenseHead(c.num_labels) if c.dense_head else Linear(c.num_labels, True)
 
-    def __call__(self, tokens, segments=None, types=None):
+    def __call__(self, tokens: jax.Array, segments: Opt = None, types: Opt = None) -> jax.Array:
         """Label logits float32 `[B, C]` when `num_labels` is set, else features `[B, T, D]`."""
         if self.config.num_labels:
             return self.classify(tokens, segments, types)
@@ -118,7 +122,7 @@ class Encoder(nn.Module):
             self.pooled(tokens, segments, types)
         return self.features(tokens, segments, types)
 
-    def features(self, tokens, segments=None, types=None):
+    def features(self, tokens: jax.Array, segments: Opt = None, types: Opt = None) -> jax.Array:
         """`[B, T, D]`. Raises UserError when the sequence is longer than the model's positions."""
         c = self.config
         length = tokens.shape[1] + c.num_prompt
@@ -135,7 +139,7 @@ class Encoder(nn.Module):
             h, _ = getattr(self, name)(h, view, None, None, None)
         return h[:, c.num_prompt :]
 
-    def pooled(self, tokens, segments=None, types=None):
+    def pooled(self, tokens: jax.Array, segments: Opt = None, types: Opt = None) -> jax.Array:
         """`[B, D]`: what stands for a row, by the config's `pooling`."""
         h_BxTxD = self.features(tokens, segments, types)
         if self.config.pooling == "mean":
@@ -147,6 +151,6 @@ class Encoder(nn.Module):
         first_BxD = jnp.take_along_axis(h_BxTxD, first_B[:, None, None], axis=1)[:, 0]
         return jnp.tanh(self.pooler(first_BxD)) if self.config.pooling == "pooler" else first_BxD
 
-    def classify(self, tokens, segments=None, types=None):
+    def classify(self, tokens: jax.Array, segments: Opt = None, types: Opt = None) -> jax.Array:
         """Label logits, float32 `[B, C]`."""
         return self.head(self.pooled(tokens, segments, types)).astype(jnp.float32)

@@ -19,6 +19,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
 }
 
+HALF = (jnp.bfloat16, jnp.float16)
 kernel_init = nn.initializers.normal(0.02)
 
 

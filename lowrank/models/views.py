@@ -3,12 +3,15 @@
 Shapes: B rows, T tokens (virtual ones first), S keys.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from lowrank.models import cache as caches
 from lowrank.models import rope
 from lowrank.models.attention import View
+from lowrank.models.cache import Cache
 
 EVERY = -1  # the segment of virtual prompt tokens: all segments see them
 
@@ -24,7 +27,15 @@ def seen(q_segments_BxT: jax.Array, k_segments_BxS: jax.Array) -> jax.Array:
     return (q_segments_BxT[:, :, None] == k_Bx1xS) | (k_Bx1xS == EVERY)
 
 
-def causal(config, batch, length, virtual, positions, segments, cache):
+def causal(
+    config: Any,
+    batch: int,
+    length: int,
+    virtual: int,
+    positions: jax.Array | None,
+    segments: jax.Array | None,
+    cache: Cache | None,
+) -> tuple[jax.Array, View, Cache | None]:
     """`(positions [B, T], view, cache)` of `length` tokens, the first `virtual` of them virtual.
 
     `positions` and `segments` speak of the others, or are None. A cache comes back with these tokens marked in it. With
@@ -67,10 +78,11 @@ def _layer_views(c, positions_BxT, k_positions_BxS, seen_BxTxS) -> View:
     wide = near = seen_BxTxS
     if seen_BxTxS is not None and c.window:
         near = seen_BxTxS & (positions_BxT[:, :, None] - k_positions_BxS[:, None, :] < c.window)
+    whole = c.rope_theta, c.rope_scaling
+    local = (c.local_rope_theta, None) if c.local_rope_theta else whole
     if not c.mixed:
-        return _view(c, positions_BxT, c.rope_theta, c.rope_scaling, near)
-    local = (c.local_rope_theta, None) if c.local_rope_theta else (c.rope_theta, c.rope_scaling)
-    views = _view(c, positions_BxT, c.rope_theta, c.rope_scaling, wide), _view(c, positions_BxT, *local, near)
+        return _view(c, positions_BxT, *(local if c.window else whole), near)
+    views = _view(c, positions_BxT, *whole, wide), _view(c, positions_BxT, *local, near)
     return jax.tree.map(lambda *x: jnp.stack(x), *views)
 
 

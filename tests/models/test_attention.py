@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank.models.attention import attend
+from lowrank.models.attention import attend, cudnn_fits
 
 B, T, N, K, H = 2, 9, 4, 2, 8
 
@@ -51,3 +53,30 @@ def test_the_softmax_is_float32_in_half_precision():
     exact = reference(*half, mask, H**-0.5, 0)
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(ours, np.float64), exact, atol=2**-7 * np.abs(exact).max())
+
+
+H100, A100, V100 = (
+    SimpleNamespace(platform="gpu", device_kind=f"NVIDIA {name}", compute_capability=capability)
+    for name, capability in (("H100", "9.0"), ("A100", "8.0"), ("V100", "7.0"))
+)
+CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
+MI300 = SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X", compute_capability="gfx942")
+
+
+@pytest.mark.parametrize(
+    ("device", "length", "keys", "width", "dtype", "fits"),
+    [
+        (H100, 128, 128, 256, jnp.bfloat16, True),
+        (A100, 128, 256, 128, jnp.float16, True),
+        (A100, 128, 128, 256, jnp.bfloat16, False),
+        (V100, 128, 128, 64, jnp.float16, False),
+        (H100, 128, 128, 64, jnp.float32, False),
+        (H100, 128, 128, 60, jnp.bfloat16, False),
+        (H100, 1, 128, 64, jnp.bfloat16, False),
+        (H100, 128, 129, 64, jnp.bfloat16, False),
+        (MI300, 128, 128, 64, jnp.bfloat16, False),
+        (CPU, 128, 128, 64, jnp.bfloat16, False),
+    ],
+)
+def test_cudnn_is_asked_only_for_what_it_takes(device, length, keys, width, dtype, fits):
+    assert cudnn_fits(jax.ShapeDtypeStruct((1, length, 4, width), dtype), keys, device) is fits

@@ -1,0 +1,42 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank.models.readout import readout
+from tests.forms import FORMS, shaken
+
+
+def inputs(axis):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 5, 16)), jnp.bfloat16)
+    w = jnp.asarray(rng.standard_normal((16, 33) if axis == 0 else (33, 16)), jnp.float32)
+    return x, w, (w if axis == 0 else w.T)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_logits_of_half_precision_features_are_not_rounded(axis):
+    x, w, kernel = inputs(axis)
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel.astype(jnp.bfloat16), np.float64)
+    logits = readout(x, w, axis)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_half_precision_gradients_are_those_of_single_precision_rounded(axis):
+    x, w, _ = inputs(axis)
+    target = np.random.default_rng(1).standard_normal((2, 5, 33)).astype(np.float32)
+    gradient = jax.grad(lambda x, w: jnp.sum(jnp.sin(readout(x, w, axis)) * target), argnums=(0, 1))
+    half, single = gradient(x, w), gradient(x.astype(jnp.float32), w.astype(jnp.bfloat16).astype(jnp.float32))
+    for ours, exact in zip(half, single, strict=True):
+        np.testing.assert_allclose(np.asarray(ours, np.float32), exact, atol=2**-6 * np.abs(exact).max())
+    assert [g.dtype for g in half] == [x.dtype, w.dtype]
+
+
+def test_a_head_may_be_a_form():
+    x, w, _ = inputs(0)
+    form = shaken(FORMS["lora"](jax.random.key(0), w), jax.random.key(1))
+    ours, plain = readout(x.astype(jnp.float32), form, 0), readout(x.astype(jnp.float32), w, 0)
+    np.testing.assert_allclose(ours, readout(x.astype(jnp.float32), form.materialize(), 0), rtol=1e-3, atol=1e-3)
+    assert np.abs(ours - plain).max() > 1
