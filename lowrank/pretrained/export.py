@@ -27,6 +27,7 @@ RUNTIME = (
     "dtype",
     "remat",
     "unroll",
+    "fused_attention",
     "top_layers",
     "num_labels",
 )  # what a checkpoint does not depend on, or says itself
