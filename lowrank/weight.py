@@ -1,6 +1,6 @@
 """A weight is anything that can be multiplied.
 
-A `Weight` stands where a kernel `[..., in, out]` stood. Models call `dot`, `affine`, `take` and `attend`
+A `Weight` stands where a kernel `[..., in, out]` stood. Models call `dot`, `affine` and `take`
 and know no method; plain arrays are weights too. A form is a frozen dataclass registered as a pytree; its
 fields say what they are: `trainable()` is learned, `frozen()` is kept, `static()` is not an array.
 """
@@ -94,11 +94,6 @@ def affine(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
 def take(w: Any, ids: jax.Array) -> jax.Array:
     """Rows `ids` of an embedding `[vocab, width]`."""
     return w.take(ids) if is_weight(w) else jnp.take(w, ids, axis=0)
-
-
-def attend(x: jax.Array, w: Any) -> jax.Array:
-    """`x[..., width] @ w[vocab, width].T`: logits from a tied embedding, in the dtype of `x`."""
-    return jax.lax.dot_general(x, materialize(w).astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def materialize(w: Any) -> jax.Array:
