@@ -15,6 +15,7 @@ from lowrank.errors import UserError
 from lowrank.models import build
 from lowrank.weight import is_weight, trainable_mask
 from tests import tiny
+from tests.adapted import adapted
 from tests.forms import shaken
 
 GROUPS = {
@@ -30,12 +31,6 @@ def base(tmp_path_factory):
     return pretrained.load(str(tiny.llama(tmp_path_factory.mktemp("hf") / "tiny-llama")))
 
 
-def adapted(base, group, size=1.0):
-    params = methods.attach(methods.build(group), base.params, jax.random.key(1))
-    moved = jax.tree.map(lambda w: shaken(w, jax.random.key(2)) if is_weight(w) else w, params, is_leaf=is_weight)
-    return jax.tree.map(lambda x, y: x + size * (y - x), params, moved)
-
-
 def float64(w, layer):
     """`(W, W + dW)` of one layer by the papers' formulas."""
     part = {k: np.asarray(v[layer], np.float64) for k, v in vars(w).items() if isinstance(v, jax.Array)}
@@ -49,7 +44,7 @@ def float64(w, layer):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", GROUPS)
 def test_kernels_are_rounded_once_and_the_error_is_that_of_float64(base, name, dtype):
-    params = adapted(base, GROUPS[name], size=0.1)
+    params = adapted(base.params, GROUPS[name], size=0.1)[0]
     plain, report = merging.merged(params, dtype)
     stored, lost, size, ratios = dict(tree.named_leaves(plain)), 0.0, 0.0, {}
     for leaf, w in tree.named_leaves(params, is_weight):
@@ -70,13 +65,15 @@ def test_kernels_are_rounded_once_and_the_error_is_that_of_float64(base, name, d
 
 
 def test_a_smaller_update_loses_more_of_itself_in_bfloat16(base):
-    errors = [merging.merged(adapted(base, GROUPS["lora"], size), "bfloat16")[1].error for size in (1.0, 0.1, 0.01)]
+    errors = [
+        merging.merged(adapted(base.params, GROUPS["lora"], size)[0], "bfloat16")[1].error for size in (1.0, 0.1, 0.01)
+    ]
     assert errors == sorted(errors)
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_the_checkpoint_is_read_back_as_the_live_model(base, name, tmp_path):
-    params = adapted(base, GROUPS[name])
+    params = adapted(base.params, GROUPS[name])[0]
     merging.merge_to_hf(params, base, tmp_path / "merged")
     again = pretrained.load(str(tmp_path / "merged"))
     live, merged = (build(base.config).apply({"params": p}, TOKENS) for p in (params, again.params))
@@ -114,7 +111,7 @@ def test_leaves_saved_by_name_are_merged_too(tmp_path, group):
 
 
 def test_an_adapter_that_names_no_base_asks_for_one(base, tmp_path):
-    peft_format.save(adapted(base, GROUPS["lora"]), base, tmp_path)
+    peft_format.save(adapted(base.params, GROUPS["lora"])[0], base, tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
     with pytest.raises(UserError, match="does not say what its base is"):
@@ -123,7 +120,7 @@ def test_an_adapter_that_names_no_base_asks_for_one(base, tmp_path):
 
 def test_the_command_merges_and_says_in_one_line_what_is_wrong(base, tmp_path):
     folder = tiny.llama(tmp_path / "tiny-llama")
-    peft_format.save(adapted(base, GROUPS["lora"]), base, tmp_path / "run" / "adapter")
+    peft_format.save(adapted(base.params, GROUPS["lora"])[0], base, tmp_path / "run" / "adapter")
     (tmp_path / "run" / "config.json").write_text(json.dumps({"model": {"name": str(folder)}}))
     command = [sys.executable, "-m", "launch.merge", f"--workdir={tmp_path / 'run'}", "--dtype=bfloat16"]
     run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True, check=False)  # noqa: E731

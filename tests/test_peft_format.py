@@ -1,5 +1,6 @@
 """Adapters on disk, checked against PEFT's formulas in NumPy, and everything that is refused."""
 
+import functools
 import json
 
 import jax
@@ -11,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 from lowrank import methods, peft_format, pretrained, tree
 from lowrank.errors import UserError
 from lowrank.peft_format import match
-from lowrank.weight import is_weight, merge, trainable_mask
+from lowrank.weight import is_weight, merge
 from tests import tiny
-from tests.forms import shaken
+from tests.adapted import adapted
+from tests.pretrained import files
 
 PREFIX = "base_model.model."
 ATTN = r".*attn/(q|k|v|o)/kernel"
@@ -35,25 +37,22 @@ def base(tmp_path_factory):
     return pretrained.load(str(tiny.llama(tmp_path_factory.mktemp("hf") / "tiny-llama")))
 
 
-def adapted(base, group):
-    """`(parameters after some training, names of the trained leaves)`."""
-    method = methods.build(group)
-    params = methods.attach(method, base.params, jax.random.key(1))
-    move = lambda name, w: shaken(w, jax.random.key(len(name))) if is_weight(w) else w + 0.5 * name.endswith("bias")  # noqa: E731
-    trained = tree.names(tree.split(params, trainable_mask(params, method.train))[0])
-    moved = tree.map_named(move, params, is_leaf=is_weight)
-    return tree.map_named(lambda n, x, y: y if n in trained else x, params, moved), trained
+@pytest.fixture(scope="module")
+def trees(base):
+    """`name of a group -> (parameters after some training, names of the trained leaves)`."""
+    return functools.cache(lambda name: adapted(base.params, GROUPS[name]))
 
 
 @pytest.fixture(params=GROUPS)
-def case(request, base):
-    return GROUPS[request.param], *adapted(base, GROUPS[request.param])
+def case(request, trees):
+    return GROUPS[request.param], *trees(request.param)
 
 
-def saved(base, directory, group=GROUPS["lora"]):
-    params, trained = adapted(base, group)
-    peft_format.save(params, base, directory, trained=trained, method=group, original=base.params)
-    return params
+@pytest.fixture
+def saved(base, trees, tmp_path):
+    """The folder of an adapter."""
+    params, trained = trees("lora")
+    return peft_format.save(params, base, tmp_path / "adapter", trained=trained, method=GROUPS["lora"])
 
 
 def read(directory):
@@ -118,25 +117,23 @@ def test_what_is_written_is_read_back(base, case, tmp_path):
     assert all(np.array_equal(x, second[1][key]) for key, x in first[1].items())
 
 
-def test_every_form_of_the_table_is_held_to_these_tests(base):
-    forms = {type(w) for g in GROUPS.values() for w in jax.tree.leaves(adapted(base, g)[0], is_leaf=is_weight)}
+def test_every_form_of_the_table_is_held_to_these_tests(trees):
+    forms = {type(w) for name in GROUPS for w in jax.tree.leaves(trees(name)[0], is_leaf=is_weight)}
     assert {form.kind for form in peft_format.FORMS.values()} <= forms
 
 
-def test_the_files_are_what_peft_expects(base, tmp_path):
-    saved(base, tmp_path)
-    config, tensors = read(tmp_path)
+def test_the_files_are_what_peft_expects(saved):
+    config, tensors = read(saved)
     assert {config[k] for k in ("peft_type", "task_type", "bias")} == {"LORA", "CAUSAL_LM", "none"}
     assert config["base_model_name_or_path"] == "tiny-llama"
     assert config["inference_mode"] is True
     assert all(x.dtype == np.float32 for x in tensors.values())
-    with safe_open(tmp_path / "adapter_model.safetensors", "numpy") as file:
+    with safe_open(saved / "adapter_model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
 
 
-def test_padding_is_stripped_and_a_layer_of_rank_0_is_not_there(base, tmp_path):
-    saved(base, tmp_path)
-    config, tensors = read(tmp_path)
+def test_padding_is_stripped_and_a_layer_of_rank_0_is_not_there(saved):
+    config, tensors = read(saved)
     ranks = {k: x.shape[0] for k, x in tensors.items() if k.endswith("lora_A.weight")}
     of = lambda name: [ranks.get(f"{PREFIX}model.layers.{i}.self_attn.{name}_proj.lora_A.weight") for i in range(3)]  # noqa: E731
     assert [of(n) for n in "qkvo"] == [[3, 5, 3], [1, 1, 1], [3, 3, None], [3, 3, 3]]
@@ -145,9 +142,8 @@ def test_padding_is_stripped_and_a_layer_of_rank_0_is_not_there(base, tmp_path):
     assert "layers.0.self_attn.v_proj" in config["target_modules"]
 
 
-def test_a_smaller_adapter_fills_the_other_layers_with_rank_0(base, tmp_path):
-    saved(base, tmp_path)
-    w = peft_format.load(tmp_path, base.params, base)["layers"]["attn"]["v"]["kernel"]
+def test_a_smaller_adapter_fills_the_other_layers_with_rank_0(base, saved):
+    w = peft_format.load(saved, base.params, base)["layers"]["attn"]["v"]["kernel"]
     assert w.a.shape[-1] == 3
     assert [bool(np.any(w.delta()[i])) for i in range(3)] == [True, True, False]
 
@@ -185,12 +181,11 @@ def renamed(tensors, old, new):
         (lambda t: t | {f"{Q}.lora_B.weight": np.full((16, 3), np.nan, np.float32)}, "q_proj.lora_B.weight holds NaN"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(base, tmp_path, change, message):
-    saved(base, tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
+def test_tensors_that_do_not_fit_are_named(base, saved, change, message):
+    file = saved / "adapter_model.safetensors"
     save_file(change(load_file(file)), file)
     with pytest.raises(UserError, match=message):
-        peft_format.load(tmp_path, base.params, base)
+        peft_format.load(saved, base.params, base)
 
 
 @pytest.mark.parametrize(
@@ -216,57 +211,56 @@ def test_tensors_that_do_not_fit_are_named(base, tmp_path, change, message):
         ({"base_model_name_or_path": "someone/else"}, "is for base 'someone/else', the loaded base is 'tiny-llama'"),
     ],
 )
-def test_a_config_that_would_change_the_maths_unseen_is_refused(base, tmp_path, change, message):
-    saved(base, tmp_path)
-    file = tmp_path / "adapter_config.json"
+def test_a_config_that_would_change_the_maths_unseen_is_refused(base, saved, change, message):
+    file = saved / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        peft_format.load(tmp_path, base.params, base)
+        peft_format.load(saved, base.params, base)
 
 
-def test_another_base_is_refused_by_its_shapes_and_let_in_by_name_when_asked(base, tmp_path):
-    saved(base, tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_config.json"
+def test_another_base_is_refused_by_its_shapes_and_let_in_by_name_when_asked(base, saved, tmp_path):
+    file = saved / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "someone/else"}))
-    assert peft_format.load(tmp_path / "adapter", base.params, base, any_base=True)
+    assert peft_format.load(saved, base.params, base, any_base=True)
     other = pretrained.load(str(tiny.bert(tmp_path / "bert")))
     with pytest.raises(UserError, match="match no module of the base"):
-        peft_format.load(tmp_path / "adapter", other.params, other, any_base=True)
+        peft_format.load(saved, other.params, other, any_base=True)
+    wide = pretrained.load(str(files.directory(tmp_path / "wide", {**files.LLAMA, "hidden_size": 32})))
+    with pytest.raises(UserError, match=r"has shape \(3, 16\); this base and config need \(3, 32\)"):
+        peft_format.load(saved, wide.params, wide, any_base=True)
 
 
 @pytest.mark.parametrize(
     ("recorded", "fits"),
     [("tiny-llama", True), ("org/Tiny-Llama", True), ("/models/tiny-llama/", True), ("org/tiny", False), (None, True)],
 )
-def test_a_base_is_known_by_the_last_part_of_its_name_when_one_side_says_no_more(base, tmp_path, recorded, fits):
-    saved(base, tmp_path)
-    file = tmp_path / "adapter_config.json"
+def test_a_base_is_known_by_the_last_part_of_its_name_when_one_side_says_no_more(base, saved, recorded, fits):
+    file = saved / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": recorded}))
     if fits:
-        assert peft_format.load(tmp_path, base.params, base)
+        assert peft_format.load(saved, base.params, base)
     else:
         with pytest.raises(UserError, match="is for base"):
-            peft_format.load(tmp_path, base.params, base)
+            peft_format.load(saved, base.params, base)
 
 
-def test_unreadable_folders_are_one_clear_line(base, tmp_path):
+def test_unreadable_folders_are_one_clear_line(base, saved, tmp_path):
     with pytest.raises(UserError, match="holds no adapter"):
         peft_format.load(tmp_path, base.params, base)
-    saved(base, tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
+    file = saved / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"cannot read .*adapter_model.safetensors"):
-        peft_format.load(tmp_path, base.params, base)
-    file.rename(tmp_path / "adapter_model.bin")
+        peft_format.load(saved, base.params, base)
+    file.rename(saved / "adapter_model.bin")
     with pytest.raises(UserError, match=r"adapter_model.bin is a pickle, which is never read"):
-        peft_format.load(tmp_path, base.params, base)
-    (tmp_path / "adapter_config.json").write_text("{")
+        peft_format.load(saved, base.params, base)
+    (saved / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot read .*adapter_config.json"):
-        peft_format.load(tmp_path, base.params, base)
+        peft_format.load(saved, base.params, base)
 
 
-def test_what_the_format_cannot_hold_is_not_written(base, tmp_path):
-    lora, _ = adapted(base, GROUPS["lora"])
+def test_what_the_format_cannot_hold_is_not_written(base, trees, tmp_path):
+    lora, _ = trees("lora")
     with pytest.raises(UserError, match="no place for the trained leaf layers/mlp/up/kernel"):
         peft_format.save(lora, base, tmp_path, trained=["layers/mlp/up/kernel"])
     with pytest.raises(UserError, match="no place for the trained leaf layers/attn/q/kernel/base"):

@@ -8,11 +8,10 @@ import pytest
 import torch
 import transformers
 
-from lowrank import merging, methods, peft_format, pretrained
+from lowrank import merging, peft_format, pretrained
 from lowrank.models import build
-from lowrank.weight import is_weight
 from tests import tiny
-from tests.forms import shaken
+from tests.adapted import adapted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 TOKENS = np.arange(5, 17, dtype=np.int32)[None]
@@ -29,11 +28,6 @@ def folder(tmp_path_factory):
     return tiny.llama(tmp_path_factory.mktemp("hf") / "tiny-llama")
 
 
-def adapted(base, group):
-    params = methods.attach(methods.build(group), base.params, jax.random.key(1))
-    return jax.tree.map(lambda w: shaken(w, jax.random.key(2)) if is_weight(w) else w, params, is_leaf=is_weight)
-
-
 def logits(model):
     with torch.no_grad():
         return model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
@@ -42,7 +36,7 @@ def logits(model):
 @pytest.mark.parametrize("name", GROUPS)
 def test_transformers_loads_a_merged_checkpoint_and_computes_the_live_logits(folder, name, tmp_path):
     base = pretrained.load(str(folder))
-    params = adapted(base, GROUPS[name])
+    params = adapted(base.params, GROUPS[name])[0]
     report = merging.merge_to_hf(params, base, tmp_path / "merged")
     live = build(base.config).apply({"params": params}, TOKENS)
     theirs = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
@@ -54,7 +48,7 @@ def test_transformers_loads_a_merged_checkpoint_and_computes_the_live_logits(fol
 @pytest.mark.parametrize("name", GROUPS)
 def test_peft_merges_our_adapter_into_the_same_tensors(folder, name, tmp_path):
     base = pretrained.load(str(folder))
-    params = adapted(base, GROUPS[name])
+    params = adapted(base.params, GROUPS[name])[0]
     peft_format.save(params, base, tmp_path / "adapter")
     merging.merge_to_hf(params, base, tmp_path / "merged")
     theirs = peft.PeftModel.from_pretrained(_plain(folder), tmp_path / "adapter").merge_and_unload().state_dict()
@@ -70,7 +64,7 @@ def _plain(folder):
 
 def test_a_checkpoint_in_bfloat16_holds_what_was_reported(folder, tmp_path):
     base = pretrained.load(str(folder), param_dtype="bfloat16")
-    params = adapted(base, GROUPS["lora"])
+    params = adapted(base.params, GROUPS["lora"])[0]
     report = merging.merge_to_hf(params, base, tmp_path / "merged", dtype="bfloat16")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
     lost = size = 0.0

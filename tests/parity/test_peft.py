@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 
-from lowrank import methods, peft_format, tree
+from lowrank import peft_format, tree
 from lowrank.errors import UserError
 from lowrank.models import build
 from lowrank.pretrained.families import FAMILIES
-from lowrank.weight import is_weight, merge, trainable_mask
-from tests.forms import shaken
+from lowrank.weight import merge
+from tests.adapted import adapted
 from tests.models.tiny import QUICK
 
 # A missing tensor is only a warning in peft, so warnings stay errors but for those of its own making.
@@ -102,20 +102,6 @@ def their_logits(model):
         return model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
 
 
-def moved(params, method, seed=3):
-    """`(params, names of trained leaves)` after some training; what pads a smaller rank stays zero."""
-    chosen = tree.mask(params, method.train) if method.train else jax.tree.map(lambda _: False, params)
-
-    def move(name, w, learns):
-        key = jax.random.fold_in(jax.random.key(seed), len(name) + sum(map(ord, name)))
-        if is_weight(w):
-            return shaken(w, key)
-        return w + 0.3 * jax.random.normal(key, w.shape) if learns is True else w
-
-    trained = tree.names(tree.split(params, trainable_mask(params, method.train))[0])
-    return tree.map_named(move, params, chosen, is_leaf=is_weight), trained
-
-
 def gap(a, b):
     worst = float(np.abs(a - b).max())
     print(f"max |delta logits| {worst:.1e} of {np.abs(b).max():.1f}")
@@ -158,10 +144,7 @@ OURS = {
 def test_peft_loads_our_adapter_and_computes_our_logits(case, bases, tmp_path):
     name, group = OURS[case]
     model, base, plain = bases[name]
-    method = methods.build(group)
-    if base.config.num_labels:
-        method = dataclasses.replace(method, train=(*method.train, "head/.*"))
-    params, trained = moved(methods.attach(method, plain, jax.random.key(1)), method)
+    params, trained = adapted(plain, group, train=("head/.*",) if base.config.num_labels else ())
     peft_format.save(params, base, tmp_path, trained=trained, method=group, original=plain)
     theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
     mine = our_logits(base, params)

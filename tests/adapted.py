@@ -1,0 +1,30 @@
+"""A model with a method attached, as some training would leave it. For tests."""
+
+import jax
+
+from lowrank import methods, tree
+from lowrank.weight import is_weight, name_key, trainable_mask
+from tests.forms import shaken
+from tests.models.tiny import QUICK
+
+
+def adapted(params, group, size=1.0, train=()):
+    """`(parameters with everything trained moved by about size, names of the trained leaves)`.
+
+    What pads a smaller rank stays zero. `train` are patterns beside the method's own.
+    """
+    method, names = methods.build(group), []
+
+    def run(params):
+        start = methods.attach(method, params, jax.random.key(1))
+        mask = trainable_mask(start, (*method.train, *train))
+        names.extend(name for name, learns in tree.named_leaves(mask) if learns)
+        moved = tree.map_named(_moved, start, is_leaf=is_weight)
+        return jax.tree.map(lambda x, y, learns: x + size * (y - x) if learns else x, start, moved, mask)
+
+    return jax.jit(run, compiler_options=QUICK)(params), names
+
+
+def _moved(name, w):
+    key = name_key(jax.random.key(2), name)
+    return shaken(w, key) if is_weight(w) else w + 0.3 * jax.random.normal(key, w.shape, w.dtype)
