@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections.config_flags import config_flags
 
 from lowrank import train
 from lowrank.errors import UserError, unknown

@@ -110,6 +110,7 @@ class Run:
     def _check_finite(self, done: int, metrics: Mapping[str, jax.Array] | None) -> None:
         for name in ("loss", "grad_norm") if metrics else ():
             if not math.isfinite(value := float(metrics[name])):
+                self.saver.wait()
                 kept = self.saver.latest()
                 survivor = "there is no checkpoint" if kept is None else f"the checkpoint of step {kept} is intact"
                 raise UserError(f"{name} is {value} at step {done}; {survivor}")

@@ -7,12 +7,12 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-WORDS = "the a cat dog sun moon sat ran saw ate red blue big small on under . : what is where who".split()
+WORDS = "the a cat dog sun moon sat ran saw ate red blue big small on under . : what is where who ?"
 WIDTH, HIDDEN, LAYERS, HEADS, KV_HEADS, POSITIONS = 16, 32, 3, 4, 2, 64
 
 
 def vocabulary() -> list[str]:
-    return ["<pad>", "<s>", "</s>", "[CLS]", "[SEP]", "[UNK]", *WORDS]
+    return ["<pad>", "<s>", "</s>", "[CLS]", "[SEP]", "[UNK]", *WORDS.split()]
 
 
 def llama(folder: Path) -> Path:

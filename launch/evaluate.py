@@ -1,0 +1,49 @@
+"""Scores a finished run: `python -m launch.evaluate --config=configs/X.py[:arg] --workdir=DIR [--config.a.b=c ...]`.
+
+Reads the adapter that the run in DIR has written, scores it as the config's `eval` group says (another split, more
+texts, ...) and leaves the scores, which it also prints, in `DIR/evaluation.json`. Bad input is one line on stderr and
+exit code 2.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from launch.main import parse  # and the flags --config and --workdir
+from lowrank import merging, plan, sharding, train, workdir
+from lowrank.errors import UserError
+
+
+def evaluate(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> dict[str, float]:
+    """The scores of the adapter in the run's folder. Raises UserError if there is none, or it fits another model."""
+    job = plan.make(config)
+    if job.scorer is None:
+        raise UserError("eval.split is not set: it names what to score on")
+    found = Path(directory) / train.ADAPTER
+    if not found.is_dir():
+        raise UserError(f"{directory} holds no finished run: there is no {found}")
+    model = merging.adapted(found, job.model.name)
+    params = jax.device_put(model.params, sharding.shardings(model.params, job.mesh))
+    return job.scorer.scores(params) | job.scorer.texts(params)[0]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Scores as the flags describe."""
+    del argv
+    try:
+        scores = evaluate(flags.FLAGS.config.lock(), flags.FLAGS.workdir)
+        workdir.write_json(Path(flags.FLAGS.workdir) / "evaluation.json", scores)
+    except UserError as e:
+        print("error:", e, file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(scores, indent=2))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,231 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from configs import tiny as tiny_config
+from lowrank import adapter, plan, pretrained, train, tree
+from lowrank.checkpoint import Checkpointer
+from lowrank.errors import UserError
+from lowrank.runlog import read_metrics
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+LM_METHODS = {
+    "full": "method=full",
+    "partial": "method=partial,layers=1",
+    "head": "method=head",
+    "bitfit": "method=bitfit",
+    "lora": "method=lora,rank=2,dropout=0.1",
+    "dora": "method=dora,rank=2",
+    "ia3": "method=ia3",
+    "prompt": "method=prompt,length=4",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.bert(folder / "bert")
+    tiny.llama(folder / "llama")
+    tiny.records(folder / "records.jsonl")
+    return folder
+
+
+def config_of(files, arg="", model="llama", **changes):
+    """The tiny config on the files of the fixture; `changes` are `group__key=value` or `key=value`."""
+    config = tiny_config.get_config(arg)
+    config.model.name, config.data.source = str(files / model), f"jsonl:{files / 'records.jsonl'}"
+    for path, value in changes.items():
+        *groups, key = path.split("__")
+        group = config
+        for name in groups:
+            group = group[name]
+        group[key] = value
+    return config
+
+
+def _losses(workdir):
+    return [line["train/loss"] for line in read_metrics(workdir / "metrics.jsonl") if "train/loss" in line]
+
+
+@pytest.fixture
+def frozen_leaves(monkeypatch):
+    """The frozen leaves of every run, before and after it."""
+    seen, go = [], train.Run.go
+
+    def watched(run):
+        before = jax.device_get(run.frozen)
+        summary = go(run)
+        seen.append((before, jax.device_get(run.frozen)))
+        return summary
+
+    monkeypatch.setattr(train.Run, "go", watched)
+    return seen
+
+
+@pytest.mark.parametrize("arg", LM_METHODS.values(), ids=LM_METHODS)
+def test_every_method_lowers_the_loss_and_leaves_frozen_bytes_alone(arg, files, tmp_path, frozen_leaves):
+    config = config_of(files, arg, optim__lr=0.05, mesh__data=1, checkpoint__every=0)
+    summary = train.run(config, tmp_path)
+    found = _losses(tmp_path)
+    assert len(found) == config.steps
+    assert np.mean(found[-2:]) < np.mean(found[:2]) - 0.02
+    [(before, after)] = frozen_leaves
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
+    assert 0 < summary["trained_params"] <= summary["total_params"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_a_classifier_learns_and_scores_itself(files, tmp_path, frozen_leaves):
+    config = config_of(files, "rank=2,target=.*attn/(q|v)/kernel", "bert", objective="classification")
+    config.update(
+        {"steps": 40, "eval": {"split": "train", "every": 20}, "checkpoint": {"every": 0}, "mesh": {"data": 1}}
+    )
+    config.optim.lr = 0.05
+    summary = train.run(config, tmp_path)
+    assert summary["before"]["accuracy"] < 0.8
+    assert summary["after"]["accuracy"] > 0.95
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "eval/accuracy" in line] == [0, 20, 40]
+    assert jax.tree.all(jax.tree.map(np.array_equal, *frozen_leaves[0]))
+
+
+def test_a_run_leaves_its_adapter_report_and_scores(files, tmp_path):
+    config = config_of(files, "method=head", optim__lr=0.05, steps=4, mesh__data=1)
+    config.eval.update({"split": "train", "texts": 3, "max_new": 4, "samples": 2})
+    summary = train.run(config, tmp_path, command="python -m launch.main --config=x")
+    assert summary["after"]["perplexity"] < summary["before"]["perplexity"]
+    assert {"rougeL", "bleu", "exact_match"} <= set(summary["after"])
+    assert len(summary["samples"]) == 2
+    report = (tmp_path / "report.md").read_text()
+    assert "python -m launch.main --config=x" in report
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    base = pretrained.load(str(files / "llama"))
+    loaded = adapter.load_leaves(tmp_path / "adapter", base.params, base.name)
+    trained = load_file(tmp_path / "adapter" / "trained.safetensors")
+    assert set(trained) == {"head/kernel"}
+    np.testing.assert_array_equal(loaded["head"]["kernel"], trained["head/kernel"])
+    assert not np.array_equal(loaded["head"]["kernel"], base.params["head"]["kernel"])
+    with pytest.raises(UserError, match="not on 'another'"):
+        adapter.load_leaves(tmp_path / "adapter", base.params, "another")
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    """`(config, workdir, summary)` of a short run."""
+    config, workdir = config_of(files, "rank=2", steps=2, mesh__data=1), tmp_path_factory.mktemp("finished")
+    return config, workdir, train.run(config, workdir)
+
+
+def test_lora_leaves_an_adapter_in_the_peft_format(finished):
+    described = json.loads((finished[1] / "adapter" / "adapter_config.json").read_text())
+    assert (described["peft_type"], described["r"]) == ("LORA", 2)
+    assert len(load_file(finished[1] / "adapter" / "adapter_model.safetensors")) == 2 * 2 * tiny.LAYERS
+
+
+def test_a_finished_run_returns_its_summary_again(finished, monkeypatch):
+    config, workdir, summary = finished
+    monkeypatch.setattr(train, "Run", None)
+    assert train.run(config, workdir) == summary
+
+
+def test_a_workdir_of_another_config_is_refused(finished, files):
+    with pytest.raises(UserError, match=r"another config's run: optim.lr"):
+        train.run(config_of(files, "rank=2", steps=2, mesh__data=1, optim__lr=0.5), finished[1])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(files, tmp_path, monkeypatch):
+    weights = iter([1.0] * 4 + [np.nan] * 10)
+    batches = train.sharding.global_batch
+
+    def poisoned(batch, mesh):
+        return batches({**batch, "weights": batch["weights"] * np.float32(next(weights))}, mesh)
+
+    monkeypatch.setattr(train.sharding, "global_batch", poisoned)
+    with pytest.raises(UserError, match=r"loss is nan at step 5; the checkpoint of step 4 is intact"):
+        train.run(config_of(files, "rank=2", mesh__data=1), tmp_path)
+    with Checkpointer(tmp_path / "checkpoints") as saver:
+        assert saver.latest() == 4
+    assert np.isfinite(_losses(tmp_path)[:4]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"method__name": "lorra"}, "unknown method 'lorra' (did you mean 'lora'?)"),
+        ({"method__rnk": 3}, "method.rnk"),
+        ({"method__target": "layers/q"}, "'layers/q' matches no"),
+        ({"method__rank": 17}, "rank 17"),
+        ({"model__name": "smollm3"}, "smollm"),
+        ({"model__dtpe": "float32"}, "model.dtpe"),
+        ({"data__sorce": "x"}, "data.sorce"),
+        ({"data__batch_size": 12}, "batch_size 12 is not divisible by the mesh"),
+        ({"data__seq_len": 65}, "64 positions"),
+        ({"optim__name": "adamx"}, "'adamx'"),
+        ({"optim__accumulate": 3}, "not divisible"),
+        ({"objective": "causal"}, "'causal'"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"mesh__data": 16}, "data=16"),
+        ({"checkpoint__evry": 3}, "checkpoint.evry"),
+        ({"eval__split": "train", "eval__texts": 1, "eval__max_new": 99}, "eval.max_new=99"),
+        ({"eval__split": "train", "eval__evry": 1}, "eval.evry"),
+        ({"lg_every": 1}, "'config.lg_every' (did you mean 'config.log_every'?)"),
+    ],
+)
+def test_bad_configs_are_refused_before_anything_is_written(changes, culprit, files, tmp_path):
+    config = config_of(files, "rank=2", **changes)
+    with pytest.raises(UserError) as error:
+        train.run(config, tmp_path / "w")
+    assert culprit in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_encoder_cannot_be_a_language_model(files, tmp_path):
+    with pytest.raises(UserError, match="objective=classification"):
+        train.run(config_of(files, model="bert"), tmp_path)
+
+
+def test_the_data_may_not_end_before_the_run(files, tmp_path):
+    config = config_of(files, steps=50, data__epochs=1, data__packing=False, mesh__data=1, checkpoint__every=0)
+    with pytest.raises(UserError, match="the data ended after step 5 of 50"):
+        train.run(config, tmp_path)
+
+
+def test_what_a_rewrite_leaves_alone_is_not_copied(files):
+    job = plan.make(config_of(files, "rank=2", mesh__data=1))
+    base = job.load()
+    adapted, original = job.attach(base.params)
+    before = {name: leaf.unsafe_buffer_pointer() for name, leaf in tree.named_leaves(base.params)}
+    after = {name: leaf.unsafe_buffer_pointer() for name, leaf in tree.named_leaves(adapted)}
+    assert original is None
+    assert after["layers/attn/q/kernel/base"] == before["layers/attn/q/kernel"]
+    assert after["embed/embedding"] == before["embed/embedding"]
+
+
+def test_pissa_keeps_the_original_for_its_adapter(files):
+    job = plan.make(config_of(files, "rank=2,init=pissa", mesh__data=1))
+    base = job.load()
+    _, original = job.attach(base.params)
+    assert original is base.params
+
+
+def test_what_is_trained_is_float32_on_a_bfloat16_base(files):
+    job = plan.make(config_of(files, "method=bitfit", model__param_dtype="bfloat16", mesh__data=1))
+    adapted, _ = job.attach(job.load().params)
+    trained, frozen = tree.split(adapted, job.mask)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(trained)} == {"float32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(frozen)} == {"bfloat16"}
+
+
+def test_a_corrupt_checkpoint_file_is_named(files, tmp_path):
+    shutil.copytree(files / "llama", tmp_path / "llama")
+    tensors = load_file(tmp_path / "llama" / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "llama" / "model.safetensors", {"format": "pt"})
+    shutil.copy(files / "records.jsonl", tmp_path)
+    with pytest.raises(UserError, match=r"tensor 'lm_head\.weight' is missing"):
+        train.run(config_of(tmp_path), tmp_path / "w")
