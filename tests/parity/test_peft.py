@@ -64,7 +64,7 @@ def randomize(parameters, seed, size=1.0):
     with torch.no_grad():
         for _, p in parameters:
             noise = torch.randn(p.shape, generator=generator) * size
-            p.copy_(noise * 1.5 * p.shape[-1] ** -0.5 if p.ndim == 2 else p + 0.3 * noise)
+            p.copy_(noise * p.shape[-1] ** -0.5 if p.ndim == 2 else p + 0.3 * noise)
 
 
 @pytest.fixture(scope="module")
