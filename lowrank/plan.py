@@ -127,14 +127,14 @@ def make(config: Group) -> Plan:
     own = [f.name for f in dataclasses.fields(ModelConfig)]
     model = settings.call(ModelConfig, {k: v for k, v in c.model.items() if k in own}, "model")
     options = {k: v for k, v in c.model.items() if k not in own} | dict(method.model)
-    shape, tokenizer, _ = pretrained.describe(model.name, model=options)
+    shape, tokenizer, base = pretrained.describe(model.name, model=options)
     if c.objective == "causal_lm" and not isinstance(shape, models.DecoderConfig):
         raise UserError(f"{model.name} is an encoder: it is fine-tuned with objective=classification")
     room = shape.max_positions - shape.num_prompt
     loader = data.make_loader(data_config, tokenizer, jax.process_index(), jax.process_count(), room)
     if loader.labels:
         options["num_labels"] = len(loader.labels)
-    shape, _, base = pretrained.describe(model.name, model=options)
+        shape, _, base = pretrained.describe(model.name, model=options)
     shapes, mask, table = _split(method, base, bool(loader.labels))
     sharding.shardings(shapes, mesh)
     network = models.build(shape)
