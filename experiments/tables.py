@@ -16,7 +16,7 @@ README = ROOT / "README.md"
 def bench_step() -> str:
     """The step beside peft's, from `experiments/bench/results/step.json`."""
     results = _json("experiments/bench/results/step.json")
-    head = "| | ours, s/step | peft, s/step | peft / ours | ours, peak MB | peft, peak MB | first step, ours / peft, s |"
+    head = "| | ours, s/step | peft, s/step | peft / ours | ours, peak MB | peft, peak MB | first step, ours / peft |"
     rows = [
         f"| {name} | {r['ours_s']:.2f} | {r['peft_s']:.2f} | **{r['ratio']:.2f}** | {r['ours_rss_mb']:.0f} "
         f"| {r['peft_rss_mb']:.0f} | {r['ours_first_step_s']:.1f} / {r['peft_first_step_s']:.1f} |"

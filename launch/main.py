@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
 from lowrank import train
@@ -26,6 +26,8 @@ def main(argv: Sequence[str]) -> None:
     """Runs the training that the flags describe."""
     del argv
     config = _CONFIG.value.lock()
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every checkpoint
     try:
         if config.get("distributed", False):
             jax.distributed.initialize()
