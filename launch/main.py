@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the training that the flags describe."""
     del argv
     config = _CONFIG.value.lock()
-    if flags.FLAGS["verbosity"].using_default_value:
+    if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every checkpoint
     try:
         if config.get("distributed", False):

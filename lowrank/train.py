@@ -174,6 +174,7 @@ class Run:
         }
         if jax.process_index() == 0:
             self._report(summary, kind)
+        self.log.say(f"{kind}: {self.folder / ADAPTER}; report: {self.folder / 'report.md'}")
         return summary
 
     def _report(self, summary: dict[str, Any], kind: str) -> None:
