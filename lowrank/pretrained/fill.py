@@ -18,7 +18,9 @@ from lowrank.pretrained.stored import Stored
 CHUNK_BYTES = 8 << 20
 
 
-def check(where: str, tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]):
+def check(
+    where: str, tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]
+) -> None:
     """Raises UserError naming the first tensor that is missing, or whose shape is not what its leaf needs."""
     used = {name for tensor in tensors for name in tensor.names}
     for tensor in tensors:
@@ -54,7 +56,7 @@ def _leaf(tensor: Tensor, parts: Sequence[Stored], leaf: jax.ShapeDtypeStruct) -
     for index, devices in holders.items():
         buffer = _aligned([stop - start for start, stop in index], leaf.dtype)
         _read(tensor, parts, index, buffer)
-        shards += [jax.device_put(buffer, device) for device in devices]
+        shards += jax.block_until_ready([jax.device_put(buffer, device) for device in devices])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 
 from lowrank.errors import UserError, unknown
-from lowrank.pretrained import gguf_tokenizer
+from lowrank.pretrained import gguf_tokenizer, hf_files
 from lowrank.pretrained.families import FAMILIES
 from lowrank.pretrained.gguf_file import GGUF, open_gguf
 from lowrank.pretrained.stored import Stored, grouped, shifted
@@ -54,8 +54,8 @@ class GGUFSource:
         self.arch = self.file.get("general.architecture")
         if self.arch not in MODEL_TYPES:
             raise unknown("GGUF architecture", self.arch, MODEL_TYPES)
-        stated, family = _hf_config(self.file, self.arch), FAMILIES[MODEL_TYPES[self.arch]]
-        self.hf_config = stated | family.hf_config(family.config(stated))
+        stated = _hf_config(self.file, self.arch)
+        self.hf_config = stated | FAMILIES[stated["model_type"]].hf_config(hf_files.config_of(self.where, stated))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer rebuilt from the file's vocabulary and merges or scores."""

@@ -1,8 +1,9 @@
-"""The safetensors files of a Hugging Face directory, whole or in shards, as `Stored` tensors."""
+"""The files of a Hugging Face directory: config.json, and safetensors, whole or in shards, as `Stored` tensors."""
 
 import functools
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import safetensors
 
 from lowrank.errors import UserError
+from lowrank.pretrained.families import Config, family_of
 from lowrank.pretrained.stored import Stored, read_array
 
 SINGLE = "model.safetensors"
@@ -29,6 +31,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return value
+
+
+def config_of(where: str, hf_config: Mapping[str, Any]) -> Config:
+    """A `config.json` as our config. Raises UserError naming `where` for whatever cannot be used."""
+    try:
+        return family_of(hf_config).config(hf_config)
+    except (ValueError, TypeError, LookupError, ArithmeticError) as e:
+        reason = str(e) if isinstance(e, UserError) else f"its config cannot be used: {e!r}"
+        raise UserError(f"{where}: {reason}") from None
 
 
 def open_directory(directory: Path) -> dict[str, Stored]:

@@ -67,8 +67,10 @@ def find(spec: str, cache: Path | str | None = None) -> Source:
         return DirectorySource(path, spec) if path.is_dir() else GGUFSource(path, spec)
     if path.is_dir():
         return DirectorySource(path, path.resolve().name)
-    if path.suffix == ".gguf" or path.is_file():
+    if path.suffix == ".gguf":
         return GGUFSource(path, path.stem)
+    if path.is_file():
+        raise UserError(f"model {spec!r} is a file: name the directory it is in, or a .gguf file")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith("."):
         return DirectorySource(hub.snapshot(spec), spec)
     if "/" in spec:
@@ -89,7 +91,7 @@ def describe(
 def _describe(source: Source, model: Mapping[str, Any], param_dtype: str) -> tuple[Config, Tokenizer, PyTree]:
     if param_dtype not in PARAM_DTYPES:
         raise unknown("param_dtype", param_dtype, PARAM_DTYPES)
-    config = settings.replace(family_of(source.hf_config).config(source.hf_config), model, "model")
+    config = settings.replace(hf_files.config_of(source.where, source.hf_config), model, "model")
     words = source.tokenizer()
     if words.vocab_size > config.vocab_size:
         raise UserError(

@@ -1,8 +1,10 @@
 """Laws of GGUF models: a file that llama.cpp converted is the checkpoint that it was converted from."""
 
+import jax
 import numpy as np
 import pytest
 
+from lowrank import sharding
 from lowrank.errors import UserError
 from lowrank.pretrained import describe, load
 from tests.pretrained import files
@@ -41,15 +43,11 @@ def test_a_converted_file_is_the_checkpoint_it_came_from(tmp_path, name):
 
 def close(ours, theirs):
     """Equal, but for the rounding of Gemma's 1 + w."""
-    import jax
-
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-7), ours, theirs)
 
 
 def test_heads_that_are_split_over_devices_are_put_back_in_order(tmp_path):
-    from lowrank import sharding
-
     arrays = files.tensors(LLAMA)
     path = str(files.gguf_twin(tmp_path / "twin.gguf", LLAMA, arrays, "llama"))
     assert_same(load(path).params, load(path, mesh=sharding.make_mesh(1, 1, 8)).params)

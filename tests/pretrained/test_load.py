@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 from lowrank import sharding, tree
 from lowrank.errors import UserError
 from lowrank.models import build
-from lowrank.pretrained import describe, hub, load
+from lowrank.pretrained import describe, fill, hf_files, hub, load
+from lowrank.pretrained.families import FAMILIES
 from tests.pretrained import files
 from tests.pretrained.files import BERT, DTYPES, GEMMA3, GPT2, LLAMA
 
@@ -42,8 +43,6 @@ def edit(folder, **changes):
 def test_every_tensor_lands_in_its_leaf_and_layer(tmp_path, name):
     arrays = files.tensors(CONFIGS[name])
     read = load(str(files.write_directory(tmp_path / "m", CONFIGS[name], arrays)))
-    from lowrank.pretrained.families import FAMILIES
-
     leaves = dict(tree.named_leaves(read.params))
     for tensor in FAMILIES[read.family].tensors(read.config):
         parts = [arrays[n].T if tensor.transpose else arrays[n] for n in tensor.names]
@@ -91,26 +90,18 @@ def test_a_mesh_changes_where_values_are_and_not_what_they_are(tmp_path, name, a
 
 
 def test_a_shard_is_read_without_the_rest_of_its_tensor(tmp_path, monkeypatch):
-    from lowrank.pretrained import fill
-
     monkeypatch.setattr(fill, "CHUNK_BYTES", 64)
     folder = str(files.directory(tmp_path / "m", LLAMA))
     assert_same(load(folder).params, load(folder, mesh=sharding.make_mesh(1, 4, 2)).params)
-    stored = files_read(monkeypatch)
-    load(folder, mesh=sharding.make_mesh(1, 1, 8))
-    assert max(rows for name, rows in stored if name == (24, 16)) == 1  # of mlp/up: 64 bytes are one row
-
-
-def files_read(monkeypatch):
-    """The (shape, rows) of every read from here on."""
-    from lowrank.pretrained import hf_files
-
     seen, read = [], hf_files._read
-    record = lambda path, offset, dtype, shape, start, stop: (  # noqa: E731
-        seen.append((shape, stop - start)) or read(path, offset, dtype, shape, start, stop)
-    )
+
+    def record(path, offset, dtype, shape, start, stop):
+        seen.append((shape, stop - start))
+        return read(path, offset, dtype, shape, start, stop)
+
     monkeypatch.setattr(hf_files, "_read", record)
-    return seen
+    load(folder, mesh=sharding.make_mesh(1, 1, 8))
+    assert max(rows for shape, rows in seen if shape == (24, 16)) == 1  # of mlp/up: 64 bytes are one row
 
 
 def test_top_layers_are_the_last_of_the_same_stack(llama):
@@ -226,10 +217,12 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(llama):
         ("./nowhere/model", "no such file or directory"),
         ("a/b/c", "no such file or directory"),
         ("nothing.gguf", "nothing.gguf is not a file"),
+        ("model.bin", "model 'model.bin' is a file: name the directory it is in"),
     ],
 )
 def test_an_unknown_model_is_refused(tmp_path, monkeypatch, spec, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.bin").write_bytes(b"pickle")
     with pytest.raises(UserError, match=message):
         describe(spec)
 
@@ -245,6 +238,23 @@ def test_a_bad_config_file_is_named(llama, file, text):
     (llama / file).unlink() if text is None else (llama / file).write_text(text)
     with pytest.raises(UserError, match=r"config\.json"):
         describe(str(llama))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "config.json has no 'hidden_size'"),
+        ({"hidden_size": "wide"}, "its config cannot be used: TypeError"),
+        ({"num_attention_heads": 0}, "its config cannot be used: ZeroDivisionError"),
+        ({"hidden_act": "swoosh"}, "unknown activation"),
+        ({"model_type": ["llama"]}, "its config cannot be used: TypeError"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named(llama, change, message):
+    (llama / "config.json").write_text(json.dumps({**LLAMA, **change}))
+    with pytest.raises(UserError, match=f"model: {message}") as error:
+        describe(str(llama))
+    assert "\n" not in str(error.value)
 
 
 def test_an_unknown_model_option_or_dtype_is_refused(llama):
