@@ -30,6 +30,9 @@ SHAPES = {
     "top/mlp/down/kernel/b": ((L, 5, D), P(None, None, "fsdp")),
     "norm/scale": ((D,), P()),
     "head/kernel": ((D, V), P("fsdp", "tensor")),
+    "head/kernel/base": ((D, V), P("fsdp", "tensor")),
+    "head/dense/kernel": ((D, D), P()),
+    "pooler/kernel": ((D, D), P()),
     "prompt/embedding": ((4, D), P()),
 }
 
