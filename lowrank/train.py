@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Run:
         params, self.original = job.attach(base.params)
         self.base = dataclasses.replace(base, params=None)
         trained, self.frozen = tree.split(params, job.mask)
+        _check_new(base.new, self.frozen)
         self.optimizer = job.optimizer()
         self.state = step.init(trained, self.optimizer, job.mesh)
         self.metrics: Mapping[str, jax.Array] | None = None  # of the last step done
@@ -189,3 +190,9 @@ class Run:
             files={ADAPTER: kind, "checkpoints": "trained leaves, optimizer, data position"},
         )
         workdir.write_json(self.folder / SUMMARY, summary)
+
+
+def _check_new(new: Sequence[str], frozen: PyTree) -> None:
+    """Raises UserError for a leaf that no checkpoint holds and nothing trains: it would stay as it was drawn."""
+    for name in sorted(set(new) & set(tree.names(frozen))):
+        raise UserError(f"{name} is in no checkpoint and the method does not train it: it would stay random")

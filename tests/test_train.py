@@ -85,7 +85,7 @@ def test_a_classifier_learns_and_scores_itself(files, tmp_path, frozen_leaves):
     config.update(
         {"steps": 40, "eval": {"split": "train", "every": 20}, "checkpoint": {"every": 0}, "mesh": {"data": 1}}
     )
-    config.optim.lr = 0.05
+    config.optim.lr, config.model.pooling = 0.05, "mean"
     summary = train.run(config, tmp_path)
     assert summary["before"]["accuracy"] < 0.8
     assert summary["after"]["accuracy"] > 0.95
@@ -187,6 +187,12 @@ def test_bad_configs_are_refused_before_anything_is_written(changes, culprit, fi
 def test_an_encoder_cannot_be_a_language_model(files, tmp_path):
     with pytest.raises(UserError, match="objective=classification"):
         train.run(config_of(files, model="bert"), tmp_path)
+
+
+def test_a_random_leaf_that_nothing_trains_is_refused(files, tmp_path):
+    config = config_of(files, "rank=2,target=.*attn/(q|v)/kernel", "bert", objective="classification")
+    with pytest.raises(UserError, match="pooler/bias is in no checkpoint and the method does not train it"):
+        train.run(config, tmp_path)
 
 
 def test_the_data_may_not_end_before_the_run(files, tmp_path):
