@@ -91,15 +91,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def optimizer_shardings(optimizer: Any, state: PyTree, trained: PyTree, mesh: Mesh) -> PyTree:
     """Shardings of an optimizer state (shapes): what has its parameter's shape follows it, the rest is replicated."""
-    of_param = optax.tree.map_params(
-        optimizer,
-        lambda leaf, shape, sharding: sharding if leaf.shape == shape.shape else replicated(mesh),
-        state,
-        trained,
-        jax.tree.map(lambda leaf: leaf.sharding, trained),
-        transform_non_params=lambda _: replicated(mesh),
+
+    def masked(leaf: Any) -> bool:  # the place of a parameter that another label group has
+        return isinstance(leaf, optax.MaskedNode)
+
+    def follow(leaf: Any, param: Any) -> Any:
+        return leaf if masked(leaf) else param.sharding if leaf.shape == param.shape else replicated(mesh)
+
+    return optax.tree.map_params(
+        optimizer, follow, state, trained, transform_non_params=lambda _: replicated(mesh), is_leaf=masked
     )
-    return of_param
 
 
 def check_batch(size: int, accumulate: int, mesh: Mesh) -> None:

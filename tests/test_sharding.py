@@ -1,13 +1,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lowrank import sharding
+from lowrank import optim, sharding
 from lowrank.errors import UserError
+from lowrank.optim import OptimConfig
 
 L, D, F, V = 3, 8, 16, 24
 SHAPES = {
@@ -92,12 +92,20 @@ def test_a_global_batch_is_split_over_data_and_fsdp():
     np.testing.assert_array_equal(batch["tokens"], np.arange(32).reshape(8, 4))
 
 
-@pytest.mark.parametrize("optimizer", [optax.adam(1e-3), optax.adafactor(1e-3, min_dim_size_to_factor=4)])
-def test_the_optimizer_state_follows_its_parameters(optimizer):
+@pytest.mark.parametrize(
+    "config",
+    [
+        OptimConfig(),
+        OptimConfig(weight_decay=0.1, lr_ratios=((".*/a", 2.0),)),
+        OptimConfig(name="adafactor", args={"min_dim_size_to_factor": 4}),
+    ],
+)
+def test_the_optimizer_state_follows_its_parameters(config):
     mesh = sharding.make_mesh(1, 4, 2)
     shapes = _leaves({"layers/attn/q/kernel/a": (L, 8, 4), "norm/scale": (D,)}) | {"frozen": None}
     where = sharding.shardings(shapes, mesh)
     trained = jax.tree.map(lambda x, s: jax.device_put(jnp.ones(x.shape), s), shapes, where)
+    optimizer = optim.make(config, 10, trained)
     state = jax.eval_shape(optimizer.init, trained)
     got = sharding.optimizer_shardings(optimizer, state, trained, mesh)
     pairs = list(zip(jax.tree.leaves(state), jax.tree.leaves(got), strict=True))
