@@ -90,7 +90,7 @@ def check(config: OptimConfig, steps: int) -> None:
 
 
 def labels(config: OptimConfig, trained: PyTree) -> PyTree:
-    """`ratio:decay` for each trained leaf (`16:0.0`): leaves that share a label share an optimizer."""
+    """`ratio:decay` for each trained leaf (`16.0:0.0`): leaves that share a label share an optimizer."""
     names = tree.names(trained)
     ratios = (*config.lr_ratios, *(((r"(.*/)?b", config.b_ratio),) if config.b_ratio != 1 else ()))
     for pattern, _ in ratios:
@@ -99,7 +99,7 @@ def labels(config: OptimConfig, trained: PyTree) -> PyTree:
     def label(name: str, leaf: Any) -> str:
         ratio = next((ratio for pattern, ratio in ratios if re.fullmatch(pattern, name)), 1.0)
         exempt = leaf.ndim < 2 or re.fullmatch(config.no_decay, name)
-        return f"{float(ratio):g}:{0.0 if exempt else config.weight_decay:g}"
+        return f"{float(ratio)}:{0.0 if exempt else config.weight_decay}"
 
     return tree.map_named(label, trained)
 
