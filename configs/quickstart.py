@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         seed=0,
         steps=40,
         objective="causal_lm",
-        model={"name": "smollm2-135m", "remat": "none"},
+        model={"name": "smollm2-135m", "remat": "dots"},
         method=common.method(arg, "lora", rank=8, alpha=16.0, target=kernels),
         data={
             "source": "bbc_news",
@@ -33,6 +33,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "prompt_loss_weight": 0.1,
         },
         optim={"name": "adamw", "lr": 2e-3, "schedule": "linear", "warmup": 4, "clip": 1.0},
-        eval={"split": "test", "max_examples": 40, "texts": 100, "max_new": 16},
+        eval={"split": "test", "max_examples": 24, "texts": 100, "max_new": 16},
         log_every=5,
     )

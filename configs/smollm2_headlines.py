@@ -16,7 +16,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         seed=0,
         steps=150,
         objective="causal_lm",
-        model={"name": "smollm2-135m", "remat": "none"},
+        model={"name": "smollm2-135m", "remat": "dots"},
         method=common.method(arg, "lora", rank=8, alpha=16.0, target=r".*attn/(q|v)/kernel"),
         data={
             "source": "bbc_news",

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -27,12 +28,9 @@ from lowrank.workdir import write_json
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each side that count; two more warm up.", lower_bound=3)
 OUT = Path(__file__).parent / "results" / "step.json"
 WARMUP, METHODS = 2, ("lora", "dora")
-# Two devices, one a core, split the rows; huge pages spare the CPU's TLB. Both are what the README advises on a CPU.
-OURS_ENV = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
+PAUSE = 0.5  # seconds between turns: torch's threads spin for a while after a step, and would slow the next one
+# Huge pages spare the CPU's TLB, as the README advises on a CPU; they do not make torch faster.
+OURS_ENV = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Side:
@@ -48,7 +46,8 @@ class Side:
         self._answer()
 
     def step(self) -> None:
-        """One step."""
+        """One step, after a pause in which the other sides come to rest."""
+        time.sleep(PAUSE)
         print("step", file=self.process.stdin, flush=True)
         self.steps.append(self._answer())
 
