@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# The model's own chat format without its long system message, and the start of the answer: among nine wordings, the
-# one with which the model as it comes writes the best headlines (see experiments/quickstart/README.md).
+# The model's own chat format without its long system message, and the start of the answer, so that the model as it
+# comes has a fair chance; `python -m experiments.quickstart.prompts` scores other wordings.
 PROMPT = (
     "<|im_start|>user\nWrite a headline of at most six words for this BBC News article.\n\n{text}<|im_end|>\n"
     "<|im_start|>assistant\nHeadline:"
