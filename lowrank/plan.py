@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,6 +73,7 @@ class Plan:
     mask: PyTree
     table: str  # what every rule matched, and how much of the model is trained
     tokens_per_step: float
+    tokenizer: Any
 
     def load(self) -> pretrained.Pretrained:
         """The base, each leaf where the mesh wants it."""
@@ -96,21 +98,37 @@ class Plan:
         adapted = jax.tree.map(lambda x, learns: x.astype("float32") if learns else x, adapted, self.mask)
         return jax.device_put(adapted, where), params if changed else None
 
+    def prepare(self, params: PyTree) -> PyTree:
+        """The adapted parameters after the method has looked at the data; each leaf keeps its shape and place."""
+        if not self.method.prepare:
+            return params
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
+        loss = functools.partial(self.loss, rng=None)
+        context = methods.Context(key, self.tokenizer, self._first_batches, loss, self.mask)
+        return jax.device_put(self.method.prepare(params, context), sharding.shardings(self.shapes, self.mesh))
+
+    def _first_batches(self, n: int) -> list[losses.Batch]:
+        start = self.loader.get_state()
+        batches = [sharding.global_batch(batch, self.mesh) for batch in itertools.islice(self.loader, n)]
+        self.loader.set_state(start)
+        return batches
+
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer of the trained leaves."""
-        return optim.make(self.optim, self.config.steps, tree.split(self.shapes, self.mask)[0])
+        plain = optim.make(self.optim, self.config.steps, tree.split(self.shapes, self.mask)[0])
+        return self.method.optimizer(plain, self.config.steps) if self.method.optimizer else plain
+
+    def loss(self, params: PyTree, batch: losses.Batch, rng: jax.Array | None) -> losses.Sums:
+        """`(sum of weighted losses, sum of weights)`; what the method adds is in proportion to the weights."""
+        rows = self.config.loss_rows * self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        params = self.method.bind(params, batch, rng) if self.method.bind else params
+        total, weight = losses.objective(self.config.objective)(self.network, params, batch, rows)
+        return (total + weight * self.method.penalty(params) if self.method.penalty else total), weight
 
     def step(self, optimizer: optax.GradientTransformation) -> Any:
         """The training step, ready for `step.compile`."""
-        rows = self.config.loss_rows * self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        objective = losses.objective(self.config.objective)
-
-        def loss(params: PyTree, batch: losses.Batch, rng: jax.Array) -> losses.Sums:
-            bound = self.method.bind(params, batch, rng) if self.method.bind else params
-            return objective(self.network, bound, batch, rows)
-
         schedule = optim.schedule(self.optim, self.config.steps)
-        return step.make(loss, optimizer, schedule, seed=self.config.seed, accumulate=self.optim.accumulate)
+        return step.make(self.loss, optimizer, schedule, seed=self.config.seed, accumulate=self.optim.accumulate)
 
 
 def make(config: Group) -> Plan:
@@ -127,14 +145,14 @@ def make(config: Group) -> Plan:
     own = [f.name for f in dataclasses.fields(ModelConfig)]
     model = settings.call(ModelConfig, {k: v for k, v in c.model.items() if k in own}, "model")
     options = {k: v for k, v in c.model.items() if k not in own} | dict(method.model)
-    shape, tokenizer, base = pretrained.describe(model.name, model=options)
+    shape, tokenizer, base = pretrained.describe(model.name, param_dtype=model.param_dtype, model=options)
     if c.objective == "causal_lm" and not isinstance(shape, models.DecoderConfig):
         raise UserError(f"{model.name} is an encoder: it is fine-tuned with objective=classification")
     room = shape.max_positions - shape.num_prompt
     loader = data.make_loader(data_config, tokenizer, jax.process_index(), jax.process_count(), room)
     if loader.labels:
         options["num_labels"] = len(loader.labels)
-        shape, _, base = pretrained.describe(model.name, model=options)
+        shape, _, base = pretrained.describe(model.name, param_dtype=model.param_dtype, model=options)
     shapes, mask, table = _split(method, base, bool(loader.labels))
     sharding.shardings(shapes, mesh)
     network = models.build(shape)
@@ -154,6 +172,7 @@ def make(config: Group) -> Plan:
         mask=mask,
         table=table,
         tokens_per_step=_tokens_per_step(data_config, loader),
+        tokenizer=tokenizer,
     )
     plan.optimizer()
     return plan
@@ -169,7 +188,7 @@ def _split(method: Method, base: PyTree, labelled: bool) -> tuple[PyTree, PyTree
     """`(shapes, mask, table)` of the adapted parameters; a classifier's head is new, so it is always trained."""
     method = dataclasses.replace(method, train=(*method.train, *(("head/.*",) if labelled else ())))
     shapes = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), base)
-    mask = weight.trainable_mask(shapes, method.train)
+    mask = methods.trainable_mask(method, shapes)
     if not any(jax.tree.leaves(mask)):
         raise UserError("the method trains nothing")
     return shapes, mask, counts.rule_table(methods.matches(method, shapes), shapes, mask)
@@ -193,8 +212,8 @@ def _bases_changed(before: PyTree, after: PyTree) -> bool:
     """Whether a form's plain base is another array than the one it was made from."""
     forms = {name: w for name, w in tree.named_leaves(after, weight.is_weight) if weight.is_weight(w)}
     plain = dict(tree.named_leaves(before))
-    bases = {name: w.base for name, w in forms.items() if isinstance(w.base, jax.Array)}
-    return any(base is not plain[name] for name, base in bases.items())
+    bases = {name: getattr(w, "base", None) for name, w in forms.items()}
+    return any(base is not plain[name] for name, base in bases.items() if isinstance(base, jax.Array))
 
 
 def _tokens_per_step(config: data.DataConfig, loader: data.Loader) -> float:

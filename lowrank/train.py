@@ -49,6 +49,7 @@ class Run:
         self.job, self.folder, self.saver, self.log, self.stop, self.command = job, folder, saver, log, stop, command
         base = job.load()
         params, self.original = job.attach(base.params)
+        params = job.prepare(params)
         self.base = dataclasses.replace(base, params=None)
         trained, self.frozen = tree.split(params, job.mask)
         _check_new(base.new, self.frozen)

@@ -1,72 +1,18 @@
-"""The forms that PEFT's format can hold. A further one is a further entry of `FORMS`.
-
-Torch stores `[out, in]` where we keep `[in, out]`, so a matrix is transposed on its way; also for GPT-2's Conv1D, whose
-adapters are stored as those of any other layer. Layers of a stack with smaller ranks are padded with zeros here and
-stripped there.
-"""
+"""LoRA and DoRA in PEFT's format."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from lowrank.errors import UserError
 from lowrank.peft_format import match
-from lowrank.weight import Weight
+from lowrank.peft_format.forms.form import WHERE, Arrays, Form, Layer, Part, Settings
 from lowrank.weights import dora
 from lowrank.weights.dora import DoRA
 from lowrank.weights.lora import LoRA
-from lowrank.weights.scaled import Scaled
-
-Settings = Mapping[str, Any]
-Arrays = dict[str, np.ndarray]
-
-
-class Layer(NamedTuple):
-    """One adapted module: what the JSON says of it, and its arrays by field, in our layout."""
-
-    settings: Settings
-    arrays: Arrays
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One tensor of an adapted module: its name after the module's path, our field, and its shape on disk."""
-
-    suffix: str
-    field: str
-    shape: Callable[[int, int, Settings], tuple[int, ...]]  # of (in, out, settings)
-    vector: bool = False  # ours is one-dimensional
-
-    def to_disk(self, array: np.ndarray, n_in: int, n_out: int, settings: Settings) -> np.ndarray:
-        """Our array as torch stores it."""
-        return array.T.reshape(self.shape(n_in, n_out, settings))
-
-    def from_disk(self, array: np.ndarray) -> np.ndarray:
-        """A stored array in our layout."""
-        return array.reshape(-1) if self.vector else array.T
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """How one kind of weight is said in PEFT's format."""
-
-    peft_type: str
-    kind: type[Weight]
-    parts: tuple[Part, ...]
-    flags: Mapping[str, Any]  # JSON values that tell the forms of one peft_type apart
-    reads: Mapping[str, Any]  # JSON keys that are obeyed, with PEFT's defaults
-    ignores: tuple[str, ...]  # JSON keys without effect on what the adapter computes
-    only: Mapping[str, tuple[Any, ...]]  # JSON keys that change the maths, with the values that are understood
-    settings: Callable[[Mapping[str, Any], str], Settings]  # (JSON, path) -> of that module
-    peel: Callable[[Weight, Arrays], Layer | None]  # (weight, one layer of its arrays) -> None: not adapted
-    grow: Callable[[Any, Sequence[Layer | None]], Weight]  # (base weight, one entry a layer) -> the form
-    # (settings of each adapted path, the other paths, the method's settings) -> JSON
-    summary: Callable[[Mapping[str, Settings], Sequence[str], Settings], dict[str, Any]]
-    extra: tuple[str, ...] = ()  # fields that `peel` needs beside those of the parts
-    rebase: Callable[[Layer, np.ndarray], Layer] | None = None  # (layer, base - original) -> on the original base
 
 
 def _lora_settings(config: Mapping[str, Any], path: str) -> Settings:
@@ -134,10 +80,6 @@ def _rebase_lora(layer: Layer, change: np.ndarray) -> Layer:
     return Layer({**layer.settings, "r": a.shape[1]}, {**layer.arrays, "a": a, "b": b})
 
 
-def _peel_scaled(w: Scaled, arrays: Arrays) -> Layer:
-    return Layer({"feedforward": w.side == "in"}, {"s": arrays["s"]})
-
-
 def _grow_lora(base: Any, layers: Sequence[Layer | None]) -> LoRA:
     (n_in, n_out), present = base.shape[-2:], [layer for layer in layers if layer]
     rank = max(layer.settings["r"] for layer in present)
@@ -166,56 +108,17 @@ def _grow_dora(base: Any, layers: Sequence[Layer | None]) -> DoRA:
     return dataclasses.replace(w, magnitude=jnp.asarray(magnitude.reshape(w.magnitude.shape)))
 
 
-def _grow_scaled(base: Any, layers: Sequence[Layer | None]) -> Scaled:
-    sides = {"in" if layer.settings["feedforward"] else "out" for layer in layers if layer}
-    if len(sides) > 1:
-        raise UserError("feedforward_modules names some layers of a stack and not others")
-    (side,) = sides
-    s = np.ones((len(layers), base.shape[-1 if side == "out" else -2]), np.float32)
-    for i, layer in enumerate(layers):
-        if layer:
-            s[i] = layer.arrays["s"]
-    return Scaled(base=base, s=jnp.asarray(s.reshape(*base.shape[:-2], -1)), side=side)
-
-
-def _ia3_settings(config: Mapping[str, Any], path: str) -> Settings:
-    names = config["feedforward_modules"]
-    if names is None:
-        raise UserError("the adapter's feedforward_modules is missing")
-    if isinstance(names, str):
-        return {"feedforward": match.named(names, path)}
-    return {"feedforward": any(path.endswith(name) for name in names)}  # here PEFT asks for no dot before the name
-
-
-def _ia3_summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
-    """PEFT wants every entry of `feedforward_modules` among the `target_modules`."""
-    del method
-    inner = [path for path, s in modules.items() if s["feedforward"]]
-    outer = [path for path in modules if path not in inner]
-    inner_names = match.ends(inner, [*outer, *others])
-    if any(path.endswith(name) for name in inner_names for path in outer):
-        inner_names = sorted(inner)
-    outer_names = match.ends(outer, [*inner, *others])
-    return {
-        "target_modules": sorted({*inner_names, *outer_names}),
-        "feedforward_modules": inner_names,
-        "init_ia3_weights": True,
-    }
-
-
-_WHERE = {"target_modules": None, "exclude_modules": None, "modules_to_save": None}
 _LORA_A = Part(".lora_A.weight", "a", lambda n_in, n_out, s: (s["r"], n_in))
 _LORA_B = Part(".lora_B.weight", "b", lambda n_in, n_out, s: (n_out, s["r"]))
 _MAGNITUDE = Part(".lora_magnitude_vector", "magnitude", lambda n_in, n_out, s: (n_out,), vector=True)
-_IA3_L = Part(".ia3_l", "s", lambda n_in, n_out, s: (1, n_in) if s["feedforward"] else (n_out, 1), vector=True)
 
-_LORA = Form(
+LORA = Form(
     peft_type="LORA",
     kind=LoRA,
     parts=(_LORA_A, _LORA_B),
     flags={"use_dora": False},
     reads={
-        **_WHERE,
+        **WHERE,
         "r": 8,
         "lora_alpha": 8,
         "lora_dropout": 0.0,
@@ -248,28 +151,12 @@ _LORA = Form(
     rebase=_rebase_lora,
 )
 
-FORMS: dict[str, Form] = {
-    "lora": _LORA,
-    "dora": dataclasses.replace(
-        _LORA,
-        kind=DoRA,
-        parts=(_LORA_A, _LORA_B, _MAGNITUDE),
-        flags={"use_dora": True},
-        peel=_peel_dora,
-        grow=_grow_dora,
-        extra=("scale", "base_sq"),
-    ),
-    "ia3": Form(
-        peft_type="IA3",
-        kind=Scaled,
-        parts=(_IA3_L,),
-        flags={},
-        reads={**_WHERE, "feedforward_modules": None},
-        ignores=("fan_in_fan_out", "init_ia3_weights"),
-        only={},
-        settings=_ia3_settings,
-        peel=_peel_scaled,
-        grow=_grow_scaled,
-        summary=_ia3_summary,
-    ),
-}
+DORA = dataclasses.replace(
+    LORA,
+    kind=DoRA,
+    parts=(_LORA_A, _LORA_B, _MAGNITUDE),
+    flags={"use_dora": True},
+    peel=_peel_dora,
+    grow=_grow_dora,
+    extra=("scale", "base_sq"),
+)

@@ -1,0 +1,36 @@
+"""Every fine-tuning method as a setting of knobs. A new one is one file and one line in `METHODS`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lowrank import settings
+from lowrank.errors import unknown
+from lowrank.methods.dora import dora
+from lowrank.methods.ia3 import ia3
+from lowrank.methods.lora import lora
+from lowrank.methods.method import SHARED, Context, Method, attach, matches, trainable_mask
+from lowrank.methods.prompt import prompt
+from lowrank.methods.selective import bitfit, full, head, partial
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "full": full,
+    "partial": partial,
+    "head": head,
+    "bitfit": bitfit,
+    "lora": lora,
+    "dora": dora,
+    "ia3": ia3,
+    "prompt": prompt,
+}
+
+
+def build(group: Mapping[str, Any]) -> Method:
+    """The method of a config group `{'name': 'lora', 'rank': 8, ...}`; UserError for an unknown name or key."""
+    group = dict(group)
+    name = group.pop("name", None)
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    return settings.call(METHODS[name], group, "method")
+
+
+__all__ = ["METHODS", "SHARED", "Context", "Method", "attach", "build", "matches", "trainable_mask"]

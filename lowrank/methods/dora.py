@@ -1,0 +1,19 @@
+"""DoRA as a method: LoRA's, with a learned magnitude for each output."""
+
+import dataclasses
+from typing import Any
+
+from lowrank import settings, weight
+from lowrank.methods.lora import lora
+from lowrank.methods.method import Method
+from lowrank.weights import dora as form
+
+
+def dora(**kwargs: Any) -> Method:
+    """DoRA: LoRA's options, with a learned magnitude for each output; see `lowrank.weights.dora`."""
+    method = settings.call(lora, kwargs, "method")
+    return dataclasses.replace(method, rewrite=tuple((p, _with_magnitude(fn)) for p, fn in method.rewrite))
+
+
+def _with_magnitude(fn: weight.Rewrite) -> weight.Rewrite:
+    return lambda key, w, name: form.attach(fn(key, w, name))

@@ -1,0 +1,10 @@
+"""(IA)^3 as a method: rescaled keys, values and feed-forward activations."""
+
+from lowrank.methods.method import Method
+from lowrank.weights import scaled
+
+
+def ia3(target: str = r".*attn/(k|v)/kernel", feedforward: str = r".*mlp/down/kernel") -> Method:
+    """(IA)^3: rescales the outputs of `target` and the inputs of `feedforward` ('' for none)."""
+    sides = ((target, "out"), (feedforward, "in"))
+    return Method(rewrite=tuple((p, lambda key, w, name, s=side: scaled.attach(w, s)) for p, side in sides if p))

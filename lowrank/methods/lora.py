@@ -1,0 +1,82 @@
+"""LoRA as a method: which weights get one, with which rank and alpha, and what is trained beside it."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lowrank import tree, weight
+from lowrank.errors import UserError, unknown
+from lowrank.methods import targets
+from lowrank.methods.method import Method
+from lowrank.weights import lora as form
+
+PyTree = Any
+
+
+def lora(
+    rank: int = 8,
+    alpha: float = 16.0,
+    target: str = r".*attn/(q|v)/kernel",
+    rslora: bool = False,
+    dropout: float = 0.0,
+    bias: str = "none",
+    init: str = "kaiming",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> Method:
+    """LoRA on the weights that `target` matches; see `lowrank.weights.lora` for the formula and the inits.
+
+    `rslora` scales by alpha / sqrt(rank). `bias` trains no biases, `all`, or those of the targets (`lora_only`).
+    The patterns map a regex over names with or without a layer's index (`layers/attn/q/kernel`,
+    `layers/3/attn/q/kernel`) to that weight's rank or alpha; the last match wins; rank 0 leaves a layer alone.
+    """
+    rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
+    _check(rank, alpha, dropout, rank_pattern, alpha_pattern)
+    biases = {"none": (), "all": (r"(.*/)?bias",), "lora_only": (re.sub(r"kernel$", "bias", target),)}
+    if bias not in biases:
+        raise unknown("LoRA bias", bias, biases)
+    if init not in form.INITS:
+        raise unknown("LoRA init", init, form.INITS)
+
+    def adapt(key: jax.Array, w: Any, name: str) -> form.LoRA:
+        ranks = targets.per_layer(name, w.shape, rank, rank_pattern)
+        targets.check_rank(name, w.shape, max(ranks))
+        if max(ranks) == 0:
+            raise UserError(f"every layer of {name} has rank 0: leave it out of the target")
+        alphas = targets.per_layer(name, w.shape, alpha, alpha_pattern)
+        return form.attach(key, w, ranks=ranks, alphas=alphas, rslora=rslora, dropout=dropout, init=init)
+
+    return Method(
+        rewrite=((target, adapt),),
+        train=biases[bias],
+        bind=bind_dropout if dropout else None,
+        by_layer=tuple((target, p) for p in (*rank_pattern, *alpha_pattern)),
+    )
+
+
+def _check(rank: int, alpha: float, dropout: float, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> None:
+    targets.positive(rank=rank, alpha=alpha)
+    targets.positive(**{f"alpha_pattern[{k!r}]": v for k, v in alphas.items()})
+    targets.fraction(dropout=dropout)
+    for pattern, value in ranks.items():
+        if value < 0:
+            raise UserError(f"method.rank_pattern[{pattern!r}] must not be negative, not {value}")
+
+
+def bind_dropout(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
+    """Hands every weight with dropout its key for this step, one a layer; without an rng there is no dropout."""
+    del batch
+    if rng is None:
+        return params
+
+    def bound(name: str, w: Any) -> Any:
+        if not getattr(w, "dropout", 0):
+            return w
+        key = weight.name_key(rng, name)
+        stack = w.shape[:-2]
+        return dataclasses.replace(w, key=jax.random.split(key, stack) if stack else key)
+
+    return tree.map_named(bound, params, is_leaf=weight.is_weight)

@@ -1,0 +1,74 @@
+"""What a method is: a setting of knobs. It says what it changes in a run; the run knows no method."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from lowrank import tree, weight
+from lowrank.errors import UserError
+from lowrank.methods import targets
+
+PyTree = Any
+Batch = Mapping[str, Any]
+Bind = Callable[[PyTree, Any, jax.Array | None], PyTree]
+SHARED = "shared"  # the root of leaves that no single weight owns
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What `Method.prepare` may look at: the run's data, its loss, its tokenizer."""
+
+    key: jax.Array
+    tokenizer: Any
+    batches: Callable[[int], Sequence[Batch]]  # n -> the first n training batches; training still starts at the first
+    loss: Callable[[PyTree, Batch], tuple[jax.Array, jax.Array]]  # (params, batch) -> (sum, weight)
+    mask: PyTree  # which leaves are trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What a method changes. The first four knobs do for most: weights, model options, labels, run-time sharing."""
+
+    rewrite: tuple[tuple[str, weight.Rewrite], ...] = ()  # (regex over weight names, function), applied in order
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # options of the model's config
+    train: tuple[str, ...] = ()  # regexes over leaf names, beside the fields that forms declare trainable
+    bind: Bind | None = None  # (params, batch, rng or None) -> params, inside the loss
+    freeze: tuple[str, ...] = ()  # regexes over leaves that are kept all the same
+    by_layer: tuple[tuple[str, str], ...] = ()  # (target, pattern): every pattern must name a targeted layer
+    share: Callable[[PyTree, jax.Array], PyTree] | None = None  # (base, key) -> leaves under `shared/`
+    prepare: Callable[[PyTree, Context], PyTree] | None = None  # (params, context) -> params, once, before step 1
+    penalty: Callable[[PyTree], jax.Array] | None = None  # (bound params) -> what is added to the mean loss
+    # (the run's optimizer, its number of steps) -> this method's, inside the trained tree
+    optimizer: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] | None = None
+
+
+def attach(method: Method, params: PyTree, key: jax.Array) -> PyTree:
+    """`params` with the method's rewrites and shared leaves; every pattern must match, or UserError."""
+    weights = tree.named_leaves(params, weight.is_weight)
+    for target, pattern in method.by_layer:
+        hits = tree.matching(target, [name for name, _ in weights], "target")
+        layers = [n for name, w in weights if name in hits for n in targets.layer_names(name, w.shape)]
+        tree.matching(pattern, layers, "rank or alpha pattern")
+    adapted = weight.rewrite(params, method.rewrite, key)
+    if not method.share:
+        return adapted
+    if SHARED in params:
+        raise UserError(f"the parameters already have leaves under {SHARED}/: attach one such method")
+    return {**adapted, SHARED: method.share(params, weight.name_key(key, SHARED))}
+
+
+def trainable_mask(method: Method, params: PyTree, extra: Sequence[str] = ()) -> PyTree:
+    """A tree of bools over the adapted `params`: what forms declare and `train` and `extra` name, less `freeze`."""
+    mask = weight.trainable_mask(params, (*method.train, *extra))
+    kept = {n for p in method.freeze for n in tree.matching(p, tree.names(params), "freeze pattern")}
+    return tree.map_named(lambda name, learns: learns and name not in kept, mask)
+
+
+def matches(method: Method, params: PyTree) -> list[tuple[str, list[str]]]:
+    """`[(pattern, weight or leaf names), ...]`: what each rule of the method matches in `params`."""
+    weights, leaves = tree.names(params, weight.is_weight), tree.names(params)
+    rules = [(p, tree.matching(p, weights, "target")) for p, _ in method.rewrite]
+    return rules + [(p, tree.matching(p, leaves, "train pattern")) for p in method.train]

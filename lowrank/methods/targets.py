@@ -1,0 +1,51 @@
+"""What methods ask of the weights they target: kernels, ranks that fit, one value for each layer of a stack."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank.errors import UserError
+
+
+def positive(**values: float) -> None:
+    """Raises UserError for a setting of the method that is not above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise UserError(f"method.{name} must be positive, not {value}")
+
+
+def fraction(**values: float) -> None:
+    """Raises UserError for a setting of the method that is not in [0, 1)."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise UserError(f"method.{name} must be in [0, 1), not {value}")
+
+
+def check_kernel(name: str) -> None:
+    """Raises UserError for a target that is no kernel."""
+    if not name.endswith("kernel"):
+        raise UserError(f"{name} is no kernel: only kernels [..., in, out] take such an update")
+
+
+def check_rank(name: str, shape: tuple[int, ...], rank: int) -> None:
+    """Raises UserError for a target that is no kernel, and for a rank that it does not have."""
+    check_kernel(name)
+    if rank > min(shape[-2:]):
+        raise UserError(f"rank {rank} is larger than min(in, out) = {min(shape[-2:])} of {name}")
+
+
+def layer_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    """The weight's own name and, for a stack `[layers, in, out]`, one with each layer's index after the first part."""
+    first, _, rest = name.partition("/")
+    return [name] + ([f"{first}/{i}/{rest}" for i in range(shape[0])] if len(shape) == 3 else [])
+
+
+def per_layer(name: str, shape: tuple[int, ...], default: Any, patterns: Mapping[str, Any]) -> list[Any]:
+    """One value for each layer of a stack (one in all if unstacked): the last matching pattern's, or the default."""
+
+    def value(names: tuple[str, ...]) -> Any:
+        hits = [v for p, v in patterns.items() if any(re.fullmatch(p, n) for n in names)]
+        return hits[-1] if hits else default
+
+    whole, *layers = layer_names(name, shape)
+    return [value((whole, layer)) for layer in layers] or [value((whole,))]

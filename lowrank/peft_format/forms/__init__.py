@@ -1,0 +1,13 @@
+"""The forms that PEFT's format can hold. A further one is a file and a line of `FORMS`."""
+
+from lowrank.peft_format.forms.form import Form, Layer, Settings
+from lowrank.peft_format.forms.ia3 import IA3
+from lowrank.peft_format.forms.lora import DORA, LORA
+
+FORMS: dict[str, Form] = {
+    "lora": LORA,
+    "dora": DORA,
+    "ia3": IA3,
+}
+
+__all__ = ["FORMS", "Form", "Layer", "Settings"]
