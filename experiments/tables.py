@@ -36,7 +36,17 @@ def quickstart() -> str:
     return "\n".join([head, "|---|" + "---:|" * 5, row])
 
 
-TABLES: dict[str, Callable[[], str]] = {"bench/step": bench_step, "quickstart": quickstart}
+def counts() -> str:
+    """Trained parameters beside what papers print, from `experiments/counts/results/counts.json`."""
+    rows = [
+        f"| {r['model']} | {r['method']} | {r['trained_params']:,} | {r['trained_percent']:.3g} % "
+        f"| {r['printed']} ({r['source']}) |"
+        for r in _json("experiments/counts/results/counts.json")
+    ]
+    return "\n".join(["| | | trained parameters | of all | printed |", "|---|---|---:|---:|---|", *rows])
+
+
+TABLES: dict[str, Callable[[], str]] = {"bench/step": bench_step, "counts": counts, "quickstart": quickstart}
 
 
 def filled(text: str) -> str:

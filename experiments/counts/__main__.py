@@ -1,0 +1,51 @@
+"""Trained parameters by arithmetic on abstract shapes, beside what papers print: `python -m experiments.counts`.
+
+No weight is made: the models exist as shapes alone, so GPT-3 is counted in a second. Writes `results/counts.json`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.counts.papers import CASES, MODELS
+from lowrank import counts, methods, models, settings, workdir
+
+RESULTS = Path(__file__).parent / "results" / "counts.json"
+
+
+def shapes(model: Any) -> Any:
+    """The parameters of a model as shapes: those its config describes, or one kernel `(in, out)`."""
+    if isinstance(model, tuple):
+        return {"kernel": jax.ShapeDtypeStruct(model, jnp.float32)}
+    network, tokens = models.build(model), jnp.zeros((1, 4), jnp.int32)
+    return jax.eval_shape(lambda: network.init(jax.random.key(0), tokens))["params"]
+
+
+def count(model: Any, group: dict[str, Any]) -> dict[str, float]:
+    """`lowrank.counts.totals` of a method on a model, on shapes."""
+    method = methods.build(group)
+    base = shapes(settings.replace(model, method.model, "model") if method.model else model)
+    adapted = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), base)
+    return counts.totals(adapted, methods.trainable_mask(method, adapted))
+
+
+def rows() -> list[dict[str, Any]]:
+    """One row for each printed figure: ours, and the source's beside it."""
+    return [
+        {
+            "model": case.model,
+            "method": case.what,
+            "config": case.method,
+            **{key: count(MODELS[case.model], case.method)[key] for key in ("trained_params", "trained_percent")},
+            "printed": case.printed,
+            "source": case.source,
+        }
+        for case in CASES
+    ]
+
+
+if __name__ == "__main__":
+    workdir.write_json(RESULTS, rows())
+    print(RESULTS.read_text())
