@@ -1,5 +1,6 @@
 """What a run has learned, on disk: a PEFT adapter where PEFT has a format for it, else the trained leaves by name."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -15,10 +16,11 @@ from safetensors.numpy import save as to_safetensors
 
 from lowrank import peft_format, tree, workdir
 from lowrank.errors import UserError, nearest
+from lowrank.models.additions import Additions
 from lowrank.weight import is_weight
 
 PyTree = Any
-OPTIONS = ("num_labels", "num_prompt", "top_layers")  # of the model, which decide what leaves there are
+OPTIONS = {f.name: f.default for f in dataclasses.fields(Additions)}  # of the model, which decide what it computes
 ARRAYS, ABOUT = "trained.safetensors", "trained.json"
 
 
@@ -44,7 +46,8 @@ def save(
             return "adapter in the PEFT format"
         except UserError as e:
             why = str(e)
-    options = {name: getattr(base.config, name) for name in OPTIONS if getattr(base.config, name)}
+    found = {name: getattr(base.config, name) for name in OPTIONS}
+    options = {name: value for name, value in found.items() if value != OPTIONS[name]}
     about = {"base": base.name, "model": options, "method": dict(method), "not_peft": why}
     _save_leaves(params, trained, about, Path(directory))
     return "trained leaves by name"

@@ -35,6 +35,8 @@ DEFAULT_RULES: Rules = (
     (rf"{_OUT}(/.*)?", P("fsdp", "tensor")),
     (rf"{_IN}(/.*)?", P("tensor", "fsdp")),
     (r"embed/embedding(/.*)?", P("tensor", "fsdp")),
+    (r"(layers|top)/(attn|mlp)_adapter/down/kernel(/.*)?", P("fsdp", None)),
+    (r"(layers|top)/(attn|mlp)_adapter/up/kernel(/.*)?", P(None, "fsdp")),
     (r"(pooler|head/dense|head/out)/kernel(/.*)?", P()),
     (r"head/kernel(/.*)?", P("fsdp", "tensor")),
     (r"embed/(positions|types)", P(None, "fsdp")),

@@ -5,7 +5,9 @@ import pytest
 
 from lowrank import methods, tree
 from lowrank.errors import UserError
+from lowrank.models import DecoderConfig, build
 from lowrank.weight import dot, materialize, trainable_mask
+from tests.models.tiny import LLAMA, SIZES
 
 L, D = 3, 8
 Q = r"layers/attn/q/kernel"
@@ -44,6 +46,33 @@ def test_a_method_trains_exactly_what_it_names(group, trained):
 def test_model_options_come_with_their_labels():
     assert methods.build({"name": "prompt", "length": 5}).model == {"num_prompt": 5}
     assert methods.build({"name": "partial", "layers": 1}).train == ("top/.*",)
+
+
+BLOCK_NORMS = [f"layers/{s}_norm/scale" for s in ("attn", "mlp")]
+
+
+def adapters(*sublayers):
+    return [f"layers/{s}_adapter/{n}/{f}" for s in sublayers for n in ("down", "up") for f in ("kernel", "bias")]
+
+
+@pytest.mark.parametrize(
+    ("group", "trained"),
+    [
+        ({"name": "prompt", "length": 2}, ["prompt/embedding"]),
+        ({"name": "houlsby"}, [*adapters("attn", "mlp"), *BLOCK_NORMS]),
+        ({"name": "houlsby", "norms": False}, adapters("attn", "mlp")),
+        ({"name": "pfeiffer"}, adapters("mlp")),
+        ({"name": "parallel", "after": "attn"}, adapters("attn")),
+        ({"name": "scaled_parallel"}, adapters("mlp")),
+    ],
+)
+def test_a_method_trains_exactly_what_it_adds_to_a_model(group, trained):
+    method = methods.build(group)
+    model = build(DecoderConfig(**{**SIZES, **LLAMA, **method.model}))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"])
+    shapes = jax.eval_shape(lambda p: methods.attach(method, p, jax.random.key(1)), params)
+    mask = methods.trainable_mask(method, shapes)
+    assert sorted(n for n, learns in tree.named_leaves(mask) if learns) == sorted(trained)
 
 
 @pytest.mark.parametrize(("rslora", "expected"), [(False, 16 / 4), (True, 16 / 2)])
@@ -133,6 +162,9 @@ def test_one_rule_more_leaves_the_other_initial_values_alone():
         ({"name": "lora", "rank_pattern": {"layers/9/.*": 2}}, "rank or alpha pattern 'layers/9/.*' matches no leaf"),
         ({"name": "partial", "layers": 0}, "at least 1"),
         ({"name": "prompt", "length": 0}, "at least 1"),
+        ({"name": "houlsby", "width": 0}, "method.width must be positive"),
+        ({"name": "scaled_parallel", "scale": 0.0}, "method.scale must be positive"),
+        ({"name": "parallel", "after": "mpl"}, "unknown place in method.after 'mpl' .did you mean 'mlp'"),
     ],
 )
 def test_bad_settings_are_refused_by_name(group, message):

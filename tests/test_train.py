@@ -23,6 +23,8 @@ LM_METHODS = {
     "dora": "method=dora,rank=2",
     "ia3": "method=ia3",
     "prompt": "method=prompt,length=4",
+    "houlsby": "method=houlsby,width=4",
+    "scaled_parallel": "method=scaled_parallel,width=4",
 }
 
 

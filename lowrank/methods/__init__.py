@@ -5,6 +5,7 @@ from typing import Any
 
 from lowrank import settings
 from lowrank.errors import unknown
+from lowrank.methods.bottleneck import houlsby, parallel, pfeiffer, scaled_parallel
 from lowrank.methods.dora import dora
 from lowrank.methods.ia3 import ia3
 from lowrank.methods.lora import lora
@@ -21,6 +22,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "dora": dora,
     "ia3": ia3,
     "prompt": prompt,
+    "houlsby": houlsby,
+    "pfeiffer": pfeiffer,
+    "parallel": parallel,
+    "scaled_parallel": scaled_parallel,
 }
 
 

@@ -15,6 +15,7 @@ from flax import linen as nn
 from lowrank.errors import UserError
 from lowrank.models import cache as caches
 from lowrank.models import rope, views
+from lowrank.models.additions import Additions, adapted
 from lowrank.models.attention import Attention, View
 from lowrank.models.cache import Cache
 from lowrank.models.embed import Embed, Prompt
@@ -24,7 +25,7 @@ from lowrank.models.stack import check, depths, stack
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(Additions):
     """The shape of a decoder and how it runs. `tied`: the LM head is the embedding."""
 
     vocab_size: int
@@ -61,9 +62,6 @@ class DecoderConfig:
     remat: str = "block"  # what the backward pass recomputes: none | block | dots
     unroll: int = 1  # layers per step of the scan
     fused_attention: bool = True  # cuDNN's kernel where it fits; else, and with False, XLA's
-    num_prompt: int = 0  # virtual tokens before every sequence
-    top_layers: int = 0  # how many of the last layers are a stack of their own
-    num_labels: int = 0  # > 0: a classifier in place of the LM head
 
     def __post_init__(self) -> None:
         check(self)
@@ -124,9 +122,12 @@ class Block(nn.Module):
             fused=c.fused_attention,
             name="attn",
         )
-        y, new = attention(self._norm("attn_norm", h), view, past, index)
+        x = self._norm("attn_norm", h)
+        y, new = attention(x, view, past, index)
+        y = adapted(c, "attn", x, y)
         h = h + (self._norm("post_attn_norm", y) if c.post_norms else y)
-        y = MLP(c.hidden, c.activation, c.gated, c.mlp_bias, name="mlp")(self._norm("mlp_norm", h))
+        x = self._norm("mlp_norm", h)
+        y = adapted(c, "mlp", x, MLP(c.hidden, c.activation, c.gated, c.mlp_bias, name="mlp")(x))
         return h + (self._norm("post_mlp_norm", y) if c.post_norms else y), new
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from lowrank.errors import UserError, unknown
 from lowrank.models import views
+from lowrank.models.additions import Additions, adapted
 from lowrank.models.attention import Attention, View
 from lowrank.models.embed import Embed, Prompt
 from lowrank.models.layers import MLP, Linear, Norm
@@ -24,7 +25,7 @@ POOLING = ("cls", "mean", "pooler")
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(Additions):
     """The shape of an encoder and how it runs."""
 
     vocab_size: int
@@ -43,9 +44,6 @@ class EncoderConfig:
     remat: str = "block"  # what the backward pass recomputes: none | block | dots
     unroll: int = 1  # layers per step of the scan
     fused_attention: bool = True  # cuDNN's kernel where it fits; else, and with False, XLA's
-    num_prompt: int = 0  # virtual tokens before every sequence
-    top_layers: int = 0  # how many of the last layers are a stack of their own
-    num_labels: int = 0  # > 0: a classifier
 
     def __post_init__(self) -> None:
         check(self)
@@ -74,8 +72,8 @@ class Block(nn.Module):
         c = self.config
         options = {"qkv_bias": True, "o_bias": True, "fused": c.fused_attention}
         attention = Attention(c.heads, c.heads, c.head_dim, **options, name="attn")
-        h = Norm("layer", c.norm_eps, name="attn_norm")(h + attention(h, view)[0])
-        y = MLP(c.hidden, c.activation, bias=True, name="mlp")(h)
+        h = Norm("layer", c.norm_eps, name="attn_norm")(h + adapted(c, "attn", h, attention(h, view)[0]))
+        y = adapted(c, "mlp", h, MLP(c.hidden, c.activation, bias=True, name="mlp")(h))
         return Norm("layer", c.norm_eps, name="mlp_norm")(h + y), None
 
 

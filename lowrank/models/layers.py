@@ -41,11 +41,12 @@ class Linear(nn.Module):
 
     features: int
     bias: bool = False
+    init: Callable[..., jax.Array] = kernel_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in] -> [..., features]`."""
-        kernel = stored(self, "kernel", kernel_init, (x.shape[-1], self.features))
+        kernel = stored(self, "kernel", self.init, (x.shape[-1], self.features))
         bias = stored(self, "bias", nn.initializers.zeros, (self.features,)) if self.bias else None
         return weight.affine(x, kernel, bias)
 

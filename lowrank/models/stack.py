@@ -5,7 +5,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from lowrank.errors import UserError, unknown
+from lowrank.errors import unknown
+from lowrank.models import additions
 
 # What the backward pass finds saved: everything; the input of each block; also the outputs of its matrix products.
 REMAT = {
@@ -33,8 +34,9 @@ def stack(block: type[nn.Module], config: Any, length: int) -> nn.Module:
 
 
 def depths(config: Any) -> dict[str, int]:
-    """How many layers each stack has: the last `top_layers` are `top`, and a stack of none is left out."""
-    sizes = {"layers": config.layers - config.top_layers, "top": config.top_layers}
+    """How many layers each stack has: the last `top_layers` (-k: all but the first k) are `top`; none are left out."""
+    top = config.top_layers + (config.layers if config.top_layers < 0 else 0)
+    sizes = {"layers": config.layers - top, "top": top}
     return {name: size for name, size in sizes.items() if size}
 
 
@@ -44,8 +46,4 @@ def check(config: Any) -> None:
         raise unknown("remat policy", config.remat, REMAT)
     if config.dtype not in ("float32", "bfloat16", "float16"):
         raise unknown("compute dtype", config.dtype, ("float32", "bfloat16", "float16"))
-    if not 0 <= config.top_layers <= config.layers:
-        raise UserError(f"top_layers={config.top_layers} is not between 0 and the model's {config.layers} layers")
-    for name in ("num_prompt", "num_labels"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name}={getattr(config, name)} is below 0")
+    additions.check(config)
