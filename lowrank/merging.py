@@ -120,16 +120,23 @@ def _report(dtype: str, errors: Mapping[str, tuple[float, float]]) -> MergeRepor
     return MergeReport(dtype, len(changed), lost / size, changed[worst][0] / changed[worst][1], worst)
 
 
-def adapted(directory: str | os.PathLike[str], spec: str | None = None, *, any_base: bool = False) -> Pretrained:
+def adapted(
+    directory: str | os.PathLike[str],
+    spec: str | None = None,
+    *,
+    any_base: bool = False,
+    model: Mapping[str, Any] | None = None,
+) -> Pretrained:
     """The model `spec` (by default the one that the adapter records) with the adapter in `directory` attached.
 
-    The folder holds a PEFT adapter, or trained leaves by name as a run leaves them. Raises UserError for an adapter
-    of another base, unless `any_base`, and as `pretrained.load` and `peft_format.load` do.
+    The folder holds a PEFT adapter, or trained leaves by name as a run leaves them. `model` are further options of
+    the model's config, those of the run that trained it. Raises UserError for an adapter of another base, unless
+    `any_base`, and as `pretrained.load` and `peft_format.load` do.
     """
     if (Path(directory) / adapter.ABOUT).exists():
-        return _with_leaves(Path(directory), spec)
+        return _with_leaves(Path(directory), spec, model or {})
     about = peft_format.about(directory)
-    base = pretrained.load(_spec(spec, about.base, directory), model=about.model)
+    base = pretrained.load(_spec(spec, about.base, directory), model={**(model or {}), **about.model})
     return dataclasses.replace(base, params=peft_format.load(directory, base.params, base, any_base=any_base))
 
 
@@ -139,12 +146,12 @@ def _spec(spec: str | None, recorded: str | None, directory: str | os.PathLike[s
     return spec or recorded
 
 
-def _with_leaves(directory: Path, spec: str | None) -> Pretrained:
+def _with_leaves(directory: Path, spec: str | None, model: Mapping[str, Any]) -> Pretrained:
     try:
         about = json.loads((directory / adapter.ABOUT).read_text())
         recorded, options, group = about["base"], about["model"], about["method"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"cannot read {directory / adapter.ABOUT}: {e}") from None
-    base = pretrained.load(_spec(spec, recorded, directory), model=options)
+    base = pretrained.load(_spec(spec, recorded, directory), model={**model, **options})
     params = methods.attach(methods.build(group), base.params, jax.random.key(0))
     return dataclasses.replace(base, params=adapter.load_leaves(directory, params, base.name))

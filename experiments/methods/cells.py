@@ -1,0 +1,156 @@
+"""One cell: one method at one learning rate on one seed. Cells are files, so a killed study goes on where it was."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.methods.rows import ROWS, Row
+from experiments.methods.tasks import Model, Task
+from lowrank import merging, methods, train, workdir
+from lowrank.adapter import ABOUT
+from lowrank.runlog import LOSS, METRICS, read_metrics
+
+SEEDS = (0, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Where cells are kept and runs take place; `quick` is one rate, one seed, two steps."""
+
+    results: Path
+    runs: Path
+    quick: bool = False
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the table."""
+        return SEEDS[:1] if self.quick else SEEDS
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of the study."""
+
+    study: Study
+    task: Task
+    name: str
+    lr: float
+    seed: int
+
+    @property
+    def row(self) -> Row:
+        """The method."""
+        return ROWS[self.name]
+
+    @property
+    def path(self) -> Path:
+        """The file of its numbers."""
+        return self.study.results / "cells" / self.task.name / self.name / f"lr{self.lr:g}-seed{self.seed}.json"
+
+    @property
+    def config(self) -> Any:
+        """Its run."""
+        return self.task.config(self.row.method, self.lr, self.seed, self.study.quick)
+
+    def read(self) -> dict[str, Any] | None:
+        """Its numbers; None when there are none, or they are of another config than it has now."""
+        found = json.loads(self.path.read_text()) if self.path.exists() else {}
+        return found if found.get("config") == workdir.plain(self.config) else None
+
+    def run(self) -> dict[str, Any]:
+        """Trains, and keeps the numbers."""
+        summary = train.run(self.config, self.folder)
+        numbers = {
+            "config": workdir.plain(self.config),
+            "validation": summary["after"][self.task.metric],
+            "trained_params": summary["trained_params"],
+            "step_s": step_seconds(self.folder),
+            "peak_mb": summary["peak_host_bytes"] / 2**20,
+            "adapter_kb": _size(self.folder / train.ADAPTER) / 2**10,
+            "seconds": summary["seconds"],
+        }
+        workdir.write_json(self.path, numbers)
+        return numbers
+
+    @property
+    def folder(self) -> Path:
+        """Where it is trained."""
+        return self.study.runs / self.task.name / self.name / f"lr{self.lr:g}-seed{self.seed}"
+
+    def judge(self) -> dict[str, Any]:
+        """Its numbers with the test score and what the saved adapter's model still knows; trains if it must."""
+        numbers = self.read()
+        if numbers and "test" in numbers:
+            return numbers
+        if not numbers or not (self.folder / train.ADAPTER).exists():
+            numbers = self.run()
+        name, options = self.config.model.name, {k: v for k, v in self.config.model.items() if k != "name"}
+        base = merging.adapted(self.folder / train.ADAPTER, name, model=options)
+        model = Model(self.config, base, methods.build(self.row.method).bind)
+        numbers |= {"test": model.score("test")[self.task.metric], "known": self.task.known(model)}
+        workdir.write_json(self.path, numbers)
+        shutil.rmtree(self.folder)
+        return numbers
+
+
+def step_seconds(folder: Path) -> float:
+    """The median time of a step between two logged losses."""
+    lines = [line for line in read_metrics(folder / METRICS) if LOSS in line]
+    pairs = itertools.pairwise(lines)
+    times = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairs]
+    return statistics.median(times) if times else lines[-1]["seconds"] / lines[-1]["step"]
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.iterdir() if p.name != ABOUT)
+
+
+def sweep(study: Study, task: Task, name: str) -> list[Cell]:
+    """The cells that choose the learning rate: every rate on the first seed."""
+    rates = ROWS[name].rates[1:2] if study.quick else ROWS[name].rates
+    return [Cell(study, task, name, lr, study.seeds[0]) for lr in rates]
+
+
+def best(cells: list[Cell]) -> Cell | None:
+    """The cell with the best score on validation; None while one is missing."""
+    scored = [(cell, cell.read()) for cell in cells]
+    if any(numbers is None for _, numbers in scored):
+        return None
+    return max(scored, key=lambda pair: pair[0].task.sign * pair[1]["validation"])[0]
+
+
+def finals(study: Study, task: Task, name: str) -> list[Cell]:
+    """The cells of the table: the best rate on every seed; none before the sweep is done."""
+    chosen = best(sweep(study, task, name))
+    return [dataclasses.replace(chosen, seed=seed) for seed in study.seeds] if chosen else []
+
+
+def pending(study: Study, task: Task, name: str) -> Iterator[Cell]:
+    """Runs what is missing of a row, cell by cell; yields each when it is done."""
+    for cell in sweep(study, task, name):
+        if cell.read() is None:
+            cell.run()
+            yield cell
+    for cell in finals(study, task, name):
+        if "test" not in (cell.read() or {}):
+            cell.judge()
+            yield cell
+    shutil.rmtree(study.runs / task.name / name, ignore_errors=True)
+
+
+def left(study: Study, task: Task, name: str) -> int:
+    """How many runs the row still needs, at most."""
+    cells, chosen = sweep(study, task, name), finals(study, task, name)
+    if not chosen:
+        return sum(cell.read() is None for cell in cells) + len(study.seeds) - 1
+    return sum("test" not in (cell.read() or {}) for cell in chosen)
+
+
+def planned(task_names: list[str], row_names: list[str]) -> list[tuple[str, str]]:
+    """`(task, row)` for every pair that the study has."""
+    return [(t, name) for t in task_names for name in row_names if t in ROWS[name].tasks]

@@ -1,0 +1,127 @@
+"""The table of the study, as CSV, Markdown and LaTeX, and accuracy against parameters as a plot; from cells alone."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.methods.cells import Study, finals
+from experiments.methods.rows import ROWS
+from experiments.methods.tasks import TASKS, Task
+from lowrank.workdir import write_bytes, write_text
+
+COLUMNS = ("method", "family", "task", "seeds", "score_mean", "score_ci95", "trained_params", "step_s", "peak_mb")
+COLUMNS += ("adapter_kb", "forgetting")
+# Student's t, two-sided 95 %, by degrees of freedom; a mean of one seed has no interval.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % confidence interval of the mean, by Student's t; NaN for one value."""
+    n = len(values)
+    return T95[n - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+
+
+def rows(study: Study, known: Callable[[Task], float]) -> list[dict[str, Any]]:
+    """One row for each method and task whose seeds are all done. `known`: what a task's untrained model knows."""
+    out = []
+    for task in TASKS.values():
+        for name, row in ROWS.items():
+            cells = [cell.read() for cell in finals(study, task, name)] if task.name in row.tasks else []
+            if cells and all("test" in (cell or {}) for cell in cells):
+                out.append(_row(task, name, row.family, cells, known(task)))
+    return out
+
+
+def _row(task: Task, name: str, family: str, cells: Sequence[Mapping[str, Any]], known: float) -> dict[str, Any]:
+    scores = [cell["test"] for cell in cells]
+    return {
+        "method": name,
+        "family": family,
+        "task": task.name,
+        "seeds": len(scores),
+        "score_mean": statistics.mean(scores),
+        "score_ci95": interval(scores),
+        "trained_params": cells[0]["trained_params"],
+        "step_s": statistics.median(cell["step_s"] for cell in cells),
+        "peak_mb": min(cell["peak_mb"] for cell in cells),
+        "adapter_kb": cells[0]["adapter_kb"],
+        "forgetting": known - statistics.mean(cell["known"] for cell in cells),
+    }
+
+
+def write(study: Study, table: Sequence[Mapping[str, Any]]) -> None:
+    """`table.csv`, `table.md`, `table.tex` and `accuracy.png` in the results folder."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
+    write_text(study.results / "table.csv", text.getvalue())
+    write_text(study.results / "table.md", markdown(table) + "\n")
+    write_text(study.results / "table.tex", latex(table) + "\n")
+    if table:
+        write_bytes(study.results / "accuracy.png", plot(table))
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """The table for a README, a part for each task."""
+    return "\n\n".join(_markdown(task, [r for r in table if r["task"] == task.name]) for task in TASKS.values())
+
+
+def _markdown(task: Task, table: Sequence[Mapping[str, Any]]) -> str:
+    arrow = "higher" if task.sign > 0 else "lower"
+    head = ("method", "family", f"{task.metric} ({arrow} is better)", "trained", "s/step", "peak MB", "adapter kB")
+    lines = [[*head, task.knowledge], ["---", "---", *["---:"] * 6]]
+    lines += [_cells(row) for row in table]
+    return f"**{task.name}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        row["method"],
+        row["family"],
+        f"{row['score_mean']:.3f} ± {row['score_ci95']:.3f}",
+        f"{row['trained_params']:,}",
+        f"{row['step_s']:.2f}",
+        f"{row['peak_mb']:.0f}",
+        f"{row['adapter_kb']:.0f}",
+        f"{row['forgetting']:.2f}",
+    ]
+
+
+def latex(table: Sequence[Mapping[str, Any]]) -> str:
+    """The table for a paper, with booktabs."""
+    head = " & ".join(("Method", "Family", "Task", "Score", "Trained", "s/step", "Peak MB", "kB", "Forgetting"))
+    body = []
+    for row in table:
+        method, family, score, *rest = _cells(row)
+        cells = [method, family, row["task"], f"${score.replace('±', chr(92) + 'pm')}$", *rest]
+        body.append(" & ".join(cells).replace("_", r"\_").replace(",", "{,}") + r" \\")
+    return "\n".join(
+        [r"\begin{tabular}{lllrrrrrr}", r"\toprule", head + r" \\", r"\midrule", *body, r"\bottomrule"]
+    ) + ("\n\\end{tabular}")
+
+
+def plot(table: Sequence[Mapping[str, Any]]) -> bytes:
+    """Score against trained parameters, a panel for each task, as PNG."""
+    tasks = [task for task in TASKS.values() if any(row["task"] == task.name for row in table)]
+    figure = Figure(figsize=(7.2 * len(tasks), 4.8), dpi=130, layout="constrained")
+    colours = dict(zip(dict.fromkeys(row.family for row in ROWS.values()), COLOURS, strict=False))
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for row in (row for row in table if row["task"] == task.name):
+            x, y, colour = row["trained_params"], row["score_mean"], colours[row["family"]]
+            spread = None if math.isnan(row["score_ci95"]) else row["score_ci95"]
+            axes.errorbar(x, y, yerr=spread, fmt="o", color=colour, capsize=2, ms=4, lw=1)
+            axes.annotate(row["method"], (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
+        axes.set_xscale("log")
+        axes.set(xlabel="trained parameters", ylabel=task.metric, title=task.name)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()

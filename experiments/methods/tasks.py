@@ -1,0 +1,139 @@
+"""The two common tasks: what is trained on, what is scored, and what may have been forgotten.
+
+`topics`: MiniLM-L6 names the section of a BBC article; score: accuracy. Forgotten: how much worse its embeddings find
+an article by its headline (top-1 accuracy over the test articles), which is what it was pretrained for.
+`headlines`: SmolLM2-135M writes the headline of a BBC article; score: perplexity of held-out headlines. Forgotten: the
+rise of its perplexity on the articles' running text, which it is not trained on.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import common
+from lowrank import data, evaluate
+from lowrank.models import build
+
+PyTree = Any
+Bind = Callable[[PyTree, Any, Any], PyTree] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task of the study. `sign` is 1 where a higher score is better, -1 where a lower one is."""
+
+    name: str
+    metric: str  # a key of the run's scores
+    sign: int
+    knowledge: str  # what the `forgetting` column is in
+    settings: Mapping[str, Any]  # the config but for method, learning rate, seed
+    known: Callable[["Model"], float]  # what is known of the pretraining task: higher is better
+
+    def config(self, method: Mapping[str, Any], lr: float, seed: int, quick: bool = False) -> ConfigDict:
+        """The config of one run; `quick` is two steps on a few examples."""
+        config = common.new(**{k: dict(v) if isinstance(v, Mapping) else v for k, v in self.settings.items()})
+        config.method, config.optim.lr, config.seed, config.data.seed = dict(method), lr, seed, seed
+        if quick:
+            config.steps, config.optim.warmup, config.eval.max_examples = 2, 0, 8
+        return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model to score: the config of the run it is from, and `lowrank.pretrained.Pretrained` with its parameters."""
+
+    run: ConfigDict
+    base: Any
+    bind: Bind
+
+    def loader(self, **changes: Any) -> data.Loader:
+        """Batches in order, one pass, with the data group of the run changed."""
+        group = {**self.run.data, "shuffle": False, "epochs": 1, "prefetch": 0, "max_examples": self.examples}
+        return data.make_loader(data.DataConfig(**{**group, **changes}), self.base.tokenizer)
+
+    @property
+    def examples(self) -> int:
+        """How many examples scores are taken of; 0: all."""
+        return self.run.eval.max_examples
+
+    def score(self, split: str) -> dict[str, float]:
+        """The scores of the run's objective on a split."""
+        objective = self.run.objective
+        score = evaluate.classification if objective == "classification" else evaluate.perplexity
+        loader = self.loader(split=split, objective=objective)
+        return score(build(self.base.config), self.base.params, loader, bind=self.bind)
+
+
+def found(model: Model) -> float:
+    """The share of test articles whose headline's embedding is nearest to theirs among all."""
+    titles, texts = (_embedded(model, template) for template in ("{title}", "{text}"))
+    return float(np.mean(np.argmax(titles @ texts.T, axis=1) == np.arange(len(titles))))
+
+
+def _embedded(model: Model, template: str) -> np.ndarray:
+    """Unit vectors `[N, D]` of the test articles."""
+    loader = model.loader(split="test", objective="classification", template=template)
+    rows = [np.asarray(_pooled(build(model.base.config), model.bind, model.base.params, dict(b))) for b in loader]
+    vectors = np.concatenate(rows)[: loader.stats["examples"]]
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "bind"))
+def _pooled(network: Any, bind: Bind, params: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:
+    params = bind(params, batch, None) if bind else params
+    return network.apply({"params": params}, batch["tokens"], batch["segments"], method="pooled").astype(jnp.float32)
+
+
+def fluency(model: Model) -> float:
+    """Minus the perplexity of the running text of test articles."""
+    loader = model.loader(split="test", objective="causal_lm", template="text", completion="")
+    return -evaluate.perplexity(build(model.base.config), model.base.params, loader, bind=model.bind)["perplexity"]
+
+
+TOPICS = Task(
+    name="topics",
+    metric="accuracy",
+    sign=1,
+    knowledge="points of top-1 retrieval lost",
+    known=lambda model: 100 * found(model),
+    settings={
+        "steps": 60,
+        "objective": "classification",
+        "model": {"name": "minilm-l6", "remat": "none"},
+        "data": {"source": "bbc_news", "split": "train", "seq_len": 64, "batch_size": 16},
+        "optim": {"name": "adamw", "schedule": "linear", "warmup": 6, "weight_decay": 0.01},
+        "eval": {"split": "validation", "max_examples": 0},
+        "log_every": 5,
+    },
+)
+HEADLINES = Task(
+    name="headlines",
+    metric="perplexity",
+    sign=-1,
+    knowledge="rise of perplexity on articles",
+    known=fluency,
+    settings={
+        "steps": 24,
+        "objective": "causal_lm",
+        "model": {"name": "smollm2-135m", "remat": "dots"},
+        "data": {
+            "source": "bbc_news",
+            "split": "train",
+            "template": "headline",
+            "seq_len": 64,
+            "batch_size": 8,
+            "packing": False,
+            "prompt_loss_weight": 0.0,
+        },
+        "optim": {"name": "adamw", "schedule": "linear", "warmup": 3},
+        "eval": {"split": "validation", "max_examples": 64},
+        "log_every": 4,
+    },
+)
+TASKS = {task.name: task for task in (TOPICS, HEADLINES)}

@@ -1,0 +1,97 @@
+"""The comparison of methods: cells are kept, the best rate is found on validation, the table says what the cells do."""
+
+import csv
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments.methods import __main__ as study_main
+from experiments.methods import cells, row, table, tasks
+from experiments.methods.cells import Cell, Study
+from experiments.methods.rows import ROWS, Row
+from lowrank import methods
+from lowrank.errors import UserError
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Both tasks on tiny models and records; rows run in this process."""
+    tiny.bert(tmp_path / "bert")
+    tiny.llama(tmp_path / "llama")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation", "test"):
+        tiny.records(tmp_path / "data" / f"{split}.jsonl")
+    made = {}
+    for task, model, more in ((tasks.TOPICS, "bert", {}), (tasks.HEADLINES, "llama", {"template": "{prompt}"})):
+        data = {**task.settings["data"], "source": f"jsonl:{tmp_path / 'data'}", "seq_len": 32, **more}
+        data |= {"completion": "{completion}"} if more else {}
+        settings = {**task.settings, "steps": 4, "data": data, "model": {"name": str(tmp_path / model)}, "log_every": 1}
+        settings["model"] |= {} if more else {"pooling": "mean"}
+        made[task.name] = dataclasses.replace(task, settings=settings)
+    monkeypatch.setitem(tasks.TASKS, "topics", dataclasses.replace(made["topics"], known=lambda model: 50.0))
+    monkeypatch.setitem(tasks.TASKS, "headlines", made["headlines"])
+    return Study(tmp_path / "results", tmp_path / "runs", quick=True)
+
+
+def test_a_row_leaves_cells_a_table_and_a_plot(study, monkeypatch):
+    monkeypatch.setattr(study_main, "_row", lambda s, t, name, bar: list(cells.pending(s, tasks.TASKS[t], name)))
+    study_main.run(study, ["topics", "headlines"], ["lora"])
+    found = list(csv.DictReader((study.results / "table.csv").read_text().splitlines()))
+    assert tuple(found[0]) == table.COLUMNS
+    assert [(r["method"], r["task"], r["seeds"]) for r in found] == [
+        ("lora", "topics", "1"),
+        ("lora", "headlines", "1"),
+    ]
+    assert all(float(r["step_s"]) > 0 and float(r["adapter_kb"]) > 0 and float(r["score_mean"]) > 0 for r in found)
+    assert (study.results / "accuracy.png").stat().st_size > 1000
+    assert "lora" in (study.results / "table.tex").read_text()
+    assert not (study.runs / "topics" / "lora").exists()
+
+
+def test_cells_that_are_done_are_not_run_again(study, monkeypatch):
+    argv = ["headlines", "lora", str(study.results), str(study.runs), "quick"]
+    assert row.main(argv) == 0
+    monkeypatch.setattr(Cell, "run", lambda self: pytest.fail("ran again"))
+    assert row.main(argv) == 0
+    monkeypatch.setitem(ROWS, "lora", ROWS["lora"]._replace(method={"name": "lora", "rank": 2}))
+    assert cells.left(study, tasks.TASKS["headlines"], "lora") == 1
+
+
+def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
+    full = Study(tmp_path, tmp_path)
+    for task, better in ((tasks.TOPICS, max), (tasks.HEADLINES, min)):
+        swept = cells.sweep(full, task, "lora")
+        for cell, score in zip(swept, (3.0, 5.0, 4.0), strict=True):
+            cell.path.parent.mkdir(parents=True, exist_ok=True)
+            cell.path.write_text(
+                json.dumps({"config": json.loads(json.dumps(cell.config.to_dict())), "validation": score})
+            )
+        chosen = better(zip((3.0, 5.0, 4.0), swept, strict=True))[1]
+        assert {c.lr for c in cells.finals(full, task, "lora")} == {chosen.lr}
+        assert [c.seed for c in cells.finals(full, task, "lora")] == [0, 1, 2]
+
+
+def test_the_interval_is_students():
+    values = [0.9, 0.92, 0.97]
+    half = 4.303 * np.std(values, ddof=1) / np.sqrt(3)
+    assert table.interval(values) == pytest.approx(half)
+    assert math.isnan(table.interval([1.0]))
+
+
+def test_every_row_is_a_method_with_three_rates():
+    for name, entry in ROWS.items():
+        assert isinstance(entry, Row)
+        assert methods.build(entry.method), name
+        assert len(entry.rates) == 3
+        assert set(entry.tasks) <= set(tasks.TASKS)
+
+
+def test_an_unknown_row_is_refused(study):
+    with pytest.raises(UserError, match=r"unknown row 'lara' \(did you mean 'lora'\?\)"):
+        study_main.run(study, ["topics"], ["lara"])
