@@ -16,6 +16,7 @@ from lowrank.peft_format import match, tensors
 from lowrank.peft_format.forms import FORMS, Form, Layer
 from lowrank.peft_format.modules import HEADS, Base, Module, Place, check_untied, modules
 from lowrank.weight import Weight, is_weight, materialize
+from lowrank.weights.lora import RESIDUAL
 
 PyTree = Any
 
@@ -34,15 +35,15 @@ def save(
     Args:
       trained: names of all trained leaves; those beside the forms' own are written too (biases, a classifier's head).
       method: the config group of the method; `rslora` says how scales are written as alphas.
-      original: the parameters before the method was attached. PiSSA needs them: its base is a residual, so that its
-        update of rank r is one of rank 2r to the original.
+      original: the parameters before the method was attached. PiSSA and OLoRA need them: their base is a residual, so
+        that their update of rank r is one of rank 2r to the original.
 
     Raises:
-      UserError: for a form, or a trained leaf, that the format cannot hold, and for PiSSA without `original`.
+      UserError: for a form, or a trained leaf, that the format cannot hold, and for PiSSA or OLoRA without `original`.
     """
     method = dict(method or {})
-    if method.get("init") == "pissa" and original is None:
-        raise UserError("a PiSSA adapter is written against the original base: pass original=")
+    if method.get("init") in RESIDUAL and original is None:
+        raise UserError(f"an adapter with init={method['init']} is written against the original base: pass original=")
     weights = {name: w for name, w in tree.named_leaves(params, is_weight) if is_weight(w)}
     form, known = _form(weights), modules(base)
     layers = _peeled(form, weights, known, dict(tree.named_leaves(original, is_weight)) if original else {})

@@ -1,6 +1,7 @@
 """LoRA: `W + scale * A @ B` (Hu et al. 2021, arXiv:2106.09685).
 
-With rsLoRA's scale (Kalajdzievski 2023, arXiv:2312.03732) and PiSSA's init (Meng et al. 2024, arXiv:2404.02948).
+With rsLoRA's scale (Kalajdzievski 2023, arXiv:2312.03732), PiSSA's init (Meng et al. 2024, arXiv:2404.02948) and
+OLoRA's (Bueyuekakyuez 2024, arXiv:2406.01775).
 Kernels are `[in, out]`, so A is `[in, r]` and B `[r, out]`: the transposes of the paper's. Stacked layers put
 a layer axis first. Layers of a stack may have different ranks: they are padded to the largest with zero
 columns of A and zero rows of B, whose gradients are zero, so the padding stays zero.
@@ -99,8 +100,8 @@ def attach(
     lora = INITS[init](key, lora)
     live = (jnp.arange(rank)[None, :] < jnp.array(ranks)[:, None]).reshape(*stack, rank)
     lora = dataclasses.replace(lora, a=lora.a * live[..., None, :], b=lora.b * live[..., :, None])
-    # PiSSA's base loses what A and B hold, so it is made once the padding is in place.
-    return _residual(lora) if init == "pissa" else lora
+    # The base loses what A and B hold, so it is made once the padding is in place.
+    return _residual(lora) if init in RESIDUAL else lora
 
 
 def _scale(rank: int, alpha: float, rslora: bool) -> float:
@@ -123,12 +124,27 @@ def _zero_a(key: jax.Array, lora: LoRA) -> LoRA:
 def _pissa(key: jax.Array, lora: LoRA) -> LoRA:
     """The leading singular triples of W, shared evenly: `A = U sqrt(S / scale)`, `B = sqrt(S / scale) V`."""
     del key
-    if is_weight(lora.base):
-        raise UserError(f"PiSSA starts from a plain kernel, not from {type(lora.base).__name__}")
-    u, s, v = jnp.linalg.svd(lora.base.astype(jnp.float32), full_matrices=False)
+    u, s, v = jnp.linalg.svd(plain("PiSSA", lora.base), full_matrices=False)
     rank = lora.a.shape[-1]
     root = jnp.sqrt(s[..., :rank] / lora.scale[..., None])
     return dataclasses.replace(lora, a=u[..., :, :rank] * root[..., None, :], b=root[..., :, None] * v[..., :rank, :])
+
+
+def _olora(key: jax.Array, lora: LoRA) -> LoRA:
+    """Orthonormal outputs: with the paper's `[out, in]` kernel `W = Q R`, `B = Q[:, :r]` and `A = R[:r]`, transposed."""
+    del key
+    q, r = jnp.linalg.qr(jnp.swapaxes(plain("OLoRA", lora.base), -1, -2))
+    rank = lora.a.shape[-1]
+    return dataclasses.replace(
+        lora, a=jnp.swapaxes(r[..., :rank, :], -1, -2), b=jnp.swapaxes(q[..., :, :rank], -1, -2)
+    )
+
+
+def plain(what: str, base: Any) -> jax.Array:
+    """The float32 kernel that a decomposition starts from; UserError for a form, named by `what` it was for."""
+    if is_weight(base):
+        raise UserError(f"{what} starts from a plain kernel, not from {type(base).__name__}")
+    return base.astype(jnp.float32)
 
 
 def _residual(lora: LoRA) -> LoRA:
@@ -140,4 +156,6 @@ INITS: dict[str, Callable[[jax.Array, LoRA], LoRA]] = {
     "gaussian": _gaussian,
     "zero_a": _zero_a,
     "pissa": _pissa,
+    "olora": _olora,
 }
+RESIDUAL = ("pissa", "olora")  # A and B start as a part of the base, which keeps the rest
