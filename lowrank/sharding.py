@@ -27,7 +27,7 @@ _IN = r"(layers|top)/(attn|mlp)/(o|down)/kernel"  # split over its inputs, which
 
 # A form's fields keep the kernel's layout at any depth (`kernel/base/base/codes`); factors and vectors come first.
 DEFAULT_RULES: Rules = (
-    (r"(.*/)?(key|magnitude|base_sq|s|bias)", P()),
+    (r"(.*/)?(key|magnitude|base_sq|s|core|bias)", P()),
     (rf"{_OUT}/(.*/)?a", P("fsdp", None)),
     (rf"{_OUT}/(.*/)?b", P(None, "tensor")),
     (rf"{_IN}/(.*/)?a", P("tensor", None)),

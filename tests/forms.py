@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weights import dora, lora, scaled
+from lowrank.weights import dora, lora, lora_xs, scaled
 
 L, IN, OUT, RANK = 3, 12, 10, 4
 
@@ -33,6 +33,10 @@ FORMS: dict[str, Callable[[jax.Array, Any], Any]] = {
     "rslora gaussian": lambda key, w: lora_on(key, w, _even(w), rslora=True, init="gaussian"),
     "lora zero A": lambda key, w: lora_on(key, w, _even(w), init="zero_a"),
     "pissa": lambda key, w: lora_on(key, w, _even(w), init="pissa"),
+    "olora": lambda key, w: lora_on(key, w, _even(w), init="olora"),
+    "lora_xs": lambda key, w: lora_xs.attach(lora_on(key, w, _even(w))),
+    "lora_xs ranks by layer": lambda key, w: lora_xs.attach(lora_on(key, w, _ranks(w))),
+    "edora": lambda key, w: lora_xs.attach_edora(lora_on(key, w, _even(w))),
     "dora": lambda key, w: dora.attach(lora_on(key, w, _even(w))),
     "ia3 out": lambda key, w: scaled.attach(w, "out"),
     "ia3 in": lambda key, w: scaled.attach(w, "in"),

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from lowrank import methods, tree
 from lowrank.errors import UserError
 from lowrank.models import DecoderConfig, build
-from lowrank.weight import dot, materialize, trainable_mask
+from lowrank.weight import dot, materialize
 from tests.models.tiny import LLAMA, SIZES
 
 L, D = 3, 8
@@ -24,7 +26,7 @@ def base():
 def attached(**group):
     method = methods.build(group)
     params = methods.attach(method, base(), jax.random.key(1))
-    return params, tree.names(tree.split(params, trainable_mask(params, method.train))[0])
+    return params, tree.names(tree.split(params, methods.trainable_mask(method, params))[0])
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,10 @@ def attached(**group):
         ({"name": "lora"}, [f"layers/attn/{m}/kernel/{f}" for m in "qv" for f in "ab"]),
         ({"name": "lora", "target": Q, "bias": "lora_only"}, ["layers/attn/q/bias", f"{Q}/a", f"{Q}/b"]),
         ({"name": "dora", "target": Q}, [f"{Q}/{f}" for f in ("a", "b", "magnitude")]),
+        ({"name": "lora_fa", "target": Q}, [f"{Q}/b"]),
+        ({"name": "lora_fa"}, [f"layers/attn/{m}/kernel/b" for m in "qv"]),
+        ({"name": "lora_xs", "target": Q, "rank": 4}, [f"{Q}/core"]),
+        ({"name": "edora", "target": Q, "rank": 4}, [f"{Q}/core", f"{Q}/magnitude"]),
         ({"name": "ia3"}, [f"layers/{m}/kernel/s" for m in ("attn/k", "attn/v", "mlp/down")]),
     ],
 )
@@ -111,6 +117,33 @@ def test_pissa_holds_the_leading_singular_values():
     np.testing.assert_allclose(w.base, kernel - leading, atol=1e-4)
 
 
+def test_olora_takes_the_qr_factors_of_the_papers_kernel():
+    params, _ = attached(name="lora", rank=3, alpha=6, init="olora", target=Q)
+    w, kernel = params["layers"]["attn"]["q"]["kernel"], np.asarray(base()["layers"]["attn"]["q"]["kernel"], np.float64)
+    for layer in range(L):
+        q, r = np.linalg.qr(kernel[layer].T)
+        update = 2.0 * (q[:, :3] @ r[:3]).T
+        np.testing.assert_allclose(w.delta()[layer], update, atol=1e-5)
+        np.testing.assert_allclose(w.base[layer], kernel[layer] - update, atol=1e-5)
+        np.testing.assert_allclose(w.b[layer] @ w.b[layer].T, np.eye(3), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora_xs", "edora"])
+def test_a_core_is_trained_between_the_leading_singular_vectors(name):
+    params, _ = attached(name=name, rank=3, alpha=6, target=Q)
+    stack = params["layers"]["attn"]["q"]["kernel"]
+    core = np.random.default_rng(0).standard_normal((3, 3))
+    kernel = np.asarray(base()["layers"]["attn"]["q"]["kernel"][1], np.float64)
+    u, s, v = np.linalg.svd(kernel)
+    w = dataclasses.replace(jax.tree.map(lambda leaf: leaf[1], stack), core=jnp.asarray(core, jnp.float32))
+    np.testing.assert_allclose(np.abs(w.a), np.abs(u[:, :3] * s[:3]), atol=1e-4)  # to signs, which the core absorbs
+    signs = np.sign(np.sum(np.asarray(w.b) * v[:3], axis=1))
+    expected = kernel + 2.0 * (u[:, :3] * s[:3] * signs) @ core @ (signs[:, None] * v[:3])
+    if name == "edora":
+        expected *= np.linalg.norm(kernel, axis=0) / np.linalg.norm(expected, axis=0)
+    np.testing.assert_allclose(materialize(w), expected, atol=1e-4)
+
+
 def test_dora_keeps_the_formula_of_the_paper_in_float64():
     params, _ = attached(name="dora", rank=2, init="zero_a", target=Q)
     w = jax.tree.map(lambda leaf: leaf[0], params["layers"]["attn"]["q"]["kernel"])
@@ -160,6 +193,9 @@ def test_one_rule_more_leaves_the_other_initial_values_alone():
         ({"name": "lora", "target": ".*atn/q/kernel"}, r"target .* matches no leaf \(did you mean"),
         ({"name": "lora", "target": ".*bias"}, "only kernels"),
         ({"name": "lora", "rank_pattern": {"layers/9/.*": 2}}, "rank or alpha pattern 'layers/9/.*' matches no leaf"),
+        ({"name": "lora_fa", "init": "zero_a"}, "LoRA-FA freezes A"),
+        ({"name": "lora_xs", "init": "pissa"}, "method.init: the factors of LoRA-XS and EDoRA"),
+        ({"name": "edora", "rnak": 3}, r"'method.rnak' \(did you mean 'method.rank'\?\)"),
         ({"name": "partial", "layers": 0}, "at least 1"),
         ({"name": "prompt", "length": 0}, "at least 1"),
         ({"name": "houlsby", "width": 0}, "method.width must be positive"),

@@ -9,6 +9,7 @@ from lowrank.methods.bottleneck import houlsby, parallel, pfeiffer, scaled_paral
 from lowrank.methods.dora import dora
 from lowrank.methods.ia3 import ia3
 from lowrank.methods.lora import lora
+from lowrank.methods.lora_relatives import edora, lora_fa, lora_xs
 from lowrank.methods.method import SHARED, Context, Method, attach, matches, trainable_mask
 from lowrank.methods.prompt import prompt
 from lowrank.methods.selective import bitfit, full, head, partial
@@ -20,6 +21,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "bitfit": bitfit,
     "lora": lora,
     "dora": dora,
+    "lora_fa": lora_fa,
+    "lora_xs": lora_xs,
+    "edora": edora,
     "ia3": ia3,
     "prompt": prompt,
     "houlsby": houlsby,

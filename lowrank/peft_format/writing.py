@@ -127,7 +127,8 @@ def _change(original: Any, base: Any, at: Any) -> np.ndarray:
 
 def _own(form: Form, weights: Mapping[str, Weight]) -> set[str]:
     """The leaves that the forms themselves write."""
-    return {f"{name}/{part.field}" for name in weights for part in form.parts}
+    fields = (*(part.field for part in form.parts), *form.extra)
+    return {f"{name}/{field}" for name in weights for field in fields}
 
 
 def _others(

@@ -40,7 +40,7 @@ class DoRA(LoRA):
         `||W||^2 + 2 s <W, AB> + s^2 ||AB||^2`, where `<W, AB> = sum_r (A^T W) * B` and
         `||AB||^2 = sum_r B * (A^T A) B`. bfloat16 would lose 5e-3 to cancellation.
         """
-        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
+        a, b = (x.astype(jnp.float32) for x in self.factors())
         cross = jnp.sum(dot(a.T, self.base) * b, axis=-2)
         square = jnp.sum(b * ((a.T @ a) @ b), axis=-2)
         return jnp.sqrt(jnp.maximum(self.base_sq + 2 * self.scale * cross + self.scale**2 * square, 1e-24))
@@ -50,7 +50,7 @@ def attach(lora: LoRA) -> DoRA:
     """The DoRA that starts where `lora` stands: the magnitude is the column norm of `W + scale * A @ B`."""
     base: Any = materialize(lora.base).astype(jnp.float32)
     return DoRA(
-        **{f.name: getattr(lora, f.name) for f in dataclasses.fields(lora)},
+        **{f.name: getattr(lora, f.name) for f in dataclasses.fields(LoRA)},
         magnitude=jnp.linalg.norm(base + lora.delta(), axis=-2),
         base_sq=jnp.sum(base * base, axis=-2),
     )

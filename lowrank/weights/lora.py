@@ -1,7 +1,7 @@
 """LoRA: `W + scale * A @ B` (Hu et al. 2021, arXiv:2106.09685).
 
 With rsLoRA's scale (Kalajdzievski 2023, arXiv:2312.03732), PiSSA's init (Meng et al. 2024, arXiv:2404.02948) and
-OLoRA's (Bueyuekakyuez 2024, arXiv:2406.01775).
+OLoRA's (Büyükakyüz 2024, arXiv:2406.01775).
 Kernels are `[in, out]`, so A is `[in, r]` and B `[r, out]`: the transposes of the paper's. Stacked layers put
 a layer axis first. Layers of a stack may have different ranks: they are padded to the largest with zero
 columns of A and zero rows of B, whose gradients are zero, so the padding stays zero.
@@ -46,6 +46,10 @@ class LoRA(Weight):
     def low_rank(self, x: jax.Array) -> jax.Array:
         """`scale * drop(x) @ A @ B` for `x: [..., in]`."""
         return widen(dot(self._dropped(x), self.a) * self.scale.astype(x.dtype), self.b)
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """`(A, B)`, whose product times the scale is the update."""
+        return self.a, self.b
 
     def _dropped(self, x: jax.Array) -> jax.Array:
         if self.key is None or not self.dropout:
@@ -131,13 +135,11 @@ def _pissa(key: jax.Array, lora: LoRA) -> LoRA:
 
 
 def _olora(key: jax.Array, lora: LoRA) -> LoRA:
-    """Orthonormal outputs: with the paper's `[out, in]` kernel `W = Q R`, `B = Q[:, :r]` and `A = R[:r]`, transposed."""
+    """With the paper's `[out, in]` kernel `W = Q R`: `B = Q[:, :r]` and `A = R[:r]`, each transposed to our layout."""
     del key
     q, r = jnp.linalg.qr(jnp.swapaxes(plain("OLoRA", lora.base), -1, -2))
     rank = lora.a.shape[-1]
-    return dataclasses.replace(
-        lora, a=jnp.swapaxes(r[..., :rank, :], -1, -2), b=jnp.swapaxes(q[..., :, :rank], -1, -2)
-    )
+    return dataclasses.replace(lora, a=jnp.swapaxes(r[..., :rank, :], -1, -2), b=jnp.swapaxes(q[..., :, :rank], -1, -2))
 
 
 def plain(what: str, base: Any) -> jax.Array:

@@ -2,11 +2,13 @@
 
 from lowrank.peft_format.forms.form import Form, Layer, Settings
 from lowrank.peft_format.forms.ia3 import IA3
-from lowrank.peft_format.forms.lora import DORA, LORA
+from lowrank.peft_format.forms.lora import DORA, EDORA, LORA, LORA_XS
 
 FORMS: dict[str, Form] = {
     "lora": LORA,
     "dora": DORA,
+    "lora_xs": LORA_XS,
+    "edora": EDORA,
     "ia3": IA3,
 }
 

@@ -1,7 +1,7 @@
-"""LoRA and DoRA in PEFT's format."""
+"""LoRA and DoRA in PEFT's format; LoRA-XS and EDoRA are written as these, with the core multiplied into A."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from lowrank.peft_format.forms.form import WHERE, Arrays, Form, Layer, Part, Set
 from lowrank.weights import dora
 from lowrank.weights.dora import DoRA
 from lowrank.weights.lora import LoRA
+from lowrank.weights.lora_xs import EDoRA, LoRAXS
 
 
 def _lora_settings(config: Mapping[str, Any], path: str) -> Settings:
@@ -68,6 +69,10 @@ def _peel_dora(w: DoRA, arrays: Arrays) -> Layer | None:
         zeros = {"a": arrays["a"][:, :1], "b": arrays["b"][:1]}
         layer = Layer({"r": 1, "scale": float(arrays["scale"]), "dropout": w.dropout}, zeros)
     return Layer(layer.settings, layer.arrays | {"magnitude": arrays["magnitude"]})
+
+
+def _folded(peel: Callable[[Any, Arrays], Layer | None]) -> Callable[[Any, Arrays], Layer | None]:
+    return lambda w, arrays: peel(w, {**arrays, "a": arrays["a"] @ arrays["core"]})
 
 
 def _rebase_lora(layer: Layer, change: np.ndarray) -> Layer:
@@ -160,3 +165,7 @@ DORA = dataclasses.replace(
     grow=_grow_dora,
     extra=("scale", "base_sq"),
 )
+
+# Only ever written: what is read back is a LoRA or a DoRA, whose singular vectors need not be found again.
+LORA_XS = dataclasses.replace(LORA, kind=LoRAXS, peel=_folded(_peel_lora), extra=("scale", "core"))
+EDORA = dataclasses.replace(DORA, kind=EDoRA, peel=_folded(_peel_dora), extra=("scale", "base_sq", "core"))

@@ -1,0 +1,66 @@
+"""LoRA-XS: `W + scale * A @ R @ B`, where only the core R is trained (Bałazy et al. 2024, arXiv:2405.17604).
+
+A and B are frozen at W's leading singular triples: with `W = U S V` (`[in, out]`, as kernels are), `A = U_r S_r` and
+`B = V_r`. EDoRA (Nasiri & Garraghan 2025, arXiv:2501.12067) is DoRA with this update: the magnitude is trained too.
+
+R starts at 0, where the papers draw from N(0, 1e-10): its gradient `A^T G B^T` is not zero there, and the model starts
+as it was.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.weight import dot, form, frozen, trainable, wide
+from lowrank.weights import dora
+from lowrank.weights.dora import DoRA
+from lowrank.weights.lora import LoRA, plain, widen
+
+
+@form
+class LoRAXS(LoRA):
+    """A LoRA with frozen `a` `[..., in, r]` and `b` `[..., r, out]`, and a trained `core` `[..., r, r]` between."""
+
+    a: jax.Array = frozen()
+    b: jax.Array = frozen()
+    core: jax.Array = trainable()
+
+    def delta(self) -> jax.Array:
+        """The update `scale * A @ R @ B`, `[..., in, out]` in float32 or wider."""
+        left, b = (wide(x) for x in self.factors())
+        return jnp.matmul(left, b, precision="highest") * self.scale[..., None, None]
+
+    def low_rank(self, x: jax.Array) -> jax.Array:
+        """`scale * drop(x) @ A @ R @ B` for `x: [..., in]`."""
+        t = dot(dot(self._dropped(x), self.a) * self.scale.astype(x.dtype), self.core)
+        return widen(t, self.b)
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """`(A @ R, B)`."""
+        return jnp.matmul(wide(self.a), wide(self.core), precision="highest"), self.b
+
+
+@form
+class EDoRA(LoRAXS, DoRA):
+    """`magnitude * V / ||V||` with `V = W + scale * A @ R @ B`; the magnitude and the core are trained."""
+
+
+def attach(lora: LoRA) -> LoRAXS:
+    """The LoRA-XS with the rank, scale and dropout of `lora`, on its base; that one's A and B are not used.
+
+    Raises UserError for a base that is no plain kernel.
+    """
+    rank, stack = lora.a.shape[-1], lora.shape[:-2]
+    live = jnp.any(lora.a != 0, axis=-2)  # [..., r]: what pads a smaller rank stays zero
+    u, s, v = jnp.linalg.svd(plain("LoRA-XS", lora.base), full_matrices=False)
+    kept = {f.name: getattr(lora, f.name) for f in dataclasses.fields(LoRA)}
+    a, b = u[..., :, :rank] * (s[..., :rank] * live)[..., None, :], v[..., :rank, :] * live[..., :, None]
+    return LoRAXS(**{**kept, "a": a, "b": b, "core": jnp.zeros((*stack, rank, rank), jnp.float32)})
+
+
+def attach_edora(lora: LoRA) -> EDoRA:
+    """The EDoRA with the rank, scale and dropout of `lora`; its magnitude starts as the norms of W's columns."""
+    xs = attach(lora)
+    start = dora.attach(xs)
+    return EDoRA(**{**vars(start), "core": xs.core})
