@@ -85,4 +85,4 @@ def _save_leaves(params: PyTree, trained: list[str], about: Mapping[str, Any], d
 
 def _on_host(leaf: jax.Array) -> np.ndarray:
     whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
-    return np.ascontiguousarray(whole)
+    return np.asarray(whole, order="C")

@@ -42,6 +42,7 @@ DEFAULT_RULES: Rules = (
     (r"embed/(positions|types)", P(None, "fsdp")),
     (r"(.*/)?scale", P()),
     (r"prompt/embedding", P()),
+    (r"shared/.*", P()),
 )
 
 

@@ -42,6 +42,8 @@ def attached(**group):
         ({"name": "lora_fa"}, [f"layers/attn/{m}/kernel/b" for m in "qv"]),
         ({"name": "lora_xs", "target": Q, "rank": 4}, [f"{Q}/core"]),
         ({"name": "edora", "target": Q, "rank": 4}, [f"{Q}/core", f"{Q}/magnitude"]),
+        ({"name": "intrinsic", "dim": 9}, ["shared/intrinsic"]),
+        ({"name": "intrinsic", "dim": 9, "said": True}, ["shared/intrinsic", "shared/said/layers"]),
         ({"name": "ia3"}, [f"layers/{m}/kernel/s" for m in ("attn/k", "attn/v", "mlp/down")]),
     ],
 )
@@ -201,6 +203,10 @@ def test_one_rule_more_leaves_the_other_initial_values_alone():
         ({"name": "houlsby", "width": 0}, "method.width must be positive"),
         ({"name": "scaled_parallel", "scale": 0.0}, "method.scale must be positive"),
         ({"name": "parallel", "after": "mpl"}, "unknown place in method.after 'mpl' .did you mean 'mlp'"),
+        ({"name": "intrinsic", "dim": 0}, "method.dim must be at least 1, not 0"),
+        ({"name": "intrinsic", "dim": 193, "target": Q}, "method.dim=193 is larger than the 192 parameters"),
+        ({"name": "intrinsic", "dim": L, "said": True}, "leaves no vector beside SAID's 3 scales"),
+        ({"name": "intrinsic", "projection": "fastfod"}, r"'fastfod' \(did you mean 'fastfood'"),
     ],
 )
 def test_bad_settings_are_refused_by_name(group, message):

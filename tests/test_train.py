@@ -29,6 +29,7 @@ LM_METHODS = {
     "prompt": "method=prompt,length=4",
     "houlsby": "method=houlsby,width=4",
     "scaled_parallel": "method=scaled_parallel,width=4",
+    "intrinsic": "method=intrinsic,dim=64,said=True",
 }
 
 

@@ -8,6 +8,7 @@ from lowrank.errors import unknown
 from lowrank.methods.bottleneck import houlsby, parallel, pfeiffer, scaled_parallel
 from lowrank.methods.dora import dora
 from lowrank.methods.ia3 import ia3
+from lowrank.methods.intrinsic import intrinsic
 from lowrank.methods.lora import lora
 from lowrank.methods.lora_relatives import edora, lora_fa, lora_xs
 from lowrank.methods.method import SHARED, Context, Method, attach, matches, trainable_mask
@@ -30,6 +31,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "pfeiffer": pfeiffer,
     "parallel": parallel,
     "scaled_parallel": scaled_parallel,
+    "intrinsic": intrinsic,
 }
 
 

@@ -1,0 +1,79 @@
+"""Intrinsic dimension as a method: one short vector, projected at random into every parameter."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank import tree, weight
+from lowrank.errors import UserError, unknown
+from lowrank.methods.method import SHARED, Method
+from lowrank.methods.projections import PROJECTIONS, Shape, project
+
+PyTree = Any
+STACKS = ("layers", "top")  # subtrees whose leaves have a layer axis first
+
+
+def intrinsic(
+    dim: int = 1000, target: str = r"(?!head/).*", projection: str = "fastfood", said: bool = False, seed: int = 0
+) -> Method:
+    """`theta = theta_0 + P z`: only `z: [dim]` is trained (Li et al. 2018, arXiv:1804.08838).
+
+    P `[D, dim]` is random and drawn again from `seed` at each use: `dense`, `sparse` or `fastfood` (see `projections`);
+    D counts the parameters that `target` matches. With `said` each layer i has a learned scale, `theta_i + lambda_i
+    (P z)_i`, and z is shorter by their number (Aghajanyan et al. 2020, arXiv:2012.13255). Memory is O(D). Raises
+    UserError for a dim that is not in 1..D, or leaves nothing beside the scales.
+    """
+    if projection not in PROJECTIONS:
+        raise unknown("projection", projection, PROJECTIONS)
+    if dim < 1:
+        raise UserError(f"method.dim must be at least 1, not {dim}")
+
+    def share(base: PyTree, key: jax.Array) -> PyTree:
+        del key
+        leaves = _targets(base, target)
+        total, scales = sum(math.prod(w.shape) for w in leaves.values()), _scales(leaves) if said else {}
+        if dim > total:
+            raise UserError(f"method.dim={dim} is larger than the {total} parameters that {target!r} matches")
+        length = dim - sum(s.size for s in scales.values())
+        if length < 1:
+            raise UserError(f"method.dim={dim} leaves no vector beside SAID's {dim - length} scales, one a layer")
+        return {"intrinsic": jnp.zeros(length, jnp.float32), **({"said": scales} if said else {})}
+
+    def bind(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
+        del batch, rng
+        shared = params[SHARED]
+        params = {name: child for name, child in params.items() if name != SHARED}
+        leaves = _targets(params, target)
+        total = sum(math.prod(w.shape) for w in leaves.values())
+
+        def moved(name: str, w: Any) -> Any:
+            if name not in leaves:
+                return w
+            key = weight.name_key(jax.random.key(seed), name)
+            step = project(projection, key, shared["intrinsic"], Shape(w.size, total)).reshape(w.shape)
+            if said:
+                scale = shared["said"][name.split("/")[0]]
+                step = step * jnp.broadcast_to(scale.reshape(scale.shape + (1,) * (w.ndim - scale.ndim)), w.shape)
+            return (weight.wide(w) + step).astype(w.dtype)
+
+        return tree.map_named(moved, params, is_leaf=weight.is_weight)
+
+    return Method(train=(f"{SHARED}/.*",), share=share, bind=bind)
+
+
+def _targets(params: PyTree, target: str) -> dict[str, Any]:
+    """The plain parameters that are projected into."""
+    named = dict(tree.named_leaves(params, weight.is_weight))
+    leaves = {name: named[name] for name in tree.matching(target, named, "target")}
+    for name, w in leaves.items():
+        if weight.is_weight(w):
+            raise UserError(f"{name} is {type(w).__name__}: a projection moves plain arrays only")
+    return leaves
+
+
+def _scales(leaves: dict[str, Any]) -> dict[str, jax.Array]:
+    """Ones, one a layer of a stack, and one for each part of the model that is no stack."""
+    parts = {name.split("/")[0]: w for name, w in leaves.items()}
+    return {part: jnp.ones(w.shape[:1] if part in STACKS else (), jnp.float32) for part, w in parts.items()}

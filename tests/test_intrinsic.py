@@ -1,0 +1,141 @@
+"""Intrinsic dimension: each projection in float64 NumPy, its transpose and memory; adapters that reload exactly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.linalg import hadamard
+
+from lowrank import adapter, merging, methods, pretrained
+from lowrank.errors import UserError
+from lowrank.methods import projections
+from lowrank.methods.projections import PROJECTIONS, Shape
+from lowrank.weights import scaled
+from tests import tiny
+from tests.models.tiny import QUICK
+from tests.test_methods import base
+
+KEY, SHAPE, D = jax.random.key(3), Shape(301, 1000), 20
+
+
+def dense_matrix():
+    rows, chunks = projections._dense_chunks(SHAPE.size, D)
+    draws = [jax.random.normal(jax.random.fold_in(KEY, i), (rows, D)) for i in range(chunks)]
+    return np.concatenate(draws).astype(np.float64)[: SHAPE.size] / np.sqrt(SHAPE.total)
+
+
+def sparse_matrix():
+    matrix = np.zeros((SHAPE.size, D))
+    for column in range(D):
+        rows, values = projections.sparse_entries(KEY, jnp.int32(column), SHAPE)
+        assert len(rows) == round(SHAPE.size / np.sqrt(SHAPE.total))
+        np.testing.assert_allclose(np.abs(values) ** 2 * len(rows), SHAPE.size / SHAPE.total, rtol=1e-5)
+        np.add.at(matrix[:, column], np.asarray(rows), np.asarray(values, np.float64))
+    return matrix
+
+
+def fastfood_matrix():
+    signs, places, gauss = (np.asarray(x, np.float64) for x in projections.fastfood_blocks(KEY, SHAPE.size, D))
+    n, blocks = 32, []
+    h = hadamard(n).astype(np.float64)
+    for b, pi, g in zip(signs, places.astype(int), gauss, strict=True):
+        assert sorted(pi) == list(range(n))
+        block = h @ np.diag(g) @ np.eye(n)[pi] @ h @ np.diag(b) / (np.linalg.norm(g) * np.sqrt(SHAPE.total))
+        blocks.append(block[:, :D])
+    return np.concatenate(blocks)[: SHAPE.size]
+
+
+MATRICES = {"dense": dense_matrix, "sparse": sparse_matrix, "fastfood": fastfood_matrix}
+
+
+@pytest.mark.parametrize("kind", PROJECTIONS)
+def test_a_projection_is_its_matrix_in_float64(kind):
+    matrix, rng = MATRICES[kind](), np.random.default_rng(0)
+    x, g = rng.standard_normal(D), rng.standard_normal(SHAPE.size)
+    y, back = jax.vjp(lambda x: projections.project(kind, KEY, x, SHAPE), jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(y, matrix @ x, atol=1e-6)
+    np.testing.assert_allclose(back(jnp.asarray(g, jnp.float32))[0], matrix.T @ g, atol=1e-5)
+    np.testing.assert_allclose(np.mean(np.sum(matrix**2, axis=0)), SHAPE.size / SHAPE.total, rtol=0.1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 256, 1024])
+def test_the_hadamard_transform_in_factors_is_the_matrix(n):
+    x = np.random.default_rng(0).standard_normal((3, n))
+    np.testing.assert_allclose(projections.walsh(jnp.asarray(x, jnp.float32)), x @ hadamard(n), atol=1e-3)
+
+
+def test_chunks_of_rows_and_columns_change_nothing(monkeypatch):
+    x = jnp.linspace(-1, 1, D)
+    whole = {kind: projections.project(kind, KEY, x, SHAPE) for kind in ("dense", "sparse")}
+    monkeypatch.setattr(projections, "CHUNK", 7 * D)
+    matrix, short = dense_matrix(), projections.project("dense", KEY, x, SHAPE)
+    np.testing.assert_allclose(short, matrix @ np.asarray(x, np.float64), atol=1e-6)
+    np.testing.assert_allclose(projections.project("sparse", KEY, x, SHAPE), whole["sparse"], atol=1e-6)
+
+
+def bound(params, group, z, said=None):
+    method = methods.build({"name": "intrinsic", **group})
+    start = methods.attach(method, params, jax.random.key(7))
+    shared = {**start["shared"], "intrinsic": z}
+    return method.bind({**start, "shared": shared if said is None else {**shared, "said": said}}, None, None)
+
+
+def test_the_vector_moves_every_target_and_said_scales_each_layer():
+    group, z = {"dim": 9, "target": r".*kernel", "said": True}, jnp.arange(5, dtype=jnp.float32)
+    start = methods.attach(methods.build({"name": "intrinsic", **group}), base(), jax.random.key(0))
+    assert start["shared"]["intrinsic"].shape == (9 - 4,)  # three layers and the head have a scale each
+    jax.tree.map(np.testing.assert_array_equal, bound(base(), group, jnp.zeros(5)), base())
+    plain = bound(base(), group, z)
+    scales = {"layers": jnp.array([1.0, 0.0, -2.0]), "head": jnp.float32(3.0)}
+    moved = bound(base(), group, z, scales)
+    assert "shared" not in moved
+    for get, factor in ((lambda p: p["layers"]["attn"]["q"]["kernel"], [1.0, 0.0, -2.0]),):
+        step = np.asarray(get(plain)) - np.asarray(get(base()))
+        assert np.abs(step).min(axis=(1, 2)).max() > 0
+        expected = np.asarray(get(base())) + step * np.array(factor)[:, None, None]
+        np.testing.assert_allclose(get(moved), expected, atol=1e-5)
+    head = [np.asarray(p["head"]["kernel"]) for p in (base(), plain, moved)]
+    np.testing.assert_allclose(head[2] - head[0], 3 * (head[1] - head[0]), atol=1e-5)
+    np.testing.assert_array_equal(moved["layers"]["attn"]["q"]["bias"], base()["layers"]["attn"]["q"]["bias"])
+
+
+def test_the_projection_comes_from_the_seed_alone():
+    z = jnp.ones(9)
+    one, two = (bound(base(), {"dim": 9}, z)["head"]["kernel"] for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    q = lambda seed: bound(base(), {"dim": 9, "seed": seed}, z)["layers"]["attn"]["q"]["kernel"]  # noqa: E731
+    assert not np.allclose(q(0), q(1))
+
+
+def test_a_target_that_is_a_form_is_named():
+    params = base()
+    params["layers"]["attn"]["q"]["kernel"] = scaled.attach(params["layers"]["attn"]["q"]["kernel"], "out")
+    with pytest.raises(UserError, match="layers/attn/q/kernel is Scaled: a projection moves plain arrays only"):
+        methods.attach(methods.build({"name": "intrinsic", "dim": 9}), params, jax.random.key(0))
+
+
+@pytest.mark.parametrize("kind", PROJECTIONS)
+def test_memory_is_that_of_the_parameters_never_of_the_matrix(kind):
+    d, size = 512, 1 << 20  # P is 2 GiB in float32, the parameters 4 MiB
+    method = methods.build({"name": "intrinsic", "dim": d, "projection": kind})
+    params = {"layers": {"kernel": jax.ShapeDtypeStruct((4, 512, 512), jnp.float32)}}
+    shapes = jax.eval_shape(lambda p: methods.attach(method, p, jax.random.key(0)), params)
+
+    def loss(z, params):
+        moved = method.bind({**params, "shared": {"intrinsic": z}}, None, None)
+        return jnp.sum(jnp.sin(moved["layers"]["kernel"]))
+
+    program = jax.jit(jax.grad(loss), compiler_options=QUICK).lower(shapes["shared"]["intrinsic"], params).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 16 * 4 * size
+
+
+def test_a_saved_vector_gives_back_exactly_the_weights(tmp_path):
+    group = {"name": "intrinsic", "dim": 40, "said": True}
+    model = pretrained.load(str(tiny.llama(tmp_path / "llama")))
+    method = methods.build(group)
+    params = methods.attach(method, model.params, jax.random.key(5))
+    params["shared"] = jax.tree.map(lambda x: x + jnp.linspace(1, 2, x.size).reshape(x.shape), params["shared"])
+    mask = methods.trainable_mask(method, params)
+    adapter.save(params, model, tmp_path / "adapter", mask=mask, method=group)
+    again = merging.adapted(tmp_path / "adapter", str(tmp_path / "llama")).params
+    jax.tree.map(np.testing.assert_array_equal, again, method.bind(params, None, None))
