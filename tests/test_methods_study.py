@@ -84,7 +84,8 @@ def test_the_interval_is_students():
     assert math.isnan(table.interval([1.0]))
 
 
-def test_every_row_is_a_method_with_three_rates():
+def test_every_method_has_a_row_and_every_row_three_rates():
+    assert {entry.method["name"] for entry in ROWS.values()} == set(methods.METHODS)
     for name, entry in ROWS.items():
         assert isinstance(entry, Row)
         assert methods.build(entry.method), name

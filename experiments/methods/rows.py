@@ -20,15 +20,24 @@ class Row(NamedTuple):
 
 
 BOTH = ("topics", "headlines")
+SELECTIVE, LOW_RANK, ADDITIVE, EXPERTS = "selective", "reparameterised", "additive", "experts"
 ROWS: dict[str, Row] = {
-    "full": Row("selective", {"name": "full"}, SMALL, BOTH),
-    "partial": Row("selective", {"name": "partial", "layers": 2}, SMALL),
-    "head": Row("selective", {"name": "head"}, MEDIUM),
-    "bitfit": Row("selective", {"name": "bitfit"}, MEDIUM),
-    "lora": Row("reparameterised", {"name": "lora"}, MEDIUM, BOTH),
-    "rslora": Row("reparameterised", {"name": "lora", "rslora": True}, MEDIUM, BOTH),
-    "pissa": Row("reparameterised", {"name": "lora", "init": "pissa"}, MEDIUM, BOTH),
-    "dora": Row("reparameterised", {"name": "dora"}, MEDIUM, BOTH),
-    "ia3": Row("reparameterised", {"name": "ia3"}, LARGE, BOTH),
-    "prompt": Row("additive", {"name": "prompt"}, LARGE, BOTH),
+    "full": Row(SELECTIVE, {"name": "full"}, SMALL, BOTH),
+    "partial": Row(SELECTIVE, {"name": "partial", "layers": 2}, SMALL),
+    "head": Row(SELECTIVE, {"name": "head"}, MEDIUM),
+    "bitfit": Row(SELECTIVE, {"name": "bitfit"}, MEDIUM, BOTH),
+    "lora": Row(LOW_RANK, {"name": "lora"}, MEDIUM, BOTH),
+    "rslora": Row(LOW_RANK, {"name": "lora", "rslora": True}, MEDIUM, BOTH),
+    "pissa": Row(LOW_RANK, {"name": "lora", "init": "pissa"}, MEDIUM, BOTH),
+    "olora": Row(LOW_RANK, {"name": "lora", "init": "olora"}, MEDIUM),
+    "lora_fa": Row(LOW_RANK, {"name": "lora_fa"}, MEDIUM),
+    "lora_xs": Row(LOW_RANK, {"name": "lora_xs"}, MEDIUM),
+    "dora": Row(LOW_RANK, {"name": "dora"}, MEDIUM, BOTH),
+    "edora": Row(LOW_RANK, {"name": "edora"}, MEDIUM),
+    "ia3": Row(LOW_RANK, {"name": "ia3"}, LARGE, BOTH),
+    "houlsby": Row(ADDITIVE, {"name": "houlsby"}, MEDIUM, BOTH),
+    "pfeiffer": Row(ADDITIVE, {"name": "pfeiffer"}, MEDIUM),
+    "parallel": Row(ADDITIVE, {"name": "parallel"}, MEDIUM),
+    "scaled_parallel": Row(ADDITIVE, {"name": "scaled_parallel"}, MEDIUM),
+    "prompt": Row(ADDITIVE, {"name": "prompt"}, LARGE, BOTH),
 }

@@ -22,5 +22,8 @@ def head() -> Method:
 
 
 def bitfit() -> Method:
-    """BitFit: only the biases are trained (Ben Zaken et al. 2021, arXiv:2106.10199)."""
-    return Method(train=(r"(.*/)?bias",))
+    """BitFit: only the biases are trained (Ben Zaken et al. 2021, arXiv:2106.10199).
+
+    A decoder whose kernels have none (Llama, Mistral, Qwen) gets zero ones, on every kernel of attention and MLP.
+    """
+    return Method(model={"biases": True}, train=(r"(.*/)?bias",))

@@ -26,6 +26,7 @@ class Additions:
     adapter_parallel: bool = False  # reads the sublayer's input, not its output
     adapter_activation: str = "gelu"
     adapter_scale: float = 1.0  # of what an adapter adds
+    biases: bool = False  # on every kernel of attention and MLP, zero where the checkpoint has none
     top_layers: int = 0  # how many of the last layers are a stack of their own; -k: all but the first k
     num_labels: int = 0  # > 0: a classifier
 

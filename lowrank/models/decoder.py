@@ -65,6 +65,8 @@ class DecoderConfig(Additions):
 
     def __post_init__(self) -> None:
         check(self)
+        for name in ("qkv_bias", "o_bias", "mlp_bias") if self.biases else ():
+            object.__setattr__(self, name, True)
         if self.heads % self.kv_heads:
             raise UserError(f"{self.heads} query heads cannot share {self.kv_heads} key heads evenly")
         if self.local_layers and len(self.local_layers) != self.layers:

@@ -115,7 +115,7 @@ def load(
     """Reads a model, each host its own shards; without a mesh everything is on the first device.
 
     `model` overrides fields of the config (`dtype`, `remat`, `num_labels`, ...). Leaves that no checkpoint holds, of
-    prompts, poolers and classification heads, are drawn from `seed`. Raises UserError for a corrupt file, for a
+    prompts, poolers, added biases and classification heads, are drawn from `seed`. Raises UserError for a corrupt file, for a
     missing, extra or misshapen tensor, and for a tokenizer that does not fit; nothing is read before all of them fit.
     """
     source = find(spec, cache)
@@ -137,14 +137,17 @@ def _read(source: Source, config: Config, leaves: dict[str, Any], seed: int) -> 
     family = FAMILIES[source.hf_config["model_type"]]
     tensors = family.tensors(config)
     stored = source.tensors([name for tensor in tensors for name in tensor.names])
-    present = [t for t in tensors if any(name in stored for name in t.names) or not _may_be_new(t.leaf, config)]
+    own = {t.leaf for t in family.tensors(hf_files.config_of(source.where, source.hf_config))}
+    present = [t for t in tensors if any(name in stored for name in t.names) or not _may_be_new(t.leaf, config, own)]
     fill.check(source.where, present, {name: leaf.shape for name, leaf in leaves.items()}, stored)
     _check_extra(source.where, stored, [name for t in present for name in t.names], family.ignored)
     new = tuple(sorted(leaves.keys() - {t.leaf for t in present}))
     return fill.fill(present, stored, leaves) | _fresh(config, {n: leaves[n] for n in new}, seed), new
 
 
-def _may_be_new(leaf: str, config: Config) -> bool:
+def _may_be_new(leaf: str, config: Config, own: set[str]) -> bool:
+    if config.biases and re.fullmatch(r"(layers|top)/(attn|mlp)/\w+/bias", leaf):
+        return re.sub("^top/", "layers/", leaf) not in own
     return bool(re.fullmatch(NEW, leaf)) and (config.num_labels > 0 or not leaf.startswith("head/"))
 
 

@@ -149,6 +149,19 @@ def test_a_missing_pooler_is_new(tmp_path):
     assert read.new == ("pooler/bias", "pooler/kernel")
 
 
+def test_added_biases_are_zero_and_those_of_the_checkpoint_must_be_there(llama, tmp_path):
+    read = load(str(llama), model={"biases": True, "top_layers": 1})
+    leaves = dict(tree.named_leaves(read.params))
+    kernels = {n.removesuffix("kernel") for n in leaves if n.endswith("kernel") and not n.startswith("head")}
+    assert set(read.new) == {f"{name}bias" for name in kernels}
+    assert all(not np.any(leaves[name]) for name in read.new)
+    own = files.directory(tmp_path / "own", {**LLAMA, "attention_bias": True})
+    assert set(load(str(own), model={"biases": True}).new) == {f"layers/mlp/{m}/bias" for m in ("gate", "up", "down")}
+    edit(own, **{"model.layers.1.self_attn.q_proj.bias": None})
+    with pytest.raises(UserError, match="q_proj.bias' is missing"):
+        load(str(own), model={"biases": True})
+
+
 def test_describe_reads_no_tensor(llama):
     config, tokenizer, shapes = describe(str(llama), {"remat": "none"}, param_dtype="bfloat16")
     read = load(str(llama), param_dtype="bfloat16")

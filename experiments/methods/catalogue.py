@@ -1,0 +1,45 @@
+"""What each row of the study is: family, what it trains, whether it merges, how many parameters on SmolLM2-135M."""
+
+import inspect
+from typing import Any
+
+import jax
+
+from experiments.methods.rows import ROWS, Row
+from lowrank import counts, methods, pretrained, tree, weight
+from lowrank.errors import UserError
+
+PyTree = Any
+MODEL = "smollm2-135m"
+
+
+def catalogue() -> dict[str, dict[str, Any]]:
+    """`{row: {family, trains, merges, trained_params}}`, on shapes alone."""
+    return {name: entry(row) for name, row in ROWS.items()}
+
+
+def entry(row: Row, model: str = MODEL) -> dict[str, Any]:
+    """One row; `trained_params` is None where the method does not fit the model, with the reason in `why`."""
+    group = dict(row.method)
+    summary = inspect.getdoc(methods.METHODS[group["name"]]).split("\n\n")[0]
+    out = {"family": row.family, "trains": " ".join(summary.split()), "merges": False, "trained_params": None}
+    try:
+        method = methods.build(group)
+        base = pretrained.describe(model, model=dict(method.model))[2]
+        adapted = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), base)
+        mask = methods.trainable_mask(method, adapted)
+        plain = pretrained.describe(model)[2]
+    except UserError as e:
+        return out | {"why": str(e)}
+    trained = counts.totals(adapted, mask)["trained_params"]
+    return out | {"merges": merges(method, adapted, plain), "trained_params": trained}
+
+
+def merges(method: methods.Method, adapted: PyTree, plain: PyTree) -> bool:
+    """Whether the merged tree is the plain model's, leaf by leaf (its last layers may be a stack of their own)."""
+    try:
+        merged = jax.eval_shape(lambda p: weight.merge(method.bind(p, None, None) if method.bind else p), adapted)
+    except (UserError, NotImplementedError):
+        return False
+    names = {name.replace("top/", "layers/") for name in tree.names(merged) if not name.startswith(methods.SHARED)}
+    return names == set(tree.names(plain))
