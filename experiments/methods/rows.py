@@ -32,6 +32,7 @@ ROWS: dict[str, Row] = {
     "olora": Row(LOW_RANK, {"name": "lora", "init": "olora"}, MEDIUM),
     "lora_fa": Row(LOW_RANK, {"name": "lora_fa"}, MEDIUM),
     "lora_xs": Row(LOW_RANK, {"name": "lora_xs"}, MEDIUM),
+    "loha": Row(LOW_RANK, {"name": "loha"}, MEDIUM),
     "dora": Row(LOW_RANK, {"name": "dora"}, MEDIUM, BOTH),
     "edora": Row(LOW_RANK, {"name": "edora"}, MEDIUM),
     "ia3": Row(LOW_RANK, {"name": "ia3"}, LARGE, BOTH),

@@ -115,8 +115,9 @@ def load(
     """Reads a model, each host its own shards; without a mesh everything is on the first device.
 
     `model` overrides fields of the config (`dtype`, `remat`, `num_labels`, ...). Leaves that no checkpoint holds, of
-    prompts, poolers, added biases and classification heads, are drawn from `seed`. Raises UserError for a corrupt file, for a
-    missing, extra or misshapen tensor, and for a tokenizer that does not fit; nothing is read before all of them fit.
+    prompts, poolers, adapters, added biases and classification heads, are drawn from `seed`. Raises UserError for a
+    corrupt file, for a missing, extra or misshapen tensor, and for a tokenizer that does not fit; nothing is read
+    before all of them fit.
     """
     source = find(spec, cache)
     config, words, abstract = _describe(source, model or {}, param_dtype)

@@ -158,7 +158,7 @@ def test_added_biases_are_zero_and_those_of_the_checkpoint_must_be_there(llama, 
     own = files.directory(tmp_path / "own", {**LLAMA, "attention_bias": True})
     assert set(load(str(own), model={"biases": True}).new) == {f"layers/mlp/{m}/bias" for m in ("gate", "up", "down")}
     edit(own, **{"model.layers.1.self_attn.q_proj.bias": None})
-    with pytest.raises(UserError, match="q_proj.bias' is missing"):
+    with pytest.raises(UserError, match=r"q_proj\.bias' is missing"):
         load(str(own), model={"biases": True})
 
 
