@@ -20,7 +20,8 @@ class Row(NamedTuple):
 
 
 BOTH = ("topics", "headlines")
-SELECTIVE, LOW_RANK, ADDITIVE, EXPERTS = "selective", "reparameterised", "additive", "experts"
+SELECTIVE, LOW_RANK, INTRINSIC = "selective", "reparameterised", "intrinsic dimension"
+ADDITIVE, EXPERTS = "additive", "experts"
 ROWS: dict[str, Row] = {
     "full": Row(SELECTIVE, {"name": "full"}, SMALL, BOTH),
     "partial": Row(SELECTIVE, {"name": "partial", "layers": 2}, SMALL),
@@ -32,7 +33,6 @@ ROWS: dict[str, Row] = {
     "olora": Row(LOW_RANK, {"name": "lora", "init": "olora"}, MEDIUM),
     "lora_fa": Row(LOW_RANK, {"name": "lora_fa"}, MEDIUM),
     "lora_xs": Row(LOW_RANK, {"name": "lora_xs"}, MEDIUM),
-    "loha": Row(LOW_RANK, {"name": "loha"}, MEDIUM),
     "dora": Row(LOW_RANK, {"name": "dora"}, MEDIUM, BOTH),
     "edora": Row(LOW_RANK, {"name": "edora"}, MEDIUM),
     "ia3": Row(LOW_RANK, {"name": "ia3"}, LARGE, BOTH),
@@ -40,5 +40,6 @@ ROWS: dict[str, Row] = {
     "pfeiffer": Row(ADDITIVE, {"name": "pfeiffer"}, MEDIUM),
     "parallel": Row(ADDITIVE, {"name": "parallel"}, MEDIUM),
     "scaled_parallel": Row(ADDITIVE, {"name": "scaled_parallel"}, MEDIUM),
+    "intrinsic": Row(INTRINSIC, {"name": "intrinsic"}, LARGE),
     "prompt": Row(ADDITIVE, {"name": "prompt"}, LARGE, BOTH),
 }
