@@ -28,10 +28,10 @@ _IN = r"(layers|top)/(attn|mlp)/(o|down)/kernel"  # split over its inputs, which
 # A form's fields keep the kernel's layout at any depth (`kernel/base/base/codes`); factors and vectors come first.
 DEFAULT_RULES: Rules = (
     (r"(.*/)?(key|magnitude|base_sq|s|core|bias)", P()),
-    (rf"{_OUT}/(.*/)?a", P("fsdp", None)),
-    (rf"{_OUT}/(.*/)?b", P(None, "tensor")),
-    (rf"{_IN}/(.*/)?a", P("tensor", None)),
-    (rf"{_IN}/(.*/)?b", P(None, "fsdp")),
+    (rf"{_OUT}/(.*/)?a[12]?", P("fsdp", None)),
+    (rf"{_OUT}/(.*/)?b[12]?", P(None, "tensor")),
+    (rf"{_IN}/(.*/)?a[12]?", P("tensor", None)),
+    (rf"{_IN}/(.*/)?b[12]?", P(None, "fsdp")),
     (rf"{_OUT}(/.*)?", P("fsdp", "tensor")),
     (rf"{_IN}(/.*)?", P("tensor", "fsdp")),
     (r"embed/embedding(/.*)?", P("tensor", "fsdp")),

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weights import dora, lora, lora_xs, scaled
+from lowrank.weights import dora, loha, lora, lora_xs, scaled
 
 L, IN, OUT, RANK = 3, 12, 10, 4
 
@@ -16,6 +16,12 @@ def lora_on(key: jax.Array, w: Any, ranks: tuple[int, ...] = (RANK,), **options:
     """A LoRA on one kernel `[in, out]` or, with a rank for each layer, on a stack of them."""
     settings = {"rslora": False, "dropout": 0.0, "init": "kaiming", **options}
     return lora.attach(key, w, ranks=ranks, alphas=[6.0] * len(ranks), **settings)
+
+
+def ranked(w: Any, ranks: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """Ranks and alphas for one kernel or, one a layer, for a stack of them."""
+    ranks = _even(w) if ranks is None else ranks[: len(_even(w))]
+    return {"ranks": ranks, "alphas": [6.0] * len(ranks)}
 
 
 def _ranks(w: Any) -> tuple[int, ...]:
@@ -40,6 +46,8 @@ FORMS: dict[str, Callable[[jax.Array, Any], Any]] = {
     "dora": lambda key, w: dora.attach(lora_on(key, w, _even(w))),
     "ia3 out": lambda key, w: scaled.attach(w, "out"),
     "ia3 in": lambda key, w: scaled.attach(w, "in"),
+    "loha": lambda key, w: loha.attach(key, w, **ranked(w)),
+    "loha by rank-r^2 factors": lambda key, w: loha.attach(key, w, **ranked(w, (2, 1, 0))),
     "lora of ia3": lambda key, w: lora_on(key, scaled.attach(w, "out"), _even(w)),
     "ia3 of dora": lambda key, w: scaled.attach(dora.attach(lora_on(key, w, _even(w))), "in"),
 }
@@ -62,9 +70,13 @@ def shaken(w: Any, key: jax.Array) -> Any:
     return dataclasses.replace(w, **moved) if moved else w
 
 
+PAIRS = (("a", "b"), ("a1", "b1"), ("a2", "b2"))  # factors whose ranks may be padded
+
+
 def _moved(w: Any, name: str, value: jax.Array, key: jax.Array) -> jax.Array:
     noise = 0.3 * jax.random.normal(key, value.shape)
-    if name not in ("a", "b"):
+    pair = next((pair for pair in PAIRS if name in pair and hasattr(w, pair[0])), None)
+    if not pair:
         return value + noise
-    live = jnp.any(w.a != 0, axis=-2) | jnp.any(w.b != 0, axis=-1)  # [..., r]
-    return value + noise * (live[..., None, :] if name == "a" else live[..., :, None])
+    live = jnp.any(getattr(w, pair[0]) != 0, axis=-2) | jnp.any(getattr(w, pair[1]) != 0, axis=-1)  # [..., r]
+    return value + noise * (live[..., None, :] if name == pair[0] else live[..., :, None])

@@ -44,6 +44,7 @@ def attached(**group):
         ({"name": "edora", "target": Q, "rank": 4}, [f"{Q}/core", f"{Q}/magnitude"]),
         ({"name": "intrinsic", "dim": 9}, ["shared/intrinsic"]),
         ({"name": "intrinsic", "dim": 9, "said": True}, ["shared/intrinsic", "shared/said/layers"]),
+        ({"name": "loha", "rank": 3, "target": Q}, [f"{Q}/{f}" for f in ("a1", "b1", "a2", "b2")]),
         ({"name": "ia3"}, [f"layers/{m}/kernel/s" for m in ("attn/k", "attn/v", "mlp/down")]),
     ],
 )

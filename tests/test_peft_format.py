@@ -13,11 +13,11 @@ from lowrank import methods, peft_format, pretrained, tree
 from lowrank.errors import UserError
 from lowrank.peft_format import match
 from lowrank.weight import is_weight, merge
-from tests import tiny
+from tests import peft_formulas, tiny
 from tests.adapted import adapted
+from tests.peft_formulas import PREFIX
 from tests.pretrained import files
 
-PREFIX = "base_model.model."
 ATTN = r".*attn/(q|k|v|o)/kernel"
 PATTERNS = {"rank_pattern": {r".*attn/k/kernel": 1, r"layers/1/attn/q/kernel": 5, r"layers/2/attn/v/kernel": 0}}
 PATTERNS |= {"alpha_pattern": {r".*attn/v/kernel": 3.0, r"layers/0/.*": 20.0}}
@@ -30,6 +30,7 @@ GROUPS = {
     "edora": {"name": "edora", "rank": 3, "alpha": 7.0, "target": ATTN, **PATTERNS},
     "dora": {"name": "dora", "rank": 3, "alpha": 10.0, "target": ATTN, **PATTERNS},
     "ia3": {"name": "ia3"},
+    "loha": {"name": "loha", "rank": 3, "alpha": 10.0, "target": ATTN, **PATTERNS},
     "bias": {"name": "lora", "bias": "all"},
     "its bias": {"name": "lora", "bias": "lora_only"},
 }
@@ -63,30 +64,6 @@ def read(directory):
     return config, load_file(directory / "adapter_model.safetensors")
 
 
-def plainly_merged(config, tensors, weights):
-    """PEFT's formulas on torch's tensors, in float64: what the folder's files alone make of the base."""
-    out = {name: x.astype(np.float64) for name, x in weights.items()}
-    for path in sorted({k.removeprefix(PREFIX).split(".lora_")[0].split(".ia3_l")[0] for k in tensors}):
-        parts = {
-            k.rpartition(f"{path}.")[2]: np.float64(x) for k, x in tensors.items() if k.startswith(f"{PREFIX}{path}.")
-        }
-        name = f"{path}.weight"
-        if "ia3_l" in parts:
-            out[name] *= parts["ia3_l"]
-            if parts["ia3_l"].shape[1] == 1 and f"{path}.bias" in out:
-                out[f"{path}.bias"] *= parts["ia3_l"][:, 0]
-        elif "lora_A.weight" in parts:
-            rank = match.value(config["rank_pattern"], path, config["r"])
-            alpha = match.value(config["alpha_pattern"], path, config["lora_alpha"])
-            scale = alpha / (rank**0.5 if config["use_rslora"] else rank)
-            assert parts["lora_A.weight"].shape[0] == rank
-            out[name] = out[name] + scale * parts["lora_B.weight"] @ parts["lora_A.weight"]
-            if "lora_magnitude_vector" in parts:
-                out[name] *= (parts["lora_magnitude_vector"] / np.linalg.norm(out[name], axis=1))[:, None]
-    out |= {k.removeprefix(PREFIX).replace(".base_layer", ""): x for k, x in tensors.items() if k.endswith("bias")}
-    return out
-
-
 def as_torch(base, params):
     """A plain tree as torch's tensors."""
     leaves, out = dict(tree.named_leaves(params)), {}
@@ -100,7 +77,7 @@ def as_torch(base, params):
 def test_the_files_alone_give_the_merged_model_by_the_formulas_of_peft(base, case, tmp_path):
     group, params, trained = case
     peft_format.save(params, base, tmp_path, trained=trained, method=group, original=base.params)
-    expected = plainly_merged(*read(tmp_path), as_torch(base, base.params))
+    expected = peft_formulas.merged(*read(tmp_path), as_torch(base, base.params))
     for name, array in as_torch(base, merge(params)).items():
         np.testing.assert_allclose(array, expected[name], atol=2e-5, err_msg=name)
 
@@ -194,7 +171,7 @@ def test_tensors_that_do_not_fit_are_named(base, saved, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "LOHA"}, r"unknown peft_type in .* 'LOHA'.*known: IA3, LORA"),
+        ({"peft_type": "GLORA"}, r"unknown peft_type in .* 'GLORA' \(did you mean 'LORA'\?\); known: .*IA3.* LORA"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"use_rslroa": True}, r"use_rslroa=True is not supported \(did you mean 'use_rslora'\?\)"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),

@@ -26,6 +26,7 @@ LM_METHODS = {
     "lora_xs": "method=lora_xs,rank=4",
     "edora": "method=edora,rank=4",
     "ia3": "method=ia3",
+    "loha": "method=loha,rank=2",
     "prompt": "method=prompt,length=4",
     "houlsby": "method=houlsby,width=4",
     "scaled_parallel": "method=scaled_parallel,width=4",

@@ -9,6 +9,7 @@ from lowrank.methods.bottleneck import houlsby, parallel, pfeiffer, scaled_paral
 from lowrank.methods.dora import dora
 from lowrank.methods.ia3 import ia3
 from lowrank.methods.intrinsic import intrinsic
+from lowrank.methods.loha import loha
 from lowrank.methods.lora import lora
 from lowrank.methods.lora_relatives import edora, lora_fa, lora_xs
 from lowrank.methods.method import SHARED, Context, Method, attach, matches, trainable_mask
@@ -32,6 +33,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "parallel": parallel,
     "scaled_parallel": scaled_parallel,
     "intrinsic": intrinsic,
+    "loha": loha,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from lowrank import tree, weight
-from lowrank.errors import UserError, unknown
+from lowrank.errors import unknown
 from lowrank.methods import targets
 from lowrank.methods.method import Method
 from lowrank.weights import lora as form
@@ -34,7 +34,8 @@ def lora(
     `layers/3/attn/q/kernel`) to that weight's rank or alpha; the last match wins; rank 0 leaves a layer alone.
     """
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
-    _check(rank, alpha, dropout, rank_pattern, alpha_pattern)
+    targets.check_ranks(rank, alpha, rank_pattern, alpha_pattern)
+    targets.fraction(dropout=dropout)
     biases = {"none": (), "all": (r"(.*/)?bias",), "lora_only": (re.sub(r"kernel$", "bias", target),)}
     if bias not in biases:
         raise unknown("LoRA bias", bias, biases)
@@ -42,10 +43,7 @@ def lora(
         raise unknown("LoRA init", init, form.INITS)
 
     def adapt(key: jax.Array, w: Any, name: str) -> form.LoRA:
-        ranks = targets.per_layer(name, w.shape, rank, rank_pattern)
-        targets.check_rank(name, w.shape, max(ranks))
-        if max(ranks) == 0:
-            raise UserError(f"every layer of {name} has rank 0: leave it out of the target")
+        ranks = targets.ranks(name, w.shape, rank, rank_pattern)
         alphas = targets.per_layer(name, w.shape, alpha, alpha_pattern)
         return form.attach(key, w, ranks=ranks, alphas=alphas, rslora=rslora, dropout=dropout, init=init)
 
@@ -55,15 +53,6 @@ def lora(
         bind=bind_dropout if dropout else None,
         by_layer=tuple((target, p) for p in (*rank_pattern, *alpha_pattern)),
     )
-
-
-def _check(rank: int, alpha: float, dropout: float, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> None:
-    targets.positive(rank=rank, alpha=alpha)
-    targets.positive(**{f"alpha_pattern[{k!r}]": v for k, v in alphas.items()})
-    targets.fraction(dropout=dropout)
-    for pattern, value in ranks.items():
-        if value < 0:
-            raise UserError(f"method.rank_pattern[{pattern!r}] must not be negative, not {value}")
 
 
 def bind_dropout(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:

@@ -34,6 +34,24 @@ def check_rank(name: str, shape: tuple[int, ...], rank: int) -> None:
         raise UserError(f"rank {rank} is larger than min(in, out) = {min(shape[-2:])} of {name}")
 
 
+def check_ranks(rank: int, alpha: float, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> None:
+    """Raises UserError for a rank or an alpha, or one of a pattern's, that cannot be."""
+    positive(rank=rank, alpha=alpha)
+    positive(**{f"alpha_pattern[{k!r}]": v for k, v in alphas.items()})
+    for pattern, value in ranks.items():
+        if value < 0:
+            raise UserError(f"method.rank_pattern[{pattern!r}] must not be negative, not {value}")
+
+
+def ranks(name: str, shape: tuple[int, ...], default: int, patterns: Mapping[str, int]) -> list[int]:
+    """The rank of each layer of a stack (one in all if unstacked); UserError for one that the kernel cannot have."""
+    found = per_layer(name, shape, default, patterns)
+    check_rank(name, shape, max(found))
+    if max(found) == 0:
+        raise UserError(f"every layer of {name} has rank 0: leave it out of the target")
+    return found
+
+
 def layer_names(name: str, shape: tuple[int, ...]) -> list[str]:
     """The weight's own name and, for a stack `[layers, in, out]`, one with each layer's index after the first part."""
     first, _, rest = name.partition("/")

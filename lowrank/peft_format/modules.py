@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 from lowrank.errors import UserError
 from lowrank.models import EncoderConfig
+from lowrank.peft_format.forms import Form
 from lowrank.pretrained.families import FAMILIES
 
 HEADS = ("classifier", "score", "lm_head")  # what `all-linear` leaves out
@@ -55,6 +56,12 @@ def modules(base: Base) -> dict[str, Module]:
         path, _, kind = name.removeprefix(prefix).rpartition(".")
         found.setdefault(path, {})[kind] = place
     return {path: Module(path, kinds.get("weight"), kinds.get("bias")) for path, kinds in found.items()}
+
+
+def check_conv1d(form: Form, module: Module) -> None:
+    """Raises UserError for a form on GPT-2's Conv1D that PEFT has on Linear layers only."""
+    if not (form.conv1d or module.weight.transpose):
+        raise UserError(f"{module.path} is a Conv1D, on which PEFT has no {form.peft_type}")
 
 
 def check_untied(base: Base, places: Iterable[Place]) -> None:

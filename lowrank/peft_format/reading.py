@@ -13,7 +13,7 @@ from lowrank.errors import UserError, unknown
 from lowrank.peft_format import config as configs
 from lowrank.peft_format import match, tensors
 from lowrank.peft_format.forms import Form, Layer, Settings
-from lowrank.peft_format.modules import HEADS, Base, Module, Place, check_untied, modules
+from lowrank.peft_format.modules import HEADS, Base, Module, Place, check_conv1d, check_untied, modules
 from lowrank.weight import is_weight
 
 PyTree = Any
@@ -53,7 +53,8 @@ def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_b
     targets, others = _places(config, form, modules(base))
     check_untied(base, others.values())
     settings = {path: form.settings(config, path) for path in targets}
-    expected = {}
+    sizes = [leaves[module.weight.leaf].shape[-2:] for module in targets.values()]
+    expected = form.root.shapes(config, sizes) if form.root else {}
     for path, module in targets.items():
         expected |= _shapes(form, module, settings[path], leaves[module.weight.leaf].shape)
     found = {key: x for key, x in tensors.read(directory).items() if not _is_copy(key, others)}
@@ -75,12 +76,13 @@ def _places(
     for path in targets:
         if path not in linear:
             raise UserError(f"the adapter targets {path}; {form.peft_type} is understood on linear layers only")
+        check_conv1d(form, known[path])
     others = _saved(config, known)
     mode = config.get("bias", "none")
-    if mode not in ("none", "all", "lora_only"):
-        raise unknown("bias in adapter_config.json:", str(mode), ("none", "all", "lora_only"))
+    if mode not in ("none", "all", form.own_bias):
+        raise unknown("bias in adapter_config.json:", str(mode), ("none", "all", form.own_bias))
     for path, module in known.items():
-        if module.bias and (mode == "all" or (mode == "lora_only" and path in targets)):
+        if module.bias and (mode == "all" or (mode == form.own_bias and path in targets)):
             inner = ".base_layer" if path in targets else ""
             others.setdefault(f"{tensors.PREFIX}{path}{inner}.bias", module.bias)
     return {path: known[path] for path in targets}, others
@@ -115,7 +117,8 @@ def _own_bases(targets: Mapping[str, Module], found: Iterable[str]) -> dict[str,
 
 
 def _shapes(form: Form, module: Module, settings: Settings, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    return {f"{tensors.PREFIX}{module.path}{part.suffix}": part.shape(*shape[-2:], settings) for part in form.parts}
+    parts = form.present(*shape[-2:], settings)
+    return {f"{tensors.PREFIX}{module.path}{part.suffix}": on_disk for part, on_disk in parts}
 
 
 def _disk_shape(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
@@ -133,10 +136,11 @@ def _grown(
     """The adapted weights by leaf name; a stack has None for each layer without an adapter."""
     rows: dict[str, list[Layer | None]] = {}
     for path, module in targets.items():
-        arrays = {}
-        for part in form.parts:
-            arrays[part.field] = part.from_disk(found[f"{tensors.PREFIX}{path}{part.suffix}"])
         leaf, layer, _ = module.weight
+        size = leaves[leaf].shape[-2:]
+        arrays = form.root.hand(found, *size) if form.root else {}
+        for part, _ in form.present(*size, settings[path]):
+            arrays[part.field] = part.from_disk(found[f"{tensors.PREFIX}{path}{part.suffix}"])
         stack = leaves[leaf].shape[:-2]
         rows.setdefault(leaf, [None] * (stack[0] if stack else 1))[layer or 0] = Layer(settings[path], arrays)
     return {leaf: form.grow(leaves[leaf], row) for leaf, row in rows.items()}

@@ -14,7 +14,7 @@ from lowrank.models import DecoderConfig
 from lowrank.peft_format import config as configs
 from lowrank.peft_format import match, tensors
 from lowrank.peft_format.forms import FORMS, Form, Layer
-from lowrank.peft_format.modules import HEADS, Base, Module, Place, check_untied, modules
+from lowrank.peft_format.modules import HEADS, Base, Module, Place, check_conv1d, check_untied, modules
 from lowrank.weight import Weight, is_weight, materialize
 from lowrank.weights.lora import RESIDUAL
 
@@ -46,16 +46,18 @@ def save(
         raise UserError(f"an adapter with init={method['init']} is written against the original base: pass original=")
     weights = {name: w for name, w in tree.named_leaves(params, is_weight) if is_weight(w)}
     form, known = _form(weights), modules(base)
+    weights = form.bind(weights, params.get("shared")) if form.bind else weights
     layers = _peeled(form, weights, known, dict(tree.named_leaves(original, is_weight)) if original else {})
     places, bias, saved = _others(form, known, layers, {*trained, *getattr(base, "new", ())} - _own(form, weights))
     check_untied(base, places.values())
     leaves = dict(tree.named_leaves(params, is_weight))
     arrays = {key: _tensor(leaves[place.leaf], place) for key, place in places.items()}
+    if form.root:
+        arrays |= {key: tensors.on_host(x) for key, x in form.root.collect(list(weights.values())).items()}
     for path, layer in layers.items():
         n_in, n_out = weights[known[path].weight.leaf].shape[-2:]
-        for part in form.parts:
-            array = part.to_disk(layer.arrays[part.field], n_in, n_out, layer.settings)
-            arrays[f"{tensors.PREFIX}{path}{part.suffix}"] = array
+        for part, shape in form.present(n_in, n_out, layer.settings):
+            arrays[f"{tensors.PREFIX}{path}{part.suffix}"] = part.to_disk(layer.arrays[part.field], shape)
     summary = _summary(form, base, known, layers, method) | bias | {"modules_to_save": saved or None}
     if jax.process_index() == 0:
         tensors.write(directory, arrays)
@@ -68,13 +70,14 @@ def _summary(
 ) -> dict[str, Any]:
     settings = {path: layer.settings for path, layer in layers.items()}
     lm = "CAUSAL_LM" if isinstance(base.config, DecoderConfig) else "FEATURE_EXTRACTION"
+    transposed = [known[path].weight.transpose for path in layers]
     return {
         "peft_type": form.peft_type,
         "task_type": "SEQ_CLS" if base.config.num_labels else lm,
         "base_model_name_or_path": base.name,
         "revision": None,
         "inference_mode": True,
-        "fan_in_fan_out": not all(known[path].weight.transpose for path in layers),
+        **({"fan_in_fan_out": not all(transposed)} if "fan_in_fan_out" in form.ignores else {}),
         **form.flags,
         **form.summary(settings, [path for path in known if path not in layers], method),
     }
@@ -105,9 +108,11 @@ def _peeled(
     for name, w in weights.items():
         if name not in homes:
             raise UserError(f"{name} has no module in the base{nearest(name, homes)}")
-        fields = {f: tensors.on_host(getattr(w, f)) for f in (*(p.field for p in form.parts), *form.extra)}
+        held = {f: getattr(w, f) for f in (*(p.field for p in form.parts), *form.extra)}
+        fields = {f: tensors.on_host(x) for f, x in held.items() if x is not None}
         for path, module in known.items():
             if module.linear and module.weight.leaf == name:
+                check_conv1d(form, module)
                 at = ... if module.weight.layer is None else module.weight.layer
                 layer = form.peel(w, {f: x[at] for f, x in fields.items()})
                 change = _change(original[name], w.base, at) if layer and original and form.rebase else None
@@ -142,7 +147,7 @@ def _others(
     rest = rest - {place.leaf for place in places.values()}
     biases = {path: m.bias for path, m in known.items() if m.bias and m not in kept}
     wanted = {place for place in biases.values() if place.leaf in rest}
-    modes = {"none": [], "lora_only": [path for path in biases if path in layers], "all": list(biases)}
+    modes = {"none": [], form.own_bias: [path for path in biases if path in layers], "all": list(biases)}
     for mode, paths in modes.items() if rest <= {place.leaf for place in wanted} else ():
         if wanted == {biases[path] for path in paths} and (mode == "none" or "bias" in form.reads):
             inner = {path: ".base_layer" if path in layers else "" for path in paths}

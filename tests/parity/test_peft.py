@@ -1,111 +1,35 @@
 """Adapters go to `peft` and come from it, and the logits are the same: a grouped-query Llama, GPT-2's Conv1D, heads."""
 
 import copy
-import dataclasses
 import json
-import types
 
-import jax
-import numpy as np
 import peft
 import pytest
-import torch
-import transformers
 
-from lowrank import peft_format, tree
+from lowrank import peft_format
 from lowrank.errors import UserError
-from lowrank.models import build
-from lowrank.pretrained.families import FAMILIES
-from lowrank.weight import merge
 from tests.adapted import adapted
-from tests.models.tiny import QUICK
+from tests.parity.bases import (
+    LIMIT,
+    assert_same_weights,
+    gap,
+    make,
+    our_logits,
+    randomize,
+    their_logits,
+    trained_in,
+)
 
 # A missing tensor is only a warning in peft, so warnings stay errors but for those of its own making.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]
-LIMIT, VOCAB, LABELS = 1e-4, 61, 3
-LLAMA = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "attention_bias": True,
-    "tie_word_embeddings": False,
-}
-GPT2 = {"vocab_size": VOCAB, "n_positions": 32, "n_embd": 32, "n_layer": 3, "n_head": 4}
-ROBERTA = {k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "attention_bias", "tie_word_embeddings")}
-LM, CLASSIFIER = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
-BASES = {
-    "llama": (LM, "llama", LLAMA),
-    "gpt2": (LM, "gpt2", GPT2),
-    "llama classifier": (CLASSIFIER, "llama", {**LLAMA, "num_labels": LABELS, "pad_token_id": 0}),
-    "roberta classifier": (CLASSIFIER, "roberta", {**ROBERTA, "num_labels": LABELS, "pad_token_id": 1}),
-}
-TOKENS = np.random.default_rng(0).integers(5, VOCAB, (3, 12)).astype(np.int32)
-
-
-def reference(name, folder):
-    """The transformers model, with random weights and biases far from their initial values."""
-    auto, model_type, spec = BASES[name]
-    model = auto.from_config(transformers.AutoConfig.for_model(model_type, **spec), attn_implementation="eager").eval()
-    randomize(model.named_parameters(), seed=0)
-    model.name_or_path = str(folder)  # peft looks for a config.json there
-    model.config.save_pretrained(folder)
-    return model
-
-
-def randomize(parameters, seed, size=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, p in parameters:
-            noise = torch.randn(p.shape, generator=generator) * size
-            p.copy_(noise * p.shape[-1] ** -0.5 if p.ndim == 2 else p + 0.3 * noise)
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """`{name: (transformers model, our base, our parameters)}`."""
-    models = {name: reference(name, tmp_path_factory.mktemp("base")) for name in BASES}
-    return {name: (model, *ours(model, BASES[name][1])) for name, model in models.items()}
-
-
-def ours(model, family):
-    """`(base, params)`: the same model in our tree, by the family's table."""
-    config = FAMILIES[family].config(model.config.to_dict())
-    config = dataclasses.replace(
-        config, num_labels=LABELS if "Classification" in type(model).__name__ else 0, remat="none"
-    )
-    state, params = {n: p.detach().numpy() for n, p in model.named_parameters()}, {}
-    for tensor in FAMILIES[family].tensors(config):
-        arrays = [state[n].T if tensor.transpose else state[n] for n in tensor.names]
-        *path, last = tensor.leaf.split("/")
-        node = params
-        for key in path:
-            node = node.setdefault(key, {})
-        node[last] = jax.numpy.asarray(np.stack(arrays) if tensor.count else arrays[0])
-    return types.SimpleNamespace(config=config, family=family, name=model.name_or_path, new=()), params
-
-
-def our_logits(base, params):
-    model = build(base.config)
-    apply = jax.jit(lambda p: model.apply({"params": p}, TOKENS, segments=np.ones_like(TOKENS)), compiler_options=QUICK)
-    return np.asarray(apply(params))
-
-
-def their_logits(model):
-    with torch.no_grad():
-        return model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
-
-
-def gap(a, b):
-    worst = float(np.abs(a - b).max())
-    print(f"max |delta logits| {worst:.1e} of {np.abs(b).max():.1f}")
-    return worst
+    return make(lambda: tmp_path_factory.mktemp("base"))
 
 
 Q, QV, ATTN = r"layers/attn/q/kernel", r".*attn/(q|v)/kernel", r".*attn/(q|k|v|o)/kernel"
@@ -265,19 +189,6 @@ def test_we_load_an_adapter_of_peft_and_compute_its_logits(case, bases, tmp_path
     assert gap(our_logits(base, mine), expected) <= LIMIT
     again = peft_format.save(mine, base, tmp_path / "again", trained=trained_in(theirs, base))
     assert_same_weights(mine, peft_format.load(again, plain, base))
-
-
-def assert_same_weights(params, others):
-    for (name, x), (_, y) in zip(tree.named_leaves(merge(params)), tree.named_leaves(merge(others)), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5, err_msg=name)
-
-
-def trained_in(theirs, base):
-    """The leaves beside the adapter's own that an adapter of peft brings along."""
-    model = theirs.base_model.model
-    learnt = {n for n, p in model.named_parameters() if p.requires_grad}
-    learnt = {n.replace(".base_layer", "").replace(".modules_to_save.default", "") for n in learnt}
-    return {t.leaf for t in FAMILIES[base.family].tensors(base.config) if learnt & set(t.names)}
 
 
 def test_missing_json_keys_take_the_defaults_of_peft(bases, tmp_path):

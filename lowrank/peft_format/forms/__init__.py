@@ -2,6 +2,7 @@
 
 from lowrank.peft_format.forms.form import Form, Layer, Settings
 from lowrank.peft_format.forms.ia3 import IA3
+from lowrank.peft_format.forms.loha import LOHA
 from lowrank.peft_format.forms.lora import DORA, EDORA, LORA, LORA_XS
 
 FORMS: dict[str, Form] = {
@@ -10,6 +11,7 @@ FORMS: dict[str, Form] = {
     "lora_xs": LORA_XS,
     "edora": EDORA,
     "ia3": IA3,
+    "loha": LOHA,
 }
 
 __all__ = ["FORMS", "Form", "Layer", "Settings"]

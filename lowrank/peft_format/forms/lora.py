@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.errors import UserError
 from lowrank.peft_format import match
+from lowrank.peft_format.forms import ranked
 from lowrank.peft_format.forms.form import WHERE, Arrays, Form, Layer, Part, Settings
 from lowrank.weights import dora
 from lowrank.weights.dora import DoRA
@@ -17,11 +17,8 @@ from lowrank.weights.lora_xs import EDoRA, LoRAXS
 
 
 def _lora_settings(config: Mapping[str, Any], path: str) -> Settings:
-    rank = match.value(config["rank_pattern"] or {}, path, config["r"])
-    alpha = match.value(config["alpha_pattern"] or {}, path, config["lora_alpha"])
-    for what, number, kind in (("rank", rank, int), ("alpha", alpha, int | float)):
-        if isinstance(number, bool) or not isinstance(number, kind) or not number > 0:
-            raise UserError(f"the adapter's {what} for {path} is {number!r}; it must be a positive number")
+    rank = ranked.number(config, path, "rank", "r")
+    alpha = ranked.number(config, path, "alpha", "lora_alpha", int | float)
     return {"r": rank, "scale": alpha / rank ** _power(config["use_rslora"]), "dropout": config["lora_dropout"]}
 
 
@@ -32,7 +29,7 @@ def _power(rslora: bool) -> float:
 def _lora_summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
     rslora = bool(method.get("rslora", False))
     rank, ranks = match.by_module({path: s["r"] for path, s in modules.items()})
-    alphas = {path: _tidy(s["scale"] * s["r"] ** _power(rslora)) for path, s in modules.items()}
+    alphas = {path: ranked.tidy(s["scale"] * s["r"] ** _power(rslora)) for path, s in modules.items()}
     alpha, alpha_pattern = match.by_module(alphas)
     return {
         "target_modules": match.ends(modules, others),
@@ -46,16 +43,9 @@ def _lora_summary(modules: Mapping[str, Settings], others: Sequence[str], method
     }
 
 
-def _tidy(x: float) -> float | int:
-    """The round number that float32 blurred into `x`, if there is one."""
-    near = float(f"{x:.5g}")
-    x = near if abs(near - x) <= 1e-6 * abs(x) else x
-    return int(x) if x == int(x) else x
-
-
 def _peel_lora(w: LoRA, arrays: Arrays) -> Layer | None:
     """Strips the padding: what is zero in both A and B adds nothing."""
-    live = np.any(arrays["a"] != 0, axis=0) | np.any(arrays["b"] != 0, axis=1)
+    live = ranked.live(arrays, (("a", "b"),))
     settings = {"r": int(live.sum()), "scale": float(arrays["scale"]), "dropout": w.dropout}
     return Layer(settings, {"a": arrays["a"][:, live], "b": arrays["b"][live]}) if live.any() else None
 
@@ -88,18 +78,11 @@ def _rebase_lora(layer: Layer, change: np.ndarray) -> Layer:
 def _grow_lora(base: Any, layers: Sequence[Layer | None]) -> LoRA:
     (n_in, n_out), present = base.shape[-2:], [layer for layer in layers if layer]
     rank = max(layer.settings["r"] for layer in present)
-    a, b = np.zeros((len(layers), n_in, rank), np.float32), np.zeros((len(layers), rank, n_out), np.float32)
-    scale = np.ones(len(layers), np.float32)
-    for i, layer in enumerate(layers):
-        if layer:
-            r = layer.settings["r"]
-            a[i, :, :r], b[i, :r], scale[i] = layer.arrays["a"], layer.arrays["b"], layer.settings["scale"]
-    stack = base.shape[:-2]
     return LoRA(
         base=base,
-        a=jnp.asarray(a.reshape(*stack, n_in, rank)),
-        b=jnp.asarray(b.reshape(*stack, rank, n_out)),
-        scale=jnp.asarray(scale.reshape(stack)),
+        a=ranked.stacked(base, layers, "a", (n_in, rank)),
+        b=ranked.stacked(base, layers, "b", (rank, n_out)),
+        scale=ranked.scales(base, layers),
         dropout=present[0].settings["dropout"],
     )
 
@@ -124,14 +107,11 @@ LORA = Form(
     flags={"use_dora": False},
     reads={
         **WHERE,
-        "r": 8,
+        **ranked.READS,
         "lora_alpha": 8,
         "lora_dropout": 0.0,
         "use_rslora": False,
-        "rank_pattern": {},
         "alpha_pattern": {},
-        "layers_to_transform": None,
-        "layers_pattern": None,
         "bias": "none",
     },
     ignores=(

@@ -1,0 +1,31 @@
+"""LoHa as a method."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lowrank.methods import targets
+from lowrank.methods.method import Method
+from lowrank.weights import loha as form
+
+
+def loha(
+    rank: int = 8,
+    alpha: float = 8.0,
+    target: str = r".*attn/(q|v)/kernel",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> Method:
+    """LoHa, `W + alpha / rank * (A1 @ B1) * (A2 @ B2)` (Hyeon-Woo et al. 2021, arXiv:2108.06098).
+
+    See `lowrank.weights.loha`; the patterns are LoRA's.
+    """
+    rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
+    targets.check_ranks(rank, alpha, rank_pattern, alpha_pattern)
+
+    def adapt(key: jax.Array, w: Any, name: str) -> form.LoHa:
+        ranks = targets.ranks(name, w.shape, rank, rank_pattern)
+        return form.attach(key, w, ranks=ranks, alphas=targets.per_layer(name, w.shape, alpha, alpha_pattern))
+
+    return Method(rewrite=((target, adapt),), by_layer=tuple((target, p) for p in (*rank_pattern, *alpha_pattern)))

@@ -1,0 +1,69 @@
+"""LoHa: `W + scale * (A1 @ B1) * (A2 @ B2)`, the product of two low-rank updates entry by entry.
+
+FedPara (Hyeon-Woo et al. 2021, arXiv:2108.06098), for fine-tuning in LyCORIS (Yeh et al. 2023, arXiv:2309.14859). Two
+updates of rank r give one of rank up to r^2. Kernels are `[in, out]`, so A is `[in, r]` and B `[r, out]`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.weight import Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.weights import stacks
+from lowrank.weights.lora import widen
+
+
+@form
+class LoHa(Weight):
+    """`base` `[..., in, out]`, `a1`, `a2` `[..., in, r]`, `b1`, `b2` `[..., r, out]`, `scale` `[...]`."""
+
+    base: Any = frozen()
+    a1: jax.Array = trainable()
+    b1: jax.Array = trainable()
+    a2: jax.Array = trainable()
+    b2: jax.Array = trainable()
+    scale: jax.Array = frozen()
+
+    def materialize(self) -> jax.Array:
+        """`W + scale * (A1 @ B1) * (A2 @ B2)`, summed in float32 and rounded once to the base's dtype."""
+        base = materialize(self.base)
+        pairs = ((self.a1, self.b1), (self.a2, self.b2))
+        first, second = (jnp.matmul(wide(a), wide(b), precision="highest") for a, b in pairs)
+        return (wide(base) + first * second * self.scale[..., None, None]).astype(base.dtype)
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """`x @ W` plus the update, which is one of rank r^2: never `in x out` unless r^2 is the larger.
+
+        `(A1 @ B1) * (A2 @ B2) = A @ B` with `A[i, pq] = A1[i, p] A2[i, q]` and `B[pq, o] = B1[p, o] B2[q, o]`.
+        Where the product `in x out` is the smaller one, the backward pass forms it anew.
+        """
+        scale, (n_in, n_out), rank = self.scale.astype(x.dtype), self.shape, self.a1.shape[-1]
+        if rank**2 * (n_in + n_out) > n_in * n_out:
+            return dot(x, self.base) + _product(x, self.a1, self.b1, self.a2, self.b2) * scale
+        a = jnp.einsum("ip,iq->ipq", self.a1, self.a2).reshape(n_in, rank**2)
+        b = jnp.einsum("po,qo->pqo", self.b1, self.b2).reshape(rank**2, n_out)
+        return dot(x, self.base) + widen(dot(x, a) * scale, b)
+
+
+@jax.checkpoint
+def _product(x: jax.Array, a1: jax.Array, b1: jax.Array, a2: jax.Array, b2: jax.Array) -> jax.Array:
+    return dot(x, (a1 @ b1) * (a2 @ b2))
+
+
+def attach(key: jax.Array, w: Any, *, ranks: Sequence[int], alphas: Sequence[float]) -> LoHa:
+    """A LoHa on `w` `[..., in, out]` that adds nothing yet: `A2` is zero, the others are Kaiming uniform.
+
+    One rank and alpha for each layer of the stack (one if unstacked); the rank 0 leaves a layer unadapted.
+    """
+    stack, (n_in, n_out), rank = w.shape[:-2], w.shape[-2:], max(ranks)
+    live, (key_a, key_1, key_2) = stacks.live(ranks, stack), jax.random.split(key, 3)
+    return LoHa(
+        base=w,
+        a1=stacks.kaiming(key_a, (*stack, n_in, rank), n_in) * live[..., None, :],
+        b1=stacks.kaiming(key_1, (*stack, rank, n_out), rank) * live[..., :, None],
+        a2=jnp.zeros((*stack, n_in, rank), jnp.float32),
+        b2=stacks.kaiming(key_2, (*stack, rank, n_out), rank) * live[..., :, None],
+        scale=stacks.scales(ranks, alphas, stack),
+    )

@@ -1,0 +1,83 @@
+"""LoHa, LoKr, HiRA, VeRA, OFT and BOFT go to `peft` and come from it: the logits are the same."""
+
+import copy
+
+import peft
+import pytest
+
+from lowrank import peft_format
+from lowrank.errors import UserError
+from tests.adapted import adapted
+from tests.parity.bases import LIMIT, assert_same_weights, gap, make, our_logits, randomize, their_logits
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+ATTN, GPT2_TARGETS = r".*attn/(q|k|v|o)/kernel", r".*(attn/qkv|mlp/down)/kernel"
+RANKS = {r".*attn/k/kernel": 2, r"layers/1/attn/q/kernel": 6, r"layers/0/attn/o/kernel": 0}
+ALPHAS = {r".*attn/v/kernel": 3.0, r"layers/0/.*": 20.0}
+OURS = {
+    "loha": ("llama", {"name": "loha", "rank": 4, "alpha": 10.0, "target": ATTN}),
+    "loha patterns": (
+        "llama",
+        {"name": "loha", "rank": 4, "alpha": 10.0, "target": ATTN, "rank_pattern": RANKS, "alpha_pattern": ALPHAS},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return make(lambda: tmp_path_factory.mktemp("base"), ("llama", "gpt2"))
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_peft_loads_our_adapter_and_computes_our_logits(case, bases, tmp_path):
+    name, group = OURS[case]
+    model, base, plain = bases[name]
+    params, trained = adapted(plain, group)
+    peft_format.save(params, base, tmp_path, trained=trained, method=group)
+    back = peft_format.load(tmp_path, plain, base)
+    theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
+    assert gap(their_logits(model), theirs) > 0.1  # the adapter does something
+    assert gap(our_logits(base, back), theirs) <= LIMIT
+    assert_same_weights(params, back)
+
+
+QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
+THEIR_RANKS = {"k_proj": 2, "layers.1.self_attn.q_proj": 6}
+THEIR_ALPHAS = {"v_proj": 3, r"layers\.0\..*q_proj": 20}
+THEIRS = {
+    "loha": ("llama", peft.LoHaConfig, {"r": 4, "alpha": 10, "target_modules": QKVO}),
+    "loha patterns": (
+        "llama",
+        peft.LoHaConfig,
+        {"r": 4, "target_modules": QKVO, "rank_pattern": THEIR_RANKS, "alpha_pattern": THEIR_ALPHAS},
+    ),
+    "loha some layers": (
+        "llama",
+        peft.LoHaConfig,
+        {"r": 3, "alpha": 7, "target_modules": QKVO, "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", THEIRS)
+def test_we_load_an_adapter_of_peft_and_compute_its_logits(case, bases, tmp_path):
+    name, kind, options = THEIRS[case]
+    model, base, plain = bases[name]
+    theirs = peft.get_peft_model(copy.deepcopy(model), kind(**options)).eval()
+    randomize([(n, p) for n, p in theirs.named_parameters() if p.requires_grad], seed=5)
+    theirs.save_pretrained(tmp_path)
+    mine = peft_format.load(tmp_path, plain, base)
+    expected = their_logits(theirs)
+    assert gap(their_logits(model), expected) > 0.1
+    assert gap(our_logits(base, mine), expected) <= LIMIT
+    again = peft_format.save(mine, base, tmp_path / "again")
+    assert_same_weights(mine, peft_format.load(again, plain, base))
+
+
+@pytest.mark.parametrize("name", ["loha"])
+def test_what_peft_has_on_linear_layers_only_is_not_written_for_a_conv1d(name, bases, tmp_path):
+    _, base, plain = bases["gpt2"]
+    params, trained = adapted(plain, {"name": name, "target": GPT2_TARGETS})
+    with pytest.raises(UserError, match="is a Conv1D, on which PEFT has no LOHA"):
+        peft_format.save(params, base, tmp_path, trained=trained)

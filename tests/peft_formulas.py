@@ -1,0 +1,60 @@
+"""What PEFT makes of a folder's files, in float64 NumPy on torch's tensors: a formula for the tensors of each form."""
+
+import re
+
+import numpy as np
+
+from lowrank.peft_format import match
+
+PREFIX = "base_model.model."
+
+
+def merged(config, tensors, weights):
+    """The base's tensors `{name: array}` with the adapter merged into them."""
+    out = {name: x.astype(np.float64) for name, x in weights.items()}
+    modules = {}
+    for key, x in tensors.items():
+        found = re.fullmatch(rf"{re.escape(PREFIX)}(.*)\.(({'|'.join(FORMULAS)})\S*)", key)
+        if found:
+            path, suffix, kind = found.groups()
+            modules.setdefault((path, kind), {})[suffix.removesuffix(".weight")] = np.float64(x)
+    for (path, kind), parts in modules.items():
+        FORMULAS[kind](config, path, parts, out)
+    plain = {k.removeprefix(PREFIX).replace(".base_layer", ""): x for k, x in tensors.items() if k.endswith("bias")}
+    return out | plain
+
+
+def _lora(config, path, parts, out):
+    rank = match.value(config["rank_pattern"], path, config["r"])
+    alpha = match.value(config["alpha_pattern"], path, config["lora_alpha"])
+    scale = alpha / (rank**0.5 if config["use_rslora"] else rank)
+    assert parts["lora_A"].shape[0] == rank
+    name = f"{path}.weight"
+    out[name] += scale * parts["lora_B"] @ parts["lora_A"]
+    if "lora_magnitude_vector" in parts:
+        out[name] *= (parts["lora_magnitude_vector"] / np.linalg.norm(out[name], axis=1))[:, None]
+
+
+def _ia3(config, path, parts, out):
+    out[f"{path}.weight"] *= parts["ia3_l"]
+    if parts["ia3_l"].shape[1] == 1 and f"{path}.bias" in out:
+        out[f"{path}.bias"] *= parts["ia3_l"][:, 0]
+
+
+def _rank_and_scale(config, path):
+    rank = match.value(config["rank_pattern"], path, config["r"])
+    return rank, match.value(config["alpha_pattern"], path, config["alpha"]) / rank
+
+
+def _loha(config, path, parts, out):
+    rank, scale = _rank_and_scale(config, path)
+    w1, w2 = (parts[f"hada_w{i}_a"] @ parts[f"hada_w{i}_b"] for i in (1, 2))
+    assert parts["hada_w1_b"].shape[0] == rank
+    out[f"{path}.weight"] += scale * w1 * w2
+
+
+FORMULAS = {
+    "lora_": _lora,
+    "ia3_l": _ia3,
+    "hada_": _loha,
+}
