@@ -113,8 +113,8 @@ def _check_fit(config: Any, lengths_B: np.ndarray, max_new: int) -> None:
         raise UserError(f"max_new={max_new} is below 1")
     if min(lengths_B) < 1:
         raise UserError("a prompt is empty: generation needs at least one token to continue")
-    if max(lengths_B) + max_new + config.num_prompt > config.max_positions:
-        virtual = f" + {config.num_prompt} virtual tokens" if config.num_prompt else ""
+    if max(lengths_B) + max_new + config.virtual > config.max_positions:
+        virtual = f" + {config.virtual} virtual tokens" if config.virtual else ""
         total = f"a prompt of {max(lengths_B)} tokens{virtual} + max_new={max_new}"
         raise UserError(f"{total} exceeds the model's {config.max_positions} positions")
 
@@ -186,7 +186,7 @@ def texts(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         full = rows + rows[-1:] * (batch_size - len(rows))  # one program a length
-        tokens, segments = left_pad([ids[i] for i in full], tokenizer.pad_id, config.max_positions - config.num_prompt)
+        tokens, segments = left_pad([ids[i] for i in full], tokenizer.pad_id, config.max_positions - config.virtual)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "pad_id": tokenizer.pad_id}
         drawn = None if keys is None else keys[np.asarray(full)]
         new = generate(model, params, tokens, segments, max_new=max_new, stop_ids=stops, rng=drawn, **settings)

@@ -153,7 +153,7 @@ def _with_leaves(directory: Path, spec: str | None, model: Mapping[str, Any]) ->
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"cannot read {directory / adapter.ABOUT}: {e}") from None
     base = pretrained.load(_spec(spec, recorded, directory), model={**model, **options})
-    method = methods.build(group)
+    method = methods.stripped(methods.build(group))
     params = methods.attach(method, base.params, jax.random.key(0))
     params = adapter.load_leaves(directory, params, base.name)
     return dataclasses.replace(base, params=method.bind(params, None, None) if method.bind else params)

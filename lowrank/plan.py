@@ -148,7 +148,7 @@ def make(config: Group) -> Plan:
     shape, tokenizer, base = pretrained.describe(model.name, param_dtype=model.param_dtype, model=options)
     if c.objective == "causal_lm" and not isinstance(shape, models.DecoderConfig):
         raise UserError(f"{model.name} is an encoder: it is fine-tuned with objective=classification")
-    room = shape.max_positions - shape.num_prompt
+    room = shape.max_positions - shape.virtual
     loader = data.make_loader(data_config, tokenizer, jax.process_index(), jax.process_count(), room)
     if loader.labels:
         options["num_labels"] = len(loader.labels)

@@ -41,8 +41,7 @@ DEFAULT_RULES: Rules = (
     (r"head/kernel(/.*)?", P("fsdp", "tensor")),
     (r"embed/(positions|types)", P(None, "fsdp")),
     (r"(.*/)?scale", P()),
-    (r"prompt/embedding", P()),
-    (r"shared/.*", P()),
+    (r"prompt/embedding|prefix/(k|v)|shared/.*", P()),
 )
 
 

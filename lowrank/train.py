@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 
-from lowrank import adapter, counts, plan, report, sharding, step, tree, workdir
+from lowrank import adapter, counts, methods, plan, report, sharding, step, tree, workdir
 from lowrank.checkpoint import Checkpointer, StopSignal, flatten_named, unflatten_named
 from lowrank.errors import UserError
 from lowrank.runlog import RunLog
@@ -52,7 +53,7 @@ class Run:
         params = job.prepare(params)
         self.base = dataclasses.replace(base, params=None)
         trained, self.frozen = tree.split(params, job.mask)
-        _check_new(base.new, self.frozen)
+        _check_new(base.new, self.frozen, job.method)
         self.optimizer = job.optimizer()
         self.state = step.init(trained, self.optimizer, job.mesh)
         self.metrics: Mapping[str, jax.Array] | None = None  # of the last step done
@@ -152,11 +153,12 @@ class Run:
 
     def _finish(self, before: Mapping[str, Any]) -> dict[str, Any]:
         c, after = self.job.config, self._judge()
+        params, mask = methods.finished(self.job.method, self._params(), self.job.mask)
         kind = adapter.save(
-            self._params(),
+            params,
             self.base,
             self.folder / ADAPTER,
-            mask=self.job.mask,
+            mask=mask,
             method=workdir.plain(c.method),
             original=self.original,
         )
@@ -193,7 +195,8 @@ class Run:
         workdir.write_json(self.folder / SUMMARY, summary)
 
 
-def _check_new(new: Sequence[str], frozen: PyTree) -> None:
+def _check_new(new: Sequence[str], frozen: PyTree, method: methods.Method) -> None:
     """Raises UserError for a leaf that no checkpoint holds and nothing trains: it would stay as it was drawn."""
-    for name in sorted(set(new) & set(tree.names(frozen))):
+    made = {n for p in method.holds for n in new if re.fullmatch(p, n)}
+    for name in sorted((set(new) - made) & set(tree.names(frozen))):
         raise UserError(f"{name} is in no checkpoint and the method does not train it: it would stay random")

@@ -57,6 +57,7 @@ def test_model_options_come_with_their_labels():
     assert methods.build({"name": "partial", "layers": 1}).train == ("top/.*",)
 
 
+PREFIX_MLP = [f"shared/prefix/{n}" for n in ("embedding", "in/bias", "in/kernel", "out/bias", "out/kernel")]
 BLOCK_NORMS = [f"layers/{s}_norm/scale" for s in ("attn", "mlp")]
 
 
@@ -68,6 +69,9 @@ def adapters(*sublayers):
     ("group", "trained"),
     [
         ({"name": "prompt", "length": 2}, ["prompt/embedding"]),
+        ({"name": "prefix", "length": 2}, ["prefix/k", "prefix/v"]),
+        ({"name": "prefix", "length": 2, "reparam": True}, PREFIX_MLP),
+        ({"name": "mam", "length": 2}, ["prefix/k", "prefix/v", *adapters("mlp")]),
         ({"name": "houlsby"}, [*adapters("attn", "mlp"), *BLOCK_NORMS]),
         ({"name": "houlsby", "norms": False}, adapters("attn", "mlp")),
         ({"name": "pfeiffer"}, adapters("mlp")),
@@ -201,6 +205,7 @@ def test_one_rule_more_leaves_the_other_initial_values_alone():
         ({"name": "edora", "rnak": 3}, r"'method.rnak' \(did you mean 'method.rank'\?\)"),
         ({"name": "partial", "layers": 0}, "at least 1"),
         ({"name": "prompt", "length": 0}, "at least 1"),
+        ({"name": "prefix", "length": 0}, "method.length must be positive"),
         ({"name": "houlsby", "width": 0}, "method.width must be positive"),
         ({"name": "scaled_parallel", "scale": 0.0}, "method.scale must be positive"),
         ({"name": "parallel", "after": "mpl"}, "unknown place in method.after 'mpl' .did you mean 'mlp'"),

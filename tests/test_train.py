@@ -28,6 +28,8 @@ LM_METHODS = {
     "ia3": "method=ia3",
     "loha": "method=loha,rank=2",
     "prompt": "method=prompt,length=4",
+    "prefix": "method=prefix,length=4",
+    "mam": "method=mam,length=4,width=4,reparam=True,hidden=16",
     "houlsby": "method=houlsby,width=4",
     "scaled_parallel": "method=scaled_parallel,width=4",
     "intrinsic": "method=intrinsic,dim=64,said=True",

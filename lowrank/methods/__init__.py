@@ -12,7 +12,8 @@ from lowrank.methods.intrinsic import intrinsic
 from lowrank.methods.loha import loha
 from lowrank.methods.lora import lora
 from lowrank.methods.lora_relatives import edora, lora_fa, lora_xs
-from lowrank.methods.method import SHARED, Context, Method, attach, matches, trainable_mask
+from lowrank.methods.method import SHARED, Context, Method, attach, finished, matches, stripped, trainable_mask
+from lowrank.methods.prefix import mam, prefix
 from lowrank.methods.prompt import prompt
 from lowrank.methods.selective import bitfit, full, head, partial
 
@@ -28,6 +29,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "edora": edora,
     "ia3": ia3,
     "prompt": prompt,
+    "prefix": prefix,
+    "mam": mam,
     "houlsby": houlsby,
     "pfeiffer": pfeiffer,
     "parallel": parallel,
@@ -46,4 +49,15 @@ def build(group: Mapping[str, Any]) -> Method:
     return settings.call(METHODS[name], group, "method")
 
 
-__all__ = ["METHODS", "SHARED", "Context", "Method", "attach", "build", "matches", "trainable_mask"]
+__all__ = [
+    "METHODS",
+    "SHARED",
+    "Context",
+    "Method",
+    "attach",
+    "build",
+    "finished",
+    "matches",
+    "stripped",
+    "trainable_mask",
+]

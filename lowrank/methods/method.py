@@ -43,6 +43,8 @@ class Method:
     penalty: Callable[[PyTree], jax.Array] | None = None  # (bound params) -> what is added to the mean loss
     # (the run's optimizer, its number of steps) -> this method's, inside the trained tree
     optimizer: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] | None = None
+    holds: tuple[str, ...] = ()  # regexes over frozen leaves that an adapter holds too: what prepare or bind makes
+    expands: bool = False  # bind makes leaves of the shared ones, and an adapter holds those in their place
 
 
 def attach(method: Method, params: PyTree, key: jax.Array) -> PyTree:
@@ -65,6 +67,20 @@ def trainable_mask(method: Method, params: PyTree, extra: Sequence[str] = ()) ->
     mask = weight.trainable_mask(params, (*method.train, *extra))
     kept = {n for p in method.freeze for n in tree.matching(p, tree.names(params), "freeze pattern")}
     return tree.map_named(lambda name, learns: learns and name not in kept, mask)
+
+
+def finished(method: Method, params: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
+    """The trained `params` as an adapter holds them, and which of their leaves it holds."""
+    if method.expands:
+        params = {name: part for name, part in method.bind(params, None, None).items() if name != SHARED}
+        mask = {name: part for name, part in mask.items() if name != SHARED}
+    held = {n for p in method.holds for n in tree.matching(p, tree.names(params), "held leaf")}
+    return params, tree.map_named(lambda name, learns: learns or name in held, mask)
+
+
+def stripped(method: Method) -> Method:
+    """The method as it is attached for an adapter to be loaded: what training alone needs is left out."""
+    return dataclasses.replace(method, share=None) if method.expands else method
 
 
 def matches(method: Method, params: PyTree) -> list[tuple[str, list[str]]]:

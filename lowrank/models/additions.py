@@ -21,6 +21,7 @@ class Additions:
     """Options that a run sets on top of a checkpoint's own; the defaults add nothing."""
 
     num_prompt: int = 0  # virtual tokens before every sequence
+    prefix_length: int = 0  # learned keys and values in every layer, before those of the sequence
     adapter_width: int = 0  # > 0: bottleneck adapters of that width in every layer
     adapter_after: tuple[str, ...] = SUBLAYERS  # the sublayers that have one
     adapter_parallel: bool = False  # reads the sublayer's input, not its output
@@ -33,12 +34,12 @@ class Additions:
     @property
     def virtual(self) -> int:
         """How many positions stand before the first real token."""
-        return self.num_prompt
+        return self.num_prompt + self.prefix_length
 
 
 def check(config: Any) -> None:
     """Raises UserError for additions that no model can have."""
-    for name in ("num_prompt", "adapter_width", "num_labels"):
+    for name in ("num_prompt", "prefix_length", "adapter_width", "num_labels"):
         if getattr(config, name) < 0:
             raise UserError(f"{name}={getattr(config, name)} is below 0")
     if abs(config.top_layers) > config.layers:

@@ -12,6 +12,7 @@ from flax import linen as nn
 from lowrank.models import rope
 from lowrank.models.cache import put
 from lowrank.models.layers import HALF, Linear, Norm
+from lowrank.models.prefix import KeysValues, before
 
 
 class View(NamedTuple):
@@ -45,17 +46,23 @@ class Attention(nn.Module):
         self,
         x_BxTxD: jax.Array,
         view: View,
-        past: tuple[jax.Array, jax.Array] | None = None,
+        past: KeysValues | None = None,
         index: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """`[B, T, D]`, and the keys and values of these tokens if `past` `[B, S, K, H]` is given to write them into."""
+    ) -> tuple[jax.Array, KeysValues | None]:
+        """`[B, T, D]`, and the keys and values of these tokens if they are written into a cache.
+
+        `past` are keys and values: with an `index`, the slots `[B, S, K, H]` of a cache, into which those of these
+        tokens are written from there on; without one, a prefix `[P, K, H]` that stands before them in every row.
+        """
         q, k, v = self._project(x_BxTxD)
         if view.cos is not None:
             q, k = rope.rotate(q, view.cos, view.sin), rope.rotate(k, view.cos, view.sin)
         new = None
-        if past is not None:
+        if index is not None:
             new = k, v
             k, v = (put(slots, x, index, axis=1).astype(q.dtype) for slots, x in zip(past, new, strict=True))
+        elif past is not None:
+            k, v = (before(prefix, x) for prefix, x in zip(past, (k, v), strict=True))
         options = {name: getattr(self, name) for name in ("causal", "window", "scale", "softcap", "fused")}
         out = attend(q, k, v, view.mask_Bx1xTxS, **options)
         out = out.reshape(*out.shape[:2], self.heads * self.head_dim)

@@ -8,6 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lowrank.errors import UserError
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +21,36 @@ class Cache:
     segments_BxS: jax.Array
     positions_BxS: jax.Array
     index: jax.Array  # int32 []: the next slot to write
-    prompted: bool = dataclasses.field(metadata={"static": True})  # the virtual prompt tokens are in, or there are none
+    prompted: bool = dataclasses.field(metadata={"static": True})  # prefix and virtual tokens are in, or there are none
+    virtual: int = dataclasses.field(default=0, metadata={"static": True})  # slots for those
 
 
 def empty(
-    depths: dict[str, int], batch: int, slots: int, kv_heads: int, head_dim: int, dtype: str, prompted: bool
+    depths: dict[str, int], batch: int, length: int, kv_heads: int, head_dim: int, dtype: str, virtual: int = 0
 ) -> Cache:
-    """A cache with nothing in it."""
+    """A cache with nothing in it, for `length` tokens and what stands before them."""
+    slots = length + virtual
     kv = {name: jnp.zeros((depth, batch, slots, kv_heads, head_dim), dtype) for name, depth in depths.items()}
     marks = jnp.zeros((batch, slots), jnp.int32)
-    return Cache(kv, kv, marks, marks, jnp.int32(0), prompted)
+    return Cache(kv, kv, marks, marks, jnp.int32(0), prompted=not virtual, virtual=virtual)
+
+
+def check(cache: Cache, length: int, virtual: int) -> None:
+    """Raises UserError unless the cache was made for `virtual` tokens before the first, and has slots for `length`."""
+    slots = cache.segments_BxS.shape[1]
+    if cache.virtual != virtual:
+        raise UserError(f"the cache has room for {cache.virtual} virtual tokens, the model has {virtual}")
+    if slots < length + virtual:
+        raise UserError(f"the cache has {slots} slots: too few for {length} tokens and {virtual} virtual ones")
+
+
+def begin(cache: Cache, prefix: dict[str, tuple[jax.Array, jax.Array]], segment: int) -> Cache:
+    """The empty cache with a prefix `[L, P, K, H]` for each stack in its first slots, marked as `segment`."""
+    B = cache.segments_BxS.shape[0]
+    rows = {n: tuple(jnp.broadcast_to(x[:, None], (len(x), B, *x.shape[1:])) for x in kv) for n, kv in prefix.items()}
+    P = next(iter(prefix.values()))[0].shape[1]
+    marks = jnp.full((B, P), segment, jnp.int32), jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
+    return dataclasses.replace(advance(mark(cache, *marks), rows), prompted=False)
 
 
 def mark(cache: Cache, segments_BxT: jax.Array, positions_BxT: jax.Array) -> Cache:

@@ -20,8 +20,9 @@ from lowrank.models.attention import Attention, View
 from lowrank.models.cache import Cache
 from lowrank.models.embed import Embed, Prompt
 from lowrank.models.layers import MLP, Norm
+from lowrank.models.prefix import Prefix
 from lowrank.models.readout import Readout
-from lowrank.models.stack import check, depths, stack
+from lowrank.models.stack import by_stack, check, depths, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,19 +81,19 @@ class DecoderConfig(Additions):
     @property
     def needs_mask(self) -> bool:
         """Whether attention cannot do with being causal within one window."""
-        return self.mixed or self.attn_logit_softcap > 0
+        return self.mixed or self.attn_logit_softcap > 0 or self.prefix_length > 0
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = None) -> Cache:
-    """An empty cache for `batch` rows of `length` tokens, and the virtual prompt tokens before them."""
+    """An empty cache for `batch` rows of `length` tokens, and the prefix and virtual tokens before them."""
     return caches.empty(
         depths(config),
         batch,
-        length + config.num_prompt,
+        length,
         config.kv_heads,
         config.head_dim,
         dtype or config.dtype,
-        prompted=not config.num_prompt,
+        config.virtual,
     )
 
 
@@ -152,6 +153,8 @@ class Decoder(nn.Module):
         self.embed = Embed(c.vocab_size, c.width, c.dtype, c.embed_scale, places)
         if c.num_prompt:
             self.prompt = Prompt(c.num_prompt, c.width)
+        if c.prefix_length:
+            self.prefix = Prefix(c.layers, c.prefix_length, c.kv_heads, c.head_dim)
         if "layers" in depths(c):
             self.layers = stack(Block, c, depths(c)["layers"])
         if "top" in depths(c):
@@ -188,24 +191,29 @@ class Decoder(nn.Module):
         """
         c = self.config
         T = tokens.shape[1]
-        if T + c.num_prompt > c.max_positions:
-            virtual = f" and {c.num_prompt} virtual ones" if c.num_prompt else ""
+        if T + c.virtual > c.max_positions:
+            virtual = f" and {c.virtual} virtual ones" if c.virtual else ""
             raise UserError(f"a sequence of {T} tokens{virtual} exceeds the model's {c.max_positions} positions")
+        prefix = by_stack(c, self.prefix()) if c.prefix_length else {}
+        if cache is not None:
+            caches.check(cache, T, c.virtual)
+            if prefix and not cache.prompted:
+                cache = caches.begin(cache, prefix, views.PREFIX)
         h = self.embed(tokens)
         virtual = 0 if cache is not None and cache.prompted else c.num_prompt
         if virtual:
             h = self.prompt(h)
         positions, view, cache = views.causal(c, *h.shape[:2], virtual, positions, segments, cache)
         h = self.embed.place(h, positions)
-        h, new = self._run(h, view, cache)
+        h, new = self._run(h, view, cache, prefix)
         h = self.norm(h[:, virtual:])
         return h if cache is None else (h, caches.advance(cache, new))
 
-    def _run(self, h, view, cache):
+    def _run(self, h, view, cache, prefix):
         c, new, first = self.config, {}, 0
         for name, depth in depths(c).items():
             local = jnp.array(c.local_layers[first : first + depth], jnp.int32) if c.mixed else None
-            past = None if cache is None else (cache.keys[name], cache.values[name])
+            past = prefix.get(name) if cache is None else (cache.keys[name], cache.values[name])
             index = None if cache is None else cache.index
             h, new[name] = getattr(self, name)(h, view, local, past, index)
             first += depth

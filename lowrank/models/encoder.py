@@ -18,7 +18,8 @@ from lowrank.models.additions import Additions, adapted
 from lowrank.models.attention import Attention, View
 from lowrank.models.embed import Embed, Prompt
 from lowrank.models.layers import MLP, Linear, Norm
-from lowrank.models.stack import check, depths, stack
+from lowrank.models.prefix import Prefix
+from lowrank.models.stack import by_stack, check, depths, stack
 
 Opt = jax.Array | None
 POOLING = ("cls", "mean", "pooler")
@@ -68,11 +69,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, h: jax.Array, view: View, local: Any, past: Any, index: Any) -> tuple[jax.Array, Any]:
-        """`(h [B, T, D], None)`."""
+        """`(h [B, T, D], None)`; `past` is a prefix or None."""
         c = self.config
         options = {"qkv_bias": True, "o_bias": True, "fused": c.fused_attention}
         attention = Attention(c.heads, c.heads, c.head_dim, **options, name="attn")
-        h = Norm("layer", c.norm_eps, name="attn_norm")(h + adapted(c, "attn", h, attention(h, view)[0]))
+        h = Norm("layer", c.norm_eps, name="attn_norm")(h + adapted(c, "attn", h, attention(h, view, past)[0]))
         y = adapted(c, "mlp", h, MLP(c.hidden, c.activation, bias=True, name="mlp")(h))
         return Norm("layer", c.norm_eps, name="mlp_norm")(h + y), None
 
@@ -103,6 +104,8 @@ class Encoder(nn.Module):
         self.embed = Embed(c.vocab_size, c.width, c.dtype, 1.0, places, c.types, c.norm_eps)
         if c.num_prompt:
             self.prompt = Prompt(c.num_prompt, c.width)
+        if c.prefix_length:
+            self.prefix = Prefix(c.layers, c.prefix_length, c.kv_heads, c.head_dim)
         if "layers" in depths(c):
             self.layers = stack(Block, c, depths(c)["layers"])
         if "top" in depths(c):
@@ -124,17 +127,19 @@ class Encoder(nn.Module):
         """`[B, T, D]`. Raises UserError when the sequence is longer than the model's positions."""
         c = self.config
         length = tokens.shape[1] + c.num_prompt
-        if length > c.max_positions:
-            virtual = f", {c.num_prompt} of them virtual," if c.num_prompt else ""
-            raise UserError(f"a sequence of {length} tokens{virtual} exceeds the model's {c.max_positions} positions")
+        whole = length + c.prefix_length
+        if whole > c.max_positions:
+            virtual = f", {c.virtual} of them virtual," if c.virtual else ""
+            raise UserError(f"a sequence of {whole} tokens{virtual} exceeds the model's {c.max_positions} positions")
         h = self.embed(tokens)
         if c.num_prompt:
             h = self.prompt(h)
             types = None if types is None else jnp.pad(types, ((0, 0), (c.num_prompt, 0)))
-        positions_BxT, view = views.bidirectional(segments, c.num_prompt, length)
+        positions_BxT, view = views.bidirectional(segments, c.num_prompt, length, c.prefix_length)
         h = self.embed.place(h, positions_BxT + c.position_offset, types)
+        prefix = by_stack(c, self.prefix()) if c.prefix_length else {}
         for name in depths(c):
-            h, _ = getattr(self, name)(h, view, None, None, None)
+            h, _ = getattr(self, name)(h, view, None, prefix.get(name), None)
         return h[:, c.num_prompt :]
 
     def pooled(self, tokens: jax.Array, segments: Opt = None, types: Opt = None) -> jax.Array:

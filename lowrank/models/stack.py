@@ -40,6 +40,15 @@ def depths(config: Any) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size}
 
 
+def by_stack(config: Any, per_layer: Any) -> dict[str, Any]:
+    """Arrays `[layers, ...]` cut into those of each stack."""
+    cuts, first = {}, 0
+    for name, depth in depths(config).items():
+        cuts[name] = jax.tree.map(lambda x, i=first, n=depth: x[i : i + n], per_layer)
+        first += depth
+    return cuts
+
+
 def check(config: Any) -> None:
     """Raises UserError for options that no model has."""
     if config.remat not in REMAT:

@@ -22,7 +22,7 @@ from lowrank.pretrained.tokenizer import Tokenizer
 
 PyTree = Any
 PARAM_DTYPES = ("float32", "bfloat16")
-NEW = r"prompt/.*|pooler/.*|head/.*|(layers|top)/(attn|mlp)_adapter/.*"  # leaves that training may start from scratch
+NEW = r"(prompt|prefix|pooler|head)/.*|(layers|top)/(attn|mlp)_adapter/.*"  # what training may start from scratch
 
 
 @dataclasses.dataclass(frozen=True)

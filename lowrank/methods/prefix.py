@@ -1,0 +1,69 @@
+"""Prefix tuning: learned keys and values in every layer; MAM: a prefix and scaled parallel adapters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.methods import bottleneck, targets
+from lowrank.methods.method import SHARED, Method
+
+PyTree = Any
+
+
+def prefix(length: int = 20, reparam: bool = False, hidden: int = 512) -> Method:
+    """Keys and values `[L, length, W]` (W = key heads x head width) that every token of layer l sees first.
+
+    Li & Liang 2021, arXiv:2101.00190. With `reparam` they are made, while training, by the paper's MLP of an embedding
+    `E [length, W]`: `tanh(E @ in + b) @ out + b'`, `in` `[W, hidden]`, `out` `[hidden, 2 L W]`; of a row of its
+    output, layer l's keys come at 2l and its values at 2l + 1. An adapter holds what the MLP makes, not the MLP.
+    """
+    targets.positive(length=length, hidden=hidden)
+    model = {"prefix_length": length}
+    if not reparam:
+        return Method(model=model, train=("prefix/(k|v)",))
+    return Method(
+        model=model,
+        train=(rf"{SHARED}/prefix/.*",),
+        share=lambda params, key: {"prefix": _mlp(params["prefix"]["k"].shape, hidden, key)},
+        bind=expand,
+        holds=("prefix/(k|v)",),
+        expands=True,
+    )
+
+
+def mam(length: int = 30, width: int = 64, scale: float = 4.0, reparam: bool = False, hidden: int = 512) -> Method:
+    """MAM adapter: a prefix, and scaled parallel adapters beside the feed-forward layers (arXiv:2110.04366)."""
+    first, second = prefix(length, reparam, hidden), bottleneck.scaled_parallel(width, scale=scale)
+    return dataclasses.replace(first, model={**first.model, **second.model}, train=(*first.train, *second.train))
+
+
+def _mlp(shape_LxPxW: tuple[int, int, int], hidden: int, key: jax.Array) -> PyTree:
+    L, P, W = shape_LxPxW
+    keys = jax.random.split(key, 3)
+    return {
+        "embedding": jax.random.normal(keys[0], (P, W)),
+        "in": _linear(keys[1], W, hidden),
+        "out": _linear(keys[2], hidden, 2 * L * W),
+    }
+
+
+def _linear(key: jax.Array, n_in: int, n_out: int) -> dict[str, jax.Array]:
+    kernel = jax.random.uniform(key, (n_in, n_out), minval=-(n_in**-0.5), maxval=n_in**-0.5)
+    return {"kernel": kernel, "bias": jnp.zeros(n_out)}
+
+
+def expand(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
+    """`params` with the prefix that the MLP makes; without the MLP, as an adapter holds them, they stay."""
+    del batch, rng
+    if SHARED not in params:
+        return params
+    mlp, (L, P, W) = params[SHARED]["prefix"], params["prefix"]["k"].shape
+    flat = _affine(jnp.tanh(_affine(mlp["embedding"], mlp["in"])), mlp["out"])
+    k_v_LxPxW = jnp.moveaxis(flat.reshape(P, L, 2, W), (2, 1), (0, 1))
+    return {**params, "prefix": {"k": k_v_LxPxW[0], "v": k_v_LxPxW[1]}}
+
+
+def _affine(x: jax.Array, linear: PyTree) -> jax.Array:
+    return x @ linear["kernel"] + linear["bias"][None]
