@@ -40,7 +40,8 @@ def study(tmp_path, monkeypatch):
 
 
 def test_a_row_leaves_cells_a_table_and_a_plot(study, monkeypatch):
-    monkeypatch.setattr(study_main, "_row", lambda s, t, name, bar: list(cells.pending(s, tasks.TASKS[t], name)))
+    here = lambda s, phase, t, name, bar: list(cells.PHASES[phase](s, tasks.TASKS[t], name))  # noqa: E731
+    monkeypatch.setattr(study_main, "_row", here)
     study_main.run(study, ["topics", "headlines"], ["lora"])
     found = list(csv.DictReader((study.results / "table.csv").read_text().splitlines()))
     assert tuple(found[0]) == table.COLUMNS
@@ -55,12 +56,12 @@ def test_a_row_leaves_cells_a_table_and_a_plot(study, monkeypatch):
 
 
 def test_cells_that_are_done_are_not_run_again(study, monkeypatch):
-    argv = ["headlines", "lora", str(study.results), str(study.runs), "quick"]
+    argv = ["scores", "headlines", "lora", str(study.results), str(study.runs), "quick"]
     assert row.main(argv) == 0
     monkeypatch.setattr(Cell, "run", lambda self: pytest.fail("ran again"))
     assert row.main(argv) == 0
     monkeypatch.setitem(ROWS, "lora", ROWS["lora"]._replace(method={"name": "lora", "rank": 2}))
-    assert cells.left(study, tasks.TASKS["headlines"], "lora") == 1
+    assert cells.left(study, "scores", tasks.TASKS["headlines"], "lora") == 1
 
 
 def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):

@@ -1,7 +1,8 @@
-"""Compares all methods on two tasks: `python -m experiments.methods [--quick] [--task=T] [--rows=a,b] [--table]`.
+"""Compares all methods on two tasks: `python -m experiments.methods [--quick] [--task=T] [--rows=a,b] [--phases=p]`.
 
-Runs every cell that is not there yet, shows progress, and rewrites the table and the plot. Kill it and start it again:
-cells that are done stay. `--quick` is two steps, one rate, one seed, in `runs/`; `--table` runs nothing.
+Runs every cell that is not there yet, first those for scores, then those for timing, which want an idle machine; shows
+progress, and rewrites the table and the plot. Kill it and start it again: cells that are done stay. `--quick` is two
+steps, one rate, one seed, in `runs/`; `--phases=` runs nothing and rewrites the table.
 """
 
 import json
@@ -15,7 +16,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments.methods import table
-from experiments.methods.cells import Study, left, planned
+from experiments.methods.cells import PHASES, Study, left, planned
 from experiments.methods.rows import ROWS
 from experiments.methods.tasks import TASKS, Model, Task
 from lowrank import pretrained, workdir
@@ -24,25 +25,24 @@ from lowrank.errors import UserError, unknown
 _QUICK = flags.DEFINE_bool("quick", False, "Two steps, one learning rate, one seed, a few examples.")
 _TASK = flags.DEFINE_list("task", list(TASKS), "The tasks to run.")
 _ROWS = flags.DEFINE_list("rows", list(ROWS), "The methods to run.")
-_TABLE = flags.DEFINE_bool("table", False, "Only rewrite the table from the cells there are.")
+_PHASES = flags.DEFINE_list("phases", list(PHASES), "What to run: scores, timing.")
 _RESULTS = flags.DEFINE_string("results", "", "Where cells and table go; by default beside this file.")
 
 
-def run(study: Study, tasks: Sequence[str], names: Sequence[str], only_table: bool = False) -> None:
+def run(study: Study, tasks: Sequence[str], names: Sequence[str], phases: Sequence[str] = tuple(PHASES)) -> None:
     """Fills the missing cells of `tasks` x `names` and writes the table. Raises UserError for an unknown name."""
-    for kind, known, wanted in (("task", TASKS, tasks), ("row", ROWS, names)):
+    for kind, known, wanted in (("task", TASKS, tasks), ("row", ROWS, names), ("phase", PHASES, phases)):
         for name in wanted:
             if name not in known:
                 raise unknown(kind, name, known)
-    pairs = [] if only_table else planned(list(tasks), list(names))
-    todo = {pair: left(study, TASKS[pair[0]], pair[1]) for pair in pairs}
-    with tqdm(total=sum(todo.values()), unit="run", smoothing=0.05) as bar:
-        for (task, name), count in todo.items():
+    jobs = [(phase, *pair) for phase in phases for pair in planned(list(tasks), list(names))]
+    with tqdm(unit="run", smoothing=0.05) as bar:
+        for phase, task, name in jobs:
+            bar.total = bar.n + sum(left(study, p, TASKS[t], n) for p, t, n in jobs)
             bar.set_description(f"{task}/{name}")
-            _row(study, task, name, bar) if count else None
-            bar.total = bar.n + sum(left(study, TASKS[t], n) for t, n in pairs)
-            bar.refresh()
-            table.write(study, rows(study))
+            if left(study, phase, TASKS[task], name):
+                _row(study, phase, task, name, bar)
+                table.write(study, rows(study))
     table.write(study, rows(study))
 
 
@@ -51,9 +51,9 @@ def rows(study: Study) -> list[dict]:
     return table.rows(study, lambda task: _known(study, task))
 
 
-def _row(study: Study, task: str, name: str, bar: tqdm) -> None:
+def _row(study: Study, phase: str, task: str, name: str, bar: tqdm) -> None:
     """One row in a process of its own."""
-    command = [sys.executable, "-m", "experiments.methods.row", task, name, str(study.results), str(study.runs)]
+    command = [sys.executable, "-m", "experiments.methods.row", phase, task, name, str(study.results), str(study.runs)]
     log = study.runs / task / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as said:
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
         Path(_RESULTS.value or here), Path("runs/methods-quick" if _QUICK.value else "runs/methods"), _QUICK.value
     )
     try:
-        run(study, _TASK.value, _ROWS.value, _TABLE.value)
+        run(study, _TASK.value, _ROWS.value, _PHASES.value)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -3,9 +3,10 @@
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lowrank.adapter import ABOUT
 from lowrank.runlog import LOSS, METRICS, read_metrics
 
 SEEDS = (0, 1, 2)
+TIMED = 12  # steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +61,7 @@ class Cell:
 
     def read(self) -> dict[str, Any] | None:
         """Its numbers; None when there are none, or they are of another config than it has now."""
-        found = json.loads(self.path.read_text()) if self.path.exists() else {}
-        return found if found.get("config") == workdir.plain(self.config) else None
+        return _read(self.path, self.config)
 
     def run(self) -> dict[str, Any]:
         """Trains, and keeps the numbers."""
@@ -69,8 +70,6 @@ class Cell:
             "config": workdir.plain(self.config),
             "validation": summary["after"][self.task.metric],
             "trained_params": summary["trained_params"],
-            "step_s": step_seconds(self.folder),
-            "peak_mb": summary["peak_host_bytes"] / 2**20,
             "adapter_kb": _size(self.folder / train.ADAPTER) / 2**10,
             "seconds": summary["seconds"],
         }
@@ -98,12 +97,55 @@ class Cell:
         return numbers
 
 
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """A short run of one method, in a process of its own, that is only timed."""
+
+    study: Study
+    task: Task
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """The file of its numbers."""
+        return self.study.results / "cells" / self.task.name / self.name / "timing.json"
+
+    @property
+    def config(self) -> Any:
+        """A few steps, each logged, without evaluation."""
+        row = ROWS[self.name]
+        config = self.task.config(row.method, row.rates[0], 0, self.study.quick)
+        config.steps, config.eval, config.log_every = 3 if self.study.quick else TIMED, {}, 1
+        return config
+
+    def read(self) -> dict[str, Any] | None:
+        """Its numbers; None when there are none, or they are of another config than it has now."""
+        return _read(self.path, self.config)
+
+    def run(self) -> dict[str, Any]:
+        """Trains, and keeps the median time of a step and the peak of the process."""
+        folder = self.study.runs / self.task.name / f"{self.name}-timing"
+        summary = train.run(self.config, folder)
+        numbers = {
+            "config": workdir.plain(self.config),
+            "step_s": step_seconds(folder),
+            "peak_mb": summary["peak_host_bytes"] / 2**20,
+            "load": os.getloadavg()[0],
+        }
+        workdir.write_json(self.path, numbers)
+        shutil.rmtree(folder)
+        return numbers
+
+
+def _read(path: Path, config: Any) -> dict[str, Any] | None:
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("config") == workdir.plain(config) else None
+
+
 def step_seconds(folder: Path) -> float:
-    """The median time of a step between two logged losses."""
-    lines = [line for line in read_metrics(folder / METRICS) if LOSS in line]
-    pairs = itertools.pairwise(lines)
-    times = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairs]
-    return statistics.median(times) if times else lines[-1]["seconds"] / lines[-1]["step"]
+    """The median time between the losses of two successive steps, all of which are logged."""
+    times = [line["seconds"] for line in read_metrics(folder / METRICS) if LOSS in line]
+    return statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
 def _size(folder: Path) -> int:
@@ -130,8 +172,8 @@ def finals(study: Study, task: Task, name: str) -> list[Cell]:
     return [dataclasses.replace(chosen, seed=seed) for seed in study.seeds] if chosen else []
 
 
-def pending(study: Study, task: Task, name: str) -> Iterator[Cell]:
-    """Runs what is missing of a row, cell by cell; yields each when it is done."""
+def scores(study: Study, task: Task, name: str) -> Iterator[Cell]:
+    """Runs what is missing of a row's scores, cell by cell; yields each when it is done."""
     for cell in sweep(study, task, name):
         if cell.read() is None:
             cell.run()
@@ -143,8 +185,21 @@ def pending(study: Study, task: Task, name: str) -> Iterator[Cell]:
     shutil.rmtree(study.runs / task.name / name, ignore_errors=True)
 
 
-def left(study: Study, task: Task, name: str) -> int:
+def timing(study: Study, task: Task, name: str) -> Iterator[Timing]:
+    """Runs the timing of a row if it is missing."""
+    cell = Timing(study, task, name)
+    if cell.read() is None:
+        cell.run()
+        yield cell
+
+
+PHASES: dict[str, Callable[[Study, Task, str], Iterator[Any]]] = {"scores": scores, "timing": timing}
+
+
+def left(study: Study, phase: str, task: Task, name: str) -> int:
     """How many runs the row still needs, at most."""
+    if phase == "timing":
+        return int(Timing(study, task, name).read() is None)
     cells, chosen = sweep(study, task, name), finals(study, task, name)
     if not chosen:
         return sum(cell.read() is None for cell in cells) + len(study.seeds) - 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.methods.cells import Study, finals
+from experiments.methods.cells import Study, Timing, finals
 from experiments.methods.rows import ROWS
 from experiments.methods.tasks import TASKS, Task
 from lowrank.workdir import write_bytes, write_text
@@ -28,17 +28,20 @@ def interval(values: Sequence[float]) -> float:
 
 
 def rows(study: Study, known: Callable[[Task], float]) -> list[dict[str, Any]]:
-    """One row for each method and task whose seeds are all done. `known`: what a task's untrained model knows."""
+    """One row for each method and task that is done. `known`: what a task's untrained model knows."""
     out = []
     for task in TASKS.values():
         for name, row in ROWS.items():
             cells = [cell.read() for cell in finals(study, task, name)] if task.name in row.tasks else []
-            if cells and all("test" in (cell or {}) for cell in cells):
-                out.append(_row(task, name, row.family, cells, known(task)))
+            timing = Timing(study, task, name).read()
+            if timing and cells and all("test" in (cell or {}) for cell in cells):
+                out.append(_row(task, name, row.family, cells, timing, known(task)))
     return out
 
 
-def _row(task: Task, name: str, family: str, cells: Sequence[Mapping[str, Any]], known: float) -> dict[str, Any]:
+def _row(
+    task: Task, name: str, family: str, cells: Sequence[Mapping[str, Any]], timing: Mapping[str, Any], known: float
+) -> dict[str, Any]:
     scores = [cell["test"] for cell in cells]
     return {
         "method": name,
@@ -48,8 +51,8 @@ def _row(task: Task, name: str, family: str, cells: Sequence[Mapping[str, Any]],
         "score_mean": statistics.mean(scores),
         "score_ci95": interval(scores),
         "trained_params": cells[0]["trained_params"],
-        "step_s": statistics.median(cell["step_s"] for cell in cells),
-        "peak_mb": min(cell["peak_mb"] for cell in cells),
+        "step_s": timing["step_s"],
+        "peak_mb": timing["peak_mb"],
         "adapter_kb": cells[0]["adapter_kb"],
         "forgetting": known - statistics.mean(cell["known"] for cell in cells),
     }
