@@ -3,6 +3,7 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of `TABLES`.
 """
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -46,7 +47,36 @@ def counts() -> str:
     return "\n".join(["| | | trained parameters | of all | printed |", "|---|---|---:|---:|---|", *rows])
 
 
-TABLES: dict[str, Callable[[], str]] = {"bench/step": bench_step, "counts": counts, "quickstart": quickstart}
+def methods() -> str:
+    """Every method: what it trains, what it costs, what it reaches; from `experiments/methods/results`."""
+    entries = _json("experiments/methods/results/catalogue.json")
+    with open(ROOT / "experiments/methods/results/table.csv") as file:
+        scored = {(row["method"], row["task"]): row for row in csv.DictReader(file)}
+    head = "| row | method | family | merges | trained, SmolLM2-135M "
+    head += "| topics, accuracy | s/step | headlines, perplexity | s/step |"
+    rows = [
+        f"| `{name}` | {e['trains']} | {e['family']} | {'yes' if e['merges'] else 'no'} "
+        f"| {'-' if e['trained_params'] is None else format(e['trained_params'], ',')} "
+        f"| {_score(scored.get((name, 'topics')))} | {_score(scored.get((name, 'headlines')))} |"
+        for name, e in entries.items()
+    ]
+    return "\n".join([head, "|---|---|---|---|---:|---:|---:|---:|---:|", *rows])
+
+
+def _score(row: dict[str, str] | None) -> str:
+    """`mean ± interval | seconds a step`; dashes for what was not run."""
+    if row is None:
+        return "- | -"
+    mean, spread = float(row["score_mean"]), float(row["score_ci95"])
+    return f"{mean:.3f} ± {spread:.3f} | {float(row['step_s']):.2f}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "bench/step": bench_step,
+    "counts": counts,
+    "methods": methods,
+    "quickstart": quickstart,
+}
 
 
 def filled(text: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.methods import __main__ as study_main
-from experiments.methods import cells, row, table, tasks
+from experiments.methods import catalogue, cells, row, table, tasks
 from experiments.methods.cells import Cell, Study
 from experiments.methods.rows import ROWS, Row
 from lowrank import methods
@@ -76,6 +76,17 @@ def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
         chosen = better(zip((3.0, 5.0, 4.0), swept, strict=True))[1]
         assert {c.lr for c in cells.finals(full, task, "lora")} == {chosen.lr}
         assert [c.seed for c in cells.finals(full, task, "lora")] == [0, 1, 2]
+
+
+def test_the_catalogue_says_what_merges_and_how_much_is_trained(tmp_path):
+    model = str(tiny.llama(tmp_path / "llama"))
+    lora, prompt, head = (catalogue.entry(ROWS[name], model) for name in ("lora", "prompt", "head"))
+    width = tiny.WIDTH
+    kv = width // tiny.HEADS * tiny.KV_HEADS
+    assert (lora["merges"], lora["trained_params"]) == (True, tiny.LAYERS * 8 * (width + width + width + kv))
+    assert (prompt["merges"], prompt["trained_params"]) == (False, 20 * width)
+    assert (head["merges"], head["trained_params"]) == (True, len(tiny.vocabulary()) * width)
+    assert catalogue.entry(Row("x", {"name": "lora", "rank": 1000}, ()), model)["why"].startswith("rank 1000")
 
 
 def test_the_interval_is_students():

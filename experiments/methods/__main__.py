@@ -16,6 +16,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments.methods import table
+from experiments.methods.catalogue import catalogue
 from experiments.methods.cells import PHASES, Study, left, planned
 from experiments.methods.rows import ROWS
 from experiments.methods.tasks import TASKS, Model, Task
@@ -44,6 +45,8 @@ def run(study: Study, tasks: Sequence[str], names: Sequence[str], phases: Sequen
                 _row(study, phase, task, name, bar)
                 table.write(study, rows(study))
     table.write(study, rows(study))
+    if not study.quick:
+        workdir.write_json(study.results / "catalogue.json", catalogue())
 
 
 def rows(study: Study) -> list[dict]:
