@@ -36,6 +36,6 @@ setup(
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "dev": ["pre-commit", "pytest", "pytest-xdist", "ruff", "tensorboard"],
-        "parity": ["peft>=0.21", "torch==2.13.0", "transformers>=5.0"],
+        "parity": ["bitsandbytes>=0.50", "peft>=0.21", "torch==2.13.0", "transformers>=5.0"],
     },
 )

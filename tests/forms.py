@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.weights import dora, loha, lora, lora_xs, scaled
+from lowrank.weights.schemes import SCHEMES
 
 L, IN, OUT, RANK = 3, 12, 10, 4
 
@@ -50,6 +51,48 @@ FORMS: dict[str, Callable[[jax.Array, Any], Any]] = {
     "loha by rank-r^2 factors": lambda key, w: loha.attach(key, w, **ranked(w, (2, 1, 0))),
     "lora of ia3": lambda key, w: lora_on(key, scaled.attach(w, "out"), _even(w)),
     "ia3 of dora": lambda key, w: scaled.attach(dora.attach(lora_on(key, w, _even(w))), "in"),
+}
+
+
+def quantised(scheme: str, **options: Any) -> Callable[[jax.Array, Any], Any]:
+    """The maker of a quantised form, with blocks that divide no kernel here unless `options` say otherwise."""
+    return lambda key, w: SCHEMES[scheme](**options)(w)
+
+
+def _on_nf4(adapt: Callable[[jax.Array, Any], Any]) -> Callable[[jax.Array, Any], Any]:
+    return lambda key, w: adapt(key, SCHEMES["nf4"](block=8, double=True)(w))
+
+
+# Forms that round: the largest relative error (Frobenius) of the kernel that they are made from.
+ROUNDED: dict[str, float] = {
+    "nf4": 0.1,
+    "nf4 double": 0.1,
+    "fp4": 0.16,
+    "int8": 0.01,
+    "llm int8": 0.01,
+    "int4": 0.13,
+    "int4 asymmetric": 0.09,
+    "integer 8": 0.01,
+    "fp8 e4m3": 0.04,
+    "fp8 e5m2": 0.07,
+    "ternary": 0.6,
+    "lora of nf4": 0.1,
+    "dora of nf4": 0.1,
+}
+FORMS |= {
+    "nf4": quantised("nf4"),
+    "nf4 double": quantised("nf4", block=8, double=True),
+    "fp4": quantised("fp4", block=4),
+    "int8": quantised("int8"),
+    "llm int8": quantised("llm_int8", outliers=3),
+    "int4": quantised("int4", block=8),
+    "int4 asymmetric": quantised("int4", block=4, symmetric=False),
+    "integer 8": quantised("integer", bits=8, block=0),
+    "fp8 e4m3": quantised("fp8"),
+    "fp8 e5m2": quantised("fp8", format="e5m2"),
+    "ternary": quantised("ternary"),
+    "lora of nf4": _on_nf4(FORMS["lora"]),
+    "dora of nf4": _on_nf4(FORMS["dora"]),
 }
 
 

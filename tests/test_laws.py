@@ -7,7 +7,7 @@ import pytest
 
 from lowrank import tree
 from lowrank.weight import affine, dot, materialize, merge, trainable_mask
-from tests.forms import FORMS, IN, OUT, L, kernel, shaken
+from tests.forms import FORMS, IN, OUT, ROUNDED, L, kernel, shaken
 
 KEY = jax.random.key(1)
 X = jax.random.normal(jax.random.key(2), (2, 5, IN))
@@ -45,7 +45,11 @@ def test_affine_is_the_merged_kernel_and_bias(name):
 def test_identity_at_attach(name, stacked):
     if name == "lora zero A":
         assert not np.any(made(name, stacked, trained=False).a)
-    np.testing.assert_allclose(materialize(made(name, stacked, trained=False)), kernel(stacked), atol=3e-6)
+    start, plain = materialize(made(name, stacked, trained=False)), kernel(stacked)
+    if name in ROUNDED:
+        assert jnp.linalg.norm(start - plain) < ROUNDED[name] * jnp.linalg.norm(plain)
+    else:
+        np.testing.assert_allclose(start, plain, atol=3e-6)
 
 
 @each_form
@@ -73,7 +77,8 @@ def test_gradient_of_dot_is_the_gradient_through_materialize(name):
         return jax.grad(loss, argnums=(0, 1))(trained, X)
 
     fast, plain = gradients(dot), gradients(lambda x, w: x @ materialize(w))
-    assert len(jax.tree.leaves(fast)) > 1
+    assert len(jax.tree.leaves(fast)) == 1 + len(jax.tree.leaves(trained))
+    assert jax.tree.leaves(trained) or name in ROUNDED  # a quantised base on its own has nothing to train
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5, rtol=1e-4), fast, plain)
 
 
@@ -83,7 +88,8 @@ def test_bfloat16_base_keeps_its_dtype_and_stays_close(name):
     assert materialize(w).dtype == jnp.bfloat16
     y = dot(X.astype(jnp.bfloat16), w)
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(jnp.float32), X @ kernel(False), atol=0.2)
+    near = materialize(w).astype(jnp.float32) if name in ROUNDED else kernel(False)
+    np.testing.assert_allclose(y.astype(jnp.float32), X @ near, atol=0.2)
 
 
 @each_form

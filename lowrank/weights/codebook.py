@@ -1,0 +1,140 @@
+"""NF4 and FP4: each value of a block is the nearest of 16, times the block's largest magnitude.
+
+NF4's sixteen are quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314, appendix E), FP4's are a
+sign, two bits of exponent and one of mantissa. With double quantisation the magnitudes are 8-bit themselves. Codes and
+values are those of bitsandbytes where 64 divides `in`: both run a block along the inputs of one output.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank.weight import form, frozen, static, wide
+from lowrank.weights.quantized import Quantized, _replaced, blocks, pack, unpack
+
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_FP4 = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+TABLES = {"nf4": np.array(NF4, np.float32), "fp4": np.array([*_FP4, *(-x for x in _FP4)], np.float32)}
+SECOND_BLOCK = 256
+
+
+def dynamic_table() -> np.ndarray:
+    """The 256 values of a signed 8-bit number whose exponent's length varies (Dettmers 2015, arXiv:1511.04561)."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        n = 2**i
+        first, k = np.float64(np.float32(0.1)), np.arange(n + 1)
+        step = np.float64(np.float32(np.float32(1 - first) / np.float32(n)))
+        # in float32 from both ends, which is torch's way: bitsandbytes' table to the bit
+        edges = np.where(k < (n + 1) // 2, first + step * k, 1 - step * (n - k)).astype(np.float32)
+        middles = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        values += [*middles, *-middles]
+    return np.sort(np.array(values, np.float32))
+
+
+@form
+class DoubleScale:
+    """Magnitudes `[..., n, out]` in 8 bits: `table[codes] * second + offset`, both float32.
+
+    Blocks of 256 run along the magnitudes of one output, then of the next: `second` is `[..., ceil(n * out / 256)]`.
+    """
+
+    codes: jax.Array = frozen()
+    second: jax.Array = frozen()
+    offset: jax.Array = frozen()
+
+    @property
+    def dtype(self) -> Any:
+        """Of the magnitudes."""
+        return self.second.dtype
+
+    def decode(self) -> jax.Array:
+        """The magnitudes `[..., n, out]`."""
+        *stack, n, out = self.codes.shape
+        second = jnp.repeat(self.second, SECOND_BLOCK, axis=-1)[..., : n * out]
+        second = second.reshape(*stack, out, n).swapaxes(-1, -2)
+        values = jnp.asarray(dynamic_table())[self.codes] * second
+        return values + jnp.broadcast_to(self.offset[..., None, None], values.shape)
+
+
+@form
+class Codebook(Quantized):
+    """`codes` uint8 `[..., in / 2, out]`, two to a byte; `scale` `[..., in / block, out]`, plain or a DoubleScale."""
+
+    codes: jax.Array = frozen()
+    scale: Any = frozen()
+    table: str = static()
+    block: int = static()
+    rows: int = static()
+    kind: str = static()
+
+    bits: ClassVar[int] = 4
+
+    @property
+    def layout(self) -> Mapping[str, tuple[int | None, int | None]]:
+        """Rows and columns that each element of a field stands for."""
+        return {"codes": (2, 1), "scale": (self.block, 1)}
+
+    def opened(self) -> Self:
+        """With plain magnitudes: a 64th of the kernel's elements."""
+        return _replaced(self, {"scale": self.scale.decode()}) if isinstance(self.scale, DoubleScale) else self
+
+    def decode(self) -> jax.Array:
+        """`table[codes] * scale`."""
+        values = looked_up(unpack(self.codes, 4, self.block), TABLES[self.table])
+        values = values * jnp.broadcast_to(wide(self.scale)[..., None, :], values.shape)
+        return values.reshape(*self.codes.shape[:-2], -1, self.codes.shape[-1])
+
+
+def quantize(w: jax.Array, *, table: str, block: int, double: bool) -> Codebook:
+    """The codes of a kernel `[..., in, out]`; a block of zeros stays zeros."""
+    values = blocks(w, block, 2)
+    absmax = jnp.max(jnp.abs(values), axis=-2)
+    inverse = jnp.where(absmax > 0, 1 / jnp.where(absmax > 0, absmax, 1), 0)
+    codes = nearest(values * jnp.broadcast_to(inverse[..., None, :], values.shape), TABLES[table])
+    scale = _doubled(absmax) if double else absmax
+    return Codebook(
+        codes=pack(codes, 4), scale=scale, table=table, block=block, rows=w.shape[-2], kind=jnp.dtype(w.dtype).name
+    )
+
+
+def _doubled(absmax: jax.Array) -> DoubleScale:
+    *stack, n, out = absmax.shape
+    offset = jnp.mean(absmax, axis=(-2, -1))
+    flat = (absmax - jnp.broadcast_to(offset[..., None, None], absmax.shape)).swapaxes(-1, -2).reshape(*stack, n * out)
+    flat = jnp.pad(flat, [(0, 0)] * len(stack) + [(0, -(n * out) % SECOND_BLOCK)])
+    flat = flat.reshape(*stack, -1, SECOND_BLOCK)
+    second = jnp.max(jnp.abs(flat), axis=-1)
+    scaled = flat / jnp.where(second > 0, second, 1)[..., None]
+    table = dynamic_table()
+    codes = jnp.searchsorted(jnp.asarray((table[1:] + table[:-1]) / 2), scaled).astype(jnp.uint8)
+    codes = codes.reshape(*stack, -1)[..., : n * out].reshape(*stack, out, n).swapaxes(-1, -2)
+    return DoubleScale(codes=codes, second=second, offset=offset)
+
+
+def nearest(values: jax.Array, table: np.ndarray) -> jax.Array:
+    """The index uint8 of the entry of a small table that is nearest to each value; the lower one of two."""
+    order = np.argsort(table, kind="stable")
+    middles = ((table[order][:-1] + table[order][1:]) / 2).astype(np.float32)
+    rank = sum((values > middle).astype(jnp.uint8) for middle in middles)
+    return looked_up(rank, order.astype(np.uint8)) if np.any(order != np.arange(len(order))) else rank
+
+
+def looked_up(codes: jax.Array, table: np.ndarray) -> jax.Array:
+    """`table[codes]` by a tree of selections on the codes' bits, which every compiler fuses; a gather it may not."""
+    level: list[Any] = list(table)
+    bit = 0
+    while len(level) > 1:
+        level += level[-1:] * (len(level) % 2)
+        odd = (codes >> np.uint8(bit)) & np.uint8(1) != 0
+        level = [jnp.where(odd, b, a) for a, b in zip(level[::2], level[1::2], strict=True)]
+        bit += 1
+    return level[0]

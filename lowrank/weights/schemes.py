@@ -1,0 +1,67 @@
+"""The quantisers by name: each makes, from its options, a function from a kernel `[..., in, out]` to a form."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+
+from lowrank.errors import UserError, unknown
+from lowrank.weights import codebook, int8, uniform
+from lowrank.weights.quantized import Quantized
+
+Quantizer = Callable[[jax.Array], Quantized]
+
+
+def nf4(block: int = 64, double: bool = False) -> Quantizer:
+    """NF4; `double` keeps the blocks' magnitudes in 8 bits."""
+    return partial(codebook.quantize, table="nf4", block=_block(block), double=double)
+
+
+def fp4(block: int = 64, double: bool = False) -> Quantizer:
+    """FP4; `double` as for NF4."""
+    return partial(codebook.quantize, table="fp4", block=_block(block), double=double)
+
+
+def integer(bits: int = 4, block: int = 64, symmetric: bool = True) -> Quantizer:
+    """Evenly spaced codes of 2, 4 or 8 bits in groups of `block` inputs; 0: one group an output."""
+    if bits not in uniform.BITS:
+        raise UserError(f"quantize.bits must be one of {', '.join(map(str, uniform.BITS))}, not {bits}")
+    return partial(uniform.symmetric if symmetric else uniform.asymmetric, bits=bits, block=_block(block, 0))
+
+
+def int4(block: int = 64, symmetric: bool = True) -> Quantizer:
+    """Evenly spaced codes of 4 bits in groups of `block` inputs; 0: one group an output."""
+    return integer(4, block, symmetric)
+
+
+def fp8(format: str = "e4m3") -> Quantizer:
+    """8-bit floats, `e4m3` or `e5m2`, with a scale for each output."""
+    if format not in int8.FLOATS:
+        raise unknown("quantize.format", format, int8.FLOATS)
+    return partial(int8.fp8, float_=format)
+
+
+def llm_int8(outliers: int = 8) -> Quantizer:
+    """int8, and the `outliers` widest inputs in bfloat16."""
+    if outliers < 1:
+        raise UserError(f"quantize.outliers must be at least 1, not {outliers}")
+    return partial(int8.llm_int8, outliers=outliers)
+
+
+SCHEMES: dict[str, Callable[..., Quantizer]] = {
+    "nf4": nf4,
+    "fp4": fp4,
+    "int8": lambda: int8.int8,
+    "llm_int8": llm_int8,
+    "int4": int4,
+    "integer": integer,
+    "fp8": fp8,
+    "ternary": lambda: uniform.ternary,
+}
+
+
+def _block(block: int, least: int = 4) -> int:
+    """A block that fills its bytes whatever the bits."""
+    if block < least or block % 4:
+        raise UserError(f"quantize.block must be a multiple of 4, at least {least}, not {block}")
+    return block

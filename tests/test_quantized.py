@@ -1,0 +1,187 @@
+"""Codes and decoded values against NumPy in float64, edge cases of blocks, and the memory of the compiled product."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lowrank.errors import UserError
+from lowrank.weight import dot, materialize
+from lowrank.weights import codebook, quantized, uniform
+from lowrank.weights.schemes import SCHEMES
+
+IN, OUT = 40, 24
+W = np.random.default_rng(0).standard_normal((IN, OUT)).astype(np.float32)
+
+
+def made(scheme, w=W, **options):
+    return jax.jit(SCHEMES[scheme](**options))(jnp.asarray(w))
+
+
+def by_group(fn, block, w=W):
+    """`fn` of every group of `block` rows of every column, in float64; the last group may be shorter."""
+    w = np.asarray(w, np.float64)
+    parts = [fn(w[i : i + block, j]) for j in range(w.shape[1]) for i in range(0, w.shape[0], block)]
+    return np.concatenate(parts).reshape(w.shape[1], w.shape[0]).T
+
+
+def to_table(table):
+    def nearest(v):
+        return np.abs(v).max() * table[np.abs(v[:, None] / np.abs(v).max() - table).argmin(1)]
+
+    return nearest
+
+
+def about_zero(bits):
+    def rounded(v):
+        s = np.abs(v).max() / (2 ** (bits - 1) - 1)
+        return np.round(v / s) * s
+
+    return rounded
+
+
+def between(v):
+    s = (max(v.max(), 0) - min(v.min(), 0)) / 15
+    zero = np.round(-min(v.min(), 0) / s)
+    return (np.clip(np.round(v / s) + zero, 0, 15) - zero) * s
+
+
+FP4 = [sign * m for m in (0, 0.0625, 2, 3, 4, 6, 8, 12) for sign in (1 / 12, -1 / 12)]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "block", "formula"),
+    [
+        ("nf4", {}, 64, to_table(np.float64(codebook.TABLES["nf4"]))),
+        ("nf4", {"block": 16}, 16, to_table(np.float64(codebook.TABLES["nf4"]))),
+        ("fp4", {"block": 8}, 8, to_table(np.float64(FP4))),
+        ("int8", {}, IN, about_zero(8)),
+        ("int4", {"block": 12}, 12, about_zero(4)),
+        ("int4", {"block": 0}, IN, about_zero(4)),
+        ("integer", {"bits": 2, "block": 8}, 8, about_zero(2)),
+        ("integer", {"bits": 8, "block": 16}, 16, about_zero(8)),
+        ("int4", {"block": 16, "symmetric": False}, 16, between),
+    ],
+)
+def test_values_are_those_of_the_formula(scheme, options, block, formula):
+    np.testing.assert_allclose(made(scheme, **options).materialize(), by_group(formula, block), atol=2e-6)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("e4m3", ml_dtypes.float8_e4m3fn), ("e5m2", ml_dtypes.float8_e5m2)])
+def test_8_bit_floats_are_those_of_ml_dtypes(name, kind):
+    scale = np.abs(W).max(0) / np.float32(ml_dtypes.finfo(kind).max)
+    expected = np.clip(W / scale, -float(ml_dtypes.finfo(kind).max), float(ml_dtypes.finfo(kind).max)).astype(kind)
+    w = made("fp8", format=name)
+    assert np.mean(np.asarray(w.codes) != expected) < 0.01  # but for ties
+    np.testing.assert_allclose(w.materialize(), np.float32(expected) * scale, rtol=0.26)
+
+
+def test_ternary_is_the_mean_magnitude_times_a_sign_or_zero():
+    mean = np.abs(np.float64(W)).mean()
+    np.testing.assert_allclose(made("ternary").materialize(), np.clip(np.round(W / mean), -1, 1) * mean, rtol=1e-6)
+
+
+def test_outlying_inputs_stay_in_bfloat16_and_narrow_the_rest():
+    w = W.copy()
+    w[[3, 17]] *= 20
+    split = made("llm_int8", w, outliers=2)
+    assert sorted(np.asarray(split.index).tolist()) == [3, 17]
+    kernel = np.asarray(split.materialize())
+    np.testing.assert_array_equal(kernel[[3, 17]], np.float32(w[[3, 17]].astype(ml_dtypes.bfloat16)))
+    rest = np.delete(np.arange(IN), [3, 17])
+    plain = np.asarray(made("int8", w).materialize())
+    assert np.abs(kernel - w)[rest].mean() < 0.1 * np.abs(plain - w)[rest].mean()
+
+
+def test_double_quantisation_costs_little_and_saves_what_it_says():
+    w = np.random.default_rng(1).standard_normal((512, 96)).astype(np.float32)
+    single, double = made("nf4", w), made("nf4", w, double=True)
+    gap = np.abs(np.asarray(double.materialize()) - np.asarray(single.materialize())).max()
+    assert 0 < gap < 0.03 * np.abs(w).max()
+    bits = [8 * sum(x.nbytes for x in jax.tree.leaves(q)) / w.size for q in (single, double)]
+    np.testing.assert_allclose(bits, [4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)], atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_are_packed_and_found_again(bits):
+    codes = np.random.default_rng(0).integers(0, 2**bits, (3, 2, 16, 5)).astype(np.uint8)
+    packed = quantized.pack(jnp.asarray(codes), bits)
+    assert packed.shape == (3, 2 * 16 * bits // 8, 5)
+    np.testing.assert_array_equal(quantized.unpack(packed, bits, 16), codes)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_zeros_and_constants(scheme):
+    w = np.zeros((IN, OUT), np.float32)
+    np.testing.assert_array_equal(materialize(made(scheme, w)), w)
+    w[:] = -0.37
+    np.testing.assert_allclose(materialize(made(scheme, w)), w, rtol=4e-3)
+    w[:, ::2] = 0
+    if scheme != "ternary":  # whose one scale is for all of the kernel
+        np.testing.assert_allclose(materialize(made(scheme, w)), w, rtol=4e-3)
+
+
+TILED = {
+    "nf4": {"block": 8, "double": True},
+    "int4": {"block": 4, "symmetric": False},
+    "int8": {},
+    "fp8": {},
+    "ternary": {},
+    "llm_int8": {"outliers": 3},
+}
+
+
+@pytest.mark.parametrize("scheme", TILED)
+def test_the_product_by_tiles_is_the_product(scheme, monkeypatch):
+    monkeypatch.setattr(quantized, "TILE", 200)  # tiles that divide neither axis
+    w = made(scheme, W[:38], **TILED[scheme])
+    x = jax.random.normal(jax.random.key(1), (2, 3, 38))
+
+    def value_and_gradient(multiply):
+        return jax.value_and_grad(lambda x: jnp.sum(jnp.sin(multiply(x))))(x)
+
+    tiled = jax.jit(lambda: value_and_gradient(lambda x: dot(x, w)))()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
+        tiled,
+        value_and_gradient(lambda x: x @ materialize(w)),
+    )
+
+
+def test_a_large_product_and_its_gradient_make_no_copy_of_the_kernel():
+    """A 4096 x 14336 kernel is 235 MB in float32; the program's temporaries stay below 32 MB in all."""
+    quantise = lambda w: SCHEMES["nf4"](double=True)(w)  # noqa: E731
+    w = jax.eval_shape(quantise, jax.ShapeDtypeStruct((4096, 14336), jnp.bfloat16))
+
+    def forward_and_back(x, g, w):
+        y, back = jax.vjp(lambda x: dot(x, w), x)
+        return y, back(g)
+
+    rows = 64
+    x, g = (jax.ShapeDtypeStruct((rows, n), jnp.bfloat16) for n in (4096, 14336))
+    memory = jax.jit(forward_and_back).lower(x, g, w).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 32e6
+    assert memory.argument_size_in_bytes < 4.2 * 4096 * 14336 / 8 + 2 * rows * (4096 + 14336) + 1e6
+
+
+def test_what_is_saved_for_the_gradient_is_the_codes_alone():
+    w = jax.jit(SCHEMES["nf4"]())(jnp.asarray(W))
+    saved = jax.tree.leaves(jax.vjp(lambda x: dot(x, w), jnp.ones((2, IN)))[1])
+    assert sum(x.nbytes for x in saved) <= sum(x.nbytes for x in jax.tree.leaves(w))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SCHEMES["nf4"](block=6), "block must be a multiple of 4, at least 4, not 6"),
+        (lambda: SCHEMES["integer"](bits=3), "bits must be one of 2, 4, 8, not 3"),
+        (lambda: SCHEMES["fp8"](format="e3m4"), "unknown quantize.format 'e3m4'"),
+        (lambda: SCHEMES["llm_int8"](outliers=0), "outliers must be at least 1"),
+        (lambda: made("llm_int8", outliers=IN + 1), "41 outlying inputs of a kernel with 40"),
+        (lambda: uniform.symmetric(jnp.ones((8, 8)), bits=3), "3 bits: only 2, 4, 8"),
+    ],
+)
+def test_bad_options_are_refused_by_name(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
