@@ -33,7 +33,7 @@ def run(config: Mapping[str, Any], directory: str | os.PathLike[str], command: s
     job = plan.make(config)
     folder = workdir.claim(directory, config)
     every, keep = job.checkpoint.every, job.checkpoint.keep
-    with StopSignal() as stop, Checkpointer(folder / "checkpoints", every, keep) as saver:
+    with workdir.lock(folder), StopSignal() as stop, Checkpointer(folder / "checkpoints", every, keep) as saver:
         start = saver.latest() or 0
         if start == job.config.steps and (folder / SUMMARY).exists():
             return json.loads((folder / SUMMARY).read_text())

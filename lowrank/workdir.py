@@ -1,9 +1,11 @@
 """The run's folder: files that appear whole or not at all, and one config for all the runs that share it."""
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,25 @@ def claim(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> Path:
     if jax.process_index() == 0 and found != config:
         write_json(path, config)
     return workdir
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Holds `workdir` for one run at a time; the lock goes with the process, however it ends.
+
+    Raises UserError when another run holds it. A file system without locks is taken at its word.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with open(workdir / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"workdir {workdir} is in use by another run: wait for it, or choose another") from None
+        except OSError:
+            pass
+        yield
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -118,3 +118,10 @@ def test_written_files_are_readable_by_others(tmp_path):
     path = write_text(tmp_path / "sub" / "a.txt", "x")
     assert Path(path).stat().st_mode & 0o777 == 0o644
     assert os.listdir(tmp_path / "sub") == ["a.txt"]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with workdir.lock(tmp_path), pytest.raises(UserError, match="in use by another run"), workdir.lock(tmp_path):
+        pass
+    with workdir.lock(tmp_path):
+        pass
