@@ -28,7 +28,7 @@ _IN = r"(layers|top)/(attn|mlp)/(o|down)/kernel"  # split over its inputs, which
 # A form's fields keep the kernel's layout at any depth (`kernel/base/base/codes`); factors and vectors come first.
 DEFAULT_RULES: Rules = (
     (r"(.*/)?(second|offset|index)", P()),
-    (r"(.*/)?(key|magnitude|base_sq|s|core|bias)", P()),
+    (r"(.*/)?(key|magnitude|base_sq|s|e|core|bias)", P()),
     (rf"{_OUT}/(.*/)?a[12]?", P("fsdp", None)),
     (rf"{_OUT}/(.*/)?b[12]?", P(None, "tensor")),
     (rf"{_IN}/(.*/)?a[12]?", P("tensor", None)),

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weights import dora, loha, lora, lora_xs, scaled
+from lowrank.weights import adalora, dora, loha, lora, lora_xs, scaled
 from lowrank.weights.schemes import SCHEMES
 
 L, IN, OUT, RANK = 3, 12, 10, 4
@@ -44,6 +44,7 @@ FORMS: dict[str, Callable[[jax.Array, Any], Any]] = {
     "lora_xs": lambda key, w: lora_xs.attach(lora_on(key, w, _even(w))),
     "lora_xs ranks by layer": lambda key, w: lora_xs.attach(lora_on(key, w, _ranks(w))),
     "edora": lambda key, w: lora_xs.attach_edora(lora_on(key, w, _even(w))),
+    "adalora": lambda key, w: adalora.attach(key, w, rank=RANK, alpha=6.0),
     "dora": lambda key, w: dora.attach(lora_on(key, w, _even(w))),
     "ia3 out": lambda key, w: scaled.attach(w, "out"),
     "ia3 in": lambda key, w: scaled.attach(w, "in"),

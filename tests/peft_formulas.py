@@ -25,6 +25,10 @@ def merged(config, tensors, weights):
 
 
 def _lora(config, path, parts, out):
+    if "lora_E" in parts:  # AdaLoRA
+        scale = config["lora_alpha"] / (config["init_r"] + 1e-5)
+        out[f"{path}.weight"] += scale * (parts["lora_B"] * parts["lora_E"][:, 0]) @ parts["lora_A"]
+        return
     rank = match.value(config["rank_pattern"], path, config["r"])
     alpha = match.value(config["alpha_pattern"], path, config["lora_alpha"])
     scale = alpha / (rank**0.5 if config["use_rslora"] else rank)

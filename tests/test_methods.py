@@ -45,6 +45,7 @@ def attached(**group):
         ({"name": "intrinsic", "dim": 9}, ["shared/intrinsic"]),
         ({"name": "intrinsic", "dim": 9, "said": True}, ["shared/intrinsic", "shared/said/layers"]),
         ({"name": "loha", "rank": 3, "target": Q}, [f"{Q}/{f}" for f in ("a1", "b1", "a2", "b2")]),
+        ({"name": "adalora", "target": Q, "init_rank": 4, "target_rank": 2}, [f"{Q}/{f}" for f in ("a", "b", "e")]),
         ({"name": "ia3"}, [f"layers/{m}/kernel/s" for m in ("attn/k", "attn/v", "mlp/down")]),
     ],
 )
@@ -203,6 +204,10 @@ def test_one_rule_more_leaves_the_other_initial_values_alone():
         ({"name": "lora_fa", "init": "zero_a"}, "LoRA-FA freezes A"),
         ({"name": "lora_xs", "init": "pissa"}, "method.init: the factors of LoRA-XS and EDoRA"),
         ({"name": "edora", "rnak": 3}, r"'method.rnak' \(did you mean 'method.rank'\?\)"),
+        ({"name": "adalora", "target_rank": 13}, "method.target_rank 13 is above method.init_rank 12"),
+        ({"name": "adalora"}, r"rank 12 is larger than min\(in, out\) = 8"),
+        ({"name": "adalora", "tinit": -1.0}, "method.tinit must not be negative"),
+        ({"name": "adalora", "beta1": 1.0}, r"method.beta1 must be in \[0, 1\)"),
         ({"name": "partial", "layers": 0}, "at least 1"),
         ({"name": "prompt", "length": 0}, "at least 1"),
         ({"name": "prefix", "length": 0}, "method.length must be positive"),

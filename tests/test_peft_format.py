@@ -28,6 +28,7 @@ GROUPS = {
     "olora": {"name": "lora", "rank": 3, "alpha": 7.0, "init": "olora", "target": ATTN, **PATTERNS},
     "lora_xs": {"name": "lora_xs", "rank": 3, "alpha": 7.0, "target": ATTN, **PATTERNS},
     "edora": {"name": "edora", "rank": 3, "alpha": 7.0, "target": ATTN, **PATTERNS},
+    "adalora": {"name": "adalora", "init_rank": 4, "target_rank": 2, "alpha": 7.0, "target": ATTN},
     "dora": {"name": "dora", "rank": 3, "alpha": 10.0, "target": ATTN, **PATTERNS},
     "ia3": {"name": "ia3"},
     "loha": {"name": "loha", "rank": 3, "alpha": 10.0, "target": ATTN, **PATTERNS},

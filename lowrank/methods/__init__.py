@@ -5,6 +5,7 @@ from typing import Any
 
 from lowrank import settings
 from lowrank.errors import unknown
+from lowrank.methods.adalora import adalora
 from lowrank.methods.bottleneck import houlsby, parallel, pfeiffer, scaled_parallel
 from lowrank.methods.dora import dora
 from lowrank.methods.ia3 import ia3
@@ -27,6 +28,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "lora_fa": lora_fa,
     "lora_xs": lora_xs,
     "edora": edora,
+    "adalora": adalora,
     "ia3": ia3,
     "prompt": prompt,
     "prefix": prefix,

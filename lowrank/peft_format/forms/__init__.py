@@ -1,5 +1,6 @@
 """The forms that PEFT's format can hold. A further one is a file and a line of `FORMS`."""
 
+from lowrank.peft_format.forms.adalora import ADALORA
 from lowrank.peft_format.forms.form import Form, Layer, Settings
 from lowrank.peft_format.forms.ia3 import IA3
 from lowrank.peft_format.forms.loha import LOHA
@@ -10,6 +11,7 @@ FORMS: dict[str, Form] = {
     "dora": DORA,
     "lora_xs": LORA_XS,
     "edora": EDORA,
+    "adalora": ADALORA,
     "ia3": IA3,
     "loha": LOHA,
 }

@@ -1,0 +1,58 @@
+"""AdaLoRA: `W + scale * A @ diag(E) @ B`, a singular value decomposition in form (Zhang et al. 2023, arXiv:2303.10512).
+
+A, E and B are the paper's Q, Lambda and P, transposed: kernels are `[in, out]`. Column k of A, entry k of E and row k
+of B are a triplet. One whose entry of E is 0 is pruned: so the layers of a stack come to have different ranks.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.weight import dot, form, trainable, wide
+from lowrank.weights.lora import LoRA, widen
+
+
+@form
+class AdaLoRA(LoRA):
+    """A LoRA with `e` `[..., r]` between its factors; `scale` is alpha / (initial rank), whatever was pruned."""
+
+    e: jax.Array = trainable()
+
+    def delta(self) -> jax.Array:
+        """The update `scale * A @ diag(E) @ B`, `[..., in, out]` in float32 or wider."""
+        a = wide(self.a) * wide(self.e)[..., None, :]
+        return jnp.matmul(a, wide(self.b), precision="highest") * self.scale[..., None, None]
+
+    def low_rank(self, x: jax.Array) -> jax.Array:
+        """`scale * (drop(x) @ A) * E @ B` for `x: [..., in]`."""
+        gain = (wide(self.e) * self.scale).astype(x.dtype)
+        t = dot(self._dropped(x), self.a)
+        return widen(t * jnp.broadcast_to(gain, t.shape), self.b)
+
+    def orthogonality(self) -> jax.Array:
+        """`||A^T A - I||^2 + ||B B^T - I||^2` (Frobenius), summed over the stack: 0 for a true decomposition."""
+        a, b = wide(self.a), wide(self.b)
+        return _distance(jnp.swapaxes(a, -1, -2) @ a) + _distance(b @ jnp.swapaxes(b, -1, -2))
+
+
+def _distance(gram: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1]), gram.shape)))
+
+
+def attach(key: jax.Array, w: Any, *, rank: int, alpha: float, dropout: float = 0.0) -> AdaLoRA:
+    """An AdaLoRA of `rank` on `w` `[..., in, out]`, with Gaussian A and B and with E = 0.
+
+    The entries' deviation is `width ** -0.5`, so that the triplets start near the unit length that the orthogonality
+    asks for at any width; the authors' 0.02 is that of width 2500.
+    """
+    stack, (n_in, n_out) = w.shape[:-2], w.shape[-2:]
+    a_key, b_key = jax.random.split(key)
+    return AdaLoRA(
+        base=w,
+        a=jax.random.normal(a_key, (*stack, n_in, rank)) * n_in**-0.5,
+        b=jax.random.normal(b_key, (*stack, rank, n_out)) * n_out**-0.5,
+        scale=jnp.full(stack, alpha / rank, jnp.float32),
+        dropout=dropout,
+        e=jnp.zeros((*stack, rank), jnp.float32),
+    )

@@ -1,0 +1,92 @@
+"""AdaLoRA to `peft` and back, with what the rank allocator pruned left out."""
+
+import copy
+import json
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+
+from lowrank import peft_format
+from lowrank.errors import UserError
+from lowrank.weight import is_weight
+from tests.adapted import adapted
+from tests.parity.bases import LIMIT, assert_same_weights, gap, make, our_logits, randomize, their_logits
+from tests.parity.test_peft import ATTN, QKVO
+
+# peft warns of the pattern that it wrote itself: lora_E is no module
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+RANK, ALPHA = 6, 10
+GROUP = {"name": "adalora", "init_rank": RANK, "target_rank": 2, "alpha": float(ALPHA), "target": ATTN}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """`(transformers model, our base, our parameters)`."""
+    return make(lambda: tmp_path_factory.mktemp("base"), ["llama"])["llama"]
+
+
+def pruned(params):
+    """The parameters with some triplets pruned, and all of the middle layer's of v."""
+
+    def some(w):
+        kept = np.random.default_rng(w.shape[-1]).random(w.e.shape) < 0.6
+        kept[1] &= w.shape[-1] == 32  # not the narrower k and v
+        return w.__class__(**{**vars(w), "e": w.e * kept})
+
+    return jax.tree.map(lambda w: some(w) if is_weight(w) else w, params, is_leaf=is_weight)
+
+
+def test_peft_loads_our_pruned_adapter_and_computes_our_logits(llama, tmp_path):
+    model, base, plain = llama
+    params, trained = adapted(plain, GROUP)
+    params = pruned(params)
+    peft_format.save(params, base, tmp_path, trained=trained, method=GROUP, original=plain)
+    theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
+    assert gap(their_logits(model), theirs) > 0.1
+    assert gap(our_logits(base, params), theirs) <= LIMIT
+    back = peft_format.load(tmp_path, plain, base)
+    assert_same_weights(params, back)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (said["init_r"], said["target_r"] >= 1, said["peft_type"]) == (RANK, True, "ADALORA")
+    assert "model.layers.1.self_attn.v_proj.lora_E" not in said["rank_pattern"]
+
+
+def theirs_pruned(model):
+    """A model of peft as its allocator leaves it: E zero where pruned, and the pattern in the config."""
+    config = peft.AdaLoraConfig(
+        init_r=RANK, target_r=2, lora_alpha=ALPHA, target_modules=QKVO, total_step=10, tinit=1, tfinal=2
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    randomize([(n, p) for n, p in theirs.named_parameters() if p.requires_grad], seed=5, size=0.7)
+    rng, pattern = np.random.default_rng(0), {}
+    for name, p in theirs.base_model.model.named_parameters():
+        if "lora_E" in name:
+            kept = rng.random(RANK) < 0.6
+            kept[0] = True
+            pattern[name] = kept.tolist()
+            p.data *= torch.tensor(kept[:, None])
+    theirs.peft_config["default"].rank_pattern = pattern
+    return theirs
+
+
+def test_we_load_a_pruned_adapter_of_peft_and_compute_its_logits(llama, tmp_path):
+    model, base, plain = llama
+    theirs = theirs_pruned(model)
+    expected = their_logits(theirs)
+    theirs.save_pretrained(tmp_path)
+    mine = peft_format.load(tmp_path, plain, base)
+    assert gap(their_logits(model), expected) > 0.1
+    assert gap(our_logits(base, mine), expected) <= LIMIT
+    again = peft_format.save(mine, base, tmp_path / "again")
+    assert_same_weights(mine, peft_format.load(again, plain, base))
+    assert json.loads((again / "adapter_config.json").read_text())["lora_alpha"] == ALPHA
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_r": RANK + 1}))
+    with pytest.raises(UserError, match=r"rank_pattern for .* is not 7 switches"):
+        peft_format.load(tmp_path, plain, base)
