@@ -58,6 +58,10 @@ def test_model_options_come_with_their_labels():
     assert methods.build({"name": "partial", "layers": 1}).train == ("top/.*",)
 
 
+PROMPT_MLP = [
+    "shared/prompt/embedding",
+    *(f"shared/prompt/{n}/{f}" for n in ("in", "mid", "out") for f in ("bias", "kernel")),
+]
 PREFIX_MLP = [f"shared/prefix/{n}" for n in ("embedding", "in/bias", "in/kernel", "out/bias", "out/kernel")]
 BLOCK_NORMS = [f"layers/{s}_norm/scale" for s in ("attn", "mlp")]
 
@@ -70,6 +74,8 @@ def adapters(*sublayers):
     ("group", "trained"),
     [
         ({"name": "prompt", "length": 2}, ["prompt/embedding"]),
+        ({"name": "prompt", "length": 2, "init": "vocabulary"}, ["prompt/embedding"]),
+        ({"name": "ptuning", "length": 2}, PROMPT_MLP),
         ({"name": "prefix", "length": 2}, ["prefix/k", "prefix/v"]),
         ({"name": "prefix", "length": 2, "reparam": True}, PREFIX_MLP),
         ({"name": "mam", "length": 2}, ["prefix/k", "prefix/v", *adapters("mlp")]),

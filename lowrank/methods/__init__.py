@@ -15,7 +15,7 @@ from lowrank.methods.lora import lora
 from lowrank.methods.lora_relatives import edora, lora_fa, lora_xs
 from lowrank.methods.method import SHARED, Context, Method, attach, finished, matches, stripped, trainable_mask
 from lowrank.methods.prefix import mam, prefix
-from lowrank.methods.prompt import prompt
+from lowrank.methods.prompt import prompt, ptuning
 from lowrank.methods.selective import bitfit, full, head, partial
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -31,6 +31,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "adalora": adalora,
     "ia3": ia3,
     "prompt": prompt,
+    "ptuning": ptuning,
     "prefix": prefix,
     "mam": mam,
     "houlsby": houlsby,

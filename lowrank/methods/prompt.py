@@ -1,11 +1,123 @@
-"""Prompt tuning: learned tokens before the text."""
+"""Prompt tuning: learned tokens before the text. P-tuning: the same, made by a small network while training."""
 
-from lowrank.errors import UserError
-from lowrank.methods.method import Method
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lowrank import weight
+from lowrank.errors import UserError, unknown
+from lowrank.methods import targets
+from lowrank.methods.method import SHARED, Context, Method
+
+PyTree = Any
 
 
-def prompt(length: int = 20) -> Method:
-    """Prompt tuning: `length` virtual tokens before the text (Lester et al. 2021, arXiv:2104.08691)."""
+def prompt(length: int = 20, init: str = "random", text: str = "") -> Method:
+    """Prompt tuning: `length` virtual tokens before the text (Lester et al. 2021, arXiv:2104.08691).
+
+    `prompt/embedding` `[length, D]`, in the space of the token embeddings. `init`: `random` (normal, 0.02),
+    `vocabulary` (the embeddings of tokens drawn evenly from the vocabulary) or `text` (those of `text`, repeated or
+    cut to `length`).
+    """
     if length < 1:
         raise UserError(f"method.length must be at least 1, not {length}")
-    return Method(model={"num_prompt": length}, train=("prompt/.*",))
+    if init not in INITS:
+        raise unknown("prompt init", init, INITS)
+    if bool(text) != (init == "text"):
+        raise UserError("method.text is the text that init='text' starts from: give both or neither")
+    choose = INITS[init]
+    prepare = functools.partial(_from_tokens, choose=functools.partial(choose, text=text)) if choose else None
+    return Method(model={"num_prompt": length}, train=("prompt/.*",), prepare=prepare)
+
+
+def _from_tokens(params: PyTree, context: Context, choose: Callable[..., jax.Array]) -> PyTree:
+    old = params["prompt"]["embedding"]
+    rows = weight.take(params["embed"]["embedding"], choose(context, len(old)))
+    return {**params, "prompt": {"embedding": rows.astype(old.dtype)}}
+
+
+def _drawn(context: Context, length: int, text: str) -> jax.Array:
+    del text
+    return jax.random.randint(context.key, (length,), 0, context.tokenizer.vocab_size)
+
+
+def _of_text(context: Context, length: int, text: str) -> jax.Array:
+    ids = context.tokenizer.encode(text)
+    if not ids:
+        raise UserError(f"method.text {text!r} has no tokens")
+    return jnp.array((ids * length)[:length], jnp.int32)
+
+
+INITS: dict[str, Callable[..., jax.Array] | None] = {"random": None, "vocabulary": _drawn, "text": _of_text}
+
+
+def ptuning(length: int = 20, encoder: str = "mlp", hidden: int = 128) -> Method:
+    """P-tuning: virtual tokens made by an encoder of an embedding `E [length, D]` (Liu et al. 2021, arXiv:2103.10385).
+
+    `mlp`: three layers D -> hidden -> hidden -> D with ReLU between. `lstm`, the paper's: two bidirectional LSTM
+    layers of `hidden` units each way, then 2 hidden -> 2 hidden -> D with ReLU between. An adapter holds the tokens
+    that the encoder makes, not the encoder.
+    """
+    targets.positive(length=length, hidden=hidden)
+    if encoder not in ENCODERS:
+        raise unknown("P-tuning encoder", encoder, ENCODERS)
+
+    def network(params: PyTree) -> nn.Module:
+        return ENCODERS[encoder](*params["prompt"]["embedding"].shape, hidden)
+
+    def expand(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
+        """`params` with the prompt that the encoder makes; without the encoder it stays as it is."""
+        del batch, rng
+        if SHARED not in params:
+            return params
+        return {**params, "prompt": {"embedding": network(params).apply({"params": params[SHARED]["prompt"]})}}
+
+    return Method(
+        model={"num_prompt": length},
+        train=(rf"{SHARED}/prompt/.*",),
+        share=lambda params, key: {"prompt": network(params).init(key)["params"]},
+        bind=expand,
+        holds=("prompt/embedding",),
+        expands=True,
+    )
+
+
+class MLPEncoder(nn.Module):
+    """An embedding through three layers: `[length, width]`."""
+
+    length: int
+    width: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """`[length, width]`."""
+        x = self.param("embedding", nn.initializers.normal(1.0), (self.length, self.width))
+        x = nn.relu(nn.Dense(self.hidden, name="in")(x))
+        x = nn.relu(nn.Dense(self.hidden, name="mid")(x))
+        return nn.Dense(self.width, name="out")(x)
+
+
+class LSTMEncoder(nn.Module):
+    """An embedding through two bidirectional LSTM layers and an MLP: `[length, width]`."""
+
+    length: int
+    width: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """`[length, width]`."""
+        x = self.param("embedding", nn.initializers.normal(1.0), (self.length, self.width))[None]
+        for i in range(2):
+            ways = (nn.RNN(nn.LSTMCell(self.hidden, name=f"{way}{i}")) for way in ("forward", "backward"))
+            x = nn.Bidirectional(*ways)(x)
+        x = nn.relu(nn.Dense(2 * self.hidden, name="in")(x[0]))
+        return nn.Dense(self.width, name="out")(x)
+
+
+ENCODERS: dict[str, type[nn.Module]] = {"mlp": MLPEncoder, "lstm": LSTMEncoder}

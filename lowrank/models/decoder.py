@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         places = c.max_positions if c.learned_positions else 0
         self.embed = Embed(c.vocab_size, c.width, c.dtype, c.embed_scale, places)
         if c.num_prompt:
-            self.prompt = Prompt(c.num_prompt, c.width)
+            self.prompt = Prompt(c.num_prompt, c.width, c.embed_scale)
         if c.prefix_length:
             self.prefix = Prefix(c.layers, c.prefix_length, c.kv_heads, c.head_dim)
         if "layers" in depths(c):

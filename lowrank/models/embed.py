@@ -56,14 +56,19 @@ class Embed(nn.Module):
 
 
 class Prompt(nn.Module):
-    """Virtual tokens, learned in place of text (Lester et al. 2021, arXiv:2104.08691)."""
+    """Virtual tokens, learned in place of text (Lester et al. 2021, arXiv:2104.08691).
+
+    They live where the token embeddings do: what scales those scales these.
+    """
 
     length: int
     width: int
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, h_BxTxD: jax.Array) -> jax.Array:
         """`[B, length + T, D]`: the virtual tokens, then `h`."""
         table = stored(self, "embedding", kernel_init, (self.length, self.width)).astype(h_BxTxD.dtype)
+        table = table * jnp.asarray(self.scale, table.dtype) if self.scale != 1 else table
         table = jnp.broadcast_to(table[None], (h_BxTxD.shape[0], self.length, self.width))
         return jnp.concatenate([table, h_BxTxD], axis=1)

@@ -1,0 +1,55 @@
+"""The flags of commands that read an adapter: a run's folder, or an adapter's."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from lowrank import merging, train, workdir
+from lowrank.errors import UserError
+from lowrank.pretrained import Pretrained
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a finished run, whose adapter is read.")
+_ADAPTER = flags.DEFINE_string("adapter", None, "The folder of an adapter, in place of --workdir.")
+_BASE = flags.DEFINE_string("base", None, "The model, if not the one that the adapter records.")
+_ANY_BASE = flags.DEFINE_bool("any_base", False, "Attach the adapter even if it records another base.")
+
+
+def adapted() -> Pretrained:
+    """The model with the adapter that the flags name. Raises UserError as `merging.adapted` does."""
+    directory, spec = _source()
+    return merging.adapted(directory, spec, any_base=_ANY_BASE.value)
+
+
+def _source() -> tuple[Path, str | None]:
+    """`(folder of the adapter, model)`."""
+    if bool(_WORKDIR.value) == bool(_ADAPTER.value):
+        raise UserError("name one of --workdir=RUN and --adapter=DIR")
+    if _ADAPTER.value:
+        return Path(_ADAPTER.value), _BASE.value
+    config = Path(_WORKDIR.value) / workdir.CONFIG
+    try:
+        model = json.loads(config.read_text())["model"]["name"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{_WORKDIR.value} is not the folder of a run: {config}: {e}") from None
+    return Path(_WORKDIR.value) / train.ADAPTER, _BASE.value or model
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """absl's parser for `app.run`, with one line for a bad flag."""
+    try:
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]!r} is not a flag")
+        return rest
+    except (flags.Error, UserError) as e:
+        return fail(e)
+
+
+def fail(error: Exception) -> Any:
+    """One line on stderr, and exit code 2."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,28 @@
+"""Reads a learned prompt: `python -m launch.prompt (--workdir=RUN | --adapter=DIR [--base=MODEL]) [--top=5]`.
+
+Prints the vocabulary's nearest tokens to each virtual token. Bad input is one line on stderr and exit code 2.
+"""
+
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from launch import adapters
+from lowrank import prompts
+from lowrank.errors import UserError
+
+_TOP = flags.DEFINE_integer("top", 5, "How many tokens for each virtual one.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the table that the flags describe."""
+    del argv
+    try:
+        model = adapters.adapted()
+        print(prompts.table(model.params, model.tokenizer, _TOP.value))
+    except UserError as e:
+        adapters.fail(e)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=adapters.parse)
