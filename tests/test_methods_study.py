@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pytest
 
-from experiments.methods import __main__ as study_main
-from experiments.methods import catalogue, cells, row, table, tasks
-from experiments.methods.cells import Cell, Study
-from experiments.methods.rows import ROWS, Row
+from experiments.methods import __main__ as methods_study
+from experiments.methods import catalogue, table
+from experiments.methods.rows import ROWS
+from experiments.study import cells, numbers, run, tasks
+from experiments.study.cells import Cell, Row, Study
 from lowrank import methods
 from lowrank.errors import UserError
 from tests import tiny
@@ -36,13 +37,13 @@ def study(tmp_path, monkeypatch):
         made[task.name] = dataclasses.replace(task, settings=settings)
     monkeypatch.setitem(tasks.TASKS, "topics", dataclasses.replace(made["topics"], known=lambda model: 50.0))
     monkeypatch.setitem(tasks.TASKS, "headlines", made["headlines"])
-    return Study(tmp_path / "results", tmp_path / "runs", quick=True)
+    return Study("methods", ROWS, tmp_path / "results", tmp_path / "runs", quick=True)
 
 
 def test_a_row_leaves_cells_a_table_and_a_plot(study, monkeypatch):
     here = lambda s, phase, t, name, bar: list(cells.PHASES[phase](s, tasks.TASKS[t], name))  # noqa: E731
-    monkeypatch.setattr(study_main, "_row", here)
-    study_main.run(study, ["topics", "headlines"], ["lora"])
+    monkeypatch.setattr(run, "_row", here)
+    run.run(study, methods_study.write, ["topics", "headlines"], ["lora"])
     found = list(csv.DictReader((study.results / "table.csv").read_text().splitlines()))
     assert tuple(found[0]) == table.COLUMNS
     assert [(r["method"], r["task"], r["seeds"]) for r in found] == [
@@ -56,16 +57,16 @@ def test_a_row_leaves_cells_a_table_and_a_plot(study, monkeypatch):
 
 
 def test_cells_that_are_done_are_not_run_again(study, monkeypatch):
-    argv = ["scores", "headlines", "lora", str(study.results), str(study.runs), "quick"]
-    assert row.main(argv) == 0
+    task = tasks.TASKS["headlines"]
+    assert len(list(cells.scores(study, task, "lora"))) == 2  # the sweep's one run, and its judgement
     monkeypatch.setattr(Cell, "run", lambda self: pytest.fail("ran again"))
-    assert row.main(argv) == 0
-    monkeypatch.setitem(ROWS, "lora", ROWS["lora"]._replace(method={"name": "lora", "rank": 2}))
-    assert cells.left(study, "scores", tasks.TASKS["headlines"], "lora") == 1
+    assert not list(cells.scores(study, task, "lora"))
+    changed = {"lora": ROWS["lora"]._replace(method={"name": "lora", "rank": 2})}
+    assert cells.left(dataclasses.replace(study, rows=changed), "scores", task, "lora") == 1
 
 
 def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
-    full = Study(tmp_path, tmp_path)
+    full = Study("methods", ROWS, tmp_path, tmp_path)
     for task, better in ((tasks.TOPICS, max), (tasks.HEADLINES, min)):
         swept = cells.sweep(full, task, "lora")
         for cell, score in zip(swept, (3.0, 5.0, 4.0), strict=True):
@@ -92,8 +93,8 @@ def test_the_catalogue_says_what_merges_and_how_much_is_trained(tmp_path):
 def test_the_interval_is_students():
     values = [0.9, 0.92, 0.97]
     half = 4.303 * np.std(values, ddof=1) / np.sqrt(3)
-    assert table.interval(values) == pytest.approx(half)
-    assert math.isnan(table.interval([1.0]))
+    assert numbers.interval(values) == pytest.approx(half)
+    assert math.isnan(numbers.interval([1.0]))
 
 
 def test_every_method_has_a_row_and_every_row_three_rates():
@@ -107,4 +108,4 @@ def test_every_method_has_a_row_and_every_row_three_rates():
 
 def test_an_unknown_row_is_refused(study):
     with pytest.raises(UserError, match=r"unknown row 'lara' \(did you mean 'lora'\?\)"):
-        study_main.run(study, ["topics"], ["lara"])
+        run.run(study, methods_study.write, ["topics"], ["lara"])

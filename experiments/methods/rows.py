@@ -4,19 +4,9 @@ Rates are tried on one seed and the best on validation is kept. They differ by m
 trained do: a factor of (IA)^3 wants a hundred times the step of a pretrained kernel.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from experiments.study.cells import Row
 
 SMALL, MEDIUM, LARGE = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
-
-
-class Row(NamedTuple):
-    """One method of the comparison."""
-
-    family: str
-    method: Mapping[str, Any]
-    rates: tuple[float, ...]
-    tasks: tuple[str, ...] = ("topics",)
 
 
 BOTH = ("topics", "headlines")
@@ -33,6 +23,7 @@ ROWS: dict[str, Row] = {
     "olora": Row(LOW_RANK, {"name": "lora", "init": "olora"}, MEDIUM),
     "lora_fa": Row(LOW_RANK, {"name": "lora_fa"}, MEDIUM),
     "lora_xs": Row(LOW_RANK, {"name": "lora_xs"}, MEDIUM),
+    "loha": Row(LOW_RANK, {"name": "loha"}, MEDIUM),
     "dora": Row(LOW_RANK, {"name": "dora"}, MEDIUM, BOTH),
     "edora": Row(LOW_RANK, {"name": "edora"}, MEDIUM),
     "ia3": Row(LOW_RANK, {"name": "ia3"}, LARGE, BOTH),
@@ -41,5 +32,8 @@ ROWS: dict[str, Row] = {
     "parallel": Row(ADDITIVE, {"name": "parallel"}, MEDIUM),
     "scaled_parallel": Row(ADDITIVE, {"name": "scaled_parallel"}, MEDIUM),
     "intrinsic": Row(INTRINSIC, {"name": "intrinsic"}, LARGE),
+    "prefix": Row(ADDITIVE, {"name": "prefix"}, LARGE, BOTH),
+    "prefix_mlp": Row(ADDITIVE, {"name": "prefix", "reparam": True}, MEDIUM),
+    "mam": Row(ADDITIVE, {"name": "mam"}, MEDIUM, BOTH),
     "prompt": Row(ADDITIVE, {"name": "prompt"}, LARGE, BOTH),
 }

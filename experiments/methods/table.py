@@ -9,29 +9,21 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.methods.cells import Study, Timing, finals
-from experiments.methods.rows import ROWS
-from experiments.methods.tasks import TASKS, Task
+from experiments.study.cells import Study, Timing, finals
+from experiments.study.numbers import interval
+from experiments.study.tasks import TASKS, Task
 from lowrank.workdir import write_bytes, write_text
 
 COLUMNS = ("method", "family", "task", "seeds", "score_mean", "score_ci95", "trained_params", "step_s", "peak_mb")
 COLUMNS += ("adapter_kb", "forgetting")
-# Student's t, two-sided 95 %, by degrees of freedom; a mean of one seed has no interval.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
-
-
-def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % confidence interval of the mean, by Student's t; NaN for one value."""
-    n = len(values)
-    return T95[n - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
 def rows(study: Study, known: Callable[[Task], float]) -> list[dict[str, Any]]:
     """One row for each method and task that is done. `known`: what a task's untrained model knows."""
     out = []
     for task in TASKS.values():
-        for name, row in ROWS.items():
+        for name, row in study.rows.items():
             cells = [cell.read() for cell in finals(study, task, name)] if task.name in row.tasks else []
             timing = Timing(study, task, name).read()
             if timing and cells and all("test" in (cell or {}) for cell in cells):
@@ -114,7 +106,7 @@ def plot(table: Sequence[Mapping[str, Any]]) -> bytes:
     """Score against trained parameters, a panel for each task, as PNG."""
     tasks = [task for task in TASKS.values() if any(row["task"] == task.name for row in table)]
     figure = Figure(figsize=(7.2 * len(tasks), 4.8), dpi=130, layout="constrained")
-    colours = dict(zip(dict.fromkeys(row.family for row in ROWS.values()), COLOURS, strict=False))
+    colours = dict(zip(dict.fromkeys(row["family"] for row in table), COLOURS, strict=False))
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for row in (row for row in table if row["task"] == task.name):
             x, y, colour = row["trained_params"], row["score_mean"], colours[row["family"]]

@@ -1,17 +1,18 @@
-"""One cell: one method at one learning rate on one seed. Cells are files, so a killed study goes on where it was."""
+"""The cells of a study: one row at one learning rate on one seed. They are files, so a killed study goes on."""
 
 import dataclasses
+import importlib
 import itertools
 import json
 import os
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from experiments.methods.rows import ROWS, Row
-from experiments.methods.tasks import Model, Task
+from experiments.study.tasks import Model, Task
 from lowrank import merging, methods, train, workdir
 from lowrank.adapter import ABOUT
 from lowrank.runlog import LOSS, METRICS, read_metrics
@@ -20,10 +21,25 @@ SEEDS = (0, 1, 2)
 TIMED = 12  # steps
 
 
+class Row(NamedTuple):
+    """What is compared: a method, on a base as `model` says, at the learning rates of the sweep."""
+
+    family: str
+    method: Mapping[str, Any]
+    rates: tuple[float, ...]
+    tasks: tuple[str, ...] = ("topics",)
+    model: Mapping[str, Any] = MappingProxyType({})  # beside the task's own options of the model
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Where cells are kept and runs take place; `quick` is one rate, one seed, two steps."""
+    """A folder of `experiments`: its rows, and where cells are kept and runs take place.
 
+    `quick` is one rate, one seed, two steps.
+    """
+
+    name: str
+    rows: Mapping[str, Row]
     results: Path
     runs: Path
     quick: bool = False
@@ -32,6 +48,14 @@ class Study:
     def seeds(self) -> tuple[int, ...]:
         """The seeds of the table."""
         return SEEDS[:1] if self.quick else SEEDS
+
+
+def named(name: str, quick: bool = False, results: str = "") -> Study:
+    """The study `experiments/NAME`; a quick one keeps its cells in `runs/`."""
+    runs = Path("runs") / (f"{name}-quick" if quick else name)
+    here = runs / "results" if quick else Path(__file__).parents[1] / name / "results"
+    rows = importlib.import_module(f"experiments.{name}.rows").ROWS
+    return Study(name, rows, Path(results) if results else here, runs, quick)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +70,8 @@ class Cell:
 
     @property
     def row(self) -> Row:
-        """The method."""
-        return ROWS[self.name]
+        """What it is a run of."""
+        return self.study.rows[self.name]
 
     @property
     def path(self) -> Path:
@@ -57,7 +81,7 @@ class Cell:
     @property
     def config(self) -> Any:
         """Its run."""
-        return self.task.config(self.row.method, self.lr, self.seed, self.study.quick)
+        return self.task.config(self.row, self.lr, self.seed, self.study.quick)
 
     def read(self) -> dict[str, Any] | None:
         """Its numbers; None when there are none, or they are of another config than it has now."""
@@ -113,8 +137,8 @@ class Timing:
     @property
     def config(self) -> Any:
         """A few steps, each logged, without evaluation."""
-        row = ROWS[self.name]
-        config = self.task.config(row.method, row.rates[0], 0, self.study.quick)
+        row = self.study.rows[self.name]
+        config = self.task.config(row, row.rates[0], 0, self.study.quick)
         config.steps, config.eval, config.log_every = 3 if self.study.quick else TIMED, {}, 1
         return config
 
@@ -154,7 +178,8 @@ def _size(folder: Path) -> int:
 
 def sweep(study: Study, task: Task, name: str) -> list[Cell]:
     """The cells that choose the learning rate: every rate on the first seed."""
-    rates = ROWS[name].rates[1:2] if study.quick else ROWS[name].rates
+    rates = study.rows[name].rates
+    rates = rates[len(rates) // 2 :][:1] if study.quick else rates
     return [Cell(study, task, name, lr, study.seeds[0]) for lr in rates]
 
 
@@ -206,6 +231,6 @@ def left(study: Study, phase: str, task: Task, name: str) -> int:
     return sum("test" not in (cell.read() or {}) for cell in chosen)
 
 
-def planned(task_names: list[str], row_names: list[str]) -> list[tuple[str, str]]:
+def planned(study: Study, tasks: Sequence[str], rows: Sequence[str]) -> list[tuple[str, str]]:
     """`(task, row)` for every pair that the study has."""
-    return [(t, name) for t in task_names for name in row_names if t in ROWS[name].tasks]
+    return [(task, name) for task in tasks for name in rows if task in study.rows[name].tasks]

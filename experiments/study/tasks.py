@@ -35,10 +35,11 @@ class Task:
     settings: Mapping[str, Any]  # the config but for method, learning rate, seed
     known: Callable[["Model"], float]  # what is known of the pretraining task: higher is better
 
-    def config(self, method: Mapping[str, Any], lr: float, seed: int, quick: bool = False) -> ConfigDict:
-        """The config of one run; `quick` is two steps on a few examples."""
+    def config(self, row: Any, lr: float, seed: int, quick: bool = False) -> ConfigDict:
+        """The config of one run of a `cells.Row`; `quick` is two steps on a few examples."""
         config = common.new(**{k: dict(v) if isinstance(v, Mapping) else v for k, v in self.settings.items()})
-        config.method, config.optim.lr, config.seed, config.data.seed = dict(method), lr, seed, seed
+        config.method, config.optim.lr, config.seed, config.data.seed = dict(row.method), lr, seed, seed
+        config.model.update(row.model)
         if quick:
             config.steps, config.optim.warmup, config.eval.max_examples = 2, 0, 8
         return config
