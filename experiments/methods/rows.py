@@ -23,6 +23,7 @@ ROWS: dict[str, Row] = {
     "olora": Row(LOW_RANK, {"name": "lora", "init": "olora"}, MEDIUM),
     "lora_fa": Row(LOW_RANK, {"name": "lora_fa"}, MEDIUM),
     "lora_xs": Row(LOW_RANK, {"name": "lora_xs"}, MEDIUM),
+    "adalora": Row(LOW_RANK, {"name": "adalora"}, MEDIUM, BOTH),
     "loha": Row(LOW_RANK, {"name": "loha"}, MEDIUM),
     "dora": Row(LOW_RANK, {"name": "dora"}, MEDIUM, BOTH),
     "edora": Row(LOW_RANK, {"name": "edora"}, MEDIUM),
@@ -36,4 +37,6 @@ ROWS: dict[str, Row] = {
     "prefix_mlp": Row(ADDITIVE, {"name": "prefix", "reparam": True}, MEDIUM),
     "mam": Row(ADDITIVE, {"name": "mam"}, MEDIUM, BOTH),
     "prompt": Row(ADDITIVE, {"name": "prompt"}, LARGE, BOTH),
+    "ptuning": Row(ADDITIVE, {"name": "ptuning"}, MEDIUM),
+    "ptuning_lstm": Row(ADDITIVE, {"name": "ptuning", "encoder": "lstm"}, MEDIUM),
 }
