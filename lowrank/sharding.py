@@ -22,8 +22,10 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-_OUT = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|gate|up)/kernel"  # split over its outputs
-_IN = r"(layers|top)/(attn|mlp)/(o|down)/kernel"  # split over its inputs, which those outputs are
+_OUT = r"(layers|top)/(attn|mlp|mlp/experts|mlp/shared)/(q|k|v|qkv|gate|up)/kernel"  # split over its outputs
+_IN = (
+    r"(layers|top)/(attn|mlp|mlp/experts|mlp/shared)/(o|down)/kernel"  # split over its inputs, which those outputs are
+)
 
 # A form's fields keep the kernel's layout at any depth (`kernel/base/base/codes`); factors and vectors come first.
 DEFAULT_RULES: Rules = (
@@ -35,6 +37,7 @@ DEFAULT_RULES: Rules = (
     (rf"{_IN}/(.*/)?b[12]?", P(None, "fsdp")),
     (rf"{_OUT}(/.*)?", P("fsdp", "tensor")),
     (rf"{_IN}(/.*)?", P("tensor", "fsdp")),
+    (r"(layers|top)/mlp/(router|shared_gate)/kernel(/.*)?", P()),
     (r"embed/embedding(/.*)?", P("tensor", "fsdp")),
     (r"(layers|top)/(attn|mlp)_adapter/down/kernel(/.*)?", P("fsdp", None)),
     (r"(layers|top)/(attn|mlp)_adapter/up/kernel(/.*)?", P(None, "fsdp")),

@@ -69,6 +69,10 @@ class Weight:
         """The bias that goes with `materialize()`."""
         return bias
 
+    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """`x[i] @ materialize()[g]` of a stack `[G, in, out]`; correct and slow unless a form overrides it."""
+        return grouped(x, self.materialize(), sizes)
+
     def take(self, ids: jax.Array) -> jax.Array:
         """Rows of an embedding table `[vocab, width]`."""
         return jnp.take(self.materialize(), ids, axis=0)
@@ -89,6 +93,11 @@ def affine(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
     if bias is None:
         return dot(x, w)
     return w.affine(x, bias) if is_weight(w) else _add_bias(dot(x, w), bias)
+
+
+def grouped(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
+    """`x[i] @ w[g]` for rows `x: [rows, in]` sorted by group, `sizes: [G]` of them in each, and `w: [G, in, out]`."""
+    return w.grouped(x, sizes) if is_weight(w) else jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
 
 
 def take(w: Any, ids: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lowrank import tree
-from lowrank.weight import affine, dot, materialize, merge, trainable_mask
+from lowrank.weight import affine, dot, grouped, materialize, merge, trainable_mask
 from tests.forms import FORMS, IN, OUT, ROUNDED, L, kernel, shaken
 
 KEY = jax.random.key(1)
@@ -65,6 +65,14 @@ def test_dot_under_scan_is_dot_layer_by_layer(name):
     stack = made(name, stacked=True)
     scanned = jax.lax.scan(lambda _, w: (None, dot(X, w)), None, stack)[1]
     np.testing.assert_allclose(scanned, jnp.einsum("bti,lio->lbto", X, materialize(stack)), atol=2e-5)
+
+
+@each_form
+def test_grouped_is_each_rows_product_with_the_kernel_of_its_group(name):
+    w, sizes = made(name, stacked=True), jnp.array([3, 0, 5], jnp.int32)
+    x = jax.random.normal(jax.random.key(4), (8, IN))
+    rows = jnp.concatenate([x[:3] @ materialize(w)[0], x[3:] @ materialize(w)[2]])
+    np.testing.assert_allclose(grouped(x, w, sizes), rows, atol=2e-5)
 
 
 @each_form

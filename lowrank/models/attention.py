@@ -33,6 +33,7 @@ class Attention(nn.Module):
     o_bias: bool = False
     fused_qkv: bool = False  # one kernel `qkv` instead of three
     qk_norm: bool = False
+    wide_qk_norm: bool = False  # one norm over all heads
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
     causal: bool = False  # where the view has no mask
@@ -76,11 +77,15 @@ class Attention(nn.Module):
             )
         else:
             q, k, v = (Linear(w, self.qkv_bias, name=n)(x_BxTxD) for n, w in zip("qkv", widths, strict=True))
+        if self.wide_qk_norm:
+            q, k = self._norm("q_norm", q), self._norm("k_norm", k)
         q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in (q, k, v))
         if self.qk_norm:
-            q = Norm("rms", self.norm_eps, self.norm_offset, name="q_norm")(q)
-            k = Norm("rms", self.norm_eps, self.norm_offset, name="k_norm")(k)
+            q, k = self._norm("q_norm", q), self._norm("k_norm", k)
         return q, k, v
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        return Norm("rms", self.norm_eps, self.norm_offset, name=name)(x)
 
 
 def attend(

@@ -1,4 +1,4 @@
-"""One causal decoder, driven by its config: Llama, SmolLM2, Mistral, Qwen, GPT-2, Gemma.
+"""One causal decoder, driven by its config: Llama, SmolLM2, Mistral, Mixtral, OLMoE, Qwen, GPT-2, Gemma.
 
 Shapes: B rows, T tokens, S keys, D width, V vocabulary, C labels, L layers. Parameter names:
 `embed/embedding` `[V, D]`, `layers/attn/{q,k,v,o}/kernel` `[L, in, out]`, `layers/mlp/{gate,up,down}/kernel`,
@@ -20,6 +20,7 @@ from lowrank.models.attention import Attention, View
 from lowrank.models.cache import Cache
 from lowrank.models.embed import Embed, Prompt
 from lowrank.models.layers import MLP, Norm
+from lowrank.models.moe import MoE
 from lowrank.models.prefix import Prefix
 from lowrank.models.readout import Readout
 from lowrank.models.stack import by_stack, check, depths, stack
@@ -43,12 +44,18 @@ class DecoderConfig(Additions):
     norm_offset: float = 0.0  # added to stored scales
     post_norms: bool = False  # norms on what attention and MLP return, too
     qk_norm: bool = False
+    wide_qk_norm: bool = False  # one norm over all heads
     fused_qkv: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     gated: bool = True
     activation: str = "silu"
+    experts: int = 0  # > 0: a sparse mixture of experts in place of every MLP
+    experts_per_token: int = 1
+    expert_hidden: int = 0  # 0: hidden
+    normalise_gates: bool = False  # the gates of a token's experts sum to 1
+    shared_hidden: int = 0  # of an expert that every token sees; 0: there is none
     learned_positions: bool = False  # a table instead of rope
     rope_theta: float = 10000.0
     rope_scaling: rope.RopeScaling | None = None
@@ -70,6 +77,8 @@ class DecoderConfig(Additions):
             object.__setattr__(self, name, True)
         if self.heads % self.kv_heads:
             raise UserError(f"{self.heads} query heads cannot share {self.kv_heads} key heads evenly")
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise UserError(f"experts_per_token={self.experts_per_token} is not in 1..{self.experts}")
         if self.local_layers and len(self.local_layers) != self.layers:
             raise UserError(f"local_layers names {len(self.local_layers)} layers, the model has {self.layers}")
 
@@ -116,6 +125,7 @@ class Block(nn.Module):
             c.o_bias,
             c.fused_qkv,
             c.qk_norm,
+            c.wide_qk_norm,
             c.norm_eps,
             c.norm_offset,
             causal=True,
@@ -130,8 +140,15 @@ class Block(nn.Module):
         y = adapted(c, "attn", x, y)
         h = h + (self._norm("post_attn_norm", y) if c.post_norms else y)
         x = self._norm("mlp_norm", h)
-        y = adapted(c, "mlp", x, MLP(c.hidden, c.activation, c.gated, c.mlp_bias, name="mlp")(x))
+        y = adapted(c, "mlp", x, self._mlp()(x))
         return h + (self._norm("post_mlp_norm", y) if c.post_norms else y), new
+
+    def _mlp(self) -> nn.Module:
+        c = self.config
+        if not c.experts:
+            return MLP(c.hidden, c.activation, c.gated, c.mlp_bias, name="mlp")
+        hidden = c.expert_hidden or c.hidden
+        return MoE(c.experts, c.experts_per_token, hidden, c.activation, c.normalise_gates, c.shared_hidden, name="mlp")
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return Norm(self.config.norm, self.config.norm_eps, self.config.norm_offset, name=name)(x)

@@ -72,5 +72,6 @@ def check_untied(base: Base, places: Iterable[Place]) -> None:
 
 def _places(base: Base) -> Iterator[tuple[str, Place]]:
     for tensor in FAMILIES[base.family].tensors(base.config):
-        for i, name in enumerate(tensor.names):
-            yield name, Place(tensor.leaf, i if tensor.count else None, tensor.transpose)
+        if not tensor.experts:  # in torch they are parameters of one module, not modules
+            for i, name in enumerate(tensor.names):
+                yield name, Place(tensor.leaf, i if tensor.count else None, tensor.transpose)

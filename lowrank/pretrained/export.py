@@ -76,7 +76,7 @@ def export(
     return directory
 
 
-Part = tuple[str, Tensor, int | None]  # a tensor's name, its leaf, and which layer of it
+Part = tuple[str, Tensor, tuple[int, ...]]  # a tensor's name, its leaf, and where it is in there
 
 
 def _hf_config(base: Pretrained, dtype: str, labels: Sequence[str]) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _shards(tensors: Sequence[Tensor], leaves: Mapping[str, Any], itemsize: int,
     room = limit
     for part in _parts(tensors):
         leaf = leaves[part[1].leaf]
-        size = leaf.size * itemsize // (part[1].count or 1)
+        size = leaf.size * itemsize // len(part[1].places)
         if size > room and shards[-1]:
             shards.append([])
             room = limit
@@ -124,16 +124,16 @@ def _shards(tensors: Sequence[Tensor], leaves: Mapping[str, Any], itemsize: int,
 
 def _parts(tensors: Sequence[Tensor]) -> Iterator[Part]:
     for tensor in tensors:
-        for i, name in enumerate(tensor.names):
-            yield name, tensor, i if tensor.count else None
+        for place, name in zip(tensor.places, tensor.names, strict=True):
+            yield name, tensor, place
 
 
 def _arrays(shard: Sequence[Part], params: PyTree, dtype: str) -> dict[str, np.ndarray]:
     """One file's tensors on the host."""
     leaves = dict(tree.named_leaves(params))
     arrays = {}
-    for name, tensor, layer in shard:
-        leaf = leaves[tensor.leaf] if layer is None else leaves[tensor.leaf][layer]
+    for name, tensor, place in shard:
+        leaf = leaves[tensor.leaf][place]
         if not leaf.is_fully_addressable:
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
         array = np.asarray(leaf)

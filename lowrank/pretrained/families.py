@@ -33,13 +33,19 @@ _BERT = (r".*position_ids", r"cls\..*", r"(bert\.)?pooler\..*")
 _ROBERTA = (r".*position_ids", r"lm_head\..*", r"(roberta\.)?pooler\..*")
 
 
-def _llama_like(model_type: str, config: Callable[[Mapping[str, Any]], Config]) -> Family:
-    return Family(config, hf_tensors.llama, hf_export.LLAMA_LIKE[model_type], "model.", _LM)
+def _llama_like(
+    model_type: str, config: Callable[[Mapping[str, Any]], Config], tensors: Callable = hf_tensors.llama
+) -> Family:
+    return Family(config, tensors, hf_export.LLAMA_LIKE[model_type], "model.", _LM)
 
 
 FAMILIES: dict[str, Family] = {
     "llama": _llama_like("llama", hf_configs.llama),
     "mistral": _llama_like("mistral", hf_configs.mistral),
+    "mixtral": _llama_like("mixtral", hf_configs.mixtral, hf_tensors.mixtral),
+    "olmoe": _llama_like("olmoe", hf_configs.olmoe, hf_tensors.sparse),
+    "qwen2_moe": _llama_like("qwen2_moe", hf_configs.qwen2_moe, hf_tensors.sparse),
+    "qwen3_moe": _llama_like("qwen3_moe", hf_configs.qwen3_moe, hf_tensors.sparse),
     "qwen2": _llama_like("qwen2", hf_configs.qwen2),
     "qwen3": _llama_like("qwen3", hf_configs.qwen3),
     "gemma2": _llama_like("gemma2", hf_configs.gemma2),

@@ -29,7 +29,7 @@ def check(
                 raise UserError(f"{where}: tensor {name!r} is missing{nearest(name, stored.keys() - used)}")
             if not stored[name].readable:
                 raise UserError(f"{where}: tensor {name!r} is {stored[name].dtype}, which cannot be read as floats")
-            layer = shapes[tensor.leaf][1:] if tensor.count else shapes[tensor.leaf]
+            layer = shapes[tensor.leaf][len(tensor.stack) :]
             needed = layer[::-1] if tensor.transpose else layer
             if stored[name].shape != needed:
                 raise UserError(f"{where}: tensor {name!r} has shape {stored[name].shape}, the config needs {needed}")
@@ -70,10 +70,11 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 def _read(tensor: Tensor, parts: Sequence[Stored], index: tuple, out: np.ndarray) -> None:
     """Fills `out` with the part of the leaf that `index`, a (start, stop) for each axis, selects."""
-    if not tensor.count:
-        return _read_one(parts[0], tensor.transpose != parts[0].flipped, index, out)
-    for i, part in enumerate(parts[slice(*index[0])]):
-        _read_one(part, tensor.transpose != part.flipped, index[1:], out[i])
+    depth = len(tensor.stack)
+    for place, part in zip(tensor.places, parts, strict=True):
+        if all(start <= i < stop for i, (start, stop) in zip(place, index, strict=False)):
+            here = tuple(i - start for i, (start, _) in zip(place, index, strict=False))
+            _read_one(part, tensor.transpose != part.flipped, index[depth:], out[here])
 
 
 def _read_one(part: Stored, transpose: bool, index: tuple, out: np.ndarray) -> None:

@@ -147,6 +147,61 @@ def qwen3(hf: HF) -> DecoderConfig:
     return _qwen(hf, {"head_dim": 128}, qk_norm=True, qkv_bias=bias, o_bias=bias)
 
 
+def mixtral(hf: HF) -> DecoderConfig:
+    """Mixtral: Mistral with a mixture of experts."""
+    hf = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2, **hf}
+    windows = _windows(hf.get("sliding_window"), ["sliding_attention"])
+    experts = {"experts": hf["num_local_experts"], "experts_per_token": hf["num_experts_per_tok"]}
+    return DecoderConfig(**_llama_like(hf, {}, normalise_gates=True, **experts, **windows))
+
+
+def _experts(hf: HF, experts: int, per_token: int) -> dict[str, Any]:
+    """What OLMoE and the Qwen MoE models say of their experts; `experts` and `per_token` where they leave it out."""
+    return {
+        "experts": hf.get("num_experts") or hf.get("num_local_experts") or experts,
+        "experts_per_token": hf.get("num_experts_per_tok", per_token),
+        "expert_hidden": hf.get("moe_intermediate_size", 0),
+        "normalise_gates": bool(hf.get("norm_topk_prob")),
+        "shared_hidden": hf.get("shared_expert_intermediate_size", 0),
+    }
+
+
+def olmoe(hf: HF) -> DecoderConfig:
+    """OLMoE: norms over the whole of q and k, and a mixture of experts."""
+    _refuse(hf, clip_qkv=None)
+    bias = bool(hf.get("attention_bias"))
+    fixed = {"wide_qk_norm": True, "qkv_bias": bias, "o_bias": bias, **_experts(hf, 64, 8)}
+    return DecoderConfig(**_llama_like(hf, {"rms_norm_eps": 1e-5}, **fixed))
+
+
+def _every_layer_sparse(hf: HF) -> None:
+    """Raises UserError for models that keep a dense MLP in some layers."""
+    _refuse(hf, decoder_sparse_step=1)
+    if hf.get("mlp_only_layers"):
+        raise UserError(f"config.json's mlp_only_layers={hf['mlp_only_layers']!r} is not supported (only [])")
+
+
+def qwen2_moe(hf: HF) -> DecoderConfig:
+    """Qwen1.5 and Qwen2 MoE: Qwen2 with a mixture of experts, and an expert that every token sees."""
+    _every_layer_sparse(hf)
+    hf = {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, **hf}
+    layers = range(hf.get("num_hidden_layers", 0)) if hf.get("use_sliding_window") else ()
+    first = hf.get("max_window_layers", 28)
+    kinds = ["full_attention" if i % 2 or i >= first else "sliding_attention" for i in layers]
+    windows = _windows(hf.get("sliding_window", 4096), hf.get("layer_types") or kinds)
+    return DecoderConfig(**_llama_like(hf, {}, qkv_bias=hf.get("qkv_bias", True), **_experts(hf, 60, 4), **windows))
+
+
+def qwen3_moe(hf: HF) -> DecoderConfig:
+    """Qwen3 MoE: Qwen3 with a mixture of experts."""
+    _every_layer_sparse(hf)
+    hf = {"moe_intermediate_size": 768, "num_key_value_heads": 4, **hf}
+    bias = bool(hf.get("attention_bias"))
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
+    fixed = {"qk_norm": True, "qkv_bias": bias, "o_bias": bias, **_experts(hf, 128, 8)}
+    return DecoderConfig(**_llama_like(hf, {}, **fixed, **_windows(window, ["sliding_attention"])))
+
+
 def _gemma(hf: HF, pattern: int, caps: tuple[float, float], **fixed: Any) -> DecoderConfig:
     """`caps`: the soft caps of attention and logits where config.json leaves them out."""
     _refuse(hf, use_bidirectional_attention=False)

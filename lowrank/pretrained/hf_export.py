@@ -59,6 +59,28 @@ def _qwen(c: DecoderConfig, model_type: str, name: str) -> dict[str, Any]:
     return _llama_like(c, model_type, name) | window
 
 
+def _mixtral(c: DecoderConfig) -> dict[str, Any]:
+    experts = {"num_local_experts": c.experts, "num_experts_per_tok": c.experts_per_token}
+    return _llama_like(c, "mixtral", "Mixtral") | {"sliding_window": c.window or None, **experts}
+
+
+def _sparse(c: DecoderConfig, model_type: str, name: str) -> dict[str, Any]:
+    experts = {"num_experts": c.experts, "num_experts_per_tok": c.experts_per_token}
+    return _llama_like(c, model_type, name) | experts | {"norm_topk_prob": c.normalise_gates}
+
+
+def _qwen2_moe(c: DecoderConfig) -> dict[str, Any]:
+    widths = {"moe_intermediate_size": c.expert_hidden, "shared_expert_intermediate_size": c.shared_hidden}
+    window = {"use_sliding_window": c.window > 0, "sliding_window": c.window or None, "layer_types": _layer_types(c)}
+    return _sparse(c, "qwen2_moe", "Qwen2Moe") | widths | window | {"qkv_bias": c.qkv_bias}
+
+
+def _qwen3_moe(c: DecoderConfig) -> dict[str, Any]:
+    more = {"moe_intermediate_size": c.expert_hidden, "attention_bias": c.qkv_bias}
+    window = {"use_sliding_window": c.window > 0, "sliding_window": c.window or None}
+    return _sparse(c, "qwen3_moe", "Qwen3Moe") | more | window
+
+
 def _gemma(c: DecoderConfig, model_type: str, name: str) -> dict[str, Any]:
     return _llama_like(c, model_type, name) | {
         "hidden_activation": ACTIVATIONS[c.activation],
@@ -74,6 +96,10 @@ def _gemma(c: DecoderConfig, model_type: str, name: str) -> dict[str, Any]:
 LLAMA_LIKE: dict[str, Callable[[DecoderConfig], dict[str, Any]]] = {
     "llama": _llama,
     "mistral": _mistral,
+    "mixtral": _mixtral,
+    "olmoe": lambda c: _sparse(c, "olmoe", "Olmoe") | {"attention_bias": c.qkv_bias},
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
     "qwen2": lambda c: _qwen(c, "qwen2", "Qwen2"),
     "qwen3": lambda c: _qwen(c, "qwen3", "Qwen3") | {"attention_bias": c.qkv_bias},
     "gemma2": lambda c: _gemma(c, "gemma2", "Gemma2"),

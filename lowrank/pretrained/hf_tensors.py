@@ -1,6 +1,7 @@
 """Which leaf of ours each tensor of a Hugging Face checkpoint is, family by family."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ class Tensor:
     """One leaf and the tensors it is made of.
 
     `hf` names one tensor; with `{i}` in it, `count` tensors, those of layers `first, first + 1, ...`, are stacked on
-    axis 0 of the leaf. `transpose`: torch stores a Linear's kernel `[out, in]`, the leaf is `[in, out]`.
+    axis 0 of the leaf, and with `{e}` too, each layer's `experts` on axis 1. `transpose`: torch stores a Linear's
+    kernel `[out, in]`, the leaf is `[in, out]`.
     """
 
     leaf: str
@@ -20,16 +22,28 @@ class Tensor:
     transpose: bool = False
     first: int = 0
     count: int = 0
+    experts: int = 0
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading axes of the leaf, along which the tensors are stacked."""
+        return tuple(n for n in (self.count, self.experts) if n)
+
+    @property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """Where each tensor is in the leaf, in the order of `names`."""
+        return tuple(itertools.product(*map(range, self.stack)))
 
     @property
     def names(self) -> tuple[str, ...]:
         """The tensors' names, in the order in which they are stacked."""
         if not self.count:
             return (self.hf,)
-        return tuple(self.hf.format(i=i) for i in range(self.first, self.first + self.count))
+        return tuple(self.hf.format(i=self.first + i, e=e[0] if e else None) for i, *e in self.places)
 
 
 Row = tuple[str, str, bool]  # leaf, hf, transpose
+GLU = ("gate", "up", "down")
 
 
 def linear(leaf: str, hf: str, bias: bool = False, transpose: bool = True) -> list[Row]:
@@ -48,7 +62,8 @@ def _stacked(config: Any, prefix: str, rows: Iterable[Row]) -> Iterator[Tensor]:
     first = 0
     for stack, depth in depths(config).items():
         for leaf, hf, transpose in rows:
-            yield Tensor(f"{stack}/{leaf}", f"{prefix}.{{i}}.{hf}", transpose, first, depth)
+            experts = config.experts if "{e}" in hf else 0
+            yield Tensor(f"{stack}/{leaf}", f"{prefix}.{{i}}.{hf}", transpose, first, depth, experts)
         first += depth
 
 
@@ -63,14 +78,37 @@ def _decoder_head(c: Any) -> list[Row]:
     return [] if c.tied else linear("head", "lm_head")
 
 
+def mixtral(c: Any) -> list[Tensor]:
+    """Mixtral: Llama's names, and an older file layout of its experts than what transformers has in memory."""
+    rows = linear("mlp/router", "block_sparse_moe.gate")
+    names = {"gate": "w1", "up": "w3", "down": "w2"}
+    rows += [
+        row for n, hf in names.items() for row in linear(f"mlp/experts/{n}", f"block_sparse_moe.experts.{{e}}.{hf}")
+    ]
+    return _llama(c, rows)
+
+
+def sparse(c: Any) -> list[Tensor]:
+    """OLMoE and the Qwen MoE models: Llama's names, and one tensor for each expert."""
+    rows = linear("mlp/router", "mlp.gate")
+    rows += [row for n in GLU for row in linear(f"mlp/experts/{n}", f"mlp.experts.{{e}}.{n}_proj")]
+    if c.shared_hidden:
+        rows += [row for n in GLU for row in linear(f"mlp/shared/{n}", f"mlp.shared_expert.{n}_proj")]
+        rows += linear("mlp/shared_gate", "mlp.shared_expert_gate")
+    return _llama(c, rows)
+
+
 def llama(c: Any) -> list[Tensor]:
     """Llama and those that share its names: Mistral, Qwen, Gemma."""
+    return _llama(c, [row for n in GLU for row in linear(f"mlp/{n}", f"mlp.{n}_proj", c.mlp_bias)])
+
+
+def _llama(c: Any, mlp: list[Row]) -> list[Tensor]:
     rows = [row for n in "qkv" for row in linear(f"attn/{n}", f"self_attn.{n}_proj", c.qkv_bias)]
     rows += linear("attn/o", "self_attn.o_proj", c.o_bias)
-    if c.qk_norm:
+    if c.qk_norm or c.wide_qk_norm:
         rows += norm("attn/q_norm", "self_attn.q_norm") + norm("attn/k_norm", "self_attn.k_norm")
-    rows += [row for n in ("gate", "up", "down") for row in linear(f"mlp/{n}", f"mlp.{n}_proj", c.mlp_bias)]
-    rows += norm("attn_norm", "input_layernorm")
+    rows += mlp + norm("attn_norm", "input_layernorm")
     if c.post_norms:
         rows += norm("post_attn_norm", "post_attention_layernorm") + norm("mlp_norm", "pre_feedforward_layernorm")
         rows += norm("post_mlp_norm", "post_feedforward_layernorm")

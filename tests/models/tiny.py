@@ -43,6 +43,7 @@ GEMMA = {
     "attn_logit_softcap": 3.0,
     "final_logit_softcap": 5.0,
 }
+MOE = {**LLAMA, "experts": 4, "experts_per_token": 2, "expert_hidden": 10, "shared_hidden": 12}
 DECODERS = {"llama": LLAMA, "windowed": WINDOWED, "gpt2": GPT2, "gemma": GEMMA}
 
 

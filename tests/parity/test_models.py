@@ -1,10 +1,13 @@
 """Every family's logits agree with transformers on a tiny random model, plain and padded on either side."""
 
+import tempfile
+
 import jax
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 from lowrank.models import build
 from lowrank.pretrained.families import FAMILIES, family_of
@@ -28,6 +31,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 GEMMA = {**GROUPED, "num_hidden_layers": 4, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 6}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 GPT2 = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
 ENCODER = {**SMALL, "type_vocab_size": 2, "pad_token_id": 0}
 
@@ -58,6 +62,24 @@ DECODERS = {
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         "final_logit_softcapping": 5.0,
     },
+    "mixtral": {
+        "model_type": "mixtral",
+        **GROUPED,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 7,
+    },
+    "olmoe": {"model_type": "olmoe", **GROUPED, "num_experts": 5, "num_experts_per_tok": 3},
+    "olmoe-normalised": {
+        "model_type": "olmoe",
+        **GROUPED,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "attention_bias": True,
+    },
+    "qwen2-moe": {"model_type": "qwen2_moe", **GROUPED, **EXPERTS, "shared_expert_intermediate_size": 20},
+    "qwen3-moe": {"model_type": "qwen3_moe", **GROUPED, **EXPERTS, "head_dim": 16, "norm_topk_prob": True},
     "gpt-2": {"model_type": "gpt2", **GPT2},
 }
 ENCODERS = {
@@ -78,9 +100,18 @@ def reference(auto, spec, **options):
     return model
 
 
+def on_disk(model):
+    """The tensors as `save_pretrained` writes them: one for each expert, where memory has them fused."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(f"{folder}/model.safetensors")
+
+
 def converted(model, config, family):
     """Our parameter tree of a transformers model, by the family's table; every tensor is accounted for."""
-    state = {name: p.numpy() for name, p in model.named_parameters()}
+    state = (
+        on_disk(model) if getattr(config, "experts", 0) else {name: p.numpy() for name, p in model.named_parameters()}
+    )
     params, used = {}, set()
     for tensor in family.tensors(config):
         arrays = [state[name] for name in tensor.names]
@@ -89,7 +120,7 @@ def converted(model, config, family):
         node = params
         for key in path:
             node = node.setdefault(key, {})
-        node[last] = np.stack(arrays) if tensor.count else arrays[0]
+        node[last] = np.reshape(arrays, tensor.stack + arrays[0].shape)
         used |= set(tensor.names)
     assert used == set(state)
     like = jax.eval_shape(build(config).init, jax.random.key(0), np.zeros((1, 2), np.int32))["params"]

@@ -43,7 +43,7 @@ def shapes(hf_config: dict) -> dict[str, tuple[int, ...]]:
     tree_of = jax.eval_shape(lambda: build(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
     leaves, out = {name: leaf.shape for name, leaf in tree.named_leaves(tree_of)}, {}
     for tensor in family.tensors(config):
-        shape = leaves[tensor.leaf][1:] if tensor.count else leaves[tensor.leaf]
+        shape = leaves[tensor.leaf][len(tensor.stack) :]
         out |= dict.fromkeys(tensor.names, shape[::-1] if tensor.transpose else shape)
     return out
 

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,9 @@ def test_the_table_covers_every_leaf_once_and_every_layer_once(name, options):
     hf = [n for t in tensors for n in t.names]
     assert len(hf) == len(set(hf))
     assert all(shapes[t.leaf].shape[0] == t.count for t in tensors if t.count)
-    down = sorted(n for t in tensors if t.leaf.endswith("mlp/down/kernel") for n in t.names)
-    assert [n.split(".down")[0].split(".mlp")[0].split(".output")[0][-2:] for n in down] == [".0", ".1", ".2"]
+    assert all(shapes[t.leaf].shape[: len(t.stack)] == t.stack for t in tensors)
+    norms = sorted(n for t in tensors if re.fullmatch(r"(layers|top)/mlp_norm/scale", t.leaf) for n in t.names)
+    assert [re.search(r"\.(\d)\.", n)[1] for n in norms] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

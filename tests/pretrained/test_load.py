@@ -46,7 +46,7 @@ def test_every_tensor_lands_in_its_leaf_and_layer(tmp_path, name):
     leaves = dict(tree.named_leaves(read.params))
     for tensor in FAMILIES[read.family].tensors(read.config):
         parts = [arrays[n].T if tensor.transpose else arrays[n] for n in tensor.names]
-        np.testing.assert_array_equal(leaves.pop(tensor.leaf), np.stack(parts) if tensor.count else parts[0])
+        np.testing.assert_array_equal(leaves.pop(tensor.leaf), np.reshape(parts, tensor.stack + parts[0].shape))
     assert not leaves
     assert read.new == ()
 

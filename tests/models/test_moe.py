@@ -1,0 +1,91 @@
+"""The mixture of experts against float64 NumPy, token by token, and under a mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank import sharding, tree
+from lowrank.errors import UserError
+from lowrank.models import DecoderConfig, build
+from lowrank.models.moe import MoE, by_expert, route
+from tests.models.tiny import MOE, QUICK, SIZES, _random, run, tokens
+
+B, T, D, E, F, K = 2, 3, 6, 5, 4, 2
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def mlp(x, p, e=...):
+    gate, up, down = (np.asarray(p[n]["kernel"], np.float64)[e] for n in ("gate", "up", "down"))
+    return (silu(x @ gate) * (x @ up)) @ down
+
+
+def token_by_token(x, p, normalise):
+    """Each token's experts one after another, as the papers have them."""
+    y = np.zeros_like(x)
+    for n, token in enumerate(x):
+        logits = token @ np.asarray(p["router"]["kernel"], np.float64)
+        probs = np.exp(logits - logits.max())
+        probs /= probs.sum()
+        chosen = np.argsort(-probs)[:K]
+        total = probs[chosen].sum() if normalise else 1.0
+        y[n] = sum(probs[e] / total * mlp(token, p["experts"], e) for e in chosen)
+        if "shared" in p:
+            y[n] += mlp(token, p["shared"]) / (1 + np.exp(-token @ np.asarray(p["shared_gate"]["kernel"], np.float64)))
+    return y
+
+
+@pytest.mark.parametrize(("normalise", "shared"), [(False, 0), (True, 0), (False, 7)])
+def test_the_layer_is_the_weighted_sum_of_each_tokens_experts(normalise, shared):
+    layer, x = MoE(E, K, F, "silu", normalise, shared), jax.random.normal(jax.random.key(0), (B, T, D))
+    params = layer.init(jax.random.key(1), x)["params"]
+    params = jax.tree.map(lambda p: 20 * p, params)
+    y = jax.jit(layer.apply, compiler_options=QUICK)({"params": params}, x)
+    expected = token_by_token(np.asarray(x, np.float64).reshape(-1, D), params, normalise)
+    np.testing.assert_allclose(y.reshape(-1, D), expected, atol=1e-5)
+
+
+def test_rows_are_sorted_by_expert_and_find_their_way_back():
+    routing = route(jax.random.normal(jax.random.key(0), (7, E)), K, True)
+    rows = by_expert(routing, E)
+    np.testing.assert_allclose(np.sum(routing.gates, axis=-1), 1, rtol=1e-6)
+    ids = np.asarray(routing.experts).reshape(-1)
+    assert np.asarray(rows.sizes).tolist() == np.bincount(ids, minlength=E).tolist()
+    np.testing.assert_array_equal(rows.tokens[rows.back], np.arange(7).repeat(K))
+    np.testing.assert_allclose(rows.gates[rows.back], np.asarray(routing.gates).reshape(-1))
+
+
+def test_a_sharded_decoder_with_experts_computes_what_one_device_does():
+    config = DecoderConfig(**{**SIZES, **MOE, "expert_hidden": 12})
+    model, params = _random(build(config))
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    where = sharding.shardings(params, mesh)
+    specs = {name: s.spec for name, s in tree.named_leaves(where)}
+    assert specs["layers/mlp/experts/up/kernel"] == jax.sharding.PartitionSpec(None, None, "fsdp", "tensor")
+    assert specs["layers/mlp/experts/down/kernel"] == jax.sharding.PartitionSpec(None, None, "tensor", "fsdp")
+    ids = jnp.asarray(tokens(4))
+    whole = run(model, params, ids)
+    parts = run(
+        model, jax.device_put(params, where), jax.device_put(ids, jax.sharding.NamedSharding(mesh, sharding.BATCH))
+    )
+    np.testing.assert_allclose(parts, whole, atol=1e-4)
+
+
+def test_gradients_reach_the_router_and_the_chosen_experts():
+    layer, x = MoE(E, K, F, "silu"), jax.random.normal(jax.random.key(0), (1, 1, D))
+    params = layer.init(jax.random.key(1), x)["params"]
+    grads = jax.grad(lambda p: jnp.sum(jnp.sin(50 * layer.apply({"params": p}, x))))(params)
+    assert np.any(grads["router"]["kernel"])
+    touched = np.any(np.asarray(grads["experts"]["up"]["kernel"]) != 0, axis=(1, 2))
+    assert touched.sum() == K
+
+
+def test_more_experts_a_token_than_there_are_is_refused():
+    config = DecoderConfig(**{**SIZES, **MOE})
+    with pytest.raises(UserError, match=r"experts_per_token=5 is not in 1\.\.4"):
+        dataclasses.replace(config, experts_per_token=5)
