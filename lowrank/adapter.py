@@ -40,7 +40,7 @@ def save(
     """
     trained = [name for name, learns in tree.named_leaves(mask) if learns]
     why = "no weight was rewritten"
-    if any(is_weight(w) for w in jax.tree.leaves(params, is_leaf=is_weight)):
+    if peft_format.fits(params) or any(is_weight(w) for w in jax.tree.leaves(params, is_leaf=is_weight)):
         try:
             peft_format.save(params, base, directory, trained=trained, method=method, original=original)
             return "adapter in the PEFT format"

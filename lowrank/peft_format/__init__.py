@@ -1,11 +1,56 @@
 """Adapters in and out of the Hugging Face PEFT format: `adapter_config.json` and `adapter_model.safetensors`.
 
-What can be held is a table, `forms.FORMS`. Reading is strict where PEFT only warns: every tensor that the JSON calls
-for must be there in its shape, and no other.
+What can be held of rewritten weights is a table, `forms.FORMS`; prompts and prefixes are `prompts`. Reading is strict
+where PEFT only warns: every tensor that the JSON calls for must be there in its shape, and no other.
 """
 
-from lowrank.peft_format.forms import FORMS
-from lowrank.peft_format.reading import About, about, load
-from lowrank.peft_format.writing import save
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-__all__ = ["FORMS", "About", "about", "load", "save"]
+from lowrank.peft_format import config, prompts, reading, tensors, writing
+from lowrank.peft_format.forms import FORMS
+from lowrank.peft_format.modules import Base
+from lowrank.peft_format.reading import About
+
+PyTree = Any
+WHOLE: dict[str, ModuleType] = dict.fromkeys(prompts.OPTIONS, prompts)  # what is not said module by module
+
+
+def about(directory: str | os.PathLike[str]) -> About:
+    """Reads what the adapter in `directory` is for, without its tensors. Raises UserError as `load` does."""
+    raw = config.parse(directory)
+    if raw["peft_type"] not in WHOLE:
+        return reading.about(directory)
+    options = WHOLE[raw["peft_type"]].model_options(raw, tensors.shapes(directory))
+    return About(raw["peft_type"], raw.get("base_model_name_or_path"), options)
+
+
+def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
+    """`params`, the plain tree of `base`, with the adapter in `directory` attached; see `reading.load`."""
+    module = WHOLE.get(config.parse(directory)["peft_type"], reading)
+    return module.load(directory, params, base, any_base=any_base)
+
+
+def fits(params: PyTree) -> bool:
+    """Whether `params` hold something that this format may have a place for, beside rewritten weights."""
+    return any(module.fits(params) for module in WHOLE.values())
+
+
+def save(
+    params: PyTree,
+    base: Base,
+    directory: str | os.PathLike[str],
+    *,
+    trained: Iterable[str] = (),
+    method: Mapping[str, Any] | None = None,
+    original: PyTree | None = None,
+) -> Path:
+    """Writes the adapter in `params`, the adapted tree of `base`, and returns its folder; see `writing.save`."""
+    module = next((module for module in WHOLE.values() if module.fits(params)), writing)
+    return module.save(params, base, directory, trained=trained, method=method, original=original)
+
+
+__all__ = ["FORMS", "About", "about", "fits", "load", "save"]

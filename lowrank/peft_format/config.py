@@ -10,7 +10,9 @@ from lowrank.errors import UserError, nearest, unknown
 from lowrank.peft_format.forms import FORMS, Form
 
 NAME = "adapter_config.json"
-_ABOUT = (
+WHOLE_MODEL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # not said module by module
+HEAD_MODULES = ("score", "classifier", "classifier.out_proj")  # whose weight has a row a label
+ABOUT = (
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
@@ -27,6 +29,15 @@ def read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Form]:
     Raises UserError for a folder without an adapter, an unknown `peft_type`, and keys that are unknown and switched
     on or have a value that is not understood.
     """
+    path, raw = Path(directory) / NAME, parse(directory)
+    form = _form(raw, path)
+    for key, value in raw.items():
+        _check(key, value, form, path)
+    return {**dict.fromkeys(ABOUT), **form.reads, **raw}, form
+
+
+def parse(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The adapter's JSON as it is. Raises UserError for a folder without one, and for an unknown `peft_type`."""
     path = Path(directory) / NAME
     try:
         raw = json.loads(path.read_text())
@@ -36,17 +47,15 @@ def read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Form]:
         raise UserError(f"cannot read {path}: {e}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} is not a JSON object")
-    form = _form(raw, path)
-    for key, value in raw.items():
-        _check(key, value, form, path)
-    return {**dict.fromkeys(_ABOUT), **form.reads, **raw}, form
+    known = {*(form.peft_type for form in FORMS.values()), *WHOLE_MODEL}
+    if raw.get("peft_type") not in known:
+        raise unknown(f"peft_type in {path}:", str(raw.get("peft_type")), known)
+    return raw
 
 
 def _form(raw: Mapping[str, Any], path: Path) -> Form:
     peft_type = raw.get("peft_type")
     alike = [form for form in FORMS.values() if form.peft_type == peft_type]
-    if not alike:
-        raise unknown(f"peft_type in {path}:", str(peft_type), {form.peft_type for form in FORMS.values()})
     for form in alike:
         if all(bool(raw.get(key)) == value for key, value in form.flags.items()):
             return form
@@ -54,7 +63,7 @@ def _form(raw: Mapping[str, Any], path: Path) -> Form:
 
 
 def _check(key: str, value: Any, form: Form, path: Path) -> None:
-    known = (*_ABOUT, *form.reads, *form.ignores, *form.flags)
+    known = (*ABOUT, *form.reads, *form.ignores, *form.flags)
     if key in form.only:
         if value not in form.only[key]:
             raise UserError(f"{path}: {key}={value!r} is not supported; known: {', '.join(map(repr, form.only[key]))}")

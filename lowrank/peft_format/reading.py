@@ -17,7 +17,6 @@ from lowrank.peft_format.modules import HEADS, Base, Module, Place, check_conv1d
 from lowrank.weight import is_weight
 
 PyTree = Any
-_HEAD_KERNELS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
 
 class About(NamedTuple):
@@ -32,7 +31,8 @@ def about(directory: str | os.PathLike[str]) -> About:
     """Reads what the adapter in `directory` is for, without its tensors. Raises UserError as `load` does."""
     config, _ = configs.read(directory)
     shapes = tensors.shapes(directory)
-    labels = [shapes[tensors.PREFIX + name][0] for name in _HEAD_KERNELS if tensors.PREFIX + name in shapes]
+    heads = [f"{tensors.PREFIX}{name}.weight" for name in configs.HEAD_MODULES]
+    labels = [shapes[name][0] for name in heads if name in shapes]
     return About(config["peft_type"], config["base_model_name_or_path"], {"num_labels": labels[0]} if labels else {})
 
 
