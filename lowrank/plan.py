@@ -93,7 +93,7 @@ class Plan:
         """
         where = sharding.shardings(self.shapes, self.mesh)
         attach = functools.partial(methods.attach, self.method, key=jax.random.key(self.config.seed))
-        adapted = _computed(attach, params, where)
+        adapted = _computing(attach, where, params)(params)
         changed = _bases_changed(params, adapted)
         adapted = jax.tree.map(lambda x, learns: x.astype("float32") if learns else x, adapted, self.mask)
         return jax.device_put(adapted, where), params if changed else None
@@ -106,6 +106,28 @@ class Plan:
         loss = functools.partial(self.loss, rng=None)
         context = methods.Context(key, self.tokenizer, self._first_batches, loss, self.mask)
         return jax.device_put(self.method.prepare(params, context), sharding.shardings(self.shapes, self.mesh))
+
+    def restart(self, params: PyTree, done: int) -> PyTree:
+        """The parameters that step `done` (from 0) starts from: others only where the method restarts."""
+        every = self.method.restart[0] if self.method.restart else 0
+        if not every or not done or done % every:
+            return params
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), 2), done)
+        return self._restarted(params, key)
+
+    @functools.cached_property
+    def _restarted(self) -> Callable[[PyTree, jax.Array], PyTree]:
+        return _computing(self.method.restart[1], sharding.shardings(self.shapes, self.mesh), self.shapes, _key())
+
+    @functools.cached_property
+    def changing(self) -> frozenset[str]:
+        """The names of the frozen leaves that restarts change."""
+        if not self.method.restart:
+            return frozenset()
+        _, sources = _sources(self.method.restart[1], self.shapes, _key())
+        learns = jax.tree.leaves(self.mask)
+        names = enumerate(tree.names(self.shapes))
+        return frozenset(name for i, name in names if sources[i] != i and not learns[i])
 
     def _first_batches(self, n: int) -> list[losses.Batch]:
         start = self.loader.get_state()
@@ -194,18 +216,32 @@ def _split(method: Method, base: PyTree, labelled: bool) -> tuple[PyTree, PyTree
     return shapes, mask, counts.rule_table(methods.matches(method, shapes), shapes, mask)
 
 
-def _computed(fn: Callable[[PyTree], PyTree], params: PyTree, where: PyTree) -> PyTree:
-    """`fn(params)` under jit; what `fn` hands through stays the array it was, where jit would make a copy of it."""
-    program, shapes = jax.make_jaxpr(fn, return_shape=True)(params)
-    given = {id(var): x for var, x in zip(program.jaxpr.invars, jax.tree.leaves(params), strict=True)}
-    made = [id(var) not in given for var in program.jaxpr.outvars]
+def _key() -> jax.Array:
+    return jax.random.key(0)
+
+
+def _sources(fn: Callable[..., PyTree], *args: PyTree) -> tuple[PyTree, list[int | None]]:
+    """`(shapes of fn(*args), which leaf of args each of its leaves is)`, None for a leaf that is computed."""
+    program, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+    given = {id(var): i for i, var in enumerate(program.jaxpr.invars)}
+    return shapes, [given.get(id(var)) for var in program.jaxpr.outvars]
+
+
+def _computing(fn: Callable[..., PyTree], where: PyTree, *args: PyTree) -> Callable[..., PyTree]:
+    """`fn` under jit for arguments like `args`; what it hands through stays the array it was, where jit would copy."""
+    shapes, sources = _sources(fn, *args)
 
     def some(values: PyTree) -> list[Any]:
-        return [x for x, new in zip(jax.tree.leaves(values), made, strict=True) if new]
+        return [x for x, source in zip(jax.tree.leaves(values), sources, strict=True) if source is None]
 
-    fresh = iter(jax.jit(lambda p: some(fn(p)), out_shardings=some(where))(params))
-    leaves = [next(fresh) if new else given[id(v)] for v, new in zip(program.jaxpr.outvars, made, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    made = jax.jit(lambda *args: some(fn(*args)), out_shardings=some(where))
+
+    def compute(*args: PyTree) -> PyTree:
+        given, fresh = jax.tree.leaves(args), iter(made(*args))
+        leaves = [next(fresh) if source is None else given[source] for source in sources]
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    return compute
 
 
 def _bases_changed(before: PyTree, after: PyTree) -> bool:

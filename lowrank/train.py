@@ -19,6 +19,7 @@ from lowrank.runlog import RunLog
 
 PyTree = Any
 SUMMARY, BEFORE, ADAPTER = "summary.json", "before.json", "adapter"
+FROZEN = "frozen"  # the root of the frozen leaves in a checkpoint: those that a method's restarts change
 
 
 def run(config: Mapping[str, Any], directory: str | os.PathLike[str], command: str = "") -> dict[str, Any]:
@@ -73,7 +74,9 @@ class Run:
     def _restore(self, last: int) -> None:
         like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in self._arrays().items()}
         arrays, meta = self.saver.restore(last, like)
+        frozen = {name: arrays.pop(f"{FROZEN}/{name}") for name in self.job.changing}
         self.state = unflatten_named(self.state, arrays)
+        self.frozen = tree.map_named(lambda name, x: frozen.get(name, x), self.frozen)
         self.job.loader.set_state(meta["host"])
         self.log.say(f"continuing after step {last}")
 
@@ -82,6 +85,7 @@ class Run:
         c, start, program = self.job.config, int(self.state.step), None
         done = start
         while done < c.steps and not self.stop.requested(done):
+            self._restart(done)
             batch = self._batch(done)
             program = program or self._compile(batch)
             previous = self.metrics
@@ -97,6 +101,13 @@ class Run:
         if done > start:
             self._save(done, block=True)
         return done
+
+    def _restart(self, done: int) -> None:
+        before = self._params()
+        params = self.job.restart(before, done)
+        if params is not before:
+            trained, self.frozen = tree.split(params, self.job.mask)
+            self.state = dataclasses.replace(self.state, trained=trained)
 
     def _batch(self, done: int) -> dict[str, jax.Array]:
         batch = next(self.job.loader, None)
@@ -124,7 +135,8 @@ class Run:
         self.saver.save(done, self._arrays(), meta, block=block, host=self.job.loader.get_state())
 
     def _arrays(self) -> dict[str, jax.Array]:
-        return flatten_named(self.state)
+        changing = {n: x for n, x in tree.named_leaves(self.frozen) if n in self.job.changing}
+        return flatten_named(self.state) | {f"{FROZEN}/{name}": x for name, x in changing.items()}
 
     def _params(self) -> PyTree:
         return tree.join(self.state.trained, self.frozen)
@@ -153,7 +165,8 @@ class Run:
 
     def _finish(self, before: Mapping[str, Any]) -> dict[str, Any]:
         c, after = self.job.config, self._judge()
-        params, mask = methods.finished(self.job.method, self._params(), self.job.mask)
+        saved = tree.map_named(lambda name, learns: learns or name in self.job.changing, self.job.mask)
+        params, mask = methods.finished(self.job.method, self._params(), saved)
         kind = adapter.save(
             params,
             self.base,

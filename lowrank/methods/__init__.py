@@ -8,6 +8,7 @@ from lowrank.errors import unknown
 from lowrank.methods.adalora import adalora
 from lowrank.methods.bottleneck import houlsby, parallel, pfeiffer, scaled_parallel
 from lowrank.methods.dora import dora
+from lowrank.methods.galore import galore
 from lowrank.methods.ia3 import ia3
 from lowrank.methods.intrinsic import intrinsic
 from lowrank.methods.loha import loha
@@ -16,6 +17,7 @@ from lowrank.methods.lora_relatives import edora, lora_fa, lora_xs
 from lowrank.methods.method import SHARED, Context, Method, attach, finished, matches, stripped, trainable_mask
 from lowrank.methods.prefix import mam, prefix
 from lowrank.methods.prompt import prompt, ptuning
+from lowrank.methods.relora import relora
 from lowrank.methods.selective import bitfit, full, head, partial
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -29,6 +31,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "lora_xs": lora_xs,
     "edora": edora,
     "adalora": adalora,
+    "relora": relora,
+    "galore": galore,
     "ia3": ia3,
     "prompt": prompt,
     "ptuning": ptuning,

@@ -1,0 +1,89 @@
+"""ReLoRA as a method: LoRA that is merged and started anew, so that its updates add up to a higher rank."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank import settings, tree, weight
+from lowrank.errors import UserError
+from lowrank.methods import targets
+from lowrank.methods.lora import lora
+from lowrank.methods.method import Method
+from lowrank.weights import lora as form
+from lowrank.weights.lora import LoRA
+
+PyTree = Any
+
+
+def relora(every: int = 100, warmup: int = 10, **kwargs: Any) -> Method:
+    """ReLoRA: LoRA's options, merged into the base and drawn anew every `every` steps (Lialin et al. 2023).
+
+    arXiv:2307.05695. At a restart `W <- W + scale A B`, A and B are made as at the start, the optimizer forgets its
+    moments, and the learning rate rises from 0 to its schedule again over `warmup` steps. The base changes, so it
+    needs to be a plain kernel, and what is saved holds it.
+    """
+    targets.positive(every=every, warmup=warmup)
+    if warmup >= every:
+        raise UserError(f"method.warmup {warmup} is not shorter than method.every {every}")
+    method = settings.call(lora, kwargs, "method")
+    [(target, adapt)] = method.rewrite
+
+    def on_kernel(key: jax.Array, w: Any, name: str) -> LoRA:
+        form.plain("ReLoRA", w)
+        return adapt(key, w, name)
+
+    def again(params: PyTree, key: jax.Array) -> PyTree:
+        def anew(name: str, w: Any) -> Any:
+            if not isinstance(w, LoRA):
+                return w
+            made = adapt(weight.name_key(key, name), w.materialize(), name)
+            return dataclasses.replace(made, scale=w.scale)  # the array that it was, which no checkpoint needs to hold
+
+        return tree.map_named(anew, params, is_leaf=weight.is_weight)
+
+    def optimizer(plain: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+        if every >= steps:
+            raise UserError(f"method.every {every} is no less than the run's {steps} steps: it would never restart")
+        return restarting(plain, every, warmup)
+
+    return dataclasses.replace(method, rewrite=((target, on_kernel),), restart=(every, again), optimizer=optimizer)
+
+
+class RestartingState(NamedTuple):
+    """The optimizer's state, and how many updates it has made."""
+
+    inner: Any
+    count: jax.Array
+
+
+def restarting(plain: optax.GradientTransformation, every: int, warmup: int) -> optax.GradientTransformation:
+    """`plain`, which forgets all but its place in the schedule before updates `every`, `2 every`, ... (from 0).
+
+    After each of these, updates rise from `1 / warmup` to all of their size within `warmup` of them.
+    """
+
+    def init(trained: PyTree) -> RestartingState:
+        return RestartingState(plain.init(trained), jnp.int32(0))
+
+    def update(gradient: PyTree, state: RestartingState, trained: PyTree) -> tuple[PyTree, RestartingState]:
+        count = state.count
+        due = (count > 0) & (count % every == 0)
+        inner = jax.tree.map(
+            lambda old, new: old if _in_schedule(old) else jnp.where(due, new, old),
+            state.inner,
+            plain.init(trained),
+            is_leaf=_in_schedule,
+        )
+        updates, inner = plain.update(gradient, inner, trained)
+        rise = jnp.minimum(1.0, (count % every + 1) / warmup)
+        size = jnp.where(count < every, 1.0, rise)
+        return jax.tree.map(lambda u: u * size, updates), RestartingState(inner, count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _in_schedule(x: Any) -> bool:
+    return isinstance(x, optax.ScaleByScheduleState)

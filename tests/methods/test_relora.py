@@ -1,0 +1,122 @@
+"""ReLoRA: what a restart does, to weights and moments, and that a run with restarts resumes bit for bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from lowrank import merging, methods, plan, train, tree
+from lowrank.checkpoint import Checkpointer
+from lowrank.errors import UserError
+from lowrank.methods.relora import restarting
+from lowrank.weight import merge
+from tests import tiny
+from tests.adapted import adapted
+from tests.test_methods import base
+from tests.test_train import config_of
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+QV = r".*attn/(q|v)/kernel"
+ARG, STEPS = "method=relora,every=3,warmup=2,rank=2,alpha=4.0", 8
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "pissa"])
+def test_a_restart_moves_the_update_into_the_base(init):
+    group = {"name": "relora", "rank": 2, "target": QV, "init": init}
+    params, _ = adapted(base(), group)
+    _, again = methods.build(group).restart
+    anew = jax.jit(again)(params, jax.random.key(7))
+    before, w = params["layers"]["attn"]["q"]["kernel"], anew["layers"]["attn"]["q"]["kernel"]
+    if init == "pissa":
+        assert np.any(w.b)
+    else:
+        expected = np.float64(before.base) + 16 / 2 * np.einsum("lir,lro->lio", *map(np.float64, (before.a, before.b)))
+        np.testing.assert_allclose(w.base, expected, atol=1e-4)
+        assert not np.any(w.b)
+    assert not np.allclose(w.a, before.a)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), merge(anew), merge(params))
+
+
+def test_the_moments_are_forgotten_and_the_rate_rises_again():
+    every, warmup, lr, steps = 4, 3, 0.1, 11
+    schedule = optax.linear_schedule(lr, 0.0, steps)
+    optimizer = restarting(optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(schedule)), every, warmup)
+    gradients = np.random.default_rng(0).standard_normal((steps, 5))
+    state, step = optimizer.init(jnp.zeros(5)), jax.jit(optimizer.update)
+    for t, g in enumerate(gradients):
+        n = t % every + 1  # updates since the restart
+        if n == 1:
+            m = v = np.zeros(5)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        rate = lr * (1 - t / steps) * (min(1, n / warmup) if t >= every else 1)
+        expected = -rate * (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8)
+        update, state = step(jnp.asarray(g, jnp.float32), state, jnp.zeros(5))
+        np.testing.assert_allclose(update, expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.llama(folder / "llama")
+    tiny.records(folder / "records.jsonl")
+    return folder
+
+
+def config(files):
+    return config_of(files, ARG, optim__lr=0.05, mesh__data=1, checkpoint__every=0, steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    """`(workdir of a run that nothing interrupted, its last parameters)`."""
+    folder, ends = tmp_path_factory.mktemp("whole"), []
+    with pytest.MonkeyPatch.context() as patch:
+        finish = train.Run._finish
+        patch.setattr(train.Run, "_finish", lambda run, before: (ends.append(run._params()), finish(run, before))[1])
+        train.run(config(files), folder)
+    return folder, ends[0]
+
+
+def last(workdir):
+    with Checkpointer(workdir / "checkpoints") as saver:
+        path = workdir / "checkpoints" / str(saver.latest()) / "arrays"
+    with ocp.PyTreeCheckpointer() as reader:
+        how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in reader.metadata(path).item_metadata}
+        return reader.restore(path, restore_args=how)
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5])
+def test_a_run_stopped_around_a_restart_continues_bit_for_bit(stop, files, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train.StopSignal, "requested", lambda self, step: step >= stop)
+        assert train.run(config(files), tmp_path) == {"stopped_at": stop}
+    train.run(config(files), tmp_path)
+    got, want = last(tmp_path), last(whole[0])
+    assert {n for n in want if n.startswith("frozen/")} == {f"frozen/layers/attn/{m}/kernel/base" for m in "qv"}
+    assert sorted(got) == sorted(want)
+    assert not [name for name in want if got[name].tobytes() != want[name].tobytes()]
+
+
+def test_what_is_saved_is_the_trained_model(files, whole):
+    workdir, params = whole
+    loaded = merging.adapted(workdir / "adapter", str(files / "llama")).params
+    for (name, x), (_, y) in zip(tree.named_leaves(loaded), tree.named_leaves(params), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=name)
+    start = plan.make(config(files)).load().params["layers"]["attn"]["q"]["kernel"]
+    assert not np.allclose(params["layers"]["attn"]["q"]["kernel"].base, start)
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("method=relora,every=8,rank=2,warmup=1", "method.every 8 is no less than the run's 8 steps"),
+        ("method=relora,every=4,rank=2,warmup=4", "method.warmup 4 is not shorter than method.every 4"),
+        ("method=relora,every=0", "method.every must be positive"),
+        ("method=relora,rnak=2", "did you mean 'method.rank'"),
+    ],
+)
+def test_bad_settings_are_refused(arg, message, files):
+    with pytest.raises(UserError, match=message):
+        plan.make(config_of(files, arg))
