@@ -53,9 +53,9 @@ def ranks(name: str, shape: tuple[int, ...], default: int, patterns: Mapping[str
 
 
 def layer_names(name: str, shape: tuple[int, ...]) -> list[str]:
-    """The weight's own name and, for a stack `[layers, in, out]`, one with each layer's index after the first part."""
+    """The weight's own name and, for a stack `[layers, ...]`, one with each layer's index after the first part."""
     first, _, rest = name.partition("/")
-    return [name] + ([f"{first}/{i}/{rest}" for i in range(shape[0])] if len(shape) == 3 else [])
+    return [name] + ([f"{first}/{i}/{rest}" for i in range(shape[0])] if len(shape) > 2 else [])
 
 
 def per_layer(name: str, shape: tuple[int, ...], default: Any, patterns: Mapping[str, Any]) -> list[Any]:

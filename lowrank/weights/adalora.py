@@ -30,6 +30,10 @@ class AdaLoRA(LoRA):
         t = dot(self._dropped(x), self.a)
         return widen(t * jnp.broadcast_to(gain, t.shape), self.b)
 
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """`(A @ diag(E), B)`."""
+        return wide(self.a) * wide(self.e)[..., None, :], self.b
+
     def orthogonality(self) -> jax.Array:
         """`||A^T A - I||^2 + ||B B^T - I||^2` (Frobenius), summed over the stack: 0 for a true decomposition."""
         a, b = wide(self.a), wide(self.b)

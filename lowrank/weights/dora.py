@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weight import dot, form, frozen, materialize, trainable, wide
+from lowrank.weight import Weight, dot, form, frozen, materialize, trainable, wide
 from lowrank.weights.lora import LoRA
 
 
@@ -33,6 +33,10 @@ class DoRA(LoRA):
         gain = self.magnitude / jax.lax.stop_gradient(self.column_norm())
         y = dot(x, self.base) + self.low_rank(x)
         return y * jnp.broadcast_to(gain.astype(y.dtype), y.shape)
+
+    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """By the whole kernels: the norms are those of every expert's columns."""
+        return Weight.grouped(self, x, sizes)
 
     def column_norm(self) -> jax.Array:
         """`||W + scale A B||` of each column `[out]`, in float32, from rank-r products alone.

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.errors import UserError, unknown
-from lowrank.weight import Weight, dot, form, frozen, is_weight, materialize, static, trainable, wide
+from lowrank.weight import Weight, dot, form, frozen, grouped, is_weight, materialize, static, trainable, wide
 
 
 @form
@@ -46,6 +46,16 @@ class LoRA(Weight):
     def low_rank(self, x: jax.Array) -> jax.Array:
         """`scale * drop(x) @ A @ B` for `x: [..., in]`."""
         return widen(dot(self._dropped(x), self.a) * self.scale.astype(x.dtype), self.b)
+
+    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """`x W_g + scale_g * drop(x) A_g B_g` for rows sorted by group; no group's `A B` is formed.
+
+        All groups drop by the first one's key: no two of them see the same row.
+        """
+        key = self.key if self.key is None else self.key[0]
+        a, b = self.factors()
+        low = grouped(dataclasses.replace(self, key=key)._dropped(x), a, sizes)
+        return grouped(x, self.base, sizes) + grouped(low, b * self.scale[:, None, None], sizes)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """`(A, B)`, whose product times the scale is the update."""
@@ -88,24 +98,34 @@ def attach(
 ) -> LoRA:
     """A LoRA on `w` `[..., in, out]` with one rank and alpha for each layer of the stack (one if unstacked).
 
+    The experts `[layers, experts, in, out]` of a layer all have its rank and alpha.
     A rank of 0 leaves that layer unadapted. Raises UserError for an unknown `init`.
     """
     if init not in INITS:
         raise unknown("LoRA init", init, INITS)
     stack, (n_in, n_out), rank = w.shape[:-2], w.shape[-2:], max(ranks)
-    scale = jnp.array([_scale(r, a, rslora) for r, a in zip(ranks, alphas, strict=True)], jnp.float32).reshape(stack)
+    scale = jnp.array([_scale(r, a, rslora) for r, a in zip(ranks, alphas, strict=True)], jnp.float32)
     lora = LoRA(
         base=w,
         a=jnp.zeros((*stack, n_in, rank), jnp.float32),
         b=jnp.zeros((*stack, rank, n_out), jnp.float32),
-        scale=scale,
+        scale=_over_experts(scale, stack, 0),
         dropout=dropout,
     )
     lora = INITS[init](key, lora)
-    live = (jnp.arange(rank)[None, :] < jnp.array(ranks)[:, None]).reshape(*stack, rank)
+    live = jnp.arange(rank)[None, :] < jnp.array(ranks)[:, None]
+    live = _over_experts(live, (*stack, rank), 1)
     lora = dataclasses.replace(lora, a=lora.a * live[..., None, :], b=lora.b * live[..., :, None])
     # The base loses what A and B hold, so it is made once the padding is in place.
     return _residual(lora) if init in RESIDUAL else lora
+
+
+def _over_experts(values: jax.Array, shape: tuple[int, ...], trailing: int) -> jax.Array:
+    """`[layers, ...]` with `trailing` axes after the first as `shape`, which may have an axis of experts between."""
+    if len(shape) == trailing:
+        return values.reshape(shape)
+    between = (1,) * (len(shape) - trailing - 1)
+    return jnp.broadcast_to(values.reshape(shape[0], *between, *values.shape[1:]), shape)
 
 
 def _scale(rank: int, alpha: float, rslora: bool) -> float:

@@ -44,7 +44,7 @@ GEMMA = {
     "final_logit_softcap": 5.0,
 }
 MOE = {**LLAMA, "experts": 4, "experts_per_token": 2, "expert_hidden": 10, "shared_hidden": 12}
-DECODERS = {"llama": LLAMA, "windowed": WINDOWED, "gpt2": GPT2, "gemma": GEMMA}
+DECODERS = {"llama": LLAMA, "windowed": WINDOWED, "gpt2": GPT2, "gemma": GEMMA, "moe": MOE}
 
 
 def decoder(kind, **options):
