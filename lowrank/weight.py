@@ -20,9 +20,9 @@ PyTree = Any
 F = TypeVar("F", bound=type)
 
 
-def trainable() -> Any:
+def trainable(**kwargs: Any) -> Any:
     """A field that is learned."""
-    return dataclasses.field(metadata={"trainable": True})
+    return dataclasses.field(metadata={"trainable": True}, **kwargs)
 
 
 def frozen(**kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weights import adalora, dora, loha, lora, lora_xs, scaled
+from lowrank.weights import adalora, dora, hira, loha, lokr, lora, lora_xs, scaled
 from lowrank.weights.schemes import SCHEMES
 
 L, IN, OUT, RANK = 3, 12, 10, 4
@@ -50,6 +50,11 @@ FORMS: dict[str, Callable[[jax.Array, Any], Any]] = {
     "ia3 in": lambda key, w: scaled.attach(w, "in"),
     "loha": lambda key, w: loha.attach(key, w, **ranked(w)),
     "loha by rank-r^2 factors": lambda key, w: loha.attach(key, w, **ranked(w, (2, 1, 0))),
+    "lokr": lambda key, w: lokr.attach(key, w, **ranked(w)),
+    "lokr decomposed": lambda key, w: lokr.attach(key, w, **ranked(w, (1, 1, 0)), factor=2),
+    "lokr both decomposed": lambda key, w: lokr.attach(key, w, **ranked(w, (1, 1, 0)), both=True),
+    "hira": lambda key, w: hira.attach(key, w, ranks=_ranks(w)),
+    "hira of ia3": lambda key, w: hira.attach(key, scaled.attach(w, "out"), ranks=_even(w)),
     "lora of ia3": lambda key, w: lora_on(key, scaled.attach(w, "out"), _even(w)),
     "ia3 of dora": lambda key, w: scaled.attach(dora.attach(lora_on(key, w, _even(w))), "in"),
 }
@@ -79,6 +84,7 @@ ROUNDED: dict[str, float] = {
     "ternary": 0.6,
     "lora of nf4": 0.1,
     "dora of nf4": 0.1,
+    "hira of nf4": 0.1,
 }
 FORMS |= {
     "nf4": quantised("nf4"),
@@ -94,6 +100,7 @@ FORMS |= {
     "ternary": quantised("ternary"),
     "lora of nf4": _on_nf4(FORMS["lora"]),
     "dora of nf4": _on_nf4(FORMS["dora"]),
+    "hira of nf4": _on_nf4(FORMS["hira"]),
 }
 
 
@@ -109,7 +116,7 @@ def shaken(w: Any, key: jax.Array) -> Any:
         value, field_key = getattr(w, field.name), jax.random.fold_in(key, len(moved))
         if dataclasses.is_dataclass(value):
             moved[field.name] = shaken(value, field_key)
-        elif field.metadata.get("trainable"):
+        elif field.metadata.get("trainable") and value is not None:
             moved[field.name] = _moved(w, field.name, value, field_key)
     return dataclasses.replace(w, **moved) if moved else w
 

@@ -57,8 +57,24 @@ def _loha(config, path, parts, out):
     out[f"{path}.weight"] += scale * w1 * w2
 
 
+def _lokr(config, path, parts, out):
+    rank, scale = _rank_and_scale(config, path)
+    w1, w2 = (
+        parts[f"lokr_w{i}"] if f"lokr_w{i}" in parts else parts[f"lokr_w{i}_a"] @ parts[f"lokr_w{i}_b"] for i in (1, 2)
+    )
+    assert all(x.shape[0] == rank for name, x in parts.items() if name.endswith("_b"))
+    out[f"{path}.weight"] += scale * np.kron(w1, w2)
+
+
+def _hira(config, path, parts, out):
+    assert parts["hira_A"].shape[0] == config["r"]
+    out[f"{path}.weight"] *= 1 + parts["hira_B"] @ parts["hira_A"]
+
+
 FORMULAS = {
     "lora_": _lora,
     "ia3_l": _ia3,
     "hada_": _loha,
+    "lokr_": _lokr,
+    "hira_": _hira,
 }

@@ -48,6 +48,13 @@ def attached(**group):
         ({"name": "adalora", "target": Q, "init_rank": 4, "target_rank": 2}, [f"{Q}/{f}" for f in ("a", "b", "e")]),
         ({"name": "relora", "target": Q, "rank": 2}, [f"{Q}/a", f"{Q}/b"]),
         ({"name": "galore", "rank": 2, "target": Q}, tree.names(base())),
+        ({"name": "lokr", "target": Q}, [f"{Q}/w1", f"{Q}/w2"]),
+        ({"name": "lokr", "rank": 1, "target": Q}, [f"{Q}/{f}" for f in ("w1", "a2", "b2")]),
+        (
+            {"name": "lokr", "rank": 1, "factor": 4, "decompose_both": True, "target": Q},
+            [f"{Q}/{f}" for f in ("a1", "b1", "w2")],
+        ),
+        ({"name": "hira", "rank": 3, "target": Q}, [f"{Q}/a", f"{Q}/b"]),
         ({"name": "ia3"}, [f"layers/{m}/kernel/s" for m in ("attn/k", "attn/v", "mlp/down")]),
     ],
 )

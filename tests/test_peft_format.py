@@ -21,6 +21,8 @@ from tests.pretrained import files
 ATTN = r".*attn/(q|k|v|o)/kernel"
 PATTERNS = {"rank_pattern": {r".*attn/k/kernel": 1, r"layers/1/attn/q/kernel": 5, r"layers/2/attn/v/kernel": 0}}
 PATTERNS |= {"alpha_pattern": {r".*attn/v/kernel": 3.0, r"layers/0/.*": 20.0}}
+LOKR_PATTERNS = {**PATTERNS, "rank_pattern": {r".*attn/k/kernel": 1, r"layers/2/attn/v/kernel": 0}}
+LOW = {"rank_pattern": {r"layers/1/attn/q/kernel": 1, r"layers/2/attn/v/kernel": 0}}
 GROUPS = {
     "lora": {"name": "lora", "rank": 3, "alpha": 10.0, "target": ATTN, **PATTERNS},
     "rslora": {"name": "lora", "rank": 3, "alpha": 7.0, "rslora": True, "target": ATTN, **PATTERNS},
@@ -32,6 +34,10 @@ GROUPS = {
     "dora": {"name": "dora", "rank": 3, "alpha": 10.0, "target": ATTN, **PATTERNS},
     "ia3": {"name": "ia3"},
     "loha": {"name": "loha", "rank": 3, "alpha": 10.0, "target": ATTN, **PATTERNS},
+    "lokr": {"name": "lokr", "rank": 3, "alpha": 10.0, "target": ATTN, **LOKR_PATTERNS},
+    "lokr low rank": {"name": "lokr", "rank": 2, "factor": 2, "target": r".*attn/(q|v)/kernel", **LOW},
+    "lokr both": {"name": "lokr", "rank": 1, "alpha": 3.0, "factor": 8, "decompose_both": True, "target": ATTN},
+    "hira": {"name": "hira", "rank": 3, "target": ATTN, "rank_pattern": PATTERNS["rank_pattern"]},
     "bias": {"name": "lora", "bias": "all"},
     "its bias": {"name": "lora", "bias": "lora_only"},
 }

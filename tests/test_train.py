@@ -33,6 +33,8 @@ LM_METHODS = {
     "ptuning": "method=ptuning,length=4,encoder=lstm,hidden=8",
     "prefix": "method=prefix,length=4",
     "mam": "method=mam,length=4,width=4,reparam=True,hidden=16",
+    "lokr": "method=lokr,rank=1",
+    "hira": "method=hira,rank=4",
     "houlsby": "method=houlsby,width=4",
     "scaled_parallel": "method=scaled_parallel,width=4",
     "intrinsic": "method=intrinsic,dim=64,said=True",

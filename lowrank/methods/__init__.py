@@ -9,9 +9,11 @@ from lowrank.methods.adalora import adalora
 from lowrank.methods.bottleneck import houlsby, parallel, pfeiffer, scaled_parallel
 from lowrank.methods.dora import dora
 from lowrank.methods.galore import galore
+from lowrank.methods.hira import hira
 from lowrank.methods.ia3 import ia3
 from lowrank.methods.intrinsic import intrinsic
 from lowrank.methods.loha import loha
+from lowrank.methods.lokr import lokr
 from lowrank.methods.lora import lora
 from lowrank.methods.lora_relatives import edora, lora_fa, lora_xs
 from lowrank.methods.method import SHARED, Context, Method, attach, finished, matches, stripped, trainable_mask
@@ -44,6 +46,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "scaled_parallel": scaled_parallel,
     "intrinsic": intrinsic,
     "loha": loha,
+    "lokr": lokr,
+    "hira": hira,
 }
 
 

@@ -121,7 +121,7 @@ def _peeled(
                 layers |= {path: layer} if layer else {}
     if not layers:
         raise UserError("there is no adapter to write: every layer has rank 0")
-    return layers
+    return form.level(layers) if form.level else layers
 
 
 def _change(original: Any, base: Any, at: Any) -> np.ndarray:

@@ -21,6 +21,11 @@ OURS = {
         "llama",
         {"name": "loha", "rank": 4, "alpha": 10.0, "target": ATTN, "rank_pattern": RANKS, "alpha_pattern": ALPHAS},
     ),
+    "lokr": ("llama", {"name": "lokr", "rank": 3, "alpha": 10.0, "target": ATTN, "alpha_pattern": ALPHAS}),
+    "lokr both": ("llama", {"name": "lokr", "rank": 1, "alpha": 3.0, "decompose_both": True, "target": ATTN}),
+    "lokr whole": ("llama", {"name": "lokr", "rank": 4, "alpha": 3.0, "factor": 8, "target": r".*/(up|down)/kernel"}),
+    "hira": ("llama", {"name": "hira", "rank": 4, "target": ATTN, "rank_pattern": RANKS}),
+    "gpt2 hira": ("gpt2", {"name": "hira", "rank": 4, "target": GPT2_TARGETS}),
 }
 
 
@@ -57,6 +62,23 @@ THEIRS = {
         peft.LoHaConfig,
         {"r": 3, "alpha": 7, "target_modules": QKVO, "layers_to_transform": [0, 2], "layers_pattern": "layers"},
     ),
+    "lokr": ("llama", peft.LoKrConfig, {"r": 3, "alpha": 10, "target_modules": QKVO, "decompose_factor": 4}),
+    "lokr both": (
+        "llama",
+        peft.LoKrConfig,
+        {"r": 2, "alpha": 5, "decompose_both": True, "target_modules": [*QKVO, "down_proj"], "decompose_factor": 6},
+    ),
+    "lokr patterns": (
+        "llama",
+        peft.LoKrConfig,
+        {"r": 2, "target_modules": QKVO, "rank_pattern": {"k_proj": 5}, "alpha_pattern": THEIR_ALPHAS},
+    ),
+    "hira": ("llama", peft.HiraConfig, {"r": 4, "target_modules": QKVO, "rank_pattern": THEIR_RANKS}),
+    "gpt2 hira": (
+        "gpt2",
+        peft.HiraConfig,
+        {"r": 4, "target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True},
+    ),
 }
 
 
@@ -75,9 +97,9 @@ def test_we_load_an_adapter_of_peft_and_compute_its_logits(case, bases, tmp_path
     assert_same_weights(mine, peft_format.load(again, plain, base))
 
 
-@pytest.mark.parametrize("name", ["loha"])
+@pytest.mark.parametrize("name", ["loha", "lokr"])
 def test_what_peft_has_on_linear_layers_only_is_not_written_for_a_conv1d(name, bases, tmp_path):
     _, base, plain = bases["gpt2"]
     params, trained = adapted(plain, {"name": name, "target": GPT2_TARGETS})
-    with pytest.raises(UserError, match="is a Conv1D, on which PEFT has no LOHA"):
+    with pytest.raises(UserError, match=f"is a Conv1D, on which PEFT has no {name.upper()}"):
         peft_format.save(params, base, tmp_path, trained=trained)

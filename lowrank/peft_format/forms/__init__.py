@@ -2,8 +2,10 @@
 
 from lowrank.peft_format.forms.adalora import ADALORA
 from lowrank.peft_format.forms.form import Form, Layer, Settings
+from lowrank.peft_format.forms.hira import HIRA
 from lowrank.peft_format.forms.ia3 import IA3
 from lowrank.peft_format.forms.loha import LOHA
+from lowrank.peft_format.forms.lokr import LOKR
 from lowrank.peft_format.forms.lora import DORA, EDORA, LORA, LORA_XS
 
 FORMS: dict[str, Form] = {
@@ -14,6 +16,8 @@ FORMS: dict[str, Form] = {
     "adalora": ADALORA,
     "ia3": IA3,
     "loha": LOHA,
+    "lokr": LOKR,
+    "hira": HIRA,
 }
 
 __all__ = ["FORMS", "Form", "Layer", "Settings"]

@@ -74,6 +74,7 @@ class Form:
     extra: tuple[str, ...] = ()  # fields that `peel` needs beside those of the parts
     rebase: Callable[[Layer, np.ndarray], Layer] | None = None  # (layer, base - original) -> on the original base
     root: Root | None = None
+    level: Callable[[dict[str, Layer]], dict[str, Layer]] | None = None  # layers by path, once all are known
     # (adapted weights by name, the leaves under `shared/`) -> the weights with what they share in their own fields
     bind: Callable[[Mapping[str, Weight], Any], dict[str, Weight]] | None = None
     conv1d: bool = True  # whether PEFT has it on GPT-2's Conv1D

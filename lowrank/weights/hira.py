@@ -1,0 +1,53 @@
+"""HiRA: `W * (1 + A @ B)` entry by entry, an update of high rank (Huang et al., ICLR 2025, openreview TwJrTz9cRS).
+
+There is no scale: a larger update is a larger A or B. Kernels are `[in, out]`, so A is `[in, r]` and B `[r, out]`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.weight import Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.weights import stacks
+
+
+@form
+class HiRA(Weight):
+    """`base` `[..., in, out]`, `a` `[..., in, r]`, `b` `[..., r, out]`."""
+
+    base: Any = frozen()
+    a: jax.Array = trainable()
+    b: jax.Array = trainable()
+
+    def materialize(self) -> jax.Array:
+        """`W * (1 + A @ B)`, in float32 and rounded once to the base's dtype."""
+        return _fused(self.base, self.a, self.b, "highest")
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """`x @ (W * (1 + A @ B))`: one product, with a kernel `[in, out]` that is formed for it.
+
+        No cheaper way is known: W has full rank. The backward pass forms that kernel anew instead of keeping it.
+        """
+        return _dot(x, self.base, self.a, self.b)
+
+
+def _fused(base: Any, a: jax.Array, b: jax.Array, precision: str | None = None) -> jax.Array:
+    w = materialize(base)
+    return (wide(w) * (1 + jnp.matmul(wide(a), wide(b), precision=precision))).astype(w.dtype)
+
+
+@jax.checkpoint
+def _dot(x: jax.Array, base: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    return dot(x, _fused(base, a, b))
+
+
+def attach(key: jax.Array, w: Any, *, ranks: Sequence[int]) -> HiRA:
+    """A HiRA on `w` `[..., in, out]` that changes nothing yet: B is zero, A Kaiming uniform.
+
+    One rank for each layer of the stack (one if unstacked); the rank 0 leaves a layer unadapted.
+    """
+    stack, (n_in, n_out), rank = w.shape[:-2], w.shape[-2:], max(ranks)
+    a = stacks.kaiming(key, (*stack, n_in, rank), n_in) * stacks.live(ranks, stack)[..., None, :]
+    return HiRA(base=w, a=a, b=jnp.zeros((*stack, rank, n_out), jnp.float32))

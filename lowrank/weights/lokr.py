@@ -1,0 +1,112 @@
+"""LoKr: `W + scale * kron(W1, W2)`, each factor whole or of low rank (LyCORIS, Yeh et al. 2023, arXiv:2309.14859).
+
+With `in = m n` and `out = l k`, W1 is `[m, l]` and W2 `[n, k]`: `kron(W1, W2)[m n', l k'] = W1[m, l] W2[n', k']`. The
+rank of the update is the product of theirs. A factor of low rank is `A @ B`, with A `[m, r]` or `[n, r]`.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.errors import UserError
+from lowrank.weight import Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.weights import stacks
+
+
+@form
+class LoKr(Weight):
+    """`base` `[..., in, out]`, `w1` `[..., m, l]` or `a1`, `b1`, `w2` `[..., n, k]` or `a2`, `b2`, `scale` `[...]`."""
+
+    base: Any = frozen()
+    w1: jax.Array | None = trainable(default=None)
+    a1: jax.Array | None = trainable(default=None)
+    b1: jax.Array | None = trainable(default=None)
+    w2: jax.Array | None = trainable(default=None)
+    a2: jax.Array | None = trainable(default=None)
+    b2: jax.Array | None = trainable(default=None)
+    scale: jax.Array = frozen()
+
+    def factors(self) -> tuple[list[jax.Array], list[jax.Array]]:
+        """`([w1] or [a1, b1], [w2] or [a2, b2])`."""
+        first = [self.a1, self.b1] if self.w1 is None else [self.w1]
+        return first, [self.a2, self.b2] if self.w2 is None else [self.w2]
+
+    def materialize(self) -> jax.Array:
+        """`W + scale * kron(W1, W2)`, summed in float32 and rounded once to the base's dtype."""
+        base, whole = materialize(self.base), []
+        for parts in self.factors():
+            parts = [wide(part) for part in parts]
+            whole.append(jnp.matmul(*parts, precision="highest") if len(parts) == 2 else parts[0])
+        update = jnp.einsum("...ml,...nk->...mnlk", *whole, precision="highest").reshape(base.shape)
+        return (wide(base) + update * self.scale[..., None, None]).astype(base.dtype)
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """`x @ W` plus the update by reshapes: x as a matrix `[m, n]`, W1 from its left and W2 from its right."""
+        first, second = ([part.astype(x.dtype) for part in parts] for parts in self.factors())
+        x_mn = x.reshape(*x.shape[:-1], first[0].shape[0], second[0].shape[0])
+        left, right = "mpl" if len(first) == 2 else "ml", "nqk" if len(second) == 2 else "nk"
+        pairs = [a + b for letters in (left, right) for a, b in itertools.pairwise(letters)]
+        update = jnp.einsum(f"...mn,{','.join(pairs)}->...lk", x_mn, *first, *second, optimize="optimal")
+        return dot(x, self.base) + update.reshape(*x.shape[:-1], -1) * self.scale.astype(x.dtype)
+
+
+class Sizes(NamedTuple):
+    """How a kernel `[m n, l k]` is divided, and which of its factors `[m, l]` and `[n, k]` are whole."""
+
+    m: int
+    n: int
+    l: int  # noqa: E741
+    k: int
+    whole1: bool
+    whole2: bool
+
+
+def divided(size: int, factor: int) -> tuple[int, int]:
+    """`size` as a product: `factor` times the rest where it divides, else the divisors nearest to the root.
+
+    The smaller of those is at most `factor`; -1 sets no bound.
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    small = max(d for d in range(1, math.isqrt(size) + 1) if size % d == 0 and (factor == -1 or d <= factor))
+    return small, size // small
+
+
+def sizes(n_in: int, n_out: int, rank: int, factor: int, both: bool) -> Sizes:
+    """LyCORIS's rule: a factor is of low rank where that is below half its larger side; W1 only with `both`."""
+    (m, n), (l, k) = divided(n_in, factor), divided(n_out, factor)  # noqa: E741
+    return Sizes(m, n, l, k, whole1=not (both and 2 * rank < max(m, l)), whole2=2 * rank >= max(n, k))
+
+
+def attach(
+    key: jax.Array, w: Any, *, ranks: Sequence[int], alphas: Sequence[float], factor: int = -1, both: bool = False
+) -> LoKr:
+    """A LoKr on `w` `[..., in, out]` that adds nothing yet: W1, or its B, is zero, the rest is Kaiming uniform.
+
+    One rank and alpha for each layer of the stack (one if unstacked); the rank 0 leaves a layer unadapted. Raises
+    UserError for ranks of which only some leave a factor whole.
+    """
+    stack, live, rank = w.shape[:-2], stacks.live(ranks, w.shape[:-2]), max(ranks)
+    shapes = {sizes(*w.shape[-2:], r, factor, both) for r in ranks if r}
+    if len(shapes) > 1:
+        raise UserError(
+            f"ranks {min(r for r in ranks if r)} to {rank} in one stack: LoKr would decompose only some layers"
+        )
+    (s,) = shapes
+    key_1, key_a, key_b = jax.random.split(key, 3)
+    of_a, of_b, of_w = live[..., None, :], live[..., :, None], jnp.any(live, axis=-1)[..., None, None]
+    if s.whole1:
+        first = {"w1": jnp.zeros((*stack, s.m, s.l), jnp.float32)}
+    else:
+        a1 = stacks.kaiming(key_1, (*stack, s.m, rank), s.m) * of_a
+        first = {"a1": a1, "b1": jnp.zeros((*stack, rank, s.l), jnp.float32)}
+    if s.whole2:
+        second = {"w2": stacks.kaiming(key_a, (*stack, s.n, s.k), s.n) * of_w}
+    else:
+        a2 = stacks.kaiming(key_a, (*stack, s.n, rank), s.n) * of_a
+        second = {"a2": a2, "b2": stacks.kaiming(key_b, (*stack, rank, s.k), rank) * of_b}
+    return LoKr(base=w, **first, **second, scale=stacks.scales(ranks, alphas, stack))
