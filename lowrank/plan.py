@@ -161,7 +161,8 @@ def make(config: Group) -> Plan:
     method = methods.build(c.method)
     optim_config = settings.call(OptimConfig, c.optim, "optim")
     optim.check(optim_config, c.steps)
-    data_config = settings.call(data.DataConfig, {**c.data, "objective": c.objective}, "data")
+    asked = {"objective": c.objective} | ({"holdout": method.holdout} if method.holdout else {})
+    data_config = settings.call(data.DataConfig, {**c.data, **asked}, "data")
     mesh = settings.call(sharding.make_mesh, c.mesh, "mesh")
     sharding.check_batch(data_config.batch_size, optim_config.accumulate, mesh)
     own = [f.name for f in dataclasses.fields(ModelConfig)]

@@ -44,9 +44,8 @@ class Scorer:
         mesh: Mesh,
     ):
         """`train` is the training data's config: the held-out data are read, rendered and cut in the same way."""
-        held_out = dataclasses.replace(
-            train, split=config.split, max_examples=config.max_examples, epochs=1, shuffle=False, prefetch=0
-        )
+        once = {"epochs": 1, "shuffle": False, "prefetch": 0, "holdout": 0.0}
+        held_out = dataclasses.replace(train, split=config.split, max_examples=config.max_examples, **once)
         self.config, self._tokenizer, self._network, self._bind, self._mesh = config, tokenizer, network, bind, mesh
         self._loader = data.make_loader(held_out, tokenizer, jax.process_index(), jax.process_count())
         self._first = self._loader.get_state()

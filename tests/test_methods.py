@@ -46,6 +46,7 @@ def attached(**group):
         ({"name": "intrinsic", "dim": 9, "said": True}, ["shared/intrinsic", "shared/said/layers"]),
         ({"name": "loha", "rank": 3, "target": Q}, [f"{Q}/{f}" for f in ("a1", "b1", "a2", "b2")]),
         ({"name": "adalora", "target": Q, "init_rank": 4, "target_rank": 2}, [f"{Q}/{f}" for f in ("a", "b", "e")]),
+        ({"name": "bidora", "target": Q}, [f"{Q}/{f}" for f in ("a", "b", "magnitude")]),
         ({"name": "relora", "target": Q, "rank": 2}, [f"{Q}/a", f"{Q}/b"]),
         ({"name": "galore", "rank": 2, "target": Q}, tree.names(base())),
         ({"name": "lokr", "target": Q}, [f"{Q}/w1", f"{Q}/w2"]),

@@ -25,6 +25,7 @@ LM_METHODS = {
     "olora": "method=lora,rank=2,init=olora",
     "lora_xs": "method=lora_xs,rank=4",
     "edora": "method=edora,rank=4",
+    "bidora": "method=bidora,rank=2,retrain=0.0",
     "galore": "method=galore,rank=2,every=3",
     "adalora": "method=adalora,init_rank=4,target_rank=2,orthogonal=0.001",
     "ia3": "method=ia3",

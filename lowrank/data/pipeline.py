@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import grain
+import numpy as np
 from grain.experimental import FlatMapIterDataset, FlatMapTransform, ThreadPrefetchIterDataset
 
 from lowrank.data import packing, templates
@@ -39,6 +40,8 @@ class DataConfig:
     prompt_loss_weight: weight of a prompt's tokens in the loss, 0 to 1; the answer's is 1. 0.1 regularises short
       answers (Huerta-Enochian & Ko, arXiv:2401.13586).
     epochs: passes over the data; 0 or None never ends. max_examples: only the first so many; 0 or None takes all.
+    holdout: the share of the records that batches 1, 3, ... (from 0) are of, and only they; the others are in batches
+      0, 2, ... 0: every batch is of all records.
     prefetch: batches made ahead by a thread; 0 makes them when asked.
     """
 
@@ -59,6 +62,7 @@ class DataConfig:
     seed: int = 0
     epochs: int | None = None
     max_examples: int | None = None
+    holdout: float = 0.0
     prefetch: int = 2
     data_dir: str = DATA_DIR
 
@@ -70,6 +74,8 @@ class DataConfig:
                 raise UserError(f"data.{name}={found} is below {least}")
         if not 0 <= self.prompt_loss_weight <= 1:
             raise UserError(f"data.prompt_loss_weight={self.prompt_loss_weight} is not in [0, 1]")
+        if not 0 <= self.holdout < 1:
+            raise UserError(f"data.holdout={self.holdout} is not in [0, 1)")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"data.seed={self.seed} is not in [0, 2**32)")
 
@@ -201,17 +207,27 @@ def make_loader(
     if config.batch_size % process_count:
         raise UserError(f"data.batch_size={config.batch_size} is not divisible by {process_count} hosts")
     found = Examples(config, tokenizer)
-    rows = _rows(config, found, tokenizer.pad_id)
-    batches = packing.batch(rows, config.batch_size).map(
-        functools.partial(packing.rows_of, process_index=process_index, process_count=process_count)
-    )
+    rows = [_rows(config, found, order, tokenizer.pad_id) for order in _orders(config, found)]
+    streams = [packing.batch(stream, config.batch_size) for stream in rows]
+    batches = streams[0] if len(streams) == 1 else grain.IterDataset.mix(streams)  # in turn
+    batches = batches.map(functools.partial(packing.rows_of, process_index=process_index, process_count=process_count))
     if config.prefetch:
         batches = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch)
     return Loader(batches, found, _identity(config, found))
 
 
-def _rows(config: DataConfig, examples: Examples, pad_id: int) -> grain.IterDataset:
-    order = grain.MapDataset.range(len(examples))
+def _orders(config: DataConfig, examples: Examples) -> list[grain.MapDataset]:
+    """The records of each stream: all of them, or those that are not held out and those that are."""
+    size, held = len(examples), round(config.holdout * len(examples))
+    if not config.holdout:
+        return [grain.MapDataset.range(size)]
+    if not 0 < held < size:
+        raise UserError(f"data.holdout={config.holdout} cuts {size} records into {size - held} and {held}: too few")
+    apart = np.arange(held) * size // held  # spread evenly: records are often in the order of their classes
+    return [grain.MapDataset.source(part.tolist()) for part in (np.setdiff1d(np.arange(size), apart), apart)]
+
+
+def _rows(config: DataConfig, examples: Examples, order: grain.MapDataset, pad_id: int) -> grain.IterDataset:
     if config.shuffle:
         order = order.shuffle(config.seed)  # anew in each epoch
     order = order.repeat(config.epochs or None)
@@ -225,7 +241,7 @@ def _rows(config: DataConfig, examples: Examples, pad_id: int) -> grain.IterData
 def _identity(config: DataConfig, examples: Examples) -> dict[str, Any]:
     """What the order and content of the batches depend on, the tokenizer aside."""
     settings = dataclasses.asdict(config)
-    for free in ("data_dir", "prefetch", "source", "labels"):
+    for free in ("data_dir", "prefetch", "source", "labels", *(() if config.holdout else ("holdout",))):
         settings.pop(free)
     return settings | {"labels": list(examples.labels), "records": examples.source.identity}
 

@@ -6,6 +6,7 @@ from typing import Any
 from lowrank import settings
 from lowrank.errors import unknown
 from lowrank.methods.adalora import adalora
+from lowrank.methods.bidora import bidora
 from lowrank.methods.bottleneck import houlsby, parallel, pfeiffer, scaled_parallel
 from lowrank.methods.dora import dora
 from lowrank.methods.galore import galore
@@ -33,6 +34,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "lora_xs": lora_xs,
     "edora": edora,
     "adalora": adalora,
+    "bidora": bidora,
     "relora": relora,
     "galore": galore,
     "ia3": ia3,

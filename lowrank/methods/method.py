@@ -41,6 +41,7 @@ class Method:
     share: Callable[[PyTree, jax.Array], PyTree] | None = None  # (base, key) -> leaves under `shared/`
     prepare: Callable[[PyTree, Context], PyTree] | None = None  # (params, context) -> params, once, before step 1
     penalty: Callable[[PyTree], jax.Array] | None = None  # (bound params) -> what is added to the mean loss
+    holdout: float = 0.0  # the share of training records that every other batch is of (`DataConfig.holdout`)
     # (k, (params, key) -> params), before steps k, 2k, ... from 0: it may change frozen leaves, which are then saved
     restart: tuple[int, Callable[[PyTree, jax.Array], PyTree]] | None = None
     # (the run's optimizer, its number of steps) -> this method's, inside the trained tree

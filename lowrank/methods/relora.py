@@ -9,7 +9,7 @@ import optax
 
 from lowrank import settings, tree, weight
 from lowrank.errors import UserError
-from lowrank.methods import targets
+from lowrank.methods import states, targets
 from lowrank.methods.lora import lora
 from lowrank.methods.method import Method
 from lowrank.weights import lora as form
@@ -71,19 +71,10 @@ def restarting(plain: optax.GradientTransformation, every: int, warmup: int) -> 
     def update(gradient: PyTree, state: RestartingState, trained: PyTree) -> tuple[PyTree, RestartingState]:
         count = state.count
         due = (count > 0) & (count % every == 0)
-        inner = jax.tree.map(
-            lambda old, new: old if _in_schedule(old) else jnp.where(due, new, old),
-            state.inner,
-            plain.init(trained),
-            is_leaf=_in_schedule,
-        )
+        inner = states.choose(due, plain.init(trained), state.inner, schedule=state.inner)
         updates, inner = plain.update(gradient, inner, trained)
         rise = jnp.minimum(1.0, (count % every + 1) / warmup)
         size = jnp.where(count < every, 1.0, rise)
         return jax.tree.map(lambda u: u * size, updates), RestartingState(inner, count + 1)
 
     return optax.GradientTransformation(init, update)
-
-
-def _in_schedule(x: Any) -> bool:
-    return isinstance(x, optax.ScaleByScheduleState)

@@ -49,6 +49,7 @@ KINDS = {
     "in order": {"shuffle": False, "epochs": 2},
     "without a thread": {"prefetch": 0},
     "documents": {"template": "{prompt}", "seq_len": 12},
+    "held out": {"holdout": 0.2},
     "labelled": {"objective": "classification", "template": "{prompt}"},
 }
 
@@ -111,6 +112,19 @@ def test_each_epoch_has_every_example_once_in_an_order_of_its_own(config, tokeni
     assert sorted(one) == sorted(two)
     assert len(set(one)) == len(PAIRS)
     assert one != two
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_other_batch_is_of_the_held_out_records_alone(config, tokenizer, packing):
+    batches = take(make_loader(replace(config, holdout=0.2, packing=packing, batch_size=2), tokenizer), 120)
+    whole = make_loader(replace(config, shuffle=False, packing=False, epochs=1, batch_size=1), tokenizer)
+    number = {b["tokens"][0][b["segments"][0] == 1].tobytes(): i for i, b in enumerate(whole)}
+    found = [set(), set()]
+    for i, batch in enumerate(batches):
+        for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True):
+            found[i % 2] |= {number[tokens[segments == s].tobytes()] for s in range(1, segments.max() + 1)}
+    assert found[1] == set(range(0, N, 5))
+    assert found[0] == set(range(N)) - found[1]
 
 
 def test_the_seed_decides_the_order(config, tokenizer):
