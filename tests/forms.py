@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weights import adalora, dora, hira, loha, lokr, lora, lora_xs, scaled
+from lowrank.weights import adalora, dora, hira, loha, lokr, lora, lora_xs, rows, scaled, sparse
 from lowrank.weights.schemes import SCHEMES
 
 L, IN, OUT, RANK = 3, 12, 10, 4
@@ -45,6 +45,8 @@ FORMS: dict[str, Callable[[jax.Array, Any], Any]] = {
     "lora_xs ranks by layer": lambda key, w: lora_xs.attach(lora_on(key, w, _ranks(w))),
     "edora": lambda key, w: lora_xs.attach_edora(lora_on(key, w, _even(w))),
     "adalora": lambda key, w: adalora.attach(key, w, rank=RANK, alpha=6.0),
+    "sparse": lambda key, w: sparse.attach(w, sparse.largest(jax.random.uniform(key, w.shape), 7)),
+    "rows": lambda key, w: rows.attach(w, jnp.broadcast_to(jnp.array([7, 2]), (*w.shape[:-2], 2))),
     "dora": lambda key, w: dora.attach(lora_on(key, w, _even(w))),
     "ia3 out": lambda key, w: scaled.attach(w, "out"),
     "ia3 in": lambda key, w: scaled.attach(w, "in"),

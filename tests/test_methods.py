@@ -34,6 +34,12 @@ def attached(**group):
     [
         ({"name": "full"}, tree.names(base())),
         ({"name": "head"}, ["head/kernel"]),
+        ({"name": "chosen", "leaves": (Q, "head/.*")}, [Q, "head/kernel"]),
+        (
+            {"name": "sparse"},
+            [f"layers/{m}/kernel/values" for m in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/down")],
+        ),
+        ({"name": "sparse", "target": Q, "choose": "fisher"}, [f"{Q}/values"]),
         ({"name": "bitfit"}, [n for n in tree.names(base()) if n.endswith("bias")]),
         ({"name": "lora"}, [f"layers/attn/{m}/kernel/{f}" for m in "qv" for f in "ab"]),
         ({"name": "lora", "target": Q, "bias": "lora_only"}, ["layers/attn/q/bias", f"{Q}/a", f"{Q}/b"]),
@@ -68,6 +74,7 @@ def test_model_options_come_with_their_labels():
     assert methods.build({"name": "partial", "layers": 1}).train == ("top/.*",)
 
 
+LAYER = [f"layers/{n}/kernel" for n in (*(f"attn/{m}" for m in "qkvo"), "mlp/gate", "mlp/up", "mlp/down")]
 PROMPT_MLP = [
     "shared/prompt/embedding",
     *(f"shared/prompt/{n}/{f}" for n in ("in", "mid", "out") for f in ("bias", "kernel")),
@@ -85,6 +92,9 @@ def adapters(*sublayers):
     [
         ({"name": "prompt", "length": 2}, ["prompt/embedding"]),
         ({"name": "prompt", "length": 2, "init": "vocabulary"}, ["prompt/embedding"]),
+        ({"name": "norm"}, [*BLOCK_NORMS, "norm/scale"]),
+        ({"name": "tokens", "tokens": (3, 1)}, ["embed/embedding/rows"]),
+        ({"name": "partial", "layers": 1, "first": True}, [*LAYER, *BLOCK_NORMS]),
         ({"name": "ptuning", "length": 2}, PROMPT_MLP),
         ({"name": "prefix", "length": 2}, ["prefix/k", "prefix/v"]),
         ({"name": "prefix", "length": 2, "reparam": True}, PREFIX_MLP),
@@ -225,6 +235,14 @@ def test_one_rule_more_leaves_the_other_initial_values_alone():
         ({"name": "adalora", "tinit": -1.0}, "method.tinit must not be negative"),
         ({"name": "adalora", "beta1": 1.0}, r"method.beta1 must be in \[0, 1\)"),
         ({"name": "partial", "layers": 0}, "at least 1"),
+        ({"name": "chosen"}, "method.leaves is empty"),
+        ({"name": "chosen", "leaves": "layers/atn/.*"}, "matches no leaf .did you mean"),
+        ({"name": "sparse", "density": 0.0}, r"method.density must be in \(0, 1\], not 0.0"),
+        ({"name": "sparse", "choose": "fischer"}, "did you mean 'fisher'"),
+        ({"name": "sparse", "batches": 0}, "method.batches must be positive"),
+        ({"name": "sparse", "target": ".*bias"}, "only kernels"),
+        ({"name": "tokens"}, "method.tokens is empty"),
+        ({"name": "tokens", "tokens": (1, 1)}, "names 1 twice"),
         ({"name": "prompt", "length": 0}, "at least 1"),
         ({"name": "prefix", "length": 0}, "method.length must be positive"),
         ({"name": "houlsby", "width": 0}, "method.width must be positive"),

@@ -21,13 +21,19 @@ from lowrank.methods.method import SHARED, Context, Method, attach, finished, ma
 from lowrank.methods.prefix import mam, prefix
 from lowrank.methods.prompt import prompt, ptuning
 from lowrank.methods.relora import relora
-from lowrank.methods.selective import bitfit, full, head, partial
+from lowrank.methods.selective import bitfit, chosen, full, head, norm, partial
+from lowrank.methods.sparse import sparse
+from lowrank.methods.tokens import tokens
 
 METHODS: dict[str, Callable[..., Method]] = {
     "full": full,
     "partial": partial,
     "head": head,
     "bitfit": bitfit,
+    "norm": norm,
+    "chosen": chosen,
+    "sparse": sparse,
+    "tokens": tokens,
     "lora": lora,
     "dora": dora,
     "lora_fa": lora_fa,

@@ -9,16 +9,34 @@ def full() -> Method:
     return Method(train=(".*",))
 
 
-def partial(layers: int = 2) -> Method:
-    """Partial fine-tuning: the last `layers` blocks are trained; the backward pass stops below them."""
+def partial(layers: int = 2, first: bool = False) -> Method:
+    """Partial fine-tuning: the last `layers` blocks are trained, or the first.
+
+    The backward pass stops below the last ones; above the first ones it makes no gradients of kernels.
+    """
     if layers < 1:
         raise UserError(f"method.layers must be at least 1, not {layers}")
+    if first:
+        return Method(model={"top_layers": -layers}, train=("layers/.*",))
     return Method(model={"top_layers": layers}, train=("top/.*",))
 
 
 def head() -> Method:
     """Linear probing: only the head is trained."""
     return Method(train=("head/.*",))
+
+
+def norm() -> Method:
+    """Norm tuning: scales and biases of all norms (Qi et al. 2022, arXiv:2205.03037; Zhao et al. 2024, 2312.11420)."""
+    return Method(train=(r"(.*/)?\w*norm/(scale|bias)",))
+
+
+def chosen(leaves: str | tuple[str, ...] = "") -> Method:
+    """Trains the leaves whose names `leaves`, one regex or several, match in full."""
+    patterns = (leaves,) if isinstance(leaves, str) else tuple(leaves)
+    if not all(patterns) or not patterns:
+        raise UserError("method.leaves is empty: it names the leaves to train, such as '.*attn/q/kernel'")
+    return Method(train=patterns)
 
 
 def bitfit() -> Method:

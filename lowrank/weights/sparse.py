@@ -1,0 +1,50 @@
+"""Sparse fine-tuning: `W` plus learned values at few chosen places.
+
+Only the values have a gradient, moments and a place in an adapter: k of them where full fine-tuning has in x out. The
+product itself is dense; the gradient of one layer's kernel exists for a moment, as a temporary.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.errors import UserError
+from lowrank.weight import Weight, form, frozen, materialize, trainable, wide
+
+
+@form
+class Sparse(Weight):
+    """`base` `[..., in, out]`; `values` `[..., k]` are added at the places `indices` `[..., k]` of `in * out`."""
+
+    base: Any = frozen()
+    indices: jax.Array = frozen()  # int32, row-major and distinct
+    values: jax.Array = trainable()
+
+    def materialize(self) -> jax.Array:
+        """The kernel with the values added, summed in float32 and rounded once to the base's dtype."""
+        base = materialize(self.base)
+        flat = base.reshape(*base.shape[:-2], -1)
+        moved = wide(jnp.take_along_axis(flat, self.indices, axis=-1)) + self.values
+        flat = jnp.put_along_axis(flat, self.indices, moved.astype(flat.dtype), axis=-1, inplace=False)
+        return flat.reshape(base.shape)
+
+
+def attach(w: Any, indices: jax.Array) -> Sparse:
+    """A Sparse on `w` `[..., in, out]` with zeros at `indices` `[..., k]`."""
+    return Sparse(base=w, indices=indices, values=jnp.zeros(indices.shape, jnp.float32))
+
+
+def places(w: Any, density: float) -> int:
+    """How many of a kernel's in x out places are `density` of them; at least one. UserError where int32 ends."""
+    size = w.shape[-2] * w.shape[-1]
+    if size >= 2**31:
+        raise UserError(f"a kernel of {w.shape[-2]} x {w.shape[-1]} has too many places for int32 indices")
+    return max(1, round(density * size))
+
+
+def largest(scores: jax.Array, count: int) -> jax.Array:
+    """The places int32 `[..., count]` of the largest scores `[..., in, out]`, one layer of a stack at a time."""
+    flat = scores.reshape(-1, scores.shape[-2] * scores.shape[-1])
+    chosen = jax.lax.map(lambda row: jnp.sort(jax.lax.top_k(row, count)[1]), flat)
+    return chosen.astype(jnp.int32).reshape(*scores.shape[:-2], count)

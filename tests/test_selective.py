@@ -1,0 +1,129 @@
+"""Methods that choose among the parameters there are: which places, which rows, and what an adapter holds of them."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lowrank import methods, tree, weight
+from lowrank.errors import UserError
+from lowrank.weight import materialize
+from tests import tiny
+from tests.models.tiny import decoder, run
+from tests.test_additive import trained
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+IN, OUT, ROWS, STEPS, LR = 6, 5, 4, 2, 0.1
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.llama(folder / "llama")
+    tiny.records(folder / "records.jsonl")
+    return folder
+
+
+def regression():
+    """`(W, batches)` of a least-squares problem, whose gradients are known: `2 x (x W - y)` an example."""
+    rng = np.random.default_rng(0)
+    batches = [{"x": rng.normal(size=(ROWS, IN)), "y": rng.normal(size=(ROWS, OUT))} for _ in range(STEPS)]
+    return rng.normal(size=(IN, OUT)), batches
+
+
+def squares(params, batch):
+    error = batch["x"] @ materialize(params["attn"]["q"]["kernel"]) - batch["y"]
+    return jnp.sum(error**2), jnp.float32(len(error))
+
+
+def expected(choose, w, batches):
+    """The papers' scores in float64."""
+    each = [np.einsum("ri,ro->rio", 2 * b["x"], b["x"] @ w - b["y"]) for b in batches]  # a gradient an example
+    if choose == "fisher":
+        return sum((g**2).sum(0) for g in each)
+    if choose == "saliency":
+        return np.abs(w * sum(g.mean(0) for g in each))
+    if choose == "magnitude":
+        return np.abs(w)
+    moved, m, v = w.copy(), 0, 0  # Adam (Kingma & Ba 2015)
+    for t, b in enumerate(batches, 1):
+        g = np.einsum("ri,ro->io", 2 * b["x"], b["x"] @ moved - b["y"]) / ROWS
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        moved = moved - LR * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    return np.abs(moved - w)
+
+
+@pytest.mark.parametrize("choose", ["magnitude", "fisher", "saliency", "movement"])
+def test_the_places_have_the_largest_scores_of_the_paper(choose):
+    w, batches = regression()
+    group = {"name": "sparse", "density": 0.3, "choose": choose, "batches": STEPS, "warm_lr": LR}
+    method = methods.build(group)
+    params = methods.attach(method, {"attn": {"q": {"kernel": jnp.asarray(w, jnp.float32)}}}, jax.random.key(0))
+    if method.prepare:
+        arrays = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), b) for b in batches]
+        context = types.SimpleNamespace(batches=lambda n: arrays[:n], loss=squares)
+        params = method.prepare(params, context)
+    found = params["attn"]["q"]["kernel"]
+    assert found.indices.shape == (9,)
+    assert set(found.indices.tolist()) == set(np.argsort(-expected(choose, w, batches).ravel())[:9].tolist())
+    np.testing.assert_array_equal(materialize(found), w.astype(np.float32))  # rewound
+
+
+def test_random_places_are_distinct_and_differ_from_layer_to_layer():
+    method = methods.build({"name": "sparse", "density": 0.5, "choose": "random"})
+    base = {"layers": {"mlp": {"up": {"kernel": jnp.ones((3, IN, OUT))}}}}
+    found = methods.attach(method, base, jax.random.key(0))["layers"]["mlp"]["up"]["kernel"].indices
+    assert [len(set(row.tolist())) for row in found] == [15] * 3
+    assert len({tuple(row.tolist()) for row in found}) == 3
+
+
+def test_a_sparse_adapter_holds_its_places(files, tmp_path):
+    summary, loaded = trained(files, "method=sparse,density=0.05,choose=saliency,batches=1", tmp_path)
+    arrays = load_file(tmp_path / "adapter" / "trained.safetensors")
+    kernels = {n.rpartition("/")[0] for n in arrays}
+    assert {n.rpartition("/")[2] for n in arrays} == {"indices", "values"}
+    assert summary["trained_params"] == sum(x.size for n, x in arrays.items() if n.endswith("values"))
+    leaves = dict(tree.named_leaves(loaded.params, weight.is_weight))
+    for name in kernels:
+        change = np.asarray(materialize(leaves[name]) - leaves[name].base).reshape(3, -1)
+        want = np.zeros_like(change)
+        np.put_along_axis(want, arrays[f"{name}/indices"], arrays[f"{name}/values"], axis=1)
+        np.testing.assert_allclose(change, want, atol=1e-6)
+        assert np.any(want)
+
+
+def test_learned_rows_are_rows_of_the_embedding_and_of_a_head_that_shares_it():
+    model, params = decoder("windowed")  # tied
+    method = methods.build({"name": "tokens", "tokens": (3, 1)})
+    adapted = methods.attach(method, params, jax.random.key(0))
+    table = adapted["embed"]["embedding"]
+    moved = table.__class__(**{**vars(table), "rows": table.rows + 0.5})
+    ids = np.array([[1, 2, 3, 4, 3]], np.int32)
+    live = run(model, {**adapted, "embed": {"embedding": moved}}, ids, method="__call__")
+    plain = params["embed"]["embedding"].at[jnp.array([3, 1])].add(0.5)
+    want = run(model, {**params, "embed": {"embedding": plain}}, ids, method="__call__")
+    np.testing.assert_allclose(live, want, atol=1e-4)
+    assert np.abs(want - run(model, params, ids, method="__call__")).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("arg", "culprit"),
+    [
+        ("tokens=999", "999 is not an id of the vocabulary of"),
+        ("tokens=the cat", "'the cat' is 2 tokens, not one"),
+    ],
+)
+def test_tokens_that_are_none_are_refused(arg, culprit, files, tmp_path):
+    with pytest.raises(UserError) as error:
+        trained(files, f"method=tokens,{arg}", tmp_path)
+    assert culprit in str(error.value)
+
+
+def test_a_run_on_chosen_words_learns_their_rows(files, tmp_path):
+    _, loaded = trained(files, "method=tokens,tokens=the", tmp_path)
+    table = loaded.params["embed"]["embedding"]
+    assert table.ids.tolist() == [loaded.tokenizer.encode("the")[0]]
+    assert np.abs(np.asarray(materialize(table) - table.base)).sum(1).nonzero()[0].tolist() == table.ids.tolist()
