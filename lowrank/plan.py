@@ -180,6 +180,7 @@ def make(config: Group) -> Plan:
     sharding.shardings(shapes, mesh)
     network = models.build(shape)
     eval_config = settings.call(EvalConfig, c.eval, "eval")
+    used = models.build(models.after_training(shape))
     plan = Plan(
         config=c,
         method=method,
@@ -189,7 +190,7 @@ def make(config: Group) -> Plan:
         optim=optim_config,
         checkpoint=settings.call(CheckpointConfig, c.checkpoint, "checkpoint"),
         loader=loader,
-        scorer=Scorer(eval_config, data_config, tokenizer, network, method.bind, mesh) if eval_config.split else None,
+        scorer=Scorer(eval_config, data_config, tokenizer, used, method.bind, mesh) if eval_config.split else None,
         mesh=mesh,
         shapes=shapes,
         mask=mask,

@@ -69,6 +69,17 @@ def test_a_method_trains_exactly_what_it_names(group, trained):
     assert sorted(attached(**group)[1]) == sorted(trained)
 
 
+def test_longlora_trains_norms_and_embeddings_beside_its_lora():
+    model = build(DecoderConfig(**SIZES, **LLAMA))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
+    method = methods.build({"name": "longlora", "rank": 2, "target": Q, "group": 8})
+    adapted = jax.eval_shape(lambda p: methods.attach(method, p, jax.random.key(1)), shapes)
+    trained = [name for name, learns in tree.named_leaves(methods.trainable_mask(method, adapted)) if learns]
+    norms = [f"{name}/scale" for name in ("layers/attn_norm", "layers/mlp_norm", "norm")]
+    assert sorted(trained) == sorted([f"{Q}/a", f"{Q}/b", "embed/embedding", *norms])
+    assert method.model == {"shift_group": 8}
+
+
 def test_model_options_come_with_their_labels():
     assert methods.build({"name": "prompt", "length": 5}).model == {"num_prompt": 5}
     assert methods.build({"name": "partial", "layers": 1}).train == ("top/.*",)
@@ -234,6 +245,7 @@ def test_one_rule_more_leaves_the_other_initial_values_alone():
         ({"name": "adalora"}, r"rank 12 is larger than min\(in, out\) = 8"),
         ({"name": "adalora", "tinit": -1.0}, "method.tinit must not be negative"),
         ({"name": "adalora", "beta1": 1.0}, r"method.beta1 must be in \[0, 1\)"),
+        ({"name": "longlora", "group": 5}, "method.group must be a positive even number of tokens, not 5"),
         ({"name": "partial", "layers": 0}, "at least 1"),
         ({"name": "chosen"}, "method.leaves is empty"),
         ({"name": "chosen", "leaves": "layers/atn/.*"}, "matches no leaf .did you mean"),

@@ -15,6 +15,7 @@ from lowrank.methods.ia3 import ia3
 from lowrank.methods.intrinsic import intrinsic
 from lowrank.methods.loha import loha
 from lowrank.methods.lokr import lokr
+from lowrank.methods.longlora import longlora
 from lowrank.methods.lora import lora
 from lowrank.methods.lora_relatives import edora, lora_fa, lora_xs
 from lowrank.methods.method import SHARED, Context, Method, attach, finished, matches, stripped, trainable_mask
@@ -42,6 +43,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "adalora": adalora,
     "bidora": bidora,
     "relora": relora,
+    "longlora": longlora,
     "galore": galore,
     "ia3": ia3,
     "prompt": prompt,

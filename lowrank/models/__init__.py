@@ -1,11 +1,18 @@
+import dataclasses
+
 from flax import linen as nn
 
 from lowrank.models.decoder import Decoder, DecoderConfig, init_cache
 from lowrank.models.encoder import Encoder, EncoderConfig
 
-__all__ = ["Decoder", "DecoderConfig", "Encoder", "EncoderConfig", "build", "init_cache"]
+__all__ = ["Decoder", "DecoderConfig", "Encoder", "EncoderConfig", "after_training", "build", "init_cache"]
 
 
 def build(config: DecoderConfig | EncoderConfig) -> nn.Module:
     """The model that `config` describes."""
     return Decoder(config) if isinstance(config, DecoderConfig) else Encoder(config)
+
+
+def after_training(config: DecoderConfig | EncoderConfig) -> DecoderConfig | EncoderConfig:
+    """`config` as the model is used once it is trained: with full attention."""
+    return dataclasses.replace(config, shift_group=0) if getattr(config, "shift_group", 0) else config

@@ -13,6 +13,7 @@ from lowrank.models import rope
 from lowrank.models.cache import put
 from lowrank.models.layers import HALF, Linear, Norm
 from lowrank.models.prefix import KeysValues, before
+from lowrank.models.shifted import attend_shifted
 
 
 class View(NamedTuple):
@@ -41,6 +42,7 @@ class Attention(nn.Module):
     scale: float | None = None
     softcap: float = 0.0
     fused: bool = True  # cuDNN's kernel where it fits
+    shift_group: int = 0  # > 0: shifted sparse attention in groups of so many tokens, but not with a cache
 
     @nn.compact
     def __call__(
@@ -65,7 +67,10 @@ class Attention(nn.Module):
         elif past is not None:
             k, v = (before(prefix, x) for prefix, x in zip(past, (k, v), strict=True))
         options = {name: getattr(self, name) for name in ("causal", "window", "scale", "softcap", "fused")}
-        out = attend(q, k, v, view.mask_Bx1xTxS, **options)
+        if self.shift_group and index is None:
+            out = attend_shifted(attend, q, k, v, view.mask_Bx1xTxS, group=self.shift_group, **options)
+        else:
+            out = attend(q, k, v, view.mask_Bx1xTxS, **options)
         out = out.reshape(*out.shape[:2], self.heads * self.head_dim)
         return Linear(x_BxTxD.shape[-1], self.o_bias, name="o")(out), new
 

@@ -70,6 +70,7 @@ class DecoderConfig(Additions):
     remat: str = "block"  # what the backward pass recomputes: none | block | dots
     unroll: int = 1  # layers per step of the scan
     fused_attention: bool = True  # cuDNN's kernel where it fits; else, and with False, XLA's
+    shift_group: int = 0  # tokens a group of LongLoRA's shifted sparse attention, without a cache; 0: full attention
 
     def __post_init__(self) -> None:
         check(self)
@@ -79,6 +80,9 @@ class DecoderConfig(Additions):
             raise UserError(f"{self.heads} query heads cannot share {self.kv_heads} key heads evenly")
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise UserError(f"experts_per_token={self.experts_per_token} is not in 1..{self.experts}")
+        if self.shift_group and (self.shift_group < 2 or self.shift_group % 2 or self.virtual):
+            with_virtual = " without virtual tokens" if self.virtual else ""
+            raise UserError(f"shift_group={self.shift_group} must be a positive even number of tokens{with_virtual}")
         if self.local_layers and len(self.local_layers) != self.layers:
             raise UserError(f"local_layers names {len(self.local_layers)} layers, the model has {self.layers}")
 
@@ -133,6 +137,7 @@ class Block(nn.Module):
             scale=c.attn_scale,
             softcap=c.attn_logit_softcap,
             fused=c.fused_attention,
+            shift_group=c.shift_group,
             name="attn",
         )
         x = self._norm("attn_norm", h)
