@@ -4,10 +4,11 @@
         --config.model.name=/path/to/hf_model --config.data.source=jsonl:/path/to/records.jsonl
 
 bfloat16 base and activations, float32 adapters, all linear maps adapted with LoRA+ rates; the parameters are split
-over all devices (`mesh.fsdp=-1`).
+over all devices (`mesh.fsdp=-1`). `--config.model.quantize=nf4` (int8, fp8, ...) keeps the blocks' kernels in codes:
+with LoRA that is QLoRA, with `:method=dora` QDoRA.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs import common
 
@@ -19,7 +20,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
         seed=0,
         steps=1000,
         objective="causal_lm",
-        model={"name": "smollm2-135m", "param_dtype": "bfloat16", "dtype": "bfloat16", "remat": "block"},
+        model={
+            "name": "smollm2-135m",
+            "param_dtype": "bfloat16",
+            "dtype": "bfloat16",
+            "remat": "block",
+            "quantize": config_dict.placeholder(str),
+        },
         method=common.method(arg, "lora", rank=16, alpha=32.0, target=target),
         data={"source": "jsonl:records.jsonl", "split": "train", "seq_len": 1024, "batch_size": 16},
         optim={"lr": 2e-4, "b_ratio": 4.0, "schedule": "cosine", "warmup": 30, "accumulate": 1},

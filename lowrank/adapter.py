@@ -17,11 +17,11 @@ from safetensors.numpy import save as to_safetensors
 from lowrank import peft_format, tree, workdir
 from lowrank.errors import UserError, nearest
 from lowrank.models.additions import Additions
-from lowrank.weight import is_weight
+from lowrank.weight import is_stored, is_weight
 
 PyTree = Any
 OPTIONS = {f.name: f.default for f in dataclasses.fields(Additions)}  # of the model, which decide what it computes
-ARRAYS, ABOUT = "trained.safetensors", "trained.json"
+ARRAYS, ABOUT, BASE = "trained.safetensors", "trained.json", "quantized_base.json"
 
 
 def save(
@@ -36,11 +36,16 @@ def save(
     """Writes the adapter of `base` that `params` holds; returns what it is. Every process must call it.
 
     Methods that rewrite weights are written in the PEFT format where it can hold them; what others train, and what
-    PEFT has no place for, is written as `trained.safetensors` `{leaf name: array}` and `trained.json`.
+    PEFT has no place for, is written as `trained.safetensors` `{leaf name: array}` and `trained.json`. How a quantised
+    base was read goes into `quantized_base.json`, which PEFT does not look at.
     """
+    quantized = getattr(base, "quantized", None)
+    if quantized and jax.process_index() == 0:
+        workdir.write_json(Path(directory) / BASE, dict(quantized))
     trained = [name for name, learns in tree.named_leaves(mask) if learns]
     why = "no weight was rewritten"
-    if peft_format.fits(params) or any(is_weight(w) for w in jax.tree.leaves(params, is_leaf=is_weight)):
+    rewritten = (is_weight(w) and not is_stored(w) for w in jax.tree.leaves(params, is_leaf=is_weight))
+    if peft_format.fits(params) or any(rewritten):
         try:
             peft_format.save(params, base, directory, trained=trained, method=method, original=original)
             return "adapter in the PEFT format"
@@ -51,6 +56,18 @@ def save(
     about = {"base": base.name, "model": options, "method": dict(method), "not_peft": why}
     _save_leaves(params, trained, about, Path(directory))
     return "trained leaves by name"
+
+
+def base_of(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The keywords of `pretrained.load` for the base of an adapter: how it was quantised, or nothing."""
+    path = Path(directory) / BASE
+    if not path.exists():
+        return {}
+    try:
+        about = dict(json.loads(path.read_text()))
+        return {"param_dtype": about.pop("param_dtype"), "quantized": about}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None
 
 
 def load_leaves(directory: str | os.PathLike[str], params: PyTree, base_name: str) -> PyTree:

@@ -79,7 +79,7 @@ def _count(name: str, makes: str, params: int, leaves: list[Any], trained: list[
 def _form(w: Any) -> str:
     """`LoRA`, or `LoRA(NF4)` where one form wraps another."""
     base = getattr(w, "base", None)
-    return f"{type(w).__name__}({_form(base)})" if weight.is_weight(base) else type(w).__name__
+    return f"{w.title}({_form(base)})" if weight.is_weight(base) else w.title
 
 
 def _bytes(leaf: Any) -> float:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import numpy as np
 
 from lowrank import adapter, methods, peft_format, pretrained, tree
 from lowrank.errors import UserError, unknown
-from lowrank.pretrained import Pretrained
+from lowrank.pretrained import Pretrained, quantize
 from lowrank.pretrained.load import PARAM_DTYPES
-from lowrank.weight import Weight, is_weight, materialize
+from lowrank.weight import Weight, is_stored, is_weight, materialize
 
 PyTree = Any
+Rounding = Callable[[np.ndarray], np.ndarray]
+CODES = ("dequantize", "requantize")  # a merged kernel on codes: their values and the update, or codes of that again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,30 +51,47 @@ def merge_to_hf(
     *,
     dtype: str = "float32",
     labels: Sequence[str] = (),
+    codes: str = "dequantize",
 ) -> MergeReport:
     """Writes `params`, the adapted tree of `base`, as a full checkpoint with its kernels stored in `dtype`.
 
-    `labels` name a classifier's classes. Raises UserError as `pretrained.export` does.
+    `labels` name a classifier's classes; `codes` is as for `merged`. Raises UserError as `pretrained.export` does.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not an empty directory")
-    plain, report = merged(params, dtype)
+    plain, report = merged(params, dtype, _requantised(base) if check_codes(codes) == "requantize" else None)
     pretrained.export(plain, base, directory, dtype=dtype, labels=labels)
     return report
 
 
-def merged(params: PyTree, dtype: str) -> tuple[PyTree, MergeReport]:
+def check_codes(codes: str) -> str:
+    """One of CODES, what becomes of quantised kernels in a merge; else UserError."""
+    if codes not in CODES:
+        raise unknown("merge into a quantised base", codes, CODES)
+    return codes
+
+
+def _requantised(base: Pretrained) -> Rounding:
+    if not base.quantized:
+        raise UserError(f"{base.name} was not quantised as it was read: there is no scheme to quantise the merge by")
+    again = quantize.build({k: v for k, v in base.quantized.items() if k != "param_dtype"})
+    return lambda kernel: np.asarray(again.form(jnp.asarray(kernel, jnp.float32), "float32").materialize())
+
+
+def merged(params: PyTree, dtype: str, requantize: Rounding | None = None) -> tuple[PyTree, MergeReport]:
     """`params` with each form replaced by its kernel in `dtype`, and the error of that.
 
-    The exact sum is taken in float64, one layer at a time, and rounded once. Raises UserError for an unknown dtype.
+    The exact sum is taken in float64, one layer at a time, and rounded once. Kernels in codes become the values that
+    the codes stand for; `requantize` gives such values for the sum with an adapter, and the report counts what that
+    costs. Raises UserError for an unknown dtype.
     """
     if dtype not in PARAM_DTYPES:
         raise unknown("dtype", dtype, PARAM_DTYPES)
     leaves, errors = dict(tree.named_leaves(params, is_weight)), {}
     for name, w in list(leaves.items()):
         if is_weight(w):
-            leaves[name], norms = _merged(w, dtype)
+            leaves[name], norms = _merged(w, dtype, requantize)
             errors |= {_layer_name(name, i, len(norms)): pair for i, pair in enumerate(norms)}
             bias = f"{name.removesuffix('kernel')}bias"
             if bias in leaves:
@@ -80,17 +99,23 @@ def merged(params: PyTree, dtype: str) -> tuple[PyTree, MergeReport]:
     return tree.map_named(lambda name, _: leaves[name], params, is_leaf=is_weight), _report(dtype, errors)
 
 
-def _merged(w: Weight, dtype: str) -> tuple[jax.Array, list[tuple[float, float]]]:
+def _merged(w: Weight, dtype: str, requantize: Rounding | None) -> tuple[jax.Array, list[tuple[float, float]]]:
     """`(kernel [..., in, out] in dtype, [(||W' - W - dW||, ||dW||) of each layer])`; float32 blur is no update."""
     stack = w.shape[:-2]
+    again = requantize if not is_stored(w) and is_stored(_innermost(w)) else None
     stored, norms = [], []
     for i in range(stack[0]) if stack else (...,):
         base, exact = _exact(jax.tree.map(lambda x, i=i: x[i], w))
-        kernel = exact.astype(jnp.dtype(dtype))
+        kernel = (again(exact) if again else exact).astype(jnp.dtype(dtype))
         stored.append(kernel)
         change = _norm(exact - base)
         norms.append((_norm(kernel.astype(np.float64) - exact), change if change > 1e-6 * _norm(base) else 0.0))
     return jnp.asarray(np.stack(stored) if stack else stored[0]), norms
+
+
+def _innermost(w: Any) -> Any:
+    """The kernel that all of a weight's forms are on."""
+    return _innermost(w.base) if is_weight(w) and not is_stored(w) else w
 
 
 def _exact(w: Weight) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +124,12 @@ def _exact(w: Weight) -> tuple[np.ndarray, np.ndarray]:
     with jax.enable_x64(True):
         lift = lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x)  # noqa: E731
         w = jax.tree.map(lift, arrays)
-        return np.asarray(materialize(w.base), np.float64), np.asarray(w.materialize(), np.float64)
+        return jax.tree.map(np.asarray, _without_and_with(w))
+
+
+@jax.jit
+def _without_and_with(w: Weight) -> tuple[jax.Array, jax.Array]:
+    return materialize(w if is_stored(w) else w.base), w.materialize()
 
 
 def _norm(x: np.ndarray) -> float:
@@ -130,13 +160,15 @@ def adapted(
     """The model `spec` (by default the one that the adapter records) with the adapter in `directory` attached.
 
     The folder holds a PEFT adapter, or trained leaves by name as a run leaves them. `model` are further options of
-    the model's config, those of the run that trained it. Raises UserError for an adapter of another base, unless
-    `any_base`, and as `pretrained.load` and `peft_format.load` do.
+    the model's config, those of the run that trained it. An adapter that was trained on a quantised base gets that
+    base. Raises UserError for an adapter of another base, unless `any_base`, and as `pretrained.load` and
+    `peft_format.load` do.
     """
+    read = adapter.base_of(directory)
     if (Path(directory) / adapter.ABOUT).exists():
-        return _with_leaves(Path(directory), spec, model or {})
+        return _with_leaves(Path(directory), spec, model or {}, read)
     about = peft_format.about(directory)
-    base = pretrained.load(_spec(spec, about.base, directory), model={**(model or {}), **about.model})
+    base = pretrained.load(_spec(spec, about.base, directory), model={**(model or {}), **about.model}, **read)
     return dataclasses.replace(base, params=peft_format.load(directory, base.params, base, any_base=any_base))
 
 
@@ -146,13 +178,13 @@ def _spec(spec: str | None, recorded: str | None, directory: str | os.PathLike[s
     return spec or recorded
 
 
-def _with_leaves(directory: Path, spec: str | None, model: Mapping[str, Any]) -> Pretrained:
+def _with_leaves(directory: Path, spec: str | None, model: Mapping[str, Any], read: Mapping[str, Any]) -> Pretrained:
     try:
         about = json.loads((directory / adapter.ABOUT).read_text())
         recorded, options, group = about["base"], about["model"], about["method"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"cannot read {directory / adapter.ABOUT}: {e}") from None
-    base = pretrained.load(_spec(spec, recorded, directory), model={**model, **options})
+    base = pretrained.load(_spec(spec, recorded, directory), model={**model, **options}, **read)
     method = methods.stripped(methods.build(group))
     params = methods.attach(method, base.params, jax.random.key(0))
     params = adapter.load_leaves(directory, params, base.name)

@@ -45,6 +45,7 @@ class ModelConfig:
 
     name: str
     param_dtype: str = "float32"  # of what is frozen; what is trained is float32
+    quantize: Group | str | None = None  # a scheme, or its name, target and options: pretrained.quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Plan:
             mesh=self.mesh,
             rules=sharding.DEFAULT_RULES,
             model=self.options,
+            quantized=self.model.quantize,
             seed=self.config.seed,
         )
 
@@ -168,14 +170,15 @@ def make(config: Group) -> Plan:
     own = [f.name for f in dataclasses.fields(ModelConfig)]
     model = settings.call(ModelConfig, {k: v for k, v in c.model.items() if k in own}, "model")
     options = {k: v for k, v in c.model.items() if k not in own} | dict(method.model)
-    shape, tokenizer, base = pretrained.describe(model.name, param_dtype=model.param_dtype, model=options)
+    read = {"param_dtype": model.param_dtype, "quantized": model.quantize}
+    shape, tokenizer, base = pretrained.describe(model.name, options, **read)
     if c.objective == "causal_lm" and not isinstance(shape, models.DecoderConfig):
         raise UserError(f"{model.name} is an encoder: it is fine-tuned with objective=classification")
     room = shape.max_positions - shape.virtual
     loader = data.make_loader(data_config, tokenizer, jax.process_index(), jax.process_count(), room)
     if loader.labels:
         options["num_labels"] = len(loader.labels)
-        shape, _, base = pretrained.describe(model.name, param_dtype=model.param_dtype, model=options)
+        shape, _, base = pretrained.describe(model.name, options, **read)
     shapes, mask, table = _split(method, base, bool(loader.labels))
     sharding.shardings(shapes, mesh)
     network = models.build(shape)

@@ -8,7 +8,7 @@ fields say what they are: `trainable()` is learned, `frozen()` is kept, `static(
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,8 @@ def form(cls: F) -> F:
 class Weight:
     """What stands where a kernel `[..., in, out]` stood. A form overrides `dot` when it is used for speed."""
 
+    stored: ClassVar[bool] = False  # a kernel in another storage, on which methods are put: it is no adapter
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the kernel it stands for: `[..., in, out]`."""
@@ -52,6 +54,11 @@ class Weight:
     def dtype(self) -> Any:
         """The dtype of the kernel it stands for."""
         return self.base.dtype
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return type(self).__name__
 
     def materialize(self) -> jax.Array:
         """The kernel as one array `[..., in, out]`, for merging and tests."""
@@ -81,6 +88,11 @@ class Weight:
 def is_weight(x: Any) -> bool:
     """Whether `x` is a form (plain arrays are weights too, but leaves)."""
     return isinstance(x, Weight)
+
+
+def is_stored(x: Any) -> bool:
+    """Whether `x` is a form that only stores a kernel (codes), with nothing added to it."""
+    return is_weight(x) and x.stored
 
 
 def dot(x: jax.Array, w: Any) -> jax.Array:

@@ -15,7 +15,7 @@ from lowrank.peft_format import config as configs
 from lowrank.peft_format import match, tensors
 from lowrank.peft_format.forms import FORMS, Form, Layer
 from lowrank.peft_format.modules import HEADS, Base, Module, Place, check_conv1d, check_untied, modules
-from lowrank.weight import Weight, is_weight, materialize
+from lowrank.weight import Weight, is_stored, is_weight, materialize
 from lowrank.weights.lora import RESIDUAL
 
 PyTree = Any
@@ -44,7 +44,7 @@ def save(
     method = dict(method or {})
     if method.get("init") in RESIDUAL and original is None:
         raise UserError(f"an adapter with init={method['init']} is written against the original base: pass original=")
-    weights = {name: w for name, w in tree.named_leaves(params, is_weight) if is_weight(w)}
+    weights = {n: w for n, w in tree.named_leaves(params, is_weight) if is_weight(w) and not is_stored(w)}
     form, known = _form(weights), modules(base)
     weights = form.bind(weights, params.get("shared")) if form.bind else weights
     layers = _peeled(form, weights, known, dict(tree.named_leaves(original, is_weight)) if original else {})

@@ -1,19 +1,23 @@
 """Leaves filled from a checkpoint, straight into their sharded layout.
 
 One host buffer at a time, of the size of one shard of one leaf, is filled a few megabytes at a time, and the largest
-leaves come first: the model is never in memory twice.
+leaves come first: the model is never in memory twice. A kernel that is to be quantised is read whole, one layer's at a
+time, so that the host holds the codes, and one tensor.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
 
 from lowrank.errors import UserError, nearest
 from lowrank.pretrained.hf_tensors import Tensor
+from lowrank.pretrained.quantize import Quantization
 from lowrank.pretrained.stored import Stored
+from lowrank.weight import is_weight
+from lowrank.weights.quantized import Quantized
 
 CHUNK_BYTES = 8 << 20
 
@@ -38,26 +42,74 @@ def check(
 def fill(
     tensors: Sequence[Tensor],
     stored: Mapping[str, Stored],
-    leaves: Mapping[str, jax.ShapeDtypeStruct],
-) -> dict[str, jax.Array]:
-    """`{leaf name: array}`; `leaves` give each one's shape, dtype and sharding."""
+    leaves: Mapping[str, Any],
+    codes: Quantization | None = None,
+) -> dict[str, Any]:
+    """`{leaf name: array or form}`; `leaves` give each array's shape, dtype and sharding; `codes` makes the forms.
+
+    Raises UserError for a tensor to be quantised that is not finite.
+    """
     by_size = sorted(tensors, key=lambda t: -math.prod(leaves[t.leaf].shape))
-    return {t.leaf: _leaf(t, [stored[name] for name in t.names], leaves[t.leaf]) for t in by_size}
+    return {t.leaf: _filled(t, [stored[name] for name in t.names], leaves[t.leaf], codes) for t in by_size}
 
 
-def _leaf(tensor: Tensor, parts: Sequence[Stored], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Each distinct shard is read once and put on every device of this host that holds it."""
-    sharding: Sharding = leaf.sharding
-    holders: dict[tuple, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        key = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
-        holders.setdefault(key, []).append(device)
+def _filled(tensor: Tensor, parts: Sequence[Stored], leaf: Any, codes: Quantization | None) -> Any:
+    if is_weight(leaf):
+        return _quantised(tensor, parts, leaf, codes)
     shards = []
-    for index, devices in holders.items():
-        buffer = _aligned([stop - start for start, stop in index], leaf.dtype)
+    for index, devices in _holders(leaf).items():
+        buffer = _buffer(leaf, index)
         _read(tensor, parts, index, buffer)
         shards += jax.block_until_ready([jax.device_put(buffer, device) for device in devices])
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+
+Index = tuple[tuple[int, int], ...]  # start and stop for each axis
+
+
+def _holders(leaf: jax.ShapeDtypeStruct) -> dict[Index, list[jax.Device]]:
+    """Each distinct shard of a leaf that this host has devices for, and these."""
+    holders: dict[Index, list[jax.Device]] = {}
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        key = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
+        holders.setdefault(key, []).append(device)
+    return holders
+
+
+def _buffer(leaf: jax.ShapeDtypeStruct, index: Index) -> np.ndarray:
+    return _aligned([stop - start for start, stop in index], leaf.dtype)
+
+
+def _quantised(tensor: Tensor, parts: Sequence[Stored], form: Quantized, codes: Quantization) -> Quantized:
+    """The codes of a leaf, one layer after another; a host reads whole tensors, and keeps its own shards of them."""
+    leaves, structure = jax.tree.flatten(form)
+    buffers = [{index: _buffer(leaf, index) for index in _holders(leaf)} for leaf in leaves]
+    for i, (name, part) in enumerate(zip(tensor.names, parts, strict=True)):
+        kernel = _aligned(form.shape[-2:], np.dtype(np.float32))
+        _read_one(part, tensor.transpose != part.flipped, tuple((0, size) for size in kernel.shape), kernel)
+        if not np.isfinite([kernel.min(), kernel.max()]).all():
+            raise UserError(f"tensor {name!r} ({tensor.leaf}) holds NaN or infinite values: it cannot be quantised")
+        made = jax.tree.leaves(codes.form(kernel, form.kind))
+        for array, pieces in zip(made, buffers, strict=True):
+            _keep(np.asarray(array), i if tensor.count else None, pieces)
+    return structure.unflatten(_placed(leaf, pieces) for leaf, pieces in zip(leaves, buffers, strict=True))
+
+
+def _keep(array: np.ndarray, layer: int | None, buffers: Mapping[Index, np.ndarray]) -> None:
+    """Copies each shard's part of one layer's array into its buffer."""
+    for index, buffer in buffers.items():
+        inner = index if layer is None else index[1:]
+        part = array[tuple(slice(*pair) for pair in inner)]
+        if layer is None:
+            buffer[...] = part
+        elif index[0][0] <= layer < index[0][1]:
+            buffer[layer - index[0][0]] = part
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, buffers: Mapping[Index, np.ndarray]) -> jax.Array:
+    holders = _holders(leaf)
+    arrays = [jax.device_put(buffer, device) for index, buffer in buffers.items() for device in holders[index]]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, jax.block_until_ready(arrays))
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

@@ -14,11 +14,12 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from lowrank import settings, sharding, tree
 from lowrank.errors import UserError, unknown
 from lowrank.models import build
-from lowrank.pretrained import fill, hf_files, hub, tokenizer, wheels
+from lowrank.pretrained import fill, hf_files, hub, quantize, tokenizer, wheels
 from lowrank.pretrained.families import FAMILIES, Config, family_of
 from lowrank.pretrained.gguf_model import GGUFSource
 from lowrank.pretrained.stored import Source, Stored
 from lowrank.pretrained.tokenizer import Tokenizer
+from lowrank.weight import is_weight
 
 PyTree = Any
 PARAM_DTYPES = ("float32", "bfloat16")
@@ -27,7 +28,10 @@ NEW = r"(prompt|prefix|pooler|head)/.*|(layers|top)/(attn|mlp)_adapter/.*"  # wh
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model that was read. `name` is how adapters record it; `new` the leaves that no checkpoint holds."""
+    """A model that was read. `name` is how adapters record it; `new` the leaves that no checkpoint holds.
+
+    `quantized` is the `model.quantize` group and the dtype with which it was read, empty for plain parameters.
+    """
 
     config: Config
     params: PyTree
@@ -36,6 +40,7 @@ class Pretrained:
     name: str
     hf_config: dict[str, Any]
     new: tuple[str, ...] = ()
+    quantized: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class DirectorySource:
@@ -79,18 +84,27 @@ def find(spec: str, cache: Path | str | None = None) -> Source:
 
 
 def describe(
-    spec: str, model: Mapping[str, Any] | None = None, *, param_dtype: str = "float32", cache: Path | str | None = None
+    spec: str,
+    model: Mapping[str, Any] | None = None,
+    *,
+    param_dtype: str = "float32",
+    quantized: Mapping[str, Any] | str | None = None,
+    cache: Path | str | None = None,
 ) -> tuple[Config, Tokenizer, PyTree]:
     """`(config, tokenizer, shapes and dtypes of the parameters)` of a model, without reading its tensors.
 
-    `model` overrides fields of the config. Raises UserError for everything that `load` finds wrong without tensors.
+    `model` overrides fields of the config; `quantized` is as for `load`. Raises UserError for everything that `load`
+    finds wrong without tensors.
     """
-    return _describe(find(spec, cache), model or {}, param_dtype)
+    return _describe(find(spec, cache), model or {}, param_dtype, quantize.build(quantized))
 
 
-def _describe(source: Source, model: Mapping[str, Any], param_dtype: str) -> tuple[Config, Tokenizer, PyTree]:
+def _describe(
+    source: Source, model: Mapping[str, Any], param_dtype: str, codes: quantize.Quantization | None
+) -> tuple[Config, Tokenizer, PyTree]:
     if param_dtype not in PARAM_DTYPES:
         raise unknown("param_dtype", param_dtype, PARAM_DTYPES)
+    quantize.refuse_quantised(source.where, source.hf_config)
     config = settings.replace(hf_files.config_of(source.where, source.hf_config), model, "model")
     words = source.tokenizer()
     if words.vocab_size > config.vocab_size:
@@ -99,7 +113,8 @@ def _describe(source: Source, model: Mapping[str, Any], param_dtype: str) -> tup
             f"the model a vocabulary of {config.vocab_size}"
         )
     shapes = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
-    return config, words, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), shapes)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), shapes)
+    return config, words, codes.shapes(shapes, lambda name: _may_be_new(name, config, set())) if codes else shapes
 
 
 def load(
@@ -109,32 +124,36 @@ def load(
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.DEFAULT_RULES,
     model: Mapping[str, Any] | None = None,
+    quantized: Mapping[str, Any] | str | None = None,
     seed: int = 0,
     cache: Path | str | None = None,
 ) -> Pretrained:
     """Reads a model, each host its own shards; without a mesh everything is on the first device.
 
     `model` overrides fields of the config (`dtype`, `remat`, `num_labels`, ...). Leaves that no checkpoint holds, of
-    prompts, poolers, adapters, added biases and classification heads, are drawn from `seed`. Raises UserError for a
-    corrupt file, for a missing, extra or misshapen tensor, and for a tokenizer that does not fit; nothing is read
-    before all of them fit.
+    prompts, poolers, adapters, added biases and classification heads, are drawn from `seed`. `quantized`, a config's
+    `model.quantize` group (`lowrank.pretrained.quantize`), has kernels turned into codes one tensor at a time, which
+    decode to `param_dtype`. Raises UserError for a corrupt file, for a missing, extra or misshapen tensor, and for a
+    tokenizer that does not fit; nothing is read before all of them fit.
     """
-    source = find(spec, cache)
-    config, words, abstract = _describe(source, model or {}, param_dtype)
+    source, codes = find(spec, cache), quantize.build(quantized)
+    config, words, abstract = _describe(source, model or {}, param_dtype, codes)
     layout = (
         jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
         if mesh is None
         else sharding.shardings(abstract, mesh, rules)
     )
-    leaves = tree.named_leaves(
-        jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
-    )
-    arrays, new = _read(source, config, dict(leaves), seed)
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
+    arrays, new = _read(source, config, dict(tree.named_leaves(placed, is_weight)), seed, codes)
     params = traverse_util.unflatten_dict(arrays, sep="/")
-    return Pretrained(config, params, words, source.hf_config["model_type"], source.name, source.hf_config, new)
+    family, about = source.hf_config["model_type"], quantize.group_of(quantized)
+    about |= {"param_dtype": param_dtype} if about else {}
+    return Pretrained(config, params, words, family, source.name, source.hf_config, new, about)
 
 
-def _read(source: Source, config: Config, leaves: dict[str, Any], seed: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _read(
+    source: Source, config: Config, leaves: dict[str, Any], seed: int, codes: quantize.Quantization | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     family = FAMILIES[source.hf_config["model_type"]]
     tensors = family.tensors(config)
     stored = source.tensors([name for tensor in tensors for name in tensor.names])
@@ -143,7 +162,7 @@ def _read(source: Source, config: Config, leaves: dict[str, Any], seed: int) -> 
     fill.check(source.where, present, {name: leaf.shape for name, leaf in leaves.items()}, stored)
     _check_extra(source.where, stored, [name for t in present for name in t.names], family.ignored)
     new = tuple(sorted(leaves.keys() - {t.leaf for t in present}))
-    return fill.fill(present, stored, leaves) | _fresh(config, {n: leaves[n] for n in new}, seed), new
+    return fill.fill(present, stored, leaves, codes) | _fresh(config, {n: leaves[n] for n in new}, seed), new
 
 
 def _may_be_new(leaf: str, config: Config, own: set[str]) -> bool:

@@ -6,7 +6,7 @@ values are those of bitsandbytes where 64 divides `in`: both run a block along t
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,10 @@ class Codebook(Quantized):
     rows: int = static()
     kind: str = static()
 
-    bits: ClassVar[int] = 4
+    @property
+    def title(self) -> str:
+        """NF4 or FP4."""
+        return self.table.upper()
 
     @property
     def layout(self) -> Mapping[str, tuple[int | None, int | None]]:

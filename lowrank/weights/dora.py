@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weight import Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.weight import Weight, dot, form, frozen, is_stored, materialize, trainable, wide
 from lowrank.weights.lora import LoRA
 
 
@@ -52,9 +52,14 @@ class DoRA(LoRA):
 
 def attach(lora: LoRA) -> DoRA:
     """The DoRA that starts where `lora` stands: the magnitude is the column norm of `W + scale * A @ B`."""
-    base: Any = materialize(lora.base).astype(jnp.float32)
+    by_layer = is_stored(lora.base) and len(lora.shape) == 3  # one layer is decoded at a time
+    magnitude, base_sq = jax.lax.map(_norms, lora) if by_layer else _norms(lora)
     return DoRA(
-        **{f.name: getattr(lora, f.name) for f in dataclasses.fields(LoRA)},
-        magnitude=jnp.linalg.norm(base + lora.delta(), axis=-2),
-        base_sq=jnp.sum(base * base, axis=-2),
+        **{f.name: getattr(lora, f.name) for f in dataclasses.fields(LoRA)}, magnitude=magnitude, base_sq=base_sq
     )
+
+
+def _norms(lora: LoRA) -> tuple[jax.Array, jax.Array]:
+    """`(||W + scale A B||, ||W||^2)` of each column."""
+    base: Any = materialize(lora.base).astype(jnp.float32)
+    return jnp.linalg.norm(base + lora.delta(), axis=-2), jnp.sum(base * base, axis=-2)

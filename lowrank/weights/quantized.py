@@ -8,7 +8,7 @@ The TPU's compiler decodes inside its matrix product by itself, so there the pro
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ class Quantized(Weight):
     """
 
     layout: Mapping[str, tuple[int | None, int | None]]
+    stored: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -32,6 +32,11 @@ class Uniform(Quantized):
     kind: str = static()
 
     @property
+    def title(self) -> str:
+        """int2, int4 or int8."""
+        return f"int{self.bits}"
+
+    @property
     def layout(self) -> Mapping[str, tuple[int | None, int | None]]:
         """Rows and columns that each element of a field stands for."""
         return {"codes": (8 // self.bits, 1), "scale": (self.block, 1), "zero": (self.block, 1)}

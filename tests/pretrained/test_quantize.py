@@ -1,0 +1,135 @@
+"""A checkpoint whose kernels become codes as they are read: the right codes, the right shards, little memory."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lowrank import pretrained, sharding, tree
+from lowrank.errors import UserError
+from lowrank.weight import is_stored, is_weight, materialize
+from lowrank.weights.schemes import SCHEMES
+from tests import tiny
+from tests.pretrained import files
+from tests.pretrained.test_memory import BIG, ones
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+NF4 = {"name": "nf4", "block": 8, "double": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.llama(tmp_path_factory.mktemp("hf") / "tiny-llama")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_codes_are_those_of_the_kernel_and_the_rest_is_as_it_was(scheme, folder):
+    group = {"name": scheme}
+    plain = pretrained.load(str(folder)).params
+    read = pretrained.load(str(folder), quantized=group).params
+    shapes = pretrained.describe(str(folder), quantized=group)[2]
+    assert jax.tree.structure(shapes) == jax.tree.structure(read)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), shapes, read))
+    codes, before = dict(tree.named_leaves(read, is_weight)), dict(tree.named_leaves(plain))
+    made = jax.jit(SCHEMES[scheme]())
+    for name, kernel in before.items():
+        if not name.startswith("layers/") or not name.endswith("kernel"):
+            np.testing.assert_array_equal(codes[name], kernel)
+        else:
+            assert is_stored(codes[name])
+    name = "layers/mlp/down/kernel"
+    np.testing.assert_allclose(materialize(codes[name]), materialize(made(before[name])), rtol=1e-5, atol=1e-6)
+
+
+def test_every_device_has_its_own_shard_of_the_codes(folder):
+    whole = pretrained.load(str(folder), quantized=NF4).params
+    mesh = sharding.make_mesh(2, 2, 2)
+    shared = pretrained.load(str(folder), quantized=NF4, mesh=mesh).params
+    jax.tree.map(np.testing.assert_array_equal, whole, shared)
+    up = shared["layers"]["mlp"]["up"]["kernel"]
+    assert up.codes.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    assert not any(up.scale.second.sharding.spec)
+
+
+def test_the_dtype_of_the_values_is_that_of_the_parameters(folder):
+    read = pretrained.load(str(folder), quantized=NF4, param_dtype="bfloat16").params
+    kernel = read["layers"]["attn"]["q"]["kernel"]
+    assert (kernel.dtype, materialize(kernel).dtype) == (jnp.bfloat16, jnp.bfloat16)
+
+
+def test_a_target_says_which_kernels(folder):
+    read = pretrained.load(str(folder), quantized={"name": "int8", "target": ".*mlp/.*kernel|head/kernel"}).params
+    stored = [name for name, w in tree.named_leaves(read, is_weight) if is_stored(w)]
+    assert stored == ["head/kernel", *(f"layers/mlp/{n}/kernel" for n in ("down", "gate", "up"))]
+
+
+PROBE = """
+import sys, jax, pathlib
+from lowrank.pretrained import load
+
+def status(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+tiny, big = sys.argv[1:]
+group = {"name": "nf4", "double": True, "target": ".*kernel"}
+load(tiny, quantized=group)
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+params = jax.block_until_ready(load(big, quantized=group).params)
+print(status("VmHWM") - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
+
+
+def test_the_host_holds_the_codes_and_one_tensor(tmp_path):
+    config = {**BIG, "num_hidden_layers": 2, "vocab_size": 1024}
+    arrays = ones(config)
+    big = files.write_directory(tmp_path / "big", config, arrays)
+    small = files.directory(tmp_path / "small", files.LLAMA)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, str(small), str(big)], capture_output=True, text=True, check=True
+    )
+    peak, codes = map(int, done.stdout.split())
+    largest = max(x.size for name, x in arrays.items() if "embed" not in name) * 4
+    print(peak, codes, largest, sum(x.size for x in arrays.values()) * 4)
+    assert codes + largest < sum(x.size for x in arrays.values()) * 4 / 2
+    assert peak < 1.3 * codes + 6 * largest
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"name": "nf5"}, r"unknown model.quantize.name 'nf5' \(did you mean 'nf4'\?\)"),
+        ({"name": "nf4", "blok": 64}, r"'model.quantize.blok' \(did you mean 'model.quantize.block'\?\)"),
+        ({"name": "nf4", "block": 7}, "block must be a multiple of 4"),
+        ({"name": "nf4", "target": ".*/q/kernl"}, "model.quantize target '.*/q/kernl' matches no leaf"),
+        ({"name": "nf4", "target": ".*bias"}, "only kernels"),
+        ({"name": "integer", "bits": 5}, "bits must be one of 2, 4, 8, not 5"),
+    ],
+)
+def test_bad_groups_are_refused_without_reading_a_tensor(group, message, folder):
+    with pytest.raises(UserError, match=message):
+        pretrained.describe(str(folder), quantized=group)
+
+
+def test_a_kernel_that_is_not_finite_is_named(folder, tmp_path):
+    broken = tiny.llama(tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = np.inf
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN or infinite"):
+        pretrained.load(str(broken), quantized=NF4)
+
+
+def test_a_checkpoint_that_was_quantised_elsewhere_is_refused(tmp_path):
+    folder = tiny.llama(tmp_path / "done")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is quantised by gptq"):
+        pretrained.describe(str(folder))
