@@ -5,7 +5,7 @@ Shapes: B rows, T prompt positions (padded on the left), N new tokens, V vocabul
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from lowrank.errors import UserError
 from lowrank.models import build, init_cache
 
 PyTree = Any
+Bind = Callable[[PyTree, Any, Any], PyTree] | None  # a method's `bind`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +86,13 @@ def generate(
     top_p: float = 1.0,
     rng: jax.Array | None = None,
     pad_id: int = 0,
+    bind: Bind = None,
 ) -> jax.Array:
     """Continues each prompt by up to `max_new` tokens: `[B, max_new]` int32, with `pad_id` after a row's stop token.
 
     Prompts are padded on the left: `segments` is 1 on their tokens and 0 before. A row's stop token (any of
     `stop_ids`) is part of its result. Decoding ends as soon as every row has stopped. `params` are as the model
-    reads them: a method with `bind` passes `bind(params, None, None)`. Sampling needs `rng`, a key or one key a row;
+    reads them once `bind`, a method's, is given the prompts as its batch. Sampling needs `rng`, a key or one key a row;
     a row's tokens depend on its key and prompt alone. Raises UserError when prompt + max_new exceed the model's
     positions, or for a setting out of range.
     """
@@ -100,7 +102,7 @@ def generate(
         raise UserError(f"temperature={temperature} samples, so it needs rng, a key from jax.random.key")
     keys_B = row_keys(jax.random.key(0) if rng is None else rng, len(tokens_BxT))
     stops = tuple(sorted({int(i) for i in stop_ids}))
-    return _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, sampling, pad_id)[0]
+    return _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, sampling, pad_id, bind)[0]
 
 
 def row_keys(rng: jax.Array, rows: int) -> jax.Array:
@@ -119,12 +121,13 @@ def _check_fit(config: Any, lengths_B: np.ndarray, max_new: int) -> None:
         raise UserError(f"{total} exceeds the model's {config.max_positions} positions")
 
 
-@partial(jax.jit, static_argnames=("model", "max_new", "stops", "sampling", "pad_id"))
-def _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, sampling, pad_id):
+@partial(jax.jit, static_argnames=("model", "max_new", "stops", "sampling", "pad_id", "bind"))
+def _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, sampling, pad_id, bind=None):
     """`(tokens [B, N], how many of the N were decoded before all rows had stopped)`."""
     B, T = tokens_BxT.shape
-    variables = {"params": params}
     tokens_BxT, segments_BxT = jnp.asarray(tokens_BxT, jnp.int32), jnp.asarray(segments_BxT, jnp.int32)
+    params = bind(params, {"tokens": tokens_BxT, "segments": segments_BxT}, None) if bind else params
+    variables = {"params": params}
     lengths_B = jnp.sum(segments_BxT > 0, axis=-1, dtype=jnp.int32)
     ones_Bx1 = jnp.ones((B, 1), jnp.int32)
 
@@ -167,6 +170,7 @@ def texts(
     top_k: int = 0,
     top_p: float = 1.0,
     rng: jax.Array | None = None,
+    bind: Bind = None,
 ) -> list[str]:
     """The continuation of each prompt (a string, or all its token ids), in the order given, without its stop token.
 
@@ -187,7 +191,13 @@ def texts(
         rows = order[start : start + batch_size]
         full = rows + rows[-1:] * (batch_size - len(rows))  # one program a length
         tokens, segments = left_pad([ids[i] for i in full], tokenizer.pad_id, config.max_positions - config.virtual)
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "pad_id": tokenizer.pad_id}
+        settings = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "pad_id": tokenizer.pad_id,
+            "bind": bind,
+        }
         drawn = None if keys is None else keys[np.asarray(full)]
         new = generate(model, params, tokens, segments, max_new=max_new, stop_ids=stops, rng=drawn, **settings)
         for i, row in zip(rows, np.asarray(new), strict=False):

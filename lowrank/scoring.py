@@ -73,10 +73,9 @@ class Scorer:
         """`(scores, texts)` of the greedy continuations of the first `config.texts` prompts; nothing without them."""
         if not self._records:
             return {}, []
-        params = self._bind(params, None, None) if self._bind else params
         prompts = [record["prompt_ids"] for record in self._records]
         base = _Base(self._network.config, self._tokenizer)
-        found = generate.texts(base, params, prompts, max_new=self.config.max_new)
+        found = generate.texts(base, params, prompts, max_new=self.config.max_new, bind=self._bind)
         return evaluate.texts(found, [record["completion"] for record in self._records]), found
 
     def samples(self, before: list[str], after: list[str]) -> list[dict[str, str]]:

@@ -31,6 +31,7 @@ _IN = (
 DEFAULT_RULES: Rules = (
     (r"(.*/)?(second|offset|index|indices|values|ids|rows)", P()),
     (r"(.*/)?(key|magnitude|base_sq|s|e|core|bias)", P()),
+    (r"(.*/)?router", P()),
     (rf"{_OUT}/(.*/)?a[12]?", P("fsdp", None)),
     (rf"{_OUT}/(.*/)?b[12]?", P(None, "tensor")),
     (rf"{_IN}/(.*/)?a[12]?", P("tensor", None)),

@@ -44,6 +44,8 @@ LM_METHODS = {
     "hira": "method=hira,rank=4",
     "houlsby": "method=houlsby,width=4",
     "scaled_parallel": "method=scaled_parallel,width=4",
+    "more": "method=more,rank=2,experts=3",
+    "milora": "method=milora,rank=2",
     "intrinsic": "method=intrinsic,dim=64,said=True",
 }
 

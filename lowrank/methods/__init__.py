@@ -19,6 +19,7 @@ from lowrank.methods.longlora import longlora
 from lowrank.methods.lora import lora
 from lowrank.methods.lora_relatives import edora, lora_fa, lora_xs
 from lowrank.methods.method import SHARED, Context, Method, attach, finished, matches, stripped, trainable_mask
+from lowrank.methods.mixtures import milora, more
 from lowrank.methods.prefix import mam, prefix
 from lowrank.methods.prompt import prompt, ptuning
 from lowrank.methods.relora import relora
@@ -55,6 +56,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "parallel": parallel,
     "scaled_parallel": scaled_parallel,
     "intrinsic": intrinsic,
+    "more": more,
+    "milora": milora,
     "loha": loha,
     "lokr": lokr,
     "hira": hira,

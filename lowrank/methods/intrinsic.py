@@ -43,6 +43,8 @@ def intrinsic(
 
     def bind(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
         del batch, rng
+        if SHARED not in params:  # an adapter that was read is bound already
+            return params
         shared = params[SHARED]
         params = {name: child for name, child in params.items() if name != SHARED}
         leaves = _targets(params, target)

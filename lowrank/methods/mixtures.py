@@ -1,0 +1,162 @@
+"""Mixtures of LoRAs on a dense model: routed by the token (`more`), or once by the prompt (`milora`)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank import tree, weight
+from lowrank.errors import UserError
+from lowrank.methods import targets
+from lowrank.methods.method import SHARED, Method
+from lowrank.weights import lora, mixture
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+
+
+def more(
+    rank: int = 4,
+    experts: int = 4,
+    per_token: int = 2,
+    alpha: float = 16.0,
+    balance: float = 0.01,
+    target: str = r".*attn/(q|v)/kernel",
+) -> Method:
+    """A mixture of `experts` LoRAs on each target, `per_token` of them for each token, chosen by a router of its own.
+
+    `W x + alpha / rank * sum_e g_e(x) B_e A_e x` with g the top-k softmax of a linear router (MoLoRA, Zadouri et al.
+    2023, arXiv:2309.05444; MoRE). `balance` weighs the loss `E * sum_e f_e P_e` that keeps the experts in use (Fedus et
+    al. 2021, arXiv:2101.03961); it is part of the gradient, not of the loss reported. It cannot be merged.
+    """
+    targets.positive(rank=rank, alpha=alpha, experts=experts)
+    _check_share("per_token", per_token, experts, balance)
+
+    def adapt(key: jax.Array, w: Any, name: str) -> mixture.Mixture:
+        targets.check_rank(name, w.shape, rank)
+        return mixture.attach(key, w, rank=rank, experts=experts, alpha=alpha, per_token=per_token)
+
+    def bind(params: PyTree, batch: Batch | None, rng: jax.Array | None) -> PyTree:
+        if rng is None or batch is None or not balance:
+            return params
+        return _each(params, mixture.Mixture, lambda name, w: _balanced(w, batch, balance))
+
+    return Method(rewrite=((target, adapt),), bind=bind)
+
+
+def _check_share(name: str, count: int, experts: int, balance: float) -> None:
+    if not 1 <= count <= experts:
+        raise UserError(f"method.{name}={count} is not in 1..{experts}, the number of experts")
+    if balance < 0:
+        raise UserError(f"method.balance must not be negative, not {balance}")
+
+
+def _each(params: PyTree, kind: type, fn: Any) -> PyTree:
+    return tree.map_named(lambda name, w: fn(name, w) if type(w) is kind else w, params, is_leaf=weight.is_weight)
+
+
+def _counted(batch: Batch) -> jax.Array:
+    """The sum of weights that the gradient is divided by: what is added in proportion to it keeps its strength."""
+    return jnp.sum((batch["weights"] if "weights" in batch else batch["valid"]).astype(jnp.float32))
+
+
+def _balanced(w: mixture.Mixture, batch: Batch, balance: float) -> mixture.Mixture:
+    stack = w.shape[:-2]
+    mask = (batch["segments"] > 0).astype(jnp.float32)
+    strength = jnp.broadcast_to(balance * _counted(batch), stack)
+    return dataclasses.replace(w, mask=jnp.broadcast_to(mask, (*stack, *mask.shape)), strength=strength)
+
+
+def milora(
+    rank: int = 8,
+    alpha: float = 16.0,
+    per_prompt: int = 3,
+    balance: float = 0.01,
+    target: str = r"layers/(attn/(q|k|v|o)|mlp/(gate|up|down))/kernel",
+) -> Method:
+    """MiLoRA: every LoRA of a layer is an expert, and the prompt chooses `per_prompt` of them (arXiv:2410.18035).
+
+    `W x + gate * alpha / rank * B A x`; the gates of a layer are k times the top-k softmax of its router, so that their
+    mean over those chosen is 1. They are computed once, from the prompt, and stay for all that is generated. The paper
+    pools each layer's hidden states; here all layers' routers see the mean of the prompt's token embeddings, which is
+    there before the first layer runs. In training a prompt is what comes before the first token of full weight of its
+    sequence; a classifier's is all of it. It cannot be merged.
+    """
+    targets.positive(rank=rank, alpha=alpha)
+    _check_share("per_prompt", per_prompt, per_prompt, balance)
+
+    def adapt(key: jax.Array, w: Any, name: str) -> mixture.Gated:
+        targets.check_rank(name, w.shape, rank)
+        if len(w.shape) != 3:
+            raise UserError(f"{name} is in no stack of layers: MiLoRA routes within a layer")
+        layers = w.shape[0]
+        options = {"ranks": [rank] * layers, "alphas": [alpha] * layers, "rslora": False, "dropout": 0.0}
+        made = lora.attach(key, w, init="kaiming", **options)
+        return mixture.Gated(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
+
+    def share(base: PyTree, key: jax.Array) -> PyTree:
+        routers = {}
+        for stack, names in _by_stack(tree.matching(target, tree.names(base, weight.is_weight), "target")).items():
+            if per_prompt > len(names):
+                raise UserError(f"method.per_prompt={per_prompt}, but {target!r} matches {len(names)} weights a layer")
+            layers = _leaf(base, names[0]).shape[0]
+            width = _leaf(base, "embed/embedding").shape[-1]
+            noise = jax.random.normal(weight.name_key(key, stack), (layers, width, len(names)))
+            routers[stack] = noise * width**-0.5
+        return {"router": routers}
+
+    def bind(params: PyTree, batch: Batch | None, rng: jax.Array | None) -> PyTree:
+        if batch is None:
+            return params
+        pooled = _pooled(params["embed"]["embedding"], batch)
+        mask = (batch["segments"] > 0)[:, : pooled.shape[1]]
+        strength = balance * _counted(batch) if rng is not None and balance else None
+        names = [n for n, w in tree.named_leaves(params, weight.is_weight) if type(w) is mixture.Gated]
+        bound = {}
+        for stack, members in _by_stack(names).items():
+            router = params[SHARED]["router"][stack]
+            pick = lambda r: mixture.gates(weight.dot(pooled, r), per_prompt, mask, strength) * per_prompt  # noqa: E731
+            gates = jax.vmap(pick)(router)  # [layers, rows, tokens, members]
+            bound |= {name: gates[..., i] for i, name in enumerate(members)}
+        return _each(params, mixture.Gated, lambda name, w: dataclasses.replace(w, gate=bound[name]))
+
+    return Method(rewrite=((target, adapt),), train=(f"{SHARED}/router/.*",), share=share, bind=bind)
+
+
+def _by_stack(names: list[str]) -> dict[str, list[str]]:
+    stacks: dict[str, list[str]] = {}
+    for name in names:
+        stacks.setdefault(name.split("/")[0], []).append(name)
+    return stacks
+
+
+def _leaf(params: PyTree, name: str) -> Any:
+    for part in name.split("/"):
+        params = params[part]
+    return params
+
+
+def _pooled(embedding: Any, batch: Batch) -> jax.Array:
+    """The mean embedding of each token's prompt, `[rows, tokens, width]`; `[rows, 1, width]` of bare prompts."""
+    segments = batch["segments"]
+    h = weight.wide(weight.take(embedding, batch["tokens"]))
+    if "weights" not in batch:
+        real = (segments > 0).astype(h.dtype)[:, :, None]
+        return jnp.sum(h * jnp.broadcast_to(real, h.shape), axis=1, keepdims=True) / jnp.maximum(
+            jnp.sum(real, axis=1, keepdims=True), 1
+        )
+    same = (segments[:, :, None] == segments[:, None, :]) & is_prompt(segments, batch["weights"])[:, None, :]
+    return jnp.matmul(same.astype(h.dtype), h) / jnp.maximum(jnp.sum(same, axis=-1, keepdims=True), 1)
+
+
+def is_prompt(segments: jax.Array, weights: jax.Array) -> jax.Array:
+    """`[rows, tokens]` bool: the tokens of a sequence up to the first that was the target of a full weight.
+
+    `weights[t]` is that of the target of token t, which is token t + 1; so the first token is always of the prompt.
+    """
+    same = segments[:, :, None] == segments[:, None, :]
+    before = jnp.tril(jnp.ones(same.shape[1:], bool), -1)[None] & same
+    answered = jnp.any(before & (weights >= 1)[:, None, :], axis=-1)
+    return ~answered & (segments > 0)

@@ -1,0 +1,122 @@
+"""Mixtures of LoRAs: routed token by token, or gated as a whole by what a method hands them.
+
+What they add depends on the input, so they have no merged kernel. E experts, each of rank r, lie side by side: A is
+`[in, E * r]` and B `[E * r, out]`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.errors import UserError
+from lowrank.weight import Weight, dot, form, frozen, static, trainable, wide
+from lowrank.weights.lora import LoRA, widen
+
+
+@jax.custom_vjp
+def balanced(probs: jax.Array, chosen: jax.Array, mask: jax.Array, strength: jax.Array) -> jax.Array:
+    """`probs` `[..., E]`, whose gradient is also that of `strength * E * sum_e f_e P_e` (Switch, arXiv:2101.03961).
+
+    `chosen` `[..., E]` are each token's shares of the experts it goes to, f_e their mean over the tokens where `mask`
+    `[...]` is 1, and P_e that of `probs`; f is held constant. So a weight that sees only its input can add to the
+    loss; the loss that is reported is without it.
+    """
+    del chosen, mask, strength
+    return probs
+
+
+def _balanced_fwd(probs: jax.Array, chosen: jax.Array, mask: jax.Array, strength: jax.Array) -> tuple[jax.Array, Any]:
+    return probs, (chosen, mask, strength)
+
+
+def _balanced_bwd(saved: Any, g: jax.Array) -> tuple[jax.Array, None, None, None]:
+    chosen, mask, strength = saved
+    mask = jnp.broadcast_to(mask, chosen.shape[:-1]).astype(g.dtype)
+    count = jnp.maximum(jnp.sum(mask), 1)
+    rows = tuple(range(mask.ndim))
+    share = jnp.sum(chosen.astype(g.dtype) * mask[..., None], axis=rows) / count
+    push = strength.astype(g.dtype) * chosen.shape[-1] / count * mask[..., None]
+    return g + push * jnp.broadcast_to(share, g.shape), None, None, None
+
+
+balanced.defvjp(_balanced_fwd, _balanced_bwd)
+
+
+def top(probs: jax.Array, k: int) -> jax.Array:
+    """`[..., E]` bool: the k largest of each row, of equal ones the first."""
+    places = jax.lax.top_k(probs, k)[1]
+    return jnp.any(jax.nn.one_hot(places, probs.shape[-1], dtype=bool), axis=-2)
+
+
+def gates(logits: jax.Array, k: int, mask: jax.Array | None = None, strength: jax.Array | None = None) -> jax.Array:
+    """The softmax of `logits` over the k largest of each row, 0 elsewhere; balanced where `strength` is given."""
+    probs = jax.nn.softmax(wide(logits), axis=-1)
+    kept = jax.lax.stop_gradient(top(probs, k))
+    if strength is not None:
+        probs = balanced(probs, kept / k, mask, strength)
+    probs = jnp.where(kept, probs, 0)
+    return probs / jnp.sum(probs, axis=-1, keepdims=True)
+
+
+class Routed(Weight):
+    """A weight whose update depends on its input."""
+
+    def materialize(self) -> jax.Array:
+        """Raises UserError: there is no one kernel."""
+        raise UserError(f"{type(self).__name__} routes its input: it has no merged kernel")
+
+
+@form
+class Mixture(Routed):
+    """`x @ W + scale * sum_e g_e(x) x @ A_e @ B_e`, g the top-k softmax of `x @ router`, `router` `[..., in, E]`."""
+
+    base: Any = frozen()
+    a: jax.Array = trainable()
+    b: jax.Array = trainable()
+    router: jax.Array = trainable()
+    scale: jax.Array = frozen()
+    mask: jax.Array | None = frozen(default=None)  # which tokens count for the balance, bound for one training step
+    strength: jax.Array | None = frozen(default=None)  # of the balance, bound with it
+    per_token: int = static(default=1)
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """`[..., in] -> [..., out]`; all experts' narrow products are formed, those not chosen are weighed with 0."""
+        g = gates(dot(x, self.router), self.per_token, self.mask, self.strength) * self.scale
+        low = dot(x, self.a).reshape(*x.shape[:-1], g.shape[-1], -1) * g[..., None].astype(x.dtype)
+        return dot(x, self.base) + widen(low.reshape(*x.shape[:-1], -1), self.b)
+
+
+def attach(key: jax.Array, w: Any, *, rank: int, experts: int, alpha: float, per_token: int) -> Mixture:
+    """A Mixture on `w` `[..., in, out]` that starts as the identity: the experts as LoRAs, the router random."""
+    stack, (n_in, n_out) = w.shape[:-2], w.shape[-2:]
+    a_key, router_key = jax.random.split(key)
+    bound = n_in**-0.5
+    return Mixture(
+        base=w,
+        a=jax.random.uniform(a_key, (*stack, n_in, experts * rank), minval=-bound, maxval=bound),
+        b=jnp.zeros((*stack, experts * rank, n_out), jnp.float32),
+        router=jax.random.normal(router_key, (*stack, n_in, experts)) * bound,
+        scale=jnp.full(stack, alpha / rank, jnp.float32),
+        per_token=per_token,
+    )
+
+
+@form
+class Gated(LoRA):
+    """A LoRA whose update is weighed by `gate` `[..., rows, tokens]`, bound for one batch."""
+
+    gate: jax.Array | None = frozen(default=None)
+
+    materialize = Routed.materialize
+
+    def low_rank(self, x: jax.Array) -> jax.Array:
+        """`gate * scale * x @ A @ B` for `x: [rows, tokens, in]`."""
+        if self.gate is None:
+            raise UserError("this adapter routes by the prompt: it must be bound to one first")
+        y = LoRA.low_rank(self, x)
+        return y * jnp.broadcast_to(self.gate.astype(y.dtype)[..., None], y.shape)
+
+    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Raises UserError: the rows of experts are no prompts."""
+        raise UserError("an expert's kernel sees rows of many prompts: it cannot be gated by the prompt")

@@ -1,0 +1,161 @@
+"""Mixtures of LoRAs in float64 NumPy: routed by the token, routed once by the prompt, and kept in balance."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank import generate, methods, tree
+from lowrank.errors import UserError
+from lowrank.methods import mixtures
+from lowrank.weight import dot, merge
+from lowrank.weights import mixture
+from tests.models.tiny import decoder, tokens
+
+E, R, IN, OUT = 4, 2, 6, 5
+
+
+def mixed(per_token=2):
+    w = mixture.attach(
+        jax.random.key(0),
+        jax.random.normal(jax.random.key(1), (IN, OUT)),
+        rank=R,
+        experts=E,
+        alpha=3.0,
+        per_token=per_token,
+    )
+    return dataclasses.replace(w, b=jax.random.normal(jax.random.key(2), w.b.shape))
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def test_each_token_meets_its_own_experts_in_float64():
+    w, x = mixed(), jax.random.normal(jax.random.key(3), (2, 3, IN))
+    base, a, b, router = (np.asarray(t, np.float64) for t in (w.base, w.a, w.b, w.router))
+    expected = np.zeros((2, 3, OUT))
+    for at in np.ndindex(2, 3):
+        token = np.asarray(x[at], np.float64)
+        probs = softmax(token @ router)
+        chosen = np.argsort(-probs)[:2]
+        expected[at] = token @ base
+        for e in chosen:
+            A, B = a[:, e * R : (e + 1) * R], b[e * R : (e + 1) * R]
+            expected[at] += 3.0 / R * probs[e] / probs[chosen].sum() * (token @ A @ B)
+    np.testing.assert_allclose(dot(x, w), expected, atol=1e-5)
+
+
+def test_it_starts_as_the_base_and_slices_under_scan():
+    kernel, x = jax.random.normal(jax.random.key(1), (3, IN, OUT)), jax.random.normal(jax.random.key(3), (2, 4, IN))
+    w = mixture.attach(jax.random.key(0), kernel, rank=R, experts=E, alpha=3.0, per_token=1)
+    y = jax.lax.scan(lambda _, layer: (None, dot(x, layer)), None, w)[1]
+    np.testing.assert_allclose(y, jnp.einsum("bti,lio->lbto", x, kernel), atol=1e-5)
+
+
+def test_a_routed_weight_cannot_be_merged():
+    with pytest.raises(UserError, match="Mixture routes its input: it has no merged kernel"):
+        merge({"kernel": mixed()})
+
+
+def test_balance_adds_exactly_the_gradient_of_its_loss():
+    """E sum_e f_e P_e times the strength, over the tokens that count, f held constant."""
+    logits = jax.random.normal(jax.random.key(4), (2, 3, E))
+    mask, strength, k = jnp.array([[1.0, 1, 1], [1, 0, 0]]), jnp.float32(0.7), 2
+
+    def routed(logits, strength):
+        return jnp.sum(jnp.sin(mixture.gates(logits, k, mask, strength)))
+
+    found = jax.grad(routed)(logits, strength) - jax.grad(routed)(logits, None)
+
+    def loss(logits):
+        probs = jax.nn.softmax(logits)
+        share = jax.lax.stop_gradient(mixture.top(probs, k)) / k
+        mean = lambda v: jnp.sum(v * jnp.broadcast_to(mask[..., None], v.shape), axis=(0, 1)) / 4  # noqa: E731
+        return 0.7 * E * jnp.sum(mean(share) * mean(probs))
+
+    np.testing.assert_allclose(found, jax.grad(loss)(logits), atol=1e-6)
+    assert routed(logits, strength) == routed(logits, None)
+
+
+def test_balance_is_bound_for_training_alone_and_grows_with_the_batchs_weight():
+    _, params = decoder("llama")
+    method = methods.build({"name": "more", "balance": 0.5})
+    params = methods.attach(method, params, jax.random.key(0))
+    batch = {"segments": jnp.array([[1, 1, 0]]), "weights": jnp.array([[0.0, 1.0, 0.0]])}
+    assert method.bind(params, batch, None) is params
+    w = method.bind(params, batch, jax.random.key(1))["layers"]["attn"]["q"]["kernel"]
+    assert w.mask.shape == (2, 1, 3)
+    np.testing.assert_array_equal(w.mask[1], [[1, 1, 0]])
+    np.testing.assert_allclose(w.strength, [0.5, 0.5])
+
+
+def test_the_prompt_ends_at_the_first_answer_of_its_sequence():
+    segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0]])
+    weights = jnp.array([[0.0, 1, 1, 1, 0, 0.0, 1, 0]])
+    found = mixtures.is_prompt(segments, weights)
+    np.testing.assert_array_equal(found, [[True, True, False, False, True, True, True, False]])
+
+
+TARGET = r"layers/attn/(q|k|v)/kernel"
+
+
+def prompted():
+    model, params = decoder("llama")
+    method = methods.build({"name": "milora", "rank": 2, "per_prompt": 2, "target": TARGET})
+    params = methods.attach(method, params, jax.random.key(0))
+    shaken = lambda n, x: x + 0.3 * jax.random.normal(jax.random.key(len(n)), x.shape) if n.endswith("/b") else x  # noqa: E731
+    return model, method, tree.map_named(shaken, params)
+
+
+def test_gates_are_the_top_of_each_layers_router_over_the_prompts_mean_embedding():
+    _, method, params = prompted()
+    ids = tokens(1, 6)
+    segments, weights = jnp.array([[1, 1, 1, 2, 2, 0]]), jnp.array([[0.0, 1, 1, 1, 1, 0]])
+    bound = method.bind(params, {"tokens": ids, "segments": segments, "weights": weights}, None)
+    table = np.asarray(params["embed"]["embedding"], np.float64)
+    for t, prompt in ((0, [0, 1]), (2, [0, 1]), (3, [3]), (4, [3])):
+        pooled = table[ids[0, prompt]].mean(0)
+        for layer in range(2):
+            probs = softmax(pooled @ np.asarray(params["shared"]["router"]["layers"][layer], np.float64))
+            kept = np.where(probs >= np.sort(probs)[1], probs, 0)
+            found = [bound["layers"]["attn"][m]["kernel"].gate[layer, 0, t] for m in "kqv"]
+            np.testing.assert_allclose(found, 2 * kept / kept.sum(), atol=1e-5)
+
+
+def test_a_gate_weighs_the_update_of_its_lora():
+    x, kernel = jnp.ones((2, 3, IN)), jnp.zeros((IN, OUT))
+    made = {"a": jnp.ones((IN, R)), "b": jnp.ones((R, OUT)), "scale": jnp.float32(0.5), "base": kernel}
+    gate = jnp.array([[0.0], [2.0]])
+    y = dot(x, mixture.Gated(**made, gate=gate))
+    np.testing.assert_allclose(y, np.array([0.0, 2.0])[:, None, None] * 0.5 * IN * R * np.ones((2, 3, OUT)))
+    with pytest.raises(UserError, match="must be bound"):
+        dot(x, mixture.Gated(**made))
+
+
+def test_generation_routes_once_by_the_prompt_whatever_its_padding():
+    """Greedy tokens are those of plain forward passes with the gates that the prompt alone gives."""
+    model, method, params = prompted()
+    ids = tokens(1, 5)
+    ones = jnp.ones((1, 5), jnp.int32)
+    bound = method.bind(params, {"tokens": ids, "segments": ones}, None)
+    row, plain = ids, []
+    for _ in range(3):
+        logits = model.apply({"params": bound}, row)[:, -1]
+        plain.append(int(jnp.argmax(logits)))
+        row = np.concatenate([row, [[plain[-1]]]], axis=1)
+    padded = np.concatenate([np.zeros((1, 3), np.int32), ids], axis=1)
+    segments = np.concatenate([np.zeros((1, 3), np.int32), ones], axis=1)
+    found = generate.generate(model, params, padded, segments, max_new=3, bind=method.bind)
+    assert np.asarray(found)[0].tolist() == plain
+
+
+def test_milora_trains_the_experts_and_a_router_a_layer():
+    _, method, params = prompted()
+    trained = tree.names(tree.split(params, methods.trainable_mask(method, params))[0])
+    assert sorted(trained) == sorted(
+        [*(f"layers/attn/{m}/kernel/{f}" for m in "qkv" for f in "ab"), "shared/router/layers"]
+    )
