@@ -36,10 +36,14 @@ def causal_lm(model: Any, params: PyTree, batch: Batch, rows: int = 0) -> Sums:
 def classification(model: Any, params: PyTree, batch: Batch, rows: int = 0) -> Sums:
     """Cross-entropy of `labels` `[B]` under the model's `[B,C]` logits, summed over the rows with `valid` 1.
 
-    `batch` has `tokens, segments` `[B,T]`, `labels, valid` `[B]`. The logits are few: `rows` is not used.
+    `batch` has `tokens, segments` `[B,T]`, or `pooled` `[B,D]` that the head reads, and `labels, valid` `[B]`.
+    The logits are few: `rows` is not used.
     """
     del rows
-    logits_BxC = model.apply({"params": params}, batch["tokens"], segments=batch["segments"])
+    if "pooled" in batch:
+        logits_BxC = model.apply({"params": params}, batch["pooled"], method="labels")
+    else:
+        logits_BxC = model.apply({"params": params}, batch["tokens"], segments=batch["segments"])
     weights_B = batch["valid"].astype(jnp.float32)
     return jnp.sum(token_nll(logits_BxC, batch["labels"]) * weights_B), jnp.sum(weights_B)
 

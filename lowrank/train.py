@@ -55,6 +55,7 @@ class Run:
         self.base = dataclasses.replace(base, params=None)
         trained, self.frozen = tree.split(params, job.mask)
         _check_new(base.new, self.frozen, job.method)
+        self.inputs = job.method.inputs(job.network, self.frozen) if job.method.inputs else lambda batch: batch
         self.optimizer = job.optimizer()
         self.state = step.init(trained, self.optimizer, job.mesh)
         self.metrics: Mapping[str, jax.Array] | None = None  # of the last step done
@@ -113,7 +114,7 @@ class Run:
         batch = next(self.job.loader, None)
         if batch is None:
             raise UserError(f"the data ended after step {done} of {self.job.config.steps}: raise data.epochs")
-        return sharding.global_batch(batch, self.job.mesh)
+        return sharding.global_batch(self.inputs(batch), self.job.mesh)
 
     def _compile(self, batch: Mapping[str, jax.Array]) -> jax.stages.Compiled:
         started = time.monotonic()

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lowrank import methods, tree, weight
+from lowrank import methods, train, tree, weight
 from lowrank.errors import UserError
+from lowrank.methods.features import Cache
+from lowrank.runlog import read_metrics
 from lowrank.weight import materialize
 from tests import tiny
 from tests.models.tiny import decoder, run
 from tests.test_additive import trained
+from tests.test_train import config_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 IN, OUT, ROWS, STEPS, LR = 6, 5, 4, 2, 0.1
@@ -127,3 +130,43 @@ def test_a_run_on_chosen_words_learns_their_rows(files, tmp_path):
     table = loaded.params["embed"]["embedding"]
     assert table.ids.tolist() == [loaded.tokenizer.encode("the")[0]]
     assert np.abs(np.asarray(materialize(table) - table.base)).sum(1).nonzero()[0].tolist() == table.ids.tolist()
+
+
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_cached_features_train_the_head_as_the_whole_model_does(model, files, tmp_path):
+    losses, changes = {}, {"objective": "classification", "steps": 12, "mesh__data": 1, "data__batch_size": 16}
+    changes |= {"checkpoint__every": 0, "optim__lr": 0.05}
+    tiny.bert(files / "bert")
+    for method in ("head", "features"):
+        config = config_of(files, f"method={method}", model, **changes)
+        if model == "bert":
+            config.model.pooling = "mean"
+        train.run(config, tmp_path / method)
+        losses[method] = [line["train/loss"] for line in read_metrics(tmp_path / method / "metrics.jsonl")]
+    np.testing.assert_allclose(losses["features"], losses["head"], rtol=1e-4)
+    assert losses["head"][-1] < losses["head"][0]
+
+
+def test_features_are_computed_once_an_example():
+    network = types.SimpleNamespace(config=types.SimpleNamespace(num_labels=2), calls=0)
+
+    def apply(variables, ids, segments, method):
+        jax.debug.callback(lambda: setattr(network, "calls", network.calls + 1))
+        return jnp.sum(ids * segments, axis=1, keepdims=True) * variables["params"]
+
+    network.apply = apply
+    cache = Cache(network, jnp.float32(2.0))
+    batch = {"tokens": np.array([[1, 2, 9], [3, 0, 0]], np.int32), "labels": np.array([0, 1])}
+    batch["segments"] = np.array([[1, 1, 0], [1, 0, 0]], np.int32)
+    for order in ([0, 1], [1, 0], [0, 0]):
+        found = cache({name: x[order] for name, x in batch.items()})
+        np.testing.assert_array_equal(found["pooled"], np.array([[6.0], [6.0]])[order])
+        np.testing.assert_array_equal(found["labels"], batch["labels"][order])
+        assert "tokens" not in found
+    jax.effects_barrier()
+    assert network.calls == 1
+    with pytest.raises(UserError, match="it cannot train norm/scale"):
+        Cache(network, {"head": {"kernel": None}, "norm": {"scale": None}})
+    network.config.num_labels = 0
+    with pytest.raises(UserError, match="objective=classification"):
+        Cache(network, None)

@@ -1,5 +1,6 @@
 """Every fine-tuning method as a setting of knobs. A new one is one file and one line in `METHODS`."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from lowrank.methods.adalora import adalora
 from lowrank.methods.bidora import bidora
 from lowrank.methods.bottleneck import houlsby, parallel, pfeiffer, scaled_parallel
 from lowrank.methods.dora import dora
+from lowrank.methods.features import features
 from lowrank.methods.galore import galore
 from lowrank.methods.hira import hira
 from lowrank.methods.ia3 import ia3
@@ -31,6 +33,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "full": full,
     "partial": partial,
     "head": head,
+    "features": features,
     "bitfit": bitfit,
     "norm": norm,
     "chosen": chosen,
@@ -65,12 +68,17 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 def build(group: Mapping[str, Any]) -> Method:
-    """The method of a config group `{'name': 'lora', 'rank': 8, ...}`; UserError for an unknown name or key."""
+    """The method of a config group `{'name': 'lora', 'rank': 8, ...}`; UserError for an unknown name or key.
+
+    `also_train`, a regex or several, names further leaves to train whole, with any method (PEFT's modules_to_save).
+    """
     group = dict(group)
-    name = group.pop("name", None)
+    name, also = group.pop("name", None), group.pop("also_train", ())
     if name not in METHODS:
         raise unknown("method", name, METHODS)
-    return settings.call(METHODS[name], group, "method")
+    method = settings.call(METHODS[name], group, "method")
+    also = (also,) if isinstance(also, str) else tuple(also)
+    return dataclasses.replace(method, train=(*method.train, *also)) if also else method
 
 
 __all__ = [

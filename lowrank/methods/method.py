@@ -46,6 +46,8 @@ class Method:
     restart: tuple[int, Callable[[PyTree, jax.Array], PyTree]] | None = None
     # (the run's optimizer, its number of steps) -> this method's, inside the trained tree
     optimizer: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] | None = None
+    # (network, frozen leaves) -> (a host's batch -> what the loss gets in its place), made once, before step 1
+    inputs: Callable[[Any, PyTree], Callable[[Batch], Batch]] | None = None
     holds: tuple[str, ...] = ()  # regexes over frozen leaves that an adapter holds too: what prepare or bind makes
     expands: bool = False  # bind makes leaves of the shared ones, and an adapter holds those in their place
 

@@ -14,8 +14,11 @@ PyTree = Any
 TABLE = "embed/embedding"
 
 
-def tokens(tokens: Sequence[int | str] | int | str = ()) -> Method:
-    """Trains the embeddings of `tokens` alone: ids, or words that are one token of the vocabulary each."""
+def tokens(tokens: Sequence[int | str] | int | str = tuple(range(-16, 0))) -> Method:
+    """Trains the embeddings of `tokens` alone: ids, or words that are one token of the vocabulary each.
+
+    Ids below 0 count from the end of the table, where tokens are added: by default its last 16 rows.
+    """
     wanted = (tokens,) if isinstance(tokens, int | str) else tuple(tokens)
     if not wanted:
         raise UserError("method.tokens is empty: name the tokens to train, by id or as they are written")
@@ -26,16 +29,17 @@ def tokens(tokens: Sequence[int | str] | int | str = ()) -> Method:
         del key, name
         vocabulary = w.shape[-2]
         for token in wanted:
-            if isinstance(token, int) and not 0 <= token < vocabulary:
+            if isinstance(token, int) and not -vocabulary <= token < vocabulary:
                 raise UserError(f"method.tokens: {token} is not an id of the vocabulary of {vocabulary}")
         if len(wanted) > vocabulary:
             raise UserError(f"method.tokens names {len(wanted)} tokens of a vocabulary of {vocabulary}")
-        return form.attach(w, jnp.array(range(len(wanted)) if words else wanted, jnp.int32))
+        ids = range(len(wanted)) if words else _counted(wanted, vocabulary)
+        return form.attach(w, jnp.array(ids, jnp.int32))
 
     def look_up(params: PyTree, context: Context) -> PyTree:
         ids = [token if isinstance(token, int) else _id(token, context.tokenizer) for token in wanted]
-        _check_distinct(ids)
-        table = form.attach(params["embed"]["embedding"].base, jnp.array(ids, jnp.int32))
+        table = params["embed"]["embedding"].base
+        table = form.attach(table, jnp.array(_counted(ids, table.shape[-2]), jnp.int32))
         return {**params, "embed": {**params["embed"], "embedding": table}}
 
     return Method(rewrite=((TABLE, adapt),), holds=(f"{TABLE}/ids",), prepare=look_up if words else None)
@@ -45,6 +49,12 @@ def _check_distinct(wanted: Sequence[Any]) -> None:
     for token in wanted:
         if list(wanted).count(token) > 1:
             raise UserError(f"method.tokens names {token!r} twice")
+
+
+def _counted(ids: Sequence[int], vocabulary: int) -> list[int]:
+    ids = [i % vocabulary for i in ids]
+    _check_distinct(ids)
+    return ids
 
 
 def _id(word: str, tokenizer: Any) -> int:

@@ -249,9 +249,17 @@ class Decoder(nn.Module):
 
     def classify(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
         """Label logits, float32 `[B, C]`, read off each row's last real token."""
+        return self.labels(self.pooled(tokens, segments))
+
+    def labels(self, pooled_BxD: jax.Array) -> jax.Array:
+        """What stands for a row to label logits, float32 `[B, C]`."""
+        return self.head(pooled_BxD)
+
+    def pooled(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        """The features `[B, D]` of each row's last real token."""
         h_BxTxD = self.features(tokens, segments=segments)
         if segments is None:
-            return self.head(h_BxTxD[:, -1])
+            return h_BxTxD[:, -1]
         places_T = jnp.arange(tokens.shape[1])
         last_B = jnp.max(jnp.where(segments > 0, places_T[None, :], 0), axis=1)
-        return self.head(jnp.take_along_axis(h_BxTxD, last_B[:, None, None], axis=1)[:, 0])
+        return jnp.take_along_axis(h_BxTxD, last_B[:, None, None], axis=1)[:, 0]

@@ -156,4 +156,8 @@ class Encoder(nn.Module):
 
     def classify(self, tokens: jax.Array, segments: Opt = None, types: Opt = None) -> jax.Array:
         """Label logits, float32 `[B, C]`."""
-        return self.head(self.pooled(tokens, segments, types)).astype(jnp.float32)
+        return self.labels(self.pooled(tokens, segments, types))
+
+    def labels(self, pooled_BxD: jax.Array) -> jax.Array:
+        """What stands for a row to label logits, float32 `[B, C]`."""
+        return self.head(pooled_BxD).astype(jnp.float32)

@@ -1,0 +1,51 @@
+"""Feature-based fine-tuning: the backbone is a fixed function, computed once for every example."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lowrank import tree
+from lowrank.errors import UserError
+from lowrank.methods.method import Batch, Method
+
+PyTree = Any
+
+
+def features() -> Method:
+    """Only a classifier's head is trained, on pooled features `[B, D]` that are computed once an example and kept.
+
+    The features of BERT's authors' comparison (Devlin et al. 2019, arXiv:1810.04805, section 5.3) and of Peters et al.
+    2019, arXiv:1903.05987. The same numbers as `head`, without the backbone's forward pass from the second epoch on.
+    The cache is in host memory: D float32 numbers an example.
+    """
+    return Method(train=("head/.*",), inputs=Cache)
+
+
+class Cache:
+    """Batches of tokens into batches of features `{pooled, labels, valid}`, kept by the tokens of each example."""
+
+    def __init__(self, network: Any, frozen: PyTree) -> None:
+        """`frozen` has None where a leaf is trained.
+
+        Raises UserError for a model that is no classifier, a trained backbone, and a run of several processes.
+        """
+        if not network.config.num_labels:
+            raise UserError("method features caches what a classifier's head reads: it needs objective=classification")
+        if jax.process_count() > 1:
+            raise UserError("method features runs in one process: its cache is in one host's memory")
+        for name, leaf in tree.named_leaves(frozen, lambda x: x is None):
+            if leaf is None and not name.startswith("head/"):
+                raise UserError(f"method features computes the backbone once, so it cannot train {name}")
+        self._params, self._rows = frozen, {}
+        self._pooled = jax.jit(lambda p, t, s: network.apply({"params": p}, t, segments=s, method="pooled"))
+
+    def __call__(self, batch: Batch) -> Mapping[str, np.ndarray]:
+        """The batch with `pooled` float32 `[B, D]` in place of its tokens."""
+        keys = [t[s > 0].tobytes() for t, s in zip(batch["tokens"], batch["segments"], strict=True)]
+        if not all(key in self._rows for key in keys):
+            found = self._pooled(self._params, batch["tokens"], batch["segments"])
+            self._rows |= dict(zip(keys, np.asarray(found, np.float32), strict=True))
+        rest = {name: x for name, x in batch.items() if name not in ("tokens", "segments")}
+        return {**rest, "pooled": np.stack([self._rows[key] for key in keys])}
