@@ -26,7 +26,8 @@ class OptimConfig:
     warmup: int = 0  # steps of linear warmup from 0
     final: float = 0.0  # where linear and cosine end, as a fraction of lr
     weight_decay: float = 0.0  # decoupled, times the learning rate
-    no_decay: str = r"(.*/)?(bias|scale|magnitude|s|e|embedding)"  # without decay; 0-D and 1-D leaves never decay
+    # leaves without decay; 0-D and 1-D leaves never decay
+    no_decay: str = r"(.*/)?(bias|scale|magnitude|s|lambda_[bd]|e|embedding)"
     clip: float = 1.0  # largest global norm of the trained tree's gradient; 0 does not clip
     b_ratio: float = 1.0  # LoRA+: learning rate of the leaves named b over that of the others (arXiv:2402.12354)
     lr_ratios: tuple[tuple[str, float], ...] = ()  # (regex, ratio), first match wins; 0 freezes a trained leaf

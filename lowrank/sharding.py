@@ -30,7 +30,7 @@ _IN = (
 # A form's fields keep the kernel's layout at any depth (`kernel/base/base/codes`); factors and vectors come first.
 DEFAULT_RULES: Rules = (
     (r"(.*/)?(second|offset|index|indices|values|ids|rows)", P()),
-    (r"(.*/)?(key|magnitude|base_sq|s|e|core|bias)", P()),
+    (r"(.*/)?(key|magnitude|lambda_[bd]|skew|base_sq|s|e|core|bias)", P()),
     (r"(.*/)?router", P()),
     (rf"{_OUT}/(.*/)?a[12]?", P("fsdp", None)),
     (rf"{_OUT}/(.*/)?b[12]?", P(None, "tensor")),

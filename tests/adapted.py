@@ -11,7 +11,7 @@ from tests.models.tiny import QUICK
 def adapted(params, group, size=1.0, train=()):
     """`(parameters with everything trained moved by about size, names of the trained leaves)`.
 
-    What pads a smaller rank stays zero. `train` are patterns beside the method's own.
+    What pads a smaller rank stays zero, and what weights share is bound. `train` are patterns beside the method's own.
     """
     method, names = methods.build(group), []
 
@@ -20,7 +20,8 @@ def adapted(params, group, size=1.0, train=()):
         mask = trainable_mask(start, (*method.train, *train))
         names.extend(name for name, learns in tree.named_leaves(mask) if learns)
         moved = tree.map_named(_moved, start, is_leaf=is_weight)
-        return jax.tree.map(lambda x, y, learns: x + size * (y - x) if learns else x, start, moved, mask)
+        moved = jax.tree.map(lambda x, y, learns: x + size * (y - x) if learns else x, start, moved, mask)
+        return method.bind(moved, None, None) if methods.SHARED in moved else moved
 
     return jax.jit(run, compiler_options=QUICK)(params), names
 

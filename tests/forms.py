@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weights import adalora, dora, hira, loha, lokr, lora, lora_xs, rows, scaled, sparse
+from lowrank.weights import adalora, dora, hira, loha, lokr, lora, lora_xs, rows, scaled, sparse, vera
 from lowrank.weights.schemes import SCHEMES
 
 L, IN, OUT, RANK = 3, 12, 10, 4
@@ -57,6 +57,9 @@ FORMS: dict[str, Callable[[jax.Array, Any], Any]] = {
     "lokr both decomposed": lambda key, w: lokr.attach(key, w, **ranked(w, (1, 1, 0)), both=True),
     "hira": lambda key, w: hira.attach(key, w, ranks=_ranks(w)),
     "hira of ia3": lambda key, w: hira.attach(key, scaled.attach(w, "out"), ranks=_even(w)),
+    "vera": lambda key, w: vera.bound(
+        vera.attach(w, 2 * RANK, 0.1), **vera.projections(key, 2 * RANK, IN + 3, OUT + 5)
+    ),
     "lora of ia3": lambda key, w: lora_on(key, scaled.attach(w, "out"), _even(w)),
     "ia3 of dora": lambda key, w: scaled.attach(dora.attach(lora_on(key, w, _even(w))), "in"),
 }

@@ -13,13 +13,14 @@ def merged(config, tensors, weights):
     """The base's tensors `{name: array}` with the adapter merged into them."""
     out = {name: x.astype(np.float64) for name, x in weights.items()}
     modules = {}
+    shared = {k.removeprefix("base_model."): np.float64(x) for k, x in tensors.items() if k.count(".") == 1}
     for key, x in tensors.items():
         found = re.fullmatch(rf"{re.escape(PREFIX)}(.*)\.(({'|'.join(FORMULAS)})\S*)", key)
         if found:
             path, suffix, kind = found.groups()
             modules.setdefault((path, kind), {})[suffix.removesuffix(".weight")] = np.float64(x)
     for (path, kind), parts in modules.items():
-        FORMULAS[kind](config, path, parts, out)
+        FORMULAS[kind](config, path, {**parts, "shared": shared} if shared else parts, out)
     plain = {k.removeprefix(PREFIX).replace(".base_layer", ""): x for k, x in tensors.items() if k.endswith("bias")}
     return out | plain
 
@@ -71,10 +72,18 @@ def _hira(config, path, parts, out):
     out[f"{path}.weight"] *= 1 + parts["hira_B"] @ parts["hira_A"]
 
 
+def _vera(config, path, parts, out):
+    (n_out, n_in), rank = out[f"{path}.weight"].shape, config["r"]
+    assert parts["vera_lambda_d"].shape == (rank,)
+    a, b = parts["shared"]["vera_A"][:, :n_in], parts["shared"]["vera_B"][:n_out]
+    out[f"{path}.weight"] += parts["vera_lambda_b"][:, None] * (b @ (parts["vera_lambda_d"][:, None] * a))
+
+
 FORMULAS = {
     "lora_": _lora,
     "ia3_l": _ia3,
     "hada_": _loha,
     "lokr_": _lokr,
     "hira_": _hira,
+    "vera_": _vera,
 }

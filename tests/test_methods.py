@@ -63,6 +63,7 @@ def attached(**group):
             [f"{Q}/{f}" for f in ("a1", "b1", "w2")],
         ),
         ({"name": "hira", "rank": 3, "target": Q}, [f"{Q}/a", f"{Q}/b"]),
+        ({"name": "vera", "target": Q}, [f"{Q}/lambda_b", f"{Q}/lambda_d"]),
         ({"name": "ia3"}, [f"layers/{m}/kernel/s" for m in ("attn/k", "attn/v", "mlp/down")]),
     ],
 )

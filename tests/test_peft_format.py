@@ -38,6 +38,7 @@ GROUPS = {
     "lokr low rank": {"name": "lokr", "rank": 2, "factor": 2, "target": r".*attn/(q|v)/kernel", **LOW},
     "lokr both": {"name": "lokr", "rank": 1, "alpha": 3.0, "factor": 8, "decompose_both": True, "target": ATTN},
     "hira": {"name": "hira", "rank": 3, "target": ATTN, "rank_pattern": PATTERNS["rank_pattern"]},
+    "vera": {"name": "vera", "rank": 20, "target": r".*attn/(q|k|v|o)/kernel|.*mlp/down/kernel"},
     "bias": {"name": "lora", "bias": "all"},
     "its bias": {"name": "lora", "bias": "lora_only"},
 }
@@ -117,6 +118,20 @@ def test_the_files_are_what_peft_expects(saved):
     assert all(x.dtype == np.float32 for x in tensors.values())
     with safe_open(saved / "adapter_model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_what_weights_share_is_written_from_the_root_of_the_tree(base, tmp_path):
+    method = methods.build(GROUPS["vera"])
+    params = methods.attach(method, base.params, jax.random.key(0))
+    peft_format.save(params, base, tmp_path, method=GROUPS["vera"])
+    tensors = read(tmp_path)[1]
+    assert tensors["base_model.vera_A"].shape == (20, 32)
+    assert tensors["base_model.vera_B"].shape == (16, 20)
+    back = peft_format.load(tmp_path, base.params, base)
+    jax.tree.map(np.testing.assert_array_equal, back, method.bind(params, None, None))
+    unbound = {name: child for name, child in params.items() if name != methods.SHARED}
+    with pytest.raises(UserError, match="matrices under shared/, which are missing"):
+        peft_format.save(unbound, base, tmp_path)
 
 
 def test_padding_is_stripped_and_a_layer_of_rank_0_is_not_there(saved):

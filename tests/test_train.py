@@ -42,6 +42,7 @@ LM_METHODS = {
     "mam": "method=mam,length=4,width=4,reparam=True,hidden=16",
     "lokr": "method=lokr,rank=1",
     "hira": "method=hira,rank=4",
+    "vera": "method=vera,rank=32",
     "houlsby": "method=houlsby,width=4",
     "scaled_parallel": "method=scaled_parallel,width=4",
     "more": "method=more,rank=2,experts=3",

@@ -28,6 +28,7 @@ from lowrank.methods.relora import relora
 from lowrank.methods.selective import bitfit, chosen, full, head, norm, partial
 from lowrank.methods.sparse import sparse
 from lowrank.methods.tokens import tokens
+from lowrank.methods.vera import vera
 
 METHODS: dict[str, Callable[..., Method]] = {
     "full": full,
@@ -64,6 +65,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "loha": loha,
     "lokr": lokr,
     "hira": hira,
+    "vera": vera,
 }
 
 

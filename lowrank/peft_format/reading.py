@@ -62,7 +62,8 @@ def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_b
     expected |= {key: _disk_shape(leaves[place.leaf].shape, place) for key, place in others.items()}
     tensors.check(directory, found, expected)
     leaves |= _replaced(others, found, leaves)
-    leaves |= _grown(form, targets, settings, found, leaves)
+    root = form.root.read(config, sizes, found) if form.root else {}
+    leaves |= _grown(form, targets, settings, found, root, leaves)
     return tree.map_named(lambda name, _: leaves[name], params, is_leaf=is_weight)
 
 
@@ -131,6 +132,7 @@ def _grown(
     targets: Mapping[str, Module],
     settings: Mapping[str, Settings],
     found: Mapping[str, np.ndarray],
+    root: Mapping[str, np.ndarray],
     leaves: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The adapted weights by leaf name; a stack has None for each layer without an adapter."""
@@ -138,7 +140,7 @@ def _grown(
     for path, module in targets.items():
         leaf, layer, _ = module.weight
         size = leaves[leaf].shape[-2:]
-        arrays = form.root.hand(found, *size) if form.root else {}
+        arrays = form.root.hand(root, *size) if form.root else {}
         for part, _ in form.present(*size, settings[path]):
             arrays[part.field] = part.from_disk(found[f"{tensors.PREFIX}{path}{part.suffix}"])
         stack = leaves[leaf].shape[:-2]

@@ -8,9 +8,12 @@ import pytest
 from lowrank import peft_format
 from lowrank.errors import UserError
 from tests.adapted import adapted
-from tests.parity.bases import LIMIT, assert_same_weights, gap, make, our_logits, randomize, their_logits
+from tests.parity.bases import LIMIT, assert_same_weights, gap, make, our_logits, randomize, their_logits, trained_in
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Specified to not save vera_A:UserWarning"),
+]
 
 ATTN, GPT2_TARGETS = r".*attn/(q|k|v|o)/kernel", r".*(attn/qkv|mlp/down)/kernel"
 RANKS = {r".*attn/k/kernel": 2, r"layers/1/attn/q/kernel": 6, r"layers/0/attn/o/kernel": 0}
@@ -26,6 +29,8 @@ OURS = {
     "lokr whole": ("llama", {"name": "lokr", "rank": 4, "alpha": 3.0, "factor": 8, "target": r".*/(up|down)/kernel"}),
     "hira": ("llama", {"name": "hira", "rank": 4, "target": ATTN, "rank_pattern": RANKS}),
     "gpt2 hira": ("gpt2", {"name": "hira", "rank": 4, "target": GPT2_TARGETS}),
+    "vera": ("llama", {"name": "vera", "rank": 40, "target": r".*(attn/(q|k|o)|mlp/down)/kernel"}),
+    "gpt2 vera": ("gpt2", {"name": "vera", "rank": 16, "target": GPT2_TARGETS}),
 }
 
 
@@ -79,6 +84,17 @@ THEIRS = {
         peft.HiraConfig,
         {"r": 4, "target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True},
     ),
+    "vera": ("llama", peft.VeraConfig, {"r": 40, "target_modules": [*QKVO, "down_proj"]}),
+    "vera by its seed": (
+        "llama",
+        peft.VeraConfig,
+        {"r": 8, "target_modules": [*QKVO, "up_proj"], "save_projection": False, "projection_prng_key": 7},
+    ),
+    "gpt2 vera": (
+        "gpt2",
+        peft.VeraConfig,
+        {"r": 8, "target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"},
+    ),
 }
 
 
@@ -93,7 +109,7 @@ def test_we_load_an_adapter_of_peft_and_compute_its_logits(case, bases, tmp_path
     expected = their_logits(theirs)
     assert gap(their_logits(model), expected) > 0.1
     assert gap(our_logits(base, mine), expected) <= LIMIT
-    again = peft_format.save(mine, base, tmp_path / "again")
+    again = peft_format.save(mine, base, tmp_path / "again", trained=trained_in(theirs, base))
     assert_same_weights(mine, peft_format.load(again, plain, base))
 
 

@@ -7,6 +7,7 @@ from lowrank.peft_format.forms.ia3 import IA3
 from lowrank.peft_format.forms.loha import LOHA
 from lowrank.peft_format.forms.lokr import LOKR
 from lowrank.peft_format.forms.lora import DORA, EDORA, LORA, LORA_XS
+from lowrank.peft_format.forms.vera import VERA
 
 FORMS: dict[str, Form] = {
     "lora": LORA,
@@ -18,6 +19,7 @@ FORMS: dict[str, Form] = {
     "loha": LOHA,
     "lokr": LOKR,
     "hira": HIRA,
+    "vera": VERA,
 }
 
 __all__ = ["FORMS", "Form", "Layer", "Settings"]

@@ -51,6 +51,8 @@ class Root:
 
     # (JSON, (in, out) of each adapted module) -> shape on disk by key
     shapes: Callable[[Mapping[str, Any], Sequence[tuple[int, int]]], dict[str, tuple[int, ...]]]
+    # (JSON, the same sizes, all tensors of the file) -> root tensors by key
+    read: Callable[[Mapping[str, Any], Sequence[tuple[int, int]], Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
     hand: Callable[[Mapping[str, np.ndarray], int, int], Arrays]  # (root tensors, in, out) -> a module's further arrays
     collect: Callable[[Sequence[Weight]], dict[str, Any]]  # (adapted weights) -> array by key, as on disk
 

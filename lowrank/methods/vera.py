@@ -1,0 +1,50 @@
+"""VeRA as a method: what all weights share are leaves at the root, and `bind` hands each weight its part."""
+
+from typing import Any
+
+import jax
+
+from lowrank import tree, weight
+from lowrank.errors import UserError
+from lowrank.methods import targets
+from lowrank.methods.method import SHARED, Method
+from lowrank.weights import vera as form
+
+PyTree = Any
+
+
+def vera(rank: int = 256, target: str = r".*attn/(q|v)/kernel", d_initial: float = 0.1, seed: int = 0) -> Method:
+    """VeRA: two vectors a weight between random matrices that all share (Kopiczko et al. 2023, arXiv:2310.11454).
+
+    See `lowrank.weights.vera`. The shared `a` and `b` are drawn from `seed` alone, and never trained. The rank may be
+    above min(in, out) of a kernel, as in the paper: it is the length of a learned vector.
+    """
+    targets.positive(rank=rank)
+    if not d_initial:
+        raise UserError("method.d_initial must not be 0: nothing would ever be learned")
+
+    def adapt(key: jax.Array, w: Any, name: str) -> form.VeRA:
+        del key
+        targets.check_kernel(name)
+        return form.attach(w, rank, d_initial)
+
+    def share(base: PyTree, key: jax.Array) -> PyTree:
+        del key
+        weights = dict(tree.named_leaves(base, weight.is_weight))
+        shapes = [weights[name].shape[-2:] for name in tree.matching(target, weights, "target")]
+        return form.projections(jax.random.key(seed), rank, *map(max, zip(*shapes, strict=True)))
+
+    return Method(rewrite=((target, adapt),), share=share, bind=bind)
+
+
+def bind(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
+    """Hands every VeRA its part of the shared matrices, which then leave the root."""
+    del batch, rng
+    if SHARED not in params:
+        return params
+    rest = {name: child for name, child in params.items() if name != SHARED}
+
+    def handed(w: Any) -> Any:
+        return form.bound(w, **params[SHARED]) if isinstance(w, form.VeRA) else w
+
+    return jax.tree.map(handed, rest, is_leaf=weight.is_weight)

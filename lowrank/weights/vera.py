@@ -1,0 +1,71 @@
+"""VeRA: `W + A diag(lambda_d) B diag(lambda_b)`, with random A and B for all (Kopiczko et al. 2023, arXiv:2310.11454).
+
+Only the two vectors of each weight are learned. A is `[max in, r]` and B `[r, max out]`, drawn once for the largest of
+the adapted kernels; a kernel uses their first rows and columns.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.errors import UserError
+from lowrank.weight import Weight, dot, form, frozen, materialize, trainable, wide
+
+
+@form
+class VeRA(Weight):
+    """`base` `[..., in, out]`, `lambda_d` `[..., r]`, `lambda_b` `[..., out]`; `a` `[..., in, r]`, `b` `[..., r, out]`.
+
+    A and B are None until `bound` hands them over.
+    """
+
+    base: Any = frozen()
+    lambda_d: jax.Array = trainable()
+    lambda_b: jax.Array = trainable()
+    a: jax.Array | None = frozen(default=None)
+    b: jax.Array | None = frozen(default=None)
+
+    def materialize(self) -> jax.Array:
+        """`W + A diag(lambda_d) B diag(lambda_b)`, summed in float32 and rounded once to the base's dtype."""
+        a, b = self._shared()
+        base = materialize(self.base)
+        update = jnp.matmul(wide(a) * self.lambda_d[..., None, :], wide(b), precision="highest")
+        return (wide(base) + update * self.lambda_b[..., None, :]).astype(base.dtype)
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """`x @ W + (((x @ A) * lambda_d) @ B) * lambda_b`."""
+        a, b = self._shared()
+        return dot(x, self.base) + _times(dot(_times(dot(x, a), self.lambda_d), b), self.lambda_b)
+
+    def _shared(self) -> tuple[jax.Array, jax.Array]:
+        if self.a is None or self.b is None:
+            raise UserError("a VeRA needs the matrices that all weights share: apply the method's `bind` first")
+        return self.a, self.b
+
+
+def _times(x: jax.Array, s: jax.Array) -> jax.Array:
+    return x * jnp.broadcast_to(s.astype(x.dtype), x.shape)
+
+
+def attach(w: Any, rank: int, d_initial: float) -> VeRA:
+    """A VeRA on `w` `[..., in, out]` that adds nothing yet: `lambda_b` is zero, `lambda_d` is `d_initial`."""
+    lambda_d = jnp.full((*w.shape[:-2], rank), d_initial, jnp.float32)
+    return VeRA(base=w, lambda_d=lambda_d, lambda_b=jnp.zeros((*w.shape[:-2], w.shape[-1]), jnp.float32))
+
+
+def projections(key: jax.Array, rank: int, n_in: int, n_out: int) -> dict[str, jax.Array]:
+    """Random `{a: [in, r], b: [r, out]}`, Kaiming uniform."""
+    key_a, key_b = jax.random.split(key)
+    bound_a, bound_b = (6 / n_in) ** 0.5, (6 / rank) ** 0.5
+    return {
+        "a": jax.random.uniform(key_a, (n_in, rank), minval=-bound_a, maxval=bound_a),
+        "b": jax.random.uniform(key_b, (rank, n_out), minval=-bound_b, maxval=bound_b),
+    }
+
+
+def bound(w: VeRA, a: jax.Array, b: jax.Array) -> VeRA:
+    """`w` with its rows of A and columns of B. A stack gets them once a layer: a scan has nothing else to slice."""
+    n_in, n_out = w.shape[-2:]
+    each = [jnp.broadcast_to(x, (*w.shape[:-2], *x.shape)) for x in (a[:n_in], b[:, :n_out])]
+    return VeRA(base=w.base, lambda_d=w.lambda_d, lambda_b=w.lambda_b, a=each[0], b=each[1])
