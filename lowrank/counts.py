@@ -60,7 +60,8 @@ def _items(params: PyTree, mask: PyTree) -> Iterator[tuple[str, dict[str, Any]]]
         for leaf_name, leaf in inside:
             yield leaf_name, _count(leaf_name, "train", leaf.size, [leaf], [leaf] if learns[leaf_name] else [])
         if weight.is_weight(node):
-            size = math.prod(node.shape) + sum(leaf.size for n, leaf in inside if added[n])
+            kept = math.prod(node.shape) if node.stored or hasattr(node, "base") else 0  # else it is learned itself
+            size = kept + sum(leaf.size for n, leaf in inside if added[n])
             trained = [leaf for n, leaf in inside if learns[n]]
             yield name, _count(name, _form(node), size, [leaf for _, leaf in inside], trained)
 

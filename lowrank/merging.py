@@ -102,7 +102,7 @@ def merged(params: PyTree, dtype: str, requantize: Rounding | None = None) -> tu
 def _merged(w: Weight, dtype: str, requantize: Rounding | None) -> tuple[jax.Array, list[tuple[float, float]]]:
     """`(kernel [..., in, out] in dtype, [(||W' - W - dW||, ||dW||) of each layer])`; float32 blur is no update."""
     stack = w.shape[:-2]
-    again = requantize if not is_stored(w) and is_stored(_innermost(w)) else None
+    again = requantize if not is_stored(w) and is_stored(_innermost(w)) and not hasattr(w, "absorbed") else None
     stored, norms = [], []
     for i in range(stack[0]) if stack else (...,):
         base, exact = _exact(jax.tree.map(lambda x, i=i: x[i], w))
@@ -115,7 +115,7 @@ def _merged(w: Weight, dtype: str, requantize: Rounding | None) -> tuple[jax.Arr
 
 def _innermost(w: Any) -> Any:
     """The kernel that all of a weight's forms are on."""
-    return _innermost(w.base) if is_weight(w) and not is_stored(w) else w
+    return _innermost(w.base) if hasattr(w, "base") else w
 
 
 def _exact(w: Weight) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +129,7 @@ def _exact(w: Weight) -> tuple[np.ndarray, np.ndarray]:
 
 @jax.jit
 def _without_and_with(w: Weight) -> tuple[jax.Array, jax.Array]:
-    return materialize(w if is_stored(w) else w.base), w.materialize()
+    return materialize(getattr(w, "base", w)), w.materialize()
 
 
 def _norm(x: np.ndarray) -> float:

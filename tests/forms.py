@@ -7,7 +7,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weights import adalora, dora, hira, loha, lokr, lora, lora_xs, rows, scaled, sparse, vera
+from lowrank.weights import (
+    adalora,
+    dora,
+    fake,
+    hira,
+    loftq,
+    loha,
+    lokr,
+    lora,
+    lora_xs,
+    qa_lora,
+    rows,
+    scaled,
+    sparse,
+    vera,
+)
 from lowrank.weights.schemes import SCHEMES
 
 L, IN, OUT, RANK = 3, 12, 10, 4
@@ -87,6 +102,9 @@ ROUNDED: dict[str, float] = {
     "fp8 e4m3": 0.04,
     "fp8 e5m2": 0.07,
     "ternary": 0.6,
+    "loftq": 0.06,
+    "qa lora": 0.1,
+    "qat": 0.13,
     "lora of nf4": 0.1,
     "dora of nf4": 0.1,
     "hira of nf4": 0.1,
@@ -103,6 +121,13 @@ FORMS |= {
     "fp8 e4m3": quantised("fp8"),
     "fp8 e5m2": quantised("fp8", format="e5m2"),
     "ternary": quantised("ternary"),
+    "loftq": lambda key, w: loftq.attach(
+        w, rank=RANK, scale=1.5, steps=2, dropout=0.0, quantize=SCHEMES["nf4"](block=8)
+    ),
+    "qa lora": lambda key, w: qa_lora.attach(
+        key, w, rank=2, alpha=3.0, block=8, quantize=SCHEMES["int4"](block=8, symmetric=False)
+    ),
+    "qat": lambda key, w: fake.attach(w, scheme="int4", options=(("block", 8),), activations=0),
     "lora of nf4": _on_nf4(FORMS["lora"]),
     "dora of nf4": _on_nf4(FORMS["dora"]),
     "hira of nf4": _on_nf4(FORMS["hira"]),

@@ -64,6 +64,9 @@ def attached(**group):
         ),
         ({"name": "hira", "rank": 3, "target": Q}, [f"{Q}/a", f"{Q}/b"]),
         ({"name": "vera", "target": Q}, [f"{Q}/lambda_b", f"{Q}/lambda_d"]),
+        ({"name": "loftq", "rank": 3, "target": Q}, [f"{Q}/a", f"{Q}/b"]),
+        ({"name": "qa_lora", "rank": 2, "block": 4, "target": Q}, [f"{Q}/a", f"{Q}/b"]),
+        ({"name": "qat", "target": Q}, [f"{Q}/latent"]),
         ({"name": "ia3"}, [f"layers/{m}/kernel/s" for m in ("attn/k", "attn/v", "mlp/down")]),
     ],
 )

@@ -24,6 +24,7 @@ from lowrank.methods.method import SHARED, Context, Method, attach, finished, ma
 from lowrank.methods.mixtures import milora, more
 from lowrank.methods.prefix import mam, prefix
 from lowrank.methods.prompt import prompt, ptuning
+from lowrank.methods.quantised import loftq, qa_lora, qat
 from lowrank.methods.relora import relora
 from lowrank.methods.selective import bitfit, chosen, full, head, norm, partial
 from lowrank.methods.sparse import sparse
@@ -64,6 +65,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "milora": milora,
     "loha": loha,
     "lokr": lokr,
+    "loftq": loftq,
+    "qa_lora": qa_lora,
+    "qat": qat,
     "hira": hira,
     "vera": vera,
 }

@@ -45,6 +45,7 @@ def save(
     if method.get("init") in RESIDUAL and original is None:
         raise UserError(f"an adapter with init={method['init']} is written against the original base: pass original=")
     weights = {n: w for n, w in tree.named_leaves(params, is_weight) if is_weight(w) and not is_stored(w)}
+    _check_codes(weights, base)
     form, known = _form(weights), modules(base)
     weights = form.bind(weights, params.get("shared")) if form.bind else weights
     layers = _peeled(form, weights, known, dict(tree.named_leaves(original, is_weight)) if original else {})
@@ -83,6 +84,13 @@ def _summary(
     }
 
 
+def _check_codes(weights: Mapping[str, Weight], base: Base) -> None:
+    """PEFT's adapters are on the base as it was read: codes that the method made (LoftQ) are no part of them."""
+    for name, w in weights.items():
+        if is_stored(getattr(w, "base", None)) and not getattr(base, "quantized", None):
+            raise UserError(f"{name} is on codes that the method made, which a PEFT adapter does not hold")
+
+
 def _form(weights: Mapping[str, Weight]) -> Form:
     """The one form that all the weights have."""
     if not weights:
@@ -92,7 +100,7 @@ def _form(weights: Mapping[str, Weight]) -> Form:
         if type(w) not in known:
             kinds = ", ".join(sorted(kind.__name__ for kind in known))
             raise UserError(f"{name} is a {type(w).__name__}; the PEFT format holds: {kinds}")
-        if is_weight(w.base) and type(w.base) in known:
+        if is_weight(getattr(w, "base", None)) and type(w.base) in known:
             raise UserError(f"{name} is a {type(w).__name__} on a {type(w.base).__name__}; PEFT has one form a layer")
     kinds = {type(w).__name__ for w in weights.values()}
     if len(kinds) > 1:

@@ -84,26 +84,23 @@ def _quantised(tensor: Tensor, parts: Sequence[Stored], form: Quantized, codes: 
     """The codes of a leaf, one layer after another; a host reads whole tensors, and keeps its own shards of them."""
     leaves, structure = jax.tree.flatten(form)
     buffers = [{index: _buffer(leaf, index) for index in _holders(leaf)} for leaf in leaves]
-    for i, (name, part) in enumerate(zip(tensor.names, parts, strict=True)):
+    for place, name, part in zip(tensor.places, tensor.names, parts, strict=True):
         kernel = _aligned(form.shape[-2:], np.dtype(np.float32))
         _read_one(part, tensor.transpose != part.flipped, tuple((0, size) for size in kernel.shape), kernel)
         if not np.isfinite([kernel.min(), kernel.max()]).all():
             raise UserError(f"tensor {name!r} ({tensor.leaf}) holds NaN or infinite values: it cannot be quantised")
         made = jax.tree.leaves(codes.form(kernel, form.kind))
         for array, pieces in zip(made, buffers, strict=True):
-            _keep(np.asarray(array), i if tensor.count else None, pieces)
+            _keep(np.asarray(array), place, pieces)
     return structure.unflatten(_placed(leaf, pieces) for leaf, pieces in zip(leaves, buffers, strict=True))
 
 
-def _keep(array: np.ndarray, layer: int | None, buffers: Mapping[Index, np.ndarray]) -> None:
-    """Copies each shard's part of one layer's array into its buffer."""
+def _keep(array: np.ndarray, place: tuple[int, ...], buffers: Mapping[Index, np.ndarray]) -> None:
+    """Copies each shard's part of one layer's array into its buffer; `place` is where in the stack the layer is."""
     for index, buffer in buffers.items():
-        inner = index if layer is None else index[1:]
-        part = array[tuple(slice(*pair) for pair in inner)]
-        if layer is None:
-            buffer[...] = part
-        elif index[0][0] <= layer < index[0][1]:
-            buffer[layer - index[0][0]] = part
+        outer, inner = index[: len(place)], tuple(slice(*pair) for pair in index[len(place) :])
+        if all(start <= i < stop for i, (start, stop) in zip(place, outer, strict=True)):
+            buffer[tuple(i - start for i, (start, _) in zip(place, outer, strict=True))] = array[inner]
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, buffers: Mapping[Index, np.ndarray]) -> jax.Array:

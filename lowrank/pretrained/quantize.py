@@ -12,7 +12,7 @@ from lowrank.weights.quantized import Quantized
 from lowrank.weights.schemes import SCHEMES
 
 PyTree = Any
-TARGET = r"(layers|top)/(attn|mlp)/\w+/kernel"  # all of a block's; heads and embeddings stay as they are
+TARGET = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|o|gate|up|down)/kernel"  # not heads, embeddings, routers, experts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,35 @@
+"""LoftQ: codes Q and factors A, B that together are near W (Li et al. 2023, arXiv:2310.08659, algorithm 1).
+
+From `A B = 0`: `Q = quantise(W - s A B)`, then `s A B` = the best approximation of rank r of `W - Q`; and again.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.weights.lora import LoRA
+from lowrank.weights.quantized import Quantized
+
+
+def attach(
+    w: jax.Array, *, rank: int, scale: float, steps: int, dropout: float, quantize: Callable[[jax.Array], Quantized]
+) -> LoRA:
+    """A LoRA on the codes of `w` `[..., in, out]`; `scale` (alpha / r) is divided out of the factors evenly."""
+
+    def one(kernel: jax.Array) -> tuple[Quantized, jax.Array, jax.Array]:
+        wide, update = kernel.astype(jnp.float32), jnp.zeros(kernel.shape, jnp.float32)
+        for _ in range(steps):
+            codes = quantize(wide - update)
+            u, s, v = jnp.linalg.svd(wide - codes.materialize(), full_matrices=False)
+            root = jnp.sqrt(s[:rank] / scale)
+            a, b = u[:, :rank] * root[None, :], root[:, None] * v[:rank]
+            update = scale * jnp.matmul(a, b, precision="highest")
+        return dataclasses.replace(codes, kind=w.dtype.name), a, b
+
+    over = one
+    for _ in w.shape[:-2]:  # one layer at a time
+        over = (lambda inner: lambda stack: jax.lax.map(inner, stack))(over)
+    codes, a, b = over(w)
+    return LoRA(base=codes, a=a, b=b, scale=jnp.full(w.shape[:-2], scale, jnp.float32), dropout=dropout)

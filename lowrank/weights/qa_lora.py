@@ -1,0 +1,70 @@
+"""QA-LoRA: an update that is the same for all inputs of a group, so that the codes' zeros absorb it.
+
+`W' = (code - zero) * scale + pool(A B)`, where A has one row a group: `y = x W + s * sum_{i in group} x_i A B`. With
+`zero' = zero - s * A B / scale` the merged weight has the same codes (Xu et al. 2023, arXiv:2309.14717, section 3.3).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.errors import UserError
+from lowrank.weight import Weight, dot, form, frozen, is_weight, materialize, static, trainable, wide
+from lowrank.weights.quantized import _replaced
+from lowrank.weights.uniform import Uniform
+
+
+@form
+class QALoRA(Weight):
+    """`base` with a zero for each group, `a` `[..., groups, r]`, `b` `[..., r, out]`, `scale` `[...]`."""
+
+    base: Any = frozen()
+    a: jax.Array = trainable()
+    b: jax.Array = trainable()
+    scale: jax.Array = frozen()
+    block: int = static()
+
+    def delta(self) -> jax.Array:
+        """What every row of a group is moved by, `[..., groups, out]` in float32 or wider."""
+        product = jnp.matmul(wide(self.a), wide(self.b), precision="highest")
+        return product * self.scale[..., None, None]
+
+    def materialize(self) -> jax.Array:
+        """The base and the update of each row's group, in the base's dtype."""
+        base = materialize(self.base)
+        rows = jnp.repeat(self.delta(), self.block, axis=-2)[..., : base.shape[-2], :]
+        return (wide(base) + rows).astype(base.dtype)
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """`x @ W + scale * (sums of x over the groups) @ A @ B`."""
+        missing = self.a.shape[-2] * self.block - x.shape[-1]
+        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+        sums = padded.reshape(*x.shape[:-1], -1, self.block).sum(-1)
+        return dot(x, self.base) + dot(dot(sums, self.a) * self.scale.astype(x.dtype), self.b)
+
+    def absorbed(self) -> Uniform:
+        """The base alone, with the update in its zeros: no code changes, and nothing is rounded again."""
+        zero = self.base.zero - (self.delta() / self.base.scale).astype(self.base.zero.dtype)
+        return _replaced(self.base, {"zero": zero})
+
+
+def attach(
+    key: jax.Array, w: Any, *, rank: int, alpha: float, block: int, quantize: Callable[[jax.Array], Uniform]
+) -> QALoRA:
+    """A QA-LoRA on `w` `[..., in, out]`: on its codes if it has zeros, else on those that `quantize` makes."""
+    base = w if is_weight(w) else quantize(w)
+    if not isinstance(base, Uniform) or base.zero is None:
+        raise UserError(f"QA-LoRA needs asymmetric integer codes, not {base.title}: int4 with symmetric=False")
+    if is_weight(w) and w.block != block:
+        raise UserError(f"method.block {block} is not the {w.block} of the base's codes")
+    *stack, groups, out = base.scale.shape
+    bound = (1 / groups) ** 0.5
+    return QALoRA(
+        base=base,
+        a=jax.random.uniform(key, (*stack, groups, rank), minval=-bound, maxval=bound),
+        b=jnp.zeros((*stack, rank, out), jnp.float32),
+        scale=jnp.full(stack, alpha / rank, jnp.float32),
+        block=block,
+    )

@@ -1,0 +1,130 @@
+"""LoftQ, QA-LoRA and quantisation-aware training against their formulas in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank import adapter, merging, methods, pretrained
+from lowrank.errors import UserError
+from lowrank.weight import dot, materialize
+from lowrank.weights import codebook, fake, schemes
+from tests import tiny
+from tests.forms import shaken
+
+L, IN, OUT = 2, 24, 16
+Q = "layers/attn/q/kernel"
+W = np.random.default_rng(0).standard_normal((L, IN, OUT)).astype(np.float32)
+
+
+def attached(kernel=W, **group):
+    params = {"layers": {"attn": {"q": {"kernel": jnp.asarray(kernel) if isinstance(kernel, np.ndarray) else kernel}}}}
+    attach = lambda p: methods.attach(methods.build({"target": Q, **group}), p, jax.random.key(1))  # noqa: E731
+    return jax.jit(attach)(params)["layers"]["attn"]["q"]["kernel"]
+
+
+def nf4(w, block):
+    """The values of NF4, in float64."""
+    out, table = np.zeros(w.shape), np.float64(codebook.TABLES["nf4"])
+    for i in range(0, w.shape[0], block):
+        top = np.abs(w[i : i + block]).max(0)
+        nearest = np.abs(w[i : i + block, :, None] / top[None, :, None] - table).argmin(-1)
+        out[i : i + block] = table[nearest] * top
+    return out
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_loftq_alternates_codes_and_the_best_factors_with_alpha_divided_out(steps):
+    rank, alpha = 3, 12.0
+    w = attached(name="loftq", rank=rank, alpha=alpha, steps=steps, quantize={"name": "nf4", "block": 8})
+    for layer in range(L):
+        kernel, update = np.float64(W[layer]), 0.0
+        for _ in range(steps):
+            codes = nf4(kernel - update, 8)
+            u, s, v = np.linalg.svd(kernel - codes)
+            update = u[:, :rank] * s[:rank] @ v[:rank]
+        one = jax.tree.map(lambda x, i=layer: x[i], w)
+        np.testing.assert_allclose(materialize(one.base), codes, atol=1e-5)
+        np.testing.assert_allclose(alpha / rank * np.float64(one.a) @ np.float64(one.b), update, atol=1e-5)
+        np.testing.assert_allclose(materialize(one), codes + update, atol=1e-5)
+
+
+def test_loftq_starts_nearer_than_qlora():
+    error = lambda w: np.linalg.norm(np.float64(materialize(w)) - W)  # noqa: E731
+    start = error(jax.jit(schemes.SCHEMES["nf4"](block=8))(jnp.asarray(W)))
+    found = [error(attached(name="loftq", rank=4, steps=n, quantize={"name": "nf4", "block": 8})) for n in (1, 4)]
+    assert found[1] < found[0] < 0.9 * start
+
+
+def test_qa_lora_pools_its_input_and_is_absorbed_by_the_zeros():
+    w = shaken(attached(name="qa_lora", rank=2, alpha=6.0, block=8), jax.random.key(2))
+    one = jax.tree.map(lambda x: x[0], w)
+    x = np.random.default_rng(1).standard_normal((5, IN))
+    pooled = x.reshape(5, IN // 8, 8).mean(-1) * 8  # the paper's average, times the group
+    base = np.float64(materialize(one.base))
+    expected = x @ base + 6.0 / 2 * pooled @ np.float64(one.a) @ np.float64(one.b)
+    np.testing.assert_allclose(dot(jnp.asarray(x, jnp.float32), one), expected, atol=1e-4)
+    merged = w.absorbed()
+    np.testing.assert_array_equal(merged.codes, w.base.codes)
+    np.testing.assert_allclose(materialize(merged), materialize(w), atol=1e-5)
+
+
+def test_qa_lora_takes_codes_that_are_there_if_they_have_zeros():
+    codes = jax.jit(schemes.SCHEMES["int4"](block=8, symmetric=False))(jnp.asarray(W))
+    w = attached(codes, name="qa_lora", rank=2, block=8)
+    np.testing.assert_array_equal(w.base.codes, codes.codes)
+    with pytest.raises(UserError, match=r"method.block 4 is not the 8 of the base's codes"):
+        attached(codes, name="qa_lora", rank=2, block=4)
+    with pytest.raises(UserError, match="needs asymmetric integer codes, not NF4"):
+        attached(jax.jit(schemes.SCHEMES["nf4"]())(jnp.asarray(W)), name="qa_lora", rank=2, block=8)
+
+
+def test_qat_multiplies_by_the_codes_and_hands_the_gradient_through():
+    w = jax.tree.map(lambda x: x[0], attached(name="qat", quantize={"name": "int4", "block": 8}))
+    codes = schemes.SCHEMES["int4"](block=8)(jnp.asarray(W[0]))
+    np.testing.assert_allclose(materialize(w), materialize(codes), atol=1e-6)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((5, IN)), jnp.float32)
+    gradient = jax.grad(lambda w: jnp.sum(jnp.sin(dot(x, w))))(w).latent
+    np.testing.assert_allclose(gradient, x.T @ jnp.cos(x @ materialize(codes)), atol=1e-4)
+
+
+def test_activations_are_rounded_to_their_bits_and_the_gradient_is_not():
+    x = np.random.default_rng(1).standard_normal((3, 8)).astype(np.float32)
+    step = np.abs(x).max(-1, keepdims=True) / 7
+    np.testing.assert_allclose(fake.rounded(jnp.asarray(x), 4), np.round(x / step) * step, atol=1e-6)
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(fake.rounded(x, 4)))(jnp.asarray(x)), np.ones_like(x))
+    assert len(np.unique(np.asarray(fake.rounded(jnp.asarray(x), 4))[0])) <= 8
+
+
+def test_the_adapter_of_loftq_is_not_one_of_peft_and_comes_back(tmp_path):
+    base = pretrained.load(str(tiny.llama(tmp_path / "tiny-llama")))
+    group = {"name": "loftq", "rank": 2, "steps": 2, "target": ".*attn/q/kernel", "quantize": "nf4"}
+    method = methods.build(group)
+    params = jax.jit(lambda p: methods.attach(method, p, jax.random.key(0)))(base.params)
+    params, mask = methods.finished(method, params, methods.trainable_mask(method, params))
+    assert adapter.save(params, base, tmp_path / "adapter", mask=mask, method=group) == "trained leaves by name"
+    loaded = merging.adapted(tmp_path / "adapter", str(tmp_path / "tiny-llama")).params
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"name": "loftq", "quantize": "nf5"}, r"unknown method.quantize 'nf5' \(did you mean 'nf4'\?\)"),
+        ({"name": "loftq", "quantize": {"name": "nf4", "bloc": 8}}, "method.quantize.bloc"),
+        ({"name": "loftq", "rank": OUT + 1}, "rank 17 is larger"),
+        ({"name": "loftq", "steps": 0}, "steps must be positive"),
+        ({"name": "qa_lora", "block": 8, "rank": 4}, "rank 4 is larger than min"),
+        ({"name": "qa_lora", "bits": 3, "rank": 1}, "must be one of 2, 4, 8"),
+        ({"name": "qat", "activations": 1}, "must be 0 or 2 to 8 bits, not 1"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(group, message):
+    with pytest.raises(UserError, match=message):
+        attached(**group)
+
+
+def test_what_is_in_codes_already_is_refused_by_name():
+    codes = jax.jit(schemes.SCHEMES["int8"]())(jnp.asarray(W))
+    with pytest.raises(UserError, match=f"LoftQ starts from a plain kernel; {Q} is a Channel"):
+        attached(codes, name="loftq", rank=2)
