@@ -106,7 +106,7 @@ class Plan:
             return params
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
         loss = functools.partial(self.loss, rng=None)
-        context = methods.Context(key, self.tokenizer, self._first_batches, loss, self.mask)
+        context = methods.Context(key, self.tokenizer, self._first_batches, loss, self.mask, self.network.config)
         return jax.device_put(self.method.prepare(params, context), sharding.shardings(self.shapes, self.mesh))
 
     def restart(self, params: PyTree, done: int) -> PyTree:

@@ -10,6 +10,7 @@ from lowrank.methods.adalora import adalora
 from lowrank.methods.bidora import bidora
 from lowrank.methods.bottleneck import houlsby, parallel, pfeiffer, scaled_parallel
 from lowrank.methods.dora import dora
+from lowrank.methods.expert_methods import esft, perft
 from lowrank.methods.features import features
 from lowrank.methods.galore import galore
 from lowrank.methods.hira import hira
@@ -63,6 +64,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "intrinsic": intrinsic,
     "more": more,
     "milora": milora,
+    "perft": perft,
+    "esft": esft,
     "loha": loha,
     "lokr": lokr,
     "loftq": loftq,

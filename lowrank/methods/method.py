@@ -26,6 +26,7 @@ class Context:
     batches: Callable[[int], Sequence[Batch]]  # n -> the first n training batches; training still starts at the first
     loss: Callable[[PyTree, Batch], tuple[jax.Array, jax.Array]]  # (params, batch) -> (sum, weight)
     mask: PyTree  # which leaves are trained
+    model: Any = None  # the model's config
 
 
 @dataclasses.dataclass(frozen=True)

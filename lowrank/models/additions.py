@@ -27,6 +27,10 @@ class Additions:
     adapter_parallel: bool = False  # reads the sublayer's input, not its output
     adapter_activation: str = "gelu"
     adapter_scale: float = 1.0  # of what an adapter adds
+    routed_width: int = 0  # > 0: low-rank experts of that width beside every mixture of experts
+    routed_experts: int = 0  # how many, with a router of their own; 0: one beside each expert, and its gates
+    routed_per_token: int = 1  # of those with a router of their own
+    routed_scale: float = 1.0  # of what they add
     biases: bool = False  # on every kernel of attention and MLP, zero where the checkpoint has none
     top_layers: int = 0  # how many of the last layers are a stack of their own; -k: all but the first k
     num_labels: int = 0  # > 0: a classifier
@@ -39,11 +43,15 @@ class Additions:
 
 def check(config: Any) -> None:
     """Raises UserError for additions that no model can have."""
-    for name in ("num_prompt", "prefix_length", "adapter_width", "num_labels"):
+    for name in ("num_prompt", "prefix_length", "adapter_width", "routed_width", "routed_experts", "num_labels"):
         if getattr(config, name) < 0:
             raise UserError(f"{name}={getattr(config, name)} is below 0")
     if abs(config.top_layers) > config.layers:
         raise UserError(f"top_layers={config.top_layers} is not between 0 and the model's {config.layers} layers")
+    if config.routed_width and not getattr(config, "experts", 0):
+        raise UserError("routed_width: the model has no mixture of experts that routed modules could stand beside")
+    if config.routed_experts and not 1 <= config.routed_per_token <= config.routed_experts:
+        raise UserError(f"routed_per_token={config.routed_per_token} is not in 1..{config.routed_experts}")
     for name in config.adapter_after:
         if name not in SUBLAYERS:
             raise unknown("sublayer in adapter_after", name, SUBLAYERS)

@@ -153,7 +153,9 @@ class Block(nn.Module):
         if not c.experts:
             return MLP(c.hidden, c.activation, c.gated, c.mlp_bias, name="mlp")
         hidden = c.expert_hidden or c.hidden
-        return MoE(c.experts, c.experts_per_token, hidden, c.activation, c.normalise_gates, c.shared_hidden, name="mlp")
+        options = c.experts_per_token, hidden, c.activation, c.normalise_gates, c.shared_hidden
+        routed = (c.routed_width, c.routed_experts, c.routed_per_token, c.routed_scale) if c.routed_width else None
+        return MoE(c.experts, *options, routed, name="mlp")
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return Norm(self.config.norm, self.config.norm_eps, self.config.norm_offset, name=name)(x)

@@ -5,13 +5,14 @@ Shapes: B rows, T tokens, N = B * T, D width, E experts, F their hidden width, K
 expert `shared/{gate,up,down}/kernel`, `shared_gate/kernel` `[D, 1]`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from lowrank import weight
+from lowrank.models.additions import DOWN_INIT
 from lowrank.models.layers import ACTIVATIONS, MLP, Linear, kernel_init, stored
 
 
@@ -47,16 +48,23 @@ def by_expert(routing_NxK: Routing, experts: int) -> Sorted:
     return Sorted(order // routing_NxK.experts.shape[-1], gates, sizes, jnp.argsort(order))
 
 
+def gathered(y: jax.Array, rows: Sorted, k: int) -> jax.Array:
+    """`[N, D]`: the sum of each token's k rows of `y`, weighted by their gates."""
+    y = (y * rows.gates.astype(y.dtype)[:, None])[rows.back]
+    return jnp.sum(y.reshape(-1, k, y.shape[-1]), axis=1)
+
+
 class Grouped(nn.Module):
     """`x @ kernel[expert of the row]` for rows sorted by expert; the kernel `[E, in, out]` may be any weight."""
 
     experts: int
     features: int
+    init: Any = kernel_init
 
     @nn.compact
     def __call__(self, x: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """`[rows, in] -> [rows, features]`."""
-        kernel = stored(self, "kernel", kernel_init, (self.experts, x.shape[-1], self.features))
+        kernel = stored(self, "kernel", self.init, (self.experts, x.shape[-1], self.features))
         return weight.grouped(x, kernel, sizes_E)
 
 
@@ -76,8 +84,32 @@ class Experts(nn.Module):
         return Grouped(self.experts, x.shape[-1], name="down")(h, sizes_E)
 
 
+class Routed(nn.Module):
+    """Low-rank experts beside a mixture: `scale * sum_e g_e(x) x @ down_e @ up_e` (PERFT, arXiv:2411.08212).
+
+    `up` is zero at first. With `own` experts they have a router; else they are routed as the mixture's.
+    """
+
+    width: int
+    own: int
+    per_token: int
+    scale: float
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, routing: Routing, experts: int, normalise: bool) -> jax.Array:
+        """`[B, T, D] -> [B, T, D]`; `routing` `[B, T, K]` is what the mixture itself does with its `experts`."""
+        if self.own:
+            experts = self.own
+            routing = route(Linear(experts, name="router")(x_BxTxD), self.per_token, normalise)
+        D, k = x_BxTxD.shape[-1], routing.experts.shape[-1]
+        rows = by_expert(jax.tree.map(lambda r: r.reshape(-1, k), routing), experts)
+        low = Grouped(experts, self.width, DOWN_INIT, name="down")(x_BxTxD.reshape(-1, D)[rows.tokens], rows.sizes)
+        y = Grouped(experts, D, nn.initializers.zeros, name="up")(low, rows.sizes)
+        return self.scale * gathered(y, rows, k).reshape(x_BxTxD.shape)
+
+
 class MoE(nn.Module):
-    """The sum of each token's K experts, weighted by their gates, and of the shared expert if there is one."""
+    """The sum of each token's K experts, weighted by their gates, and of what stands beside them."""
 
     experts: int
     per_token: int
@@ -85,6 +117,7 @@ class MoE(nn.Module):
     activation: str
     normalise: bool = False  # gates of a token sum to 1
     shared: int = 0  # hidden width of an expert that sees every token, weighted by a sigmoid
+    routed: tuple[int, int, int, float] | None = None  # the fields of a Routed that stands beside it
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
@@ -95,8 +128,9 @@ class MoE(nn.Module):
         y = Experts(self.experts, self.hidden, self.activation, name="experts")(
             x_BxTxD.reshape(-1, D)[rows.tokens], rows.sizes
         )
-        y = (y * rows.gates.astype(y.dtype)[:, None])[rows.back]
-        y = jnp.sum(y.reshape(-1, self.per_token, D), axis=1).reshape(shape)
+        y = gathered(y, rows, self.per_token).reshape(shape)
+        if self.routed is not None:
+            y = y + Routed(*self.routed, name="routed")(x_BxTxD, routing, self.experts, self.normalise)
         if not self.shared:
             return y
         gate = jax.nn.sigmoid(Linear(1, name="shared_gate")(x_BxTxD))

@@ -23,7 +23,8 @@ from lowrank.weight import is_weight
 
 PyTree = Any
 PARAM_DTYPES = ("float32", "bfloat16")
-NEW = r"(prompt|prefix|pooler|head)/.*|(layers|top)/(attn|mlp)_adapter/.*"  # what training may start from scratch
+# What training may start from scratch.
+NEW = r"(prompt|prefix|pooler|head)/.*|(layers|top)/((attn|mlp)_adapter|mlp/routed)/.*"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""Methods for models with mixtures of experts: modules routed beside them (PERFT), the experts of the task (ESFT)."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank import tree, weight
+from lowrank.errors import UserError, unknown
+from lowrank.methods import targets
+from lowrank.methods.method import Context, Method
+from lowrank.weights import chosen
+
+PyTree = Any
+ROUTER = r"(layers|top)/mlp/router/kernel"
+
+
+def perft(width: int = 8, experts: int = 4, per_token: int = 2, scale: float = 1.0) -> Method:
+    """PERFT: low-rank experts of `width` beside every mixture of experts (Liu et al. 2024, arXiv:2411.08212).
+
+    `MoE(x) + scale * sum_e g_e(x) x @ down_e @ up_e`. They have a router of their own that sends each token to
+    `per_token` of them (PERFT-R); with `experts=0` there is one beside each expert, with that expert's gate (PERFT-E).
+    """
+    targets.positive(width=width, scale=scale)
+    if experts < 0:
+        raise UserError(f"method.experts must not be negative, not {experts}")
+    if experts and not 1 <= per_token <= experts:
+        raise UserError(f"method.per_token={per_token} is not in 1..{experts}")
+    model = {"routed_width": width, "routed_experts": experts, "routed_per_token": per_token, "routed_scale": scale}
+    return Method(model=model, train=(r"(layers|top)/mlp/routed/.*",))
+
+
+def esft(
+    share: float = 0.2,
+    score: str = "gate",
+    capacity: float = 0.25,
+    batches: int = 4,
+    target: str = r"(layers|top)/mlp/experts/(gate|up|down)/kernel",
+) -> Method:
+    """ESFT: only the experts that the task uses most are trained (Wang et al. 2024, arXiv:2407.01906).
+
+    Before the first step, `batches` batches tell each expert's relevance: its average gate (`score='gate'`) or the
+    share of choices that fell on it (`'token'`), over real tokens. In each layer the fewest experts whose relevance
+    makes up `share` of the layer's are trained, at most `capacity` of all: that many have room for a trained copy.
+    """
+    if score not in ("gate", "token"):
+        raise unknown("ESFT score", score, ("gate", "token"))
+    targets.positive(share=share, capacity=capacity, batches=batches)
+    for name, value in (("share", share), ("capacity", capacity)):
+        if value > 1:
+            raise UserError(f"method.{name} must be at most 1, not {value}")
+
+    def adapt(key: jax.Array, w: Any, name: str) -> chosen.Chosen:
+        del key
+        if len(w.shape) < 4:
+            raise UserError(f"{name} holds no experts: ESFT trains the kernels [layers, experts, in, out] of a mixture")
+        return chosen.attach(w, math.ceil(capacity * w.shape[-3]))
+
+    def prepare(params: PyTree, context: Context) -> PyTree:
+        used = relevance(params, context, score, batches)
+
+        def filled(name: str, w: Any) -> Any:
+            if type(w) is not chosen.Chosen:
+                return w
+            rows = select(used[name.split("/")[0]], share, w.rows.shape[-1])
+            return chosen.Chosen(base=w.base, delta=w.delta, rows=jnp.asarray(rows))
+
+        return tree.map_named(filled, params, is_leaf=weight.is_weight)
+
+    return Method(rewrite=((target, adapt),), prepare=prepare, holds=(rf"({target})/rows",))
+
+
+def relevance(params: PyTree, context: Context, score: str, batches: int) -> Mapping[str, np.ndarray]:
+    """How much each expert was used, `[layers, experts]` of each stack, its sum over experts 1."""
+    named = dict(tree.named_leaves(params, weight.is_weight))
+    routers = {name: named[name] for name in tree.matching(ROUTER, named, "router")}
+    options = {"per_token": context.model.experts_per_token, "normalise": context.model.normalise_gates}
+
+    @functools.partial(jax.jit)
+    def tallied(params: PyTree, batch: Any) -> dict[str, jax.Array]:
+        mask = (batch["segments"] > 0).astype(jnp.float32)
+
+        def loss(tallies: dict[str, jax.Array]) -> jax.Array:
+            def probed(name: str, w: Any) -> Any:
+                if name not in tallies:
+                    return w
+                seen = jnp.broadcast_to(mask, (w.shape[0], *mask.shape))
+                return chosen.Probe(base=w, tally=tallies[name], mask=seen, score=score, **options)
+
+            return context.loss(tree.map_named(probed, params, is_leaf=weight.is_weight), batch)[0]
+
+        zeros = {name: jnp.zeros((w.shape[0], w.shape[-1]), jnp.float32) for name, w in routers.items()}
+        return jax.grad(loss)(zeros)
+
+    found = [jax.device_get(tallied(params, batch)) for batch in context.batches(batches)]
+    sums = {name.split("/")[0]: np.sum([np.asarray(f[name], np.float64) for f in found], axis=0) for name in routers}
+    return {stack: use / np.maximum(use.sum(-1, keepdims=True), 1e-30) for stack, use in sums.items()}
+
+
+def select(used: np.ndarray, share: float, slots: int) -> np.ndarray:
+    """`[layers, slots]` int32: the fewest experts whose relevance reaches `share`, most relevant first, then E."""
+    layers, experts = used.shape
+    rows = np.full((layers, slots), experts, np.int32)
+    for layer, use in enumerate(used):
+        order = np.argsort(-use, kind="stable")
+        enough = int(np.searchsorted(np.cumsum(use[order]), share - 1e-9)) + 1
+        rows[layer, : min(enough, slots)] = order[: min(enough, slots)]
+    return rows
