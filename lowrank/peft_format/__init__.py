@@ -1,7 +1,7 @@
 """Adapters in and out of the Hugging Face PEFT format: `adapter_config.json` and `adapter_model.safetensors`.
 
-What can be held of rewritten weights is a table, `forms.FORMS`; prompts and prefixes are `prompts`. Reading is strict
-where PEFT only warns: every tensor that the JSON calls for must be there in its shape, and no other.
+What can be held of rewritten weights is a table, `forms.FORMS`; prompts and prefixes are `prompts`, rows `tokens`.
+Reading is strict where PEFT only warns: every tensor that the JSON calls for must be there in its shape, and no other.
 """
 
 import os
@@ -10,13 +10,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lowrank.peft_format import config, prompts, reading, tensors, writing
+from lowrank.peft_format import config, prompts, reading, tensors, tokens, writing
 from lowrank.peft_format.forms import FORMS
 from lowrank.peft_format.modules import Base
 from lowrank.peft_format.reading import About
 
 PyTree = Any
-WHOLE: dict[str, ModuleType] = dict.fromkeys(prompts.OPTIONS, prompts)  # what is not said module by module
+WHOLE: dict[str, ModuleType] = {
+    **dict.fromkeys(prompts.OPTIONS, prompts),
+    tokens.TYPE: tokens,
+}  # what is not said module by module
 
 
 def about(directory: str | os.PathLike[str]) -> About:

@@ -10,7 +10,7 @@ from lowrank.errors import UserError, nearest, unknown
 from lowrank.peft_format.forms import FORMS, Form
 
 NAME = "adapter_config.json"
-WHOLE_MODEL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # not said module by module
+WHOLE_MODEL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "TRAINABLE_TOKENS")  # not said module by module
 HEAD_MODULES = ("score", "classifier", "classifier.out_proj")  # whose weight has a row a label
 ABOUT = (
     "auto_mapping",

@@ -31,6 +31,7 @@ ROBERTA = {k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "a
 LM, CLASSIFIER = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
 BASES = {
     "llama": (LM, "llama", LLAMA),
+    "tied llama": (LM, "llama", {**LLAMA, "tie_word_embeddings": True}),
     "gpt2": (LM, "gpt2", GPT2),
     "llama classifier": (CLASSIFIER, "llama", {**LLAMA, "num_labels": LABELS, "pad_token_id": 0}),
     "roberta classifier": (CLASSIFIER, "roberta", {**ROBERTA, "num_labels": LABELS, "pad_token_id": 1}),

@@ -12,7 +12,7 @@ import pytest
 from lowrank import methods, peft_format, tree
 from lowrank.errors import UserError
 from lowrank.models import build
-from tests.parity.test_peft import LIMIT, bases, gap, our_logits, randomize, their_logits  # noqa: F401
+from tests.parity.bases import LIMIT, gap, make, our_logits, randomize, their_logits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -38,6 +38,11 @@ THEIRS = {
 BASES = ("llama", "gpt2", "llama classifier")
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return make(lambda: tmp_path_factory.mktemp("base"), (*BASES, "roberta classifier"))
+
+
 def opened(base, params, options):
     """`(base, params)` as a model is loaded with these options: with a place for what it adds."""
     config = dataclasses.replace(base.config, **options)
@@ -51,7 +56,7 @@ def opened(base, params, options):
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("case", OURS)
-def test_peft_loads_our_prompt_and_computes_our_logits(case, name, bases, tmp_path):  # noqa: F811
+def test_peft_loads_our_prompt_and_computes_our_logits(case, name, bases, tmp_path):
     model, base, plain = bases[name]
     method = methods.build(OURS[case])
     base, params = opened(base, plain, method.model)
@@ -71,7 +76,7 @@ def test_peft_loads_our_prompt_and_computes_our_logits(case, name, bases, tmp_pa
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("case", THEIRS)
-def test_we_load_a_prompt_of_peft_and_compute_its_logits(case, name, bases, tmp_path):  # noqa: F811
+def test_we_load_a_prompt_of_peft_and_compute_its_logits(case, name, bases, tmp_path):
     model, base, plain = bases[name]
     kind, options = THEIRS[case]
     task = "SEQ_CLS" if "classifier" in name else "CAUSAL_LM"
@@ -89,7 +94,7 @@ def test_we_load_a_prompt_of_peft_and_compute_its_logits(case, name, bases, tmp_
     jax.tree.map(np.testing.assert_array_equal, peft_format.load(again, params, base), mine)
 
 
-def test_a_prompt_that_does_not_fit_is_refused(bases, tmp_path):  # noqa: F811
+def test_a_prompt_that_does_not_fit_is_refused(bases, tmp_path):
     _, base, plain = bases["llama"]
     wide, params = opened(base, plain, {"num_prompt": T})
     peft_format.save(params, wide, tmp_path)

@@ -1,0 +1,81 @@
+"""Token rows and whole modules go to `peft` and come from it, also where the head shares the embedding."""
+
+import copy
+
+import jax
+import numpy as np
+import peft
+import pytest
+
+from lowrank import methods, peft_format, tree
+from lowrank.errors import UserError
+from tests.parity.bases import LIMIT, gap, make, our_logits, randomize, their_logits
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+IDS = [9, 5, 40]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return make(lambda: tmp_path_factory.mktemp("base"), ("llama", "tied llama", "gpt2"))
+
+
+def moved(params, group):
+    """`(params with what the method trains moved, names of it)`."""
+    method = methods.build(group)
+    params = methods.attach(method, params, jax.random.key(0))
+    mask = methods.trainable_mask(method, params)
+    noise = np.random.default_rng(3)
+    params = jax.tree.map(
+        lambda x, m: x + 0.3 * noise.normal(size=x.shape).astype(np.float32) if m else x, params, mask
+    )
+    params, mask = methods.finished(method, params, mask)
+    return params, [n for n, learns in tree.named_leaves(mask) if learns]
+
+
+@pytest.mark.parametrize("name", ["llama", "tied llama", "gpt2"])
+def test_peft_loads_our_rows_and_computes_our_logits(name, bases, tmp_path):
+    model, base, plain = bases[name]
+    params, trained = moved(plain, {"name": "tokens", "tokens": IDS})
+    peft_format.save(params, base, tmp_path, trained=trained)
+    theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
+    assert gap(their_logits(model), theirs) > 0.1
+    assert gap(our_logits(base, params), theirs) <= LIMIT
+    jax.tree.map(np.testing.assert_array_equal, peft_format.load(tmp_path, plain, base), params)
+
+
+@pytest.mark.parametrize("name", ["llama", "tied llama", "gpt2"])
+def test_we_load_rows_of_peft_and_compute_its_logits(name, bases, tmp_path):
+    model, base, plain = bases[name]
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.TrainableTokensConfig(token_indices=IDS)).eval()
+    randomize([(n, p) for n, p in theirs.named_parameters() if p.requires_grad], seed=5)
+    theirs.save_pretrained(tmp_path)
+    assert gap(their_logits(model), their_logits(theirs)) > 0.1
+    assert peft_format.about(tmp_path).model == {}
+    assert gap(our_logits(base, peft_format.load(tmp_path, plain, base)), their_logits(theirs)) <= LIMIT
+
+
+@pytest.mark.parametrize("also", ["norm/scale", "head/kernel", ("embed/embedding", "norm/.*")])
+def test_peft_loads_the_modules_that_a_lora_trains_whole(also, bases, tmp_path):
+    model, base, plain = bases["llama"]
+    group = {"name": "lora", "rank": 4, "alpha": 10.0, "also_train": also}
+    params, trained = moved(plain, group)
+    peft_format.save(params, base, tmp_path, trained=trained, method=group)
+    theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
+    assert gap(their_logits(model), theirs) > 0.1
+    assert gap(our_logits(base, params), theirs) <= LIMIT
+    jax.tree.map(np.testing.assert_array_equal, peft_format.load(tmp_path, plain, base), params)
+
+
+def test_rows_with_what_peft_has_no_place_for_are_refused(bases, tmp_path):
+    _, base, plain = bases["llama"]
+    params, trained = moved(plain, {"name": "tokens", "tokens": IDS, "also_train": "norm/scale"})
+    with pytest.raises(UserError, match="TRAINABLE_TOKENS has no place for norm/scale"):
+        peft_format.save(params, base, tmp_path, trained=trained)
+    params, trained = moved(plain, {"name": "tokens", "tokens": IDS})
+    peft_format.save(params, base, tmp_path, trained=trained)
+    small = {**plain, "embed": {"embedding": plain["embed"]["embedding"][:40]}}
+    with pytest.raises(UserError, match="are not distinct ids of the vocabulary of 40"):
+        peft_format.load(tmp_path, small, base)
