@@ -109,11 +109,12 @@ class Plan:
         context = methods.Context(key, self.tokenizer, self._first_batches, loss, self.mask, self.network.config)
         return jax.device_put(self.method.prepare(params, context), sharding.shardings(self.shapes, self.mesh))
 
+    def restarts_at(self, done: int) -> bool:
+        """Whether the method restarts before step `done` (from 0)."""
+        return bool(self.method.restart) and done > 0 and done % self.method.restart[0] == 0
+
     def restart(self, params: PyTree, done: int) -> PyTree:
-        """The parameters that step `done` (from 0) starts from: others only where the method restarts."""
-        every = self.method.restart[0] if self.method.restart else 0
-        if not every or not done or done % every:
-            return params
+        """The parameters that step `done` (from 0) starts from where the method restarts."""
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), 2), done)
         return self._restarted(params, key)
 

@@ -86,7 +86,8 @@ class Run:
         c, start, program = self.job.config, int(self.state.step), None
         done = start
         while done < c.steps and not self.stop.requested(done):
-            self._restart(done)
+            if self.job.restarts_at(done):
+                self._restart(done)
             batch = self._batch(done)
             program = program or self._compile(batch)
             previous = self.metrics
@@ -104,11 +105,8 @@ class Run:
         return done
 
     def _restart(self, done: int) -> None:
-        before = self._params()
-        params = self.job.restart(before, done)
-        if params is not before:
-            trained, self.frozen = tree.split(params, self.job.mask)
-            self.state = dataclasses.replace(self.state, trained=trained)
+        trained, self.frozen = tree.split(self.job.restart(self._params(), done), self.job.mask)
+        self.state = dataclasses.replace(self.state, trained=trained)
 
     def _batch(self, done: int) -> dict[str, jax.Array]:
         batch = next(self.job.loader, None)

@@ -27,7 +27,6 @@ LM_METHODS = {
     "lora": "method=lora,rank=2,dropout=0.1",
     "dora": "method=dora,rank=2",
     "lora_fa": "method=lora_fa,rank=2",
-    "olora": "method=lora,rank=2,init=olora",
     "lora_xs": "method=lora_xs,rank=4",
     "edora": "method=edora,rank=4",
     "bidora": "method=bidora,rank=2,retrain=0.0",
