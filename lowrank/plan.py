@@ -111,7 +111,8 @@ class Plan:
 
     def restarts_at(self, done: int) -> bool:
         """Whether the method restarts before step `done` (from 0)."""
-        return bool(self.method.restart) and done > 0 and done % self.method.restart[0] == 0
+        every = methods.restart_every(self.method.restart[0], self.config.steps) if self.method.restart else 0
+        return bool(every) and done > 0 and done % every == 0
 
     def restart(self, params: PyTree, done: int) -> PyTree:
         """The parameters that step `done` (from 0) starts from where the method restarts."""

@@ -196,6 +196,21 @@ def test_a_core_is_trained_between_the_leading_singular_vectors(name):
     np.testing.assert_allclose(materialize(w), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("group", "what"),
+    [
+        ({"name": "lora", "init": "olora"}, "OLoRA"),
+        ({"name": "lora_xs", "rank": 2}, "LoRA-XS"),
+        ({"name": "relora"}, "ReLoRA"),
+        ({"name": "galore", "rank": 2}, "GaLore"),
+    ],
+)
+def test_what_decomposes_or_changes_a_base_asks_for_a_plain_one(group, what):
+    scaled = methods.attach(methods.build({"name": "ia3", "target": Q, "feedforward": ""}), base(), jax.random.key(0))
+    with pytest.raises(UserError, match=f"{what} starts from a plain kernel, not from Scaled"):
+        methods.attach(methods.build({**group, "target": Q}), scaled, jax.random.key(0))
+
+
 def test_dora_keeps_the_formula_of_the_paper_in_float64():
     params, _ = attached(name="dora", rank=2, init="zero_a", target=Q)
     w = jax.tree.map(lambda leaf: leaf[0], params["layers"]["attn"]["q"]["kernel"])

@@ -21,7 +21,17 @@ from lowrank.methods.lokr import lokr
 from lowrank.methods.longlora import longlora
 from lowrank.methods.lora import lora
 from lowrank.methods.lora_relatives import edora, lora_fa, lora_xs
-from lowrank.methods.method import SHARED, Context, Method, attach, finished, matches, stripped, trainable_mask
+from lowrank.methods.method import (
+    SHARED,
+    Context,
+    Method,
+    attach,
+    finished,
+    matches,
+    restart_every,
+    stripped,
+    trainable_mask,
+)
 from lowrank.methods.mixtures import milora, more
 from lowrank.methods.prefix import mam, prefix
 from lowrank.methods.prompt import prompt, ptuning
@@ -99,6 +109,7 @@ __all__ = [
     "build",
     "finished",
     "matches",
+    "restart_every",
     "stripped",
     "trainable_mask",
 ]

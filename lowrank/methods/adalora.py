@@ -55,7 +55,7 @@ def adalora(
         return form.attach(key, w, rank=init_rank, alpha=alpha, dropout=dropout)
 
     def optimizer(plain: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
-        first, last = _steps(tinit, steps), steps - _steps(tfinal, steps)
+        first, last = targets.steps(tinit, steps), steps - targets.steps(tfinal, steps)
         if not first < last:
             raise UserError(f"method.tinit {tinit} and method.tfinal {tfinal} leave none of {steps} steps to prune in")
         share = functools.partial(kept_share, first=first, last=last, ratio=target_rank / init_rank)
@@ -67,10 +67,6 @@ def adalora(
         penalty=functools.partial(_penalty, orthogonal) if orthogonal else None,
         optimizer=optimizer,
     )
-
-
-def _steps(given: float, steps: int) -> int:
-    return round(given * steps) if given < 1 else round(given)
 
 
 def _penalty(factor: float, params: PyTree) -> jax.Array:

@@ -43,8 +43,9 @@ class Method:
     prepare: Callable[[PyTree, Context], PyTree] | None = None  # (params, context) -> params, once, before step 1
     penalty: Callable[[PyTree], jax.Array] | None = None  # (bound params) -> what is added to the mean loss
     holdout: float = 0.0  # the share of training records that every other batch is of (`DataConfig.holdout`)
-    # (k, (params, key) -> params), before steps k, 2k, ... from 0: it may change frozen leaves, which are then saved
-    restart: tuple[int, Callable[[PyTree, jax.Array], PyTree]] | None = None
+    # (k, (params, key) -> params), before steps k, 2k, ... from 0 (k below 1: a share of the run's steps); what it
+    # changes of the frozen leaves is saved
+    restart: tuple[float, Callable[[PyTree, jax.Array], PyTree]] | None = None
     # (the run's optimizer, its number of steps) -> this method's, inside the trained tree
     optimizer: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] | None = None
     # (network, frozen leaves) -> (a host's batch -> what the loss gets in its place), made once, before step 1
@@ -66,6 +67,11 @@ def attach(method: Method, params: PyTree, key: jax.Array) -> PyTree:
     if SHARED in params:
         raise UserError(f"the parameters already have leaves under {SHARED}/: attach one such method")
     return {**adapted, SHARED: method.share(params, weight.name_key(key, SHARED))}
+
+
+def restart_every(every: float, steps: int) -> int:
+    """The number of steps between two restarts in a run of `steps`; see `Method.restart`."""
+    return max(1, targets.steps(every, steps))
 
 
 def trainable_mask(method: Method, params: PyTree, extra: Sequence[str] = ()) -> PyTree:

@@ -11,23 +11,22 @@ from lowrank import settings, tree, weight
 from lowrank.errors import UserError
 from lowrank.methods import states, targets
 from lowrank.methods.lora import lora
-from lowrank.methods.method import Method
+from lowrank.methods.method import Method, restart_every
 from lowrank.weights import lora as form
 from lowrank.weights.lora import LoRA
 
 PyTree = Any
 
 
-def relora(every: int = 100, warmup: int = 10, **kwargs: Any) -> Method:
+def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:
     """ReLoRA: LoRA's options, merged into the base and drawn anew every `every` steps (Lialin et al. 2023).
 
     arXiv:2307.05695. At a restart `W <- W + scale A B`, A and B are made as at the start, the optimizer forgets its
-    moments, and the learning rate rises from 0 to its schedule again over `warmup` steps. The base changes, so it
-    needs to be a plain kernel, and what is saved holds it.
+    moments, and the learning rate rises from 0 to its schedule again over `warmup` steps. `every` below 1 is a share of
+    the run, `warmup` below 1 a share of `every`. The base changes, so it needs to be a plain kernel, and what is saved
+    holds it.
     """
     targets.positive(every=every, warmup=warmup)
-    if warmup >= every:
-        raise UserError(f"method.warmup {warmup} is not shorter than method.every {every}")
     method = settings.call(lora, kwargs, "method")
     [(target, adapt)] = method.rewrite
 
@@ -45,9 +44,13 @@ def relora(every: int = 100, warmup: int = 10, **kwargs: Any) -> Method:
         return tree.map_named(anew, params, is_leaf=weight.is_weight)
 
     def optimizer(plain: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
-        if every >= steps:
+        between = restart_every(every, steps)
+        rise = max(1, targets.steps(warmup, between))
+        if between >= steps:
             raise UserError(f"method.every {every} is no less than the run's {steps} steps: it would never restart")
-        return restarting(plain, every, warmup)
+        if rise > between:
+            raise UserError(f"method.warmup {warmup} is longer than method.every {every}")
+        return restarting(plain, between, rise)
 
     return dataclasses.replace(method, rewrite=((target, on_kernel),), restart=(every, again), optimizer=optimizer)
 

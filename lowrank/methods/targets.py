@@ -21,6 +21,11 @@ def fraction(**values: float) -> None:
             raise UserError(f"method.{name} must be in [0, 1), not {value}")
 
 
+def steps(given: float, whole: int) -> int:
+    """A number of steps that is given as such, or, below 1, as a share of `whole`."""
+    return round(given * whole if given < 1 else given)
+
+
 def check_kernel(name: str) -> None:
     """Raises UserError for a target that is no kernel."""
     if not name.endswith("kernel"):

@@ -37,6 +37,11 @@ def test_a_restart_moves_the_update_into_the_base(init):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), merge(anew), merge(params))
 
 
+def test_shares_of_the_run_become_steps(files):
+    job = plan.make(config_of(files, "method=relora,rank=2,every=0.25", steps=10))
+    assert [step for step in range(10) if job.restarts_at(step)] == [2, 4, 6, 8]
+
+
 def test_the_moments_are_forgotten_and_the_rate_rises_again():
     every, warmup, lr, steps = 4, 3, 0.1, 11
     schedule = optax.linear_schedule(lr, 0.0, steps)
@@ -90,7 +95,7 @@ def test_what_is_saved_is_the_trained_model(files, whole):
     ("arg", "message"),
     [
         ("method=relora,every=8,rank=2,warmup=1", "method.every 8 is no less than the run's 8 steps"),
-        ("method=relora,every=4,rank=2,warmup=4", "method.warmup 4 is not shorter than method.every 4"),
+        ("method=relora,every=4,rank=2,warmup=5", "method.warmup 5 is longer than method.every 4"),
         ("method=relora,every=0", "method.every must be positive"),
         ("method=relora,rnak=2", "did you mean 'method.rank'"),
     ],
