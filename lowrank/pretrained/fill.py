@@ -5,6 +5,7 @@ leaves come first: the model is never in memory twice. A kernel that is to be qu
 time, so that the host holds the codes, and one tensor.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -85,14 +86,18 @@ def _quantised(tensor: Tensor, parts: Sequence[Stored], form: Quantized, codes: 
     leaves, structure = jax.tree.flatten(form)
     buffers = [{index: _buffer(leaf, index) for index in _holders(leaf)} for leaf in leaves]
     for place, name, part in zip(tensor.places, tensor.names, parts, strict=True):
-        kernel = _aligned(form.shape[-2:], np.dtype(np.float32))
-        _read_one(part, tensor.transpose != part.flipped, tuple((0, size) for size in kernel.shape), kernel)
-        if not np.isfinite([kernel.min(), kernel.max()]).all():
-            raise UserError(f"tensor {name!r} ({tensor.leaf}) holds NaN or infinite values: it cannot be quantised")
-        made = jax.tree.leaves(codes.form(kernel, form.kind))
+        one = functools.partial(_whole, part, tensor.transpose != part.flipped, form.shape[-2:])
+        made = jax.tree.leaves(codes.layer(name, part, one, form))
         for array, pieces in zip(made, buffers, strict=True):
             _keep(np.asarray(array), place, pieces)
     return structure.unflatten(_placed(leaf, pieces) for leaf, pieces in zip(leaves, buffers, strict=True))
+
+
+def _whole(part: Stored, transpose: bool, shape: tuple[int, ...]) -> np.ndarray:
+    """One tensor as a kernel `[in, out]` in float32."""
+    kernel = _aligned(shape, np.dtype(np.float32))
+    _read_one(part, transpose, tuple((0, size) for size in shape), kernel)
+    return kernel
 
 
 def _keep(array: np.ndarray, place: tuple[int, ...], buffers: Mapping[Index, np.ndarray]) -> None:

@@ -127,7 +127,8 @@ def _stored(path: Path, size: int, name: str, shape: tuple[int, ...], kind: int,
         raise ValueError(f"tensor {name!r} {shape} in {kind.name} does not fit in its {size} bytes")
     row_bytes = row // per_block * block_bytes
     read = functools.partial(_read, path, offset, kind, shape, row_bytes)
-    return Stored(shape, kind.name, read, readable=_readable(kind, block_bytes))
+    blocks = functools.partial(_blocks, path, offset, row_bytes) if len(shape) == 2 else None
+    return Stored(shape, kind.name, read, readable=_readable(kind, block_bytes), blocks=blocks)
 
 
 @functools.cache
@@ -147,3 +148,7 @@ def _read(
     inner = int(np.prod(shape[1:-1], dtype=np.int64))
     packed = read_array(path, np.uint8, offset + start * inner * row_bytes, ((stop - start) * inner, row_bytes))
     return gguf.quants.dequantize(packed, kind).reshape(stop - start, *shape[1:])
+
+
+def _blocks(path: Path, offset: int, row_bytes: int, start: int, stop: int) -> np.ndarray:
+    return read_array(path, np.uint8, offset + start * row_bytes, (stop - start, row_bytes))

@@ -115,7 +115,10 @@ def _describe(
         )
     shapes = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), shapes)
-    return config, words, codes.shapes(shapes, lambda name: _may_be_new(name, config, set())) if codes else shapes
+    if codes is None:
+        return config, words, shapes
+    new = lambda name: _may_be_new(name, config, set())  # noqa: E731
+    return config, words, quantize.shapes(codes, shapes, new, _stored_as(source, config))
 
 
 def load(
@@ -164,6 +167,13 @@ def _read(
     _check_extra(source.where, stored, [name for t in present for name in t.names], family.ignored)
     new = tuple(sorted(leaves.keys() - {t.leaf for t in present}))
     return fill.fill(present, stored, leaves, codes) | _fresh(config, {n: leaves[n] for n in new}, seed), new
+
+
+def _stored_as(source: Source, config: Config) -> quantize.StoredAs:
+    """What each leaf is read from; a tensor that is missing is left to `fill.check`."""
+    tensors = {t.leaf: t.names for t in FAMILIES[source.hf_config["model_type"]].tensors(config)}
+    stored = source.tensors([name for names in tensors.values() for name in names])
+    return lambda leaf: [stored[name] for name in tensors.get(leaf, ()) if name in stored]
 
 
 def _may_be_new(leaf: str, config: Config, own: set[str]) -> bool:

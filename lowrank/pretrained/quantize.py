@@ -1,18 +1,25 @@
 """The `model.quantize` group of a config: which kernels become codes as a checkpoint is read, and by which scheme."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from lowrank import settings, tree
 from lowrank.errors import UserError, unknown
+from lowrank.pretrained.stored import Stored
+from lowrank.weights import ggml
 from lowrank.weights.quantized import Quantized
 from lowrank.weights.schemes import SCHEMES
 
 PyTree = Any
+StoredAs = Callable[[str], Sequence[Stored]]
 TARGET = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|o|gate|up|down)/kernel"  # not heads, embeddings, routers, experts
+
+
+OWN = "gguf"  # in place of a scheme: the blocks that the file has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +33,61 @@ class Quantization:
         """The codes of one kernel, or of a stack, that decode to the dtype `kind`."""
         return dataclasses.replace(self.make(kernel), kind=kind)
 
-    def shapes(self, params: PyTree, new: Callable[[str], bool]) -> PyTree:
-        """Shapes of parameters, with forms where kernels are quantised; `new` leaves are in no checkpoint and stay."""
-        hits = tree.matching(self.target, tree.names(params), "model.quantize target")
-        for name in hits:
-            if not name.endswith("kernel"):
-                raise UserError(f"{name} is no kernel: only kernels [..., in, out] are quantised")
+    def shape(self, name: str, leaf: Any, parts: Sequence[Stored]) -> Quantized:
+        """The form of a leaf `[..., in, out]`, which is stored as `parts`, in shapes."""
+        del name, parts
+        return jax.eval_shape(lambda x: self.form(x, leaf.dtype.name), leaf)
 
-        def shape(name: str, leaf: Any) -> Any:
-            if name not in hits or new(name):
-                return leaf
-            return jax.eval_shape(lambda x: self.form(x, leaf.dtype.name), leaf)
+    def layer(self, name: str, part: Stored, read: Callable[[], np.ndarray], like: Quantized) -> Quantized:
+        """The form of one tensor `name`, whose kernel `read` returns. Raises UserError if it is not finite."""
+        kernel = read()
+        if not np.isfinite([kernel.min(), kernel.max()]).all():
+            raise UserError(f"tensor {name!r} holds NaN or infinite values: it cannot be quantised")
+        return self.form(kernel, like.kind)
 
-        return tree.map_named(shape, params)
+
+class OwnBlocks(Quantization):
+    """The blocks of a GGUF file, as they are. All layers of a leaf must have the same."""
+
+    def shape(self, name: str, leaf: Any, parts: Sequence[Stored]) -> Quantized:
+        """As for all; raises UserError for a leaf that the file does not keep in blocks of one known format."""
+        formats = sorted({part.dtype for part in parts})
+        if not parts or not all(part.blocks for part in parts) or not set(formats) <= ggml.FORMATS.keys():
+            kept = f"in {' and '.join(formats)}" if parts else "in no GGUF file"
+            known = ", ".join(ggml.FORMATS)
+            raise UserError(f"{name} is {kept}, and model.quantize=gguf keeps {known}: leave it out of the target")
+        if len(formats) > 1:
+            raise UserError(f"{name} has layers in {' and '.join(formats)}: leave it out of model.quantize.target")
+        f = ggml.FORMATS[formats[0]]
+        size = (*leaf.shape[:-2], leaf.shape[-1], leaf.shape[-2] // f.block * f.bytes)
+        raw = jax.ShapeDtypeStruct(size, "uint8")
+        return jax.eval_shape(lambda b: ggml.from_bytes(b, formats[0], leaf.dtype.name), raw)
+
+    def layer(self, name: str, part: Stored, read: Callable[[], np.ndarray], like: Quantized) -> Quantized:
+        """The blocks of one tensor, whose rows are the kernel's outputs. Raises UserError if they are not finite."""
+        del read
+        form = _from_bytes(part.blocks(0, like.shape[-1]), like.format, like.kind)
+        for field in (form.scale, form.low):
+            if field is not None and not np.isfinite(np.asarray(field)).all():
+                raise UserError(f"tensor {name!r} holds NaN or infinite values")
+        return form
+
+
+_from_bytes = jax.jit(ggml.from_bytes, static_argnums=(1, 2))
+
+
+def shapes(codes: Quantization, params: PyTree, new: Callable[[str], bool], stored: StoredAs) -> PyTree:
+    """Shapes of parameters, with forms where kernels are quantised; `new` leaves are in no checkpoint and stay.
+
+    `stored` gives what each leaf is read from. Raises UserError for a target that matches no kernel.
+    """
+    hits = tree.matching(codes.target, tree.names(params), "model.quantize target")
+    for name in hits:
+        if not name.endswith("kernel"):
+            raise UserError(f"{name} is no kernel: only kernels [..., in, out] are quantised")
+    found = set(hits)
+    form = lambda name, leaf: codes.shape(name, leaf, stored(name))  # noqa: E731
+    return tree.map_named(lambda n, leaf: form(n, leaf) if n in found and not new(n) else leaf, params)
 
 
 def group_of(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
@@ -52,8 +101,10 @@ def build(given: Mapping[str, Any] | str | None) -> Quantization | None:
     if not options:
         return None
     name, target = options.pop("name", None), options.pop("target", TARGET)
+    if name == OWN and not options:
+        return OwnBlocks(target, lambda kernel: kernel)
     if name not in SCHEMES:
-        raise unknown("model.quantize.name", name, SCHEMES)
+        raise unknown("model.quantize.name", name, [*SCHEMES, OWN])
     return Quantization(target, jax.jit(settings.call(SCHEMES[name], options, "model.quantize")))
 
 

@@ -26,6 +26,7 @@ class Stored:
     read: Rows
     readable: bool = True
     flipped: bool = False
+    blocks: Rows | None = None
 
 
 class Source(Protocol):
@@ -54,15 +55,20 @@ def read_array(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...])
 def grouped(tensor: Stored, group: int) -> Stored:
     """Undoes how llama.cpp reorders the rows of q and k: in each head of `group` rows it interleaves the halves."""
 
-    def read(start: int, stop: int) -> np.ndarray:
-        low, high = start // group * group, -(-stop // group) * group
-        rows = tensor.read(low, high)
-        halves = rows.reshape(-1, group // 2, 2, *rows.shape[1:])
-        return halves.swapaxes(1, 2).reshape(rows.shape)[start - low : stop - low]
+    def restored(of: Rows) -> Rows:
+        def read(start: int, stop: int) -> np.ndarray:
+            low, high = start // group * group, -(-stop // group) * group
+            rows = of(low, high)
+            halves = rows.reshape(-1, group // 2, 2, *rows.shape[1:])
+            return halves.swapaxes(1, 2).reshape(rows.shape)[start - low : stop - low]
 
-    return dataclasses.replace(tensor, read=read)
+        return read
+
+    blocks = restored(tensor.blocks) if tensor.blocks else None
+    return dataclasses.replace(tensor, read=restored(tensor.read), blocks=blocks)
 
 
 def shifted(tensor: Stored, by: float) -> Stored:
     """The tensor plus a number."""
-    return dataclasses.replace(tensor, read=lambda start, stop: tensor.read(start, stop) + np.float32(by))
+    read = lambda start, stop: tensor.read(start, stop) + np.float32(by)  # noqa: E731
+    return dataclasses.replace(tensor, read=read, blocks=None)

@@ -133,3 +133,44 @@ def test_a_checkpoint_that_was_quantised_elsewhere_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="is quantised by gptq"):
         pretrained.describe(str(folder))
+
+
+WIDE = {**files.LLAMA, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+
+
+def in_blocks(path, kinds):
+    """A GGUF file whose matrices are in the blocks that `kinds` names by the end of a tensor's name."""
+    arrays = files.converted(files.tensors(WIDE), "llama")
+    named = {n: k for n in arrays for end, k in kinds.items() if n.endswith(f"{end}.weight") and arrays[n].ndim == 2}
+    metadata = {**files.gguf_metadata(WIDE, "llama"), **files.vocabulary()}
+    return str(files.write_gguf(path, metadata, arrays, named))
+
+
+def test_a_gguf_base_stays_in_its_own_blocks(tmp_path):
+    ends = dict(
+        zip(("_q", "_k", "_v", "attn_output", "gate", "up", "down"), ("Q4_0", "Q4_1", "Q8_0") * 3, strict=False)
+    )
+    path = in_blocks(tmp_path / "mixed.gguf", ends)
+    plain, own = (dict(tree.named_leaves(pretrained.load(path, quantized=q).params, is_weight)) for q in (None, "gguf"))
+    shapes = pretrained.describe(path, quantized="gguf")[2]
+    assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(
+        lambda x: x.shape, pretrained.load(path, quantized="gguf").params
+    )
+    assert own["layers/attn/q/kernel"].title == "Q4_0"
+    assert own["layers/mlp/up/kernel"].title == "Q8_0"
+    for name, kernel in plain.items():
+        assert is_stored(own[name]) == (name.startswith("layers/") and name.endswith("kernel"))
+        np.testing.assert_allclose(materialize(own[name]), kernel, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_in_other_blocks_is_named(tmp_path, folder):
+    path = in_blocks(tmp_path / "part.gguf", {"_q": "Q4_0"})
+    with pytest.raises(UserError, match=r"layers/attn/k/kernel is in F32, and model.quantize=gguf keeps Q4_0"):
+        pretrained.describe(path, quantized="gguf")
+    own = pretrained.describe(path, quantized={"name": "gguf", "target": ".*attn/q/kernel"})[2]
+    assert is_stored(own["layers"]["attn"]["q"]["kernel"])
+    path = in_blocks(tmp_path / "layers.gguf", {"blk.0.attn_q": "Q4_0", "blk.1.attn_q": "Q8_0", "blk.2.attn_q": "Q8_0"})
+    with pytest.raises(UserError, match="layers/attn/q/kernel has layers in Q4_0 and Q8_0"):
+        pretrained.describe(path, quantized={"name": "gguf", "target": ".*attn/q/kernel"})
+    with pytest.raises(UserError, match=r"is in F32, and model\.quantize=gguf keeps"):
+        pretrained.describe(str(folder), quantized="gguf")
