@@ -28,7 +28,7 @@ def evaluate(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> di
     found = Path(directory) / train.ADAPTER
     if not found.is_dir():
         raise UserError(f"{directory} holds no finished run: there is no {found}")
-    model = merging.adapted(found, job.model.name, model=job.options)
+    model = merging.adapted(found, job.model.name, model=job.options, param_dtype=job.model.param_dtype)
     params = jax.device_put(model.params, sharding.shardings(model.params, job.mesh))
     return job.scorer.scores(params) | job.scorer.texts(params)[0]
 

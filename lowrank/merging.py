@@ -156,15 +156,16 @@ def adapted(
     *,
     any_base: bool = False,
     model: Mapping[str, Any] | None = None,
+    param_dtype: str = "float32",
 ) -> Pretrained:
     """The model `spec` (by default the one that the adapter records) with the adapter in `directory` attached.
 
     The folder holds a PEFT adapter, or trained leaves by name as a run leaves them. `model` are further options of
-    the model's config, those of the run that trained it. An adapter that was trained on a quantised base gets that
-    base. Raises UserError for an adapter of another base, unless `any_base`, and as `pretrained.load` and
-    `peft_format.load` do.
+    the model's config and `param_dtype` that of the base, as in the run that trained it. An adapter that was trained
+    on a quantised base gets that base. Raises UserError for an adapter of another base, unless `any_base`, and as
+    `pretrained.load` and `peft_format.load` do.
     """
-    read = adapter.base_of(directory)
+    read = {"param_dtype": param_dtype, **adapter.base_of(directory)}
     if (Path(directory) / adapter.ABOUT).exists():
         return _with_leaves(Path(directory), spec, model or {}, read)
     about = peft_format.about(directory)

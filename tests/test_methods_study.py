@@ -15,34 +15,18 @@ from experiments.study import cells, numbers, run, tasks
 from experiments.study.cells import Cell, Row, Study
 from lowrank import methods
 from lowrank.errors import UserError
-from tests import tiny
+from tests import studies, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """Both tasks on tiny models and records; rows run in this process."""
-    tiny.bert(tmp_path / "bert")
-    tiny.llama(tmp_path / "llama")
-    (tmp_path / "data").mkdir()
-    for split in ("train", "validation", "test"):
-        tiny.records(tmp_path / "data" / f"{split}.jsonl")
-    made = {}
-    for task, model, more in ((tasks.TOPICS, "bert", {}), (tasks.HEADLINES, "llama", {"template": "{prompt}"})):
-        data = {**task.settings["data"], "source": f"jsonl:{tmp_path / 'data'}", "seq_len": 32, **more}
-        data |= {"completion": "{completion}"} if more else {}
-        settings = {**task.settings, "steps": 4, "data": data, "model": {"name": str(tmp_path / model)}, "log_every": 1}
-        settings["model"] |= {} if more else {"pooling": "mean"}
-        made[task.name] = dataclasses.replace(task, settings=settings)
-    monkeypatch.setitem(tasks.TASKS, "topics", dataclasses.replace(made["topics"], known=lambda model: 50.0))
-    monkeypatch.setitem(tasks.TASKS, "headlines", made["headlines"])
+    studies.shrink(tmp_path, monkeypatch)
     return Study("methods", ROWS, tmp_path / "results", tmp_path / "runs", quick=True)
 
 
-def test_a_row_leaves_cells_a_table_and_a_plot(study, monkeypatch):
-    here = lambda s, phase, t, name, bar: list(cells.PHASES[phase](s, tasks.TASKS[t], name))  # noqa: E731
-    monkeypatch.setattr(run, "_row", here)
+def test_a_row_leaves_cells_a_table_and_a_plot(study):
     run.run(study, methods_study.write, ["topics", "headlines"], ["lora"])
     found = list(csv.DictReader((study.results / "table.csv").read_text().splitlines()))
     assert tuple(found[0]) == table.COLUMNS

@@ -37,10 +37,11 @@ def entry(row: Row, model: str = MODEL) -> dict[str, Any]:
 
 
 def merges(method: methods.Method, adapted: PyTree, plain: PyTree) -> bool:
-    """Whether the merged tree is the plain model's, leaf by leaf (its last layers may be a stack of their own)."""
+    """Whether the merged tree is the plain model's: its layers may be in two stacks, and have biases added."""
     try:
         merged = jax.eval_shape(lambda p: weight.merge(method.bind(p, None, None) if method.bind else p), adapted)
     except (UserError, NotImplementedError):
         return False
     names = {name.replace("top/", "layers/") for name in tree.names(merged) if not name.startswith(methods.SHARED)}
-    return names == set(tree.names(plain))
+    own = set(tree.names(plain))
+    return own <= names and all(name.endswith("/bias") for name in names - own)

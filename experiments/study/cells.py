@@ -29,6 +29,7 @@ class Row(NamedTuple):
     rates: tuple[float, ...]
     tasks: tuple[str, ...] = ("topics",)
     model: Mapping[str, Any] = MappingProxyType({})  # beside the task's own options of the model
+    optim: Mapping[str, Any] = MappingProxyType({})  # and of the optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +113,9 @@ class Cell:
             return numbers
         if not numbers or not (self.folder / train.ADAPTER).exists():
             numbers = self.run()
-        name, options = self.config.model.name, {k: v for k, v in self.config.model.items() if k != "name"}
-        base = merging.adapted(self.folder / train.ADAPTER, name, model=options)
+        options = dict(self.config.model)
+        name, dtype, _ = options.pop("name"), options.pop("param_dtype", "float32"), options.pop("quantize", None)
+        base = merging.adapted(self.folder / train.ADAPTER, name, model=options, param_dtype=dtype)
         model = Model(self.config, base, methods.build(self.row.method).bind)
         numbers |= {"test": model.score("test")[self.task.metric], "known": self.task.known(model)}
         workdir.write_json(self.path, numbers)

@@ -40,6 +40,7 @@ class Task:
         config = common.new(**{k: dict(v) if isinstance(v, Mapping) else v for k, v in self.settings.items()})
         config.method, config.optim.lr, config.seed, config.data.seed = dict(row.method), lr, seed, seed
         config.model.update(row.model)
+        config.optim.update(row.optim)
         if quick:
             config.steps, config.optim.warmup, config.eval.max_examples = 2, 0, 8
         return config
@@ -73,16 +74,18 @@ class Model:
 
 def found(model: Model) -> float:
     """The share of test articles whose headline's embedding is nearest to theirs among all."""
-    titles, texts = (_embedded(model, template) for template in ("{title}", "{text}"))
+    titles, texts = (embedded(model, template, "test")[0] for template in ("{title}", "{text}"))
     return float(np.mean(np.argmax(titles @ texts.T, axis=1) == np.arange(len(titles))))
 
 
-def _embedded(model: Model, template: str) -> np.ndarray:
-    """Unit vectors `[N, D]` of the test articles."""
-    loader = model.loader(split="test", objective="classification", template=template)
-    rows = [np.asarray(_pooled(build(model.base.config), model.bind, model.base.params, dict(b))) for b in loader]
+def embedded(model: Model, template: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors `[N, D]` of the articles of a split, and their labels `[N]`."""
+    loader, network = model.loader(split=split, objective="classification", template=template), build(model.base.config)
+    batches = list(loader)
+    rows = [np.asarray(_pooled(network, model.bind, model.base.params, dict(batch))) for batch in batches]
     vectors = np.concatenate(rows)[: loader.stats["examples"]]
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    labels = np.concatenate([batch["labels"] for batch in batches])[: len(vectors)]
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True), labels
 
 
 @functools.partial(jax.jit, static_argnames=("network", "bind"))

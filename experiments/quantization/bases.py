@@ -1,0 +1,69 @@
+"""A base before any tuning: what it scores, and how many bits its kernels take in memory and on disk."""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from experiments.quantization.rows import BASES
+from experiments.study.cells import Row, Study
+from experiments.study.tasks import Model, Task, embedded
+from lowrank import pretrained, tree, workdir
+from lowrank.pretrained.quantize import TARGET
+from lowrank.weight import is_weight
+
+PyTree = Any
+
+
+def measured(study: Study, task: Task, name: str) -> dict[str, float]:
+    """`{score, bits_in_memory, bits_on_disk}` of a base on a task; kept beside the cells."""
+    path = study.results / "cells" / task.name / name / "untuned.json"
+    config = task.config(Row("", {"name": "full"}, (), model=BASES[name]), 0.0, 0, study.quick)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("config") != workdir.plain(config):
+        base = load(config.model)
+        score = UNTUNED[task.name](Model(config, base, None))
+        found = {"config": workdir.plain(config), "score": score, **bits(base.params)}
+        workdir.write_json(path, found)
+    return found
+
+
+def load(model: Mapping[str, Any]) -> pretrained.Pretrained:
+    """The base that a model group names."""
+    options = dict(model)
+    read = {"param_dtype": options.pop("param_dtype", "float32"), "quantized": options.pop("quantize", None)}
+    return pretrained.load(options.pop("name"), model=options, **read)
+
+
+def bits(params: PyTree) -> dict[str, float]:
+    """Bits a weight of the kernels that are quantised: of the arrays in memory, and of the file that holds them."""
+    weights = dict(tree.named_leaves(params, is_weight))
+    named = {name: weights[name] for name in tree.matching(TARGET, weights)}
+    count = sum(math.prod(w.shape) for w in named.values())
+    arrays = {f"{n}/{part}": np.asarray(x) for n, w in named.items() for part, x in tree.named_leaves(w)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "base.safetensors"
+        save_file(arrays, path)
+        stored = path.stat().st_size
+    held = sum(x.nbytes for x in arrays.values())
+    return {"bits_in_memory": 8 * held / count, "bits_on_disk": 8 * stored / count}
+
+
+def by_centroid(model: Model) -> float:
+    """The accuracy on test articles of the class whose mean embedding over the training articles is nearest."""
+    (known, labels), (new, truth) = (embedded(model, "{text}", split) for split in ("train", "test"))
+    centroids = np.stack([known[labels == label].mean(0) for label in np.unique(labels)])
+    return float(np.mean(np.unique(labels)[np.argmax(new @ centroids.T, axis=1)] == truth))
+
+
+def headline_perplexity(model: Model) -> float:
+    """The perplexity of the test headlines."""
+    return model.score("test")["perplexity"]
+
+
+UNTUNED: dict[str, Callable[[Model], float]] = {"topics": by_centroid, "headlines": headline_perplexity}
