@@ -171,14 +171,10 @@ def trainable_mask(params: PyTree, train: Sequence[str] = ()) -> PyTree:
     chosen = {n for p in train for n in tree.matching(p, tree.names(params), "train pattern")}
     mask = jax.tree.map(lambda w: _declared(w) if is_weight(w) else False, params, is_leaf=is_weight)
     mask = tree.map_named(lambda n, declared, _: declared or n in chosen, mask, params)
-    for name, (leaf, learns) in tree.named_leaves(jax.tree.map(lambda x, m: (x, m), params, mask), _is_pair):
+    for (name, leaf), learns in zip(tree.named_leaves(params), jax.tree.leaves(mask), strict=True):
         if learns and not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise UserError(f"{name} is {leaf.dtype}: only floating-point leaves can be trained")
     return mask
-
-
-def _is_pair(x: Any) -> bool:
-    return isinstance(x, tuple)
 
 
 def _declared(w: Weight) -> Weight:

@@ -49,6 +49,11 @@ def attached(**group):
         ({"name": "lora_xs", "target": Q, "rank": 4}, [f"{Q}/core"]),
         ({"name": "edora", "target": Q, "rank": 4}, [f"{Q}/core", f"{Q}/magnitude"]),
         ({"name": "intrinsic", "dim": 9}, ["shared/intrinsic"]),
+        (
+            {"name": "smore", "target": Q},
+            [f"{Q}/{f}" for f in ("narrow", "up", "mixes/0")]
+            + [f"{Q}/{f}/{i}" for f in ("queries", "keys", "downs", "ups") for i in (0, 1)],
+        ),
         ({"name": "more", "target": Q}, [f"{Q}/{f}" for f in ("a", "b", "router")]),
         ({"name": "intrinsic", "dim": 9, "said": True}, ["shared/intrinsic", "shared/said/layers"]),
         ({"name": "loha", "rank": 3, "target": Q}, [f"{Q}/{f}" for f in ("a1", "b1", "a2", "b2")]),
@@ -282,6 +287,9 @@ def test_one_rule_more_leaves_the_other_initial_values_alone():
         ({"name": "houlsby", "width": 0}, "method.width must be positive"),
         ({"name": "scaled_parallel", "scale": 0.0}, "method.scale must be positive"),
         ({"name": "parallel", "after": "mpl"}, "unknown place in method.after 'mpl' .did you mean 'mlp'"),
+        ({"name": "smore", "fanout": (2,)}, "method.experts has 2 levels and method.fanout 1"),
+        ({"name": "smore", "fanout": (5, 2)}, r"method.fanout=5 is not in 1\.\.4"),
+        ({"name": "smore", "activation": "tahn"}, r"unknown S'MoRE activation 'tahn' \(did you mean 'tanh'"),
         ({"name": "more", "rank": 0}, "method.rank must be positive"),
         ({"name": "more", "per_token": 5}, r"method.per_token=5 is not in 1\.\.4"),
         ({"name": "more", "balance": -1.0}, "method.balance must not be negative"),

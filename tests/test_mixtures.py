@@ -11,7 +11,7 @@ from lowrank import generate, methods, tree
 from lowrank.errors import UserError
 from lowrank.methods import mixtures
 from lowrank.weight import dot, merge
-from lowrank.weights import mixture
+from lowrank.weights import mixture, smore
 from tests.models.tiny import decoder, tokens
 
 E, R, IN, OUT = 4, 2, 6, 5
@@ -54,6 +54,49 @@ def test_it_starts_as_the_base_and_slices_under_scan():
     w = mixture.attach(jax.random.key(0), kernel, rank=R, experts=E, alpha=3.0, per_token=1)
     y = jax.lax.scan(lambda _, layer: (None, dot(x, layer)), None, w)[1]
     np.testing.assert_allclose(y, jnp.einsum("bti,lio->lbto", x, kernel), atol=1e-5)
+
+
+@pytest.mark.parametrize(("experts", "fanout"), [((3, 4), (2, 2)), ((3,), (2,)), ((2, 3, 4), (1, 2, 3))])
+def test_a_tree_of_residuals_is_walked_as_in_the_paper_in_float64(experts, fanout):
+    kernel, x = jax.random.normal(jax.random.key(1), (IN, OUT)), jax.random.normal(jax.random.key(3), (2, 3, IN))
+    made = {"rank": R, "experts": experts, "fanout": fanout, "gate": 4, "scale": 0.7, "activation": "tanh"}
+    w = smore.attach(jax.random.key(0), kernel, **made)
+    np.testing.assert_array_equal(dot(x, w), x @ kernel)
+    w = dataclasses.replace(w, up=jax.random.normal(jax.random.key(2), w.up.shape))
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), w)
+
+    def node(level, token, context):
+        scores = p.keys[level] @ (context @ p.queries[level])
+        best = np.argsort(-scores)[: fanout[level]]
+        total = 0
+        for child, g in zip(best, softmax(scores[best]), strict=True):
+            a = p.downs[level][:, child * R : (child + 1) * R]
+            h = token @ a @ p.ups[level][child]
+            if level:
+                h = h + node(level - 1, token, np.concatenate([context, p.keys[level][child]])) @ p.mixes[level - 1]
+            total = total + g * np.tanh(h)
+        return total
+
+    for at in np.ndindex(2, 3):
+        token = np.asarray(x[at], np.float64)
+        expected = token @ p.base + 0.7 * node(len(experts) - 1, token, token @ p.narrow) @ p.up
+        np.testing.assert_allclose(dot(x, w)[at], expected, atol=2e-5)
+
+
+def test_a_tree_slices_under_scan_and_trains_in_balance():
+    kernel, x = jax.random.normal(jax.random.key(1), (3, IN, OUT)), jax.random.normal(jax.random.key(3), (2, 4, IN))
+    w = smore.attach(
+        jax.random.key(0), kernel, rank=R, experts=(3, 3), fanout=(2, 2), gate=4, scale=1.0, activation="relu"
+    )
+    y = jax.lax.scan(lambda _, layer: (None, dot(x, layer)), None, w)[1]
+    np.testing.assert_allclose(y, jnp.einsum("bti,lio->lbto", x, kernel), atol=1e-5)
+    layer = jax.tree.map(lambda leaf: leaf[0], w)
+    bound = dataclasses.replace(layer, mask=jnp.ones((2, 4)), strength=jnp.float32(1))
+    grads = [
+        jax.grad(lambda keys, w=w: jnp.sum(dot(x, dataclasses.replace(w, keys=keys))))(w.keys) for w in (layer, bound)
+    ]
+    assert not any(np.any(g) for g in grads[0])  # nothing is handed on yet
+    assert all(np.any(g) for g in grads[1])
 
 
 def test_a_routed_weight_cannot_be_merged():

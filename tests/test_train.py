@@ -48,6 +48,7 @@ LM_METHODS = {
     "houlsby": "method=houlsby,width=4",
     "scaled_parallel": "method=scaled_parallel,width=4",
     "more": "method=more,rank=2,experts=3",
+    "smore": "method=smore,gate=4",
     "milora": "method=milora,rank=2",
     "intrinsic": "method=intrinsic,dim=64,said=True",
 }

@@ -32,7 +32,7 @@ from lowrank.methods.method import (
     stripped,
     trainable_mask,
 )
-from lowrank.methods.mixtures import milora, more
+from lowrank.methods.mixtures import milora, more, smore
 from lowrank.methods.prefix import mam, prefix
 from lowrank.methods.prompt import prompt, ptuning
 from lowrank.methods.quantised import loftq, qa_lora, qat
@@ -74,6 +74,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "intrinsic": intrinsic,
     "more": more,
     "milora": milora,
+    "smore": smore,
     "perft": perft,
     "esft": esft,
     "loha": loha,

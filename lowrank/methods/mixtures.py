@@ -1,17 +1,18 @@
-"""Mixtures of LoRAs on a dense model: routed by the token (`more`), or once by the prompt (`milora`)."""
+"""Mixtures of low-rank experts on a dense model: routed by the token (`more`, `smore`), or by the prompt (`milora`)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lowrank import tree, weight
-from lowrank.errors import UserError
+from lowrank.errors import UserError, unknown
 from lowrank.methods import targets
-from lowrank.methods.method import SHARED, Method
+from lowrank.methods.method import SHARED, Bind, Method
 from lowrank.weights import lora, mixture
+from lowrank.weights import smore as forest
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -38,12 +39,48 @@ def more(
         targets.check_rank(name, w.shape, rank)
         return mixture.attach(key, w, rank=rank, experts=experts, alpha=alpha, per_token=per_token)
 
+    return Method(rewrite=((target, adapt),), bind=_in_balance(mixture.Mixture, balance))
+
+
+def smore(
+    rank: int = 2,
+    experts: Sequence[int] = (4, 4),
+    fanout: Sequence[int] = (2, 2),
+    scale: float = 1.0,
+    gate: int = 16,
+    activation: str = "tanh",
+    balance: float = 0.01,
+    target: str = r".*attn/(q|v)/kernel",
+) -> Method:
+    """S'MoRE: each token meets a tree of residual low-rank experts (Zeng et al. 2025, arXiv:2504.06426).
+
+    `experts` and `fanout` say, from the leaves up, how many experts a level has, and how many of them hang below one
+    node; `gate` is the width of queries and keys. See `lowrank.weights.smore` for the formula, and `more` for
+    `balance`. It cannot be merged.
+    """
+    targets.positive(rank=rank, gate=gate, scale=scale)
+    if not experts or len(experts) != len(fanout):
+        raise UserError(f"method.experts has {len(experts)} levels and method.fanout {len(fanout)}")
+    for count, below in zip(experts, fanout, strict=True):
+        _check_share("fanout", below, count, balance)
+    if activation not in forest.ACTIVATIONS:
+        raise unknown("S'MoRE activation", activation, forest.ACTIVATIONS)
+
+    def adapt(key: jax.Array, w: Any, name: str) -> forest.SMoRE:
+        targets.check_rank(name, w.shape, rank)
+        shape = {"rank": rank, "experts": experts, "fanout": fanout, "gate": gate}
+        return forest.attach(key, w, **shape, scale=scale, activation=activation)
+
+    return Method(rewrite=((target, adapt),), bind=_in_balance(forest.SMoRE, balance))
+
+
+def _in_balance(kind: type, balance: float) -> Bind:
     def bind(params: PyTree, batch: Batch | None, rng: jax.Array | None) -> PyTree:
         if rng is None or batch is None or not balance:
             return params
-        return _each(params, mixture.Mixture, lambda name, w: _balanced(w, batch, balance))
+        return _each(params, kind, lambda name, w: _balanced(w, batch, balance))
 
-    return Method(rewrite=((target, adapt),), bind=bind)
+    return bind
 
 
 def _check_share(name: str, count: int, experts: int, balance: float) -> None:
@@ -62,7 +99,7 @@ def _counted(batch: Batch) -> jax.Array:
     return jnp.sum((batch["weights"] if "weights" in batch else batch["valid"]).astype(jnp.float32))
 
 
-def _balanced(w: mixture.Mixture, batch: Batch, balance: float) -> mixture.Mixture:
+def _balanced(w: Any, batch: Batch, balance: float) -> Any:
     stack = w.shape[:-2]
     mask = (batch["segments"] > 0).astype(jnp.float32)
     strength = jnp.broadcast_to(balance * _counted(batch), stack)

@@ -1,0 +1,102 @@
+"""S'MoRE: a tree of residual low-rank experts (Zeng et al. 2025, arXiv:2504.06426).
+
+Level l of L (0 the leaves) has E_l experts of rank r. A token is routed from the root down: the f_l experts of level l
+below a node are the best by `query . key`, the query made of the token and of the keys of the node and its ancestors.
+What a node hands up is `x_(l+1) = sum_i g_i act(A_i B_i x + W_l x_l(i))` over its children i, with nothing below the
+leaves, and the output is the root's times `up`. Widths: `d_(l+1) = d_l + E_l r`, `d_0 = 0`. S is the sum of E_l r.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.weight import dot, form, frozen, static, trainable, wide
+from lowrank.weights.mixture import Routed, balanced, top
+
+ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "identity": lambda x: x}
+
+
+@form
+class SMoRE(Routed):
+    """`x @ W + scale * x_L @ up`; in every tuple the leaves' level comes first."""
+
+    base: Any = frozen()
+    narrow: jax.Array = trainable()  # [..., in, g]: the token as routers see it
+    queries: tuple[jax.Array, ...] = trainable()  # [..., g * (L - l), g]
+    keys: tuple[jax.Array, ...] = trainable()  # [..., E_l, g]
+    downs: tuple[jax.Array, ...] = trainable()  # A: [..., in, E_l * r]
+    ups: tuple[jax.Array, ...] = trainable()  # B: [..., E_l, r, d_(l+1)]
+    mixes: tuple[jax.Array, ...] = trainable()  # W_l of the levels from 1 on: [..., d_l, d_(l+1)]
+    up: jax.Array = trainable()  # [..., d_L, out], zero at first
+    scale: jax.Array = frozen()
+    mask: jax.Array | None = frozen(default=None)  # as in a Mixture
+    strength: jax.Array | None = frozen(default=None)
+    fanout: tuple[int, ...] = static(default=(1,))
+    activation: str = static(default="tanh")
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """`[..., in] -> [..., out]`."""
+        token = dot(x, self.narrow)[..., None, :]
+        root = self._node(len(self.fanout) - 1, x, token)[..., 0, :]
+        return dot(x, self.base) + dot(root, self.up) * self.scale.astype(x.dtype)
+
+    def _node(self, level: int, x: jax.Array, context: jax.Array) -> jax.Array:
+        """`[..., P, d_(l+1)]`: what P nodes hand up, given `context` `[..., P, c]`, the token and their ancestors."""
+        keys, k = self.keys[level].astype(x.dtype), self.fanout[level]
+        gates, children = self._route(dot(dot(context, self.queries[level]), keys.T), k)
+        residuals = self._residuals(level, x)[..., None, :, :]
+        residuals = jnp.broadcast_to(residuals, (*children.shape[:-1], *residuals.shape[-2:]))
+        h = jnp.take_along_axis(residuals, children[..., None], axis=-2)  # [..., P, k, d_(l+1)]
+        if level:
+            above = jnp.broadcast_to(context[..., None, :], (*children.shape, context.shape[-1]))
+            below = jnp.concatenate([above, keys[children]], axis=-1)
+            flat = below.reshape(*below.shape[:-3], -1, below.shape[-1])
+            handed = self._node(level - 1, x, flat)
+            handed = handed.reshape(*children.shape, handed.shape[-1])
+            h = h + dot(handed, self.mixes[level - 1])
+        return jnp.sum(ACTIVATIONS[self.activation](h) * gates[..., None].astype(h.dtype), axis=-2)
+
+    def _route(self, logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        """`(gates, children)`, both `[..., P, k]`: a softmax over the k best."""
+        probs = jax.nn.softmax(wide(logits), axis=-1)
+        if self.strength is not None:
+            kept = jax.lax.stop_gradient(top(probs, k))
+            probs = balanced(probs, kept / k, self.mask[..., None], self.strength)
+        gates, children = jax.lax.top_k(probs, k)
+        return gates / jnp.sum(gates, axis=-1, keepdims=True), children
+
+    def _residuals(self, level: int, x: jax.Array) -> jax.Array:
+        """`A_i B_i x` of every expert of a level, `[..., E_l, d_(l+1)]`: they do not depend on where it hangs."""
+        low = dot(x, self.downs[level]).reshape(*x.shape[:-1], self.ups[level].shape[0], -1)
+        return jnp.einsum("...er,erd->...ed", low, self.ups[level].astype(x.dtype))
+
+
+def attach(
+    key: jax.Array, w: Any, *, rank: int, experts: Sequence[int], fanout: Sequence[int], gate: int, **options: Any
+) -> SMoRE:
+    """A SMoRE on `w` `[..., in, out]` that starts as the identity; `options` are its `scale` and `activation`."""
+    stack, (n_in, n_out), levels = w.shape[:-2], w.shape[-2:], len(experts)
+    widths = [0]
+    for count in experts:
+        widths.append(widths[-1] + count * rank)
+
+    def drawn(name: int, level: int, shape: tuple[int, ...], fan: int) -> jax.Array:
+        k = jax.random.fold_in(jax.random.fold_in(key, name), level)
+        return jax.random.uniform(k, (*stack, *shape), minval=-(fan**-0.5), maxval=fan**-0.5)
+
+    each = range(levels)
+    return SMoRE(
+        base=w,
+        narrow=drawn(0, 0, (n_in, gate), n_in),
+        queries=tuple(drawn(1, i, (gate * (levels - i), gate), gate * (levels - i)) for i in each),
+        keys=tuple(drawn(2, i, (experts[i], gate), 1) for i in each),
+        downs=tuple(drawn(3, i, (n_in, experts[i] * rank), n_in) for i in each),
+        ups=tuple(drawn(4, i, (experts[i], rank, widths[i + 1]), rank) for i in each),
+        mixes=tuple(drawn(5, i, (widths[i], widths[i + 1]), widths[i]) for i in each if i),
+        up=jnp.zeros((*stack, widths[-1], n_out), jnp.float32),
+        scale=jnp.full(stack, options["scale"], jnp.float32),
+        fanout=tuple(fanout),
+        activation=options["activation"],
+    )
