@@ -11,6 +11,7 @@ import pytest
 from experiments.methods import __main__ as methods_study
 from experiments.methods import catalogue, table
 from experiments.methods.rows import ROWS
+from experiments.quantization import rows as quantization
 from experiments.study import cells, numbers, run, tasks
 from experiments.study.cells import Cell, Row, Study
 from lowrank import methods
@@ -82,7 +83,8 @@ def test_the_interval_is_students():
 
 
 def test_every_method_has_a_row_and_every_row_three_rates():
-    assert {entry.method["name"] for entry in ROWS.values()} == set(methods.METHODS)
+    rows = [*ROWS.values(), *quantization.ROWS.values()]
+    assert {entry.method["name"] for entry in rows} == set(methods.METHODS)
     for name, entry in ROWS.items():
         assert isinstance(entry, Row)
         assert methods.build(entry.method), name

@@ -12,10 +12,20 @@ BASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"param_dtype": "bfloat16"},
     "int8": {"quantize": {"name": "int8"}},
     "int4": {"quantize": {"name": "int4"}},
+    "int4_asymmetric": {"quantize": {"name": "int4", "symmetric": False}},
     "nf4": {"quantize": {"name": "nf4"}},
     "nf4_double": {"quantize": {"name": "nf4", "double": True}},
     "ternary": {"quantize": {"name": "ternary"}},
 }
 TASKS = ("topics", "headlines")
 LORA = {"name": "lora"}
+KERNELS = r"(layers|top)/(attn|mlp)/\w+/kernel"
 ROWS = {f"{base}+lora": Row("LoRA", LORA, (3e-3,), TASKS, model) for base, model in BASES.items()}
+# Against QLoRA on the same kernels: these read the plain base and make the codes themselves.
+ROWS |= {
+    "nf4+qlora": Row("QLoRA", {"name": "lora", "target": KERNELS}, (3e-3,), TASKS, BASES["nf4"]),
+    "nf4+qdora": Row("QDoRA", {"name": "dora", "target": KERNELS}, (3e-3,), TASKS, BASES["nf4"]),
+    "nf4+loftq": Row("LoftQ", {"name": "loftq", "quantize": "nf4"}, (3e-3,), TASKS),
+    "int4_asymmetric+qa_lora": Row("QA-LoRA", {"name": "qa_lora"}, (3e-3,), TASKS),
+    "int4+qat": Row("QAT", {"name": "qat", "quantize": "int4"}, (1e-4,), TASKS),
+}
