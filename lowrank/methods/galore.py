@@ -22,7 +22,7 @@ PyTree = Any
 def galore(
     rank: int = 64, every: int = 200, scale: float = 0.25, target: str = r"(layers|top)/.*kernel", train: str = ".*"
 ) -> Method:
-    """GaLore (Zhao et al. 2024, arXiv:2403.03507): what `train` matches is trained, `target` through projections.
+    """GaLore (Zhao et al. 2024, arXiv:2403.03507): trains what `train` matches, and `target` through projections.
 
     For a kernel's gradient G `[in, out]` with in <= out: `R = P^T G`, and the run's optimizer turns R `[rank, out]`
     into a step N, applied as `scale * P N`; P `[in, rank]` are G's leading left singular vectors, found anew `every`
@@ -39,7 +39,7 @@ def galore(
 
     return Method(
         rewrite=((target, check),),
-        train=(train,),
+        train=(target, train),
         optimizer=lambda plain, steps: projected(plain, rank, every, scale, target),
     )
 

@@ -14,7 +14,7 @@ from lowrank.errors import UserError
 from lowrank.weight import is_weight
 from tests.adapted import adapted
 from tests.parity.bases import LIMIT, assert_same_weights, gap, make, our_logits, randomize, their_logits
-from tests.parity.test_peft import ATTN, QKVO
+from tests.parity.test_peft import ATTN, GPT2_TARGETS, QKVO
 
 # peft warns of the pattern that it wrote itself: lora_E is no module
 pytestmark = [
@@ -22,13 +22,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]
 RANK, ALPHA = 6, 10
-GROUP = {"name": "adalora", "init_rank": RANK, "target_rank": 2, "alpha": float(ALPHA), "target": ATTN}
+GROUP = {"name": "adalora", "init_rank": RANK, "target_rank": 2, "alpha": float(ALPHA)}
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """`(transformers model, our base, our parameters)`."""
-    return make(lambda: tmp_path_factory.mktemp("base"), ["llama"])["llama"]
+def bases(tmp_path_factory):
+    """`{name: (transformers model, our base, our parameters)}`."""
+    return make(lambda: tmp_path_factory.mktemp("base"), ["llama", "gpt2"])
 
 
 def pruned(params):
@@ -36,15 +36,16 @@ def pruned(params):
 
     def some(w):
         kept = np.random.default_rng(w.shape[-1]).random(w.e.shape) < 0.6
-        kept[1] &= w.shape[-1] == 32  # not the narrower k and v
+        kept[1] &= w.shape[-1] >= 32  # not the narrower k and v of the Llama
         return w.__class__(**{**vars(w), "e": w.e * kept})
 
     return jax.tree.map(lambda w: some(w) if is_weight(w) else w, params, is_leaf=is_weight)
 
 
-def test_peft_loads_our_pruned_adapter_and_computes_our_logits(llama, tmp_path):
-    model, base, plain = llama
-    params, trained = adapted(plain, GROUP)
+@pytest.mark.parametrize(("name", "target"), [("llama", ATTN), ("gpt2", GPT2_TARGETS)])
+def test_peft_loads_our_pruned_adapter_and_computes_our_logits(name, target, bases, tmp_path):
+    model, base, plain = bases[name]
+    params, trained = adapted(plain, {**GROUP, "target": target})
     params = pruned(params)
     peft_format.save(params, base, tmp_path, trained=trained, method=GROUP, original=plain)
     theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
@@ -54,7 +55,7 @@ def test_peft_loads_our_pruned_adapter_and_computes_our_logits(llama, tmp_path):
     assert_same_weights(params, back)
     said = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (said["init_r"], said["target_r"] >= 1, said["peft_type"]) == (RANK, True, "ADALORA")
-    assert "model.layers.1.self_attn.v_proj.lora_E" not in said["rank_pattern"]
+    assert len(said["rank_pattern"]) == (10 if name == "llama" else 6)  # two modules of the Llama were pruned away
 
 
 def theirs_pruned(model):
@@ -75,8 +76,8 @@ def theirs_pruned(model):
     return theirs
 
 
-def test_we_load_a_pruned_adapter_of_peft_and_compute_its_logits(llama, tmp_path):
-    model, base, plain = llama
+def test_we_load_a_pruned_adapter_of_peft_and_compute_its_logits(bases, tmp_path):
+    model, base, plain = bases["llama"]
     theirs = theirs_pruned(model)
     expected = their_logits(theirs)
     theirs.save_pretrained(tmp_path)
