@@ -12,6 +12,7 @@ from lowrank.weights import (
     dora,
     fake,
     hira,
+    ir_qlora,
     loftq,
     loha,
     lokr,
@@ -104,6 +105,7 @@ ROUNDED: dict[str, float] = {
     "ternary": 0.6,
     "loftq": 0.06,
     "qa lora": 0.1,
+    "ir qlora": 0.1,
     "qat": 0.13,
     "lora of nf4": 0.1,
     "dora of nf4": 0.1,
@@ -126,6 +128,9 @@ FORMS |= {
     ),
     "qa lora": lambda key, w: qa_lora.attach(
         key, w, rank=2, alpha=3.0, block=8, quantize=SCHEMES["int4"](block=8, symmetric=False)
+    ),
+    "ir qlora": lambda key, w: ir_qlora.attach(
+        FORMS["lora"](key, SCHEMES["nf4"](block=8, double=True, calibrate=5)(w))
     ),
     "qat": lambda key, w: fake.attach(w, scheme="int4", options=(("block", 8),), activations=0),
     "lora of nf4": _on_nf4(FORMS["lora"]),

@@ -71,6 +71,7 @@ def attached(**group):
         ({"name": "vera", "target": Q}, [f"{Q}/lambda_b", f"{Q}/lambda_d"]),
         ({"name": "loftq", "rank": 3, "target": Q}, [f"{Q}/a", f"{Q}/b"]),
         ({"name": "qa_lora", "rank": 2, "block": 4, "target": Q}, [f"{Q}/a", f"{Q}/b"]),
+        ({"name": "ir_qlora", "target": Q, "calibrate": 3}, [f"{Q}/{f}" for f in ("a", "b", "beta1", "beta2")]),
         ({"name": "qat", "target": Q}, [f"{Q}/latent"]),
         ({"name": "ia3"}, [f"layers/{m}/kernel/s" for m in ("attn/k", "attn/v", "mlp/down")]),
     ],

@@ -1,5 +1,7 @@
 """LoftQ, QA-LoRA and quantisation-aware training against their formulas in float64."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from lowrank import adapter, merging, methods, pretrained
 from lowrank.errors import UserError
 from lowrank.weight import dot, materialize
 from lowrank.weights import codebook, fake, schemes
+from lowrank.weights.quantized import unpack
 from tests import tiny
 from tests.forms import shaken
 
@@ -77,6 +80,40 @@ def test_qa_lora_takes_codes_that_are_there_if_they_have_zeros():
         attached(codes, name="qa_lora", rank=2, block=4)
     with pytest.raises(UserError, match="needs asymmetric integer codes, not NF4"):
         attached(jax.jit(schemes.SCHEMES["nf4"]())(jnp.asarray(W)), name="qa_lora", rank=2, block=8)
+
+
+def test_calibration_finds_the_shift_whose_codes_say_most():
+    kernel, table = W[0, :16], np.float64(codebook.TABLES["nf4"])
+    w = jax.jit(schemes.SCHEMES["nf4"](block=16, calibrate=21))(jnp.asarray(kernel))
+    codes = np.asarray(unpack(w.codes, 4, 16))[0]
+    for j in range(OUT):
+        v = np.float64(kernel[:, j])
+        found = {}
+        for shift in np.median(v) + np.linspace(-0.1, 0.1, 21) * v.std():
+            near = np.abs((v - shift)[:, None] / np.abs(v - shift).max() - table).argmin(1)
+            p = np.bincount(near, minlength=16) / 16
+            found[shift] = -np.sum(p[p > 0] * np.log(p[p > 0]))
+        p = np.bincount(codes[:, j], minlength=16) / 16
+        assert -np.sum(p[p > 0] * np.log(p[p > 0])) == pytest.approx(max(found.values()), abs=1e-6)
+        assert min(abs(float(w.shift[0, j]) - shift) for shift in found) < 1e-6
+        top = np.abs(v - float(w.shift[0, j])).max()
+        np.testing.assert_allclose(w.materialize()[:, j], table[codes[:, j]] * top + float(w.shift[0, j]), atol=1e-6)
+
+
+def test_the_elastic_connection_is_the_papers():
+    rank, alpha = 6, 9.0
+    w = shaken(attached(name="ir_qlora", rank=rank, alpha=alpha, block=8, calibrate=3), jax.random.key(2))
+    one = jax.tree.map(lambda x: np.float64(x[1]), {k: getattr(w, k) for k in ("a", "b", "beta1", "beta2")})
+    layer, x = jax.tree.map(lambda x: x[1], w), np.random.default_rng(1).standard_normal((5, IN))
+
+    def averaged(x, size):  # runs of the common divisor, averaged, and repeated to the new size
+        g = math.gcd(x.shape[-1], size)
+        return np.tile(x.reshape(len(x), -1, g).mean(1), (1, size // g))
+
+    inner = x @ one["a"] + one["beta1"] * averaged(x, rank)
+    update = inner @ one["b"] + one["beta2"] * averaged(inner, OUT)
+    expected = x @ np.float64(materialize(layer.base)) + alpha / rank * update
+    np.testing.assert_allclose(dot(jnp.asarray(x, jnp.float32), layer), expected, atol=2e-5)
 
 
 def test_qat_multiplies_by_the_codes_and_hands_the_gradient_through():

@@ -44,6 +44,7 @@ LM_METHODS = {
     "vera": "method=vera,rank=32",
     "loftq": "method=loftq,rank=2,target=.*attn/(q|v)/kernel",
     "qa_lora": "method=qa_lora,rank=2,block=4,bits=2",
+    "ir_qlora": "method=ir_qlora,rank=2,calibrate=10,target=.*attn/(q|v)/kernel",
     "qat": "method=qat,quantize=ternary,activations=8",
     "houlsby": "method=houlsby,width=4",
     "scaled_parallel": "method=scaled_parallel,width=4",

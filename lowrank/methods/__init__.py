@@ -35,7 +35,7 @@ from lowrank.methods.method import (
 from lowrank.methods.mixtures import milora, more, smore
 from lowrank.methods.prefix import mam, prefix
 from lowrank.methods.prompt import prompt, ptuning
-from lowrank.methods.quantised import loftq, qa_lora, qat
+from lowrank.methods.quantised import ir_qlora, loftq, qa_lora, qat
 from lowrank.methods.relora import relora
 from lowrank.methods.selective import bitfit, chosen, full, head, norm, partial
 from lowrank.methods.sparse import sparse
@@ -80,6 +80,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "loha": loha,
     "lokr": lokr,
     "loftq": loftq,
+    "ir_qlora": ir_qlora,
     "qa_lora": qa_lora,
     "qat": qat,
     "hira": hira,

@@ -12,7 +12,9 @@ from lowrank.methods.lora import bind_dropout
 from lowrank.methods.method import Method
 from lowrank.weight import is_weight
 from lowrank.weights import fake
+from lowrank.weights import ir_qlora as ir_form
 from lowrank.weights import loftq as loftq_form
+from lowrank.weights import lora as lora_form
 from lowrank.weights import qa_lora as qa_lora_form
 from lowrank.weights.schemes import SCHEMES, Quantizer
 
@@ -63,6 +65,34 @@ def qa_lora(rank: int = 8, alpha: float = 16.0, target: str = LINEAR, block: int
         return qa_lora_form.attach(key, w, rank=rank, alpha=alpha, block=block, quantize=make)
 
     return Method(rewrite=((target, adapt),))
+
+
+def ir_qlora(
+    rank: int = 8,
+    alpha: float = 16.0,
+    target: str = LINEAR,
+    block: int = 64,
+    double: bool = True,
+    calibrate: int = 200,
+    dropout: float = 0.0,
+) -> Method:
+    """IR-QLoRA: NF4 calibrated to keep the most information, and a LoRA past which averages of its inputs flow.
+
+    `calibrate` shifts of each block are tried; see `lowrank.weights.codebook` and `lowrank.weights.ir_qlora`. A base
+    that is in codes already (`model.quantize`) is left as it is.
+    """
+    targets.positive(rank=rank, alpha=alpha)
+    targets.fraction(dropout=dropout)
+    make = _quantizer({"name": "nf4", "block": block, "double": double, "calibrate": calibrate})
+
+    def adapt(key: jax.Array, w: Any, name: str) -> Any:
+        targets.check_rank(name, w.shape, rank)
+        base = w if is_weight(w) else jax.lax.map(make, w) if len(w.shape) == 3 else make(w)
+        layers = w.shape[0] if len(w.shape) > 2 else 1
+        start = {"rslora": False, "dropout": dropout, "init": "kaiming"}
+        return ir_form.attach(lora_form.attach(key, base, ranks=(rank,) * layers, alphas=(alpha,) * layers, **start))
+
+    return Method(rewrite=((target, adapt),), bind=bind_dropout if dropout else None)
 
 
 def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activations: int = 0) -> Method:

@@ -12,9 +12,11 @@ from lowrank.weights.quantized import Quantized
 Quantizer = Callable[[jax.Array], Quantized]
 
 
-def nf4(block: int = 64, double: bool = False) -> Quantizer:
-    """NF4; `double` keeps the blocks' magnitudes in 8 bits."""
-    return partial(codebook.quantize, table="nf4", block=_block(block), double=double)
+def nf4(block: int = 64, double: bool = False, calibrate: int = 0) -> Quantizer:
+    """NF4; `double` keeps the blocks' magnitudes in 8 bits, `calibrate` tries so many shifts of each block."""
+    if calibrate < 0:
+        raise UserError(f"quantize.calibrate must not be negative, not {calibrate}")
+    return partial(codebook.quantize, table="nf4", block=_block(block), double=double, calibrate=calibrate)
 
 
 def fp4(block: int = 64, double: bool = False) -> Quantizer:
