@@ -186,6 +186,14 @@ def test_olora_takes_the_qr_factors_of_the_papers_kernel():
         np.testing.assert_allclose(w.b[layer] @ w.b[layer].T, np.eye(3), atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "fields"), [("lora_fa", "ab"), ("lora_xs", ("a", "b", "core"))])
+def test_an_adapter_holds_the_factors_that_were_frozen(name, fields):
+    method = methods.build({"name": name, "rank": 4, "target": Q})
+    params = methods.attach(method, base(), jax.random.key(1))
+    _, mask = methods.finished(method, params, methods.trainable_mask(method, params))
+    assert [name for name, held in tree.named_leaves(mask) if held] == [f"{Q}/{f}" for f in fields]
+
+
 @pytest.mark.parametrize("name", ["lora_xs", "edora"])
 def test_a_core_is_trained_between_the_leading_singular_vectors(name):
     params, _ = attached(name=name, rank=3, alpha=6, target=Q)

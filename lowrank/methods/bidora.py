@@ -45,24 +45,25 @@ def bidora(holdout: float = 0.2, retrain: float = 0.25, orthogonal: float = 0.00
 
 def _penalty(factor: float, params: PyTree) -> jax.Array:
     weights = [w for w in jax.tree.leaves(params, is_leaf=weight.is_weight) if isinstance(w, DoRA)]
-    distances = jnp.concatenate([jnp.ravel(_distance(w)) for w in weights])
-    return factor * jnp.mean(distances)
+    return factor * jnp.mean(jnp.concatenate([_distances(w) for w in weights]))
+
+
+def _distances(w: DoRA) -> jax.Array:
+    """One distance a layer, computed layer by layer: each needs some copies of its kernel."""
+    one = jax.checkpoint(_distance)
+    return jax.lax.map(one, w) if len(w.shape) > 2 else one(w)[None]
 
 
 def _distance(w: DoRA) -> jax.Array:
-    """`||D^T D - I||` (Frobenius) of each layer `[...]`, by the smaller of `D^T D` and `D D^T`.
+    """`||D^T D - I||` (Frobenius) of one layer, from the smaller of `D^T D` and `D D^T`, whose norms are the same.
 
-    Columns have unit length, so `||D^T D - I||^2 = ||D D^T||^2 - out`.
+    Columns have unit length, so `||D^T D - I||^2 = ||D^T D||^2 - out`.
     """
     direction = weight.wide(weight.materialize(w.base)) + w.delta()
-    d = direction / jnp.linalg.norm(direction, axis=-2, keepdims=True)
-    n_in, n_out = d.shape[-2:]
-    turned = jnp.swapaxes(d, -1, -2)
-    if n_out <= n_in:
-        gram = turned @ d
-        square = jnp.sum(jnp.square(gram - jnp.broadcast_to(jnp.eye(n_out), gram.shape)), axis=(-2, -1))
-    else:
-        square = jnp.sum(jnp.square(d @ turned), axis=(-2, -1)) - n_out
+    d = direction / jnp.linalg.norm(direction, axis=0, keepdims=True)
+    n_in, n_out = d.shape
+    gram = d.T @ d if n_out <= n_in else d @ d.T
+    square = jnp.sum(jnp.square(gram)) - n_out
     return jnp.sqrt(jnp.maximum(square, 1e-12))
 
 

@@ -24,7 +24,9 @@ def lora_fa(**kwargs: Any) -> Method:
     if kwargs.get("init") == "zero_a":
         raise UserError("LoRA-FA freezes A: with init=zero_a nothing would ever be learned")
     method = settings.call(lora, kwargs, "method")
-    return dataclasses.replace(method, freeze=tuple(f"(?:{target})/a" for target, _ in method.rewrite))
+    [(target, _)] = method.rewrite
+    kept = (f"(?:{target})/a",)
+    return dataclasses.replace(method, freeze=kept, holds=kept)
 
 
 def lora_xs(rank: int = 16, **kwargs: Any) -> Method:
@@ -42,4 +44,6 @@ def _around_core(attach: Callable[[LoRA], LoRA], rank: int, kwargs: dict[str, An
         raise UserError("method.init: the factors of LoRA-XS and EDoRA are the base's singular vectors")
     method = settings.call(lora, {"rank": rank, **kwargs}, "method")
     [(target, adapt)] = method.rewrite
-    return dataclasses.replace(method, rewrite=((target, lambda key, w, name: attach(adapt(key, w, name))),))
+    around = ((target, lambda key, w, name: attach(adapt(key, w, name))),)
+    # an adapter holds the singular vectors too: another machine may find them with other signs
+    return dataclasses.replace(method, rewrite=around, holds=(f"(?:{target})/(a|b)",))
