@@ -131,3 +131,13 @@ def test_the_command_merges_and_says_in_one_line_what_is_wrong(base, tmp_path):
     wrong = run("--otuput=x")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "otuput" in wrong.stderr
+
+
+def test_added_biases_are_told_in_the_config(tmp_path):
+    base = pretrained.load(str(tiny.llama(tmp_path / "tiny-llama")), model={"biases": True})
+    params = tree.map_named(lambda name, x: x + 0.5 if name.endswith("bias") else x, base.params)
+    merging.merge_to_hf(params, base, tmp_path / "merged")
+    again = pretrained.load(str(tmp_path / "merged"))
+    assert (again.config.mlp_bias, again.new) == (True, ())
+    for (name, x), (_, y) in zip(tree.named_leaves(again.params), tree.named_leaves(params), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=name)

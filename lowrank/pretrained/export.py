@@ -30,7 +30,9 @@ RUNTIME = (
     "fused_attention",
     "top_layers",
     "num_labels",
+    "biases",
 )  # what a checkpoint does not depend on, or says itself
+BIASES = ("attention_bias", "mlp_bias")  # keys that say what `biases` adds, in the families that have them
 
 
 def export(
@@ -82,15 +84,17 @@ Part = tuple[str, Tensor, tuple[int, ...]]  # a tensor's name, its leaf, and whe
 def _hf_config(base: Pretrained, dtype: str, labels: Sequence[str]) -> dict[str, Any]:
     family, config = FAMILIES[base.family], base.config
     kept = RUNTIME if config.num_labels else (*RUNTIME, "pooling")
-    source = family.config(base.hf_config)
+    ours = family.hf_config(config)
+    added = {name: ours[name] for name in BIASES if name in ours} if config.biases else {}
+    told = {**base.hf_config, **added}
+    source = family.config(told)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in kept and value != getattr(source, field.name):
             raise UserError(f"model.{field.name}={value!r} cannot be told in a {base.family} config.json")
     if labels and len(labels) != config.num_labels:
         raise UserError(f"{len(labels)} labels for a model with {config.num_labels}")
-    ours = family.hf_config(config)
-    merged = {**base.hf_config, "architectures": ours["architectures"], "torch_dtype": dtype}
+    merged = {**told, "architectures": ours["architectures"], "torch_dtype": dtype}
     merged.setdefault("pad_token_id", base.tokenizer.pad_id)
     if config.num_labels:
         names = list(labels) or [f"LABEL_{i}" for i in range(config.num_labels)]
