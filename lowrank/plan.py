@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -125,7 +126,12 @@ class Plan:
 
     @functools.cached_property
     def changing(self) -> frozenset[str]:
-        """The names of the frozen leaves that restarts change."""
+        """The names of the frozen leaves that a checkpoint holds: `prepare` has chosen, or restarts change them."""
+        frozen = tree.names(tree.split(self.shapes, self.mask)[1])
+        patterns = self.method.holds if self.method.prepare else ()
+        return self._changed_by_restarts() | {n for p in patterns for n in frozen if re.fullmatch(p, n)}
+
+    def _changed_by_restarts(self) -> frozenset[str]:
         if not self.method.restart:
             return frozenset()
         _, sources = _sources(self.method.restart[1], self.shapes, _key())

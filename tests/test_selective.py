@@ -11,12 +11,14 @@ from safetensors.numpy import load_file
 from lowrank import methods, train, tree, weight
 from lowrank.errors import UserError
 from lowrank.methods.features import Cache
+from lowrank.methods.sparse import SEEING
 from lowrank.runlog import read_metrics
 from lowrank.weight import materialize
 from tests import tiny
 from tests.models.tiny import decoder, run
 from tests.test_additive import trained
 from tests.test_train import config_of
+from tests.test_train_decoder import _bytes, _compiled
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 IN, OUT, ROWS, STEPS, LR = 6, 5, 4, 2, 0.1
@@ -96,6 +98,38 @@ def test_a_sparse_adapter_holds_its_places(files, tmp_path):
         np.put_along_axis(want, arrays[f"{name}/indices"], arrays[f"{name}/values"], axis=1)
         np.testing.assert_allclose(change, want, atol=1e-6)
         assert np.any(want)
+
+
+def test_a_run_that_goes_on_keeps_its_places_and_does_not_choose_again(files, tmp_path, monkeypatch):
+    arg = "method=sparse,density=0.05,choose=saliency,batches=1,target=.*down/kernel"
+    config = config_of(files, arg, steps=2, mesh__data=1, checkpoint__every=1)
+    batch, choose, seen = train.Run._batch, SEEING["saliency"], []
+
+    def broken(run, done):
+        seen.append(run.frozen)
+        if len(seen) == 2:
+            raise UserError("the power is gone")
+        return batch(run, done)
+
+    monkeypatch.setattr(train.Run, "_batch", broken)
+    with pytest.raises(UserError, match="the power is gone"):
+        train.run(config, tmp_path)
+    monkeypatch.setitem(SEEING, "saliency", lambda *args, **kw: jax.tree.map(jnp.negative, choose(*args, **kw)))
+    train.run(config, tmp_path)
+    first, last = ({n: x for n, x in tree.named_leaves(p) if n.endswith("indices")} for p in (seen[0], seen[-1]))
+    assert first
+    jax.tree.map(np.testing.assert_array_equal, first, last)
+
+
+def test_a_sparse_step_keeps_no_dense_gradients_or_moments():
+    bytes_of = {}
+    for name, options in {"sparse": {"density": 0.005}, "chosen": {"leaves": r".*(attn|mlp)/\w+/kernel"}}.items():
+        method = methods.build({"name": name, **options})
+        compiled, state, _, _ = _compiled(method, (1, 1, 1), 32, width=128, layers=6)
+        bytes_of[name] = _bytes(state), compiled.memory_analysis().temp_size_in_bytes
+    (few, temporary), (kernels, dense) = bytes_of["sparse"], bytes_of["chosen"]
+    assert few < 0.006 * kernels
+    assert temporary < dense - 0.5 * kernels
 
 
 def test_learned_rows_are_rows_of_the_embedding_and_of_a_head_that_shares_it():
