@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lowrank.peft_format import config, prompts, reading, tensors, tokens, writing
+from lowrank.peft_format import config, experts, prompts, reading, tensors, tokens, writing
 from lowrank.peft_format.forms import FORMS
 from lowrank.peft_format.modules import Base
 from lowrank.peft_format.reading import About
@@ -33,13 +33,14 @@ def about(directory: str | os.PathLike[str]) -> About:
 
 def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
     """`params`, the plain tree of `base`, with the adapter in `directory` attached; see `reading.load`."""
-    module = WHOLE.get(config.parse(directory)["peft_type"], reading)
+    raw = config.parse(directory)
+    module = experts if raw.get(experts.KEY) else WHOLE.get(raw["peft_type"], reading)
     return module.load(directory, params, base, any_base=any_base)
 
 
 def fits(params: PyTree) -> bool:
     """Whether `params` hold something that this format may have a place for, beside rewritten weights."""
-    return any(module.fits(params) for module in WHOLE.values())
+    return any(module.fits(params) for module in (experts, *WHOLE.values()))
 
 
 def save(
@@ -52,7 +53,7 @@ def save(
     original: PyTree | None = None,
 ) -> Path:
     """Writes the adapter in `params`, the adapted tree of `base`, and returns its folder; see `writing.save`."""
-    module = next((module for module in WHOLE.values() if module.fits(params)), writing)
+    module = next((module for module in (experts, *WHOLE.values()) if module.fits(params)), writing)
     return module.save(params, base, directory, trained=trained, method=method, original=original)
 
 

@@ -124,6 +124,7 @@ LORA = Form(
         "megatron_core",
         "qalora_group_size",
         "runtime_config",
+        "target_parameters",  # LoRA on experts: `peft_format.experts`
         "velora_config",
     ),
     # The inits that are not here replace the base by a residual when the adapter is loaded.
