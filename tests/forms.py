@@ -18,6 +18,7 @@ from lowrank.weights import (
     lokr,
     lora,
     lora_xs,
+    oft,
     qa_lora,
     rows,
     scaled,
@@ -76,6 +77,10 @@ FORMS: dict[str, Callable[[jax.Array, Any], Any]] = {
     "vera": lambda key, w: vera.bound(
         vera.attach(w, 2 * RANK, 0.1), **vera.projections(key, 2 * RANK, IN + 3, OUT + 5)
     ),
+    "oft": lambda key, w: oft.attach(w, block=4),
+    "oft one block for all": lambda key, w: oft.attach(w, block=3, share=True),
+    "oft by a series": lambda key, w: oft.attach(w, block=4, terms=5),
+    "boft": lambda key, w: oft.attach_butterfly(w, block=2, factors=2),
     "lora of ia3": lambda key, w: lora_on(key, scaled.attach(w, "out"), _even(w)),
     "ia3 of dora": lambda key, w: scaled.attach(dora.attach(lora_on(key, w, _even(w))), "in"),
 }
@@ -110,6 +115,7 @@ ROUNDED: dict[str, float] = {
     "lora of nf4": 0.1,
     "dora of nf4": 0.1,
     "hira of nf4": 0.1,
+    "oft of nf4": 0.1,
 }
 FORMS |= {
     "nf4": quantised("nf4"),
@@ -136,6 +142,7 @@ FORMS |= {
     "lora of nf4": _on_nf4(FORMS["lora"]),
     "dora of nf4": _on_nf4(FORMS["dora"]),
     "hira of nf4": _on_nf4(FORMS["hira"]),
+    "oft of nf4": _on_nf4(FORMS["oft"]),
 }
 
 

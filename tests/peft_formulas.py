@@ -79,6 +79,45 @@ def _vera(config, path, parts, out):
     out[f"{path}.weight"] += parts["vera_lambda_b"][:, None] * (b @ (parts["vera_lambda_d"][:, None] * a))
 
 
+def _blocks(q, series):
+    """PEFT's rotation of skew-symmetric blocks: its series, or its exact transform, which turns the other way."""
+    eye = np.eye(q.shape[-1])
+    return eye + 2 * (q + q @ q + q @ q @ q) + q @ q @ q @ q if series else (eye - q) @ np.linalg.inv(eye + q)
+
+
+def _diagonal(blocks):
+    out = np.zeros((len(blocks) * blocks.shape[-1],) * 2)
+    for i, block in enumerate(blocks):
+        at = slice(i * len(block), (i + 1) * len(block))
+        out[at, at] = block
+    return out
+
+
+def _oft(config, path, parts, out):
+    n_in = out[f"{path}.weight"].shape[1]
+    b = config["oft_block_size"] or n_in // config["r"]
+    q = np.zeros((len(parts["oft_R"]), b, b))
+    q[:, *np.triu_indices(b, 1)] = parts["oft_R"]
+    assert config["num_cayley_neumann_terms"] == 5
+    r = _diagonal(np.resize(_blocks(q - q.swapaxes(1, 2), config["use_cayley_neumann"]), (n_in // b, b, b)))
+    out[f"{path}.weight"] = out[f"{path}.weight"] @ r.T
+
+
+def _boft(config, path, parts, out):
+    """Factor i: the halves of blocks in an order that puts every `2^i`-th of `2^(i + 1)` neighbours together."""
+    (factors, _, b, _), n_in = parts["boft_R"].shape, out[f"{path}.weight"].shape[1]
+    assert factors == config["boft_n_butterfly_factor"]
+    halves, r = np.arange(n_in).reshape(-1, b // 2 or 1), np.eye(n_in)
+    for i, data in enumerate(parts["boft_R"]):
+        order = (
+            halves.reshape(-1, 2, 2**i, halves.shape[1]).swapaxes(1, 2).reshape(-1) if factors > 1 else np.arange(n_in)
+        )
+        factor = np.zeros((n_in, n_in))
+        factor[np.ix_(order, order)] = _diagonal(_blocks((data - data.swapaxes(1, 2)) / 2, False))
+        r = factor @ r
+    out[f"{path}.weight"] = out[f"{path}.weight"] @ r.T * parts["boft_s"]
+
+
 FORMULAS = {
     "lora_": _lora,
     "ia3_l": _ia3,
@@ -86,4 +125,6 @@ FORMULAS = {
     "lokr_": _lokr,
     "hira_": _hira,
     "vera_": _vera,
+    "oft_": _oft,
+    "boft_": _boft,
 }

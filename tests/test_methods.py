@@ -73,6 +73,8 @@ def attached(**group):
         ({"name": "qa_lora", "rank": 2, "block": 4, "target": Q}, [f"{Q}/a", f"{Q}/b"]),
         ({"name": "ir_qlora", "target": Q, "calibrate": 3}, [f"{Q}/{f}" for f in ("a", "b", "beta1", "beta2")]),
         ({"name": "qat", "target": Q}, [f"{Q}/latent"]),
+        ({"name": "oft", "block": 4, "target": Q}, [f"{Q}/skew"]),
+        ({"name": "boft", "block": 2, "target": Q}, [f"{Q}/s", f"{Q}/skew"]),
         ({"name": "ia3"}, [f"layers/{m}/kernel/s" for m in ("attn/k", "attn/v", "mlp/down")]),
     ],
 )

@@ -39,6 +39,11 @@ GROUPS = {
     "lokr both": {"name": "lokr", "rank": 1, "alpha": 3.0, "factor": 8, "decompose_both": True, "target": ATTN},
     "hira": {"name": "hira", "rank": 3, "target": ATTN, "rank_pattern": PATTERNS["rank_pattern"]},
     "vera": {"name": "vera", "rank": 20, "target": r".*attn/(q|k|v|o)/kernel|.*mlp/down/kernel"},
+    "oft": {"name": "oft", "block": 8, "target": r".*(attn/(q|v)|mlp/down)/kernel"},
+    "oft shared": {"name": "oft", "block": 4, "share": True, "target": ATTN},
+    "oft series": {"name": "oft", "block": 4, "terms": 5, "target": ATTN},
+    "boft": {"name": "boft", "block": 4, "factors": 3, "target": r".*(attn/(q|v)|mlp/down)/kernel"},
+    "boft one factor": {"name": "boft", "block": 4, "factors": 1, "target": ATTN},
     "bias": {"name": "lora", "bias": "all"},
     "its bias": {"name": "lora", "bias": "lora_only"},
 }

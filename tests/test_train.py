@@ -46,6 +46,8 @@ LM_METHODS = {
     "qa_lora": "method=qa_lora,rank=2,block=4,bits=2",
     "ir_qlora": "method=ir_qlora,rank=2,calibrate=10,target=.*attn/(q|v)/kernel",
     "qat": "method=qat,quantize=ternary,activations=8",
+    "oft": "method=oft,block=8",
+    "boft": "method=boft,block=4",
     "houlsby": "method=houlsby,width=4",
     "scaled_parallel": "method=scaled_parallel,width=4",
     "more": "method=more,rank=2,experts=3",

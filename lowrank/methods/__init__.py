@@ -33,6 +33,7 @@ from lowrank.methods.method import (
     trainable_mask,
 )
 from lowrank.methods.mixtures import milora, more, smore
+from lowrank.methods.oft import boft, oft
 from lowrank.methods.prefix import mam, prefix
 from lowrank.methods.prompt import prompt, ptuning
 from lowrank.methods.quantised import ir_qlora, loftq, qa_lora, qat
@@ -85,6 +86,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "qat": qat,
     "hira": hira,
     "vera": vera,
+    "oft": oft,
+    "boft": boft,
 }
 
 

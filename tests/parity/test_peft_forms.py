@@ -1,9 +1,12 @@
 """LoHa, LoKr, HiRA, VeRA, OFT and BOFT go to `peft` and come from it: the logits are the same."""
 
 import copy
+import types
 
 import peft
+import peft.tuners.boft.layer as boft_layer
 import pytest
+import torch
 
 from lowrank import peft_format
 from lowrank.errors import UserError
@@ -13,6 +16,8 @@ from tests.parity.bases import LIMIT, assert_same_weights, gap, make, our_logits
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Specified to not save vera_A:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`:UserWarning"),
+    pytest.mark.usefixtures("quick_compiles"),
 ]
 
 ATTN, GPT2_TARGETS = r".*attn/(q|k|v|o)/kernel", r".*(attn/qkv|mlp/down)/kernel"
@@ -31,12 +36,22 @@ OURS = {
     "gpt2 hira": ("gpt2", {"name": "hira", "rank": 4, "target": GPT2_TARGETS}),
     "vera": ("llama", {"name": "vera", "rank": 40, "target": r".*(attn/(q|k|o)|mlp/down)/kernel"}),
     "gpt2 vera": ("gpt2", {"name": "vera", "rank": 16, "target": GPT2_TARGETS}),
+    "oft": ("llama", {"name": "oft", "block": 8, "target": r".*(attn/(q|k|o)|mlp/down)/kernel"}),
+    "oft series": ("llama", {"name": "oft", "block": 4, "terms": 5, "share": True, "target": ATTN}),
+    "boft": ("llama", {"name": "boft", "block": 4, "factors": 3, "target": ATTN}),
 }
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     return make(lambda: tmp_path_factory.mktemp("base"), ("llama", "gpt2"))
+
+
+@pytest.fixture(autouse=True)
+def blocks_without_cuda(monkeypatch):
+    """PEFT's BOFT has its butterflies only with a CUDA extension, which does this."""
+    diagonal = types.SimpleNamespace(forward=lambda x: (torch.stack([torch.block_diag(*blocks) for blocks in x]),))
+    monkeypatch.setattr(boft_layer, "get_fbd_cuda", lambda: diagonal)
 
 
 @pytest.mark.parametrize("case", OURS)
@@ -90,6 +105,36 @@ THEIRS = {
         peft.VeraConfig,
         {"r": 8, "target_modules": [*QKVO, "up_proj"], "save_projection": False, "projection_prng_key": 7},
     ),
+    "oft": (
+        "llama",
+        peft.OFTConfig,
+        {"oft_block_size": 8, "use_cayley_neumann": False, "target_modules": QKVO, "bias": "oft_only"},
+    ),
+    "oft series, blocks that do not divide": (
+        "llama",
+        peft.OFTConfig,
+        {"oft_block_size": 6, "num_cayley_neumann_terms": 7, "target_modules": [*QKVO, "down_proj"]},
+    ),
+    "oft series of three terms": (
+        "llama",
+        peft.OFTConfig,
+        {"r": 4, "oft_block_size": 0, "num_cayley_neumann_terms": 3, "target_modules": [*QKVO, "down_proj"]},
+    ),
+    "coft": (
+        "llama",
+        peft.OFTConfig,
+        {"oft_block_size": 4, "coft": True, "eps": 0.7, "block_share": True, "target_modules": QKVO},
+    ),
+    "boft": (
+        "llama",
+        peft.BOFTConfig,
+        {"boft_block_size": 4, "boft_n_butterfly_factor": 3, "target_modules": QKVO, "bias": "boft_only"},
+    ),
+    "boft by number": (
+        "llama",
+        peft.BOFTConfig,
+        {"boft_block_size": 0, "boft_block_num": 8, "boft_n_butterfly_factor": 2, "target_modules": ["o_proj"]},
+    ),
     "gpt2 vera": (
         "gpt2",
         peft.VeraConfig,
@@ -113,7 +158,7 @@ def test_we_load_an_adapter_of_peft_and_compute_its_logits(case, bases, tmp_path
     assert_same_weights(mine, peft_format.load(again, plain, base))
 
 
-@pytest.mark.parametrize("name", ["loha", "lokr"])
+@pytest.mark.parametrize("name", ["loha", "lokr", "oft", "boft"])
 def test_what_peft_has_on_linear_layers_only_is_not_written_for_a_conv1d(name, bases, tmp_path):
     _, base, plain = bases["gpt2"]
     params, trained = adapted(plain, {"name": name, "target": GPT2_TARGETS})

@@ -7,6 +7,7 @@ from lowrank.peft_format.forms.ia3 import IA3
 from lowrank.peft_format.forms.loha import LOHA
 from lowrank.peft_format.forms.lokr import LOKR
 from lowrank.peft_format.forms.lora import DORA, EDORA, LORA, LORA_XS
+from lowrank.peft_format.forms.oft import BOFT_FORM, OFT_FORM
 from lowrank.peft_format.forms.vera import VERA
 
 FORMS: dict[str, Form] = {
@@ -20,6 +21,8 @@ FORMS: dict[str, Form] = {
     "lokr": LOKR,
     "hira": HIRA,
     "vera": VERA,
+    "oft": OFT_FORM,
+    "boft": BOFT_FORM,
 }
 
 __all__ = ["FORMS", "Form", "Layer", "Settings"]

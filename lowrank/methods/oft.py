@@ -1,0 +1,47 @@
+"""OFT and BOFT as methods."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lowrank.errors import UserError
+from lowrank.methods import targets
+from lowrank.methods.method import Method
+from lowrank.weights import oft as form
+
+
+def oft(block: int = 32, target: str = r".*attn/(q|v)/kernel", share: bool = False, terms: int = 0) -> Method:
+    """OFT: the inputs turned by an orthogonal, block-diagonal matrix (Qiu et al. 2023, arXiv:2306.07280).
+
+    `block` divides every target's inputs; with `share` all blocks of a kernel are one. Blocks are Cayley's transform,
+    or with `terms` (4 or more) so many terms of its Neumann series, as in OFTv2. See `lowrank.weights.oft`.
+    """
+    targets.positive(block=block)
+    if terms and terms < 4:
+        raise UserError(f"method.terms must be 0 (exact) or at least 4, not {terms}")
+    return Method(rewrite=((target, _named(lambda w: form.attach(w, block=block, share=share, terms=terms))),))
+
+
+def boft(block: int = 8, factors: int = 2, target: str = r".*attn/(q|v)/kernel") -> Method:
+    """BOFT: inputs turned by a butterfly of orthogonal blocks, outputs scaled (Liu et al. 2023, arXiv:2311.06243).
+
+    `block * 2^(factors - 1)`, the block that the factors make together, divides every target's inputs. See
+    `lowrank.weights.oft`.
+    """
+    targets.positive(block=block, factors=factors)
+    return Method(rewrite=((target, _named(lambda w: form.attach_butterfly(w, block=block, factors=factors))),))
+
+
+def _named(attach: Callable[[Any], Any]) -> Callable[[jax.Array, Any, str], Any]:
+    """The rewrite of a method whose start is not random; what is wrong with a kernel is told with its name."""
+
+    def adapt(key: jax.Array, w: Any, name: str) -> Any:
+        del key
+        targets.check_kernel(name)
+        try:
+            return attach(w)
+        except UserError as e:
+            raise UserError(f"{name}: {e}") from None
+
+    return adapt
