@@ -103,6 +103,11 @@ def test_double_quantisation_costs_little_and_saves_what_it_says():
     np.testing.assert_allclose(bits, [4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)], atol=1e-3)
 
 
+def test_the_8_bit_table_can_be_computed():
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    np.testing.assert_allclose(codebook.computed(codes), codebook.dynamic_table(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_are_packed_and_found_again(bits):
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 2, 16, 5)).astype(np.uint8)
