@@ -60,6 +60,7 @@ FORMS: dict[str, Callable[[jax.Array, Any], Any]] = {
     "olora": lambda key, w: lora_on(key, w, _even(w), init="olora"),
     "lora_xs": lambda key, w: lora_xs.attach(lora_on(key, w, _even(w))),
     "lora_xs ranks by layer": lambda key, w: lora_xs.attach(lora_on(key, w, _ranks(w))),
+    "lora_xs of ia3": lambda key, w: lora_xs.attach(lora_on(key, scaled.attach(w, "out"), _even(w))),
     "edora": lambda key, w: lora_xs.attach_edora(lora_on(key, w, _even(w))),
     "adalora": lambda key, w: adalora.attach(key, w, rank=RANK, alpha=6.0),
     "sparse": lambda key, w: sparse.attach(w, sparse.largest(jax.random.uniform(key, w.shape), 7)),

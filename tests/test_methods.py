@@ -216,7 +216,6 @@ def test_a_core_is_trained_between_the_leading_singular_vectors(name):
     ("group", "what"),
     [
         ({"name": "lora", "init": "olora"}, "OLoRA"),
-        ({"name": "lora_xs", "rank": 2}, "LoRA-XS"),
         ({"name": "relora"}, "ReLoRA"),
         ({"name": "galore", "rank": 2}, "GaLore"),
     ],

@@ -12,10 +12,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lowrank.weight import dot, form, frozen, trainable, wide
+from lowrank.weight import dot, form, frozen, materialize, trainable, wide
 from lowrank.weights import dora
 from lowrank.weights.dora import DoRA
-from lowrank.weights.lora import LoRA, plain, widen
+from lowrank.weights.lora import LoRA, widen
 
 
 @form
@@ -47,13 +47,10 @@ class EDoRA(LoRAXS, DoRA):
 
 
 def attach(lora: LoRA) -> LoRAXS:
-    """The LoRA-XS with the rank, scale and dropout of `lora`, on its base; that one's A and B are not used.
-
-    Raises UserError for a base that is no plain kernel.
-    """
+    """The LoRA-XS with the rank, scale and dropout of `lora`, on its base; that one's A and B are not used."""
     rank, stack = lora.a.shape[-1], lora.shape[:-2]
     live = jnp.any(lora.a != 0, axis=-2)  # [..., r]: what pads a smaller rank stays zero
-    u, s, v = jnp.linalg.svd(plain("LoRA-XS", lora.base), full_matrices=False)
+    u, s, v = jnp.linalg.svd(materialize(lora.base).astype(jnp.float32), full_matrices=False)
     kept = {f.name: getattr(lora, f.name) for f in dataclasses.fields(LoRA)}
     a, b = u[..., :, :rank] * (s[..., :rank] * live)[..., None, :], v[..., :rank, :] * live[..., :, None]
     return LoRAXS(**{**kept, "a": a, "b": b, "core": jnp.zeros((*stack, rank, rank), jnp.float32)})
