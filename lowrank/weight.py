@@ -1,7 +1,7 @@
 """A weight is anything that can be multiplied.
 
-A `Weight` stands where a kernel `[..., in, out]` stood. Models call `dot`, `affine` and `take`
-and know no method; plain arrays are weights too. A form is a frozen dataclass registered as a pytree; its
+A `Weight` stands where a kernel `[..., in, out]` stood. Models call `dot`, `affine`, `take` and, for experts,
+`grouped`, and know no method; plain arrays are weights too. A form is a frozen dataclass registered as a pytree; its
 fields say what they are: `trainable()` is learned, `frozen()` is kept, `static()` is not an array.
 """
 

@@ -150,6 +150,7 @@ def qwen3(hf: HF) -> DecoderConfig:
 def mixtral(hf: HF) -> DecoderConfig:
     """Mixtral: Mistral with a mixture of experts."""
     hf = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2, **hf}
+    hf |= {"rope_parameters": {"rope_theta": 1e6, **_rope_params(hf)}}
     windows = _windows(hf.get("sliding_window"), ["sliding_attention"])
     experts = {"experts": hf["num_local_experts"], "experts_per_token": hf["num_experts_per_tok"]}
     return DecoderConfig(**_llama_like(hf, {}, normalise_gates=True, **experts, **windows))

@@ -13,11 +13,13 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from lowrank import peft_format
+from lowrank import merging, peft_format, pretrained
 from lowrank.errors import UserError
+from lowrank.models import build
 from lowrank.pretrained.families import FAMILIES
 from tests.adapted import adapted
-from tests.parity.bases import LIMIT, LLAMA, assert_same_weights, gap, our_logits, randomize, their_logits
+from tests.parity.bases import LIMIT, LLAMA, TOKENS, assert_same_weights, gap, our_logits, randomize, their_logits
+from tests.pretrained.files import VOCAB, tensors, write_directory
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compiles"),
@@ -61,6 +63,7 @@ def make(name, folder):
     return model, types.SimpleNamespace(config=ours, family=name, name=str(folder), new=()), params
 
 
+ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "olmoe": "OlmoeForCausalLM"}
 EXPERTS = r"layers/mlp/experts/(gate|up|down)/kernel"
 OURS = {
     "all": ("mixtral", {"rank": 2, "alpha": 5.0, "target": EXPERTS}),
@@ -120,3 +123,18 @@ def test_a_parameter_that_is_no_expert_is_named(bases, tmp_path):
     path.write_text(path.read_text().replace("layers.0.mlp.experts.down_proj", "layers.0.mlp.experts.down_prj"))
     with pytest.raises(UserError, match=r"unknown parameter in target_parameters: '.*down_prj' \(did you mean"):
         peft_format.load(tmp_path, plain, base)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_transformers_loads_the_merged_experts_and_computes_the_live_logits(name, tmp_path):
+    spec = {"model_type": name, **SPECS[name], "vocab_size": VOCAB, "architectures": [ARCHITECTURES[name]]}
+    folder = write_directory(tmp_path / "base", spec, tensors(spec))
+    base = pretrained.load(str(folder))
+    params = adapted(base.params, {"name": "lora", "rank": 2, "alpha": 5.0, "target": EXPERTS})[0]
+    merging.merge_to_hf(params, base, tmp_path / "merged")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    ids = TOKENS % VOCAB
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+    live = build(base.config).apply({"params": params}, ids)
+    np.testing.assert_allclose(live, expected, atol=2e-4, rtol=2e-4)
