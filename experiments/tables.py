@@ -52,15 +52,15 @@ def methods() -> str:
     entries = _json("experiments/methods/results/catalogue.json")
     with open(ROOT / "experiments/methods/results/table.csv") as file:
         scored = {(row["method"], row["task"]): row for row in csv.DictReader(file)}
-    head = "| row | method | family | merges | trained, SmolLM2-135M "
+    head = "| row | config | what it is | family | merges | trained, SmolLM2-135M "
     head += "| topics, accuracy | s/step | headlines, perplexity | s/step |"
     rows = [
-        f"| `{name}` | {e['trains']} | {e['family']} | {'yes' if e['merges'] else 'no'} "
+        f"| `{name}` | `{e['config']}` | {e['trains'].replace('|', chr(92) + '|')} | {e['family']} | {'yes' if e['merges'] else 'no'} "
         f"| {'-' if e['trained_params'] is None else format(e['trained_params'], ',')} "
         f"| {_score(scored.get((name, 'topics')))} | {_score(scored.get((name, 'headlines')))} |"
         for name, e in entries.items()
     ]
-    return "\n".join([head, "|---|---|---|---|---:|---:|---:|---:|---:|", *rows])
+    return "\n".join([head, "|---|---|---|---|---|---:|---:|---:|---:|---:|", *rows])
 
 
 def _score(row: dict[str, str] | None) -> str:

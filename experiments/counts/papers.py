@@ -51,6 +51,8 @@ CASES = (
     Case("GPT-3 175B", "LoRA, rank 2 on q, k, v, o", _lora(2, "q|k|v|o"), "18.9M", LORA),
     Case("GPT-3 175B", "LoRA, rank 1 on q, v", _lora(1, "q|v"), "4.7M", LORA),
     Case("RoBERTa-base", "LoRA, rank 8 on q, v", _lora(8, "q|v"), "0.3M", LORA),
+    Case("RoBERTa-base", "adapters, width 16, one a layer", {"name": "pfeiffer", "width": 16}, "0.3M", LORA),
+    Case("RoBERTa-base", "adapters, width 48, one a layer", {"name": "pfeiffer", "width": 48}, "0.9M", LORA),
     Case("RoBERTa-base", "BitFit", {"name": "bitfit"}, "0.1M", LORA),
     Case("GPT-2 medium", "LoRA, rank 4 on q, v", _lora(4, "q|v"), "0.35M", LORA),
     Case("GPT-2 large", "LoRA, rank 4 on q, v", _lora(4, "q|v"), "0.77M", LORA),

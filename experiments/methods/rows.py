@@ -59,6 +59,7 @@ ROWS: dict[str, Row] = {
     "ptuning_lstm": Row(ADDITIVE, {"name": "ptuning", "encoder": "lstm"}, MEDIUM),
     "more": Row(EXPERTS, {"name": "more"}, MEDIUM),
     "milora": Row(EXPERTS, {"name": "milora"}, MEDIUM),
+    "smore": Row(EXPERTS, {"name": "smore"}, MEDIUM),
     "perft": Row(EXPERTS, {"name": "perft"}, MEDIUM, ()),  # on a mixture of experts, of which no wheel has weights
     "esft": Row(EXPERTS, {"name": "esft"}, MEDIUM, ()),
 }

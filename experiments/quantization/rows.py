@@ -26,6 +26,7 @@ ROWS |= {
     "nf4+qlora": Row("QLoRA", {"name": "lora", "target": KERNELS}, (3e-3,), TASKS, BASES["nf4"]),
     "nf4+qdora": Row("QDoRA", {"name": "dora", "target": KERNELS}, (3e-3,), TASKS, BASES["nf4"]),
     "nf4+loftq": Row("LoftQ", {"name": "loftq", "quantize": "nf4"}, (3e-3,), TASKS),
+    "nf4+ir_qlora": Row("IR-QLoRA", {"name": "ir_qlora"}, (3e-3,), TASKS),
     "int4_asymmetric+qa_lora": Row("QA-LoRA", {"name": "qa_lora"}, (3e-3,), TASKS),
     "int4+qat": Row("QAT", {"name": "qat", "quantize": "int4"}, (1e-4,), TASKS),
 }
