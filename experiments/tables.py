@@ -55,7 +55,7 @@ def methods() -> str:
     head = "| row | config | what it is | family | merges | trained, SmolLM2-135M "
     head += "| topics, accuracy | s/step | headlines, perplexity | s/step |"
     rows = [
-        f"| `{name}` | `{e['config']}` | {e['trains'].replace('|', chr(92) + '|')} | {e['family']} | {'yes' if e['merges'] else 'no'} "
+        f"| `{name}` | `{e['config']}` | {e['trains']} | {e['family']} | {'yes' if e['merges'] else 'no'} "
         f"| {'-' if e['trained_params'] is None else format(e['trained_params'], ',')} "
         f"| {_score(scored.get((name, 'topics')))} | {_score(scored.get((name, 'headlines')))} |"
         for name, e in entries.items()

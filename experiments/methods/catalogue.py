@@ -44,6 +44,12 @@ def entry(row: Row, model: str = MODEL) -> dict[str, Any]:
     return out | {"merges": merges(method, adapted, plain), "trained_params": trained}
 
 
+def argument(row: Row) -> str:
+    """What a config takes after the colon, and the flags beside it."""
+    method = ",".join(f"{'method' if k == 'name' else k}={v}" for k, v in row.method.items())
+    return " ".join([method, *(f"optim.{k}={v}" for k, v in row.optim.items())])
+
+
 def merges(method: methods.Method, adapted: PyTree, plain: PyTree) -> bool:
     """Whether the merged tree is the plain model's: its layers may be in two stacks, and have biases added."""
     try:

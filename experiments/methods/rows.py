@@ -41,6 +41,8 @@ ROWS: dict[str, Row] = {
     "loha": Row(LOW_RANK, {"name": "loha"}, MEDIUM),
     "lokr": Row(LOW_RANK, {"name": "lokr"}, MEDIUM),
     "hira": Row(LOW_RANK, {"name": "hira"}, MEDIUM),
+    "oft": Row(LOW_RANK, {"name": "oft"}, MEDIUM),
+    "boft": Row(LOW_RANK, {"name": "boft"}, MEDIUM),
     "relora": Row(LOW_RANK, {"name": "relora", "every": 20, "warmup": 3}, MEDIUM),
     "galore": Row(LOW_RANK, {"name": "galore", "every": 20}, MEDIUM),
     "longlora": Row(LOW_RANK, {"name": "longlora", "group": 16}, MEDIUM, ("headlines",)),
