@@ -9,6 +9,7 @@ from lowrank.errors import UserError
 from lowrank.models import init_cache
 from tests.models.tiny import QUICK, T, decoder, encoder, run, tokens
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 PACKED = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
 P = 3
 
@@ -23,7 +24,7 @@ def as_context(params, ids, keys, values):
     return {**params, "prefix": {"k": flat(keys), "v": flat(values)}}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize("kind", ["gpt2", "gemma"])
 def test_a_prefix_of_real_keys_and_values_acts_as_the_tokens_that_they_are_from(kind):
     model, params = decoder(kind, window=0) if kind == "gemma" else decoder(kind)
     ids = tokens(1)
@@ -33,7 +34,7 @@ def test_a_prefix_of_real_keys_and_values_acts_as_the_tokens_that_they_are_from(
     close(run(with_prefix, params, ids[:, P:])[0], full[0, P:])
 
 
-@pytest.mark.parametrize(("kind", "options"), [("windowed", {}), ("gpt2", {"num_prompt": 2}), ("gemma", {})])
+@pytest.mark.parametrize(("kind", "options"), [("windowed", {"num_prompt": 2}), ("gpt2", {})])
 def test_packed_rows_with_a_prefix_equal_rows_of_their_own(kind, options):
     model, params = decoder(kind, prefix_length=P, **options)
     ids = tokens(1)
@@ -45,9 +46,7 @@ def test_packed_rows_with_a_prefix_equal_rows_of_their_own(kind, options):
         close(packed[5:9], second)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"), [("windowed", {}), ("gpt2", {"top_layers": 1}), ("gemma", {"num_prompt": 2, "top_layers": 2})]
-)
+@pytest.mark.parametrize(("kind", "options"), [("windowed", {}), ("gemma", {"num_prompt": 2, "top_layers": 2})])
 def test_decoding_with_a_cache_and_a_prefix_equals_the_full_forward(kind, options):
     model, params = decoder(kind, prefix_length=P, **options)
     ids = tokens(2)
@@ -67,9 +66,9 @@ def test_greedy_generation_with_a_prefix_is_greedy_without_a_cache():
     ids, row = [[5, 6, 7], [8, 9, 10, 11, 12]], [8, 9, 10, 11, 12]
     batch, segments = generate.left_pad(ids, 0, 8)
     new = generate.generate(model, params, batch, segments, max_new=3)
-    for want in np.asarray(new)[1]:
-        assert int(run(model, params, np.array([row], np.int32), method="__call__")[0, -1].argmax()) == want
-        row.append(int(want))
+    whole = np.array([[*row, *np.asarray(new)[1]]], np.int32)
+    want = run(model, params, whole, method="__call__")[0].argmax(-1)
+    np.testing.assert_array_equal(new[1], want[len(row) - 1 : -1])
     alone = generate.generate(model, params, *generate.left_pad(ids[:1], 0, 8), max_new=3)
     np.testing.assert_array_equal(alone[0], new[0])
 
