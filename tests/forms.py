@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lowrank.weights import (
     adalora,
+    black_box,
     dora,
     fake,
     hira,
@@ -112,6 +113,7 @@ ROUNDED: dict[str, float] = {
     "loftq": 0.06,
     "qa lora": 0.1,
     "ir qlora": 0.1,
+    "black box": 0.01,
     "qat": 0.13,
     "lora of nf4": 0.1,
     "dora of nf4": 0.1,
@@ -139,6 +141,7 @@ FORMS |= {
     "ir qlora": lambda key, w: ir_qlora.attach(
         FORMS["lora"](key, SCHEMES["nf4"](block=8, double=True, calibrate=5)(w))
     ),
+    "black box": lambda key, w: black_box.attach(w, black_box.absmax, "absmax"),
     "qat": lambda key, w: fake.attach(w, scheme="int4", options=(("block", 8),), activations=0),
     "lora of nf4": _on_nf4(FORMS["lora"]),
     "dora of nf4": _on_nf4(FORMS["dora"]),

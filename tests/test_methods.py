@@ -72,6 +72,7 @@ def attached(**group):
         ({"name": "loftq", "rank": 3, "target": Q}, [f"{Q}/a", f"{Q}/b"]),
         ({"name": "qa_lora", "rank": 2, "block": 4, "target": Q}, [f"{Q}/a", f"{Q}/b"]),
         ({"name": "ir_qlora", "target": Q, "calibrate": 3}, [f"{Q}/{f}" for f in ("a", "b", "beta1", "beta2")]),
+        ({"name": "modulora", "target": Q}, [f"{Q}/a", f"{Q}/b"]),
         ({"name": "qat", "target": Q}, [f"{Q}/latent"]),
         ({"name": "oft", "block": 4, "target": Q}, [f"{Q}/skew"]),
         ({"name": "boft", "block": 2, "target": Q}, [f"{Q}/s", f"{Q}/skew"]),

@@ -116,6 +116,34 @@ def test_the_elastic_connection_is_the_papers():
     np.testing.assert_allclose(dot(jnp.asarray(x, jnp.float32), layer), expected, atol=2e-5)
 
 
+def halves(kernel):
+    """A quantiser as a stranger may write it: each column in steps of a half of its mean magnitude."""
+    step = jnp.mean(jnp.abs(kernel), axis=0) / 2
+    return {"steps": jnp.round(kernel / step[None]).astype(jnp.int8), "step": step}, decoded
+
+
+def decoded(state):
+    return state["steps"] * state["step"][None]
+
+
+def transposed(kernel):
+    return kernel.T, lambda state: state
+
+
+def test_modulora_takes_any_quantiser():
+    w = shaken(attached(name="modulora", rank=2, alpha=4.0, quantizer=f"{__name__}:halves"), jax.random.key(2))
+    assert w.shape == (L, IN, OUT)
+    for i in range(L):
+        kernel, layer = np.float64(W[i]), jax.tree.map(lambda x, i=i: x[i], w)
+        step = np.abs(kernel).mean(0) / 2
+        expected = np.round(kernel / step) * step + 2.0 * np.float64(layer.a) @ np.float64(layer.b)
+        np.testing.assert_allclose(materialize(w)[i], expected, atol=1e-5)
+        x = jnp.asarray(np.random.default_rng(1).standard_normal((5, IN)), jnp.float32)
+        np.testing.assert_allclose(dot(x, layer), x @ expected.astype(np.float32), atol=1e-4)
+        dx = jax.grad(lambda x, w=layer: jnp.sum(jnp.sin(dot(x, w))))(x)
+        np.testing.assert_allclose(dx, jnp.cos(x @ materialize(layer)) @ materialize(layer).T, atol=1e-4)
+
+
 def test_qat_multiplies_by_the_codes_and_hands_the_gradient_through():
     w = jax.tree.map(lambda x: x[0], attached(name="qat", quantize={"name": "int4", "block": 8}))
     codes = schemes.SCHEMES["int4"](block=8)(jnp.asarray(W[0]))
@@ -153,6 +181,8 @@ def test_the_adapter_of_loftq_is_not_one_of_peft_and_comes_back(tmp_path):
         ({"name": "loftq", "steps": 0}, "steps must be positive"),
         ({"name": "qa_lora", "block": 8, "rank": 4}, "rank 4 is larger than min"),
         ({"name": "qa_lora", "bits": 3, "rank": 1}, "must be one of 2, 4, 8"),
+        ({"name": "modulora", "quantizer": "no.such:thing"}, "'no.such:thing' is not package.module:function"),
+        ({"name": "modulora", "quantizer": f"{__name__}:transposed"}, r"decodes a kernel \(24, 16\) to \(16, 24\)"),
         ({"name": "qat", "activations": 1}, "must be 0 or 2 to 8 bits, not 1"),
     ],
 )

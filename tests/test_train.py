@@ -45,6 +45,7 @@ LM_METHODS = {
     "loftq": "method=loftq,rank=2,target=.*attn/(q|v)/kernel",
     "qa_lora": "method=qa_lora,rank=2,block=4,bits=2",
     "ir_qlora": "method=ir_qlora,rank=2,calibrate=10,target=.*attn/(q|v)/kernel",
+    "modulora": "method=modulora,rank=2",
     "qat": "method=qat,quantize=ternary,activations=8",
     "oft": "method=oft,block=8",
     "boft": "method=boft,block=4",

@@ -36,7 +36,7 @@ from lowrank.methods.mixtures import milora, more, smore
 from lowrank.methods.oft import boft, oft
 from lowrank.methods.prefix import mam, prefix
 from lowrank.methods.prompt import prompt, ptuning
-from lowrank.methods.quantised import ir_qlora, loftq, qa_lora, qat
+from lowrank.methods.quantised import ir_qlora, loftq, modulora, qa_lora, qat
 from lowrank.methods.relora import relora
 from lowrank.methods.selective import bitfit, chosen, full, head, norm, partial
 from lowrank.methods.sparse import sparse
@@ -81,6 +81,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "loha": loha,
     "lokr": lokr,
     "loftq": loftq,
+    "modulora": modulora,
     "ir_qlora": ir_qlora,
     "qa_lora": qa_lora,
     "qat": qat,

@@ -1,5 +1,6 @@
 """Methods that quantise the kernels they target themselves: LoftQ, QA-LoRA, quantisation-aware training."""
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from lowrank.methods import targets
 from lowrank.methods.lora import bind_dropout
 from lowrank.methods.method import Method
 from lowrank.weight import is_weight
-from lowrank.weights import fake
+from lowrank.weights import black_box, fake
 from lowrank.weights import ir_qlora as ir_form
 from lowrank.weights import loftq as loftq_form
 from lowrank.weights import lora as lora_form
@@ -93,6 +94,40 @@ def ir_qlora(
         return ir_form.attach(lora_form.attach(key, base, ranks=(rank,) * layers, alphas=(alpha,) * layers, **start))
 
     return Method(rewrite=((target, adapt),), bind=bind_dropout if dropout else None)
+
+
+def modulora(
+    quantizer: str = "lowrank.weights.black_box:absmax",
+    rank: int = 8,
+    alpha: float = 16.0,
+    target: str = LINEAR,
+    dropout: float = 0.0,
+) -> Method:
+    """ModuLoRA: LoRA on the codes of any quantiser, `quantizer='package.module:function'`.
+
+    The function turns a kernel `[in, out]` into `(state, decode)`: arrays, and a function of module level from them
+    to the kernel; see `lowrank.weights.black_box`.
+    """
+    targets.positive(rank=rank, alpha=alpha)
+    targets.fraction(dropout=dropout)
+    quantise = _imported(quantizer)
+
+    def adapt(key: jax.Array, w: Any, name: str) -> Any:
+        targets.check_rank(name, w.shape, rank)
+        _check_plain("ModuLoRA", name, w)
+        base, layers = black_box.attach(w, quantise, quantizer), w.shape[0] if len(w.shape) > 2 else 1
+        start = {"rslora": False, "dropout": dropout, "init": "kaiming"}
+        return lora_form.attach(key, base, ranks=(rank,) * layers, alphas=(alpha,) * layers, **start)
+
+    return Method(rewrite=((target, adapt),), bind=bind_dropout if dropout else None)
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UserError(f"method.quantizer {path!r} is not package.module:function: {e}") from None
 
 
 def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activations: int = 0) -> Method:
