@@ -24,13 +24,14 @@ ATTN, GPT2_TARGETS = r".*attn/(q|k|v|o)/kernel", r".*(attn/qkv|mlp/down)/kernel"
 RANKS = {r".*attn/k/kernel": 2, r"layers/1/attn/q/kernel": 6, r"layers/0/attn/o/kernel": 0}
 ALPHAS = {r".*attn/v/kernel": 3.0, r"layers/0/.*": 20.0}
 OURS = {
-    "loha": ("llama", {"name": "loha", "rank": 4, "alpha": 10.0, "target": ATTN}),
-    "loha patterns": (
+    "loha": (
         "llama",
         {"name": "loha", "rank": 4, "alpha": 10.0, "target": ATTN, "rank_pattern": RANKS, "alpha_pattern": ALPHAS},
     ),
-    "lokr": ("llama", {"name": "lokr", "rank": 3, "alpha": 10.0, "target": ATTN, "alpha_pattern": ALPHAS}),
-    "lokr both": ("llama", {"name": "lokr", "rank": 1, "alpha": 3.0, "decompose_both": True, "target": ATTN}),
+    "lokr both": (
+        "llama",
+        {"name": "lokr", "rank": 1, "alpha": 3.0, "decompose_both": True, "target": ATTN, "alpha_pattern": ALPHAS},
+    ),
     "lokr whole": ("llama", {"name": "lokr", "rank": 4, "alpha": 3.0, "factor": 8, "target": r".*/(up|down)/kernel"}),
     "hira": ("llama", {"name": "hira", "rank": 4, "target": ATTN, "rank_pattern": RANKS}),
     "gpt2 hira": ("gpt2", {"name": "hira", "rank": 4, "target": GPT2_TARGETS}),
@@ -71,7 +72,6 @@ QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 THEIR_RANKS = {"k_proj": 2, "layers.1.self_attn.q_proj": 6}
 THEIR_ALPHAS = {"v_proj": 3, r"layers\.0\..*q_proj": 20}
 THEIRS = {
-    "loha": ("llama", peft.LoHaConfig, {"r": 4, "alpha": 10, "target_modules": QKVO}),
     "loha patterns": (
         "llama",
         peft.LoHaConfig,
