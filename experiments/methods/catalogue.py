@@ -23,11 +23,9 @@ def entry(row: Row, model: str = MODEL) -> dict[str, Any]:
     """One row; `trained_params` is None where the method does not fit the model, with the reason in `why`."""
     group = dict(row.method)
     summary = inspect.getdoc(methods.METHODS[group["name"]]).split("\n\n")[0]
-    config = ",".join(f"{k}={v}" for k, v in {"method": group.pop("name"), **group, **row.optim}.items())
-    group = dict(row.method)
     out = {
         "family": row.family,
-        "config": config,
+        "config": argument(row),
         "trains": " ".join(summary.split()),
         "merges": False,
         "trained_params": None,

@@ -43,7 +43,7 @@ ROWS: dict[str, Row] = {
     "hira": Row(LOW_RANK, {"name": "hira"}, MEDIUM),
     "oft": Row(LOW_RANK, {"name": "oft"}, MEDIUM),
     "boft": Row(LOW_RANK, {"name": "boft"}, MEDIUM),
-    "relora": Row(LOW_RANK, {"name": "relora", "every": 20, "warmup": 3}, MEDIUM),
+    "relora": Row(LOW_RANK, {"name": "relora"}, MEDIUM),
     "galore": Row(LOW_RANK, {"name": "galore", "every": 20}, MEDIUM),
     "longlora": Row(LOW_RANK, {"name": "longlora", "group": 16}, MEDIUM, ("headlines",)),
     "ia3": Row(LOW_RANK, {"name": "ia3"}, LARGE, BOTH),
