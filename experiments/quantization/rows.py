@@ -28,5 +28,6 @@ ROWS |= {
     "nf4+loftq": Row("LoftQ", {"name": "loftq", "quantize": "nf4"}, (3e-3,), TASKS),
     "nf4+ir_qlora": Row("IR-QLoRA", {"name": "ir_qlora"}, (3e-3,), TASKS),
     "int4_asymmetric+qa_lora": Row("QA-LoRA", {"name": "qa_lora"}, (3e-3,), TASKS),
+    "int8+modulora": Row("ModuLoRA", {"name": "modulora"}, (3e-3,), ("topics",)),
     "int4+qat": Row("QAT", {"name": "qat", "quantize": "int4"}, (1e-4,), TASKS),
 }
