@@ -10,6 +10,8 @@ from lowrank.weight import grouped, merge
 from tests.forms import lora_on, shaken
 from tests.models.tiny import QUICK, decoder, run, tokens
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 UP = r"layers/mlp/experts/up/kernel"
 
 

@@ -15,6 +15,8 @@ from tests import tiny
 from tests.models.tiny import QUICK
 from tests.test_methods import base
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY, SHAPE, D = jax.random.key(3), Shape(301, 1000), 20
 
 
@@ -130,7 +132,7 @@ def test_memory_is_that_of_the_parameters_never_of_the_matrix(kind):
 
 
 def test_a_saved_vector_gives_back_exactly_the_weights(tmp_path):
-    group = {"name": "intrinsic", "dim": 40, "said": True}
+    group = {"name": "intrinsic", "dim": 40, "said": True, "target": r"(layers/attn/q/kernel|norm/scale)"}
     model = pretrained.load(str(tiny.llama(tmp_path / "llama")))
     method = methods.build(group)
     params = methods.attach(method, model.params, jax.random.key(5))

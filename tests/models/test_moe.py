@@ -13,6 +13,8 @@ from lowrank.models import DecoderConfig, build
 from lowrank.models.moe import MoE, by_expert, route
 from tests.models.tiny import MOE, QUICK, SIZES, _random, run, tokens
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 B, T, D, E, F, K = 2, 3, 6, 5, 4, 2
 
 
