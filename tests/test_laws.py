@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lowrank import tree
-from lowrank.weight import Weight, affine, dot, grouped, materialize, merge, trainable_mask
+from lowrank.weight import affine, dot, grouped, materialize, merge, trainable_mask
 from tests.forms import FORMS, IN, OUT, ROUNDED, L, kernel, shaken
 
 KEY = jax.random.key(1)
@@ -70,8 +70,6 @@ def test_dot_under_scan_is_dot_layer_by_layer(name):
 @each_form
 def test_grouped_is_each_rows_product_with_the_kernel_of_its_group(name):
     w, sizes = made(name, stacked=True), jnp.array([3, 0, 5], jnp.int32)
-    if getattr(type(w), "grouped", None) is Weight.grouped:
-        pytest.skip("it multiplies by the whole kernels, as an array does")
     x = jax.random.normal(jax.random.key(4), (8, IN))
     rows = jnp.concatenate([x[:3] @ materialize(w)[0], x[3:] @ materialize(w)[2]])
     np.testing.assert_allclose(grouped(x, w, sizes), rows, atol=2e-5)

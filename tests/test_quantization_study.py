@@ -35,18 +35,12 @@ def test_the_nearest_centroid_is_the_class(monkeypatch):
 
 def test_the_study_has_a_row_for_each_base_untuned_and_tuned(tmp_path, monkeypatch):
     studies.shrink(tmp_path, monkeypatch)
-    few = {name: BASES[name] for name in ("float32", "nf4")}
-    monkeypatch.setattr(table, "BASES", few)
-    monkeypatch.setitem(bases.UNTUNED, "topics", lambda model: 0.5)
-    rows = {"nf4+lora": ROWS["nf4+lora"]}
-    study = Study("quantization", rows, tmp_path / "results", tmp_path / "runs", quick=True)
-    run.run(study, table.write, list(TASKS), ["nf4+lora"])
+    monkeypatch.setattr(table, "BASES", {"nf4": BASES["nf4"]})
+    monkeypatch.delitem(TASKS, "topics")
+    study = Study("quantization", {"nf4+lora": ROWS["nf4+lora"]}, tmp_path / "results", tmp_path / "runs", quick=True)
+    run.run(study, table.write, ["headlines"], ["nf4+lora"])
     found = list(csv.DictReader((study.results / "table.csv").read_text().splitlines()))
     assert tuple(found[0]) == table.COLUMNS
-    kinds = [(row["base"], row["method"], row["task"]) for row in found]
-    assert kinds == [
-        (base, method, task)
-        for task in TASKS
-        for base, method in [("float32", "none"), ("nf4", "none"), ("nf4", "lora")]
-    ]
+    assert [(row["base"], row["method"]) for row in found] == [("nf4", "none"), ("nf4", "lora")]
+    assert all(float(row["score_mean"]) > 1 for row in found)
     assert (study.results / "bits.png").stat().st_size > 1000
