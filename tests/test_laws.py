@@ -9,6 +9,7 @@ from lowrank import tree
 from lowrank.weight import affine, dot, grouped, materialize, merge, trainable_mask
 from tests.forms import FORMS, IN, OUT, ROUNDED, L, kernel, shaken
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 KEY = jax.random.key(1)
 X = jax.random.normal(jax.random.key(2), (2, 5, IN))
 each_form = pytest.mark.parametrize("name", FORMS)

@@ -18,6 +18,8 @@ from tests.adapted import adapted
 from tests.peft_formulas import PREFIX
 from tests.pretrained import files
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ATTN = r".*attn/(q|k|v|o)/kernel"
 PATTERNS = {"rank_pattern": {r".*attn/k/kernel": 1, r"layers/1/attn/q/kernel": 5, r"layers/2/attn/v/kernel": 0}}
 PATTERNS |= {"alpha_pattern": {r".*attn/v/kernel": 3.0, r"layers/0/.*": 20.0}}
