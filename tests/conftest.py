@@ -17,3 +17,15 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """A folder with a tiny `llama`, a tiny `bert` and `records.jsonl`. Not to be changed."""
+    from tests import tiny  # after the configuration above
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.bert(folder / "bert")
+    tiny.llama(folder / "llama")
+    tiny.records(folder / "records.jsonl")
+    return folder

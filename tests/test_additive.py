@@ -13,19 +13,9 @@ from safetensors.numpy import load_file
 from lowrank import evaluate, merging, methods, plan, prompts, train, tree
 from lowrank.errors import UserError
 from lowrank.models import build
-from tests import tiny
 from tests.test_train import config_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.bert(folder / "bert")
-    tiny.llama(folder / "llama")
-    tiny.records(folder / "records.jsonl")
-    return folder
 
 
 def trained(files, arg, folder, **changes):

@@ -27,15 +27,6 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.bert(folder / "bert")
-    tiny.llama(folder / "llama")
-    tiny.records(folder / "records.jsonl")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def runs(files, tmp_path_factory):
     """`run(name) -> (config, folder, summary, frozen before, frozen after)`, each run once."""
     done = {}

@@ -24,14 +24,6 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 IN, OUT, ROWS, STEPS, LR = 6, 5, 4, 2, 0.1
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.llama(folder / "llama")
-    tiny.records(folder / "records.jsonl")
-    return folder
-
-
 def regression():
     """`(W, batches)` of a least-squares problem, whose gradients are known: `2 x (x W - y)` an example."""
     rng = np.random.default_rng(0)

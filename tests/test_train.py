@@ -58,15 +58,6 @@ LM_METHODS = {
 }
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.bert(folder / "bert")
-    tiny.llama(folder / "llama")
-    tiny.records(folder / "records.jsonl")
-    return folder
-
-
 def config_of(files, arg="", model="llama", **changes):
     """The tiny config on the files of the fixture; `changes` are `group__key=value` or `key=value`."""
     config = tiny_config.get_config(arg)

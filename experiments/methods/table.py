@@ -1,6 +1,5 @@
 """The table of the study, as CSV, Markdown and LaTeX, and accuracy against parameters as a plot; from cells alone."""
 
-import csv
 import io
 import math
 import statistics
@@ -10,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.study.cells import Study, Timing, finals
-from experiments.study.numbers import interval
+from experiments.study.numbers import interval, write_csv
 from experiments.study.tasks import TASKS, Task
 from lowrank.workdir import write_bytes, write_text
 
@@ -52,11 +51,7 @@ def _row(
 
 def write(study: Study, table: Sequence[Mapping[str, Any]]) -> None:
     """`table.csv`, `table.md`, `table.tex` and `accuracy.png` in the results folder."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
-    write_text(study.results / "table.csv", text.getvalue())
+    write_csv(study.results / "table.csv", COLUMNS, table)
     write_text(study.results / "table.md", markdown(table) + "\n")
     write_text(study.results / "table.tex", latex(table) + "\n")
     if table:

@@ -1,6 +1,5 @@
 """The table of the study: every base before tuning and with what was tuned on it, and score against bits as a plot."""
 
-import csv
 import io
 import math
 import statistics
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from experiments.quantization.bases import measured
 from experiments.quantization.rows import BASES
 from experiments.study.cells import Study, Timing, finals
-from experiments.study.numbers import interval
+from experiments.study.numbers import interval, write_csv
 from experiments.study.tasks import TASKS
 from lowrank.workdir import write_bytes, write_text
 
@@ -52,11 +51,7 @@ def _tuned(
 def write(study: Study) -> None:
     """`table.csv`, `table.md` and `bits.png` in the results folder."""
     table = rows(study, list(TASKS))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
-    write_text(study.results / "table.csv", text.getvalue())
+    write_csv(study.results / "table.csv", COLUMNS, table)
     write_text(study.results / "table.md", markdown(table) + "\n")
     write_bytes(study.results / "bits.png", plot(table))
 

@@ -1,8 +1,14 @@
-"""Means of few seeds and how far to trust them."""
+"""Means of few seeds and how far to trust them, and tables of such numbers."""
 
+import csv
+import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowrank.workdir import write_text
 
 # Student's t, two-sided 95 %, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -12,3 +18,12 @@ def interval(values: Sequence[float]) -> float:
     """Half the width of the 95 % confidence interval of the mean, by Student's t; NaN for one value."""
     n = len(values)
     return T95[n - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+
+
+def write_csv(path: Path, columns: Sequence[str], table: Sequence[Mapping[str, Any]]) -> None:
+    """The table with these columns, fractions to six digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
+    write_text(path, text.getvalue())

@@ -6,7 +6,6 @@ import pytest
 
 from lowrank import train
 from lowrank.checkpoint import Checkpointer
-from tests import tiny
 from tests.test_train import config_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -15,14 +14,6 @@ RUNS = {
     "relora, stopped at a restart": ("method=relora,every=3,warmup=2,rank=2", 3),
     "adalora": ("method=adalora,init_rank=4,target_rank=2,deltaT=2", 3),
 }
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.llama(folder / "llama")
-    tiny.records(folder / "records.jsonl")
-    return folder
 
 
 def config(files, arg):

@@ -10,7 +10,6 @@ from lowrank import merging, methods, plan, train, tree
 from lowrank.errors import UserError
 from lowrank.methods.relora import restarting
 from lowrank.weight import merge
-from tests import tiny
 from tests.adapted import adapted
 from tests.test_methods import base
 from tests.test_train import config_of
@@ -57,14 +56,6 @@ def test_the_moments_are_forgotten_and_the_rate_rises_again():
         expected = -rate * (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8)
         update, state = step(jnp.asarray(g, jnp.float32), state, jnp.zeros(5))
         np.testing.assert_allclose(update, expected, atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.llama(folder / "llama")
-    tiny.records(folder / "records.jsonl")
-    return folder
 
 
 def config(files):
