@@ -1,5 +1,6 @@
 """What each row of the study is: family, what it trains, whether it merges, how many parameters on SmolLM2-135M."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -14,6 +15,7 @@ PyTree = Any
 MODEL = "smollm2-135m"
 
 
+@functools.cache
 def catalogue() -> dict[str, dict[str, Any]]:
     """`{row: {family, trains, merges, trained_params}}`, on shapes alone."""
     return {name: entry(row) for name, row in ROWS.items()}
