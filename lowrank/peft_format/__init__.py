@@ -10,6 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+
+from lowrank import workdir
 from lowrank.peft_format import config, experts, prompts, reading, tensors, tokens, writing
 from lowrank.peft_format.forms import FORMS
 from lowrank.peft_format.modules import Base
@@ -52,9 +55,23 @@ def save(
     method: Mapping[str, Any] | None = None,
     original: PyTree | None = None,
 ) -> Path:
-    """Writes the adapter in `params`, the adapted tree of `base`, and returns its folder; see `writing.save`."""
+    """Writes the adapter in `params`, the adapted tree of `base`, and returns its folder. Every process must call it.
+
+    Args:
+      trained: names of all trained leaves; those beside the forms' own are written too (biases, a classifier's head).
+      method: the config group of the method; `rslora` says how scales are written as alphas.
+      original: the parameters before the method was attached. PiSSA and OLoRA need them: their base is a residual, so
+        that their update of rank r is one of rank 2r to the original.
+
+    Raises:
+      UserError: for a form, or a trained leaf, that the format cannot hold, and for PiSSA or OLoRA without `original`.
+    """
     module = next((module for module in (experts, *WHOLE.values()) if module.fits(params)), writing)
-    return module.save(params, base, directory, trained=trained, method=method, original=original)
+    summary, arrays = module.content(params, base, trained, dict(method or {}), original)
+    if jax.process_index() == 0:
+        tensors.write(directory, arrays)
+        workdir.write_json(Path(directory) / config.NAME, dict(sorted(summary.items())))
+    return Path(directory)
 
 
 __all__ = ["FORMS", "About", "about", "fits", "load", "save"]

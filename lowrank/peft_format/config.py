@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lowrank.errors import UserError, nearest, unknown
+from lowrank.models import DecoderConfig
 from lowrank.peft_format.forms import FORMS, Form
 
 NAME = "adapter_config.json"
@@ -21,6 +24,21 @@ ABOUT = (
     "revision",
     "task_type",
 )
+
+
+Content = tuple[dict[str, Any], dict[str, np.ndarray]]  # an adapter before it is written: its JSON and its tensors
+
+
+def about(peft_type: str, base: Any) -> dict[str, Any]:
+    """What the JSON of every adapter of `base` says first."""
+    lm = "CAUSAL_LM" if isinstance(base.config, DecoderConfig) else "FEATURE_EXTRACTION"
+    return {
+        "peft_type": peft_type,
+        "task_type": "SEQ_CLS" if base.config.num_labels else lm,
+        "base_model_name_or_path": base.name,
+        "revision": None,
+        "inference_mode": True,
+    }
 
 
 def read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Form]:

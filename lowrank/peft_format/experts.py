@@ -19,9 +19,9 @@ import numpy as np
 
 from lowrank import tree, workdir
 from lowrank.errors import UserError, unknown
-from lowrank.models import DecoderConfig
 from lowrank.peft_format import config as configs
 from lowrank.peft_format import match, reading, tensors, writing
+from lowrank.peft_format.config import Content
 from lowrank.peft_format.forms import ranked
 from lowrank.peft_format.modules import Base
 from lowrank.pretrained.families import FAMILIES
@@ -65,17 +65,10 @@ def _keys(path: str, targeted: list[str]) -> dict[str, tuple[str, str]]:
     return {n: tuple(f"{tensors.PREFIX}{path}{x}.lora_{f}.weight" for f in "AB") for n, x in inner.items()}
 
 
-def save(
-    params: PyTree,
-    base: Base,
-    directory: str | os.PathLike[str],
-    *,
-    trained: Iterable[str] = (),
-    method: Mapping[str, Any] | None = None,
-    original: PyTree | None = None,
-) -> Path:
-    """Writes the adapter in `params`; every process must call it. Raises UserError as `writing.save` does."""
-    method = dict(method or {})
+def content(
+    params: PyTree, base: Base, trained: Iterable[str], method: Mapping[str, Any], original: PyTree | None
+) -> Content:
+    """The JSON and the tensors of a LoRA adapter, experts included. Raises UserError as `writing.content` does."""
     if method.get("init") in RESIDUAL:
         raise UserError(f"init={method['init']} changed the experts' kernels, which a PEFT adapter does not hold")
     named = dict(tree.named_leaves(params, is_weight))
@@ -104,28 +97,19 @@ def save(
         summary.setdefault(default, common)
         others = {path: value for path, value in values.items() if value != summary[default]}
         summary[patterns] = {**summary[patterns], **others}
-    if jax.process_index() == 0:
-        tensors.write(directory, arrays)
-        workdir.write_json(Path(directory) / configs.NAME, dict(sorted(summary.items())))
-    return Path(directory)
+    return summary, arrays
 
 
-def _rest(
-    params: PyTree, base: Base, trained: set[str], method: Mapping[str, Any], original: PyTree | None
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _rest(params: PyTree, base: Base, trained: set[str], method: Mapping[str, Any], original: PyTree | None) -> Content:
     """The JSON and the tensors of all that is not on experts."""
     if any(is_weight(w) for w in jax.tree.leaves(params, is_leaf=is_weight)):
-        with tempfile.TemporaryDirectory() as folder:
-            writing.save(params, base, folder, trained=trained, method=method, original=original)
-            return configs.parse(folder), tensors.read(folder)
+        summary, arrays = writing.content(params, base, trained, method, original)
+        tensors.check_finite("the adapter", arrays)
+        return summary, arrays
     if trained or getattr(base, "new", ()):
         raise UserError(f"PEFT's {KEY} has no place for the trained leaf {min({*trained, *base.new})}")
     summary = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if isinstance(base.config, DecoderConfig) else "FEATURE_EXTRACTION",
-        "base_model_name_or_path": base.name,
-        "revision": None,
-        "inference_mode": True,
+        **configs.about("LORA", base),
         "use_dora": False,
         "use_rslora": bool(method.get("rslora", False)),
         "target_modules": [],

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank import tree, workdir
+from lowrank import tree
 from lowrank.errors import UserError, nearest
 from lowrank.models import DecoderConfig
 from lowrank.peft_format import config as configs
 from lowrank.peft_format import tensors
+from lowrank.peft_format.config import Content
 from lowrank.peft_format.modules import HEADS, Base, Place, modules
 from lowrank.weight import is_weight
 
@@ -72,16 +73,10 @@ def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_b
     return tree.map_named(lambda name, _: leaves[name], params, is_leaf=is_weight)
 
 
-def save(
-    params: PyTree,
-    base: Base,
-    directory: str | os.PathLike[str],
-    *,
-    trained: Iterable[str] = (),
-    method: Mapping[str, Any] | None = None,
-    original: PyTree | None = None,
-) -> Path:
-    """Writes the prompt or prefix in `params`; every process must call it. UserError for what else they hold."""
+def content(
+    params: PyTree, base: Base, trained: Iterable[str], method: Mapping[str, Any], original: PyTree | None
+) -> Content:
+    """The JSON and the tensors of the prompt or prefix in `params`. UserError for what else they hold."""
     del original
     option = "num_prompt" if "prompt" in params else "prefix_length"
     own = {"prompt/embedding"} if option == "num_prompt" else {"prefix/k", "prefix/v"}
@@ -97,24 +92,16 @@ def save(
     for name, place in places.items():
         array = tensors.on_host(dict(tree.named_leaves(params))[place.leaf])
         arrays[f"{ROOT}{name}"] = array.T if place.transpose else array
-    summary = _summary(base, option, method or {}, len(arrays[KEY]))
-    if jax.process_index() == 0:
-        tensors.write(directory, arrays)
-        workdir.write_json(Path(directory) / configs.NAME, dict(sorted(summary.items())))
-    return Path(directory)
+    summary = _summary(base, option, method, len(arrays[KEY]))
+    return summary, arrays
 
 
 def _summary(base: Base, option: str, method: Mapping[str, Any], length: int) -> dict[str, Any]:
     c, prefix = base.config, option == "prefix_length"
-    lm = "CAUSAL_LM" if isinstance(c, DecoderConfig) else "FEATURE_EXTRACTION"
     encoded = method.get("name") == "ptuning"
     encoder = {"encoder_reparameterization_type": method.get("encoder", "mlp").upper()} if encoded else {}
     return {
-        "peft_type": PREFIX if prefix else "P_TUNING" if encoded else PROMPT,
-        "task_type": "SEQ_CLS" if c.num_labels else lm,
-        "base_model_name_or_path": base.name,
-        "revision": None,
-        "inference_mode": True,
+        **configs.about(PREFIX if prefix else "P_TUNING" if encoded else PROMPT, base),
         "modules_to_save": ["classifier", "score"] if c.num_labels else None,
         "num_virtual_tokens": length,
         "num_transformer_submodules": 1,

@@ -37,10 +37,15 @@ def read(directory: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         tensors = {key: np.asarray(x, np.float32) for key, x in flax.load_file(path).items()}
     except (SafetensorError, OSError, ValueError, TypeError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
+    check_finite(path, tensors)
+    return tensors
+
+
+def check_finite(where: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError naming the first tensor that holds NaN or infinity."""
     for key, array in tensors.items():
         if not np.all(np.isfinite(array)):
-            raise UserError(f"{path}: {key} holds NaN or infinity")
-    return tensors
+            raise UserError(f"{where}: {key} holds NaN or infinity")
 
 
 def shapes(directory: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:

@@ -8,15 +8,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank import tree, workdir
+from lowrank import tree
 from lowrank.errors import UserError, nearest
-from lowrank.models import DecoderConfig
 from lowrank.peft_format import config as configs
 from lowrank.peft_format import match, tensors
+from lowrank.peft_format.config import Content
 from lowrank.peft_format.modules import Base, modules
 from lowrank.weight import is_weight
 from lowrank.weights.rows import Rows
@@ -61,16 +60,10 @@ def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_b
     return {**params, "embed": {**params["embed"], "embedding": rows}}
 
 
-def save(
-    params: PyTree,
-    base: Base,
-    directory: str | os.PathLike[str],
-    *,
-    trained: Iterable[str] = (),
-    method: Mapping[str, Any] | None = None,
-    original: PyTree | None = None,
-) -> Path:
-    """Writes the token rows in `params`; every process must call it. UserError for what else they hold."""
+def content(
+    params: PyTree, base: Base, trained: Iterable[str], method: Mapping[str, Any], original: PyTree | None
+) -> Content:
+    """The JSON and the tensors of the token rows in `params`. UserError for what else they hold."""
     del method, original
     forms = [name for name, w in tree.named_leaves(params, is_weight) if is_weight(w)]
     rest = {*trained, *getattr(base, "new", ()), *forms} - {TABLE, f"{TABLE}/rows", f"{TABLE}/ids"}
@@ -82,19 +75,12 @@ def save(
     rows, ids = tensors.on_host(table.rows), tensors.on_host(table.ids).astype(int).tolist()
     arrays = {f"{tensors.PREFIX}{name}{SUFFIX}": rows for name in (module, *([HEAD] if _shared(base) else []))}
     summary = {
-        "peft_type": TYPE,
-        "task_type": "CAUSAL_LM" if isinstance(base.config, DecoderConfig) else "FEATURE_EXTRACTION",
-        "base_model_name_or_path": base.name,
-        "revision": None,
-        "inference_mode": True,
+        **configs.about(TYPE, base),
         "init_weights": True,
         "target_modules": module,
         "token_indices": ids,
     }
-    if jax.process_index() == 0:
-        tensors.write(directory, arrays)
-        workdir.write_json(Path(directory) / configs.NAME, dict(sorted(summary.items())))
-    return Path(directory)
+    return summary, arrays
 
 
 def _path(base: Base) -> str:

@@ -1,18 +1,15 @@
 """An adapted tree into a PEFT adapter."""
 
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from lowrank import tree, workdir
+from lowrank import tree
 from lowrank.errors import UserError, nearest
-from lowrank.models import DecoderConfig
 from lowrank.peft_format import config as configs
 from lowrank.peft_format import match, tensors
+from lowrank.peft_format.config import Content
 from lowrank.peft_format.forms import FORMS, Form, Layer
 from lowrank.peft_format.modules import HEADS, Base, Module, Place, check_conv1d, check_untied, modules
 from lowrank.weight import Weight, is_stored, is_weight, materialize
@@ -21,27 +18,10 @@ from lowrank.weights.lora import RESIDUAL
 PyTree = Any
 
 
-def save(
-    params: PyTree,
-    base: Base,
-    directory: str | os.PathLike[str],
-    *,
-    trained: Iterable[str] = (),
-    method: Mapping[str, Any] | None = None,
-    original: PyTree | None = None,
-) -> Path:
-    """Writes the adapter in `params`, the adapted tree of `base`, and returns its folder. Every process must call it.
-
-    Args:
-      trained: names of all trained leaves; those beside the forms' own are written too (biases, a classifier's head).
-      method: the config group of the method; `rslora` says how scales are written as alphas.
-      original: the parameters before the method was attached. PiSSA and OLoRA need them: their base is a residual, so
-        that their update of rank r is one of rank 2r to the original.
-
-    Raises:
-      UserError: for a form, or a trained leaf, that the format cannot hold, and for PiSSA or OLoRA without `original`.
-    """
-    method = dict(method or {})
+def content(
+    params: PyTree, base: Base, trained: Iterable[str], method: Mapping[str, Any], original: PyTree | None
+) -> Content:
+    """The JSON and the tensors of an adapter of rewritten weights, as `peft_format.save` says of its arguments."""
     if method.get("init") in RESIDUAL and original is None:
         raise UserError(f"an adapter with init={method['init']} is written against the original base: pass original=")
     weights = {n: w for n, w in tree.named_leaves(params, is_weight) if is_weight(w) and not is_stored(w)}
@@ -60,24 +40,16 @@ def save(
         for part, shape in form.present(n_in, n_out, layer.settings):
             arrays[f"{tensors.PREFIX}{path}{part.suffix}"] = part.to_disk(layer.arrays[part.field], shape)
     summary = _summary(form, base, known, layers, method) | bias | {"modules_to_save": saved or None}
-    if jax.process_index() == 0:
-        tensors.write(directory, arrays)
-        workdir.write_json(Path(directory) / configs.NAME, dict(sorted(summary.items())))
-    return Path(directory)
+    return summary, arrays
 
 
 def _summary(
     form: Form, base: Base, known: Mapping[str, Module], layers: Mapping[str, Layer], method: Mapping[str, Any]
 ) -> dict[str, Any]:
     settings = {path: layer.settings for path, layer in layers.items()}
-    lm = "CAUSAL_LM" if isinstance(base.config, DecoderConfig) else "FEATURE_EXTRACTION"
     transposed = [known[path].weight.transpose for path in layers]
     return {
-        "peft_type": form.peft_type,
-        "task_type": "SEQ_CLS" if base.config.num_labels else lm,
-        "base_model_name_or_path": base.name,
-        "revision": None,
-        "inference_mode": True,
+        **configs.about(form.peft_type, base),
         **({"fan_in_fan_out": not all(transposed)} if "fan_in_fan_out" in form.ignores else {}),
         **form.flags,
         **form.summary(settings, [path for path in known if path not in layers], method),
