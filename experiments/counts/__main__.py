@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.counts.papers import CASES, MODELS
+from experiments.counts.papers import CASES, MODELS, Case
 from lowrank import counts, methods, models, settings, workdir
 
 RESULTS = Path(__file__).parent / "results" / "counts.json"
@@ -33,17 +33,13 @@ def count(model: Any, group: dict[str, Any]) -> dict[str, float]:
 
 def rows() -> list[dict[str, Any]]:
     """One row for each printed figure: ours, and the source's beside it."""
-    return [
-        {
-            "model": case.model,
-            "method": case.what,
-            "config": case.method,
-            **{key: count(MODELS[case.model], case.method)[key] for key in ("trained_params", "trained_percent")},
-            "printed": case.printed,
-            "source": case.source,
-        }
-        for case in CASES
-    ]
+    return [_row(case, count(MODELS[case.model], case.method)) for case in CASES]
+
+
+def _row(case: Case, sums: dict[str, float]) -> dict[str, Any]:
+    ours = {key: sums[key] for key in ("trained_params", "trained_percent")}
+    said = {"printed": case.printed, "source": case.source}
+    return {"model": case.model, "method": case.what, "config": case.method, **ours, **said}
 
 
 if __name__ == "__main__":

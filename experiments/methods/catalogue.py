@@ -34,14 +34,19 @@ def entry(row: Row, model: str = MODEL) -> dict[str, Any]:
     }
     try:
         method = methods.build(group)
-        base = pretrained.describe(model, model=dict(method.model))[2]
+        base, plain = _shapes(model, tuple(method.model.items())), _shapes(model)
         adapted = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), base)
         mask = methods.trainable_mask(method, adapted)
-        plain = pretrained.describe(model)[2]
     except UserError as e:
         return out | {"why": str(e)}
     trained = counts.totals(adapted, mask)["trained_params"]
     return out | {"merges": merges(method, adapted, plain), "trained_params": trained}
+
+
+@functools.cache
+def _shapes(model: str, options: tuple[tuple[str, Any], ...] = ()) -> PyTree:
+    """The model's parameters as shapes; most rows ask for the same."""
+    return pretrained.describe(model, model=dict(options))[2]
 
 
 def argument(row: Row) -> str:

@@ -45,12 +45,14 @@ def run(
             if name not in known:
                 raise unknown(kind, name, known)
     jobs = [(phase, *pair) for phase in phases for pair in planned(study, tasks, names)]
+    todo = {job: left(study, job[0], TASKS[job[1]], job[2]) for job in jobs}
     with tqdm(unit="run", smoothing=0.05) as bar:
         for phase, task, name in jobs:
-            bar.total = bar.n + sum(left(study, p, TASKS[t], n) for p, t, n in jobs)
+            bar.total = bar.n + sum(todo.values())
             bar.set_description(f"{task}/{name}")
-            if left(study, phase, TASKS[task], name):
+            if todo[phase, task, name]:
                 _row(study, phase, task, name, bar)
+                todo[phase, task, name] = left(study, phase, TASKS[task], name)
                 write(study)
     write(study)
 

@@ -128,9 +128,7 @@ def milora(
         targets.check_rank(name, w.shape, rank)
         if len(w.shape) != 3:
             raise UserError(f"{name} is in no stack of layers: MiLoRA routes within a layer")
-        layers = w.shape[0]
-        options = {"ranks": [rank] * layers, "alphas": [alpha] * layers, "rslora": False, "dropout": 0.0}
-        made = lora.attach(key, w, init="kaiming", **options)
+        made = lora.attach_even(key, w, rank=rank, alpha=alpha)
         return mixture.Gated(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
 
     def share(base: PyTree, key: jax.Array) -> PyTree:

@@ -17,7 +17,7 @@ from lowrank.weights import ir_qlora as ir_form
 from lowrank.weights import loftq as loftq_form
 from lowrank.weights import lora as lora_form
 from lowrank.weights import qa_lora as qa_lora_form
-from lowrank.weights.schemes import SCHEMES, Quantizer
+from lowrank.weights.schemes import SCHEMES, Quantizer, group_of
 
 LINEAR = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|o|gate|up|down)/kernel"
 
@@ -89,9 +89,7 @@ def ir_qlora(
     def adapt(key: jax.Array, w: Any, name: str) -> Any:
         targets.check_rank(name, w.shape, rank)
         base = w if is_weight(w) else jax.lax.map(make, w) if len(w.shape) == 3 else make(w)
-        layers = w.shape[0] if len(w.shape) > 2 else 1
-        start = {"rslora": False, "dropout": dropout, "init": "kaiming"}
-        return ir_form.attach(lora_form.attach(key, base, ranks=(rank,) * layers, alphas=(alpha,) * layers, **start))
+        return ir_form.attach(lora_form.attach_even(key, base, rank=rank, alpha=alpha, dropout=dropout))
 
     return Method(rewrite=((target, adapt),), bind=bind_dropout if dropout else None)
 
@@ -115,9 +113,8 @@ def modulora(
     def adapt(key: jax.Array, w: Any, name: str) -> Any:
         targets.check_rank(name, w.shape, rank)
         _check_plain("ModuLoRA", name, w)
-        base, layers = black_box.attach(w, quantise, quantizer), w.shape[0] if len(w.shape) > 2 else 1
-        start = {"rslora": False, "dropout": dropout, "init": "kaiming"}
-        return lora_form.attach(key, base, ranks=(rank,) * layers, alphas=(alpha,) * layers, **start)
+        base = black_box.attach(w, quantise, quantizer)
+        return lora_form.attach_even(key, base, rank=rank, alpha=alpha, dropout=dropout)
 
     return Method(rewrite=((target, adapt),), bind=bind_dropout if dropout else None)
 
@@ -138,7 +135,7 @@ def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activa
     _quantizer(quantize)
     if activations and not 2 <= activations <= 8:
         raise UserError(f"method.activations must be 0 or 2 to 8 bits, not {activations}")
-    group = {"name": quantize} if isinstance(quantize, str) else dict(quantize)
+    group = group_of(quantize)
     scheme, options = group.pop("name"), tuple(sorted(group.items()))
 
     def adapt(key: jax.Array, w: Any, name: str) -> Any:
@@ -151,7 +148,7 @@ def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activa
 
 
 def _quantizer(group: Mapping[str, Any] | str) -> Quantizer:
-    options = {"name": group} if isinstance(group, str) else dict(group)
+    options = group_of(group)
     name = options.pop("name", None)
     if name not in SCHEMES:
         raise unknown("method.quantize", name, SCHEMES)

@@ -20,6 +20,7 @@ from lowrank.pretrained.gguf_model import GGUFSource
 from lowrank.pretrained.stored import Source, Stored
 from lowrank.pretrained.tokenizer import Tokenizer
 from lowrank.weight import is_weight
+from lowrank.weights.schemes import group_of
 
 PyTree = Any
 PARAM_DTYPES = ("float32", "bfloat16")
@@ -150,7 +151,7 @@ def load(
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
     arrays, new = _read(source, config, dict(tree.named_leaves(placed, is_weight)), seed, codes)
     params = traverse_util.unflatten_dict(arrays, sep="/")
-    family, about = source.hf_config["model_type"], quantize.group_of(quantized)
+    family, about = source.hf_config["model_type"], group_of(quantized)
     about |= {"param_dtype": param_dtype} if about else {}
     return Pretrained(config, params, words, family, source.name, source.hf_config, new, about)
 

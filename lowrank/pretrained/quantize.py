@@ -12,7 +12,7 @@ from lowrank.errors import UserError, unknown
 from lowrank.pretrained.stored import Stored
 from lowrank.weights import ggml
 from lowrank.weights.quantized import Quantized
-from lowrank.weights.schemes import SCHEMES
+from lowrank.weights.schemes import SCHEMES, group_of
 
 PyTree = Any
 StoredAs = Callable[[str], Sequence[Stored]]
@@ -88,11 +88,6 @@ def shapes(codes: Quantization, params: PyTree, new: Callable[[str], bool], stor
     found = set(hits)
     form = lambda name, leaf: codes.shape(name, leaf, stored(name))  # noqa: E731
     return tree.map_named(lambda n, leaf: form(n, leaf) if n in found and not new(n) else leaf, params)
-
-
-def group_of(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """The `model.quantize` group, which a name alone may stand for; empty if there is none."""
-    return {"name": given} if isinstance(given, str) else dict(given or {})
 
 
 def build(given: Mapping[str, Any] | str | None) -> Quantization | None:

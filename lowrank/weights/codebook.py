@@ -5,6 +5,7 @@ sign, two bits of exponent and one of mantissa. With double quantisation the mag
 values are those of bitsandbytes where 64 divides `in`: both run a block along the inputs of one output.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.weight import form, frozen, static, wide
-from lowrank.weights.quantized import Quantized, _replaced, blocks, pack, unpack
+from lowrank.weights.quantized import Quantized, blocks, pack, per_unit, unpack
 
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -109,7 +110,8 @@ class Codebook(Quantized):
     def opened(self) -> Self:
         """With plain magnitudes: a 64th of the kernel's elements."""
         found = {name: getattr(self, name) for name in ("scale", "shift")}
-        return _replaced(self, {n: x.decode() if isinstance(x, DoubleScale) else x for n, x in found.items()})
+        decoded = {n: x.decode() if isinstance(x, DoubleScale) else x for n, x in found.items()}
+        return dataclasses.replace(self, **decoded)
 
     def decode(self) -> jax.Array:
         """`table[codes] * scale + shift`."""
@@ -141,8 +143,7 @@ def _codes(values: jax.Array, shift: jax.Array | None, table: str) -> tuple[jax.
     spread = lambda x: jnp.broadcast_to(x[..., None, :], values.shape)  # noqa: E731
     values = values if shift is None else values - spread(shift)
     absmax = jnp.max(jnp.abs(values), axis=-2)
-    inverse = jnp.where(absmax > 0, 1 / jnp.where(absmax > 0, absmax, 1), 0)
-    return nearest(values * spread(inverse), TABLES[table]), absmax
+    return nearest(values * spread(per_unit(absmax, 1)), TABLES[table]), absmax
 
 
 def _calibrated(values: jax.Array, table: str, candidates: int) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.weight import form, frozen, static, wide
-from lowrank.weights.quantized import Quantized, _replaced, unpack
+from lowrank.weights.quantized import Quantized, unpack
 
 
 @form
@@ -52,17 +52,19 @@ class GGML(Quantized):
         if self.sub is None:
             return self
         low = None if self.low is None else self._parts(self.low, self.low_sub)
-        return _replaced(self, {"scale": self._parts(self.scale, self.sub), "sub": None, "low": low, "low_sub": None})
+        return dataclasses.replace(self, scale=self._parts(self.scale, self.sub), sub=None, low=low, low_sub=None)
 
     def tile(self, axis: int, start: Any, size: int) -> Self:
         """As for all; what `opened` has multiplied has a row for each part."""
         f = FORMATS[self.format]
         if self.sub is None and f.part != f.block:
             flat = {"scale": None, "low": None}
-            rest = Quantized.tile(_replaced(self, flat), axis, start, size)
+            rest = Quantized.tile(dataclasses.replace(self, **flat), axis, start, size)
             each = (f.part, 1)[axis]
             cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start // each, size // each, axis)  # noqa: E731
-            return _replaced(rest, {n: None if getattr(self, n) is None else cut(getattr(self, n)) for n in flat})
+            return dataclasses.replace(
+                rest, **{n: None if getattr(self, n) is None else cut(getattr(self, n)) for n in flat}
+            )
         return Quantized.tile(self, axis, start, size)
 
     def _parts(self, whole: jax.Array, sub: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lowrank.errors import UserError, unknown
 from lowrank.weight import dot, form, frozen, static, wide
-from lowrank.weights.quantized import Quantized
+from lowrank.weights.quantized import Quantized, per_unit
 
 FLOATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 
@@ -59,8 +59,7 @@ def int8(w: jax.Array) -> Channel:
     """Codes by the largest magnitude of each output: `round(w * 127 / max|w|)`."""
     kernel = w.astype(jnp.float32)
     absmax = _absmax(kernel)
-    per_unit = jnp.where(absmax > 0, 127 / jnp.where(absmax > 0, absmax, 1), 0)
-    codes = jnp.round(kernel * jnp.broadcast_to(per_unit, kernel.shape)).astype(jnp.int8)
+    codes = jnp.round(kernel * jnp.broadcast_to(per_unit(absmax, 127), kernel.shape)).astype(jnp.int8)
     return Channel(codes=codes, scale=absmax / 127, rows=w.shape[-2], kind=jnp.dtype(w.dtype).name)
 
 

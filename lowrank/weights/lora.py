@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lowrank.errors import UserError, unknown
 from lowrank.weight import Weight, dot, form, frozen, grouped, is_weight, materialize, static, trainable, wide
+from lowrank.weights import stacks
 
 
 @form
@@ -120,6 +121,13 @@ def attach(
     return _residual(lora) if init in RESIDUAL else lora
 
 
+def attach_even(key: jax.Array, w: Any, *, rank: int, alpha: float, dropout: float = 0.0) -> LoRA:
+    """`attach` with one rank and alpha for all layers, scaled by alpha / rank, A Kaiming uniform."""
+    layers = w.shape[0] if len(w.shape) > 2 else 1
+    each = {"ranks": (rank,) * layers, "alphas": (alpha,) * layers}
+    return attach(key, w, **each, rslora=False, dropout=dropout, init="kaiming")
+
+
 def _over_experts(values: jax.Array, shape: tuple[int, ...], trailing: int) -> jax.Array:
     """`[layers, ...]` with `trailing` axes after the first as `shape`, which may have an axis of experts between."""
     if len(shape) == trailing:
@@ -137,8 +145,7 @@ def _gaussian(key: jax.Array, lora: LoRA) -> LoRA:
 
 
 def _kaiming(key: jax.Array, lora: LoRA) -> LoRA:
-    bound = lora.a.shape[-2] ** -0.5  # Kaiming uniform with negative slope sqrt(5), as nn.Linear and PEFT have it
-    return dataclasses.replace(lora, a=jax.random.uniform(key, lora.a.shape, minval=-bound, maxval=bound))
+    return dataclasses.replace(lora, a=stacks.kaiming(key, lora.a.shape, lora.a.shape[-2]))
 
 
 def _zero_a(key: jax.Array, lora: LoRA) -> LoRA:

@@ -4,6 +4,7 @@
 `zero' = zero - s * A B / scale` the merged weight has the same codes (Xu et al. 2023, arXiv:2309.14717, section 3.3).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 
 from lowrank.errors import UserError
 from lowrank.weight import Weight, dot, form, frozen, is_weight, materialize, static, trainable, wide
-from lowrank.weights.quantized import _replaced
 from lowrank.weights.uniform import Uniform
 
 
@@ -47,7 +47,7 @@ class QALoRA(Weight):
     def absorbed(self) -> Uniform:
         """The base alone, with the update in its zeros: no code changes, and nothing is rounded again."""
         zero = self.base.zero - (self.delta() / self.base.scale).astype(self.base.zero.dtype)
-        return _replaced(self.base, {"zero": zero})
+        return dataclasses.replace(self.base, zero=zero)
 
 
 def attach(

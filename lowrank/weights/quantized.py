@@ -5,6 +5,7 @@ them: `dot` walks over tiles of its outputs, its gradient over tiles of its inpu
 The TPU's compiler decodes inside its matrix product by itself, so there the product is written as one.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -74,11 +75,7 @@ class Quantized(Weight):
             if value is not None and per[axis]:
                 each = per[axis]
                 cut[name] = jax.lax.dynamic_slice_in_dim(value, start // each, size // each, axis)
-        return _replaced(self, cut)
-
-
-def _replaced(w: Any, changes: Mapping[str, Any]) -> Any:
-    return type(w)(**{**vars(w), **changes})
+        return dataclasses.replace(self, **cut)
 
 
 @jax.custom_vjp
@@ -151,6 +148,11 @@ def blocks(w: jax.Array, block: int, each: int) -> jax.Array:
     missing = -w.shape[-2] % block
     padded = jnp.pad(w.astype(jnp.float32), [(0, 0)] * (w.ndim - 2) + [(0, missing), (0, 0)])
     return padded.reshape(*w.shape[:-2], -1, block, w.shape[-1])
+
+
+def per_unit(absmax: jax.Array, top: int) -> jax.Array:
+    """`top / absmax`, what values are multiplied by for codes up to `top`; 0 where all values are."""
+    return jnp.where(absmax > 0, top / jnp.where(absmax > 0, absmax, 1), 0)
 
 
 def whole_block(w: jax.Array, bits: int) -> int:

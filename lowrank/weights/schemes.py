@@ -1,7 +1,8 @@
 """The quantisers by name: each makes, from its options, a function from a kernel `[..., in, out]` to a form."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 
@@ -60,6 +61,11 @@ SCHEMES: dict[str, Callable[..., Quantizer]] = {
     "fp8": fp8,
     "ternary": lambda: uniform.ternary,
 }
+
+
+def group_of(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """A group `{name: ..., option: ...}`, which a name alone may stand for; empty if there is none."""
+    return {"name": given} if isinstance(given, str) else dict(given or {})
 
 
 def _block(block: int, least: int = 4) -> int:

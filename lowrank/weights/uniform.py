@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lowrank.errors import UserError
 from lowrank.weight import form, frozen, static, wide
-from lowrank.weights.quantized import Quantized, blocks, pack, unpack, whole_block
+from lowrank.weights.quantized import Quantized, blocks, pack, per_unit, unpack, whole_block
 
 BITS = (2, 4, 8)
 
@@ -58,8 +58,7 @@ def symmetric(w: jax.Array, *, bits: int, block: int = 0) -> Uniform:
     block, values = _grouped(w, bits, block)
     top = 2 ** (bits - 1) - 1
     absmax = jnp.max(jnp.abs(values), axis=-2)
-    per_unit = jnp.where(absmax > 0, top / jnp.where(absmax > 0, absmax, 1), 0)
-    codes = jnp.round(values * jnp.broadcast_to(per_unit[..., None, :], values.shape))
+    codes = jnp.round(values * jnp.broadcast_to(per_unit(absmax, top)[..., None, :], values.shape))
     return _made(w, jnp.clip(codes, -top, top) + 2 ** (bits - 1), absmax / top, None, bits, block)
 
 
