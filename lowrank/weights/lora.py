@@ -164,7 +164,7 @@ def _pissa(key: jax.Array, lora: LoRA) -> LoRA:
 def _olora(key: jax.Array, lora: LoRA) -> LoRA:
     """With the paper's `[out, in]` kernel `W = Q R`: `B = Q[:, :r]` and `A = R[:r]`, each transposed to our layout."""
     del key
-    q, r = jnp.linalg.qr(jnp.swapaxes(plain("OLoRA", lora.base), -1, -2))
+    q, r = stacks.each(jnp.linalg.qr, jnp.swapaxes(plain("OLoRA", lora.base), -1, -2))
     rank = lora.a.shape[-1]
     return dataclasses.replace(lora, a=jnp.swapaxes(r[..., :rank, :], -1, -2), b=jnp.swapaxes(q[..., :, :rank], -1, -2))
 

@@ -1,0 +1,41 @@
+"""Decompositions of several stacks in one program end, whatever the number of cores."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank.weights import stacks
+
+PROGRAM = """
+import os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # the size of the thread pool
+import jax, jax.numpy as jnp
+from lowrank.weights import stacks
+def all(x, y):
+    return [stacks.each(jnp.linalg.qr, v) for v in (x, y, x + y)]
+x = jax.random.normal(jax.random.key(0), (6, 384, 384))
+for i in range(2):
+    jax.block_until_ready(jax.jit(all)(x + i, x + 1))
+print("done")
+"""
+
+
+def test_several_batched_decompositions_in_one_program_end():
+    # In a process of its own, of one device: a program that waits for ever cannot be stopped from within.
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=env)
+    assert done.stdout == "done\n"
+
+
+def test_each_is_the_function_of_each_matrix_and_so_is_its_gradient():
+    x = 0.1 * jax.random.normal(jax.random.key(0), (3, 2, 5, 5)) + jnp.broadcast_to(jnp.eye(5), (3, 2, 5, 5))
+    y = jax.random.normal(jax.random.key(1), (3, 2, 5, 4))
+    solved = jax.jit(lambda x, y: stacks.each(jnp.linalg.solve, x, y))
+    np.testing.assert_allclose(solved(x, y), np.linalg.solve(np.float64(x), np.float64(y)), rtol=2e-5, atol=2e-6)
+    ours, theirs = (jax.grad(lambda x: (f(x, y) ** 2).sum())(x) for f in (solved, jnp.linalg.solve))  # noqa: B023
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
