@@ -21,7 +21,8 @@ from lowrank.weight import is_stored, is_weight
 
 PyTree = Any
 OPTIONS = {f.name: f.default for f in dataclasses.fields(Additions)}  # of the model, which decide what it computes
-ARRAYS, ABOUT, BASE = "trained.safetensors", "trained.json", "quantized_base.json"
+ARRAYS, ABOUT = "trained.safetensors", "trained.json"
+BASES = {"quantized": "quantized_base.json", "upcycled": "upcycled_base.json"}  # how a base was read, by the field
 
 
 def save(
@@ -36,12 +37,12 @@ def save(
     """Writes the adapter of `base` that `params` holds; returns what it is. Every process must call it.
 
     Methods that rewrite weights are written in the PEFT format where it can hold them; what others train, and what
-    PEFT has no place for, is written as `trained.safetensors` `{leaf name: array}` and `trained.json`. How a quantised
-    base was read goes into `quantized_base.json`, which PEFT does not look at.
+    PEFT has no place for, is written as `trained.safetensors` `{leaf name: array}` and `trained.json`. How a base was
+    read, if it was quantised or upcycled, goes into the files of BASES, which PEFT does not look at.
     """
-    quantized = getattr(base, "quantized", None)
-    if quantized and jax.process_index() == 0:
-        workdir.write_json(Path(directory) / BASE, dict(quantized))
+    for field, file in BASES.items():
+        if getattr(base, field, None) and jax.process_index() == 0:
+            workdir.write_json(Path(directory) / file, dict(getattr(base, field)))
     trained = [name for name, learns in tree.named_leaves(mask) if learns]
     why = "no weight was rewritten"
     rewritten = (is_weight(w) and not is_stored(w) for w in jax.tree.leaves(params, is_leaf=is_weight))
@@ -59,15 +60,17 @@ def save(
 
 
 def base_of(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The keywords of `pretrained.load` for the base of an adapter: how it was quantised, or nothing."""
-    path = Path(directory) / BASE
-    if not path.exists():
-        return {}
-    try:
-        about = dict(json.loads(path.read_text()))
-        return {"param_dtype": about.pop("param_dtype"), "quantized": about}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"cannot read {path}: {e}") from None
+    """The keywords of `pretrained.load` for the base of an adapter: how it was quantised and upcycled, if it was."""
+    found = {}
+    for field, file in BASES.items():
+        path = Path(directory) / file
+        if path.exists():
+            try:
+                found[field] = dict(json.loads(path.read_text()))
+            except (OSError, ValueError, TypeError) as e:
+                raise UserError(f"cannot read {path}: {e}") from None
+    dtype = found.get("quantized", {}).pop("param_dtype", None)
+    return found | ({"param_dtype": dtype} if dtype else {})
 
 
 def load_leaves(directory: str | os.PathLike[str], params: PyTree, base_name: str) -> PyTree:

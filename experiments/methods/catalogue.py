@@ -12,6 +12,7 @@ from lowrank import counts, methods, pretrained, tree, weight
 from lowrank.errors import UserError
 
 PyTree = Any
+Items = tuple[tuple[str, Any], ...]
 MODEL = "smollm2-135m"
 
 
@@ -34,7 +35,8 @@ def entry(row: Row, model: str = MODEL) -> dict[str, Any]:
     }
     try:
         method = methods.build(group)
-        base, plain = _shapes(model, tuple(method.model.items())), _shapes(model)
+        upcycled = tuple(row.model.get("upcycle", {}).items())
+        base, plain = _shapes(model, tuple(method.model.items()), upcycled), _shapes(model, upcycled=upcycled)
         adapted = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), base)
         mask = methods.trainable_mask(method, adapted)
     except UserError as e:
@@ -44,15 +46,17 @@ def entry(row: Row, model: str = MODEL) -> dict[str, Any]:
 
 
 @functools.cache
-def _shapes(model: str, options: tuple[tuple[str, Any], ...] = ()) -> PyTree:
+def _shapes(model: str, options: Items = (), upcycled: Items = ()) -> PyTree:
     """The model's parameters as shapes; most rows ask for the same."""
-    return pretrained.describe(model, model=dict(options))[2]
+    return pretrained.describe(model, model=dict(options), upcycled=dict(upcycled))[2]
 
 
 def argument(row: Row) -> str:
     """What a config takes after the colon, and the flags beside it."""
     method = ",".join(f"{'method' if k == 'name' else k}={v}" for k, v in row.method.items())
-    return " ".join([method, *(f"optim.{k}={v}" for k, v in row.optim.items())])
+    upcycle = row.model.get("upcycle", {})
+    flags = [("optim", *item) for item in row.optim.items()] + [("model.upcycle", *item) for item in upcycle.items()]
+    return " ".join([method, *(f"{group}.{k}={v}" for group, k, v in flags)])
 
 
 def merges(method: methods.Method, adapted: PyTree, plain: PyTree) -> bool:

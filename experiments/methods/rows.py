@@ -12,6 +12,7 @@ SMALL, MEDIUM, LARGE = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2
 BOTH = ("topics", "headlines")
 SELECTIVE, LOW_RANK, INTRINSIC = "selective", "reparameterised", "intrinsic dimension"
 ADDITIVE, EXPERTS = "additive", "experts"
+UPCYCLED = {"upcycle": {"experts": 4, "top_k": 2}}  # no wheel has the weights of a mixture of experts
 ROWS: dict[str, Row] = {
     "full": Row(SELECTIVE, {"name": "full"}, SMALL, BOTH),
     "partial": Row(SELECTIVE, {"name": "partial", "layers": 2}, SMALL),
@@ -62,6 +63,6 @@ ROWS: dict[str, Row] = {
     "more": Row(EXPERTS, {"name": "more"}, MEDIUM),
     "milora": Row(EXPERTS, {"name": "milora"}, MEDIUM),
     "smore": Row(EXPERTS, {"name": "smore"}, MEDIUM),
-    "perft": Row(EXPERTS, {"name": "perft"}, MEDIUM, ()),  # on a mixture of experts, of which no wheel has weights
-    "esft": Row(EXPERTS, {"name": "esft"}, MEDIUM, ()),
+    "perft": Row(EXPERTS, {"name": "perft"}, MEDIUM, ("headlines",), UPCYCLED),
+    "esft": Row(EXPERTS, {"name": "esft"}, SMALL, ("headlines",), UPCYCLED),
 }

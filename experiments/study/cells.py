@@ -114,7 +114,8 @@ class Cell:
         if not numbers or not (self.folder / train.ADAPTER).exists():
             numbers = self.run()
         options = dict(self.config.model)
-        name, dtype, _ = options.pop("name"), options.pop("param_dtype", "float32"), options.pop("quantize", None)
+        name, dtype = options.pop("name"), options.pop("param_dtype", "float32")
+        options = {k: v for k, v in options.items() if k not in ("quantize", "upcycle")}  # an adapter knows its base
         base = merging.adapted(self.folder / train.ADAPTER, name, model=options, param_dtype=dtype)
         model = Model(self.config, base, methods.build(self.row.method).bind)
         numbers |= {"test": model.score("test")[self.task.metric], "known": self.task.known(model)}

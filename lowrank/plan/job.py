@@ -47,6 +47,7 @@ class ModelConfig:
     name: str
     param_dtype: str = "float32"  # of what is frozen; what is trained is float32
     quantize: Group | str | None = None  # a scheme, or its name, target and options: pretrained.quantize
+    upcycle: Group | None = None  # experts and top_k: pretrained.upcycle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Plan:
             rules=sharding.DEFAULT_RULES,
             model=self.options,
             quantized=self.model.quantize,
+            upcycled=self.model.upcycle,
             seed=self.config.seed,
         )
 
@@ -178,7 +180,7 @@ def make(config: Group) -> Plan:
     own = [f.name for f in dataclasses.fields(ModelConfig)]
     model = settings.call(ModelConfig, {k: v for k, v in c.model.items() if k in own}, "model")
     options = {k: v for k, v in c.model.items() if k not in own} | dict(method.model)
-    read = {"param_dtype": model.param_dtype, "quantized": model.quantize}
+    read = {"param_dtype": model.param_dtype, "quantized": model.quantize, "upcycled": model.upcycle}
     shape, tokenizer, base = pretrained.describe(model.name, options, **read)
     if c.objective == "causal_lm" and not isinstance(shape, models.DecoderConfig):
         raise UserError(f"{model.name} is an encoder: it is fine-tuned with objective=classification")

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from lowrank import settings, sharding, tree
 from lowrank.errors import UserError, unknown
 from lowrank.models import build
-from lowrank.pretrained import fill, hf_files, hub, quantize, tokenizer, wheels
+from lowrank.pretrained import fill, hf_files, hub, quantize, tokenizer, upcycle, wheels
 from lowrank.pretrained.families import FAMILIES, Config, family_of
 from lowrank.pretrained.gguf_model import GGUFSource
+from lowrank.pretrained.hf_tensors import Tensor
 from lowrank.pretrained.stored import Source, Stored
 from lowrank.pretrained.tokenizer import Tokenizer
+from lowrank.pretrained.upcycle import Upcycling
 from lowrank.weight import is_weight
 from lowrank.weights.schemes import group_of
 
@@ -32,7 +34,8 @@ NEW = r"(prompt|prefix|pooler|head)/.*|(layers|top)/((attn|mlp)_adapter|mlp/rout
 class Pretrained:
     """A model that was read. `name` is how adapters record it; `new` the leaves that no checkpoint holds.
 
-    `quantized` is the `model.quantize` group and the dtype with which it was read, empty for plain parameters.
+    `quantized` is the `model.quantize` group and the dtype with which it was read, empty for plain parameters;
+    `upcycled` the `model.upcycle` group, empty for the model that the checkpoint holds.
     """
 
     config: Config
@@ -43,6 +46,7 @@ class Pretrained:
     hf_config: dict[str, Any]
     new: tuple[str, ...] = ()
     quantized: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    upcycled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class DirectorySource:
@@ -91,23 +95,43 @@ def describe(
     *,
     param_dtype: str = "float32",
     quantized: Mapping[str, Any] | str | None = None,
+    upcycled: Mapping[str, Any] | None = None,
     cache: Path | str | None = None,
 ) -> tuple[Config, Tokenizer, PyTree]:
     """`(config, tokenizer, shapes and dtypes of the parameters)` of a model, without reading its tensors.
 
-    `model` overrides fields of the config; `quantized` is as for `load`. Raises UserError for everything that `load`
-    finds wrong without tensors.
+    `model` overrides fields of the config; `quantized` and `upcycled` are as for `load`. Raises UserError for
+    everything that `load` finds wrong without tensors.
     """
-    return _describe(find(spec, cache), model or {}, param_dtype, quantize.build(quantized))
+    how = _How(quantize.build(quantized), upcycle.build(upcycled))
+    return _describe(find(spec, cache), model or {}, param_dtype, how)
+
+
+class _How(NamedTuple):
+    """What becomes of a checkpoint as it is read."""
+
+    codes: quantize.Quantization | None
+    upcycling: Upcycling | None
+
+    def config(self, source: Source, model: Mapping[str, Any]) -> Config:
+        config = hf_files.config_of(source.where, source.hf_config)
+        if self.upcycling:
+            self.upcycling.check(model)
+            config = self.upcycling.config(source.where, config)
+        return settings.replace(config, model, "model")
+
+    def tensors(self, source: Source, config: Config) -> list[Tensor]:
+        tensors = FAMILIES[source.hf_config["model_type"]].tensors(config)
+        return self.upcycling.tensors(tensors) if self.upcycling else tensors
 
 
 def _describe(
-    source: Source, model: Mapping[str, Any], param_dtype: str, codes: quantize.Quantization | None
+    source: Source, model: Mapping[str, Any], param_dtype: str, how: _How
 ) -> tuple[Config, Tokenizer, PyTree]:
     if param_dtype not in PARAM_DTYPES:
         raise unknown("param_dtype", param_dtype, PARAM_DTYPES)
     quantize.refuse_quantised(source.where, source.hf_config)
-    config = settings.replace(hf_files.config_of(source.where, source.hf_config), model, "model")
+    config = how.config(source, model)
     words = source.tokenizer()
     if words.vocab_size > config.vocab_size:
         raise UserError(
@@ -116,10 +140,10 @@ def _describe(
         )
     shapes = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), shapes)
-    if codes is None:
+    if how.codes is None:
         return config, words, shapes
     new = lambda name: _may_be_new(name, config, set())  # noqa: E731
-    return config, words, quantize.shapes(codes, shapes, new, _stored_as(source, config))
+    return config, words, quantize.shapes(how.codes, shapes, new, _stored_as(source, how.tensors(source, config)))
 
 
 def load(
@@ -130,6 +154,7 @@ def load(
     rules: sharding.Rules = sharding.DEFAULT_RULES,
     model: Mapping[str, Any] | None = None,
     quantized: Mapping[str, Any] | str | None = None,
+    upcycled: Mapping[str, Any] | None = None,
     seed: int = 0,
     cache: Path | str | None = None,
 ) -> Pretrained:
@@ -138,43 +163,46 @@ def load(
     `model` overrides fields of the config (`dtype`, `remat`, `num_labels`, ...). Leaves that no checkpoint holds, of
     prompts, poolers, adapters, added biases and classification heads, are drawn from `seed`. `quantized`, a config's
     `model.quantize` group (`lowrank.pretrained.quantize`), has kernels turned into codes one tensor at a time, which
-    decode to `param_dtype`. Raises UserError for a corrupt file, for a missing, extra or misshapen tensor, and for a
-    tokenizer that does not fit; nothing is read before all of them fit.
+    decode to `param_dtype`; `upcycled`, its `model.upcycle` group (`lowrank.pretrained.upcycle`), has a dense decoder
+    read as a mixture of experts. Raises UserError for a corrupt file, for a missing, extra or misshapen tensor, and
+    for a tokenizer that does not fit; nothing is read before all of them fit.
     """
-    source, codes = find(spec, cache), quantize.build(quantized)
-    config, words, abstract = _describe(source, model or {}, param_dtype, codes)
+    source, how = find(spec, cache), _How(quantize.build(quantized), upcycle.build(upcycled))
+    config, words, abstract = _describe(source, model or {}, param_dtype, how)
     layout = (
         jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
         if mesh is None
         else sharding.shardings(abstract, mesh, rules)
     )
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
-    arrays, new = _read(source, config, dict(tree.named_leaves(placed, is_weight)), seed, codes)
+    arrays, new = _read(source, config, dict(tree.named_leaves(placed, is_weight)), seed, how)
     params = traverse_util.unflatten_dict(arrays, sep="/")
     family, about = source.hf_config["model_type"], group_of(quantized)
     about |= {"param_dtype": param_dtype} if about else {}
-    return Pretrained(config, params, words, family, source.name, source.hf_config, new, about)
+    return Pretrained(config, params, words, family, source.name, source.hf_config, new, about, dict(upcycled or {}))
 
 
 def _read(
-    source: Source, config: Config, leaves: dict[str, Any], seed: int, codes: quantize.Quantization | None
+    source: Source, config: Config, leaves: dict[str, Any], seed: int, how: _How
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     family = FAMILIES[source.hf_config["model_type"]]
-    tensors = family.tensors(config)
+    tensors = how.tensors(source, config)
     stored = source.tensors([name for tensor in tensors for name in tensor.names])
     own = {t.leaf for t in family.tensors(hf_files.config_of(source.where, source.hf_config))}
     present = [t for t in tensors if any(name in stored for name in t.names) or not _may_be_new(t.leaf, config, own)]
     fill.check(source.where, present, {name: leaf.shape for name, leaf in leaves.items()}, stored)
     _check_extra(source.where, stored, [name for t in present for name in t.names], family.ignored)
-    new = tuple(sorted(leaves.keys() - {t.leaf for t in present}))
-    return fill.fill(present, stored, leaves, codes) | _fresh(config, {n: leaves[n] for n in new}, seed), new
+    routers = how.upcycling.routers(leaves) if how.upcycling else {}
+    new = tuple(sorted(leaves.keys() - {t.leaf for t in present} - routers.keys()))
+    read = fill.fill(present, stored, leaves, how.codes)
+    return read | routers | _fresh(config, {n: leaves[n] for n in new}, seed), new
 
 
-def _stored_as(source: Source, config: Config) -> quantize.StoredAs:
+def _stored_as(source: Source, tensors: Sequence[Tensor]) -> quantize.StoredAs:
     """What each leaf is read from; a tensor that is missing is left to `fill.check`."""
-    tensors = {t.leaf: t.names for t in FAMILIES[source.hf_config["model_type"]].tensors(config)}
-    stored = source.tensors([name for names in tensors.values() for name in names])
-    return lambda leaf: [stored[name] for name in tensors.get(leaf, ()) if name in stored]
+    names = {t.leaf: t.names for t in tensors}
+    stored = source.tensors([name for of_leaf in names.values() for name in of_leaf])
+    return lambda leaf: [stored[name] for name in names.get(leaf, ()) if name in stored]
 
 
 def _may_be_new(leaf: str, config: Config, own: set[str]) -> bool:

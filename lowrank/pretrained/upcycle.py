@@ -1,0 +1,76 @@
+"""The `model.upcycle` group of a config: a dense decoder is read as a mixture of experts.
+
+Sparse upcycling (Komatsuzaki et al. 2023, arXiv:2212.05055): every expert of a layer starts as its MLP, and the layer
+gets a router, drawn at random. A token's gates sum to 1, so that at first the mixture computes what the MLP did.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lowrank import settings
+from lowrank.errors import UserError
+from lowrank.models import DecoderConfig
+from lowrank.models.layers import kernel_init
+from lowrank.pretrained.hf_tensors import Tensor
+from lowrank.weight import name_key
+
+ROUTER = r"(layers|top)/mlp/router/kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Upcycling:
+    """A mixture of `experts`, `top_k` of them for each token, with routers drawn from `seed`: not from the run's."""
+
+    experts: int
+    top_k: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.experts:
+            raise UserError(f"model.upcycle.top_k={self.top_k} is not in 1..{self.experts}, the number of experts")
+
+    def config(self, where: str, dense: Any) -> DecoderConfig:
+        """The config of the mixture. Raises UserError for what cannot become one."""
+        reasons = {
+            "an encoder": not isinstance(dense, DecoderConfig),
+            "a mixture of experts already": getattr(dense, "experts", 0),
+            "a decoder whose MLP has no gate": not getattr(dense, "gated", True),
+            "a decoder whose MLP has biases": getattr(dense, "mlp_bias", False),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise UserError(f"{where} is {reason}: model.upcycle makes experts of a gated MLP without biases")
+        return dataclasses.replace(dense, **self._mixture())
+
+    def _mixture(self) -> dict[str, Any]:
+        return {"experts": self.experts, "experts_per_token": self.top_k, "normalise_gates": True}
+
+    def check(self, model: Mapping[str, Any]) -> None:
+        """Raises UserError for options of the model that say something of the mixture, too."""
+        for name in self._mixture().keys() & model.keys():
+            raise UserError(f"model.{name} and model.upcycle both say what the mixture is: leave out model.{name}")
+
+    def tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What the mixture's leaves are made of: each expert of the MLP of its layer; nothing for the routers."""
+        return [self._of_experts(t) if re.fullmatch(r"\w+/mlp/\w+/kernel", t.leaf) else t for t in tensors]
+
+    def _of_experts(self, tensor: Tensor) -> Tensor:
+        return dataclasses.replace(tensor, leaf=tensor.leaf.replace("/mlp/", "/mlp/experts/"), experts=self.experts)
+
+    def routers(self, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """The routers among `leaves`, each drawn by its name and placed as its leaf is."""
+        found = {name: leaf for name, leaf in leaves.items() if re.fullmatch(ROUTER, name)}
+
+        def drawn(key: jax.Array) -> dict[str, jax.Array]:
+            return {n: kernel_init(name_key(key, n), x.shape, "float32").astype(x.dtype) for n, x in found.items()}
+
+        return jax.jit(drawn, out_shardings={n: x.sharding for n, x in found.items()})(jax.random.key(self.seed))
+
+
+def build(given: Mapping[str, Any] | None) -> Upcycling | None:
+    """The `model.upcycle` group `{"experts": E, "top_k": K, "seed": 0}`; None without one. Raises UserError."""
+    return settings.call(Upcycling, given, "model.upcycle") if given else None
