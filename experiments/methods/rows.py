@@ -6,7 +6,7 @@ trained do: a factor of (IA)^3 wants a hundred times the step of a pretrained ke
 
 from experiments.study.cells import Row
 
-SMALL, MEDIUM, LARGE = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
+SMALL, MEDIUM, LARGE, HEAD = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
 
 
 BOTH = ("topics", "headlines")
@@ -18,14 +18,14 @@ ROWS: dict[str, Row] = {
     "partial": Row(SELECTIVE, {"name": "partial", "layers": 2}, SMALL),
     "first": Row(SELECTIVE, {"name": "partial", "first": True}, SMALL),
     "chosen": Row(SELECTIVE, {"name": "chosen"}, SMALL),
-    "head": Row(SELECTIVE, {"name": "head"}, MEDIUM),
-    "features": Row(SELECTIVE, {"name": "features"}, MEDIUM),
+    "head": Row(SELECTIVE, {"name": "head"}, HEAD),
+    "features": Row(SELECTIVE, {"name": "features"}, HEAD),
     "bitfit": Row(SELECTIVE, {"name": "bitfit"}, MEDIUM, BOTH),
     "norm": Row(SELECTIVE, {"name": "norm"}, MEDIUM),
-    "sparse": Row(SELECTIVE, {"name": "sparse"}, SMALL),
-    "sparse_fisher": Row(SELECTIVE, {"name": "sparse", "choose": "fisher"}, SMALL),
-    "sparse_random": Row(SELECTIVE, {"name": "sparse", "choose": "random"}, SMALL),
-    "sparse_movement": Row(SELECTIVE, {"name": "sparse", "choose": "movement"}, SMALL),
+    "sparse": Row(SELECTIVE, {"name": "sparse"}, LARGE),
+    "sparse_fisher": Row(SELECTIVE, {"name": "sparse", "choose": "fisher"}, LARGE),
+    "sparse_random": Row(SELECTIVE, {"name": "sparse", "choose": "random"}, LARGE),
+    "sparse_movement": Row(SELECTIVE, {"name": "sparse", "choose": "movement"}, LARGE),
     "tokens": Row(SELECTIVE, {"name": "tokens"}, MEDIUM),
     "lora": Row(LOW_RANK, {"name": "lora"}, MEDIUM, BOTH),
     "rslora": Row(LOW_RANK, {"name": "lora", "rslora": True}, MEDIUM, BOTH),
@@ -41,7 +41,7 @@ ROWS: dict[str, Row] = {
     "bidora": Row(LOW_RANK, {"name": "bidora"}, MEDIUM),
     "loha": Row(LOW_RANK, {"name": "loha"}, MEDIUM),
     "lokr": Row(LOW_RANK, {"name": "lokr"}, MEDIUM),
-    "hira": Row(LOW_RANK, {"name": "hira"}, MEDIUM),
+    "hira": Row(LOW_RANK, {"name": "hira"}, LARGE),
     "oft": Row(LOW_RANK, {"name": "oft"}, MEDIUM),
     "boft": Row(LOW_RANK, {"name": "boft"}, MEDIUM),
     "relora": Row(LOW_RANK, {"name": "relora"}, MEDIUM),
