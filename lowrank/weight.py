@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lowrank import tree
 from lowrank.errors import UserError
+from lowrank.kernels.grouped import ragged_dot
 
 PyTree = Any
 F = TypeVar("F", bound=type)
@@ -109,7 +110,7 @@ def affine(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
 
 def grouped(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
     """`x[i] @ w[g]` for rows `x: [rows, in]` sorted by group, `sizes: [G]` of them in each, and `w: [G, in, out]`."""
-    return w.grouped(x, sizes) if is_weight(w) else jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
+    return w.grouped(x, sizes) if is_weight(w) else ragged_dot(x, w.astype(x.dtype), sizes)
 
 
 def take(w: Any, ids: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ ALLOWED = {  # module -> the project's modules it may import (by prefix)
     "lowrank/errors": (),
     "lowrank/settings": ("lowrank.errors",),
     "lowrank/tree": ("lowrank.errors",),
-    "lowrank/weight": ("lowrank.errors", "lowrank.tree"),
+    "lowrank/weight": ("lowrank.errors", "lowrank.tree", "lowrank.kernels"),
     "lowrank/weights": ("lowrank.errors", "lowrank.tree", "lowrank.weight", "lowrank.weights", "lowrank.kernels"),
     "lowrank/kernels": ("lowrank.errors", "lowrank.kernels"),
     "lowrank/models": ("lowrank.errors", "lowrank.settings", "lowrank.tree", "lowrank.weight", "lowrank.models"),

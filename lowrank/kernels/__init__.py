@@ -1,1 +1,1 @@
-"""Pallas kernels, each beside a plain-JAX reference with the same signature."""
+"""What a product costs depends on the machine here: kernels, each with the signature of a plain-JAX reference."""
