@@ -32,7 +32,7 @@ DEFAULT_RULES: Rules = (
     (r"(.*/)?(second|offset|beta[12]|index|indices|values|ids|rows)", P()),
     (r"(.*/)?(key|magnitude|lambda_[bd]|skew|base_sq|s|e|core|bias)", P()),
     (r"(.*/)?router", P()),
-    (r".*/kernel/(.*/)?(narrow|up|(queries|keys|downs|ups|mixes)/\d+)", P()),
+    (r".*/kernel/(.*/)?(narrow|up|(hidden|queries|keys|downs|ups|mixes)/\d+)", P()),
     (rf"{_OUT}/(.*/)?a[12]?", P("fsdp", None)),
     (rf"{_OUT}/(.*/)?b[12]?", P(None, "tensor")),
     (rf"{_IN}/(.*/)?a[12]?", P("tensor", None)),

@@ -54,7 +54,7 @@ def attached(**group):
         (
             {"name": "smore", "target": Q},
             [f"{Q}/{f}" for f in ("narrow", "up", "mixes/0")]
-            + [f"{Q}/{f}/{i}" for f in ("queries", "keys", "downs", "ups") for i in (0, 1)],
+            + [f"{Q}/{f}/{i}" for f in ("hidden", "queries", "keys", "downs", "ups") for i in (0, 1)],
         ),
         ({"name": "more", "target": Q}, [f"{Q}/{f}" for f in ("a", "b", "router")]),
         ({"name": "intrinsic", "dim": 9, "said": True}, ["shared/intrinsic", "shared/said/layers"]),

@@ -67,7 +67,7 @@ def test_a_tree_of_residuals_is_walked_as_in_the_paper_in_float64(experts, fanou
     p, y = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), w), jax.jit(dot)(x, w)
 
     def node(level, token, context):
-        scores = p.keys[level] @ (context @ p.queries[level])
+        scores = p.keys[level] @ (np.maximum(context @ p.hidden[level], 0) @ p.queries[level])
         best = np.argsort(-scores)[: fanout[level]]
         total = 0
         for child, g in zip(best, softmax(scores[best]), strict=True):

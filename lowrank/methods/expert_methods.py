@@ -24,6 +24,8 @@ def perft(width: int = 8, experts: int = 4, per_token: int = 2, scale: float = 1
 
     `MoE(x) + scale * sum_e g_e(x) x @ down_e @ up_e`. They have a router of their own that sends each token to
     `per_token` of them (PERFT-R); with `experts=0` there is one beside each expert, with that expert's gate (PERFT-E).
+    Gates are normalised as the mixture's are. A routed module is weighed by its own router's gate, as the formula says:
+    the authors' code takes the mixture's gate of the same rank in its place. There is no loss that balances them.
     """
     targets.positive(width=width, scale=scale)
     if experts < 0:
@@ -45,7 +47,10 @@ def esft(
 
     Before the first step, `batches` batches tell each expert's relevance: its average gate (`score='gate'`) or the
     share of choices that fell on it (`'token'`), over real tokens. In each layer the fewest experts whose relevance
-    makes up `share` of the layer's are trained, at most `capacity` of all: that many have room for a trained copy.
+    makes up `share` of the layer's are trained. As in the authors' code (deepseek-ai/ESFT) all tokens count alike,
+    where the paper takes the mean of each sequence first; as in the paper relevance is relative to the layer, where
+    the code divides by an expert's sum over layers. Ours: at most `capacity` of all experts are trained, so that the
+    shapes are known before the data are; that many have room for a trained change.
     """
     if score not in ("gate", "token"):
         raise unknown("ESFT score", score, ("gate", "token"))

@@ -55,8 +55,8 @@ def smore(
     """S'MoRE: each token meets a tree of residual low-rank experts (Zeng et al. 2025, arXiv:2504.06426).
 
     `experts` and `fanout` say, from the leaves up, how many experts a level has, and how many of them hang below one
-    node; `gate` is the width of queries and keys. See `lowrank.weights.smore` for the formula, and `more` for
-    `balance`. It cannot be merged.
+    node; `gate` is the width of the routers: of the narrowed token, queries and keys. See `lowrank.weights.smore` for
+    the formula, and `more` for `balance`. It cannot be merged.
     """
     targets.positive(rank=rank, gate=gate, scale=scale)
     if not experts or len(experts) != len(fanout):

@@ -1,9 +1,11 @@
 """S'MoRE: a tree of residual low-rank experts (Zeng et al. 2025, arXiv:2504.06426).
 
 Level l of L (0 the leaves) has E_l experts of rank r. A token is routed from the root down: the f_l experts of level l
-below a node are the best by `query . key`, the query made of the token and of the keys of the node and its ancestors.
-What a node hands up is `x_(l+1) = sum_i g_i act(A_i B_i x + W_l x_l(i))` over its children i, with nothing below the
-leaves, and the output is the root's times `up`. Widths: `d_(l+1) = d_l + E_l r`, `d_0 = 0`. S is the sum of E_l r.
+below a node are the best by `query . key`, the query an MLP (`relu(c @ hidden) @ queries`) of c, the narrowed token
+and the keys of the node and its ancestors. What a node hands up is `x_(l+1) = sum_i g_i act(A_i B_i x + W_l x_l(i))`
+over its children i, with nothing below the leaves, and the output is the root's times `up`. Widths:
+`d_(l+1) = d_l + E_l r`, `d_0 = 0`. S is the sum of E_l r. Ours: there are no biases, which the authors' code
+(ZimpleX/SMoRE-LLM) has in every product, no learned slope of a PReLU, and all levels have one rank.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,8 @@ class SMoRE(Routed):
 
     base: Any = frozen()
     narrow: jax.Array = trainable()  # [..., in, g]: the token as routers see it
-    queries: tuple[jax.Array, ...] = trainable()  # [..., g * (L - l), g]
+    hidden: tuple[jax.Array, ...] = trainable()  # [..., g * (L - l), g]: the first layer of the queries
+    queries: tuple[jax.Array, ...] = trainable()  # [..., g, g]: the second
     keys: tuple[jax.Array, ...] = trainable()  # [..., E_l, g]
     downs: tuple[jax.Array, ...] = trainable()  # A: [..., in, E_l * r]
     ups: tuple[jax.Array, ...] = trainable()  # B: [..., E_l, r, d_(l+1)]
@@ -45,7 +48,8 @@ class SMoRE(Routed):
     def _node(self, level: int, x: jax.Array, context: jax.Array) -> jax.Array:
         """`[..., P, d_(l+1)]`: what P nodes hand up, given `context` `[..., P, c]`, the token and their ancestors."""
         keys, k = self.keys[level].astype(x.dtype), self.fanout[level]
-        gates, children = self._route(dot(dot(context, self.queries[level]), keys.T), k)
+        query = dot(jax.nn.relu(dot(context, self.hidden[level])), self.queries[level])
+        gates, children = self._route(dot(query, keys.T), k)
         residuals = self._residuals(level, x)[..., None, :, :]
         residuals = jnp.broadcast_to(residuals, (*children.shape[:-1], *residuals.shape[-2:]))
         h = jnp.take_along_axis(residuals, children[..., None], axis=-2)  # [..., P, k, d_(l+1)]
@@ -90,8 +94,9 @@ def attach(
     return SMoRE(
         base=w,
         narrow=drawn(0, 0, (n_in, gate), n_in),
-        queries=tuple(drawn(1, i, (gate * (levels - i), gate), gate * (levels - i)) for i in each),
-        keys=tuple(drawn(2, i, (experts[i], gate), 1) for i in each),
+        hidden=tuple(drawn(1, i, (gate * (levels - i), gate), gate * (levels - i)) for i in each),
+        queries=tuple(drawn(6, i, (gate, gate), gate) for i in each),
+        keys=tuple(jnp.abs(drawn(2, i, (experts[i], gate), 1)) for i in each),
         downs=tuple(drawn(3, i, (n_in, experts[i] * rank), n_in) for i in each),
         ups=tuple(drawn(4, i, (experts[i], rank, widths[i + 1]), rank) for i in each),
         mixes=tuple(drawn(5, i, (widths[i], widths[i + 1]), widths[i]) for i in each if i),
