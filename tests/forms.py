@@ -19,6 +19,7 @@ from lowrank.weights import (
     lokr,
     lora,
     lora_xs,
+    mixed,
     oft,
     qa_lora,
     rows,
@@ -110,6 +111,7 @@ ROUNDED: dict[str, float] = {
     "fp8 e4m3": 0.04,
     "fp8 e5m2": 0.07,
     "ternary": 0.6,
+    "mixed": 0.25,
     "loftq": 0.06,
     "qa lora": 0.1,
     "ir qlora": 0.1,
@@ -132,6 +134,7 @@ FORMS |= {
     "fp8 e4m3": quantised("fp8"),
     "fp8 e5m2": quantised("fp8", format="e5m2"),
     "ternary": quantised("ternary"),
+    "mixed": lambda key, w: mixed.quantize(w, high=2, block=4, double=True),
     "loftq": lambda key, w: loftq.attach(
         w, rank=RANK, scale=1.5, steps=2, dropout=0.0, quantize=SCHEMES["nf4"](block=8)
     ),

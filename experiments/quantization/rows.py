@@ -16,6 +16,7 @@ BASES: dict[str, dict[str, Any]] = {
     "nf4": {"quantize": {"name": "nf4"}},
     "nf4_double": {"quantize": {"name": "nf4", "double": True}},
     "ternary": {"quantize": {"name": "ternary"}},
+    "mixed": {"quantize": {"name": "mixed", "budget": 3.5}},
 }
 TASKS = ("topics", "headlines")
 LORA = {"name": "lora"}

@@ -86,14 +86,14 @@ def _quantised(tensor: Tensor, parts: Sequence[Stored], form: Quantized, codes: 
     leaves, structure = jax.tree.flatten(form)
     buffers = [{index: _buffer(leaf, index) for index in _holders(leaf)} for leaf in leaves]
     for place, name, part in zip(tensor.places, tensor.names, parts, strict=True):
-        one = functools.partial(_whole, part, tensor.transpose != part.flipped, form.shape[-2:])
+        one = functools.partial(whole, part, tensor.transpose != part.flipped, form.shape[-2:])
         made = jax.tree.leaves(codes.layer(name, part, one, form))
         for array, pieces in zip(made, buffers, strict=True):
             _keep(np.asarray(array), place, pieces)
     return structure.unflatten(_placed(leaf, pieces) for leaf, pieces in zip(leaves, buffers, strict=True))
 
 
-def _whole(part: Stored, transpose: bool, shape: tuple[int, ...]) -> np.ndarray:
+def whole(part: Stored, transpose: bool, shape: tuple[int, ...]) -> np.ndarray:
     """One tensor as a kernel `[in, out]` in float32."""
     kernel = _aligned(shape, np.dtype(np.float32))
     _read_one(part, transpose, tuple((0, size) for size in shape), kernel)

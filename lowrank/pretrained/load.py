@@ -1,13 +1,15 @@
 """A pretrained model: found by its name, checked, and read into its parameter tree."""
 
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, SingleDeviceSharding
 
@@ -143,7 +145,11 @@ def _describe(
     if how.codes is None:
         return config, words, shapes
     new = lambda name: _may_be_new(name, config, set())  # noqa: E731
-    return config, words, quantize.shapes(how.codes, shapes, new, _stored_as(source, how.tensors(source, config)))
+    return (
+        config,
+        words,
+        quantize.shapes(how.codes, shapes, new, *_stored_as(source, how.tensors(source, config), shapes)),
+    )
 
 
 def load(
@@ -198,11 +204,22 @@ def _read(
     return read | routers | _fresh(config, {n: leaves[n] for n in new}, seed), new
 
 
-def _stored_as(source: Source, tensors: Sequence[Tensor]) -> quantize.StoredAs:
-    """What each leaf is read from; a tensor that is missing is left to `fill.check`."""
-    names = {t.leaf: t.names for t in tensors}
-    stored = source.tensors([name for of_leaf in names.values() for name in of_leaf])
-    return lambda leaf: [stored[name] for name in names.get(leaf, ()) if name in stored]
+def _stored_as(source: Source, tensors: Sequence[Tensor], shapes: PyTree) -> tuple[quantize.StoredAs, quantize.Reader]:
+    """What each leaf is read from, a tensor that is missing left to `fill.check`; and how to read a leaf's kernels."""
+    of_leaf = {t.leaf: t for t in tensors}
+    needed = {name: leaf.shape for name, leaf in tree.named_leaves(shapes)}
+    stored = source.tensors([name for t in tensors for name in t.names])
+    changed = Path(source.where).stat().st_mtime_ns
+
+    def kernels(leaf: str) -> Iterator[tuple[tuple[Any, ...], str, Callable[[], np.ndarray]]]:
+        tensor = of_leaf[leaf]
+        fill.check(source.where, [tensor], needed, stored)
+        for name in tensor.names:
+            part = stored[name]
+            read = functools.partial(fill.whole, part, tensor.transpose != part.flipped, needed[leaf][-2:])
+            yield (source.where, changed, name), name, read
+
+    return lambda leaf: [stored[n] for t in filter(None, [of_leaf.get(leaf)]) for n in t.names if n in stored], kernels
 
 
 def _may_be_new(leaf: str, config: Config, own: set[str]) -> bool:

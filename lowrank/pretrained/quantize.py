@@ -1,6 +1,5 @@
 """The `model.quantize` group of a config: which kernels become codes as a checkpoint is read, and by which scheme."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,41 +8,18 @@ import numpy as np
 
 from lowrank import settings, tree
 from lowrank.errors import UserError, unknown
+from lowrank.pretrained.coding import Quantization, Reader, StoredAs
+from lowrank.pretrained.mixed_bits import MixedBits
 from lowrank.pretrained.stored import Stored
 from lowrank.weights import ggml
 from lowrank.weights.quantized import Quantized
 from lowrank.weights.schemes import SCHEMES, group_of
 
 PyTree = Any
-StoredAs = Callable[[str], Sequence[Stored]]
 TARGET = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|o|gate|up|down)/kernel"  # not heads, embeddings, routers, experts
 
 
 OWN = "gguf"  # in place of a scheme: the blocks that the file has
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantization:
-    """`make` turns each kernel `[in, out]` whose leaf `target` matches into codes."""
-
-    target: str
-    make: Callable[[jax.Array], Quantized]
-
-    def form(self, kernel: Any, kind: str) -> Quantized:
-        """The codes of one kernel, or of a stack, that decode to the dtype `kind`."""
-        return dataclasses.replace(self.make(kernel), kind=kind)
-
-    def shape(self, name: str, leaf: Any, parts: Sequence[Stored]) -> Quantized:
-        """The form of a leaf `[..., in, out]`, which is stored as `parts`, in shapes."""
-        del name, parts
-        return jax.eval_shape(lambda x: self.form(x, leaf.dtype.name), leaf)
-
-    def layer(self, name: str, part: Stored, read: Callable[[], np.ndarray], like: Quantized) -> Quantized:
-        """The form of one tensor `name`, whose kernel `read` returns. Raises UserError if it is not finite."""
-        kernel = read()
-        if not np.isfinite([kernel.min(), kernel.max()]).all():
-            raise UserError(f"tensor {name!r} holds NaN or infinite values: it cannot be quantised")
-        return self.form(kernel, like.kind)
 
 
 class OwnBlocks(Quantization):
@@ -76,18 +52,19 @@ class OwnBlocks(Quantization):
 _from_bytes = jax.jit(ggml.from_bytes, static_argnums=(1, 2))
 
 
-def shapes(codes: Quantization, params: PyTree, new: Callable[[str], bool], stored: StoredAs) -> PyTree:
+def shapes(codes: Quantization, params: PyTree, new: Callable[[str], bool], stored: StoredAs, read: Reader) -> PyTree:
     """Shapes of parameters, with forms where kernels are quantised; `new` leaves are in no checkpoint and stay.
 
-    `stored` gives what each leaf is read from. Raises UserError for a target that matches no kernel.
+    `stored` gives what each leaf is read from, `read` its kernels. Raises UserError for a target that matches none.
     """
     hits = tree.matching(codes.target, tree.names(params), "model.quantize target")
     for name in hits:
         if not name.endswith("kernel"):
             raise UserError(f"{name} is no kernel: only kernels [..., in, out] are quantised")
-    found = set(hits)
+    found = {name for name in hits if not new(name)}
+    codes = codes.prepared({n: leaf for n, leaf in tree.named_leaves(params) if n in found}, read)
     form = lambda name, leaf: codes.shape(name, leaf, stored(name))  # noqa: E731
-    return tree.map_named(lambda n, leaf: form(n, leaf) if n in found and not new(n) else leaf, params)
+    return tree.map_named(lambda n, leaf: form(n, leaf) if n in found else leaf, params)
 
 
 def build(given: Mapping[str, Any] | str | None) -> Quantization | None:
@@ -100,7 +77,10 @@ def build(given: Mapping[str, Any] | str | None) -> Quantization | None:
         return OwnBlocks(target, lambda kernel: kernel)
     if name not in SCHEMES:
         raise unknown("model.quantize.name", name, [*SCHEMES, OWN])
-    return Quantization(target, jax.jit(settings.call(SCHEMES[name], options, "model.quantize")))
+    make = settings.call(SCHEMES[name], options, "model.quantize")
+    if name == "mixed":
+        return MixedBits(target, make, make.keywords)
+    return Quantization(target, jax.jit(make))
 
 
 def refuse_quantised(where: str, hf_config: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""NF4 and FP4: each value of a block is the nearest of 16, times the block's largest magnitude.
+"""NF4, FP4, and N2 in two bits: each value of a block is the nearest of 16 (or 4), times the block's magnitude.
 
 NF4's sixteen are quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314, appendix E), FP4's are a
 sign, two bits of exponent and one of mantissa. With double quantisation the magnitudes are 8-bit themselves. Codes and
@@ -24,6 +24,11 @@ NF4 = (
 )
 _FP4 = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
 TABLES = {"nf4": np.array(NF4, np.float32), "fp4": np.array([*_FP4, *(-x for x in _FP4)], np.float32)}
+# Two bits: the four levels nearest to a normal distribution (Max 1960, table I), the outer ones at 1.
+TABLES["n2"] = np.array([-1, -0.4528 / 1.510, 0.4528 / 1.510, 1], np.float32)
+SHRUNK = np.linspace(
+    0.4, 1, 31, dtype=np.float32
+)  # of its largest magnitude: what a two-bit block's outer level may be
 SECOND_BLOCK = 256
 
 
@@ -84,7 +89,7 @@ class DoubleScale:
 
 @form
 class Codebook(Quantized):
-    """`codes` uint8 `[..., in / 2, out]`, two to a byte; `scale` `[..., in / block, out]`, plain or a DoubleScale.
+    """`codes` uint8 `[..., in * bits / 8, out]`; `scale` `[..., in / block, out]`, plain or a DoubleScale.
 
     A calibrated one has a `shift` like the scale, what its table's zero stands for.
     """
@@ -99,13 +104,18 @@ class Codebook(Quantized):
 
     @property
     def title(self) -> str:
-        """NF4 or FP4."""
+        """NF4, FP4 or N2."""
         return self.table.upper()
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return bits_of(self.table)
 
     @property
     def layout(self) -> Mapping[str, tuple[int | None, int | None]]:
         """Rows and columns that each element of a field stands for."""
-        return {"codes": (2, 1), "scale": (self.block, 1), "shift": (self.block, 1)}
+        return {"codes": (8 // self.bits, 1), "scale": (self.block, 1), "shift": (self.block, 1)}
 
     def opened(self) -> Self:
         """With plain magnitudes: a 64th of the kernel's elements."""
@@ -116,34 +126,70 @@ class Codebook(Quantized):
     def decode(self) -> jax.Array:
         """`table[codes] * scale + shift`."""
         spread = lambda x: jnp.broadcast_to(wide(x)[..., None, :], values.shape)  # noqa: E731
-        values = looked_up(unpack(self.codes, 4, self.block), TABLES[self.table])
+        values = looked_up(unpack(self.codes, self.bits, self.block), TABLES[self.table])
         values = values * spread(self.scale)
         values = values if self.shift is None else values + spread(self.shift)
         return values.reshape(*self.codes.shape[:-2], -1, self.codes.shape[-1])
 
 
-def quantize(w: jax.Array, *, table: str, block: int, double: bool, calibrate: int = 0) -> Codebook:
+def bits_of(table: str) -> int:
+    """Of a table's codes."""
+    return len(TABLES[table]).bit_length() - 1
+
+
+def quantize(
+    w: jax.Array, *, table: str, block: int, double: bool, calibrate: int = 0, inside: jax.Array | None = None
+) -> Codebook:
     """The codes of a kernel `[..., in, out]`; a block of zeros stays zeros.
 
     `calibrate` candidates for each block's shift are tried, and the one taken whose codes say most (have the largest
     entropy): IR-QLoRA's calibration (arXiv:2402.05445, equation 7), between 0.1 deviations about the median.
+    `inside` `[..., n, block, 1]` is 0 for rows that are padding, which two-bit blocks do not fit their scale to.
     """
-    values = blocks(w, block, 2)
+    values = blocks(w, block, 8 // bits_of(table))
     shift = _calibrated(values, table, calibrate) if calibrate else None
-    codes, absmax = _codes(values, shift, table)
+    codes, absmax = coded(values, shift, table, inside)
     kept = {"scale": absmax, "shift": shift}
     kept = {name: _doubled(x) if double and x is not None else x for name, x in kept.items()}
     return Codebook(
-        codes=pack(codes, 4), **kept, table=table, block=block, rows=w.shape[-2], kind=jnp.dtype(w.dtype).name
+        codes=pack(codes, bits_of(table)),
+        **kept,
+        table=table,
+        block=block,
+        rows=w.shape[-2],
+        kind=jnp.dtype(w.dtype).name,
     )
 
 
-def _codes(values: jax.Array, shift: jax.Array | None, table: str) -> tuple[jax.Array, jax.Array]:
-    """`(codes [..., n, block, out], magnitudes [..., n, out])` of blocks less their shift."""
+def coded(
+    values: jax.Array, shift: jax.Array | None, table: str, inside: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`(codes [..., n, block, out], magnitudes [..., n, out])` of blocks less their shift.
+
+    A two-bit block's outer level is not its largest magnitude, but the share of it with the least squared error.
+    """
     spread = lambda x: jnp.broadcast_to(x[..., None, :], values.shape)  # noqa: E731
     values = values if shift is None else values - spread(shift)
     absmax = jnp.max(jnp.abs(values), axis=-2)
+    if bits_of(table) == 2:
+        absmax = absmax * _shrunk(values, absmax, TABLES[table], inside)
     return nearest(values * spread(per_unit(absmax, 1)), TABLES[table]), absmax
+
+
+def _shrunk(values: jax.Array, absmax: jax.Array, table: np.ndarray, inside: jax.Array | None) -> jax.Array:
+    """The share `[..., n, out]` of each block's magnitude, of SHRUNK, that its outer level should be."""
+    spread = lambda x: jnp.broadcast_to(x[..., None, :], values.shape)  # noqa: E731
+    counted = 1.0 if inside is None else jnp.broadcast_to(inside, values.shape)
+
+    def tried(best: tuple[jax.Array, jax.Array], share: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        scale = share * absmax
+        near = looked_up(nearest(values * spread(per_unit(scale, 1)), table), table) * spread(scale)
+        lost = jnp.sum((near - values) ** 2 * counted, axis=-2)
+        better = lost < best[0]
+        return (jnp.where(better, lost, best[0]), jnp.where(better, share, best[1])), None
+
+    start = (jnp.full(absmax.shape, jnp.inf), jnp.ones(absmax.shape))
+    return jax.lax.scan(tried, start, jnp.asarray(SHRUNK[::-1]))[0][1]
 
 
 def _calibrated(values: jax.Array, table: str, candidates: int) -> jax.Array:
@@ -152,7 +198,7 @@ def _calibrated(values: jax.Array, table: str, candidates: int) -> jax.Array:
 
     def tried(best: tuple[jax.Array, jax.Array], at: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         shift = middle + at * reach
-        found = entropy(_codes(values, shift, table)[0])
+        found = entropy(coded(values, shift, table)[0])
         better = found > best[0]
         return (jnp.where(better, found, best[0]), jnp.where(better, shift, best[1])), None
 

@@ -59,6 +59,10 @@ class Quantized(Weight):
         """The same weight with scales that need no decoding of their own."""
         return self
 
+    def of_kind(self, kind: str) -> Self:
+        """The same codes, decoded to the dtype `kind`."""
+        return dataclasses.replace(self, kind=kind)
+
     def materialize(self) -> jax.Array:
         """The kernel that the codes stand for."""
         return self.opened().decode()[..., : self.rows, :].astype(self.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from lowrank.errors import UserError, unknown
-from lowrank.weights import codebook, int8, uniform
+from lowrank.weights import codebook, int8, mixed, uniform
 from lowrank.weights.quantized import Quantized
 
 Quantizer = Callable[[jax.Array], Quantized]
@@ -51,6 +51,16 @@ def llm_int8(outliers: int = 8) -> Quantizer:
     return partial(int8.llm_int8, outliers=outliers)
 
 
+def mixed_bits(budget: float = 3.5, block: int = 64, double: bool = True) -> Quantizer:
+    """NF4 and two bits by groups of `block` inputs: at most `budget` bits a weight, all scales counted.
+
+    Two bits have no code for 0: with `double`, a group of zeros is 0 but for the error of an 8-bit magnitude.
+    """
+    if not 2 <= budget <= 4:
+        raise UserError(f"quantize.budget must be from 2 to 4 bits a weight, not {budget}")
+    return partial(mixed.within, budget=budget, block=_block(block), double=double)
+
+
 SCHEMES: dict[str, Callable[..., Quantizer]] = {
     "nf4": nf4,
     "fp4": fp4,
@@ -60,6 +70,7 @@ SCHEMES: dict[str, Callable[..., Quantizer]] = {
     "integer": integer,
     "fp8": fp8,
     "ternary": lambda: uniform.ternary,
+    "mixed": mixed_bits,
 }
 
 
