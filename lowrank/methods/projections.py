@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from scipy.linalg import hadamard
 
 CHUNK = 1 << 20  # how many entries of P exist at a time
+ORDERS = 64  # permutations that Fastfood's blocks take in turn: to draw one is to sort, and takes longer than all else
 
 
 class Shape(NamedTuple):
@@ -90,11 +91,15 @@ def _sparse_back(key: jax.Array, g: jax.Array, d: int, shape: Shape) -> jax.Arra
 
 
 def fastfood_blocks(key: jax.Array, size: int, d: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`(B, Pi, G)`, each `[blocks, n]` with n the power of two from d on: signs, permutations, Gaussians."""
+    """`(B, Pi, G)`: signs and Gaussians `[blocks, n]` with n the power of two from d on, permutations `[ORDERS, n]`.
+
+    Block i is permuted by `Pi[i % ORDERS]`; there are fewer permutations where there are fewer blocks.
+    """
     n = 1 << (d - 1).bit_length()
     blocks = -(-size // n)
     signs, order, gauss = jax.random.split(key, 3)
-    places = jax.random.permutation(order, jnp.tile(jnp.arange(n), (blocks, 1)), axis=1, independent=True)
+    places = jnp.tile(jnp.arange(n), (min(blocks, ORDERS), 1))
+    places = jax.random.permutation(order, places, axis=1, independent=True)
     return jax.random.rademacher(signs, (blocks, n), jnp.float32), places, jax.random.normal(gauss, (blocks, n))
 
 
@@ -106,7 +111,7 @@ def fastfood(key: jax.Array, x: jax.Array, shape: Shape) -> jax.Array:
     signs, places, gauss = fastfood_blocks(key, shape.size, x.size)
     padded = jnp.pad(x, (0, signs.shape[1] - x.size))
     mixed = walsh(signs * jnp.broadcast_to(padded, signs.shape))
-    y = walsh(jnp.take_along_axis(mixed, places, axis=1) * gauss)
+    y = walsh(_permuted(mixed, places) * gauss)
     return _over_norm(y, gauss, shape).reshape(-1)[: shape.size]
 
 
@@ -114,8 +119,13 @@ def _fastfood_back(key: jax.Array, g: jax.Array, d: int, shape: Shape) -> jax.Ar
     signs, places, gauss = fastfood_blocks(key, shape.size, d)
     g = jnp.pad(g, (0, signs.size - shape.size)).reshape(signs.shape)
     mixed = walsh(_over_norm(g, gauss, shape)) * gauss
-    back = jnp.take_along_axis(mixed, jnp.argsort(places, axis=1), axis=1)
+    back = _permuted(mixed, jnp.argsort(places, axis=1))
     return jnp.sum(walsh(back) * signs, axis=0)[:d]
+
+
+def _permuted(rows: jax.Array, places: jax.Array) -> jax.Array:
+    """`rows` `[blocks, n]` with row i in the order `places[i % ORDERS]`."""
+    return jnp.take_along_axis(rows, places[jnp.arange(len(rows)) % len(places)], axis=1)
 
 
 def _over_norm(y: jax.Array, gauss: jax.Array, shape: Shape) -> jax.Array:
