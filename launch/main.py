@@ -5,15 +5,15 @@ Bad input is one line on stderr and exit code 2. SIGTERM saves and exits with 0;
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from lowrank import train
-from lowrank.errors import UserError, unknown
+from lowrank import config_file, train
+from lowrank.errors import UserError
 
 # New keys are let in so that every option can be set, listed in the file or not; the dataclasses refuse unknown ones.
 _CONFIG = config_flags.DEFINE_config_file(
@@ -57,30 +57,10 @@ def _check_groups(argv: Sequence[str]) -> None:
     if "config" not in names:
         return
     at = names.index("config")
-    config = _load(words[at][2] or "".join(argv[at + 2 : at + 3]))  # --config=FILE or --config FILE
+    config = config_file.load(words[at][2] or "".join(argv[at + 2 : at + 3]))  # --config=FILE or --config FILE
     for name in names:
         if name.startswith("config."):
-            _check_group(config, name)
-
-
-def _load(path: str) -> Mapping[str, Any]:
-    try:
-        return dict(config_flags.ConfigFileFlagParser("config").parse(path).items())
-    except OSError:
-        raise UserError(f"config file {path.partition(':')[0]!r} cannot be read") from None
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path}: {e.__context__ or e}") from None  # the parser wraps it in a traceback's text
-
-
-def _check_group(config: Any, name: str) -> None:
-    _, *groups, _ = name.split(".")
-    for depth, group in enumerate(groups):
-        if group not in config:
-            prefix = ".".join(["config", *groups[:depth]])
-            raise unknown("config key", name, [f"{prefix}.{k}" for k, v in config.items() if hasattr(v, "items")])
-        config = config[group]
-        if not hasattr(config, "items"):
-            raise UserError(f"unknown config key {name!r}: config.{'.'.join(groups[: depth + 1])} is not a group")
+            config_file.check_group(config, name)
 
 
 def _fail(error: Exception) -> Any:

@@ -83,9 +83,15 @@ def _form(w: Any) -> str:
     return f"{w.title}({_form(base)})" if weight.is_weight(base) else w.title
 
 
+def bits(dtype: Any) -> int:
+    """Of one number: int4 takes half a byte, which its itemsize does not say."""
+    if isinstance(dtype, str):
+        dtype = jnp.dtype(dtype)
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
+
+
 def _bytes(leaf: Any) -> float:
-    bits = jnp.iinfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.integer) else 8 * leaf.dtype.itemsize
-    return leaf.size * bits / 8  # int4 takes half a byte, which its itemsize does not say
+    return leaf.size * bits(leaf.dtype) / 8
 
 
 def _size(count: float) -> str:

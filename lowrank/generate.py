@@ -20,6 +20,7 @@ from lowrank.models import build, init_cache
 
 PyTree = Any
 Bind = Callable[[PyTree, Any, Any], PyTree] | None  # a method's `bind`
+BATCH = 32  # rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,15 @@ def _check_fit(config: Any, lengths_B: np.ndarray, max_new: int) -> None:
         raise UserError(f"{total} exceeds the model's {config.max_positions} positions")
 
 
+def lowered(
+    model: nn.Module, params: PyTree, rows: int, length: int, max_new: int, stops: tuple[int, ...], **options: Any
+) -> jax.stages.Lowered:
+    """The program of `generate` for `rows` prompts of `length` positions, ready to compile: `params` may be shapes."""
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    keys = jax.eval_shape(lambda: row_keys(jax.random.key(0), rows))
+    return _generate.lower(model, params, tokens, tokens, keys, max_new, stops, Sampling(), **options)
+
+
 @partial(jax.jit, static_argnames=("model", "max_new", "stops", "sampling", "pad_id", "bind"))
 def _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, sampling, pad_id, bind=None):
     """`(tokens [B, N], how many of the N were decoded before all rows had stopped)`."""
@@ -164,7 +174,7 @@ def texts(
     prompts: Sequence[str | Sequence[int]],
     *,
     max_new: int = 64,
-    batch_size: int = 32,
+    batch_size: int = BATCH,
     stop_ids: Iterable[int] | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -184,8 +194,7 @@ def texts(
     ids = [encode.start(tokenizer, [(p, False)])[0] if isinstance(p, str) else list(p) for p in prompts]
     keys = None if rng is None else row_keys(rng, len(ids))
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    batches = -(-len(ids) // batch_size)
-    batch_size = -(-len(ids) // batches) if batches else 1  # as many batches, all of one size
+    batch_size = _even(len(ids), batch_size)
     out = [""] * len(ids)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -205,10 +214,23 @@ def texts(
     return out
 
 
+def largest_batch(lengths: Sequence[int], config: Any, batch_size: int = BATCH) -> tuple[int, int]:
+    """`(rows, prompt positions)` of the largest batch that `texts` makes of prompts of these lengths."""
+    return _even(len(lengths), batch_size), _padded(max(lengths), config.max_positions - config.virtual)
+
+
+def _even(count: int, batch_size: int) -> int:
+    """The rows of each batch, when `count` prompts go into as few as possible, all of one size."""
+    return -(-count // -(-count // batch_size)) if count else 1
+
+
+def _padded(longest: int, limit: int) -> int:
+    return max(longest, min(bucket(longest), limit))
+
+
 def left_pad(ids: Sequence[Sequence[int]], pad_id: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """`(tokens, segments)`, int32 `[rows, length]`: prompts padded on the left to a `bucket`, or to `limit` if less."""
-    longest = max(len(row) for row in ids)
-    length = max(longest, min(bucket(longest), limit))
+    length = _padded(max(len(row) for row in ids), limit)
     tokens = np.full((len(ids), length), pad_id, np.int32)
     segments = np.zeros_like(tokens)
     for i, row in enumerate(ids):

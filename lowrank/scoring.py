@@ -58,6 +58,16 @@ class Scorer:
             few = dataclasses.replace(held_out, max_examples=config.texts)
             self._records = data.examples(few, tokenizer, reserve=config.max_new)
 
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The token ids of the texts' prompts."""
+        return [record["prompt_ids"] for record in self._records]
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """`(rows, prompt positions)` of the largest batch of texts."""
+        return generate.largest_batch([len(ids) for ids in self.prompts], self._network.config)
+
     def due(self, step: int) -> bool:
         """Whether a periodic evaluation falls on `step`."""
         return self.config.every > 0 and step % self.config.every == 0
@@ -73,10 +83,15 @@ class Scorer:
         """`(scores, texts)` of the greedy continuations of the first `config.texts` prompts; nothing without them."""
         if not self._records:
             return {}, []
-        prompts = [record["prompt_ids"] for record in self._records]
         base = _Base(self._network.config, self._tokenizer)
-        found = generate.texts(base, params, prompts, max_new=self.config.max_new, bind=self._bind)
+        found = generate.texts(base, params, self.prompts, max_new=self.config.max_new, bind=self._bind)
         return evaluate.texts(found, [record["completion"] for record in self._records]), found
+
+    def lowered(self, params: PyTree) -> jax.stages.Lowered:
+        """The program of the largest batch of texts for `params` in shapes, ready to compile."""
+        max_new, pad = self.config.max_new, self._tokenizer.pad_id
+        stops = tuple(sorted(self._tokenizer.stop_ids))
+        return generate.lowered(self._network, params, *self.largest, max_new, stops, pad_id=pad, bind=self._bind)
 
     def samples(self, before: list[str], after: list[str]) -> list[dict[str, str]]:
         """The first few prompts with their reference and both continuations."""

@@ -58,7 +58,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
     Raises UserError when the sizes do not fit the devices. In one process a smaller mesh takes the first devices.
     """
-    sizes, devices = [data, fsdp, tensor], jax.devices()
+    return mesh_of(jax.devices(), data, fsdp, tensor)
+
+
+def mesh_of(devices: Sequence[Any], data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """As `make_mesh`, of the given devices; they need not be here, as long as programs are only compiled for them."""
+    sizes = [data, fsdp, tensor]
     where = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh {where}: sizes are positive, and one may be -1")
@@ -123,7 +128,7 @@ def check_batch(size: int, accumulate: int, mesh: Mesh) -> None:
         )
     local = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,)).values()
     rows = {i for index in local for i in range(*index[0].indices(size))}
-    if len(rows) * jax.process_count() != size:
+    if len(rows) * len({device.process_index for device in mesh.devices.flat}) != size:
         raise UserError("mesh.tensor must stay within a host: each host feeds its own part of the batch")
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from experiments.counts import __main__ as study
-from experiments.counts.papers import CASES, MODELS
+from experiments.counts.papers import CASES
+from lowrank.plan.papers import MODELS
 
 # The papers' arithmetic: layers * matrices * rank * (in + out), and so on.
 EXPECTED = (

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.counts.papers import CASES, MODELS, Case
+from experiments.counts.papers import CASES, Case
 from lowrank import counts, methods, models, settings, workdir
+from lowrank.plan.papers import MODELS
 
 RESULTS = Path(__file__).parent / "results" / "counts.json"
 

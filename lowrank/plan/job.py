@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -165,8 +165,12 @@ class Plan:
         return step.make(self.loss, optimizer, schedule, seed=self.config.seed, accumulate=self.optim.accumulate)
 
 
-def make(config: Group) -> Plan:
-    """Checks a config (a ConfigDict or nested dicts) against the model, the data and the mesh. Raises UserError."""
+def make(config: Group, devices: Sequence[Any] | None = None, like: Plan | None = None) -> Plan:
+    """Checks a config (a ConfigDict or nested dicts) against the model, the data and the mesh. Raises UserError.
+
+    `devices` are the mesh's if they are not this machine's: such a plan is only compiled. `like` is a plan of the same
+    data, whose loader and scorer serve again.
+    """
     c = settings.call(RunConfig, config, "config")
     _check_numbers(c)
     losses.objective(c.objective)
@@ -175,7 +179,8 @@ def make(config: Group) -> Plan:
     optim.check(optim_config, c.steps)
     asked = {"objective": c.objective} | ({"holdout": method.holdout} if method.holdout else {})
     data_config = settings.call(data.DataConfig, {**c.data, **asked}, "data")
-    mesh = settings.call(sharding.make_mesh, c.mesh, "mesh")
+    make_mesh = sharding.make_mesh if devices is None else functools.partial(sharding.mesh_of, devices)
+    mesh = settings.call(make_mesh, c.mesh, "mesh")
     sharding.check_batch(data_config.batch_size, optim_config.accumulate, mesh)
     own = [f.name for f in dataclasses.fields(ModelConfig)]
     model = settings.call(ModelConfig, {k: v for k, v in c.model.items() if k in own}, "model")
@@ -185,7 +190,8 @@ def make(config: Group) -> Plan:
     if c.objective == "causal_lm" and not isinstance(shape, models.DecoderConfig):
         raise UserError(f"{model.name} is an encoder: it is fine-tuned with objective=classification")
     room = shape.max_positions - shape.virtual
-    loader = data.make_loader(data_config, tokenizer, jax.process_index(), jax.process_count(), room)
+    read_data = functools.partial(data.make_loader, data_config, tokenizer)
+    loader = like.loader if like else read_data(jax.process_index(), jax.process_count(), room)
     if loader.labels:
         options["num_labels"] = len(loader.labels)
         shape, _, base = pretrained.describe(model.name, options, **read)
@@ -194,6 +200,7 @@ def make(config: Group) -> Plan:
     network = models.build(shape)
     eval_config = settings.call(EvalConfig, c.eval, "eval")
     used = models.build(models.after_training(shape))
+    score = functools.partial(Scorer, eval_config, data_config, tokenizer, used, method.bind, mesh)
     plan = Plan(
         config=c,
         method=method,
@@ -203,7 +210,7 @@ def make(config: Group) -> Plan:
         optim=optim_config,
         checkpoint=settings.call(CheckpointConfig, c.checkpoint, "checkpoint"),
         loader=loader,
-        scorer=Scorer(eval_config, data_config, tokenizer, used, method.bind, mesh) if eval_config.split else None,
+        scorer=like.scorer if like else score() if eval_config.split else None,
         mesh=mesh,
         shapes=shapes,
         mask=mask,
