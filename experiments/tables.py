@@ -68,7 +68,8 @@ def _score(row: dict[str, str] | None) -> str:
     if row is None:
         return "- | -"
     mean, spread = float(row["score_mean"]), float(row["score_ci95"])
-    return f"{mean:.3f} ± {spread:.3f} | {float(row['step_s']):.2f}"
+    step = "-" if row["step_s"] == "nan" else f"{float(row['step_s']):.2f}"
+    return f"{mean:.3f} ± {spread:.3f} | {step}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -36,6 +36,9 @@ def test_a_row_leaves_cells_a_table_and_a_plot(study):
     assert (study.results / "accuracy.png").stat().st_size > 1000
     assert "lora" in (study.results / "table.tex").read_text()
     assert not (study.runs / "topics" / "lora").exists()
+    cells.Timing(study, tasks.TOPICS, "lora").path.unlink()
+    methods_study.write(study)
+    assert "| - | - |" in (study.results / "table.md").read_text()  # scored, not timed
 
 
 def test_cells_that_are_done_are_not_run_again(study, monkeypatch):

@@ -19,13 +19,16 @@ COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:
 
 
 def rows(study: Study, known: Callable[[Task], float]) -> list[dict[str, Any]]:
-    """One row for each method and task that is done. `known`: what a task's untrained model knows."""
+    """One row for each method and task whose scores are done, NaN for what is not timed yet.
+
+    `known`: what a task's untrained model knows.
+    """
     out = []
     for task in TASKS.values():
         for name, row in study.rows.items():
             cells = [cell.read() for cell in finals(study, task, name)] if task.name in row.tasks else []
-            timing = Timing(study, task, name).read()
-            if timing and cells and all("test" in (cell or {}) for cell in cells):
+            timing = Timing(study, task, name).read() or {"step_s": math.nan, "peak_mb": math.nan}
+            if cells and all("test" in (cell or {}) for cell in cells):
                 out.append(_row(task, name, row.family, cells, timing, known(task)))
     return out
 
@@ -77,8 +80,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         row["family"],
         f"{row['score_mean']:.3f} ± {row['score_ci95']:.3f}",
         f"{row['trained_params']:,}",
-        f"{row['step_s']:.2f}",
-        f"{row['peak_mb']:.0f}",
+        "-" if math.isnan(row["step_s"]) else f"{row['step_s']:.2f}",
+        "-" if math.isnan(row["peak_mb"]) else f"{row['peak_mb']:.0f}",
         f"{row['adapter_kb']:.0f}",
         f"{row['forgetting']:.2f}",
     ]
