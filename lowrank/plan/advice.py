@@ -29,12 +29,11 @@ class Step(NamedTuple):
     leaves_with_all_before: int
 
 
-def options(job: Plan) -> Iterator[Option]:
+def options(job: Plan, memory: int) -> Iterator[Option]:
     """The changes that `job` has left, from those that cost nothing but time to those that cost quality."""
     c, model = job.config, job.network.config
-    rows = next(iter(formulas.run(job).batch.values())).shape[0] // (job.mesh.shape["data"] * job.mesh.shape["fsdp"])
-    if rows > job.optim.accumulate:
-        yield Option({"optim.accumulate": rows}, "same numbers; one row at a time is slower")
+    if (parts := _microbatches(job, memory)) > job.optim.accumulate:
+        yield Option({"optim.accumulate": parts}, "same numbers; smaller products are slower")
     if c.objective == "causal_lm" and (c.loss_rows == 0 or c.loss_rows > 128):
         yield Option({"loss_rows": 128}, "same numbers; smaller products in the head")
     if model.remat != "block":
@@ -51,9 +50,22 @@ def options(job: Plan) -> Iterator[Option]:
         yield Option({"model.quantize": {"name": "nf4", "double": True}}, "kernels in 4 bits: QLoRA's loss of quality")
 
 
+def _microbatches(job: Plan, memory: int) -> int:
+    """Into as few as leave about `memory`, or one row each."""
+    now, before = formulas.memory(job), job.optim.accumulate
+    rows = _rows(job) // (job.mesh.shape["data"] * job.mesh.shape["fsdp"])
+    fixed = now.resident + now.batch + 2 * now.adapter
+    fits = lambda n: fixed + (now.activations + now.temporary) * before / n <= memory  # noqa: E731
+    return next((n for n in range(before, rows) if rows % n == 0 and fits(n)), rows)
+
+
+def _rows(job: Plan) -> int:
+    return next(iter(formulas.run(job).batch.values())).shape[0]
+
+
 def _meshes(job: Plan) -> Iterator[Option]:
     """The devices that there are, all cutting the weights; then more of them."""
-    size, rows = job.mesh.size, next(iter(formulas.run(job).batch.values())).shape[0]
+    size, rows = job.mesh.size, _rows(job)
     for n in (size, *(size * k for k in (2, 4, 8))):
         if n > job.mesh.shape["fsdp"] and rows % n == 0:
             where = {"mesh.data": 1, "mesh.fsdp": n, "mesh.tensor": 1, "optim.accumulate": rows // n}
@@ -66,7 +78,7 @@ def advise(job: Plan, memory: int) -> list[Step]:
     Options of different kinds add up; of two that change the same key the later one takes the place of the earlier.
     """
     now, together, left, steps = formulas.memory(job).peak, {}, 0, []
-    for option in options(job):
+    for option in options(job, memory):
         alone = _peak(job, option.changes, option.devices)
         if alone is None or alone >= now:
             continue
