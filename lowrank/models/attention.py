@@ -43,6 +43,7 @@ class Attention(nn.Module):
     softcap: float = 0.0
     fused: bool = True  # cuDNN's kernel where it fits
     shift_group: int = 0  # > 0: shifted sparse attention in groups of so many tokens, but not with a cache
+    clip: float = 0.0  # > 0: queries, keys and values are cut to -clip..clip before rope
 
     @nn.compact
     def __call__(
@@ -84,6 +85,8 @@ class Attention(nn.Module):
             q, k, v = (Linear(w, self.qkv_bias, name=n)(x_BxTxD) for n, w in zip("qkv", widths, strict=True))
         if self.wide_qk_norm:
             q, k = self._norm("q_norm", q), self._norm("k_norm", k)
+        if self.clip:
+            q, k, v = (jnp.clip(y, -self.clip, self.clip) for y in (q, k, v))
         q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in (q, k, v))
         if self.qk_norm:
             q, k = self._norm("q_norm", q), self._norm("k_norm", k)

@@ -45,6 +45,7 @@ class DecoderConfig(Additions):
     post_norms: bool = False  # norms on what attention and MLP return, too
     qk_norm: bool = False
     wide_qk_norm: bool = False  # one norm over all heads
+    clip_qkv: float = 0.0  # the largest size of a query, key or value, after these norms; 0: any
     fused_qkv: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -138,6 +139,7 @@ class Block(nn.Module):
             softcap=c.attn_logit_softcap,
             fused=c.fused_attention,
             shift_group=c.shift_group,
+            clip=c.clip_qkv,
             name="attn",
         )
         x = self._norm("attn_norm", h)

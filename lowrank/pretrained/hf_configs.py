@@ -168,10 +168,9 @@ def _experts(hf: HF, experts: int, per_token: int) -> dict[str, Any]:
 
 
 def olmoe(hf: HF) -> DecoderConfig:
-    """OLMoE: norms over the whole of q and k, and a mixture of experts."""
-    _refuse(hf, clip_qkv=None)
-    bias = bool(hf.get("attention_bias"))
-    fixed = {"wide_qk_norm": True, "qkv_bias": bias, "o_bias": bias, **_experts(hf, 64, 8)}
+    """OLMoE: norms over the whole of q and k, which may be clipped with v, and a mixture of experts."""
+    bias, clip = bool(hf.get("attention_bias")), float(hf.get("clip_qkv") or 0)
+    fixed = {"wide_qk_norm": True, "clip_qkv": clip, "qkv_bias": bias, "o_bias": bias, **_experts(hf, 64, 8)}
     return DecoderConfig(**_llama_like(hf, {"rms_norm_eps": 1e-5}, **fixed))
 
 

@@ -69,6 +69,10 @@ def _sparse(c: DecoderConfig, model_type: str, name: str) -> dict[str, Any]:
     return _llama_like(c, model_type, name) | experts | {"norm_topk_prob": c.normalise_gates}
 
 
+def _olmoe(c: DecoderConfig) -> dict[str, Any]:
+    return _sparse(c, "olmoe", "Olmoe") | {"attention_bias": c.qkv_bias, "clip_qkv": c.clip_qkv or None}
+
+
 def _qwen2_moe(c: DecoderConfig) -> dict[str, Any]:
     widths = {"moe_intermediate_size": c.expert_hidden, "shared_expert_intermediate_size": c.shared_hidden}
     window = {"use_sliding_window": c.window > 0, "sliding_window": c.window or None, "layer_types": _layer_types(c)}
@@ -97,7 +101,7 @@ LLAMA_LIKE: dict[str, Callable[[DecoderConfig], dict[str, Any]]] = {
     "llama": _llama,
     "mistral": _mistral,
     "mixtral": _mixtral,
-    "olmoe": lambda c: _sparse(c, "olmoe", "Olmoe") | {"attention_bias": c.qkv_bias},
+    "olmoe": _olmoe,
     "qwen2_moe": _qwen2_moe,
     "qwen3_moe": _qwen3_moe,
     "qwen2": lambda c: _qwen(c, "qwen2", "Qwen2"),

@@ -91,8 +91,9 @@ def _open_file(path: Path) -> dict[str, Stored]:
 def _stored(path: Path, start: int, entry: dict[str, Any]) -> Stored:
     shape = tuple(entry["shape"])
     # Read by hand rather than through the library: pages of its memory map would count as the process's memory.
-    read = functools.partial(_read, path, start + entry["data_offsets"][0], entry["dtype"], shape)
-    return Stored(shape, entry["dtype"], read, readable=entry["dtype"] in DTYPES)
+    read = functools.partial(_read, path, start + entry["data_offsets"][0], entry["dtype"])
+    flat = functools.partial(read, (shape[0] * shape[1], shape[2])) if len(shape) == 3 else None
+    return Stored(shape, entry["dtype"], functools.partial(read, shape), entry["dtype"] in DTYPES, flat=flat)
 
 
 def _read(path: Path, offset: int, dtype: str, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from lowrank import settings, sharding, tree
 from lowrank.errors import UserError, unknown
 from lowrank.models import build
-from lowrank.pretrained import fill, hf_files, hub, quantize, tokenizer, upcycle, wheels
+from lowrank.pretrained import fill, fused, hf_files, hub, quantize, tokenizer, upcycle, wheels
 from lowrank.pretrained.families import FAMILIES, Config, family_of
 from lowrank.pretrained.gguf_model import GGUFSource
 from lowrank.pretrained.hf_tensors import Tensor
@@ -64,7 +64,8 @@ class DirectorySource:
 
     def tensors(self, wanted: list[str]) -> dict[str, Stored]:
         """All tensors; a checkpoint of the bare model, without a head, leaves off the prefix of the names."""
-        stored, prefix = hf_files.open_directory(self.path), family_of(self.hf_config).prefix
+        stored = fused.separated(hf_files.open_directory(self.path), wanted)
+        prefix = family_of(self.hf_config).prefix
         bare = {name.removeprefix(prefix): name for name in wanted if name.startswith(prefix) and name not in stored}
         return {bare.get(name, name): tensor for name, tensor in stored.items()}
 

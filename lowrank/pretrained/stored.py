@@ -18,7 +18,7 @@ class Stored:
 
     `read(start, stop)` returns those rows (of axis 0) in a floating-point dtype; `dtype` names what is stored, and
     only what is `readable` may be read. `flipped`: the file keeps a matrix `[a, b]` where the Hugging Face checkpoint
-    has `[b, a]`.
+    has `[b, a]`. `flat` reads a tensor of three axes as a matrix, the first two axes as one.
     """
 
     shape: tuple[int, ...]
@@ -27,6 +27,7 @@ class Stored:
     readable: bool = True
     flipped: bool = False
     blocks: Rows | None = None
+    flat: Rows | None = None
 
 
 class Source(Protocol):
@@ -66,6 +67,12 @@ def grouped(tensor: Stored, group: int) -> Stored:
 
     blocks = restored(tensor.blocks) if tensor.blocks else None
     return dataclasses.replace(tensor, read=restored(tensor.read), blocks=blocks)
+
+
+def matrix(tensor: Stored, first: int, rows: int) -> Stored:
+    """`rows` rows, from `first` on, of a tensor that can be read `flat`."""
+    read = lambda start, stop: tensor.flat(first + start, first + stop)  # noqa: E731
+    return Stored((rows, tensor.shape[-1]), tensor.dtype, read, tensor.readable)
 
 
 def shifted(tensor: Stored, by: float) -> Stored:

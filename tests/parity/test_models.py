@@ -77,6 +77,7 @@ DECODERS = {
         "num_experts_per_tok": 2,
         "norm_topk_prob": True,
         "attention_bias": True,
+        "clip_qkv": 0.5,
     },
     "qwen2-moe": {"model_type": "qwen2_moe", **GROUPED, **EXPERTS, "shared_expert_intermediate_size": 20},
     "qwen3-moe": {"model_type": "qwen3_moe", **GROUPED, **EXPERTS, "head_dim": 16, "norm_topk_prob": True},

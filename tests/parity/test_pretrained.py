@@ -1,10 +1,12 @@
 """Real and tiny checkpoints agree with transformers: weights, token ids, text, and the way back."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 from tokenizers import pre_tokenizers
 
 from lowrank.generate import generate
@@ -144,6 +146,11 @@ TINY = {
     "roberta": {**SMALL, "pad_token_id": 1},
 }
 ENCODERS = ("bert", "roberta")
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "tie_word_embeddings": False}
+MIXTURES = {
+    "mixtral": {**GROUPED, "num_local_experts": 3},
+    "qwen3_moe": {**GROUPED, **EXPERTS, "head_dim": 16},
+}
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -168,3 +175,22 @@ def test_a_checkpoint_goes_from_transformers_to_us_and_back(tmp_path, name):
     words = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "ours")
     assert words("w5 w9 </s>")["input_ids"] == [5, 9, 2]
     assert (words.pad_token_id, words.eos_token_id) == (0, 2)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_read_one_by_one_and_fused(tmp_path, name):
+    torch.manual_seed(0)
+    spec = transformers.AutoConfig.for_model(name, **MIXTURES[name])
+    model = transformers.AutoModelForCausalLM.from_config(spec, attn_implementation="eager").eval()
+    tokens, found = np.arange(4, 24)[None], []
+    for original in (True, False):
+        folder = tmp_path / str(original)
+        model.save_pretrained(folder, save_original_format=original)
+        write_tokenizer(folder, 64)
+        read = load(str(folder))
+        found.append(read.params)
+        ours = build(read.config).apply({"params": read.params}, jnp.array(tokens))
+        with torch.no_grad():
+            assert gap(ours, model(torch.tensor(tokens)).logits.numpy()) <= LIMIT
+    assert any(".experts.gate_up_proj" in key for key in load_file(tmp_path / "False" / "model.safetensors"))
+    jax.tree.map(np.testing.assert_array_equal, *found)
