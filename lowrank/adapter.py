@@ -46,14 +46,16 @@ def save(
     trained = [name for name, learns in tree.named_leaves(mask) if learns]
     why = "no weight was rewritten"
     rewritten = (is_weight(w) and not is_stored(w) for w in jax.tree.leaves(params, is_leaf=is_weight))
-    if peft_format.fits(params) or any(rewritten):
+    found = {name: getattr(base.config, name) for name in OPTIONS}
+    options = {name: value for name, value in found.items() if value != OPTIONS[name]}
+    if "position_factor" in options:
+        why = "PEFT does not hold model.position_factor"
+    elif peft_format.fits(params) or any(rewritten):
         try:
             peft_format.save(params, base, directory, trained=trained, method=method, original=original)
             return "adapter in the PEFT format"
         except UserError as e:
             why = str(e)
-    found = {name: getattr(base.config, name) for name in OPTIONS}
-    options = {name: value for name, value in found.items() if value != OPTIONS[name]}
     about = {"base": base.name, "model": options, "method": dict(method), "not_peft": why}
     _save_leaves(params, trained, about, Path(directory))
     return "trained leaves by name"

@@ -116,10 +116,10 @@ def _check_fit(config: Any, lengths_B: np.ndarray, max_new: int) -> None:
         raise UserError(f"max_new={max_new} is below 1")
     if min(lengths_B) < 1:
         raise UserError("a prompt is empty: generation needs at least one token to continue")
-    if max(lengths_B) + max_new + config.virtual > config.max_positions:
+    if max(lengths_B) + max_new + config.virtual > config.room:
         virtual = f" + {config.virtual} virtual tokens" if config.virtual else ""
         total = f"a prompt of {max(lengths_B)} tokens{virtual} + max_new={max_new}"
-        raise UserError(f"{total} exceeds the model's {config.max_positions} positions")
+        raise UserError(f"{total} exceeds the model's {config.room} positions")
 
 
 def lowered(
@@ -199,7 +199,7 @@ def texts(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         full = rows + rows[-1:] * (batch_size - len(rows))  # one program a length
-        tokens, segments = left_pad([ids[i] for i in full], tokenizer.pad_id, config.max_positions - config.virtual)
+        tokens, segments = left_pad([ids[i] for i in full], tokenizer.pad_id, config.room - config.virtual)
         settings = {
             "temperature": temperature,
             "top_k": top_k,

@@ -285,6 +285,7 @@ def test_one_rule_more_leaves_the_other_initial_values_alone():
         ({"name": "adalora"}, r"rank 12 is larger than min\(in, out\) = 8"),
         ({"name": "adalora", "tinit": -1.0}, "method.tinit must not be negative"),
         ({"name": "adalora", "beta1": 1.0}, r"method.beta1 must be in \[0, 1\)"),
+        ({"name": "longlora", "factor": 0.5}, "method.factor must be at least 1, not 0.5"),
         ({"name": "longlora", "group": 5}, "method.group must be a positive even number of tokens, not 5"),
         ({"name": "partial", "layers": 0}, "at least 1"),
         ({"name": "chosen", "leaves": ""}, "method.leaves is empty"),

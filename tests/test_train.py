@@ -30,7 +30,7 @@ LM_METHODS = {
     "lora_xs": "method=lora_xs,rank=4",
     "edora": "method=edora,rank=4",
     "bidora": "method=bidora,rank=2,retrain=0.0",
-    "longlora": "method=longlora,group=4,rank=2",
+    "longlora": "method=longlora,group=4,rank=2,factor=2.0",
     "galore": "method=galore,rank=2,every=3",
     "adalora": "method=adalora,init_rank=4,target_rank=2,orthogonal=0.001",
     "ia3": "method=ia3",

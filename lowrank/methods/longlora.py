@@ -15,17 +15,23 @@ def longlora(
     group: int = 64,
     norms: bool = True,
     embeddings: bool = True,
+    factor: float = 1.0,
     target: str = r".*attn/(q|k|v|o)/kernel",
     **kwargs: Any,
 ) -> Method:
     """LongLoRA (Chen et al. 2024, arXiv:2309.12307): LoRA's options, with trained norms and embeddings, on decoders.
 
     While training, tokens attend within groups of `group` tokens (a quarter of a row in the paper), which are shifted
-    by half of one in half of the heads; scores and generated texts are of full attention. Rows stay within the base's
-    positions: the paper's interpolation of positions beyond them is not part of this.
+    by half of one in half of the heads; scores and generated texts are of full attention. A `factor` above 1
+    interpolates positions as the paper does (Chen et al. 2023, arXiv:2306.15595): they are divided by it, so that rows
+    may be `factor` times as long as the base's positions, in training and after it. It is rope's `linear` scaling, and
+    goes on top of a scaling that the base has.
     """
     if group < 2 or group % 2:
         raise UserError(f"method.group must be a positive even number of tokens, not {group}")
+    if factor < 1:
+        raise UserError(f"method.factor must be at least 1, not {factor}")
     method = settings.call(lora, {"target": target, **kwargs}, "method")
     train = (*((NORMS,) if norms else ()), *((EMBEDDINGS,) if embeddings else ()))
-    return dataclasses.replace(method, model={"shift_group": group}, train=(*method.train, *train))
+    model = {"shift_group": group} | ({"position_factor": factor} if factor > 1 else {})
+    return dataclasses.replace(method, model=model, train=(*method.train, *train))

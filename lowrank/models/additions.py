@@ -31,9 +31,15 @@ class Additions:
     routed_experts: int = 0  # how many, with a router of their own; 0: one beside each expert, and its gates
     routed_per_token: int = 1  # of those with a router of their own
     routed_scale: float = 1.0  # of what they add
+    position_factor: float = 1.0  # > 1: rope's positions are divided by it, and so many times as many fit
     biases: bool = False  # on every kernel of attention and MLP, zero where the checkpoint has none
     top_layers: int = 0  # how many of the last layers are a stack of their own; -k: all but the first k
     num_labels: int = 0  # > 0: a classifier
+
+    @property
+    def room(self) -> int:
+        """How many positions a row may have."""
+        return int(self.max_positions * self.position_factor)
 
     @property
     def virtual(self) -> int:
@@ -50,6 +56,10 @@ def check(config: Any) -> None:
         raise UserError(f"top_layers={config.top_layers} is not between 0 and the model's {config.layers} layers")
     if config.routed_width and not getattr(config, "experts", 0):
         raise UserError("routed_width: the model has no mixture of experts that routed modules could stand beside")
+    if config.position_factor < 1:
+        raise UserError(f"position_factor={config.position_factor} is below 1")
+    if config.position_factor > 1 and getattr(config, "learned_positions", True):
+        raise UserError(f"position_factor={config.position_factor}: the model has no rope whose positions it divides")
     if config.routed_experts and not 1 <= config.routed_per_token <= config.routed_experts:
         raise UserError(f"routed_per_token={config.routed_per_token} is not in 1..{config.routed_experts}")
     for name in config.adapter_after:

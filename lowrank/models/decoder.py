@@ -217,9 +217,9 @@ class Decoder(nn.Module):
         """
         c = self.config
         T = tokens.shape[1]
-        if T + c.virtual > c.max_positions:
+        if T + c.virtual > c.room:
             virtual = f" and {c.virtual} virtual ones" if c.virtual else ""
-            raise UserError(f"a sequence of {T} tokens{virtual} exceeds the model's {c.max_positions} positions")
+            raise UserError(f"a sequence of {T} tokens{virtual} exceeds the model's {c.room} positions")
         prefix = by_stack(c, self.prefix()) if c.prefix_length else {}
         if cache is not None:
             caches.check(cache, T, c.virtual)

@@ -99,7 +99,7 @@ def _view(c, positions_BxT, theta, scaling, seen_BxTxS) -> View:
     mask = None if seen_BxTxS is None else seen_BxTxS[:, None]
     if c.learned_positions:
         return View(mask_Bx1xTxS=mask)
-    return View(*rope.tables(positions_BxT, rope.frequencies(c.head_dim, theta, scaling)), mask)
+    return View(*rope.tables(positions_BxT, rope.frequencies(c.head_dim, theta, scaling) / c.position_factor), mask)
 
 
 def bidirectional(segments: jax.Array | None, virtual: int, length: int, prefix: int = 0) -> tuple[jax.Array, View]:

@@ -189,7 +189,7 @@ def make(config: Group, devices: Sequence[Any] | None = None, like: Plan | None 
     shape, tokenizer, base = pretrained.describe(model.name, options, **read)
     if c.objective == "causal_lm" and not isinstance(shape, models.DecoderConfig):
         raise UserError(f"{model.name} is an encoder: it is fine-tuned with objective=classification")
-    room = shape.max_positions - shape.virtual
+    room = shape.room - shape.virtual
     read_data = functools.partial(data.make_loader, data_config, tokenizer)
     loader = like.loader if like else read_data(jax.process_index(), jax.process_count(), room)
     if loader.labels:

@@ -1,0 +1,60 @@
+"""LongLoRA's interpolated positions: rope's linear scaling, on longer rows, in the adapter that comes back."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lowrank import adapter, merging, methods, pretrained
+from lowrank.errors import UserError
+from lowrank.models import DecoderConfig, EncoderConfig
+from lowrank.models.rope import RopeScaling, frequencies
+from tests.adapted import adapted
+from tests.models.tiny import GPT2, SIZES, decoder, run, tokens
+from tests.pretrained.files import LLAMA, directory
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def test_positions_are_divided_by_the_factor_in_float64():
+    model, params = decoder("llama", position_factor=4.0)
+    linear, _ = decoder("llama", rope_scaling=RopeScaling("linear", 4.0))
+    ids = tokens(2, 20)
+    np.testing.assert_allclose(run(model, params, ids), run(linear, params, ids), atol=1e-5, rtol=1e-5)
+    head, theta = model.config.head_dim, model.config.rope_theta
+    expected = [theta ** (-2 * i / head) / 4 for i in range(head // 2)]
+    np.testing.assert_allclose(frequencies(head, theta, RopeScaling("linear", 4.0)), expected, rtol=1e-6)
+
+
+def test_so_many_times_as_many_positions_fit():
+    model, params = decoder("llama", position_factor=1.5)
+    assert run(model, params, tokens(1, 48)).shape[1] == 48
+    with pytest.raises(UserError, match="a sequence of 49 tokens exceeds the model's 48 positions"):
+        run(model, params, tokens(1, 49))
+
+
+def test_the_adapter_brings_the_factor(tmp_path):
+    folder = str(directory(tmp_path / "llama", {**LLAMA, "tie_word_embeddings": False}))
+    group = {"name": "longlora", "rank": 2, "group": 4, "factor": 2.0}
+    method = methods.build(group)
+    base = pretrained.load(folder, model=method.model)
+    params, _ = adapted(base.params, group)
+    mask = methods.trainable_mask(method, params)
+    assert adapter.save(params, base, tmp_path / "out", mask=mask, method=group) == "trained leaves by name"
+    again = merging.adapted(tmp_path / "out", folder)
+    assert again.config == dataclasses.replace(base.config, shift_group=0)
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (DecoderConfig, {**GPT2, "position_factor": 2.0}, "position_factor=2.0: the model has no rope"),
+        (EncoderConfig, {"layers": 1, "position_factor": 2.0}, "position_factor=2.0: the model has no rope"),
+        (DecoderConfig, {**GPT2, "position_factor": 0.5}, "position_factor=0.5 is below 1"),
+    ],
+)
+def test_a_model_without_rope_is_refused(kind, options, message):
+    with pytest.raises(UserError, match=message):
+        kind(**{**SIZES, **options})
