@@ -38,7 +38,7 @@ def plan(name: str, method: Mapping[str, Any], quantized: Any = None, **options:
     base = jax.eval_shape(lambda: network.init(jax.random.key(0), tokens))["params"]
     base = cast(base, "bfloat16")
     if quantized:
-        base = quantize.shapes(quantize.build(quantized), base, lambda _: False, lambda _: ())
+        base = quantize.shapes(quantize.build(quantized), base, lambda _: False, lambda _: (), lambda _: iter(()))
     shapes = jax.eval_shape(lambda params: methods.attach(found, params, jax.random.key(0)), base)
     return Plan(
         config=RunConfig(steps=1, model={"name": name}, method=method, data={}),
