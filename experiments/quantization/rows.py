@@ -1,6 +1,7 @@
 """The bases that are compared, and what is tuned on each.
 
-All rows take LoRA's best learning rate of the comparison of methods, so that bases differ and nothing else does.
+All rows take one learning rate, near the best of LoRA in the comparison of methods, so that bases differ and nothing
+else does; all parameters, which QAT trains, take full fine-tuning's.
 """
 
 from typing import Any
