@@ -13,7 +13,7 @@ import numpy as np
 
 from lowrank import adapter, methods, peft_format, pretrained, tree
 from lowrank.errors import UserError, unknown
-from lowrank.pretrained import Pretrained, quantize
+from lowrank.pretrained import Pretrained, kept
 from lowrank.pretrained.load import PARAM_DTYPES
 from lowrank.weight import Weight, is_stored, is_weight, materialize
 
@@ -75,7 +75,7 @@ def check_codes(codes: str) -> str:
 def _requantised(base: Pretrained) -> Rounding:
     if not base.quantized:
         raise UserError(f"{base.name} was not quantised as it was read: there is no scheme to quantise the merge by")
-    again = quantize.build({k: v for k, v in base.quantized.items() if k != "param_dtype"})
+    again = kept.rounding({k: v for k, v in base.quantized.items() if k != "param_dtype"})
     return lambda kernel: np.asarray(again.form(jnp.asarray(kernel, jnp.float32), "float32").materialize())
 
 

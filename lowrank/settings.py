@@ -1,5 +1,6 @@
 """Config groups become dataclasses or keyword arguments here, so that a misspelt key is an error."""
 
+import ast
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
@@ -50,3 +51,21 @@ def replace(instance: T, group: Mapping[str, Any], where: str) -> T:
         if key not in fields:
             raise unknown("config key", f"{where}.{key}", [f"{where}.{k}" for k in fields])
     return dataclasses.replace(instance, **{k: _plain(v) for k, v in group.items()})
+
+
+def parse(arg: str | None) -> dict[str, Any]:
+    """`'method=dora,rank=4'` -> `{'method': 'dora', 'rank': 4}`. Values are Python literals, else strings."""
+    items = {}
+    for item in filter(None, (arg or "").split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"config argument {item!r} is not KEY=VALUE")
+        items[key.strip()] = _literal(value.strip())
+    return items
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return {"true": True, "false": False}.get(text, text)

@@ -15,6 +15,8 @@ StoredAs = Callable[[str], Sequence[Stored]]
 # Of a leaf, each tensor: (what it is known by while its file is not changed, its name, how to read its kernel).
 Reader = Callable[[str], Iterator[tuple[tuple[Any, ...], str, Callable[[], np.ndarray]]]]
 
+TARGET = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|o|gate|up|down)/kernel"  # not heads, embeddings, routers, experts
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:

@@ -16,10 +16,12 @@ from safetensors.numpy import save_file
 
 from lowrank import tree
 from lowrank.errors import UserError, unknown
+from lowrank.pretrained import kept
 from lowrank.pretrained.families import FAMILIES
 from lowrank.pretrained.hf_files import INDEX, SINGLE
 from lowrank.pretrained.hf_tensors import Tensor
 from lowrank.pretrained.load import PARAM_DTYPES, Pretrained
+from lowrank.weight import is_stored
 
 PyTree = Any
 SHARD_BYTES = 5_000_000_000
@@ -43,12 +45,14 @@ def export(
     dtype: str = "float32",
     labels: Sequence[str] = (),
     shard_bytes: int = SHARD_BYTES,
+    scheme: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes `params`, plain arrays in the tree of `base`, so that transformers loads them; every process must call it.
 
-    `dtype` is what the tensors are stored in; `labels` name the classes; a file holds at most `shard_bytes`. The
-    directory is written beside and renamed, and must not hold anything before. Raises UserError for that, and for
-    what a Hugging Face checkpoint has no place for.
+    With a `scheme`, the group that made them, `params` may hold codes, which `pretrained.load` alone reads
+    (`lowrank.pretrained.kept`). `dtype` is what the other tensors are stored in; `labels` name the classes; a file
+    holds at most `shard_bytes`. The directory is written beside and renamed, and must not hold anything before. Raises
+    UserError for that, and for what a Hugging Face checkpoint has no place for.
     """
     directory = Path(directory)
     if dtype not in PARAM_DTYPES:
@@ -56,17 +60,20 @@ def export(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not an empty directory")
     config = _hf_config(base, dtype, labels)
-    shards = _shards(
-        _checked(params, base), dict(tree.named_leaves(params)), jax.numpy.dtype(dtype).itemsize, shard_bytes
-    )
+    leaves = dict(tree.named_leaves(params, is_stored if scheme else None))
+    tensors = _checked(leaves, base)
+    if scheme:
+        config["quantization_config"] = kept.about(scheme, leaves)
+        tensors, leaves = kept.expanded(tensors, leaves)
+    shards = _shards(tensors, leaves, jax.numpy.dtype(dtype).itemsize, shard_bytes)
     if jax.process_index():
         for shard in shards:
-            _arrays(shard, params, dtype)
+            _arrays(shard, leaves, dtype)
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        _write_shards(scratch, shards, params, dtype)
+        _write_shards(scratch, shards, leaves, dtype)
         base.tokenizer.save(scratch)
         (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         scratch.chmod(0o755)
@@ -83,14 +90,14 @@ Part = tuple[str, Tensor, tuple[int, ...]]  # a tensor's name, its leaf, and whe
 
 def _hf_config(base: Pretrained, dtype: str, labels: Sequence[str]) -> dict[str, Any]:
     family, config = FAMILIES[base.family], base.config
-    kept = RUNTIME if config.num_labels else (*RUNTIME, "pooling")
+    untold = RUNTIME if config.num_labels else (*RUNTIME, "pooling")
     ours = family.hf_config(config)
     added = {name: ours[name] for name in BIASES if name in ours} if config.biases else {}
     told = {**base.hf_config, **added}
     source = family.config(told)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in kept and value != getattr(source, field.name):
+        if field.name not in untold and value != getattr(source, field.name):
             raise UserError(f"model.{field.name}={value!r} cannot be told in a {base.family} config.json")
     if labels and len(labels) != config.num_labels:
         raise UserError(f"{len(labels)} labels for a model with {config.num_labels}")
@@ -100,12 +107,13 @@ def _hf_config(base: Pretrained, dtype: str, labels: Sequence[str]) -> dict[str,
         names = list(labels) or [f"LABEL_{i}" for i in range(config.num_labels)]
         merged |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     merged.pop("dtype", None)
+    merged.pop("quantization_config", None)
     return merged
 
 
-def _checked(params: PyTree, base: Pretrained) -> list[Tensor]:
+def _checked(leaves: Mapping[str, Any], base: Pretrained) -> list[Tensor]:
     tensors = FAMILIES[base.family].tensors(base.config)
-    names, places = set(tree.names(params)), {t.leaf for t in tensors}
+    names, places = set(leaves), {t.leaf for t in tensors}
     for name in sorted(names ^ places):
         missing = f"leaf {name!r} is missing" if name in places else f"leaf {name!r} has no place in a checkpoint"
         raise UserError(f"cannot export {base.name}: {missing}")
@@ -117,7 +125,7 @@ def _shards(tensors: Sequence[Tensor], leaves: Mapping[str, Any], itemsize: int,
     room = limit
     for part in _parts(tensors):
         leaf = leaves[part[1].leaf]
-        size = leaf.size * itemsize // len(part[1].places)
+        size = leaf.size * (leaf.dtype.itemsize if part[1].dtype else itemsize) // len(part[1].places)
         if size > room and shards[-1]:
             shards.append([])
             room = limit
@@ -132,24 +140,24 @@ def _parts(tensors: Sequence[Tensor]) -> Iterator[Part]:
             yield name, tensor, place
 
 
-def _arrays(shard: Sequence[Part], params: PyTree, dtype: str) -> dict[str, np.ndarray]:
+def _arrays(shard: Sequence[Part], leaves: Mapping[str, Any], dtype: str) -> dict[str, np.ndarray]:
     """One file's tensors on the host."""
-    leaves = dict(tree.named_leaves(params))
     arrays = {}
     for name, tensor, place in shard:
         leaf = leaves[tensor.leaf][place]
         if not leaf.is_fully_addressable:
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
         array = np.asarray(leaf)
-        arrays[name] = np.ascontiguousarray(array.T if tensor.transpose else array, jax.numpy.dtype(dtype))
+        kind = array.dtype if tensor.dtype else jax.numpy.dtype(dtype)
+        arrays[name] = np.asarray(array.T if tensor.transpose else array, kind, order="C")
     return arrays
 
 
-def _write_shards(directory: Path, shards: Sequence[Sequence[Part]], params: PyTree, dtype: str) -> None:
+def _write_shards(directory: Path, shards: Sequence[Sequence[Part]], leaves: Mapping[str, Any], dtype: str) -> None:
     weight_map, total = {}, 0
     for i, shard in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        arrays = _arrays(shard, params, dtype)
+        arrays = _arrays(shard, leaves, dtype)
         save_file(arrays, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, file)
         total += sum(a.nbytes for a in arrays.values())

@@ -32,7 +32,9 @@ def check(
         for name in tensor.names:
             if name not in stored:
                 raise UserError(f"{where}: tensor {name!r} is missing{nearest(name, stored.keys() - used)}")
-            if not stored[name].readable:
+            if tensor.dtype and stored[name].dtype != tensor.dtype:
+                raise UserError(f"{where}: tensor {name!r} is {stored[name].dtype}, not {tensor.dtype}")
+            if not tensor.dtype and not stored[name].readable:
                 raise UserError(f"{where}: tensor {name!r} is {stored[name].dtype}, which cannot be read as floats")
             layer = shapes[tensor.leaf][len(tensor.stack) :]
             needed = layer[::-1] if tensor.transpose else layer
@@ -128,10 +130,13 @@ def _read(tensor: Tensor, parts: Sequence[Stored], index: tuple, out: np.ndarray
     for place, part in zip(tensor.places, parts, strict=True):
         if all(start <= i < stop for i, (start, stop) in zip(place, index, strict=False)):
             here = tuple(i - start for i, (start, _) in zip(place, index, strict=False))
-            _read_one(part, tensor.transpose != part.flipped, index[depth:], out[here])
+            _read_one(part, tensor.transpose != part.flipped, index[depth:], out[(*here, ...)])
 
 
 def _read_one(part: Stored, transpose: bool, index: tuple, out: np.ndarray) -> None:
+    if not index:
+        out[...] = part.read(0, 1)[0]
+        return
     if transpose:
         index, out = index[::-1], out.T
     (first, last), rest = index[0], tuple(slice(*pair) for pair in index[1:])

@@ -18,6 +18,9 @@ from lowrank.pretrained.stored import Stored, read_array
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+# What quantised kernels are stored in.
+CODES = {"U8": np.uint8, "I8": np.int8, "I32": np.int32, "F32": np.float32, "BF16": ml_dtypes.bfloat16}
+CODES |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -97,6 +100,6 @@ def _stored(path: Path, start: int, entry: dict[str, Any]) -> Stored:
 
 
 def _read(path: Path, offset: int, dtype: str, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-    kind, row = np.dtype(DTYPES[dtype]), shape[1:]
+    kind, row = np.dtype({**CODES, **DTYPES}[dtype]), shape[1:]
     first = start * int(np.prod(row, dtype=np.int64)) * kind.itemsize
     return read_array(path, kind, offset + first, (stop - start, *row))

@@ -14,7 +14,7 @@ class Tensor:
 
     `hf` names one tensor; with `{i}` in it, `count` tensors, those of layers `first, first + 1, ...`, are stacked on
     axis 0 of the leaf, and with `{e}` too, each layer's `experts` on axis 1. `transpose`: torch stores a Linear's
-    kernel `[out, in]`, the leaf is `[in, out]`.
+    kernel `[out, in]`, the leaf is `[in, out]`. `dtype`: what it must be stored in; "": any floating-point one.
     """
 
     leaf: str
@@ -23,6 +23,7 @@ class Tensor:
     first: int = 0
     count: int = 0
     experts: int = 0
+    dtype: str = ""
 
     @property
     def stack(self) -> tuple[int, ...]:

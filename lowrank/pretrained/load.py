@@ -16,7 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from lowrank import settings, sharding, tree
 from lowrank.errors import UserError, unknown
 from lowrank.models import build
-from lowrank.pretrained import fill, fused, hf_files, hub, quantize, tokenizer, upcycle, wheels
+from lowrank.pretrained import fill, fused, hf_files, hub, kept, quantize, tokenizer, upcycle, wheels
 from lowrank.pretrained.families import FAMILIES, Config, family_of
 from lowrank.pretrained.gguf_model import GGUFSource
 from lowrank.pretrained.hf_tensors import Tensor
@@ -106,8 +106,8 @@ def describe(
     `model` overrides fields of the config; `quantized` and `upcycled` are as for `load`. Raises UserError for
     everything that `load` finds wrong without tensors.
     """
-    how = _How(quantize.build(quantized), upcycle.build(upcycled))
-    return _describe(find(spec, cache), model or {}, param_dtype, how)
+    source = find(spec, cache)
+    return _describe(source, model or {}, param_dtype, _how(source, quantized, upcycled))
 
 
 class _How(NamedTuple):
@@ -115,6 +115,7 @@ class _How(NamedTuple):
 
     codes: quantize.Quantization | None
     upcycling: Upcycling | None
+    kept: bool = False  # the checkpoint holds the codes
 
     def config(self, source: Source, model: Mapping[str, Any]) -> Config:
         config = hf_files.config_of(source.where, source.hf_config)
@@ -128,12 +129,22 @@ class _How(NamedTuple):
         return self.upcycling.tensors(tensors) if self.upcycling else tensors
 
 
+def _how(source: Source, quantized: Mapping[str, Any] | str | None, upcycled: Mapping[str, Any] | None) -> _How:
+    """Raises UserError for a checkpoint in codes that is to be quantised otherwise, or upcycled."""
+    quantize.refuse_quantised(source.where, source.hf_config)
+    scheme, upcycling = kept.scheme(source.where, source.hf_config), upcycle.build(upcycled)
+    if not scheme:
+        return _How(quantize.build(quantized), upcycling)
+    if upcycling or group_of(quantized) not in ({}, scheme):
+        raise UserError(f"{source.where} is in codes of {scheme.get('name')} already: it can only be read as it is")
+    return _How(kept.coding(source.where, source.hf_config), None, kept=True)
+
+
 def _describe(
     source: Source, model: Mapping[str, Any], param_dtype: str, how: _How
 ) -> tuple[Config, Tokenizer, PyTree]:
     if param_dtype not in PARAM_DTYPES:
         raise unknown("param_dtype", param_dtype, PARAM_DTYPES)
-    quantize.refuse_quantised(source.where, source.hf_config)
     config = how.config(source, model)
     words = source.tokenizer()
     if words.vocab_size > config.vocab_size:
@@ -174,7 +185,8 @@ def load(
     read as a mixture of experts. Raises UserError for a corrupt file, for a missing, extra or misshapen tensor, and
     for a tokenizer that does not fit; nothing is read before all of them fit.
     """
-    source, how = find(spec, cache), _How(quantize.build(quantized), upcycle.build(upcycled))
+    source = find(spec, cache)
+    how = _how(source, quantized, upcycled)
     config, words, abstract = _describe(source, model or {}, param_dtype, how)
     layout = (
         jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
@@ -184,7 +196,7 @@ def load(
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
     arrays, new = _read(source, config, dict(tree.named_leaves(placed, is_weight)), seed, how)
     params = traverse_util.unflatten_dict(arrays, sep="/")
-    family, about = source.hf_config["model_type"], group_of(quantized)
+    family, about = source.hf_config["model_type"], group_of(quantized) or kept.scheme(source.where, source.hf_config)
     about |= {"param_dtype": param_dtype} if about else {}
     return Pretrained(config, params, words, family, source.name, source.hf_config, new, about, dict(upcycled or {}))
 
@@ -193,7 +205,9 @@ def _read(
     source: Source, config: Config, leaves: dict[str, Any], seed: int, how: _How
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     family = FAMILIES[source.hf_config["model_type"]]
-    tensors = how.tensors(source, config)
+    forms, tensors = leaves, how.tensors(source, config)
+    if how.kept:
+        tensors, leaves = kept.expanded(tensors, leaves)
     stored = source.tensors([name for tensor in tensors for name in tensor.names])
     own = {t.leaf for t in family.tensors(hf_files.config_of(source.where, source.hf_config))}
     present = [t for t in tensors if any(name in stored for name in t.names) or not _may_be_new(t.leaf, config, own)]
@@ -202,7 +216,8 @@ def _read(
     routers = how.upcycling.routers(leaves) if how.upcycling else {}
     new = tuple(sorted(leaves.keys() - {t.leaf for t in present} - routers.keys()))
     read = fill.fill(present, stored, leaves, how.codes)
-    return read | routers | _fresh(config, {n: leaves[n] for n in new}, seed), new
+    read |= routers | _fresh(config, {n: leaves[n] for n in new}, seed)
+    return kept.collected(forms, read) if how.kept else read, new
 
 
 def _stored_as(source: Source, tensors: Sequence[Tensor], shapes: PyTree) -> tuple[quantize.StoredAs, quantize.Reader]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lowrank.errors import UserError
 from lowrank.pretrained.coding import Quantization, Reader, finite
 from lowrank.pretrained.stored import Stored
 from lowrank.weights import mixed
@@ -41,8 +42,10 @@ class MixedBits(Quantization):
     def shape(self, name: str, leaf: Any, parts: Any) -> Any:
         """As for all."""
         del parts
-        high = self.high[re.sub("^top/", "layers/", name)] if name not in self.high else self.high[name]
-        made = functools.partial(self._made, high=high, kind=leaf.dtype.name)
+        found = [self.high[n] for n in (name, re.sub("^top/", "layers/", name)) if n in self.high]
+        if not found:
+            raise UserError(f"it is not known how many groups of {name} are in 4 bits")
+        made = functools.partial(self._made, high=found[0], kind=leaf.dtype.name)
         return jax.eval_shape(made, leaf)
 
     def layer(self, name: str, part: Stored, read: Callable[[], np.ndarray], like: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 from lowrank import settings, tree
 from lowrank.errors import UserError, unknown
-from lowrank.pretrained.coding import Quantization, Reader, StoredAs
+from lowrank.pretrained.coding import TARGET, Quantization, Reader, StoredAs
 from lowrank.pretrained.mixed_bits import MixedBits
 from lowrank.pretrained.stored import Stored
 from lowrank.weights import ggml
@@ -16,7 +16,6 @@ from lowrank.weights.quantized import Quantized
 from lowrank.weights.schemes import SCHEMES, group_of
 
 PyTree = Any
-TARGET = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|o|gate|up|down)/kernel"  # not heads, embeddings, routers, experts
 
 
 OWN = "gguf"  # in place of a scheme: the blocks that the file has
@@ -86,6 +85,6 @@ def build(given: Mapping[str, Any] | str | None) -> Quantization | None:
 def refuse_quantised(where: str, hf_config: Mapping[str, Any]) -> None:
     """Raises UserError for a checkpoint whose tensors another tool has quantised."""
     about = hf_config.get("quantization_config")
-    if about:
+    if about and not (isinstance(about, Mapping) and about.get("quant_method") == "lowrank"):
         kind = about.get("quant_method", "an unnamed scheme") if isinstance(about, Mapping) else about
         raise UserError(f"{where} is quantised by {kind}: name the original checkpoint, and quantise it as it is read")
