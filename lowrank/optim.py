@@ -32,6 +32,7 @@ class OptimConfig:
     b_ratio: float = 1.0  # LoRA+: learning rate of the leaves named b over that of the others (arXiv:2402.12354)
     lr_ratios: tuple[tuple[str, float], ...] = ()  # (regex, ratio), first match wins; 0 freezes a trained leaf
     accumulate: int = 1  # microbatches a step
+    paged: bool = False  # the state lies in pinned host memory and is brought in leaf by leaf for the update
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keywords of the optimizer: b2, momentum, ...
 
 

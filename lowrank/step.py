@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from lowrank import sharding, tree
+from lowrank import paging, sharding, tree
 
 PyTree = Any
 Loss = Callable[[PyTree, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
@@ -29,12 +29,23 @@ class State:
     optimizer: PyTree
 
 
-def init(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
-    """The state before the first step; the trained leaves already lie where they belong, the moments follow them."""
+def init(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh, paged: bool = False) -> State:
+    """The state before the first step; the trained leaves already lie where they belong, the moments follow them.
+
+    `paged`: the moments lie on the host, and each step brings them in for the update.
+    """
+    where = moment_shapes(trained, optimizer, mesh, paged)
+    moments = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, where))(trained)
+    return State(jax.device_put(jnp.int32(0), sharding.replicated(mesh)), trained, moments)
+
+
+def moment_shapes(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh, paged: bool = False) -> PyTree:
+    """The optimizer's state as shapes with shardings, of trained leaves (arrays or shapes) that have theirs."""
     shapes = jax.eval_shape(optimizer.init, trained)
     where = sharding.optimizer_shardings(optimizer, shapes, trained, mesh)
-    moments = jax.jit(optimizer.init, out_shardings=where)(trained)
-    return State(jax.device_put(jnp.int32(0), sharding.replicated(mesh)), trained, moments)
+    if paged:
+        where = paging.paged(where, paging.owners(optimizer, shapes, trained))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
 def make(
@@ -59,14 +70,14 @@ def make(
 
         (total, weight), gradient = _accumulated(sums, state.trained, batch, accumulate)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), gradient)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
+        trained, moments = paging.apply(optimizer, gradient, state.optimizer, state.trained)
         metrics = {
             "loss": total / jnp.maximum(weight, 1e-8),
             "grad_norm": optax.tree.norm(gradient),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "weight": weight,
         }
-        return State(state.step + 1, optax.apply_updates(state.trained, updates), moments), metrics
+        return State(state.step + 1, trained, moments), metrics
 
     return step
 

@@ -57,7 +57,7 @@ class Run:
         _check_new(base.new, self.frozen, job.method)
         self.inputs = job.method.inputs(job.network, self.frozen) if job.method.inputs else lambda batch: batch
         self.optimizer = job.optimizer()
-        self.state = step.init(trained, self.optimizer, job.mesh)
+        self.state = step.init(trained, self.optimizer, job.mesh, job.paged)
         self.metrics: Mapping[str, jax.Array] | None = None  # of the last step done
         self.compile_seconds = 0.0
         if saver.latest() is not None:

@@ -48,7 +48,7 @@ def _made(full=False, sizes=(1, 1, 1), width=D, layers=L, loss=_loss, **options)
     trained, frozen = tree.split(params, weight.trainable_mask(params, method.train))
     config = OptimConfig(**{"lr": 0.01, "schedule": "constant", **options})
     optimizer = optim.make(config, 10, trained)
-    state, batch = step.init(trained, optimizer, mesh), _batch(mesh, width)
+    state, batch = step.init(trained, optimizer, mesh, config.paged), _batch(mesh, width)
     fn = step.make(loss, optimizer, optim.schedule(config, 10), seed=0, accumulate=config.accumulate)
     return step.compile(fn, state, frozen, batch), state, frozen, batch, mesh
 
@@ -56,7 +56,7 @@ def _made(full=False, sizes=(1, 1, 1), width=D, layers=L, loss=_loss, **options)
 def _setup(**options):
     """`(compiled step, state, frozen, batch, mesh)`; the state is a copy that may be donated."""
     compiled, state, *rest = _made(**options)
-    return compiled, jax.tree.map(jnp.copy, state), *rest
+    return compiled, jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), state), *rest
 
 
 def _bytes(values):

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from lowrank import counts, sharding, step, tree
+from lowrank.paging import HOST
 from lowrank.plan.job import Plan
 
 PyTree = Any
-HOST = "pinned_host"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,7 @@ def run(job: Plan, batch: dict[str, jax.ShapeDtypeStruct] | None = None) -> Run:
     optimizer, where = job.optimizer(), sharding.shardings(job.shapes, job.mesh)
     lifted = jax.tree.map(lambda x, learns: _like(x, "float32") if learns else x, job.shapes, job.mask)
     trained, frozen = tree.split(_placed(lifted, where), job.mask)  # trained in float32, as Plan.attach has it
-    moments = jax.eval_shape(optimizer.init, trained)
-    moments = _placed(moments, sharding.optimizer_shardings(optimizer, moments, trained, job.mesh))
+    moments = step.moment_shapes(trained, optimizer, job.mesh, job.paged)
     done = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(job.mesh))
     return Run(step.State(done, trained, moments), frozen, batch or _batch(job))
 

@@ -38,6 +38,8 @@ def options(job: Plan, memory: int) -> Iterator[Option]:
         yield Option({"loss_rows": 128}, "same numbers; smaller products in the head")
     if model.remat != "block":
         yield Option({"model.remat": "block"}, "same numbers; about a third more to compute")
+    if not job.optim.paged:
+        yield Option({"optim.paged": True}, "same numbers; the optimizer's state travels from the host and back")
     yield from _meshes(job)
     if model.dtype == "float32":
         yield Option({"model.dtype": "bfloat16"}, "activations rounded to 8 bits of mantissa; faster on accelerators")

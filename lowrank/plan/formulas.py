@@ -1,13 +1,17 @@
 """Memory by formula: bytes on each device, from shapes, shardings and the config alone."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from lowrank import counts, models, tree
+import jax
+
+from lowrank import counts, models, paging, tree
+from lowrank.paging import HOST
 from lowrank.plan import kept
-from lowrank.plan.abstract import HOST, Run, device_bytes, run
+from lowrank.plan.abstract import Run, device_bytes, run
 from lowrank.plan.job import Plan
 from lowrank.weight import is_weight
 from lowrank.weights import quantized
@@ -71,9 +75,23 @@ def memory(job: Plan, arrays: Run | None = None) -> Memory:
 
 
 def temporary(job: Plan, r: Run) -> int:
-    """A step's working set: one block's activations in full, logits, decoded tiles, gathered shards of one block."""
+    """A step's working set: one block's activations in full, logits, decoded tiles, gathered shards of one block.
+
+    To these comes what a paged optimizer brings in at a time.
+    """
     block = kept.activations(job, r, remat="none") // job.network.config.layers
-    return block + logits(job, r) + decoded(job) + gathered(job, r)
+    return block + logits(job, r) + decoded(job) + gathered(job, r) + streamed(job, r)
+
+
+def streamed(job: Plan, r: Run) -> int:
+    """The moments of one trained leaf, the largest, that a paged optimizer has on the device at a time."""
+    if not job.paged:
+        return 0
+    owner = jax.tree.leaves(paging.owners(job.optimizer(), r.state.optimizer, r.state.trained))
+    of = collections.defaultdict(list)
+    for i, x in zip(owner, jax.tree.leaves(r.state.optimizer), strict=True):
+        of[i].append(x)
+    return max(device_bytes(moments, HOST) for moments in of.values())
 
 
 def logits(job: Plan, r: Run) -> int:

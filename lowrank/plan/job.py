@@ -15,6 +15,7 @@ from lowrank import counts, data, losses, methods, models, optim, pretrained, se
 from lowrank.errors import UserError
 from lowrank.methods import Method
 from lowrank.optim import OptimConfig
+from lowrank.paging import HOST, has_host
 from lowrank.scoring import EvalConfig, Scorer
 
 PyTree = Any
@@ -77,6 +78,12 @@ class Plan:
     table: str  # what every rule matched, and how much of the model is trained
     tokens_per_step: float
     tokenizer: Any
+    notes: tuple[str, ...] = ()  # what the devices lack, and what is done instead
+
+    @property
+    def paged(self) -> bool:
+        """Whether the optimizer's state lies on the host: asked for, and there is memory for it."""
+        return self.optim.paged and has_host(self.mesh)
 
     def load(self) -> pretrained.Pretrained:
         """The base, each leaf where the mesh wants it."""
@@ -196,6 +203,7 @@ def make(config: Group, devices: Sequence[Any] | None = None, like: Plan | None 
         options["num_labels"] = len(loader.labels)
         shape, _, base = pretrained.describe(model.name, options, **read)
     shapes, mask, table = _split(method, base, bool(loader.labels))
+    notes = _notes(optim_config, mesh)
     sharding.shardings(shapes, mesh)
     network = models.build(shape)
     eval_config = settings.call(EvalConfig, c.eval, "eval")
@@ -214,9 +222,10 @@ def make(config: Group, devices: Sequence[Any] | None = None, like: Plan | None 
         mesh=mesh,
         shapes=shapes,
         mask=mask,
-        table=table,
+        table="\n".join([table, *notes]),
         tokens_per_step=_tokens_per_step(data_config, loader),
         tokenizer=tokenizer,
+        notes=notes,
     )
     plan.optimizer()
     return plan
@@ -226,6 +235,13 @@ def _check_numbers(c: RunConfig) -> None:
     for key, least in (("steps", 1), ("log_every", 1), ("loss_rows", 0), ("seed", 0)):
         if getattr(c, key) < least:
             raise UserError(f"{key} must be at least {least}, not {getattr(c, key)}")
+
+
+def _notes(config: OptimConfig, mesh: Mesh) -> tuple[str, ...]:
+    if has_host(mesh) or not config.paged:
+        return ()
+    lack = f"{mesh.devices.flat[0].device_kind} has no {HOST} memory"
+    return (f"warning: optim.paged: {lack}, so the optimizer's state stays in the device's",)
 
 
 def _split(method: Method, base: PyTree, labelled: bool) -> tuple[PyTree, PyTree, str]:

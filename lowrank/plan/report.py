@@ -71,7 +71,7 @@ def text(r: Report) -> str:
     by = f"compiled for {r.compiled.platform}" if r.compiled else "not compiled"
     lines += [f"{'':20}{'formula':>12}{by:>28}{'formula / compiled':>22}"]
     lines += [_line(name, formula, compiled) for name, formula, compiled in rows(r)]
-    lines += ["", *verdict(r)]
+    lines += ["", *r.job.notes, *verdict(r)]
     lines += [f"  {line}" for line in _advice(r)]
     return "\n".join(lines)
 
@@ -131,5 +131,6 @@ def plain(r: Report) -> dict[str, Any]:
         "needed_bytes": r.needed,
         "fits": r.fits,
         "missing_bytes": max(0, r.needed - r.target.memory),
+        "notes": list(r.job.notes),
         "advice": [{**step._asdict(), "option": step.option._asdict()} for step in r.advice],
     }
