@@ -24,7 +24,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "name": "smollm2-135m",
             "param_dtype": "bfloat16",
             "dtype": "bfloat16",
-            "remat": "block",
+            "remat": "full",
             "quantize": config_dict.placeholder(str),
         },
         method=common.method(arg, "lora", rank=16, alpha=32.0, target=target),

@@ -73,3 +73,17 @@ def test_a_device_without_host_memory_is_said_and_keeps_the_state(files, monkeyp
     said = "warning: optim.paged: cpu has no pinned_host memory, so the optimizer's state stays in the device's"
     assert job.notes == (said,)
     assert job.table.endswith(said)  # which the log and the report show
+
+
+def test_activations_that_cannot_be_offloaded_stay_and_that_is_said(files, monkeypatch):
+    config = config_of(files, "rank=2", mesh__data=1, model__remat="offload")
+    there = formulas.memory(plan.make(config))
+    monkeypatch.setattr(paging, "kinds", lambda device: ["device"])
+    job = plan.make(config)
+    assert job.network.config.remat_names == ("input",)
+    assert job.notes == (
+        "warning: model.remat=offload: cpu has no pinned_host memory, so what would be offloaded stays in the device's",
+    )
+    here = formulas.memory(job)
+    assert (here.host, here.activations) == (0, there.activations + there.host)
+    assert there.host > 0

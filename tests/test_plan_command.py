@@ -141,6 +141,6 @@ def test_advice_goes_from_cheap_to_dear_and_adds_up(files):
     assert left == sorted(left, reverse=True)
     assert all(s.saves > 0 for s in steps)
     remat = next(s for s in steps if "model.remat" in s.option.changes)
-    block = plan.make(config_of(files, "rank=4", mesh__data=1, model__remat="block", data__seq_len=64))
+    block = plan.make(config_of(files, "rank=4", mesh__data=1, model__remat="full", data__seq_len=64))
     assert remat.leaves == advice.formulas.memory(block).peak
     assert [s.option.changes for s in advice.advise(job, memory=left[0])] == [steps[0].option.changes]

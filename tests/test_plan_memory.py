@@ -79,9 +79,13 @@ def test_activations_follow_what_is_rematerialised(files):
     run = abstract.run(job)
     program = compiled.analysed(lambda: step.compile(job.step(job.optimizer()), run.state, run.frozen, run.batch))
     assert 0.4 < formulas.memory(job, run).working / program.temporary < 2.5
-    kept_by = {r: kept.activations(job, run, r) for r in ("none", "dots", "block")}
+    kept_by = {r: kept.activations(job, run, r) for r in ("none", "dots_all", "names", "dots", "full", "offload")}
     assert kept_by["none"] == kept.activations(job, run)
-    assert kept_by["none"] > kept_by["dots"] > kept_by["block"]
+    assert kept_by["none"] > kept_by["dots_all"] > kept_by["dots"] > kept_by["full"] > kept_by["offload"]
+    assert kept_by["names"] > kept_by["full"]
+    away = kept.activations(job, run, "offload", host=True)
+    assert away == LAYERS * 8 * 64 * WIDTH * 4  # each block's input
+    assert kept_by["full"] - kept_by["offload"] == away
 
 
 def test_a_rematerialised_block_keeps_its_input_alone():

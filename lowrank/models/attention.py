@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.models import rope
 from lowrank.models.cache import put
@@ -61,6 +62,7 @@ class Attention(nn.Module):
         q, k, v = self._project(x_BxTxD)
         if view.cos is not None:
             q, k = rope.rotate(q, view.cos, view.sin), rope.rotate(k, view.cos, view.sin)
+        q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), ("query", "key", "value"), strict=True))
         new = None
         if index is not None:
             new = k, v
@@ -72,7 +74,7 @@ class Attention(nn.Module):
             out = attend_shifted(attend, q, k, v, view.mask_Bx1xTxS, group=self.shift_group, **options)
         else:
             out = attend(q, k, v, view.mask_Bx1xTxS, **options)
-        out = out.reshape(*out.shape[:2], self.heads * self.head_dim)
+        out = checkpoint_name(out.reshape(*out.shape[:2], self.heads * self.head_dim), "context")
         return Linear(x_BxTxD.shape[-1], self.o_bias, name="o")(out), new
 
     def _project(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

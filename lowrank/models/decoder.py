@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.errors import UserError
 from lowrank.models import cache as caches
@@ -68,7 +69,8 @@ class DecoderConfig(Additions):
     attn_logit_softcap: float = 0.0
     final_logit_softcap: float = 0.0
     dtype: str = "float32"  # of activations; norms, softmax and logits are float32
-    remat: str = "block"  # what the backward pass recomputes: none | block | dots
+    remat: str = "full"  # what the backward pass recomputes: a key of stack.REMAT
+    remat_names: tuple[str, ...] = ()  # of layers.NAMES, for `names` and `offload`; (): those of stack.NAMED
     unroll: int = 1  # layers per step of the scan
     fused_attention: bool = True  # cuDNN's kernel where it fits; else, and with False, XLA's
     shift_group: int = 0  # tokens a group of LongLoRA's shifted sparse attention, without a cache; 0: full attention
@@ -119,7 +121,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array, view: View, local: Any, past: Any, index: Any) -> tuple[jax.Array, Any]:
         """`(h [B, T, D], keys and values of these tokens or None)`; `local` picks one of two views if there are two."""
-        c = self.config
+        c, h = self.config, checkpoint_name(h, "input")
         if local is not None:
             view = jax.tree.map(lambda x: x[local], view)
         attention = Attention(
@@ -144,10 +146,10 @@ class Block(nn.Module):
         )
         x = self._norm("attn_norm", h)
         y, new = attention(x, view, past, index)
-        y = adapted(c, "attn", x, y)
+        y = adapted(c, "attn", x, checkpoint_name(y, "attn"))
         h = h + (self._norm("post_attn_norm", y) if c.post_norms else y)
         x = self._norm("mlp_norm", h)
-        y = adapted(c, "mlp", x, self._mlp()(x))
+        y = adapted(c, "mlp", x, checkpoint_name(self._mlp()(x), "mlp"))
         return h + (self._norm("post_mlp_norm", y) if c.post_norms else y), new
 
     def _mlp(self) -> nn.Module:

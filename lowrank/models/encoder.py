@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.errors import UserError, unknown
 from lowrank.models import views
@@ -42,7 +43,8 @@ class EncoderConfig(Additions):
     pooling: str = "cls"  # what stands for a row: its first token, the mean of its tokens, or BERT's tanh pooler
     dense_head: bool = False  # a tanh layer before the label logits
     dtype: str = "float32"  # of activations; norms, softmax and logits are float32
-    remat: str = "block"  # what the backward pass recomputes: none | block | dots
+    remat: str = "full"  # what the backward pass recomputes: a key of stack.REMAT
+    remat_names: tuple[str, ...] = ()  # of layers.NAMES, for `names` and `offload`; (): those of stack.NAMED
     unroll: int = 1  # layers per step of the scan
     fused_attention: bool = True  # cuDNN's kernel where it fits; else, and with False, XLA's
 
@@ -70,11 +72,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array, view: View, local: Any, past: Any, index: Any) -> tuple[jax.Array, Any]:
         """`(h [B, T, D], None)`; `past` is a prefix or None."""
-        c = self.config
+        c, h = self.config, checkpoint_name(h, "input")
         options = {"qkv_bias": True, "o_bias": True, "fused": c.fused_attention}
         attention = Attention(c.heads, c.heads, c.head_dim, **options, name="attn")
-        h = Norm("layer", c.norm_eps, name="attn_norm")(h + adapted(c, "attn", h, attention(h, view, past)[0]))
-        y = adapted(c, "mlp", h, MLP(c.hidden, c.activation, bias=True, name="mlp")(h))
+        y = checkpoint_name(attention(h, view, past)[0], "attn")
+        h = Norm("layer", c.norm_eps, name="attn_norm")(h + adapted(c, "attn", h, y))
+        y = checkpoint_name(MLP(c.hidden, c.activation, bias=True, name="mlp")(h), "mlp")
+        y = adapted(c, "mlp", h, y)
         return Norm("layer", c.norm_eps, name="mlp_norm")(h + y), None
 
 

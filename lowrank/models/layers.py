@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from lowrank import weight
 
@@ -19,6 +20,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
 }
 
+NAMES = ("input", "query", "key", "value", "context", "attn", "gate", "up", "mlp")  # activations that remat can choose
 HALF = (jnp.bfloat16, jnp.float16)
 kernel_init = nn.initializers.normal(0.02)
 
@@ -88,6 +90,7 @@ class MLP(nn.Module):
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """`[B, T, D] -> [B, T, D]`."""
         act = ACTIVATIONS[self.activation]
-        up = Linear(self.hidden, self.bias, name="up")(x_BxTxD)
-        h = act(Linear(self.hidden, self.bias, name="gate")(x_BxTxD)) * up if self.gated else act(up)
+        up = checkpoint_name(Linear(self.hidden, self.bias, name="up")(x_BxTxD), "up")
+        gate = checkpoint_name(Linear(self.hidden, self.bias, name="gate")(x_BxTxD), "gate") if self.gated else None
+        h = act(up) if gate is None else act(gate) * up
         return Linear(x_BxTxD.shape[-1], self.bias, name="down")(h)

@@ -1,19 +1,31 @@
 """Layers stacked and scanned: one block is traced and compiled, whatever the depth."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import linen as nn
 
-from lowrank.errors import unknown
+from lowrank.errors import UserError, unknown
 from lowrank.models import additions
+from lowrank.models.layers import NAMES
 
-# What the backward pass finds saved: everything; the input of each block; also the outputs of its matrix products.
-REMAT = {
-    "none": None,
-    "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+policies = jax.checkpoint_policies
+# What the backward pass finds saved of each block, beside its input; it computes the rest again.
+REMAT: dict[str, Callable[[tuple[str, ...]], Any]] = {
+    "none": lambda names: policies.everything_saveable,
+    "full": lambda names: policies.nothing_saveable,
+    "dots": lambda names: policies.dots_with_no_batch_dims_saveable,  # products with weights
+    "dots_all": lambda names: policies.dots_saveable,  # attention's products of activations too
+    "names": lambda names: policies.save_only_these_names(*names),
+    "offload": lambda names: policies.save_and_offload_only_these_names(  # in the host's memory, the input too if named
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(names),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
+NAMED = {"names": ("query", "key", "value", "context"), "offload": ("input",)}  # unless `remat_names` says so
 
 
 def stack(block: type[nn.Module], config: Any, length: int) -> nn.Module:
@@ -22,7 +34,8 @@ def stack(block: type[nn.Module], config: Any, length: int) -> nn.Module:
     `kinds` and `past` (and `new`) have a layer axis first, or are None.
     """
     if config.remat != "none":
-        block = nn.remat(block, prevent_cse=False, policy=REMAT[config.remat])
+        names = config.remat_names or NAMED.get(config.remat, ())
+        block = nn.remat(block, prevent_cse=False, policy=REMAT[config.remat](names))
     return nn.scan(
         block,
         variable_axes={"params": 0},
@@ -53,6 +66,11 @@ def check(config: Any) -> None:
     """Raises UserError for options that no model has."""
     if config.remat not in REMAT:
         raise unknown("remat policy", config.remat, REMAT)
+    for name in config.remat_names:
+        if name not in NAMES:
+            raise unknown("activation in remat_names", name, NAMES)
+    if config.remat_names and config.remat not in NAMED:
+        raise UserError(f"remat_names go with remat=names or remat=offload, not with remat={config.remat}")
     if config.dtype not in ("float32", "bfloat16", "float16"):
         raise unknown("compute dtype", config.dtype, ("float32", "bfloat16", "float16"))
     additions.check(config)

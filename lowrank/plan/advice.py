@@ -36,8 +36,10 @@ def options(job: Plan, memory: int) -> Iterator[Option]:
         yield Option({"optim.accumulate": parts}, "same numbers; smaller products are slower")
     if c.objective == "causal_lm" and (c.loss_rows == 0 or c.loss_rows > 128):
         yield Option({"loss_rows": 128}, "same numbers; smaller products in the head")
-    if model.remat != "block":
-        yield Option({"model.remat": "block"}, "same numbers; about a third more to compute")
+    if model.remat not in ("full", "offload"):
+        yield Option({"model.remat": "full"}, "same numbers; about a third more to compute")
+    if model.remat != "offload":
+        yield Option({"model.remat": "offload"}, "as full, and each block's input travels to the host and back")
     if not job.optim.paged:
         yield Option({"optim.paged": True}, "same numbers; the optimizer's state travels from the host and back")
     yield from _meshes(job)

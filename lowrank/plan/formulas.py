@@ -70,7 +70,7 @@ def memory(job: Plan, arrays: Run | None = None) -> Memory:
         activations=kept.activations(job, r),
         temporary=temporary(job, r),
         kv_cache=kv_cache(job),
-        host=device_bytes((r.state, r.frozen), HOST),
+        host=device_bytes((r.state, r.frozen), HOST) + kept.activations(job, r, host=True),
     )
 
 

@@ -203,8 +203,10 @@ def make(config: Group, devices: Sequence[Any] | None = None, like: Plan | None 
         options["num_labels"] = len(loader.labels)
         shape, _, base = pretrained.describe(model.name, options, **read)
     shapes, mask, table = _split(method, base, bool(loader.labels))
-    notes = _notes(optim_config, mesh)
+    notes = _notes(optim_config, shape, mesh)
     sharding.shardings(shapes, mesh)
+    if shape.remat == "offload" and not has_host(mesh):
+        shape = dataclasses.replace(shape, remat="names", remat_names=shape.remat_names or ("input",))
     network = models.build(shape)
     eval_config = settings.call(EvalConfig, c.eval, "eval")
     used = models.build(models.after_training(shape))
@@ -237,11 +239,14 @@ def _check_numbers(c: RunConfig) -> None:
             raise UserError(f"{key} must be at least {least}, not {getattr(c, key)}")
 
 
-def _notes(config: OptimConfig, mesh: Mesh) -> tuple[str, ...]:
-    if has_host(mesh) or not config.paged:
+def _notes(config: OptimConfig, model: Any, mesh: Mesh) -> tuple[str, ...]:
+    if has_host(mesh):
         return ()
     lack = f"{mesh.devices.flat[0].device_kind} has no {HOST} memory"
-    return (f"warning: optim.paged: {lack}, so the optimizer's state stays in the device's",)
+    stays = {"optim.paged": config.paged and "the optimizer's state stays", "model.remat=offload": ""}
+    if model.remat == "offload":
+        stays["model.remat=offload"] = "what would be offloaded stays"
+    return tuple(f"warning: {key}: {lack}, so {what} in the device's" for key, what in stays.items() if what)
 
 
 def _split(method: Method, base: PyTree, labelled: bool) -> tuple[PyTree, PyTree, str]:

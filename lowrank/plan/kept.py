@@ -11,17 +11,19 @@ from lowrank.plan.abstract import Run, rows
 from lowrank.plan.job import Plan
 
 
-def activations(job: Plan, run: Run, remat: str = "") -> int:
+def activations(job: Plan, run: Run, remat: str = "", host: bool = False) -> int:
     """Bytes each device keeps of one microbatch beside the parameters and the batch; `remat` as if it were set so.
 
+    `host`: what it keeps in the host's memory instead.
     The mesh cuts the rows by `data` and `fsdp`. By `tensor` it cuts what has the hidden width or heads apart; what
     cannot be told from the residual stream counts whole.
     """
-    config = dataclasses.replace(job.network.config, remat=remat or job.network.config.remat)
+    now = job.network.config
+    config = dataclasses.replace(now, remat=remat or now.remat, remat_names=() if remat else now.remat_names)
     size = next(iter(run.batch.values())).shape[0] // (_shards(job) * job.optim.accumulate)
     alone = dataclasses.replace(job, network=models.build(config), mesh=sharding.make_mesh(1, 1, 1))
     cut = job.mesh.shape["tensor"]
-    found = _remembered(alone, run, size)
+    found = [x for x in _remembered(alone, run, size) if (x.memory_space == jax.memory.Space.Host) == host]
     return math.ceil(sum(_bytes(x) / (cut if _splits(x.shape, config, cut) else 1) for x in found))
 
 

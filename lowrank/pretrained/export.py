@@ -28,6 +28,7 @@ SHARD_BYTES = 5_000_000_000
 RUNTIME = (
     "dtype",
     "remat",
+    "remat_names",
     "unroll",
     "fused_attention",
     "top_layers",

@@ -121,7 +121,14 @@ def test_every_remat_policy_and_unrolling_gives_the_same_gradient():
         return jax.jit(loss, compiler_options=QUICK)(params)
 
     plain = gradient(remat="none")
-    for options in ({"remat": "block"}, {"remat": "dots", "unroll": 2}):
+    named = {"remat": "offload", "remat_names": ("input", "up", "attn")}
+    for options in (
+        {"remat": "full"},
+        {"remat": "dots", "unroll": 2},
+        {"remat": "dots_all"},
+        {"remat": "names"},
+        named,
+    ):
         jax.tree.map(close, gradient(**options), plain)
 
 
@@ -149,7 +156,9 @@ def test_a_classifier_reads_the_last_real_token():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"remat": "blok"}, "unknown remat policy 'blok' .did you mean 'block'"),
+        ({"remat": "dot"}, "unknown remat policy 'dot' .did you mean 'dots'"),
+        ({"remat": "names", "remat_names": ("quiery",)}, "in remat_names 'quiery' .did you mean 'query'"),
+        ({"remat": "full", "remat_names": ("query",)}, "remat_names go with remat=names or remat=offload"),
         ({"dtype": "float23"}, "unknown compute dtype 'float23'"),
         ({"top_layers": 3}, "top_layers=3 is not between 0 and the model's 2 layers"),
         ({"num_prompt": -1}, "num_prompt=-1 is below 0"),

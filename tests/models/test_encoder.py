@@ -70,7 +70,7 @@ def test_top_layers_and_remat_change_neither_features_nor_gradient():
         return lambda p: jnp.sum(model.apply({"params": p}, tokens(1)) ** 3)
 
     plain = jax.jit(jax.value_and_grad(loss(model)), compiler_options=QUICK)(params)
-    again = jax.jit(jax.value_and_grad(loss(encoder(top_layers=1, remat="block")[0])), compiler_options=QUICK)(split)
+    again = jax.jit(jax.value_and_grad(loss(encoder(top_layers=1, remat="full")[0])), compiler_options=QUICK)(split)
     close(again[0], plain[0])
     close(again[1]["top"]["attn"]["q"]["kernel"][0], plain[1]["layers"]["attn"]["q"]["kernel"][1])
 

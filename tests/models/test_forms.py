@@ -26,7 +26,7 @@ def merged(params):
 
 @pytest.mark.parametrize("form", ["lora ranks by layer", "ia3 of dora"])
 def test_a_decoder_on_forms_equals_the_decoder_on_their_merged_kernels(form):
-    model, params = decoder("gpt2", remat="block")
+    model, params = decoder("gpt2", remat="full")
     params = rewritten(params, FORMS[form])
     live = run(model, params, tokens(1), method="__call__")
     want = run(model, merged(params), tokens(1), method="__call__")
@@ -44,7 +44,7 @@ def test_an_encoder_on_forms_equals_the_encoder_on_their_merged_kernels():
 
 
 def test_gradients_reach_the_trained_fields_of_every_layer():
-    model, params = decoder("llama", remat="block")
+    model, params = decoder("llama", remat="full")
     params = rewritten(params, FORMS["lora"])
     trained, frozen = tree.split(params, weight.trainable_mask(params))
     loss = lambda t: jnp.mean(model.apply({"params": tree.join(t, frozen)}, tokens(1)) ** 2)  # noqa: E731

@@ -85,7 +85,7 @@ def test_an_encoder_sees_its_prefix_from_every_real_token_and_no_padding():
 
 
 def test_every_layers_prefix_gets_a_gradient_from_every_segment():
-    model, params = decoder("gemma", prefix_length=P, remat="block")
+    model, params = decoder("gemma", prefix_length=P, remat="full")
 
     def loss(prefix, where):
         h = model.apply({"params": {**params, "prefix": prefix}}, tokens(1), segments=PACKED, method="features")

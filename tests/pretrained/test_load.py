@@ -166,7 +166,7 @@ def test_describe_reads_no_tensor(llama):
     config, tokenizer, shapes = describe(str(llama), {"remat": "none"}, param_dtype="bfloat16")
     read = load(str(llama), param_dtype="bfloat16")
     (llama / "model.safetensors").unlink()
-    assert describe(str(llama))[0].remat == "block"
+    assert describe(str(llama))[0].remat == "full"
     assert config.remat == "none"
     assert tokenizer.eos_id == read.tokenizer.eos_id
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), read.params)
