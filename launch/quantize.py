@@ -1,7 +1,8 @@
 """Writes a base in codes: `python -m launch.quantize --model=smollm2-135m --scheme=nf4:double=true --out=DIR`.
 
-Schemes are those of `model.quantize`. The folder is like one of Hugging Face, with codes in place of kernels
-(`lowrank.pretrained.kept`): `model.name=DIR` in a config, and every method on top.
+Schemes are those of `model.quantize`; and gptq and awq, which are calibrated by data:
+`--scheme=gptq:bits=4,block=64 --data=jsonl:records.jsonl`. The folder is like one of Hugging Face, with codes in place
+of kernels (`lowrank.pretrained.kept`): `model.name=DIR` in a config, and every method on top.
 Bad input is one line on stderr and exit code 2.
 """
 
@@ -10,13 +11,18 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from launch import adapters
-from lowrank import ptq, settings
+from lowrank import data, ptq, settings
 from lowrank.errors import UserError
 
 _MODEL = flags.DEFINE_string("model", None, "The model: a name, a folder, a .gguf file, or org/name of the hub.")
 _SCHEME = flags.DEFINE_string("scheme", "nf4", "NAME or NAME:KEY=VALUE,...")
 _OUT = flags.DEFINE_string("out", None, "Where the base goes: an empty folder, or a new one.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "What tensors without codes are stored in: float32 or bfloat16.")
+_DATA = flags.DEFINE_string("data", None, "What gptq and awq are calibrated by: data.source of a config.")
+_SPLIT = flags.DEFINE_string("split", "train", "Its split.")
+_TEMPLATE = flags.DEFINE_string("template", "auto", "How a record becomes text: data.template of a config.")
+_ROWS = flags.DEFINE_integer("rows", 64, "How many rows are read.")
+_LENGTH = flags.DEFINE_integer("seq_len", 256, "Tokens a row.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,7 +33,9 @@ def main(argv: Sequence[str]) -> None:
             raise UserError("--model=MODEL and --out=DIR are both required")
         name, _, options = _SCHEME.value.partition(":")
         group = {"name": name, **settings.parse(options)}
-        print(ptq.write(_MODEL.value, group, _OUT.value, dtype=_DTYPE.value))
+        about = {"source": _DATA.value, "split": _SPLIT.value, "template": _TEMPLATE.value, "seq_len": _LENGTH.value}
+        text = data.DataConfig(**about) if _DATA.value else None
+        print(ptq.write(_MODEL.value, group, _OUT.value, dtype=_DTYPE.value, text=text, rows=_ROWS.value))
     except UserError as e:
         adapters.fail(e)
 

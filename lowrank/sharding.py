@@ -29,7 +29,7 @@ _IN = (
 
 # A form's fields keep the kernel's layout at any depth (`kernel/base/base/codes`); factors and vectors come first.
 DEFAULT_RULES: Rules = (
-    (r"(.*/)?(second|offset|beta[12]|index|indices|values|ids|rows)", P()),
+    (r"(.*/)?(second|offset|beta[12]|index|indices|inputs|values|ids|rows)", P()),
     (r"(.*/)?(key|magnitude|lambda_[bd]|skew|base_sq|s|e|core|bias)", P()),
     (r"(.*/)?router", P()),
     (r".*/kernel/(.*/)?(narrow|up|(hidden|queries|keys|downs|ups|mixes)/\d+)", P()),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lowrank.weights import (
     adalora,
+    awq,
     black_box,
     dora,
     fake,
@@ -112,6 +113,7 @@ ROUNDED: dict[str, float] = {
     "fp8 e5m2": 0.07,
     "ternary": 0.6,
     "mixed": 0.25,
+    "awq": 0.13,
     "loftq": 0.06,
     "qa lora": 0.1,
     "ir qlora": 0.1,
@@ -135,6 +137,9 @@ FORMS |= {
     "fp8 e5m2": quantised("fp8", format="e5m2"),
     "ternary": quantised("ternary"),
     "mixed": lambda key, w: mixed.quantize(w, high=2, block=4, double=True),
+    "awq": lambda key, w: awq.balanced(
+        w, jnp.broadcast_to(jnp.linspace(0.5, 2, IN), w.shape[:-1]), SCHEMES["int4"](block=4, symmetric=False)
+    ),
     "loftq": lambda key, w: loftq.attach(
         w, rank=RANK, scale=1.5, steps=2, dropout=0.0, quantize=SCHEMES["nf4"](block=8)
     ),

@@ -2,15 +2,21 @@ import dataclasses
 
 from flax import linen as nn
 
+from lowrank.models import decoder, encoder
 from lowrank.models.decoder import Decoder, DecoderConfig, init_cache
 from lowrank.models.encoder import Encoder, EncoderConfig
 
-__all__ = ["Decoder", "DecoderConfig", "Encoder", "EncoderConfig", "after_training", "build", "init_cache"]
+__all__ = ["Decoder", "DecoderConfig", "Encoder", "EncoderConfig", "after_training", "block", "build", "init_cache"]
 
 
 def build(config: DecoderConfig | EncoderConfig) -> nn.Module:
     """The model that `config` describes."""
     return Decoder(config) if isinstance(config, DecoderConfig) else Encoder(config)
+
+
+def block(config: DecoderConfig | EncoderConfig) -> nn.Module:
+    """One layer of that model."""
+    return (decoder if isinstance(config, DecoderConfig) else encoder).Block(config)
 
 
 def after_training(config: DecoderConfig | EncoderConfig) -> DecoderConfig | EncoderConfig:

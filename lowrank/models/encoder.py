@@ -142,9 +142,12 @@ class Encoder(nn.Module):
         positions_BxT, view = views.bidirectional(segments, c.num_prompt, length, c.prefix_length)
         h = self.embed.place(h, positions_BxT + c.position_offset, types)
         prefix = by_stack(c, self.prefix()) if c.prefix_length else {}
-        for name in depths(c):
+        return self._run(h, view, prefix)[:, c.num_prompt :]
+
+    def _run(self, h, view, prefix):
+        for name in depths(self.config):
             h, _ = getattr(self, name)(h, view, None, prefix.get(name), None)
-        return h[:, c.num_prompt :]
+        return h
 
     def pooled(self, tokens: jax.Array, segments: Opt = None, types: Opt = None) -> jax.Array:
         """`[B, D]`: what stands for a row, by the config's `pooling`."""

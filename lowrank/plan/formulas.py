@@ -136,8 +136,8 @@ def _forms(shapes: Mapping[str, Any]) -> list[tuple[str, Any]]:
         name, w = left.pop()
         if isinstance(w, quantized.Quantized):
             found.append((name, w))
-        elif is_weight(w) and is_weight(getattr(w, "base", None)):
-            left.append((name, w.base))
+        elif is_weight(w):
+            left += [(name, part) for part in vars(w).values() if is_weight(part)]
     return found
 
 

@@ -5,7 +5,8 @@ scheme that divides bits. In place of `model.layers.0.mlp.up_proj.weight` there 
 kernel's form, `model.layers.0.mlp.up_proj.codes`, `....scale.second`, laid out as in memory: `[in, out]`.
 """
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,19 +19,47 @@ from lowrank.pretrained.hf_files import CODES
 from lowrank.pretrained.hf_tensors import Tensor
 from lowrank.pretrained.mixed_bits import MixedBits
 from lowrank.weight import is_weight
-from lowrank.weights.schemes import SCHEMES, group_of
+from lowrank.weights import awq
+from lowrank.weights.schemes import SCHEMES, Quantizer, group_of, integer
 
 METHOD = "lowrank"
 _STORED = {jnp.dtype(kind): name for name, kind in CODES.items()}
 
 
+def _gptq(
+    bits: int = 4, block: int = 64, symmetric: bool = True, act_order: bool = False, damping: float = 0.01
+) -> Quantizer:
+    if damping <= 0:
+        raise UserError(f"quantize.damping must be above 0, not {damping}")
+    del act_order
+    return integer(bits, block, symmetric)
+
+
+def _awq(bits: int = 4, block: int = 64, symmetric: bool = False, grid: int = 20) -> Quantizer:
+    if grid < 1:
+        raise UserError(f"quantize.grid must be at least 1, not {grid}")
+    make = integer(bits, block, symmetric)
+    return lambda w: awq.balanced(w, jnp.ones(w.shape[:-1]), make)
+
+
+# What is calibrated by data, as rounding alone: the shapes of its codes, and what a merged kernel becomes in them.
+CALIBRATED: dict[str, Callable[..., Quantizer]] = {"gptq": _gptq, "awq": _awq}
+KNOWN = {**SCHEMES, **CALIBRATED}
+
+
+def options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a calibrated scheme's group, the defaults among them."""
+    defaults = {k: p.default for k, p in inspect.signature(CALIBRATED[group["name"]]).parameters.items()}
+    return {name: group.get(name, default) for name, default in defaults.items()}
+
+
 def rounding(group: Mapping[str, Any] | str, where: str = "scheme", high: Mapping[str, int] | None = None) -> Any:
     """The `Quantization` of a scheme's group `{"name": ..., "target": ..., options}`. Raises UserError."""
-    options = group_of(group)
-    name, target = options.pop("name", None), options.pop("target", TARGET)
-    if name not in SCHEMES:
-        raise unknown(f"{where}: quantisation scheme", name, SCHEMES)
-    make = settings.call(SCHEMES[name], options, where)
+    given = group_of(group)
+    name, target = given.pop("name", None), given.pop("target", TARGET)
+    if name not in KNOWN:
+        raise unknown(f"{where}: quantisation scheme", name, KNOWN)
+    make = settings.call(KNOWN[name], given, where)
     return MixedBits(target, make, make.keywords, high) if name == "mixed" else Quantization(target, jax.jit(make))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from lowrank import settings, tree
 from lowrank.errors import UserError, unknown
+from lowrank.pretrained import kept
 from lowrank.pretrained.coding import TARGET, Quantization, Reader, StoredAs
 from lowrank.pretrained.mixed_bits import MixedBits
 from lowrank.pretrained.stored import Stored
@@ -28,9 +29,9 @@ class OwnBlocks(Quantization):
         """As for all; raises UserError for a leaf that the file does not keep in blocks of one known format."""
         formats = sorted({part.dtype for part in parts})
         if not parts or not all(part.blocks for part in parts) or not set(formats) <= ggml.FORMATS.keys():
-            kept = f"in {' and '.join(formats)}" if parts else "in no GGUF file"
+            found = f"in {' and '.join(formats)}" if parts else "in no GGUF file"
             known = ", ".join(ggml.FORMATS)
-            raise UserError(f"{name} is {kept}, and model.quantize=gguf keeps {known}: leave it out of the target")
+            raise UserError(f"{name} is {found}, and model.quantize=gguf keeps {known}: leave it out of the target")
         if len(formats) > 1:
             raise UserError(f"{name} has layers in {' and '.join(formats)}: leave it out of model.quantize.target")
         f = ggml.FORMATS[formats[0]]
@@ -74,6 +75,10 @@ def build(given: Mapping[str, Any] | str | None) -> Quantization | None:
     name, target = options.pop("name", None), options.pop("target", TARGET)
     if name == OWN and not options:
         return OwnBlocks(target, lambda kernel: kernel)
+    if name in kept.CALIBRATED:
+        raise UserError(
+            f"{name} needs data: write a base with python -m launch.quantize --scheme={name}, and name that"
+        )
     if name not in SCHEMES:
         raise unknown("model.quantize.name", name, [*SCHEMES, OWN])
     make = settings.call(SCHEMES[name], options, "model.quantize")

@@ -1,5 +1,5 @@
-"""Post-training quantisation: a model read, quantised and written in codes."""
+"""Post-training quantisation: a model read, quantised, by data where the scheme needs them, and written in codes."""
 
-from lowrank.ptq.write import write
+from lowrank.ptq.write import calibrated, write
 
-__all__ = ["write"]
+__all__ = ["calibrated", "write"]

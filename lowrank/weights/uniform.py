@@ -68,13 +68,19 @@ def asymmetric(w: jax.Array, *, bits: int, block: int = 0) -> Uniform:
     `zero = round(-min / s)` stands for 0, which so is exact; it is kept in float32.
     """
     block, values = _grouped(w, bits, block)
-    top = 2**bits - 1
-    low, high = jnp.minimum(jnp.min(values, axis=-2), 0), jnp.maximum(jnp.max(values, axis=-2), 0)
-    scale = jnp.where(high > low, (high - low) / top, 1)
-    zero = jnp.round(-low / scale)
+    scale, zero = grid(values, bits, False)
     spread = lambda a: jnp.broadcast_to(a[..., None, :], values.shape)  # noqa: E731
     codes = jnp.round(values / spread(scale)) + spread(zero)
-    return _made(w, jnp.clip(codes, 0, top), scale, zero, bits, block)
+    return _made(w, jnp.clip(codes, 0, 2**bits - 1), scale, zero, bits, block)
+
+
+def grid(values: jax.Array, bits: int, symmetric: bool) -> tuple[jax.Array, jax.Array | None]:
+    """`(scale, zero)` `[..., out]` of groups `[..., block, out]`; no zero if `symmetric`."""
+    if symmetric:
+        return jnp.max(jnp.abs(values), axis=-2) / (2 ** (bits - 1) - 1), None
+    low, high = jnp.minimum(jnp.min(values, axis=-2), 0), jnp.maximum(jnp.max(values, axis=-2), 0)
+    scale = jnp.where(high > low, (high - low) / (2**bits - 1), 1)
+    return scale, jnp.round(-low / scale)
 
 
 def ternary(w: jax.Array) -> Uniform:
