@@ -8,7 +8,7 @@ from experiments.study.cells import Row
 
 SMALL, MEDIUM, LARGE, HEAD = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
 
-
+FORGETTING = True  # is a column of the table
 BOTH = ("topics", "headlines")
 SELECTIVE, LOW_RANK, INTRINSIC = "selective", "reparameterised", "intrinsic dimension"
 ADDITIVE, EXPERTS = "additive", "experts"

@@ -19,17 +19,19 @@ BASES: dict[str, dict[str, Any]] = {
     "ternary": {"quantize": {"name": "ternary"}},
     "mixed": {"quantize": {"name": "mixed", "budget": 3.5}},
 }
-TASKS = ("topics", "headlines")
+FORGETTING = False
+TOPICS, BOTH = ("topics",), ("topics", "headlines")
 LORA = {"name": "lora"}
 KERNELS = r"(layers|top)/(attn|mlp)/\w+/kernel"
-ROWS = {f"{base}+lora": Row("LoRA", LORA, (3e-3,), TASKS, model) for base, model in BASES.items()}
+ROWS = {f"{base}+lora": Row("LoRA", LORA, (3e-3,), BOTH, model) for base, model in BASES.items()}
+ROWS["int4_asymmetric+lora"] = ROWS["int4_asymmetric+lora"]._replace(tasks=TOPICS)
 # Against QLoRA on the same kernels: these read the plain base and make the codes themselves.
 ROWS |= {
-    "nf4+qlora": Row("QLoRA", {"name": "lora", "target": KERNELS}, (3e-3,), TASKS, BASES["nf4"]),
-    "nf4+qdora": Row("QDoRA", {"name": "dora", "target": KERNELS}, (3e-3,), TASKS, BASES["nf4"]),
-    "nf4+loftq": Row("LoftQ", {"name": "loftq", "quantize": "nf4"}, (3e-3,), TASKS),
-    "nf4+ir_qlora": Row("IR-QLoRA", {"name": "ir_qlora"}, (3e-3,), TASKS),
-    "int4_asymmetric+qa_lora": Row("QA-LoRA", {"name": "qa_lora"}, (3e-3,), TASKS),
-    "int8+modulora": Row("ModuLoRA", {"name": "modulora"}, (3e-3,), ("topics",)),
-    "int4+qat": Row("QAT", {"name": "qat", "quantize": "int4"}, (1e-4,), TASKS),
+    "nf4+qlora": Row("QLoRA", {"name": "lora", "target": KERNELS}, (3e-3,), BOTH, BASES["nf4"]),
+    "nf4+qdora": Row("QDoRA", {"name": "dora", "target": KERNELS}, (3e-3,), TOPICS, BASES["nf4"]),
+    "nf4+loftq": Row("LoftQ", {"name": "loftq", "quantize": "nf4"}, (3e-3,), BOTH),
+    "nf4+ir_qlora": Row("IR-QLoRA", {"name": "ir_qlora"}, (3e-3,), BOTH),
+    "int4_asymmetric+qa_lora": Row("QA-LoRA", {"name": "qa_lora"}, (3e-3,), BOTH),
+    "int8+modulora": Row("ModuLoRA", {"name": "modulora"}, (3e-3,), TOPICS),
+    "int4+qat": Row("QAT", {"name": "qat", "quantize": "int4"}, (1e-4,), TOPICS),
 }

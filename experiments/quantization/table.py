@@ -20,14 +20,17 @@ COLUMNS += ("peak_mb",)
 
 
 def rows(study: Study, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """Two kinds of rows: a base untuned (one deterministic score), and a row of the study whose cells are done."""
+    """Two kinds of rows: a base untuned (one deterministic score), and a row of the study whose scores are done.
+
+    What is not timed yet is NaN.
+    """
     out = []
     for task in tasks:
         out += [_untuned(study, task, base) for base in BASES]
         for name in study.rows:
             cells = [cell.read() for cell in finals(study, TASKS[task], name)]
-            timing = Timing(study, TASKS[task], name).read()
-            if timing and cells and all("test" in (cell or {}) for cell in cells):
+            timing = Timing(study, TASKS[task], name).read() or {"step_s": math.nan, "peak_mb": math.nan}
+            if cells and all("test" in (cell or {}) for cell in cells):
                 out.append(_tuned(study, task, name, cells, timing))
     return out
 

@@ -18,7 +18,7 @@ from lowrank.adapter import ABOUT
 from lowrank.runlog import LOSS, METRICS, read_metrics
 
 SEEDS = (0, 1, 2)
-TIMED = 12  # steps
+TIMED = 8  # steps
 
 
 class Row(NamedTuple):
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 class Study:
     """A folder of `experiments`: its rows, and where cells are kept and runs take place.
 
-    `quick` is one rate, one seed, two steps.
+    `quick` is one rate, one seed, two steps. `forgetting`: what a tuned model still knows is scored, too.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Study:
     results: Path
     runs: Path
     quick: bool = False
+    forgetting: bool = True
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -55,8 +56,8 @@ def named(name: str, quick: bool = False, results: str = "") -> Study:
     """The study `experiments/NAME`; a quick one keeps its cells in `runs/`."""
     runs = Path("runs") / (f"{name}-quick" if quick else name)
     here = runs / "results" if quick else Path(__file__).parents[1] / name / "results"
-    rows = importlib.import_module(f"experiments.{name}.rows").ROWS
-    return Study(name, rows, Path(results) if results else here, runs, quick)
+    module = importlib.import_module(f"experiments.{name}.rows")
+    return Study(name, module.ROWS, Path(results) if results else here, runs, quick, module.FORGETTING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Cell:
         return self.study.runs / self.task.name / self.name / f"lr{self.lr:g}-seed{self.seed}"
 
     def judge(self) -> dict[str, Any]:
-        """Its numbers with the test score and what the saved adapter's model still knows; trains if it must."""
+        """Its numbers with the test score, and what the saved adapter's model still knows; trains if it must."""
         numbers = self.read()
         if numbers and "test" in numbers:
             return numbers
@@ -118,7 +119,9 @@ class Cell:
         options = {k: v for k, v in options.items() if k not in ("quantize", "upcycle")}  # an adapter knows its base
         base = merging.adapted(self.folder / train.ADAPTER, name, model=options, param_dtype=dtype)
         model = Model(self.config, base, methods.build(self.row.method).bind)
-        numbers |= {"test": model.score("test")[self.task.metric], "known": self.task.known(model)}
+        numbers["test"] = model.score("test")[self.task.metric]
+        if self.study.forgetting:
+            numbers["known"] = self.task.known(model)
         workdir.write_json(self.path, numbers)
         shutil.rmtree(self.folder)
         return numbers

@@ -1,11 +1,18 @@
 """Runs a study: every cell that is missing, with progress; the table after each row."""
 
+import functools
 import json
+import os
+import queue
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -19,13 +26,17 @@ _TASK = flags.DEFINE_list("task", list(TASKS), "The tasks to run.")
 _ROWS = flags.DEFINE_list("rows", None, "The rows to run; by default all.")
 _PHASES = flags.DEFINE_list("phases", list(PHASES), "What to run: scores, timing; nothing only rewrites the table.")
 _RESULTS = flags.DEFINE_string("results", "", "Where cells and table go; by default beside the study.")
+_WORKERS = flags.DEFINE_integer(
+    "workers", 2, "Rows that are scored at once, each on its share of the cores; 1 where they share an accelerator.", 1
+)
 
 
 def main(name: str, write: Callable[[Study], None]) -> None:
     """Runs the study `experiments/NAME` as the flags say; `write` makes its table from the cells there are."""
     try:
         study = named(name, _QUICK.value, _RESULTS.value)
-        run(study, write, _TASK.value, _ROWS.value or list(study.rows), [p for p in _PHASES.value if p])
+        phases = [p for p in _PHASES.value if p]
+        run(study, write, _TASK.value, _ROWS.value or list(study.rows), phases, _WORKERS.value)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -38,33 +49,61 @@ def run(
     tasks: Sequence[str],
     names: Sequence[str],
     phases: Sequence[str] = tuple(PHASES),
+    workers: int = 1,
 ) -> None:
-    """Fills the missing cells of `tasks` x `names` and writes the table. Raises UserError for an unknown name."""
+    """Fills the missing cells of `tasks` x `names` and writes the table. Raises UserError for an unknown name.
+
+    Scores are of `workers` rows at a time; a row that is timed has the machine to itself.
+    """
     for kind, known, wanted in (("task", TASKS, tasks), ("row", study.rows, names), ("phase", PHASES, phases)):
         for name in wanted:
             if name not in known:
                 raise unknown(kind, name, known)
     jobs = [(phase, *pair) for phase in phases for pair in planned(study, tasks, names)]
     todo = {job: left(study, job[0], TASKS[job[1]], job[2]) for job in jobs}
-    with tqdm(unit="run", smoothing=0.05) as bar:
-        for phase, task, name in jobs:
-            bar.total = bar.n + sum(todo.values())
-            bar.set_description(f"{task}/{name}")
-            if todo[phase, task, name]:
-                _row(study, phase, task, name, bar)
-                todo[phase, task, name] = left(study, phase, TASKS[task], name)
-                write(study)
+    with tqdm(unit="run", smoothing=0.05, total=sum(todo.values())) as bar:
+        for phase in phases:
+            shares = _shares(1 if phase == "timing" else workers)
+            with ThreadPoolExecutor(len(shares.queue)) as pool:
+                fill = functools.partial(_fill, study, write, todo, bar, shares, threading.Lock())
+                list(pool.map(fill, [job for job in jobs if job[0] == phase and todo[job]]))
     write(study)
 
 
-def _row(study: Study, phase: str, task: str, name: str, bar: tqdm) -> None:
-    """One row in a process of its own."""
-    command = [sys.executable, "-m", "experiments.study.row", study.name, phase, task, name, str(study.results)]
+def _shares(workers: int) -> queue.Queue:
+    """The cores of the machine in `workers` parts, as `taskset` names them; at most as many as there are cores."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
+    shares = queue.Queue()
+    for part in np.array_split(cores, min(workers, len(cores))):
+        shares.put(",".join(map(str, part)))
+    return shares
+
+
+def _fill(study, write, todo, bar, shares, lock, job) -> None:
+    """One row on a free share of the cores, and the table after it."""
+    phase, task, name = job
+    cores = shares.get()
+    try:
+        _row(study, phase, task, name, bar, cores)
+    finally:
+        shares.put(cores)
+    with lock:
+        todo[job] = left(study, phase, TASKS[task], name)
+        bar.total = bar.n + sum(todo.values())
+        write(study)
+
+
+def _row(study: Study, phase: str, task: str, name: str, bar: tqdm, cores: str) -> None:
+    """One row in a process of its own, on these cores."""
+    pinned = ["taskset", "-c", cores] if shutil.which("taskset") else []
+    command = [*pinned, sys.executable, "-m", "experiments.study.row", study.name, phase, task, name]
     log = study.runs / task / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as said:
-        process = subprocess.Popen(command + ["quick"] * study.quick, stdout=subprocess.PIPE, stderr=said, text=True)
+        argv = [*command, str(study.results), *["quick"] * study.quick]
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=said, text=True)
         for line in process.stdout:
+            bar.set_description(f"{task}/{name}", refresh=False)
             bar.update()
             bar.write(f"{time.strftime('%H:%M:%S')} {task}/{name} {line.strip()}")
     if process.wait():
