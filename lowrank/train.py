@@ -32,7 +32,8 @@ def run(config: Mapping[str, Any], directory: str | os.PathLike[str], command: s
       UserError: a bad config, before anything is computed; a loss that is not finite; a disk that refuses.
     """
     job = plan.make(config)
-    folder = workdir.claim(directory, config)
+    folder = Path(directory)
+    workdir.check(folder, config)
     every, keep = job.checkpoint.every, job.checkpoint.keep
     with workdir.lock(folder), StopSignal() as stop, Checkpointer(folder / "checkpoints", every, keep) as saver:
         start = saver.latest() or 0
@@ -40,7 +41,9 @@ def run(config: Mapping[str, Any], directory: str | os.PathLike[str], command: s
             return json.loads((folder / SUMMARY).read_text())
         with RunLog(folder, job.config.steps, start=start, tokens_per_step=job.tokens_per_step) as log:
             log.say(job.table)
-            return Run(job, folder, saver, log, stop, command).go()
+            ready = Run(job, folder, saver, log, stop, command)
+            workdir.claim(folder, config)
+            return ready.go()
 
 
 class Run:

@@ -71,7 +71,17 @@ def plain(value: Any, where: str = "value") -> Any:
 def claim(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> Path:
     """Makes `workdir` the folder of a run with this config, or checks that it already is one; returns its path.
 
-    The first run writes `config.json`. Later ones must hold the same values, except under the keys in `MAY_CHANGE`.
+    The first run writes `config.json`, once its model is read: a run that could not start binds no other. Later ones
+    must hold the same values, except under the keys in `MAY_CHANGE`. Raises UserError as `check` does.
+    """
+    found, config = check(workdir, config), plain(config)
+    if jax.process_index() == 0 and found != config:
+        write_json(Path(workdir) / CONFIG, config)
+    return Path(workdir)
+
+
+def check(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config whose run `workdir` holds, or None; nothing is written.
 
     Raises:
       UserError: the folder holds a run with another config (names the first key that differs), a `config.json`
@@ -86,21 +96,24 @@ def claim(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> Path:
         _same(found, config, workdir)
     elif (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
         raise UserError(f"workdir {workdir} holds checkpoints but no {CONFIG}: choose another workdir")
-    if jax.process_index() == 0 and found != config:
-        write_json(path, config)
-    return workdir
+    return found
 
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Holds `workdir` for one run at a time; the lock goes with the process, however it ends.
+    """Makes `workdir` and holds it for one run at a time; the lock goes with the process, however it ends.
 
-    Raises UserError when another run holds it. A file system without locks is taken at its word.
+    Raises UserError when another run holds it, or the disk refuses. A file system without locks is taken at its word.
     """
     if jax.process_index() != 0:
         yield
         return
-    with open(workdir / ".lock", "a") as file:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / ".lock", "a")  # noqa: SIM115 (closed below)
+    except OSError as e:
+        raise UserError(f"cannot write {workdir}: {e.strerror or e}") from e
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -69,6 +69,21 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path, text):
         claim(tmp_path, CONFIG)
 
 
+def test_a_check_writes_nothing_and_a_lock_makes_the_folder(tmp_path):
+    assert workdir.check(tmp_path / "a", CONFIG) is None
+    assert not (tmp_path / "a").exists()
+    with workdir.lock(tmp_path / "a"):
+        claim(tmp_path / "a", CONFIG)
+    with pytest.raises(UserError, match="another config's run"):
+        workdir.check(tmp_path / "a", changed(seed=1))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "f").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*f/run: Not a directory"), workdir.lock(tmp_path / "f" / "run"):
+        pass
+
+
 def test_a_file_is_not_a_workdir(tmp_path):
     (tmp_path / "f").write_text("")
     with pytest.raises(UserError, match="is a file, not a folder"):
