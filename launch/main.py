@@ -29,11 +29,18 @@ def main(argv: Sequence[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every checkpoint
     try:
-        if config.get("distributed", False):
-            jax.distributed.initialize()
+        if config.get("distributed", False) is True:
+            _connect()
         train.run(config, _WORKDIR.value, command=shlex.join(["python", "-m", "launch.main", *sys.argv[1:]]))
     except UserError as e:
         _fail(e)
+
+
+def _connect() -> None:
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as e:
+        raise UserError(f"distributed=True, but the processes of this run cannot be found: {e}") from None
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -20,6 +20,8 @@ def load(spec: str) -> ConfigDict:
         raise UserError(f"config file {spec.partition(':')[0]!r} cannot be read") from None
     except (ValueError, TypeError) as e:
         raise UserError(f"{spec}: {e.__context__ or e}") from None  # the parser wraps it in a traceback's text
+    except (SyntaxError, AttributeError, NameError, ImportError) as e:
+        raise UserError(f"config file {spec.partition(':')[0]!r} is no config: {e}") from None
 
 
 def check_group(config: Mapping[str, Any], name: str) -> None:

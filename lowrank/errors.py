@@ -17,4 +17,4 @@ def nearest(word: str, options: Iterable[str]) -> str:
 def unknown(kind: str, word: str, options: Iterable[str]) -> UserError:
     """An error for a name that is not one of `options`; it lists them and suggests the nearest."""
     options = sorted(str(o) for o in options)
-    return UserError(f"unknown {kind} {word!r}{nearest(word, options)}; known: {', '.join(options)}")
+    return UserError(f"unknown {kind} {word!r}{nearest(word, options)}; known: {', '.join(options) or 'none'}")

@@ -4,6 +4,7 @@ Frozen leaves never reach this file: the tree it sees has None in their place.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -83,8 +84,10 @@ def check(config: OptimConfig, steps: int) -> None:
     settings.call(OPTIMIZERS[config.name], config.args, "optim.args")
     schedule(config, steps)
     for key in ("lr", "warmup", "final", "weight_decay", "clip", "b_ratio"):
-        if getattr(config, key) < 0:
-            raise UserError(f"optim.{key} must not be negative, not {getattr(config, key)}")
+        if not 0 <= getattr(config, key) < math.inf:
+            raise UserError(f"optim.{key} must be a number from 0 up, not {getattr(config, key)}")
+    for pattern in (config.no_decay, *(pattern for pattern, _ in config.lr_ratios)):
+        tree.compiled(pattern, "optim pattern")
     if config.accumulate < 1:
         raise UserError(f"optim.accumulate must be at least 1, not {config.accumulate}")
     if config.warmup > steps:

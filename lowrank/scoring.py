@@ -29,6 +29,8 @@ class EvalConfig:
         for field in dataclasses.fields(self):
             if field.name != "split" and getattr(self, field.name) < 0:
                 raise UserError(f"eval.{field.name}={getattr(self, field.name)} is below 0")
+        if not self.split and (self.every or self.texts):
+            raise UserError("eval.split is not set: it names what to score on")
 
 
 class Scorer:

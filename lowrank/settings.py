@@ -3,12 +3,17 @@
 import ast
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from lowrank.errors import UserError, unknown
 
 T = TypeVar("T")
+UNIONS = (typing.Union, types.UnionType)
+ANYTHING = (Any, inspect.Parameter.empty)
 
 
 def call(fn: Callable[..., T], group: Mapping[str, Any], where: str) -> T:
@@ -31,25 +36,56 @@ def call(fn: Callable[..., T], group: Mapping[str, Any], where: str) -> T:
 
 
 def _check_type(kind: Any, value: Any, where: str) -> None:
-    """Numbers, words and switches must be what they are declared to be; an int will do for a float."""
-    accepted = {bool: bool, int: int, float: int | float, str: str}.get(kind)
-    if accepted and (not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool)):
-        raise UserError(f"{where} must be a {kind.__name__}, not {value!r}")
+    """Raises UserError for a value that is not what its annotation declares; an int will do for a float."""
+    if not _fits(kind, value):
+        raise UserError(f"{where} must be {_spell(kind)}, not {_plain(value)!r}")
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in UNIONS:
+        return any(_fits(arg, value) for arg in args)
+    if origin is Mapping:
+        return _is_group(value) and all(_fits(args[1], v) for v in dict(value).values())
+    if origin in (tuple, Sequence):
+        return isinstance(value, list | tuple) and _items_fit(args, value)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return kind in ANYTHING or not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _items_fit(kinds: tuple[Any, ...], values: Sequence[Any]) -> bool:
+    if len(kinds) < 2 or kinds[1] is ...:  # `tuple`, `Sequence[a]`, `tuple[a, ...]`: all are alike
+        return all(_fits(kinds[0] if kinds else Any, value) for value in values)
+    return len(kinds) == len(values) and all(map(_fits, kinds, values))
+
+
+def _spell(kind: Any) -> str:
+    if typing.get_origin(kind) in UNIONS:
+        return " or ".join(map(_spell, typing.get_args(kind)))
+    if typing.get_args(kind):  # tuple[str, ...], Mapping[str, Any]
+        return f"a {re.sub(r'[a-z]+[.]', '', str(kind))}"
+    return {int: "an int", type(None): "None"}.get(kind) or f"a {getattr(kind, '__name__', kind)}"
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, Mapping) or hasattr(value, "to_dict")
 
 
 def _plain(value: Any) -> Any:
     """ConfigDict -> dict and list -> tuple, so that dataclasses stay hashable."""
-    if isinstance(value, Mapping) or hasattr(value, "to_dict"):
+    if _is_group(value):
         return {k: _plain(v) for k, v in dict(value).items()}
     return tuple(_plain(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def replace(instance: T, group: Mapping[str, Any], where: str) -> T:
     """`dataclasses.replace(instance, **group)` with the same checks."""
-    fields = [f.name for f in dataclasses.fields(instance)]
+    fields = {f.name: f.type for f in dataclasses.fields(instance)}
     for key in group:
         if key not in fields:
             raise unknown("config key", f"{where}.{key}", [f"{where}.{k}" for k in fields])
+        _check_type(fields[key], group[key], f"{where}.{key}")
     return dataclasses.replace(instance, **{k: _plain(v) for k, v in group.items()})
 
 

@@ -37,15 +37,19 @@ def map_named(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, is_leaf: IsLe
 
 def matching(pattern: str, candidates: Iterable[str], what: str = "pattern") -> list[str]:
     """The names that `pattern` matches in full. None, or a broken regex, raises UserError with the nearest name."""
-    candidates = list(candidates)
-    try:
-        regex = re.compile(pattern)
-    except re.error as e:
-        raise UserError(f"{what} {pattern!r} is not a regular expression: {e}") from None
+    candidates, regex = list(candidates), compiled(pattern, what)
     hits = [name for name in candidates if regex.fullmatch(name)]
     if not hits:
         raise UserError(f"{what} {pattern!r} matches no leaf{nearest(pattern, candidates)}")
     return hits
+
+
+def compiled(pattern: str, what: str = "pattern") -> re.Pattern[str]:
+    """`pattern` as a regular expression; a broken one raises UserError."""
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise UserError(f"{what} {pattern!r} is not a regular expression: {e}") from None
 
 
 def first_match(rules: Sequence[tuple[str, Any]], name: str) -> Any:

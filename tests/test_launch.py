@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
         ([CONFIG, "--wrkdir=w"], "Did you mean: workdir"),
         ([CONFIG], "--workdir=DIR are both required"),
         (["--config=configs/tony.py", "--workdir=w"], "'configs/tony.py' cannot be read"),
+        (["--config=README.md", "--workdir=w"], "'README.md' is no config: invalid"),
         (["--config", "configs/tiny.py:rank", "--workdir=w"], "'rank' is not KEY=VALUE"),
     ],
 )

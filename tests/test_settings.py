@@ -1,4 +1,6 @@
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
@@ -11,6 +13,11 @@ from lowrank.errors import UserError
 class Group:
     rate: float
     steps: tuple = ()
+    most: int | None = None
+    names: tuple[str, ...] = ()
+    rates: tuple[tuple[str, float], ...] = ()
+    ranks: Mapping[str, int] | None = None
+    scheme: Mapping[str, Any] | str | None = None
 
 
 def test_a_config_group_becomes_a_dataclass_with_hashable_fields():
@@ -38,3 +45,33 @@ def test_a_mistyped_value_is_named(rate):
 
 def test_an_int_will_do_for_a_float():
     assert settings.call(Group, {"rate": 1}, "optim").rate == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "needed"),
+    [
+        ({"most": "x"}, "an int or None, not 'x'"),
+        ({"most": 1.5}, "an int or None, not 1.5"),
+        ({"names": "x"}, "a tuple[str, ...], not 'x'"),
+        ({"names": ["x", 3]}, "a tuple[str, ...], not ('x', 3)"),
+        ({"rates": [["x", "fast"]]}, "a tuple[tuple[str, float], ...], not (('x', 'fast'),)"),
+        ({"rates": [["x"]]}, "a tuple[tuple[str, float], ...], not (('x',),)"),
+        ({"ranks": 3}, "a Mapping[str, int] or None, not 3"),
+        ({"ranks": {"q": "x"}}, "a Mapping[str, int] or None, not {'q': 'x'}"),
+        ({"scheme": 3}, "a Mapping[str, Any] or a str or None, not 3"),
+    ],
+)
+def test_a_value_is_held_to_the_whole_annotation(wrong, needed):
+    [key] = wrong
+    for change, target in ((settings.call, Group), (settings.replace, Group(0.1))):
+        with pytest.raises(UserError) as error:
+            change(target, {"rate": 1, **wrong} if change is settings.call else wrong, "data")
+        assert str(error.value) == f"data.{key} must be {needed}"
+
+
+@pytest.mark.parametrize(
+    "right",
+    [{"most": None}, {"names": ["x"]}, {"rates": [["x", 2]]}, {"ranks": ConfigDict({"q": 1})}, {"scheme": {"x": 1}}],
+)
+def test_a_value_that_fits_its_annotation_is_taken(right):
+    assert settings.call(Group, {"rate": 1, **right}, "data") == settings.replace(Group(1), right, "data")

@@ -11,6 +11,7 @@ from lowrank import adapter, plan, pretrained, train, tree
 from lowrank.checkpoint import Checkpointer
 from lowrank.errors import UserError
 from lowrank.runlog import read_metrics
+from lowrank.workdir import check
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -189,12 +190,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(f
         ({"data__seq_len": 65}, "64 positions"),
         ({"optim__name": "adamx"}, "'adamx'"),
         ({"optim__accumulate": 3}, "not divisible"),
+        ({"optim__lr": float("nan")}, "optim.lr must be a number from 0 up, not nan"),
+        ({"optim__no_decay": "["}, "'[' is not a regular expression"),
         ({"objective": "causal"}, "'causal'"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"mesh__data": 16}, "data=16"),
         ({"checkpoint__evry": 3}, "checkpoint.evry"),
+        ({"checkpoint__keep": 0}, "checkpoint.keep=0 must be >= 1"),
         ({"eval__split": "train", "eval__texts": 1, "eval__max_new": 99}, "eval.max_new=99"),
         ({"eval__split": "train", "eval__evry": 1}, "eval.evry"),
+        ({"eval__texts": 1}, "eval.split is not set"),
+        ({"method__also_train": 3}, "method.also_train must be a str or a Sequence[str], not 3"),
         ({"lg_every": 1}, "'config.lg_every' (did you mean 'config.log_every'?)"),
     ],
 )
@@ -258,3 +264,4 @@ def test_a_corrupt_checkpoint_file_is_named(files, tmp_path):
     shutil.copy(files / "records.jsonl", tmp_path)
     with pytest.raises(UserError, match=r"tensor 'lm_head\.weight' is missing"):
         train.run(config_of(tmp_path), tmp_path / "w")
+    check(tmp_path / "w", config_of(files))  # a run that could not start keeps no other from the folder

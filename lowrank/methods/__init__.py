@@ -1,7 +1,7 @@
 """Every fine-tuning method as a setting of knobs. A new one is one file and one line in `METHODS`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lowrank import settings
@@ -98,12 +98,15 @@ def build(group: Mapping[str, Any]) -> Method:
     `also_train`, a regex or several, names further leaves to train whole, with any method (PEFT's modules_to_save).
     """
     group = dict(group)
-    name, also = group.pop("name", None), group.pop("also_train", ())
+    name, also = group.pop("name", None), {key: group.pop(key) for key in ("also_train",) if key in group}
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     method = settings.call(METHODS[name], group, "method")
-    also = (also,) if isinstance(also, str) else tuple(also)
-    return dataclasses.replace(method, train=(*method.train, *also)) if also else method
+    return dataclasses.replace(method, train=(*method.train, *settings.call(_also, also, "method")))
+
+
+def _also(also_train: str | Sequence[str] = ()) -> tuple[str, ...]:
+    return (also_train,) if isinstance(also_train, str) else tuple(also_train)
 
 
 __all__ = [

@@ -58,6 +58,10 @@ class CheckpointConfig:
     every: int = 0  # steps; 0: only at SIGTERM and at the end
     keep: int = 2
 
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise UserError(f"checkpoint.every={self.every} must be >= 0 and checkpoint.keep={self.keep} must be >= 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -184,6 +188,7 @@ def make(config: Group, devices: Sequence[Any] | None = None, like: Plan | None 
     method = methods.build(c.method)
     optim_config = settings.call(OptimConfig, c.optim, "optim")
     optim.check(optim_config, c.steps)
+    saved = settings.call(CheckpointConfig, c.checkpoint, "checkpoint")
     asked = {"objective": c.objective} | ({"holdout": method.holdout} if method.holdout else {})
     data_config = settings.call(data.DataConfig, {**c.data, **asked}, "data")
     make_mesh = sharding.make_mesh if devices is None else functools.partial(sharding.mesh_of, devices)
@@ -218,7 +223,7 @@ def make(config: Group, devices: Sequence[Any] | None = None, like: Plan | None 
         options=options,
         network=network,
         optim=optim_config,
-        checkpoint=settings.call(CheckpointConfig, c.checkpoint, "checkpoint"),
+        checkpoint=saved,
         loader=loader,
         scorer=like.scorer if like else score() if eval_config.split else None,
         mesh=mesh,
