@@ -9,8 +9,9 @@ import json
 import logging as std_logging
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -77,7 +78,7 @@ class Checkpointer:
             )
         except OSError as e:
             raise UserError(f"checkpoint folder {self.directory} cannot be used: {_reason(e)}") from e
-        self._quiet = _quiet_orbax()
+        self._loud, self._failed = _quiet_orbax(), False
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -172,7 +173,8 @@ class Checkpointer:
         finally:
             with contextlib.suppress(Exception):  # Orbax repeats here what `wait` has said
                 self._manager.close()
-            logging.get_absl_logger().removeFilter(self._quiet)
+            if not self._failed:  # else its threads may still have something to say
+                self._loud()
 
     def _stored(self, step: int) -> dict[str, Any]:
         try:
@@ -192,6 +194,7 @@ class Checkpointer:
 
     def _failure(self, error: Exception) -> UserError:
         """Forgets the failed step, deletes its half-written folder and says what is left."""
+        self._failed = True
         with contextlib.suppress(Exception):  # what else failed with it
             self._manager.wait_until_finished()
         if jax.process_index() == 0:
@@ -288,11 +291,26 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:200]}"
 
 
-def _quiet_orbax() -> Any:
-    """Keeps Orbax from printing the traceback of each thread that a failed write took down: one UserError says it."""
+def _quiet_orbax() -> Callable[[], None]:
+    """Keeps the threads that a failed write takes down from printing their tracebacks: one UserError says it.
+
+    Returns what undoes it. TensorStore's threads print through `sys.unraisablehook`, Orbax's through two loggers.
+    """
+    loggers, before = (logging.get_absl_logger(), std_logging.getLogger("asyncio")), sys.unraisablehook
 
     def shown(record: std_logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname or record.levelno < std_logging.ERROR
+        return record.levelno < std_logging.ERROR or not ("orbax" in record.pathname or record.name == "asyncio")
 
-    logging.get_absl_logger().addFilter(shown)
-    return shown
+    def show(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    def undo() -> None:
+        for logger in loggers:
+            logger.removeFilter(shown)
+        sys.unraisablehook = before if sys.unraisablehook is show else sys.unraisablehook
+
+    for logger in loggers:
+        logger.addFilter(shown)
+    sys.unraisablehook = show
+    return undo

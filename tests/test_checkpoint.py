@@ -222,6 +222,16 @@ def test_a_failed_write_surfaces_at_the_next_save_and_at_the_end(small_disk):
     assert saver.steps() == [1]
 
 
+def test_the_threads_of_a_failed_write_say_nothing(small_disk, capfd):
+    leaves = {f"{i}/a": jnp.asarray(noise(40_000)["w"]) for i in range(40)} | noise()
+    for attempt in range(3):
+        saver = Checkpointer(small_disk / str(attempt))
+        saver.save(1, leaves, {})
+        with pytest.raises(UserError, match="there is no earlier one"):
+            saver.close()
+    assert capfd.readouterr().err == ""
+
+
 def test_another_error_is_not_hidden_by_a_failed_write(small_disk):
     def train():
         with Checkpointer(small_disk / "c") as saver:
