@@ -29,6 +29,8 @@ class Jsonl:
         self._files = files = _Files(Path(path))
         try:
             parts = tfds.core.splits.AbstractSplit.from_spec(split).to_absolute(files)
+        except UserError:  # a line of the file
+            raise
         except (ValueError, NotImplementedError) as e:
             raise bad_split(f"jsonl:{path}", split, files, e) from None
         self._parts = [(files[p.splitname], p.from_ or 0, p.to) for p in parts]

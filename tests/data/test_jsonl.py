@@ -61,8 +61,9 @@ def test_labels_are_those_of_all_files_and_numbers_sort_as_numbers(write, tmp_pa
 def test_a_bad_line_is_named(tmp_path, line, message):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         open_source(f"jsonl:{path}", "train", tmp_path)
+    assert str(error.value).startswith(f"{path}:2: ")
 
 
 @pytest.mark.parametrize(
