@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from launch.main import parse  # and the flags --config and --workdir
+from launch.main import parse, quiet  # and the flags --config and --workdir
 from lowrank import merging, plan, sharding, train, workdir
 from lowrank.errors import UserError
 
@@ -36,6 +36,7 @@ def evaluate(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> di
 def main(argv: Sequence[str]) -> None:
     """Scores as the flags describe."""
     del argv
+    quiet()
     try:
         scores = evaluate(flags.FLAGS.config.lock(), flags.FLAGS.workdir)
         workdir.write_json(Path(flags.FLAGS.workdir) / "evaluation.json", scores)

@@ -26,14 +26,19 @@ def main(argv: Sequence[str]) -> None:
     """Runs the training that the flags describe."""
     del argv
     config = _CONFIG.value.lock()
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every checkpoint
+    quiet()
     try:
         if config.get("distributed", False) is True:
             _connect()
         train.run(config, _WORKDIR.value, command=shlex.join(["python", "-m", "launch.main", *sys.argv[1:]]))
     except UserError as e:
         _fail(e)
+
+
+def quiet() -> None:
+    """Logs warnings only, unless --verbosity asks for more: Orbax tells every step of every checkpoint."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
 
 
 def _connect() -> None:

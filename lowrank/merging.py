@@ -169,14 +169,21 @@ def adapted(
     if (Path(directory) / adapter.ABOUT).exists():
         return _with_leaves(Path(directory), spec, model or {}, read)
     about = peft_format.about(directory)
-    base = pretrained.load(_spec(spec, about.base, directory), model={**(model or {}), **about.model}, **read)
+    base = _base(spec, about.base, directory, model={**(model or {}), **about.model}, **read)
     return dataclasses.replace(base, params=peft_format.load(directory, base.params, base, any_base=any_base))
 
 
-def _spec(spec: str | None, recorded: str | None, directory: str | os.PathLike[str]) -> str:
+def _base(spec: str | None, recorded: str | None, directory: str | os.PathLike[str], **how: Any) -> Pretrained:
+    """The model `spec`, or the one that the adapter records, which may be a folder's name and no more."""
     if not (spec or recorded):
         raise UserError(f"the adapter in {directory} does not say what its base is: name it")
-    return spec or recorded
+    try:
+        return pretrained.load(spec or recorded, **how)
+    except UserError as e:
+        if spec:
+            raise
+        where = f"the adapter in {directory} records {recorded!r} as its base"
+        raise UserError(f"{where}: {e} (spec, or --base=MODEL, says where it is)") from None
 
 
 def _with_leaves(directory: Path, spec: str | None, model: Mapping[str, Any], read: Mapping[str, Any]) -> Pretrained:
@@ -185,7 +192,7 @@ def _with_leaves(directory: Path, spec: str | None, model: Mapping[str, Any], re
         recorded, options, group = about["base"], about["model"], about["method"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"cannot read {directory / adapter.ABOUT}: {e}") from None
-    base = pretrained.load(_spec(spec, recorded, directory), model={**model, **options}, **read)
+    base = _base(spec, recorded, directory, model={**model, **options}, **read)
     method = methods.stripped(methods.build(group))
     params = methods.attach(method, base.params, jax.random.key(0))
     params = adapter.load_leaves(directory, params, base.name)

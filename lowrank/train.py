@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ def run(config: Mapping[str, Any], directory: str | os.PathLike[str], command: s
     with workdir.lock(folder), StopSignal() as stop, Checkpointer(folder / "checkpoints", every, keep) as saver:
         start = saver.latest() or 0
         if start == job.config.steps and (folder / SUMMARY).exists():
+            if jax.process_index() == 0:
+                print(f"finished already; report: {folder / 'report.md'}", file=sys.stderr)
             return json.loads((folder / SUMMARY).read_text())
         with RunLog(folder, job.config.steps, start=start, tokens_per_step=job.tokens_per_step) as log:
             log.say(job.table)

@@ -118,6 +118,9 @@ def test_an_adapter_that_names_no_base_asks_for_one(base, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
     with pytest.raises(UserError, match="does not say what its base is"):
         merging.adapted(tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "tiny-llama"}))
+    with pytest.raises(UserError, match=r"records 'tiny-llama' as its base: unknown model .* --base=MODEL, says where"):
+        merging.adapted(tmp_path)
 
 
 def test_the_command_merges_and_says_in_one_line_what_is_wrong(base, tmp_path):

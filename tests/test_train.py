@@ -150,10 +150,11 @@ def test_lora_leaves_an_adapter_in_the_peft_format(finished):
     assert len(load_file(finished[1] / "adapter" / "adapter_model.safetensors")) == 2 * 2 * tiny.LAYERS
 
 
-def test_a_finished_run_returns_its_summary_again(finished, monkeypatch):
+def test_a_finished_run_returns_its_summary_again_and_says_so(finished, monkeypatch, capsys):
     config, workdir, summary = finished
     monkeypatch.setattr(train, "Run", None)
     assert train.run(config, workdir) == summary
+    assert f"finished already; report: {workdir / 'report.md'}" in capsys.readouterr().err
 
 
 def test_a_workdir_of_another_config_is_refused(finished, files):
