@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lowrank import tree
+from lowrank.checkpoint import flatten_named, unflatten_named
 from lowrank.weight import affine, dot, grouped, materialize, merge, trainable_mask
 from tests.forms import FORMS, IN, OUT, ROUNDED, L, kernel, shaken
 
@@ -109,3 +110,6 @@ def test_frozen_and_trained_leaves_split_and_join(name):
     assert len(jax.tree.leaves(trained)) + len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(w))
     assert all(not n.endswith("base") for n in tree.names(trained))
     jax.tree.map(np.testing.assert_array_equal, tree.join(trained, frozen), w)
+    arrays = flatten_named(w)  # as a checkpoint holds it, which has no uint4 and nothing empty
+    assert all(x.size and x.dtype.name != "uint4" for x in arrays.values())
+    jax.tree.map(np.testing.assert_array_equal, unflatten_named(w, arrays), w)

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 from lowrank import methods, tree
 from lowrank.errors import UserError
 from lowrank.models import DecoderConfig, build
-from lowrank.weight import dot, materialize
+from lowrank.weight import Weight, dot, materialize
 from tests.models.tiny import LLAMA, SIZES
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -238,6 +239,21 @@ def test_dora_keeps_the_formula_of_the_paper_in_float64():
     expected = m * direction / np.linalg.norm(direction, axis=0)
     np.testing.assert_allclose(materialize(w), expected, atol=1e-5)
     np.testing.assert_allclose(dot(jnp.eye(D), w), expected, atol=1e-5)
+
+
+def test_dora_makes_nothing_of_the_kernels_size_forward_or_back():
+    def made(dot_of):
+        def loss(trained, x, w):
+            return jnp.sum(jnp.square(dot_of(dataclasses.replace(w, **trained), x)))
+
+        trained = {field: getattr(w, field) for field in ("a", "b", "magnitude")}
+        program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(trained, jnp.ones((5, 24)), w)
+        return re.findall(r"(?:->|:) tensor<(?:24x40|40x24)xf32>$", program.as_text(), re.MULTILINE)
+
+    method = methods.build({"name": "dora", "rank": 2, "target": "kernel"})
+    w = methods.attach(method, {"kernel": jnp.ones((24, 40))}, jax.random.key(0))["kernel"]
+    assert not made(lambda w, x: w.dot(x))
+    assert made(lambda w, x: Weight.dot(w, x))
 
 
 def test_dropout_follows_its_key_and_is_off_without_one():
