@@ -204,7 +204,7 @@ def test_tensors_that_do_not_fit_are_named(base, saved, change, message):
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"use_rslroa": True}, r"use_rslroa=True is not supported \(did you mean 'use_rslora'\?\)"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported; known: True"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda' is not supported; known: True"),
         ({"target_modules": ["q_prj"]}, r"match no module of the base"),
         ({"target_modules": ["input_layernorm"]}, "input_layernorm; LORA is understood on linear layers only"),
         ({"target_modules": "*"}, "is not a regular expression"),

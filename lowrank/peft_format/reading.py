@@ -15,6 +15,7 @@ from lowrank.peft_format import match, tensors
 from lowrank.peft_format.forms import Form, Layer, Settings
 from lowrank.peft_format.modules import HEADS, Base, Module, Place, check_conv1d, check_untied, modules
 from lowrank.weight import is_weight
+from lowrank.weights.lora import RESIDUAL
 
 PyTree = Any
 
@@ -58,7 +59,10 @@ def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_b
     for path, module in targets.items():
         expected |= _shapes(form, module, settings[path], leaves[module.weight.leaf].shape)
     found = {key: x for key, x in tensors.read(directory).items() if not _is_copy(key, others)}
-    others |= _own_bases(targets, found)
+    own = _own_bases(targets, found)
+    if own and config.get("init_lora_weights") in RESIDUAL:
+        raise UserError(f"the adapter in {directory} brings a base weight that its init changed: {next(iter(own))}")
+    others |= own
     expected |= {key: _disk_shape(leaves[place.leaf].shape, place) for key, place in others.items()}
     tensors.check(directory, found, expected)
     leaves |= _replaced(others, found, leaves)

@@ -5,6 +5,7 @@ import json
 
 import peft
 import pytest
+import torch
 
 from lowrank import peft_format
 from lowrank.errors import UserError
@@ -201,11 +202,39 @@ def test_missing_json_keys_take_the_defaults_of_peft(bases, tmp_path):
     assert gap(our_logits(base, peft_format.load(tmp_path, plain, base)), expected) <= LIMIT
 
 
-def test_a_residual_base_of_peft_is_refused_with_the_way_out(bases, tmp_path):
-    model, base, plain = bases["llama"]
-    options = {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}
-    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
-    theirs.peft_config["default"].init_lora_weights = "pissa"
+RESIDUAL = {
+    "pissa": ("llama", {"init_lora_weights": "pissa", "target_modules": QKVO, **THEIR_PATTERNS}),
+    "olora rslora": ("llama", {"init_lora_weights": "olora", "use_rslora": True, "target_modules": ["q_proj"]}),
+    "gpt2 dora pissa": (
+        "gpt2",
+        {"init_lora_weights": "pissa", "use_dora": True, "target_modules": ["c_attn"], "fan_in_fan_out": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RESIDUAL)
+def test_an_adapter_on_what_an_init_left_of_the_base_is_put_on_the_base(case, bases, tmp_path):
+    name, options = RESIDUAL[case]
+    model, base, plain = bases[name]
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, lora_alpha=10, **options)).eval()
+    with torch.no_grad():
+        for n, p in theirs.named_parameters():
+            if p.requires_grad:
+                p.mul_(1.3 if "magnitude" in n else 1.0).add_(0.1 * torch.randn(p.shape).clamp(-1, 1))
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="init_lora_weights='pissa' is not supported"):
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["init_lora_weights"] in ("pissa", "olora")
+    expected = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
+    assert gap(their_logits(model), expected) > 0.1
+    mine = peft_format.load(tmp_path, plain, base)
+    assert gap(our_logits(base, mine), expected) <= LIMIT
+    again = peft_format.save(mine, base, tmp_path / "again")
+    assert_same_weights(mine, peft_format.load(again, plain, base))
+
+
+def test_an_init_that_the_adapter_does_not_say_is_refused(bases, tmp_path):
+    model, base, plain = bases["llama"]
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
+    theirs.peft_config["default"].init_lora_weights = "pissa_niter_4"
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="init_lora_weights='pissa_niter_4' is not supported"):
         peft_format.load(tmp_path, plain, base)

@@ -12,14 +12,15 @@ from lowrank.peft_format.forms import ranked
 from lowrank.peft_format.forms.form import WHERE, Arrays, Form, Layer, Part, Settings
 from lowrank.weights import dora
 from lowrank.weights.dora import DoRA
-from lowrank.weights.lora import LoRA
+from lowrank.weights.lora import INITS, RESIDUAL, LoRA, plain
 from lowrank.weights.lora_xs import EDoRA, LoRAXS
 
 
 def _lora_settings(config: Mapping[str, Any], path: str) -> Settings:
     rank = ranked.number(config, path, "rank", "r")
     alpha = ranked.number(config, path, "alpha", "lora_alpha", int | float)
-    return {"r": rank, "scale": alpha / rank ** _power(config["use_rslora"]), "dropout": config["lora_dropout"]}
+    scale = alpha / rank ** _power(config["use_rslora"])
+    return {"r": rank, "scale": scale, "dropout": config["lora_dropout"], "init": config.get("init_lora_weights")}
 
 
 def _power(rslora: bool) -> float:
@@ -76,6 +77,7 @@ def _rebase_lora(layer: Layer, change: np.ndarray) -> Layer:
 
 
 def _grow_lora(base: Any, layers: Sequence[Layer | None]) -> LoRA:
+    layers = [layer and _on_the_base(base, i, layer) for i, layer in enumerate(layers)]
     (n_in, n_out), present = base.shape[-2:], [layer for layer in layers if layer]
     rank = max(layer.settings["r"] for layer in present)
     return LoRA(
@@ -85,6 +87,17 @@ def _grow_lora(base: Any, layers: Sequence[Layer | None]) -> LoRA:
         scale=ranked.scales(base, layers),
         dropout=present[0].settings["dropout"],
     )
+
+
+def _on_the_base(base: Any, i: int, layer: Layer) -> Layer:
+    """What an init took out of the base's layer `i`, as PEFT does anew at each loading, moves into the update."""
+    init, shape = layer.settings["init"], base.shape[-2:]
+    if init not in RESIDUAL:
+        return layer
+    kernel = plain(f"the adapter's init_lora_weights={init!r}", base).reshape(-1, *shape)[i]
+    zeros = {name: jnp.zeros(x.shape) for name, x in layer.arrays.items() if name in "ab"}
+    start = INITS[init](None, LoRA(base=kernel, scale=jnp.float32(layer.settings["scale"]), **zeros))
+    return _rebase_lora(layer, -np.asarray(start.delta()))
 
 
 def _grow_dora(base: Any, layers: Sequence[Layer | None]) -> DoRA:
@@ -127,8 +140,8 @@ LORA = Form(
         "target_parameters",  # LoRA on experts: `peft_format.experts`
         "velora_config",
     ),
-    # The inits that are not here replace the base by a residual when the adapter is loaded.
-    only={"init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica")},
+    # The inits that are not here change the base by what the adapter does not say: data, random projections.
+    only={"init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica", *RESIDUAL)},
     settings=_lora_settings,
     peel=_peel_lora,
     grow=_grow_lora,
