@@ -66,7 +66,7 @@ def test_an_adapter_holds_what_the_mlp_makes_and_not_the_mlp(files, tmp_path, mo
     [
         ("method=prompt,length=64", "1 tokens and 64 virtual ones exceeds the model's 64 positions"),
         ("method=prefix,length=70", "1 tokens and 70 virtual ones exceeds the model's 64 positions"),
-        ("method=prefix,length=40", "data.seq_len=32 exceeds the model's 24 positions"),
+        ("method=prefix,length=40", "data.seq_len=32 and 40 virtual tokens exceed the model's 64 positions"),
         ("method=mam,lenght=4", "method.length"),
         ("method=prompt,init=txt", "unknown prompt init 'txt' (did you mean 'text'?)"),
         ("method=prompt,init=text", "give both or neither"),

@@ -201,7 +201,9 @@ def make(config: Group, devices: Sequence[Any] | None = None, like: Plan | None 
     shape, tokenizer, base = pretrained.describe(model.name, options, **read)
     if c.objective == "causal_lm" and not isinstance(shape, models.DecoderConfig):
         raise UserError(f"{model.name} is an encoder: it is fine-tuned with objective=classification")
-    room = shape.room - shape.virtual
+    room, length = shape.room - shape.virtual, f"data.seq_len={data_config.seq_len}"
+    if shape.virtual and data_config.seq_len > room:
+        raise UserError(f"{length} and {shape.virtual} virtual tokens exceed the model's {shape.room} positions")
     read_data = functools.partial(data.make_loader, data_config, tokenizer)
     loader = like.loader if like else read_data(jax.process_index(), jax.process_count(), room)
     if loader.labels:

@@ -6,6 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 from lowrank import sharding, tree
@@ -280,8 +281,8 @@ def test_an_unknown_model_option_or_dtype_is_refused(llama):
 def test_a_hub_model_is_its_snapshot(llama, monkeypatch):
     asked = {}
 
-    def snapshot_download(repo_id, allow_patterns):
-        asked.update(repo_id=repo_id, patterns=allow_patterns)
+    def snapshot_download(repo_id, allow_patterns, ignore_patterns):
+        asked.update(repo_id=repo_id, patterns=allow_patterns, others=ignore_patterns)
         return str(llama)
 
     monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", snapshot_download)
@@ -289,11 +290,14 @@ def test_a_hub_model_is_its_snapshot(llama, monkeypatch):
     assert read.name == asked["repo_id"] == "some-org/some.model"
     assert "*.safetensors" in asked["patterns"]
     assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in asked["patterns"])
+    there = ["model.safetensors", "config.json", "onnx/model.safetensors", "consolidated.safetensors", "model.bin"]
+    chosen = filter_repo_objects(there, allow_patterns=asked["patterns"], ignore_patterns=asked["others"])
+    assert list(chosen) == ["model.safetensors", "config.json"]
     assert_same(read.params, load(str(llama)).params)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
-    def snapshot_download(repo_id, allow_patterns):
+    def snapshot_download(repo_id, **patterns):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", snapshot_download)
