@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -238,7 +239,8 @@ class _TensorBoard:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._event(step, summary=self._summary.scalar(name, value))
+            if math.isfinite(value):  # else tensorboardX warns, and nothing could be drawn
+                self._event(step, summary=self._summary.scalar(name, value))
         if time.monotonic() - self._flushed > 10:
             self._writer.flush()
             self._flushed = time.monotonic()

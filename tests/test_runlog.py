@@ -55,13 +55,14 @@ def test_each_call_is_one_line_of_json_on_disk_at_once(tmp_path):
     assert [strict_json(line)["step"] for line in lines(tmp_path)] == [1, 2]
 
 
-def test_numbers_that_are_not_finite_are_valid_json_and_come_back(tmp_path):
+def test_numbers_that_are_not_finite_are_valid_json_and_come_back(tmp_path, caplog):
     with quiet(tmp_path) as log:
         log.scalars(1, {"a": math.nan, "b": jnp.inf, "c": -jnp.inf})
     assert strict_json(lines(tmp_path)[0])["a"] == "NaN"
     (found,) = read_metrics(tmp_path / "metrics.jsonl")
     assert math.isnan(found["a"])
     assert (found["b"], found["c"]) == (math.inf, -math.inf)
+    assert not caplog.records
 
 
 def test_a_restart_drops_what_came_after_its_step(tmp_path):
