@@ -16,7 +16,7 @@ import jax
 from lowrank import adapter, counts, methods, plan, report, sharding, step, tree, workdir
 from lowrank.checkpoint import Checkpointer, StopSignal, flatten_named, unflatten_named
 from lowrank.errors import UserError
-from lowrank.runlog import RunLog
+from lowrank.runlog import LOSS, METRICS, RunLog, read_metrics
 
 PyTree = Any
 SUMMARY, BEFORE, ADAPTER = "summary.json", "before.json", "adapter"
@@ -184,7 +184,7 @@ class Run:
             "model": self.job.model.name,
             "method": c.method["name"],
             "steps": c.steps,
-            "final_loss": float(self.metrics["loss"]) if self.metrics else None,
+            "final_loss": self._final_loss(),
             **counts.totals(self.job.shapes, self.job.mask),
             **report.peak_memory(),
             "seconds": self.log.seconds,
@@ -198,6 +198,14 @@ class Run:
             self._report(summary, kind)
         self.log.say(f"{kind}: {self.folder / ADAPTER}; report: {self.folder / 'report.md'}")
         return summary
+
+    def _final_loss(self) -> float | None:
+        """The loss of the last step, which may have been done, and logged, before a restart."""
+        if self.metrics:
+            return float(self.metrics["loss"])
+        path = self.folder / METRICS
+        logged = [line[LOSS] for line in read_metrics(path) if LOSS in line] if path.exists() else []
+        return logged[-1] if logged else None
 
     def _report(self, summary: dict[str, Any], kind: str) -> None:
         report.write(

@@ -157,6 +157,13 @@ def test_a_finished_run_returns_its_summary_again_and_says_so(finished, monkeypa
     assert f"finished already; report: {workdir / 'report.md'}" in capsys.readouterr().err
 
 
+def test_a_run_killed_before_its_summary_still_knows_its_loss(finished, tmp_path):
+    config, workdir, summary = finished
+    again = shutil.copytree(workdir, tmp_path / "again")
+    (again / train.SUMMARY).unlink()
+    assert train.run(config, again)["final_loss"] == summary["final_loss"] > 0
+
+
 def test_a_workdir_of_another_config_is_refused(finished, files):
     with pytest.raises(UserError, match=r"another config's run: optim.lr"):
         train.run(config_of(files, "rank=2", steps=2, mesh__data=1, optim__lr=0.5), finished[1])
