@@ -178,7 +178,9 @@ def shaken(w: Any, key: jax.Array) -> Any:
 PAIRS = (("a", "b"), ("a1", "b1"), ("a2", "b2"))  # factors whose ranks may be padded
 
 
-def _moved(w: Any, name: str, value: jax.Array, key: jax.Array) -> jax.Array:
+def _moved(w: Any, name: str, value: Any, key: jax.Array) -> Any:
+    if isinstance(value, tuple):
+        return tuple(x + 0.3 * jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(value))
     noise = 0.3 * jax.random.normal(key, value.shape)
     pair = next((pair for pair in PAIRS if name in pair and hasattr(w, pair[0])), None)
     if not pair:
