@@ -168,13 +168,20 @@ def name_key(key: jax.Array, name: str) -> jax.Array:
 
 
 def trainable_mask(params: PyTree, train: Sequence[str] = ()) -> PyTree:
-    """A tree of bools: the fields that forms declare trainable, and the leaves whose names `train` matches."""
-    chosen = {n for p in train for n in tree.matching(p, tree.names(params), "train pattern")}
-    mask = jax.tree.map(lambda w: _declared(w) if is_weight(w) else False, params, is_leaf=is_weight)
-    mask = tree.map_named(lambda n, declared, _: declared or n in chosen, mask, params)
+    """A tree of bools: the fields that forms declare trainable, and the leaves whose names `train` matches.
+
+    Raises UserError for a leaf that `train` matches and that holds integers, or that its form declares frozen.
+    """
+    chosen = {n: p for p in train for n in tree.matching(p, tree.names(params), "train pattern")}
+    declared = jax.tree.map(lambda w: _declared(w) if is_weight(w) else None, params, is_leaf=is_weight)
+    declared = dict(tree.named_leaves(declared))
+    mask = tree.map_named(lambda n, _: declared.get(n, False) or n in chosen, params)
     for (name, leaf), learns in zip(tree.named_leaves(params), jax.tree.leaves(mask), strict=True):
         if learns and not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise UserError(f"{name} is {leaf.dtype}: only floating-point leaves can be trained")
+    for name in chosen:
+        if not declared.get(name, True):
+            raise UserError(f"{name} is claimed by {chosen[name]!r}, to be trained, and by its form, to be kept")
     return mask
 
 

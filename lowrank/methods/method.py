@@ -1,7 +1,7 @@
 """What a method is: a setting of knobs. It says what it changes in a run; the run knows no method."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,8 +55,12 @@ class Method:
 
 
 def attach(method: Method, params: PyTree, key: jax.Array) -> PyTree:
-    """`params` with the method's rewrites and shared leaves; every pattern must match, or UserError."""
+    """`params` with the method's rewrites and shared leaves.
+
+    Raises UserError for a pattern that matches nothing, and for a weight that two rewrites claim.
+    """
     weights = tree.named_leaves(params, weight.is_weight)
+    _claimed((p for p, _ in method.rewrite), [name for name, _ in weights])
     for target, pattern in method.by_layer:
         hits = tree.matching(target, [name for name, _ in weights], "target")
         layers = [n for name, w in weights if name in hits for n in targets.layer_names(name, w.shape)]
@@ -69,15 +73,31 @@ def attach(method: Method, params: PyTree, key: jax.Array) -> PyTree:
     return {**adapted, SHARED: method.share(params, weight.name_key(key, SHARED))}
 
 
+def _claimed(patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raises UserError for a weight that two rewrites of one method match: what they make has no order of its own."""
+    owner: dict[str, str] = {}
+    for pattern in patterns:
+        for name in tree.matching(pattern, names, "target"):
+            if owner.setdefault(name, pattern) != pattern:
+                raise UserError(f"{name} is claimed by two rules of the method: {owner[name]!r} and {pattern!r}")
+
+
 def restart_every(every: float, steps: int) -> int:
     """The number of steps between two restarts in a run of `steps`; see `Method.restart`."""
     return max(1, targets.steps(every, steps))
 
 
 def trainable_mask(method: Method, params: PyTree, extra: Sequence[str] = ()) -> PyTree:
-    """A tree of bools over the adapted `params`: what forms declare and `train` and `extra` name, less `freeze`."""
-    mask = weight.trainable_mask(params, (*method.train, *extra))
-    kept = {n for p in method.freeze for n in tree.matching(p, tree.names(params), "freeze pattern")}
+    """A tree of bools over the adapted `params`: what forms declare and `train` and `extra` name, less `freeze`.
+
+    Raises UserError for a leaf that one pattern wants trained and another, or its form, kept.
+    """
+    names, patterns = tree.names(params), (*method.train, *extra)
+    mask = weight.trainable_mask(params, patterns)
+    kept = {n: p for p in method.freeze for n in tree.matching(p, names, "freeze pattern")}
+    for pattern in patterns:
+        for name in kept.keys() & set(tree.matching(pattern, names, "train pattern")):
+            raise UserError(f"{name} is claimed by {pattern!r}, to be trained, and by {kept[name]!r}, to be kept")
     return tree.map_named(lambda name, learns: learns and name not in kept, mask)
 
 
