@@ -97,7 +97,6 @@ def watched(monkeypatch):
 
 STARTS_ELSEWHERE = (  # what is added at the start is random, or the base is in codes
     *("prompt", "ptuning", "prefix", "mam", "loftq", "qa_lora", "ir_qlora", "modulora", "qat", "longlora"),
-    *("bidora", "adalora"),  # their loss has a penalty
 )
 
 

@@ -40,7 +40,8 @@ def adalora(
     all stay; every `deltaT` steps after that the least important are pruned to a budget that falls as a cube, until
     `tfinal` steps before the end; then the choice stands. `tinit` and `tfinal` below 1 are fractions of the run.
     A triplet's importance is a product of its entries' sensitivities |w dL/dw| and their uncertainties, smoothed with
-    `beta1` and `beta2`. `orthogonal` weighs `sum ||A^T A - I||^2 + ||B B^T - I||^2` in the loss.
+    `beta1` and `beta2`. `orthogonal` weighs `sum ||A^T A - I||^2 + ||B B^T - I||^2`, which is part of the gradient, not
+    of the loss reported.
     """
     targets.positive(init_rank=init_rank, target_rank=target_rank, alpha=alpha, deltaT=deltaT)
     targets.fraction(dropout=dropout, beta1=beta1, beta2=beta2)

@@ -41,7 +41,7 @@ class Method:
     by_layer: tuple[tuple[str, str], ...] = ()  # (target, pattern): every pattern must name a targeted layer
     share: Callable[[PyTree, jax.Array], PyTree] | None = None  # (base, key) -> leaves under `shared/`
     prepare: Callable[[PyTree, Context], PyTree] | None = None  # (params, context) -> params, once, before step 1
-    penalty: Callable[[PyTree], jax.Array] | None = None  # (bound params) -> what is added to the mean loss
+    penalty: Callable[[PyTree], jax.Array] | None = None  # (bound params) -> whose gradient is added to the mean loss's
     holdout: float = 0.0  # the share of training records that every other batch is of (`DataConfig.holdout`)
     # (k, (params, key) -> params), before steps k, 2k, ... from 0 (k below 1: a share of the run's steps); what it
     # changes of the frozen leaves is saved

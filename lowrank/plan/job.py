@@ -164,11 +164,17 @@ class Plan:
         return self.method.optimizer(plain, self.config.steps) if self.method.optimizer else plain
 
     def loss(self, params: PyTree, batch: losses.Batch, rng: jax.Array | None) -> losses.Sums:
-        """`(sum of weighted losses, sum of weights)`; what the method adds is in proportion to the weights."""
+        """`(sum of weighted losses, sum of weights)`.
+
+        A method's penalty adds its gradient in proportion to the weights, and nothing to the sum: losses compare.
+        """
         rows = self.config.loss_rows * self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         params = self.method.bind(params, batch, rng) if self.method.bind else params
         total, weight = losses.objective(self.config.objective)(self.network, params, batch, rows)
-        return (total + weight * self.method.penalty(params) if self.method.penalty else total), weight
+        if self.method.penalty:
+            added = self.method.penalty(params)
+            total += weight * (added - jax.lax.stop_gradient(added))
+        return total, weight
 
     def step(self, optimizer: optax.GradientTransformation) -> Any:
         """The training step, ready for `step.compile`."""
