@@ -1,6 +1,7 @@
 """Every fine-tuning method as a setting of knobs. A new one is one file and one line in `METHODS`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ from lowrank.methods.quantised import ir_qlora, loftq, modulora, qa_lora, qat
 from lowrank.methods.relora import relora
 from lowrank.methods.selective import bitfit, chosen, full, head, norm, partial
 from lowrank.methods.sparse import sparse
-from lowrank.methods.tokens import tokens
+from lowrank.methods.tokens import beside, tokens
 from lowrank.methods.vera import vera
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -95,18 +96,22 @@ METHODS: dict[str, Callable[..., Method]] = {
 def build(group: Mapping[str, Any]) -> Method:
     """The method of a config group `{'name': 'lora', 'rank': 8, ...}`; UserError for an unknown name or key.
 
-    `also_train`, a regex or several, names further leaves to train whole, with any method (PEFT's modules_to_save).
+    With any method, `also_train`, a regex or several, names further leaves to train whole (PEFT's modules_to_save),
+    and `also_tokens` tokens whose embeddings to train (PEFT's trainable_token_indices; see `tokens`).
     """
     group = dict(group)
-    name, also = group.pop("name", None), {key: group.pop(key) for key in ("also_train",) if key in group}
+    name, also = group.pop("name", None), {k: group.pop(k) for k in ("also_train", "also_tokens") if k in group}
     if name not in METHODS:
         raise unknown("method", name, METHODS)
-    method = settings.call(METHODS[name], group, "method")
-    return dataclasses.replace(method, train=(*method.train, *settings.call(_also, also, "method")))
+    return settings.call(functools.partial(_with, settings.call(METHODS[name], group, "method")), also, "method")
 
 
-def _also(also_train: str | Sequence[str] = ()) -> tuple[str, ...]:
-    return (also_train,) if isinstance(also_train, str) else tuple(also_train)
+def _with(
+    method: Method, also_train: str | Sequence[str] = (), also_tokens: int | str | Sequence[int | str] = ()
+) -> Method:
+    also = (also_train,) if isinstance(also_train, str) else tuple(also_train)
+    method = beside(method, also_tokens) if also_tokens != () else method
+    return dataclasses.replace(method, train=(*method.train, *also)) if also else method
 
 
 __all__ = [

@@ -1,5 +1,6 @@
 """Trainable token rows: a few rows of the embedding, and of a head that shares it."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,10 +20,32 @@ def tokens(tokens: Sequence[int | str] | int | str = tuple(range(-16, 0))) -> Me
 
     Ids below 0 count from the end of the table, where tokens are added: by default its last 16 rows.
     """
+    return learned(tokens, "method.tokens")
+
+
+def beside(method: Method, tokens: Sequence[int | str] | int | str) -> Method:
+    """`method`, with the embeddings of `tokens` trained too."""
+    rows = learned(tokens, "method.also_tokens")
+
+    def prepare(params: PyTree, context: Context) -> PyTree:
+        for each in (rows.prepare, method.prepare):
+            params = each(params, context) if each else params
+        return params
+
+    return dataclasses.replace(
+        method,
+        rewrite=(*rows.rewrite, *method.rewrite),
+        holds=(*rows.holds, *method.holds),
+        prepare=prepare if rows.prepare or method.prepare else None,
+    )
+
+
+def learned(tokens: Sequence[int | str] | int | str, setting: str) -> Method:
+    """The method of these tokens; `setting` is what errors call them."""
     wanted = (tokens,) if isinstance(tokens, int | str) else tuple(tokens)
     if not wanted:
-        raise UserError("method.tokens is empty: name the tokens to train, by id or as they are written")
-    _check_distinct(wanted)
+        raise UserError(f"{setting} is empty: name the tokens to train, by id or as they are written")
+    _check_distinct(wanted, setting)
     words = any(isinstance(token, str) for token in wanted)
 
     def adapt(key: jax.Array, w: Any, name: str) -> form.Rows:
@@ -30,36 +53,36 @@ def tokens(tokens: Sequence[int | str] | int | str = tuple(range(-16, 0))) -> Me
         vocabulary = w.shape[-2]
         for token in wanted:
             if isinstance(token, int) and not -vocabulary <= token < vocabulary:
-                raise UserError(f"method.tokens: {token} is not an id of the vocabulary of {vocabulary}")
+                raise UserError(f"{setting}: {token} is not an id of the vocabulary of {vocabulary}")
         if len(wanted) > vocabulary:
-            raise UserError(f"method.tokens names {len(wanted)} tokens of a vocabulary of {vocabulary}")
-        ids = range(len(wanted)) if words else _counted(wanted, vocabulary)
+            raise UserError(f"{setting} names {len(wanted)} tokens of a vocabulary of {vocabulary}")
+        ids = range(len(wanted)) if words else _counted(wanted, vocabulary, setting)
         return form.attach(w, jnp.array(ids, jnp.int32))
 
     def look_up(params: PyTree, context: Context) -> PyTree:
-        ids = [token if isinstance(token, int) else _id(token, context.tokenizer) for token in wanted]
+        ids = [token if isinstance(token, int) else _id(token, context.tokenizer, setting) for token in wanted]
         table = params["embed"]["embedding"].base
-        table = form.attach(table, jnp.array(_counted(ids, table.shape[-2]), jnp.int32))
+        table = form.attach(table, jnp.array(_counted(ids, table.shape[-2], setting), jnp.int32))
         return {**params, "embed": {**params["embed"], "embedding": table}}
 
     return Method(rewrite=((TABLE, adapt),), holds=(f"{TABLE}/ids",), prepare=look_up if words else None)
 
 
-def _check_distinct(wanted: Sequence[Any]) -> None:
+def _check_distinct(wanted: Sequence[Any], setting: str) -> None:
     for token in wanted:
         if list(wanted).count(token) > 1:
-            raise UserError(f"method.tokens names {token!r} twice")
+            raise UserError(f"{setting} names {token!r} twice")
 
 
-def _counted(ids: Sequence[int], vocabulary: int) -> list[int]:
+def _counted(ids: Sequence[int], vocabulary: int, setting: str) -> list[int]:
     ids = [i % vocabulary for i in ids]
-    _check_distinct(ids)
+    _check_distinct(ids, setting)
     return ids
 
 
-def _id(word: str, tokenizer: Any) -> int:
+def _id(word: str, tokenizer: Any, setting: str) -> int:
     found = tokenizer.backend.token_to_id(word)
     ids = [found] if found is not None else tokenizer.encode(word)
     if len(ids) != 1:
-        raise UserError(f"method.tokens: {word!r} is {len(ids)} tokens, not one")
+        raise UserError(f"{setting}: {word!r} is {len(ids)} tokens, not one")
     return ids[0]

@@ -35,10 +35,21 @@ def about(directory: str | os.PathLike[str]) -> About:
 
 
 def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
-    """`params`, the plain tree of `base`, with the adapter in `directory` attached; see `reading.load`."""
+    """`params`, the plain tree of `base`, with the adapter in `directory` attached.
+
+    Raises:
+      UserError: naming the culprit, for an unknown `peft_type`, JSON keys that would change the maths unseen, another
+        base (by its recorded name, unless `any_base`; by its shapes), and tensors that are missing, unexpected,
+        misshapen or not finite.
+    """
     raw = config.parse(directory)
-    module = experts if raw.get(experts.KEY) else WHOLE.get(raw["peft_type"], reading)
-    return module.load(directory, params, base, any_base=any_base)
+    if raw["peft_type"] in WHOLE:
+        return WHOLE[raw["peft_type"]].load(directory, params, base, any_base=any_base)
+    settings, form = config.read(directory)
+    config.check_base(settings, base.name, directory, any_base)
+    rows, found = tokens.beside(settings, tensors.read(directory), params, base, directory)
+    module = experts if settings.get(experts.KEY) else reading
+    return tokens.placed(rows, module.attach(settings, form, found, params, base, directory))
 
 
 def fits(params: PyTree) -> bool:
@@ -66,8 +77,10 @@ def save(
     Raises:
       UserError: for a form, or a trained leaf, that the format cannot hold, and for PiSSA or OLoRA without `original`.
     """
+    rows, params, trained = tokens.set_aside(params, trained)
     module = next((module for module in (experts, *WHOLE.values()) if module.fits(params)), writing)
     summary, arrays = module.content(params, base, trained, dict(method or {}), original)
+    summary, arrays = tokens.added(rows, base, summary, arrays)
     if jax.process_index() == 0:
         tensors.write(directory, arrays)
         workdir.write_json(Path(directory) / config.NAME, dict(sorted(summary.items())))

@@ -8,7 +8,6 @@ theirs have rank r_gate + r_up, each half feeding one half of the outputs, unles
 
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank import tree, workdir
+from lowrank import tree
 from lowrank.errors import UserError, unknown
 from lowrank.peft_format import config as configs
 from lowrank.peft_format import match, reading, tensors, writing
 from lowrank.peft_format.config import Content
-from lowrank.peft_format.forms import ranked
+from lowrank.peft_format.forms import Form, ranked
 from lowrank.peft_format.modules import Base
 from lowrank.pretrained.families import FAMILIES
 from lowrank.weight import is_weight
@@ -153,23 +152,24 @@ def _joined(parts: list[Pair | None], width: int) -> Pair:
     return Pair(np.concatenate([p.a for p in present], axis=-1), np.concatenate(blocks, axis=-2))
 
 
-def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
-    """`params`, the plain tree of `base`, with the adapter in `directory` attached; UserError as `reading.load`."""
-    config, form = configs.read(directory)
-    configs.check_base(config, base.name, directory, any_base)
+def attach(
+    config: Mapping[str, Any],
+    form: Form,
+    found: Mapping[str, np.ndarray],
+    params: PyTree,
+    base: Base,
+    directory: str | os.PathLike[str],
+) -> PyTree:
+    """`params`, the plain tree of `base`, with the adapter attached; as `reading.attach`."""
     if form.kind is not LoRA:
         raise UserError(f"{Path(directory) / configs.NAME}: {KEY} is understood with plain LoRA only")
-    found = tensors.read(directory)
     theirs = {key: x for key, x in found.items() if _TENSOR.fullmatch(key)}
     targeted = _targeted(config, base)
     leaves = dict(tree.named_leaves(params, is_weight))
     _check(directory, config, theirs, targeted, leaves, base)
     rest = {key: x for key, x in found.items() if key not in theirs}
     if rest or config["target_modules"]:
-        with tempfile.TemporaryDirectory() as folder:
-            tensors.write(folder, rest)
-            workdir.write_json(Path(folder) / configs.NAME, {**configs.parse(directory), KEY: None})
-            params = reading.load(folder, params, base, any_base=True)
+        params = reading.attach(config, form, rest, params, base, directory)
     leaves = dict(tree.named_leaves(params, is_weight)) | _grown(config, theirs, targeted, leaves, base)
     return tree.map_named(lambda name, _: leaves[name], params, is_leaf=is_weight)
 

@@ -29,7 +29,7 @@ class About(NamedTuple):
 
 
 def about(directory: str | os.PathLike[str]) -> About:
-    """Reads what the adapter in `directory` is for, without its tensors. Raises UserError as `load` does."""
+    """What the adapter in `directory` is for, without its tensors. Raises UserError as `peft_format.load` does."""
     config, _ = configs.read(directory)
     shapes = tensors.shapes(directory)
     heads = [f"{tensors.PREFIX}{name}.weight" for name in configs.HEAD_MODULES]
@@ -37,19 +37,19 @@ def about(directory: str | os.PathLike[str]) -> About:
     return About(config["peft_type"], config["base_model_name_or_path"], {"num_labels": labels[0]} if labels else {})
 
 
-def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
-    """`params`, the plain tree of `base`, with the adapter in `directory` attached.
+def attach(
+    config: Mapping[str, Any],
+    form: Form,
+    found: Mapping[str, np.ndarray],
+    params: PyTree,
+    base: Base,
+    directory: str | os.PathLike[str],
+) -> PyTree:
+    """`params`, the plain tree of `base`, with the adapter of this JSON and these tensors, which are `directory`'s.
 
     Layers that the adapter leaves alone have rank 0 in their stack. Biases and modules that it brings along replace
-    those in `params`.
-
-    Raises:
-      UserError: naming the culprit, for an unknown `peft_type`, JSON keys that would change the maths unseen, another
-        base (by its recorded name, unless `any_base`; by its shapes), and tensors that are missing, unexpected,
-        misshapen or not finite.
+    those in `params`. Raises UserError for tensors that are missing, unexpected or misshapen.
     """
-    config, form = configs.read(directory)
-    configs.check_base(config, base.name, directory, any_base)
     leaves = dict(tree.named_leaves(params, is_weight))
     targets, others = _places(config, form, modules(base))
     check_untied(base, others.values())
@@ -58,7 +58,7 @@ def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_b
     expected = form.root.shapes(config, sizes) if form.root else {}
     for path, module in targets.items():
         expected |= _shapes(form, module, settings[path], leaves[module.weight.leaf].shape)
-    found = {key: x for key, x in tensors.read(directory).items() if not _is_copy(key, others)}
+    found = {key: x for key, x in found.items() if not _is_copy(key, others)}
     own = _own_bases(targets, found)
     if own and config.get("init_lora_weights") in RESIDUAL:
         raise UserError(f"the adapter in {directory} brings a base weight that its init changed: {next(iter(own))}")

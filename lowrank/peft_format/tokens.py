@@ -1,6 +1,7 @@
 """Trainable token rows in PEFT's format: `<embedding>.trainable_tokens_delta` `[n, D]`, which holds values.
 
-Where the head shares the embedding the file has the same rows again under the head's name.
+Where the head shares the embedding the file has the same rows again under the head's name. Beside a LoRA they are
+`<embedding>.token_adapter.trainable_tokens_delta`, once, and the JSON's `trainable_token_indices`.
 """
 
 import os
@@ -8,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,11 +19,12 @@ from lowrank.peft_format import config as configs
 from lowrank.peft_format import match, tensors
 from lowrank.peft_format.config import Content
 from lowrank.peft_format.modules import Base, modules
-from lowrank.weight import is_weight
+from lowrank.weight import is_stored, is_weight
 from lowrank.weights.rows import Rows
 
 PyTree = Any
 TYPE, TABLE, SUFFIX, HEAD = "TRAINABLE_TOKENS", "embed/embedding", ".trainable_tokens_delta", "lm_head"
+INDICES, INNER = "trainable_token_indices", ".token_adapter"  # beside a LoRA
 _KEYS = ("target_modules", "token_indices", "init_weights")
 
 
@@ -47,17 +50,77 @@ def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_b
     wanted = config.get("target_modules")
     if wanted and not match.named(wanted, module):
         raise UserError(f"{path}: target_modules={wanted!r} is not supported; the base's embedding is {module!r}")
-    ids = config.get("token_indices") or []
-    if not ids or len(set(ids)) != len(ids) or not all(0 <= i < table.shape[0] for i in ids):
-        raise UserError(f"{path}: token_indices {ids} are not distinct ids of the vocabulary of {table.shape[0]}")
+    ids = _ids(path, "token_indices", config.get("token_indices"), table)
     found = tensors.read(directory)
     own, copy = (f"{tensors.PREFIX}{name}{SUFFIX}" for name in (module, HEAD))
     shape = (len(ids), table.shape[1])
     tensors.check(directory, found, dict.fromkeys([own, copy] if _shared(base) and copy in found else [own], shape))
     if copy in found and not np.array_equal(found[copy], found[own]):
         raise UserError(f"{directory}: the rows of {HEAD} differ from those of {module}, which it shares")
-    rows = Rows(base=table, ids=jnp.array(ids, jnp.int32), rows=jnp.asarray(found[own]))
-    return {**params, "embed": {**params["embed"], "embedding": rows}}
+    return placed(Rows(base=table, ids=jnp.array(ids, jnp.int32), rows=jnp.asarray(found[own])), params)
+
+
+def _ids(path: Path, key: str, ids: Any, table: Any) -> list[int]:
+    if not ids or len(set(ids)) != len(ids) or not all(0 <= i < table.shape[0] for i in ids):
+        raise UserError(f"{path}: {key} {ids} are not distinct ids of the vocabulary of {table.shape[0]}")
+    return ids
+
+
+def beside(
+    config: Mapping[str, Any],
+    found: Mapping[str, np.ndarray],
+    params: PyTree,
+    base: Base,
+    directory: str | os.PathLike[str],
+) -> tuple[Rows | None, dict[str, np.ndarray]]:
+    """`(the rows that an adapter of weights has beside it, or None; its other tensors)`."""
+    wanted, path = config.get(INDICES), Path(directory) / configs.NAME
+    if not wanted:
+        return None, dict(found)
+    module, table = _path(base), params["embed"]["embedding"]
+    named = wanted if isinstance(wanted, Mapping) else {module: wanted}
+    for name in named:
+        if len(named) > 1 or not match.named([name], module):
+            raise UserError(f"{path}: {INDICES} of {sorted(named)} is not supported; the embedding is {module!r}")
+    ids = _ids(path, INDICES, next(iter(named.values())), table)
+    key = f"{tensors.PREFIX}{module}{INNER}{SUFFIX}"
+    own = {k: x for k, x in found.items() if k == key}
+    tensors.check(directory, own, {key: (len(ids), table.shape[1])})
+    rest = {k: x for k, x in found.items() if k != key}
+    return Rows(base=table, ids=jnp.array(ids, jnp.int32), rows=jnp.asarray(own[key])), rest
+
+
+def placed(rows: Rows | None, params: PyTree) -> PyTree:
+    """`params` with the rows, if there are any, as their embedding."""
+    return params if rows is None else {**params, "embed": {**params["embed"], "embedding": rows}}
+
+
+def set_aside(params: PyTree, trained: Iterable[str]) -> tuple[Rows | None, PyTree, list[str]]:
+    """`(rows, params, trained)` without the rows where they stand beside other rewritten weights, else as they are."""
+    forms = [w for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w) and not is_stored(w)]
+    if not fits(params) or len(forms) == 1:
+        return None, params, list(trained)
+    rows = params["embed"]["embedding"]
+    plain = {**params, "embed": {**params["embed"], "embedding": rows.base}}
+    return rows, plain, [name for name in trained if not name.startswith(f"{TABLE}/")]
+
+
+def added(rows: Rows | None, base: Base, summary: dict[str, Any], arrays: dict[str, np.ndarray]) -> Content:
+    """The JSON and the tensors of an adapter with the rows set aside. UserError where PEFT has them not."""
+    if rows is None:
+        return summary, arrays
+    if summary["peft_type"] != "LORA":
+        raise UserError(f"PEFT's {summary['peft_type']} has no place for {TABLE}/rows; LORA has")
+    held, ids = _on_host(rows)
+    summary = {**summary, INDICES: {_path(base): ids}}
+    return summary, {**arrays, f"{tensors.PREFIX}{_path(base)}{INNER}{SUFFIX}": held}
+
+
+def _on_host(table: Rows) -> tuple[np.ndarray, list[int]]:
+    """`(values, ids)` of the rows. UserError where they are on another form."""
+    if is_weight(table.base):
+        raise UserError(f"{TABLE} is a Rows on a {type(table.base).__name__}; PEFT has one form a layer")
+    return tensors.on_host(table.rows), tensors.on_host(table.ids).astype(int).tolist()
 
 
 def content(
@@ -69,10 +132,7 @@ def content(
     rest = {*trained, *getattr(base, "new", ()), *forms} - {TABLE, f"{TABLE}/rows", f"{TABLE}/ids"}
     if rest:
         raise UserError(f"PEFT's {TYPE} has no place for {min(rest)}")
-    table, module = params["embed"]["embedding"], _path(base)
-    if is_weight(table.base):
-        raise UserError(f"{TABLE} is a Rows on a {type(table.base).__name__}; PEFT has one form a layer")
-    rows, ids = tensors.on_host(table.rows), tensors.on_host(table.ids).astype(int).tolist()
+    module, (rows, ids) = _path(base), _on_host(params["embed"]["embedding"])
     arrays = {f"{tensors.PREFIX}{name}{SUFFIX}": rows for name in (module, *([HEAD] if _shared(base) else []))}
     summary = {
         **configs.about(TYPE, base),

@@ -57,6 +57,24 @@ def test_we_load_rows_of_peft_and_compute_its_logits(name, bases, tmp_path):
     assert gap(our_logits(base, peft_format.load(tmp_path, plain, base)), their_logits(theirs)) <= LIMIT
 
 
+@pytest.mark.parametrize("name", ["llama", "tied llama"])
+def test_rows_beside_a_lora_go_to_peft_and_come_from_it(name, bases, tmp_path):
+    model, base, plain = bases[name]
+    group = {"name": "dora" if name == "llama" else "lora", "rank": 4, "alpha": 10.0, "also_tokens": IDS}
+    params, trained = moved(plain, group)
+    peft_format.save(params, base, tmp_path / "ours", trained=trained, method=group)
+    theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours"))
+    rowless = {**params, "embed": {"embedding": plain["embed"]["embedding"]}}
+    assert gap(our_logits(base, rowless), theirs) > 0.1
+    assert gap(our_logits(base, params), theirs) <= LIMIT
+    jax.tree.map(np.testing.assert_array_equal, peft_format.load(tmp_path / "ours", plain, base), params)
+    config = peft.LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj"], trainable_token_indices=IDS)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    randomize([(n, p) for n, p in theirs.named_parameters() if p.requires_grad], seed=5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert gap(our_logits(base, peft_format.load(tmp_path / "theirs", plain, base)), their_logits(theirs)) <= LIMIT
+
+
 @pytest.mark.parametrize("also", ["norm/scale", "head/kernel", ("embed/embedding", "norm/.*")])
 def test_peft_loads_the_modules_that_a_lora_trains_whole(also, bases, tmp_path):
     model, base, plain = bases["llama"]
@@ -76,6 +94,10 @@ def test_rows_with_what_peft_has_no_place_for_are_refused(bases, tmp_path):
         peft_format.save(params, base, tmp_path, trained=trained)
     params, trained = moved(plain, {"name": "tokens", "tokens": IDS})
     peft_format.save(params, base, tmp_path, trained=trained)
+    group = {"name": "ia3", "also_tokens": IDS}
+    params, trained = moved(plain, group)
+    with pytest.raises(UserError, match="PEFT's IA3 has no place for embed/embedding/rows; LORA has"):
+        peft_format.save(params, base, tmp_path / "ia3", trained=trained, method=group)
     small = {**plain, "embed": {"embedding": plain["embed"]["embedding"][:40]}}
     with pytest.raises(UserError, match="are not distinct ids of the vocabulary of 40"):
         peft_format.load(tmp_path, small, base)

@@ -138,6 +138,7 @@ LORA = Form(
         "qalora_group_size",
         "runtime_config",
         "target_parameters",  # LoRA on experts: `peft_format.experts`
+        "trainable_token_indices",  # token rows beside it: `peft_format.tokens`
         "velora_config",
     ),
     # The inits that are not here change the base by what the adapter does not say: data, random projections.
