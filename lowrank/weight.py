@@ -18,6 +18,7 @@ from lowrank.errors import UserError
 from lowrank.kernels.grouped import ragged_dot
 
 PyTree = Any
+ROUTER = "router"  # the name, beside a layer's modules, of what makes gates of the layer's input
 F = TypeVar("F", bound=type)
 
 
@@ -85,6 +86,11 @@ class Weight:
         """Rows of an embedding table `[vocab, width]`."""
         return jnp.take(self.materialize(), ids, axis=0)
 
+    def handed(self, gates: jax.Array) -> "Weight":
+        """The weight with its part of what its layer's router says, `gates` `[rows, tokens or 1, K]`."""
+        del gates
+        return self
+
 
 def is_weight(x: Any) -> bool:
     """Whether `x` is a form (plain arrays are weights too, but leaves)."""
@@ -116,6 +122,11 @@ def grouped(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
 def take(w: Any, ids: jax.Array) -> jax.Array:
     """Rows `ids` of an embedding `[vocab, width]`."""
     return w.take(ids) if is_weight(w) else jnp.take(w, ids, axis=0)
+
+
+def handed(params: PyTree, gates: jax.Array) -> PyTree:
+    """`params` with the gates of their layer in every form that asks for them."""
+    return jax.tree.map(lambda w: w.handed(gates) if is_weight(w) else w, params, is_leaf=is_weight)
 
 
 def materialize(w: Any) -> jax.Array:

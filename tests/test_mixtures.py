@@ -10,9 +10,9 @@ import pytest
 from lowrank import generate, methods, tree
 from lowrank.errors import UserError
 from lowrank.methods import mixtures
-from lowrank.weight import dot, merge
+from lowrank.weight import dot, form, handed, merge
 from lowrank.weights import mixture, smore
-from tests.models.tiny import decoder, tokens
+from tests.models.tiny import decoder, run, tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -158,19 +158,45 @@ def prompted():
     return model, method, tree.map_named(shaken, params)
 
 
-def test_gates_are_the_top_of_each_layers_router_over_the_prompts_mean_embedding():
-    _, method, params = prompted()
-    ids = tokens(1, 6)
-    segments, weights = jnp.array([[1, 1, 1, 2, 2, 0]]), jnp.array([[0.0, 1, 1, 1, 1, 0]])
-    bound = method.bind(params, {"tokens": ids, "segments": segments, "weights": weights}, None)
-    table = np.asarray(params["embed"]["embedding"], np.float64)
-    for t, prompt in ((0, [0, 1]), (2, [0, 1]), (3, [3]), (4, [3])):
-        pooled = table[ids[0, prompt]].mean(0)
-        for layer in range(2):
-            probs = softmax(pooled @ np.asarray(params["shared"]["router"]["layers"][layer], np.float64))
+SEEN = []
+
+
+@form
+class Spy(mixture.PromptRouter):
+    def gates(self, h):
+        found = super().gates(h)
+        jax.debug.callback(lambda *seen: SEEN.append([np.asarray(x, np.float64) for x in seen]), h, found, ordered=True)
+        return found
+
+
+def test_gates_are_the_top_of_each_layers_router_over_the_prompts_hidden_states():
+    model, method, params = prompted()
+    ids, segments = tokens(1, 6), jnp.array([[1, 1, 1, 2, 2, 0]])
+    bound = method.bind(
+        params, {"tokens": ids, "segments": segments, "weights": jnp.array([[0.0, 1, 1, 1, 1, 0]])}, None
+    )
+    router = bound["layers"]["router"]
+    bound["layers"]["router"] = Spy(**{f.name: getattr(router, f.name) for f in dataclasses.fields(router)})
+    SEEN.clear()
+    jax.block_until_ready(run(model, bound, ids, segments=segments))
+    jax.effects_barrier()
+    assert len(SEEN) == 2
+    np.testing.assert_allclose(SEEN[0][0], np.asarray(params["embed"]["embedding"])[ids], atol=1e-6)
+    assert not np.allclose(SEEN[1][0], SEEN[0][0], atol=0.1)
+    for (h, gates), kernel in zip(SEEN, np.asarray(params["shared"]["router"]["layers"], np.float64), strict=True):
+        for t, prompt in ((0, [0, 1]), (2, [0, 1]), (3, [3]), (4, [3])):
+            pooled = h[0, prompt].mean(0)
+            gelu = 0.5 * pooled * (1 + np.tanh(np.sqrt(2 / np.pi) * (pooled + 0.044715 * pooled**3)))
+            probs = softmax(gelu @ kernel)
             kept = np.where(probs >= np.sort(probs)[1], probs, 0)
-            found = [bound["layers"]["attn"][m]["kernel"].gate[layer, 0, t] for m in "kqv"]
-            np.testing.assert_allclose(found, 2 * kept / kept.sum(), atol=1e-5)
+            np.testing.assert_allclose(gates[0, t], 2 * kept / kept.sum(), atol=1e-4)
+
+
+def test_each_weight_is_handed_its_own_gate():
+    _, method, params = prompted()
+    bound = method.bind(params, {"tokens": tokens(1, 2), "segments": jnp.ones((1, 2), jnp.int32)}, None)
+    layer = handed(jax.tree.map(lambda x: x[0], bound["layers"]), jnp.array([[[0.0, 0.5, 1.5]]]))
+    assert [float(layer["attn"][m]["kernel"].gate.item()) for m in "kqv"] == [0.0, 0.5, 1.5]
 
 
 def test_a_gate_weighs_the_update_of_its_lora():
@@ -179,19 +205,22 @@ def test_a_gate_weighs_the_update_of_its_lora():
     gate = jnp.array([[0.0], [2.0]])
     y = dot(x, mixture.Gated(**made, gate=gate))
     np.testing.assert_allclose(y, np.array([0.0, 2.0])[:, None, None] * 0.5 * IN * R * np.ones((2, 3, OUT)))
-    with pytest.raises(UserError, match="must be bound"):
+    with pytest.raises(UserError, match="bind it to a batch"):
         dot(x, mixture.Gated(**made))
 
 
 def test_generation_routes_once_by_the_prompt_whatever_its_padding():
-    """The tokens are those that the gates of the prompt alone give, bound beforehand."""
+    """The tokens are those that a whole row gives, whose prompt is marked as in training."""
     model, method, params = prompted()
-    ids, ones = tokens(1, 5), np.ones((1, 5), np.int32)
-    bound = method.bind(params, {"tokens": ids, "segments": jnp.asarray(ones)}, None)
-    plain = generate.generate(model, bound, ids, ones, max_new=3)
-    padded, segments = (np.concatenate([np.zeros((1, 3), np.int32), x], axis=1) for x in (ids, ones))
-    found = generate.generate(model, params, padded, segments, max_new=3, bind=method.bind)
-    np.testing.assert_array_equal(found, plain)
+    ids, new = tokens(1, 5), 3
+    padded = np.concatenate([np.zeros((1, 3), np.int32), ids], axis=1)
+    segments = (padded > 0).astype(np.int32)
+    found = np.asarray(generate.generate(model, params, padded, segments, max_new=new, bind=method.bind))
+    row = np.concatenate([ids, found[:, :-1]], axis=1)
+    ones, weights = np.ones_like(row), jnp.array([[0.0] * 4 + [1.0] * new])
+    bound = method.bind(params, {"tokens": row, "segments": ones, "weights": weights}, None)
+    logits = run(model, bound, row, segments=ones, method="__call__")
+    np.testing.assert_array_equal(np.argmax(logits[:, 4:], axis=-1), found)
 
 
 def test_milora_trains_the_experts_and_a_router_a_layer():

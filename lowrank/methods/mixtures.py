@@ -115,11 +115,11 @@ def milora(
 ) -> Method:
     """MiLoRA: every LoRA of a layer is an expert, and the prompt chooses `per_prompt` of them (arXiv:2410.18035).
 
-    `W x + gate * alpha / rank * B A x`; the gates of a layer are k times the top-k softmax of its router, so that their
-    mean over those chosen is 1. They are computed once, from the prompt, and stay for all that is generated. The paper
-    pools each layer's hidden states; here all layers' routers see the mean of the prompt's token embeddings, which is
-    there before the first layer runs. In training a prompt is what comes before the first token of full weight of its
-    sequence; a classifier's is all of it. It cannot be merged.
+    `W x + gate * alpha / rank * B A x`. A layer's gates are k times the top-k softmax of a linear router, so that their
+    mean over those chosen is 1; it sees the hidden states of the prompt that enter the layer, their mean through a
+    GELU. They are computed once, from the prompt, and stay for all that is generated. `balance` is as for `more`. In
+    training a prompt is what comes before the first token of full weight of its sequence; a classifier's is all of it.
+    It cannot be merged.
     """
     targets.positive(rank=rank, alpha=alpha)
     _check_share("per_prompt", per_prompt, per_prompt, balance)
@@ -145,17 +145,20 @@ def milora(
     def bind(params: PyTree, batch: Batch | None, rng: jax.Array | None) -> PyTree:
         if batch is None:
             return params
-        pooled = _pooled(params["embed"]["embedding"], batch)
-        mask = (batch["segments"] > 0)[:, : pooled.shape[1]]
-        strength = balance * _counted(batch) if rng is not None and balance else None
+        seen = {"segments": batch["segments"]}
+        if "weights" in batch:
+            seen["prompt"] = is_prompt(batch["segments"], batch["weights"])
+        if rng is not None and balance:
+            seen["strength"] = balance * _counted(batch)
         names = [n for n, w in tree.named_leaves(params, weight.is_weight) if type(w) is mixture.Gated]
-        bound = {}
+        bound, member = dict(params), {}
         for stack, members in _by_stack(names).items():
-            router = params[SHARED]["router"][stack]
-            pick = lambda r: mixture.gates(weight.dot(pooled, r), per_prompt, mask, strength) * per_prompt  # noqa: E731
-            gates = jax.vmap(pick)(router)  # [layers, rows, tokens, members]
-            bound |= {name: gates[..., i] for i, name in enumerate(members)}
-        return _each(params, mixture.Gated, lambda name, w: dataclasses.replace(w, gate=bound[name]))
+            kernel = params[SHARED]["router"][stack]
+            each = {name: jnp.broadcast_to(x, (len(kernel), *x.shape)) for name, x in seen.items()}
+            router = mixture.PromptRouter(kernel=kernel, per_prompt=per_prompt, **each)
+            bound[stack] = {**params[stack], weight.ROUTER: router}
+            member |= {name: i for i, name in enumerate(members)}
+        return _each(bound, mixture.Gated, lambda name, w: dataclasses.replace(w, member=member[name]))
 
     return Method(rewrite=((target, adapt),), train=(f"{SHARED}/router/.*",), share=share, bind=bind)
 
@@ -171,19 +174,6 @@ def _leaf(params: PyTree, name: str) -> Any:
     for part in name.split("/"):
         params = params[part]
     return params
-
-
-def _pooled(embedding: Any, batch: Batch) -> jax.Array:
-    """The mean embedding of each token's prompt, `[rows, tokens, width]`; `[rows, 1, width]` of bare prompts."""
-    segments = batch["segments"]
-    h = weight.wide(weight.take(embedding, batch["tokens"]))
-    if "weights" not in batch:
-        real = (segments > 0).astype(h.dtype)[:, :, None]
-        return jnp.sum(h * jnp.broadcast_to(real, h.shape), axis=1, keepdims=True) / jnp.maximum(
-            jnp.sum(real, axis=1, keepdims=True), 1
-        )
-    same = (segments[:, :, None] == segments[:, None, :]) & is_prompt(segments, batch["weights"])[:, None, :]
-    return jnp.matmul(same.astype(h.dtype), h) / jnp.maximum(jnp.sum(same, axis=-1, keepdims=True), 1)
 
 
 def is_prompt(segments: jax.Array, weights: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ class Cache:
     index: jax.Array  # int32 []: the next slot to write
     prompted: bool = dataclasses.field(metadata={"static": True})  # prefix and virtual tokens are in, or there are none
     virtual: int = dataclasses.field(default=0, metadata={"static": True})  # slots for those
+    gates: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # `[L, B, 1, G]` of layers with a router
 
 
 def empty(
@@ -62,12 +63,21 @@ def mark(cache: Cache, segments_BxT: jax.Array, positions_BxT: jax.Array) -> Cac
     )
 
 
-def advance(cache: Cache, new: dict[str, tuple[jax.Array, jax.Array]]) -> Cache:
-    """The cache with the keys and values `[L, B, T, K, H]` of T further tokens, written once for all layers."""
-    keys = {name: put(cache.keys[name], k, cache.index, axis=2) for name, (k, _) in new.items()}
-    values = {name: put(cache.values[name], v, cache.index, axis=2) for name, (_, v) in new.items()}
+def advance(cache: Cache, new: dict[str, tuple[jax.Array, ...]]) -> Cache:
+    """The cache with the keys and values `[L, B, T, K, H]` of T further tokens, written once for all layers.
+
+    The gates, which may follow these, are those of the first tokens: they stay.
+    """
+    keys = {name: put(cache.keys[name], k, cache.index, axis=2) for name, (k, *_) in new.items()}
+    values = {name: put(cache.values[name], v, cache.index, axis=2) for name, (_, v, *_) in new.items()}
+    gates = {name: each[2] for name, each in new.items() if len(each) > 2 and each[2] is not None}
     T = next(iter(new.values()))[0].shape[2]
-    return dataclasses.replace(cache, keys=keys, values=values, index=cache.index + T, prompted=True)
+    return dataclasses.replace(cache, keys=keys, values=values, index=cache.index + T, prompted=True, gates=gates)
+
+
+def of(cache: Cache, name: str) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The keys, values and gates of a stack's layers; no gates before the first tokens, or without a router."""
+    return cache.keys[name], cache.values[name], cache.gates.get(name)
 
 
 def put(slots: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> jax.Array:

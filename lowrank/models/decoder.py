@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.errors import UserError
 from lowrank.models import cache as caches
-from lowrank.models import rope, views
+from lowrank.models import rope, routing, views
 from lowrank.models.additions import Additions, adapted
 from lowrank.models.attention import Attention, View
 from lowrank.models.cache import Cache
@@ -120,8 +120,15 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, h: jax.Array, view: View, local: Any, past: Any, index: Any) -> tuple[jax.Array, Any]:
-        """`(h [B, T, D], keys and values of these tokens or None)`; `local` picks one of two views if there are two."""
+        """`(h [B, T, D], what a cache takes up or None)`; `local` picks one of two views if there are two.
+
+        With an `index`, `past` and what is taken up are keys, values and gates (None without a router).
+        """
         c, h = self.config, checkpoint_name(h, "input")
+        kept = None
+        if index is not None:
+            *past, kept = past
+        gates = routing.gates(self, h, kept)
         if local is not None:
             view = jax.tree.map(lambda x: x[local], view)
         attention = Attention(
@@ -145,12 +152,12 @@ class Block(nn.Module):
             name="attn",
         )
         x = self._norm("attn_norm", h)
-        y, new = attention(x, view, past, index)
+        y, new = routing.call(attention, gates, x, view, past, index)
         y = adapted(c, "attn", x, checkpoint_name(y, "attn"))
         h = h + (self._norm("post_attn_norm", y) if c.post_norms else y)
         x = self._norm("mlp_norm", h)
-        y = adapted(c, "mlp", x, checkpoint_name(self._mlp()(x), "mlp"))
-        return h + (self._norm("post_mlp_norm", y) if c.post_norms else y), new
+        y = adapted(c, "mlp", x, checkpoint_name(routing.call(self._mlp(), gates, x), "mlp"))
+        return h + (self._norm("post_mlp_norm", y) if c.post_norms else y), new and (*new, gates)
 
     def _mlp(self) -> nn.Module:
         c = self.config
@@ -241,7 +248,7 @@ class Decoder(nn.Module):
         c, new, first = self.config, {}, 0
         for name, depth in depths(c).items():
             local = jnp.array(c.local_layers[first : first + depth], jnp.int32) if c.mixed else None
-            past = prefix.get(name) if cache is None else (cache.keys[name], cache.values[name])
+            past = prefix.get(name) if cache is None else caches.of(cache, name)
             index = None if cache is None else cache.index
             h, new[name] = getattr(self, name)(h, view, local, past, index)
             first += depth

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.errors import UserError, unknown
-from lowrank.models import views
+from lowrank.models import routing, views
 from lowrank.models.additions import Additions, adapted
 from lowrank.models.attention import Attention, View
 from lowrank.models.embed import Embed, Prompt
@@ -74,10 +74,10 @@ class Block(nn.Module):
         """`(h [B, T, D], None)`; `past` is a prefix or None."""
         c, h = self.config, checkpoint_name(h, "input")
         options = {"qkv_bias": True, "o_bias": True, "fused": c.fused_attention}
-        attention = Attention(c.heads, c.heads, c.head_dim, **options, name="attn")
-        y = checkpoint_name(attention(h, view, past)[0], "attn")
+        attention, gates = Attention(c.heads, c.heads, c.head_dim, **options, name="attn"), routing.gates(self, h)
+        y = checkpoint_name(routing.call(attention, gates, h, view, past)[0], "attn")
         h = Norm("layer", c.norm_eps, name="attn_norm")(h + adapted(c, "attn", h, y))
-        y = checkpoint_name(MLP(c.hidden, c.activation, bias=True, name="mlp")(h), "mlp")
+        y = checkpoint_name(routing.call(MLP(c.hidden, c.activation, bias=True, name="mlp"), gates, h), "mlp")
         y = adapted(c, "mlp", h, y)
         return Norm("layer", c.norm_eps, name="mlp_norm")(h + y), None
 

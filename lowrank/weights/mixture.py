@@ -1,9 +1,10 @@
-"""Mixtures of LoRAs: routed token by token, or gated as a whole by what a method hands them.
+"""Mixtures of LoRAs: routed token by token, or gated as a whole by their layer's router.
 
 What they add depends on the input, so they have no merged kernel. E experts, each of rank r, lie side by side: A is
 `[in, E * r]` and B `[E * r, out]`.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -104,19 +105,60 @@ def attach(key: jax.Array, w: Any, *, rank: int, experts: int, alpha: float, per
 
 @form
 class Gated(LoRA):
-    """A LoRA whose update is weighed by `gate` `[..., rows, tokens]`, bound for one batch."""
+    """A LoRA whose update is weighed by `gate` `[rows, tokens or 1]`, which its layer's router hands it."""
 
     gate: jax.Array | None = frozen(default=None)
+    member: int = static(default=0)  # which of the layer's gates
 
     materialize = Routed.materialize
+
+    def handed(self, gates: jax.Array) -> "Gated":
+        """The LoRA with its gate of `[rows, tokens or 1, members]`."""
+        return dataclasses.replace(self, gate=gates[..., self.member])
 
     def low_rank(self, x: jax.Array) -> jax.Array:
         """`gate * scale * x @ A @ B` for `x: [rows, tokens, in]`."""
         if self.gate is None:
-            raise UserError("this adapter routes by the prompt: it must be bound to one first")
+            raise UserError("this adapter routes by the prompt: bind it to a batch, in a layer with a router")
         y = LoRA.low_rank(self, x)
         return y * jnp.broadcast_to(self.gate.astype(y.dtype)[..., None], y.shape)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """Raises UserError: the rows of experts are no prompts."""
         raise UserError("an expert's kernel sees rows of many prompts: it cannot be gated by the prompt")
+
+
+@form
+class PromptRouter(Weight):
+    """`per_prompt * top-k softmax of gelu(mean of the prompt's hidden states) @ kernel`, the gates of one layer.
+
+    `kernel` `[..., D, members]`. `segments` and `prompt` `[..., rows, tokens]` say which tokens are one sequence, and
+    which of them are its prompt; without `prompt` each row is one prompt, and has one row of gates.
+    """
+
+    kernel: jax.Array = trainable()
+    segments: jax.Array = frozen()
+    prompt: jax.Array | None = frozen(default=None)
+    strength: jax.Array | None = frozen(default=None)  # of the balance
+    per_prompt: int = static(default=1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[..., D, members]`."""
+        return self.kernel.shape
+
+    def gates(self, h: jax.Array) -> jax.Array:
+        """`[rows, tokens or 1, members]` of `h: [rows, tokens, D]`, in float32."""
+        pooled = self._pooled(wide(h))
+        mask = (self.segments > 0)[:, : pooled.shape[1]]
+        logits = dot(jax.nn.gelu(pooled), self.kernel)
+        return gates(logits, self.per_prompt, mask, self.strength) * self.per_prompt
+
+    def _pooled(self, h: jax.Array) -> jax.Array:
+        """The mean of `h` over the prompt of each token's sequence."""
+        if self.prompt is None:
+            prompts = (self.segments > 0)[:, None, :]
+        else:
+            prompts = (self.segments[:, :, None] == self.segments[:, None, :]) & self.prompt[:, None, :]
+        count = jnp.maximum(jnp.sum(prompts, axis=-1, keepdims=True), 1).astype(h.dtype)
+        return jnp.matmul(prompts.astype(h.dtype), h) / jnp.broadcast_to(count, (*count.shape[:2], h.shape[-1]))
