@@ -47,13 +47,15 @@ def paged(where: PyTree, owner: PyTree) -> PyTree:
 
 
 def apply(
-    optimizer: optax.GradientTransformation, gradient: PyTree, state: PyTree, trained: PyTree
+    optimizer: optax.GradientTransformation, gradient: PyTree, state: PyTree, trained: PyTree, **extra: Any
 ) -> tuple[PyTree, PyTree]:
     """`(trained, state)` after an update, inside jit; a state on the host is brought in and sent back leaf by leaf.
 
+    `extra` are arguments for an optimizer that takes them.
+
     Barriers keep the leaves in a row: without them the compiler fetches the whole state at once, and nothing is won.
     """
-    update, args = functools.partial(_update, optimizer), (gradient, state, trained)
+    update, args = functools.partial(_update, optimizer, extra), (gradient, state, trained)
     states = jax.tree.leaves(state)
     if not any(_on_host(x) for x in states):
         return update(*args)
@@ -71,8 +73,8 @@ def apply(
     return jax.tree.unflatten(jax.tree.structure(shapes), [found[j] for j in range(len(found))])
 
 
-def _update(optimizer: optax.GradientTransformation, gradient: PyTree, state: PyTree, trained: PyTree) -> Any:
-    updates, state = optimizer.update(gradient, state, trained)
+def _update(optimizer: Any, extra: dict[str, Any], gradient: PyTree, state: PyTree, trained: PyTree) -> Any:
+    updates, state = optax.with_extra_args_support(optimizer).update(gradient, state, trained, **extra)
     return optax.apply_updates(trained, updates), state
 
 

@@ -60,6 +60,7 @@ def make(
 
     `loss(params, batch, rng)` gives a sum and its weight. The gradient is that of sum / weight over the whole
     batch, however many microbatches it is cut into. Metrics: loss, grad_norm (before the clip), lr, weight.
+    An optimizer that takes extra arguments is given `lr` and `gradient_at`, the batch's gradient at other leaves.
     """
 
     def step(state: State, frozen: PyTree, batch: Mapping[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
@@ -68,13 +69,18 @@ def make(
         def sums(trained: PyTree, part: Mapping[str, jax.Array], index: jax.Array) -> tuple[jax.Array, jax.Array]:
             return loss(tree.join(trained, frozen), part, jax.random.fold_in(rng, index))
 
-        (total, weight), gradient = _accumulated(sums, state.trained, batch, accumulate)
-        gradient = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), gradient)
-        trained, moments = paging.apply(optimizer, gradient, state.optimizer, state.trained)
+        def gradient_at(trained: PyTree) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
+            (total, weight), gradient = _accumulated(sums, trained, batch, accumulate)
+            return (total, weight), jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), gradient)
+
+        (total, weight), gradient = gradient_at(state.trained)
+        lr = jnp.asarray(schedule(state.step), jnp.float32)
+        extra = {"lr": lr, "gradient_at": lambda trained: gradient_at(trained)[1]}
+        trained, moments = paging.apply(optimizer, gradient, state.optimizer, state.trained, **extra)
         metrics = {
             "loss": total / jnp.maximum(weight, 1e-8),
             "grad_norm": optax.tree.norm(gradient),
-            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "lr": lr,
             "weight": weight,
         }
         return State(state.step + 1, trained, moments), metrics

@@ -1,8 +1,9 @@
-"""BiDoRA as a method: DoRA whose directions and magnitudes learn in turns, from records of their own."""
+"""BiDoRA as a method: DoRA whose directions and magnitudes learn at two levels, from records of their own."""
 
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,13 +23,14 @@ MAGNITUDE = r"(.*/)?magnitude"
 def bidora(holdout: float = 0.2, retrain: float = 0.25, orthogonal: float = 0.001, **kwargs: Any) -> Method:
     """BiDoRA: DoRA's options, in two levels (Qin et al. 2024, arXiv:2410.09758).
 
-    A share `holdout` of the training records is the upper level's validation split. Steps 0, 2, ... move the
-    directions (and what else is trained) by batches of the others; steps 1, 3, ... move the magnitudes by batches of
-    those. For the last share `retrain` of the steps the magnitudes stand, and the directions learn from all records.
-    `orthogonal` weighs the mean over all adapted layers of `||D^T D - I||`, D being the direction with unit columns.
-
-    The magnitudes' gradient is of first order: it takes the directions as they are, where the paper also asks what
-    a step of theirs would make of a change of the magnitudes.
+    A share `holdout` of the training records is the upper level's validation split. Steps 1, 3, ... (from 0) take the
+    gradient of the validation loss and move nothing. The step after each of these moves, on a batch of the other
+    records, the directions V (and what else is trained) by the training loss, and the magnitudes m by the gradient that
+    the validation loss has one step of V ahead, `dL_val/dm - xi d2L_train/dm dV . dL_val/dV`, with the learning rate as
+    xi. The product with the second derivative is the difference of two gradients of that batch, at
+    V +- 0.01 dL_val/dV / ||dL_val/dV|| (Liu et al. 2019, arXiv:1806.09055, equation 8). For the last share `retrain` of
+    the steps the magnitudes stand, and the directions learn from all records. `orthogonal` weighs the mean over all
+    adapted layers of `||D^T D - I||`, D being the direction with unit columns.
     """
     targets.positive(holdout=holdout)
     targets.fraction(holdout=holdout, retrain=retrain)
@@ -39,7 +41,7 @@ def bidora(holdout: float = 0.2, retrain: float = 0.25, orthogonal: float = 0.00
         method,
         holdout=holdout,
         penalty=functools.partial(_penalty, orthogonal) if orthogonal else None,
-        optimizer=lambda plain, steps: alternating(plain, MAGNITUDE, steps - round(retrain * steps)),
+        optimizer=lambda plain, steps: bilevel(plain, MAGNITUDE, steps - round(retrain * steps)),
     )
 
 
@@ -67,18 +69,20 @@ def _distance(w: DoRA) -> jax.Array:
     return jnp.sqrt(jnp.maximum(square, 1e-12))
 
 
-class AlternatingState(NamedTuple):
-    """A whole state for each of the two groups, so that each one's moments are of its own batches."""
+class BilevelState(NamedTuple):
+    """A whole state for each of the two groups, so that each one's moments are of its own gradients."""
 
     lower: Any
     upper: Any
     count: jax.Array  # updates done
+    held: PyTree  # the last validation gradient
 
 
-def alternating(plain: optax.GradientTransformation, upper: str, until: int) -> optax.GradientTransformation:
-    """`plain` for the leaves that `upper` matches at updates 1, 3, ... (from 0) below `until`, else for all others.
+def bilevel(plain: optax.GradientTransformation, upper: str, until: int) -> optax.GradientTransformationExtraArgs:
+    """`plain` for the leaves that `upper` matches by their hypergradient, and for all others by their gradient.
 
-    Who rests keeps its moments; the schedule goes on for both.
+    Updates 1, 3, ... (from 0) below `until` only take the gradient, of a validation batch; the update after each of
+    them moves both groups. Who rests keeps its moments; the schedule goes on for both.
     """
 
     def of(group: bool, leaves: PyTree) -> PyTree:
@@ -87,18 +91,41 @@ def alternating(plain: optax.GradientTransformation, upper: str, until: int) -> 
             lambda name, x: x if bool(re.fullmatch(upper, name)) == group else jnp.zeros_like(x), leaves
         )
 
-    def init(trained: PyTree) -> AlternatingState:
-        return AlternatingState(plain.init(trained), plain.init(trained), jnp.int32(0))
+    def init(trained: PyTree) -> BilevelState:
+        zeros = jax.tree.map(jnp.zeros_like, trained)
+        return BilevelState(plain.init(trained), plain.init(trained), jnp.int32(0), zeros)
 
-    def update(gradient: PyTree, state: AlternatingState, trained: PyTree) -> tuple[PyTree, AlternatingState]:
-        turn = (state.count % 2 == 1) & (state.count < until)
+    def update(
+        gradient: PyTree,
+        state: BilevelState,
+        trained: PyTree,
+        *,
+        lr: jax.Array,
+        gradient_at: Callable[[PyTree], PyTree],
+        **_: Any,
+    ) -> tuple[PyTree, BilevelState]:
+        t = state.count
+        looks = (t % 2 == 1) & (t < until)
+        moves = (t % 2 == 0) & (t > 0) & (t - 1 < until)  # the upper group, by what was held
+        mixed = functools.partial(_mixed, gradient_at, trained, of(False, state.held))
+        ahead = jax.lax.cond(moves, mixed, lambda: jax.tree.map(jnp.zeros_like, trained))
+        hyper = jax.tree.map(lambda g, m: g - lr * m, state.held, ahead)
         below, lower = plain.update(of(False, gradient), state.lower, trained)
-        above, higher = plain.update(of(True, gradient), state.upper, trained)
-        updates = jax.tree.map(lambda a, b: jnp.where(turn, a, b), of(True, above), of(False, below))
-        return updates, AlternatingState(
-            states.choose(turn, state.lower, lower, lower),
-            states.choose(turn, higher, state.upper, higher),
-            state.count + 1,
+        above, higher = plain.update(of(True, hyper), state.upper, trained)
+        below, above = optax.tree.scale(1.0 - looks, of(False, below)), optax.tree.scale(1.0 * moves, of(True, above))
+        return optax.tree.add(below, above), BilevelState(
+            states.choose(looks, state.lower, lower, lower),
+            states.choose(moves, higher, state.upper, higher),
+            t + 1,
+            jax.tree.map(lambda g, h: jnp.where(looks, g, h), gradient, state.held),
         )
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _mixed(gradient_at: Callable[[PyTree], PyTree], trained: PyTree, direction: PyTree) -> PyTree:
+    """The derivative of the gradient in that direction, by the difference of two gradients."""
+    step = 0.01 / jnp.maximum(optax.tree.norm(direction), 1e-12)
+    sides = jnp.array([step, -step])
+    gradients = jax.lax.map(lambda side: gradient_at(optax.tree.add_scale(trained, side, direction)), sides)
+    return jax.tree.map(lambda g: (g[0] - g[1]) / (2 * step), gradients)

@@ -8,7 +8,7 @@ import pytest
 
 from lowrank import methods, plan
 from lowrank.errors import UserError
-from lowrank.methods.bidora import MAGNITUDE, alternating
+from lowrank.methods.bidora import MAGNITUDE, bilevel
 from tests import tiny
 from tests.adapted import adapted
 from tests.test_methods import Q, base
@@ -17,25 +17,47 @@ from tests.test_train import config_of
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-def test_each_group_has_adam_of_its_own_and_one_schedule_goes_on():
+def test_magnitudes_follow_the_hypergradient_and_each_group_has_adam_of_its_own():
+    """Losses are `m^T C_t v + g_t . (v, m)`, so that the second derivative is C_t and the difference is exact."""
     steps, until, lr = 9, 6, 0.1
-    plain = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(optax.linear_schedule(lr, 0.0, steps)))
-    optimizer = alternating(plain, MAGNITUDE, until)
-    rng = np.random.default_rng(0)
-    trained = {"kernel": {"a": jnp.zeros((2, 3)), "magnitude": jnp.zeros(4)}}
-    state, step = optimizer.init(trained), jax.jit(optimizer.update)
-    moments = {name: (np.zeros(x.shape), np.zeros(x.shape), 0) for name, x in trained["kernel"].items()}
+    schedule = optax.linear_schedule(lr, 0.0, steps)
+    plain = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(schedule))
+    optimizer, rng = bilevel(plain, MAGNITUDE, until), np.random.default_rng(0)
+    leaves = {"a": jnp.asarray(rng.standard_normal((2, 3)), jnp.float32), "magnitude": jnp.ones(4)}
+    state, moments, held = optimizer.init({"kernel": leaves}), dict.fromkeys(leaves, (0.0, 0.0, 0)), None
+
+    @jax.jit
+    def step(leaves, state, g, c, lr):
+        def gradient_at(trained):
+            v, m = trained["kernel"]["a"].reshape(-1), trained["kernel"]["magnitude"]
+            return {"kernel": {"a": g["a"] + (m @ c).reshape(2, 3), "magnitude": g["magnitude"] + c @ v}}
+
+        trained = {"kernel": leaves}
+        return optimizer.update(gradient_at(trained), state, trained, lr=lr, gradient_at=gradient_at)
+
     for t in range(steps):
-        gradient = {name: rng.standard_normal(x.shape) for name, x in trained["kernel"].items()}
-        updates, state = step({"kernel": jax.tree.map(jnp.float32, gradient)}, state, trained)
-        moving = "magnitude" if t % 2 == 1 and t < until else "a"
-        for name, g in gradient.items():
-            expected = np.zeros_like(g)
-            if name == moving:
-                m, v, n = moments[name]
-                m, v, n = moments[name] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g, n + 1
-                expected = -lr * (1 - t / steps) * (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8)
-            np.testing.assert_allclose(updates["kernel"][name], expected, atol=1e-5)
+        g = {name: rng.standard_normal(x.shape).astype(np.float32) for name, x in leaves.items()}
+        c = rng.standard_normal((4, 6)).astype(np.float32)
+        v, m = (np.asarray(leaves[name], np.float64).reshape(-1) for name in ("a", "magnitude"))
+        gradient = {"a": g["a"] + (m @ c).reshape(2, 3), "magnitude": g["magnitude"] + c @ v}
+        updates, state = step(leaves, state, g, c, schedule(t))
+        moving = {}
+        if t % 2 == 1 and t < until:
+            held = gradient
+        else:
+            moving["a"] = gradient["a"]
+        if t in (2, 4, 6):
+            moving["magnitude"] = held["magnitude"] - float(schedule(t)) * c @ held["a"].reshape(-1)
+        for name in leaves:
+            expected = np.zeros(leaves[name].shape)
+            if name in moving:
+                first, second, n = moments[name]
+                first, second = 0.9 * first + 0.1 * moving[name], 0.999 * second + 0.001 * moving[name] ** 2
+                moments[name] = first, second, n + 1
+                ratio = first / (1 - 0.9 ** (n + 1)) / (np.sqrt(second / (1 - 0.999 ** (n + 1))) + 1e-8)
+                expected = -float(schedule(t)) * ratio
+            np.testing.assert_allclose(updates["kernel"][name], expected, atol=2e-4)
+        leaves = {name: x + updates["kernel"][name] for name, x in leaves.items()}
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 6), (3, 6, 8)])
