@@ -168,8 +168,9 @@ ARGS = {
 
 
 @pytest.mark.parametrize("name", ARGS)
-def test_a_mixture_learns_and_its_adapter_comes_back(name, files, tmp_path):
-    config = config_of(files, ARGS[name], "moe", optim__lr=0.05, mesh__data=1, checkpoint__every=0)
+def test_a_mixture_learns_on_a_mesh_and_its_adapter_comes_back(name, files, tmp_path):
+    config = config_of(files, ARGS[name], "moe", optim__lr=0.05, checkpoint__every=0)
+    config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     train.run(config, tmp_path)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     found = [line["train/loss"] for line in lines if "train/loss" in line]

@@ -5,6 +5,10 @@ from lowrank.weights import scaled
 
 
 def ia3(target: str = r".*attn/(k|v)/kernel", feedforward: str = r".*mlp/down/kernel") -> Method:
-    """(IA)^3: rescales the outputs of `target` and the inputs of `feedforward` ('' for none)."""
+    """(IA)^3: rescales the outputs of `target` and the inputs of `feedforward` ('' for none).
+
+    `l * (x W)` and `(l * x) W`, l `[out]` or `[in]` from ones on (Liu et al. 2022, arXiv:2205.05638); see
+    `lowrank.weights.scaled`. Raises UserError for a weight that both match.
+    """
     sides = ((target, "out"), (feedforward, "in"))
     return Method(rewrite=tuple((p, lambda key, w, name, s=side: scaled.attach(w, s)) for p, side in sides if p))
