@@ -6,8 +6,9 @@ https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c and `gguf.quants`
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,14 @@ class GGML(Quantized):
     def layout(self) -> Mapping[str, tuple[int | None, int | None]]:
         """Rows and columns that each element of a field stands for."""
         f = FORMATS[self.format]
-        whole = {"codes": (8 // f.bits, 1), "scale": (f.block, 1), "low": (f.block, 1)}
+        scale = f.part if self.sub is None else f.block
+        whole = {"codes": (8 // f.bits, 1), "scale": (scale, 1), "low": (scale, 1)}
         return whole | {"high": (4, 1), "sub": (f.part, 1), "low_sub": (f.part, 1)}
+
+    @property
+    def grain(self) -> int:
+        """As for all; codes are unpacked by runs."""
+        return math.lcm(super().grain, FORMATS[self.format].runs)
 
     def opened(self) -> Self:
         """With the scales of blocks and parts multiplied."""
@@ -53,19 +60,6 @@ class GGML(Quantized):
             return self
         low = None if self.low is None else self._parts(self.low, self.low_sub)
         return dataclasses.replace(self, scale=self._parts(self.scale, self.sub), sub=None, low=low, low_sub=None)
-
-    def tile(self, axis: int, start: Any, size: int) -> Self:
-        """As for all; what `opened` has multiplied has a row for each part."""
-        f = FORMATS[self.format]
-        if self.sub is None and f.part != f.block:
-            flat = {"scale": None, "low": None}
-            rest = Quantized.tile(dataclasses.replace(self, **flat), axis, start, size)
-            each = (f.part, 1)[axis]
-            cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start // each, size // each, axis)  # noqa: E731
-            return dataclasses.replace(
-                rest, **{n: None if getattr(self, n) is None else cut(getattr(self, n)) for n in flat}
-            )
-        return Quantized.tile(self, axis, start, size)
 
     def _parts(self, whole: jax.Array, sub: jax.Array) -> jax.Array:
         f = FORMATS[self.format]

@@ -1,6 +1,8 @@
 """int8 with one scale for each output, plain or with the widest inputs kept in bfloat16, and 8-bit floats."""
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,16 @@ class Channel(Quantized):
     def layout(self) -> Mapping[str, tuple[int | None, int | None]]:
         """Rows and columns that each element of a field stands for."""
         return {"codes": (1, 1), "scale": (None, 1)}
+
+    def tile(self, axis: int, start: Any, size: int) -> Self:
+        """As for all; 8-bit floats are cut as bytes, since XLA widens all of them where a CPU cannot slice them."""
+        if not jnp.issubdtype(self.codes.dtype, jnp.floating):
+            return super().tile(axis, start, size)
+        view = lambda x, dtype: jax.lax.bitcast_convert_type(x, dtype)  # noqa: E731
+        codes, start = jax.lax.optimization_barrier((self.codes, start))  # else it would view, and copy, all of them
+        cut = dataclasses.replace(self, codes=view(codes, jnp.uint8))
+        cut = Quantized.tile(cut, axis, start, size)
+        return dataclasses.replace(cut, codes=view(cut.codes, self.codes.dtype))
 
     def decode(self) -> jax.Array:
         """`codes * scale`."""

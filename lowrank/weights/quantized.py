@@ -2,7 +2,6 @@
 
 No dequantised copy of the kernel exists in the forward pass, in the backward pass or among what is saved between
 them: `dot` walks over tiles of its outputs, its gradient over tiles of its inputs, and nothing but the codes is kept.
-The TPU's compiler decodes inside its matrix product by itself, so there the product is written as one.
 """
 
 import dataclasses
@@ -17,8 +16,10 @@ import numpy as np
 
 from lowrank.errors import UserError
 from lowrank.weight import Weight
+from lowrank.weights.divided import divided, is_divided
 
-TILE = 1 << 20  # how many decoded values exist at a time: 4 MB in float32
+TILE = 1 << 20  # about how many decoded values exist at a time: 4 MB in float32
+LANES = 128  # columns that a TPU has side by side: tiles are multiples of them
 
 
 class Quantized(Weight):
@@ -71,40 +72,36 @@ class Quantized(Weight):
         """`x @ W`, tile by tile."""
         return _product(x, self)
 
+    def steps(self) -> tuple[int, int]:
+        """`(run, unit)`: a tile of rows lies within a run of them, and is a multiple of the unit."""
+        return self.padded, self.grain
+
     def tile(self, axis: int, start: Any, size: int) -> Self:
         """Rows (`axis=0`) or columns (`axis=1`) `start ... start + size` of a kernel without a stack."""
         cut = {"rows": size} if axis == 0 else {}
+        whole = (self.padded, self.shape[-1])[axis]
         for name, per in self.layout.items():
             value = getattr(self, name)
             if value is not None and per[axis]:
-                each = per[axis]
-                cut[name] = jax.lax.dynamic_slice_in_dim(value, start // each, size // each, axis)
+                cut[name] = sliced(value, start // per[axis], size // per[axis], axis, whole % size == 0)
         return dataclasses.replace(self, **cut)
+
+
+def sliced(x: jax.Array, start: Any, size: int, axis: int, aligned: bool) -> jax.Array:
+    """`size` rows or columns of `x` `[a, b]`; `aligned`: `size` divides them all, and `start`."""
+    if axis == 0 and aligned:  # whole runs of rows: a TPU's compiler would move all of them to cut out others
+        return jax.lax.dynamic_index_in_dim(x.reshape(-1, size, x.shape[1]), start // size, keepdims=False)
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
 @jax.custom_vjp
 def _product(x: jax.Array, w: Quantized) -> jax.Array:
-    w = w.opened()
-
-    def tiled(x: jax.Array, w: Quantized) -> jax.Array:
-        part = lambda start, size: jnp.dot(x, w.tile(1, start, size).materialize().astype(x.dtype))  # noqa: E731
-        return _by_tiles(part, (*x.shape[:-1], w.shape[-1]), x.dtype, _width(w))
-
-    whole = lambda x, w: jnp.dot(x, w.materialize().astype(x.dtype))  # noqa: E731
-    return jax.lax.platform_dependent(x, w, tpu=whole, default=tiled)
+    return _multiplied(_forward, 0, x, w)
 
 
 def _backward(w: Quantized, g: jax.Array) -> tuple[jax.Array, Any]:
     """`g @ W.T`, and no gradient for what is frozen."""
-
-    def tiled(g: jax.Array, w: Quantized) -> jax.Array:
-        def part(start: Any, size: int) -> jax.Array:
-            return _transposed_dot(g, w.tile(0, start, size).materialize().astype(g.dtype))
-
-        return _by_tiles(part, (*g.shape[:-1], w.padded), g.dtype, _height(w))[..., : w.rows]
-
-    whole = lambda g, w: _transposed_dot(g, w.materialize().astype(g.dtype))  # noqa: E731
-    return jax.lax.platform_dependent(g, w.opened(), tpu=whole, default=tiled), jax.tree.map(_nothing, w)
+    return _multiplied(_transposed, 1, g, w), jax.tree.map(_nothing, w)
 
 
 _product.defvjp(lambda x, w: (_product(x, w), w), _backward)
@@ -115,31 +112,63 @@ def _nothing(leaf: jax.Array) -> Any:
     return jnp.zeros_like(leaf) if floating else np.zeros(leaf.shape, jax.dtypes.float0)
 
 
-def _transposed_dot(g: jax.Array, w: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())))
+def _multiplied(tiled: Any, contracted: int, x: jax.Array, w: Quantized) -> jax.Array:
+    """`x` times the kernel, summed over its axis `contracted`.
+
+    A TPU's compiler knows no operation that divides itself, but decodes inside a product of its own.
+    """
+    w = w.opened()
+
+    def whole(x: jax.Array, w: Quantized) -> jax.Array:
+        return _dot(x, w.materialize(), contracted)
+
+    return jax.lax.platform_dependent(
+        x, w, tpu=whole if is_divided(w.codes) else tiled, default=divided(tiled, contracted)
+    )
 
 
-def _width(w: Quantized) -> int:
-    """Columns a tile."""
-    return min(w.shape[-1], max(1, TILE // w.padded))
+def _dot(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (contracted,)), ((), ())))
 
 
-def _height(w: Quantized) -> int:
-    """Rows a tile: whole blocks."""
-    return min(w.padded, max(1, TILE // (w.shape[-1] * w.grain)) * w.grain)
+def _forward(x: jax.Array, w: Quantized) -> jax.Array:
+    """`x @ W`, by tiles of columns."""
+    unit = min(LANES, w.shape[-1])
+    width = _near(TILE // (w.padded * unit), w.shape[-1] // unit) * unit
+    part = lambda start, size: _dot(x, w.tile(1, start, size).materialize(), 0)  # noqa: E731
+    return _by_tiles(part, (*x.shape[:-1], w.shape[-1]), x.dtype, width, w.shape[-1])
 
 
-def _by_tiles(part: Any, shape: tuple[int, ...], dtype: Any, size: int) -> jax.Array:
-    """An array whose last axis is filled `size` at a time by `part(start, size)`; the last tile may overlap another."""
+def _transposed(g: jax.Array, w: Quantized) -> jax.Array:
+    """`g @ W.T`, by tiles of rows."""
+    run, unit = w.steps()
+    height = _near(TILE // (w.shape[-1] * unit), run // unit) * unit
+    part = lambda start, size: _dot(g, w.tile(0, start, size).materialize(), 1)  # noqa: E731
+    return _by_tiles(part, (*g.shape[:-1], w.padded), g.dtype, height, run)[..., : w.rows]
+
+
+def _near(limit: int, whole: int) -> int:
+    """At most `limit`, at least 1, and a divisor of `whole` if one is no less than half of it."""
+    limit = max(1, min(limit, whole))
+    best = max(d for d in range(1, limit + 1) if whole % d == 0)
+    return best if 2 * best >= limit else limit
+
+
+def _by_tiles(part: Any, shape: tuple[int, ...], dtype: Any, size: int, run: int) -> jax.Array:
+    """An array whose last axis is filled `size` at a time by `part(start, size)`.
+
+    No tile lies across two runs; the last one of a run may overlap another.
+    """
     whole = shape[-1]
     if size >= whole:
         return part(0, whole)
+    each = -(-run // size)
 
     def fill(i: jax.Array, out: jax.Array) -> jax.Array:
-        start = jnp.minimum(i * size, whole - size)
+        start = i * size if run % size == 0 else i // each * run + jnp.minimum(i % each * size, run - size)
         return jax.lax.dynamic_update_slice_in_dim(out, part(start, size), start, len(shape) - 1)
 
-    return jax.lax.fori_loop(0, -(-whole // size), fill, jnp.zeros(shape, dtype))
+    return jax.lax.fori_loop(0, whole // run * each, fill, jnp.zeros(shape, dtype))
 
 
 def blocks(w: jax.Array, block: int, each: int) -> jax.Array:

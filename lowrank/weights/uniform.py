@@ -3,15 +3,19 @@
 A group of `block` rows of one output shares a scale, and an asymmetric one a zero: `W = (code - zero) * scale`.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank.errors import UserError
 from lowrank.weight import form, frozen, static, wide
-from lowrank.weights.quantized import Quantized, blocks, pack, per_unit, unpack, whole_block
+from lowrank.weights import quantized
+from lowrank.weights.quantized import Quantized, blocks, pack, per_unit, sliced, unpack, whole_block
 
 BITS = (2, 4, 8)
 
@@ -40,6 +44,24 @@ class Uniform(Quantized):
     def layout(self) -> Mapping[str, tuple[int | None, int | None]]:
         """Rows and columns that each element of a field stands for."""
         return {"codes": (8 // self.bits, 1), "scale": (self.block, 1), "zero": (self.block, 1)}
+
+    def steps(self) -> tuple[int, int]:
+        """As for all; a block that is too large for a tile is cut into the runs that `pack` made."""
+        run = self.block * self.bits // 8
+        fits = self.block * self.shape[-1] <= quantized.TILE
+        return super().steps() if fits else (run, math.gcd(run, 32))
+
+    def tile(self, axis: int, start: Any, size: int) -> Self:
+        """As for all; a part of a run is unpacked: its codes have a byte each."""
+        if axis == 1 or size % self.block == 0:
+            return super().tile(axis, start, size)
+        run, each = self.block * self.bits // 8, 8 // self.bits
+        block, place, within = start // self.block, start // run % each, start % run
+        codes = sliced(self.codes, block * run + within, size, 0, run % size == 0)
+        codes = codes >> jnp.asarray(place * self.bits, jnp.uint8) & np.uint8(2**self.bits - 1)
+        zero = jnp.full_like(self.scale, 2.0 ** (self.bits - 1)) if self.zero is None else self.zero
+        scale, zero = (jax.lax.dynamic_slice_in_dim(x, block, 1) for x in (self.scale, zero))
+        return dataclasses.replace(self, codes=codes, scale=scale, zero=zero, bits=8, block=size, rows=size)
 
     def decode(self) -> jax.Array:
         """`(code - zero) * scale`."""
