@@ -26,6 +26,20 @@ def bench_step() -> str:
     return "\n".join([head, "|---|" + "---:|" * 6, *rows])
 
 
+def nf4() -> str:
+    """NF4 beside bitsandbytes', from `experiments/bench/results/nf4.json`."""
+    head = "| kernel | double | error, ours / bitsandbytes | quantise, ms | dequantise, ms | 512 rows times it, ms |"
+    both = lambda pair, form: f"{pair['ours']:{form}} / {pair['bitsandbytes']:{form}}"  # noqa: E731
+    rows = [
+        f"| {r['kernel']}, {r['shape'][0]} x {r['shape'][1]} | {'yes' if r['double'] else 'no'} "
+        f"| {both(r['error'], '.4f')} | {both(r['quantise'], '.2f')} | {both(r['dequantise'], '.2f')} "
+        f"| {both(r['matmul'], '.2f')} |"
+        for name, r in _json("experiments/bench/results/nf4.json").items()
+        if name != "machine"
+    ]
+    return "\n".join([head, "|---|---|" + "---:|" * 4, *rows])
+
+
 def quickstart() -> str:
     """What the quickstart reached, from `experiments/quickstart/results/summary.json`."""
     s = _json("experiments/quickstart/results/summary.json")
@@ -73,6 +87,7 @@ def _score(row: dict[str, str] | None) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "bench/nf4": nf4,
     "bench/step": bench_step,
     "counts": counts,
     "methods": methods,

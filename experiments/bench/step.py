@@ -10,19 +10,18 @@ of resident memory since loading.
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
+from experiments.bench.worker import machine
 from lowrank.workdir import write_json
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each side that count; two more warm up.", lower_bound=3)
@@ -72,7 +71,7 @@ def main(argv: list[str]) -> None:
             print(f"round {turn + 1}:", *(f"{'/'.join(k)} {s.steps[-1]['seconds']:.2f}s" for k, s in sides.items()))
         results = {m: _compare(sides["ours", m], sides["theirs", m]) for m in METHODS}
     results["dora"]["over_our_lora"] = results["dora"]["ours_s"] / results["lora"]["ours_s"]
-    results["machine"] = _machine()
+    results["machine"] = machine("jax", "torch", "transformers", "peft")
     OUT.parent.mkdir(exist_ok=True)
     write_json(OUT, results)
     print(json.dumps(results, indent=1))
@@ -114,11 +113,6 @@ def _compare(ours: Side, theirs: Side) -> dict[str, Any]:
 def _range(side: Side) -> list[float]:
     seconds = [s["seconds"] for s in side.steps[WARMUP:]]
     return [min(seconds), max(seconds)]
-
-
-def _machine() -> dict[str, Any]:
-    versions = {name: metadata.version(name) for name in ("jax", "torch", "transformers", "peft")}
-    return {"cpus": os.cpu_count(), "platform": platform.platform(), "load": os.getloadavg(), **versions}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""The protocol of a benchmark worker: a line in, one timed call and a JSON line out."""
+"""The protocol of a benchmark worker: a line in, one timed call and a JSON line out; and what it ran on."""
 
 import ctypes
 import gc
 import json
+import os
+import platform
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 STATUS = Path("/proc/self/status")
 
@@ -33,3 +37,9 @@ def peak_mb() -> float:
     """The peak of this process's resident memory since it was last reset, in MB."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """The machine, how busy it is, and the versions of `packages`."""
+    versions = {name: metadata.version(name) for name in packages}
+    return {"cpus": os.cpu_count(), "platform": platform.platform(), "load": os.getloadavg(), **versions}
