@@ -20,7 +20,7 @@ from lowrank.pretrained.stored import Stored
 from lowrank.weight import is_weight
 from lowrank.weights.quantized import Quantized
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 2 << 20
 
 
 def check(
@@ -53,12 +53,14 @@ def fill(
     Raises UserError for a tensor to be quantised that is not finite.
     """
     by_size = sorted(tensors, key=lambda t: -math.prod(leaves[t.leaf].shape))
-    return {t.leaf: _filled(t, [stored[name] for name in t.names], leaves[t.leaf], codes) for t in by_size}
+    kernels = [math.prod(leaf.shape[-2:]) for leaf in leaves.values() if is_weight(leaf)]
+    room = _aligned([max(kernels, default=0)], np.dtype(np.float32))  # each kernel in turn: its codes are then done
+    return {t.leaf: _filled(t, [stored[name] for name in t.names], leaves[t.leaf], codes, room) for t in by_size}
 
 
-def _filled(tensor: Tensor, parts: Sequence[Stored], leaf: Any, codes: Quantization | None) -> Any:
+def _filled(tensor: Tensor, parts: Sequence[Stored], leaf: Any, codes: Quantization | None, room: np.ndarray) -> Any:
     if is_weight(leaf):
-        return _quantised(tensor, parts, leaf, codes)
+        return _quantised(tensor, parts, leaf, codes, room)
     shards = []
     for index, devices in _holders(leaf).items():
         buffer = _buffer(leaf, index)
@@ -83,12 +85,15 @@ def _buffer(leaf: jax.ShapeDtypeStruct, index: Index) -> np.ndarray:
     return _aligned([stop - start for start, stop in index], leaf.dtype)
 
 
-def _quantised(tensor: Tensor, parts: Sequence[Stored], form: Quantized, codes: Quantization) -> Quantized:
+def _quantised(
+    tensor: Tensor, parts: Sequence[Stored], form: Quantized, codes: Quantization, room: np.ndarray
+) -> Quantized:
     """The codes of a leaf, one layer after another; a host reads whole tensors, and keeps its own shards of them."""
     leaves, structure = jax.tree.flatten(form)
     buffers = [{index: _buffer(leaf, index) for index in _holders(leaf)} for leaf in leaves]
+    kernel = room[: math.prod(form.shape[-2:])].reshape(form.shape[-2:])
     for place, name, part in zip(tensor.places, tensor.names, parts, strict=True):
-        one = functools.partial(whole, part, tensor.transpose != part.flipped, form.shape[-2:])
+        one = functools.partial(_read_whole, part, tensor.transpose != part.flipped, kernel)
         made = jax.tree.leaves(codes.layer(name, part, one, form))
         for array, pieces in zip(made, buffers, strict=True):
             _keep(np.asarray(array), place, pieces)
@@ -97,9 +102,12 @@ def _quantised(tensor: Tensor, parts: Sequence[Stored], form: Quantized, codes: 
 
 def whole(part: Stored, transpose: bool, shape: tuple[int, ...]) -> np.ndarray:
     """One tensor as a kernel `[in, out]` in float32."""
-    kernel = _aligned(shape, np.dtype(np.float32))
-    _read_one(part, transpose, tuple((0, size) for size in shape), kernel)
-    return kernel
+    return _read_whole(part, transpose, _aligned(shape, np.dtype(np.float32)))
+
+
+def _read_whole(part: Stored, transpose: bool, out: np.ndarray) -> np.ndarray:
+    _read_one(part, transpose, tuple((0, size) for size in out.shape), out)
+    return out
 
 
 def _keep(array: np.ndarray, place: tuple[int, ...], buffers: Mapping[Index, np.ndarray]) -> None:

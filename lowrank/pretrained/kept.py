@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lowrank import settings, tree
 from lowrank.errors import UserError, unknown
-from lowrank.pretrained.coding import TARGET, Quantization
+from lowrank.pretrained.coding import TARGET, Quantization, compiled
 from lowrank.pretrained.hf_files import CODES
 from lowrank.pretrained.hf_tensors import Tensor
 from lowrank.pretrained.mixed_bits import MixedBits
@@ -60,7 +60,7 @@ def rounding(group: Mapping[str, Any] | str, where: str = "scheme", high: Mappin
     if name not in KNOWN:
         raise unknown(f"{where}: quantisation scheme", name, KNOWN)
     make = settings.call(KNOWN[name], given, where)
-    return MixedBits(target, make, make.keywords, high) if name == "mixed" else Quantization(target, jax.jit(make))
+    return MixedBits(target, make, make.keywords, high) if name == "mixed" else Quantization(target, compiled(make))
 
 
 def scheme(where: str, hf_config: Mapping[str, Any]) -> dict[str, Any]:

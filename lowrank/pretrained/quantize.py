@@ -9,7 +9,7 @@ import numpy as np
 from lowrank import settings, tree
 from lowrank.errors import UserError, unknown
 from lowrank.pretrained import kept
-from lowrank.pretrained.coding import TARGET, Quantization, Reader, StoredAs
+from lowrank.pretrained.coding import TARGET, Quantization, Reader, StoredAs, compiled
 from lowrank.pretrained.mixed_bits import MixedBits
 from lowrank.pretrained.stored import Stored
 from lowrank.weights import ggml
@@ -84,7 +84,7 @@ def build(given: Mapping[str, Any] | str | None) -> Quantization | None:
     make = settings.call(SCHEMES[name], options, "model.quantize")
     if name == "mixed":
         return MixedBits(target, make, make.keywords)
-    return Quantization(target, jax.jit(make))
+    return Quantization(target, compiled(make))
 
 
 def refuse_quantised(where: str, hf_config: Mapping[str, Any]) -> None:

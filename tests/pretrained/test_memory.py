@@ -17,15 +17,16 @@ BIG = {
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }
-PROBE = """
-import sys, jax, pathlib
+STATUS = """
+import ctypes, gc, sys, jax, pathlib
 from lowrank import sharding
 from lowrank.pretrained import load
 
 def status(key):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
-
+"""
+PROBE = f"""{STATUS}
 tiny, *cases = sys.argv[1:]
 for big, *axes in map(str.split, cases):
     mesh = sharding.make_mesh(*map(int, axes)) if axes else None
@@ -35,6 +36,16 @@ for big, *axes in map(str.split, cases):
     params = jax.block_until_ready(load(big, mesh=mesh).params)
     print((status("VmHWM") - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
     del params
+"""
+CODED = f"""{STATUS}
+for _ in range(2):  # what is compiled once is no part of the model
+    params = None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    params = jax.block_until_ready(load(sys.argv[1], quantized="nf4").params)
+print(status("VmHWM") - before - sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 """
 
 
@@ -63,3 +74,11 @@ def test_no_model_is_in_memory_twice(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     ratios = dict(zip(cases, map(float, done.stdout.split()), strict=True))
     assert all(0.8 < ratio < 1.3 for ratio in ratios.values()), ratios
+
+
+def test_quantised_as_it_is_read_a_model_takes_its_codes_and_one_tensor(tmp_path):
+    config = {**BIG, "vocab_size": 256}
+    folder = files.write_directory(tmp_path / "bf16", config, ones(config), dtype="BF16")
+    done = subprocess.run([sys.executable, "-c", CODED, str(folder)], capture_output=True, text=True, check=True)
+    tensor = 1024 * 4096 * 4
+    assert int(done.stdout) < 1.6 * tensor
