@@ -197,3 +197,11 @@ def test_what_is_in_codes_already_is_refused_by_name():
     codes = jax.jit(schemes.SCHEMES["int8"]())(jnp.asarray(W))
     with pytest.raises(UserError, match=f"LoftQ starts from a plain kernel; {Q} is a Channel"):
         attached(codes, name="loftq", rank=2)
+
+
+@pytest.mark.parametrize("name", ["loftq", "ir_qlora", "qa_lora", "modulora", "qat"])
+def test_a_kernel_that_is_not_finite_is_named(name):
+    params = {"mlp": {"kernel": jnp.ones((64, 32)).at[3, 2].set(jnp.nan)}}
+    options = {} if name == "qat" else {"rank": 1}
+    with pytest.raises(UserError, match="mlp/kernel holds NaN or infinite"):
+        methods.attach(methods.build({"name": name, "target": ".*kernel", **options}), params, jax.random.key(0))

@@ -43,6 +43,7 @@ def loftq(
         del key
         targets.check_rank(name, w.shape, rank)
         _check_plain("LoftQ", name, w)
+        _check_finite(name, w)
         return loftq_form.attach(w, rank=rank, scale=alpha / rank, steps=steps, dropout=dropout, quantize=make)
 
     # After several steps the codes depend on a decomposition's last places: the adapter holds them.
@@ -61,6 +62,7 @@ def qa_lora(rank: int = 8, alpha: float = 16.0, target: str = LINEAR, block: int
 
     def adapt(key: jax.Array, w: Any, name: str) -> Any:
         targets.check_kernel(name)
+        _check_finite(name, w)
         if rank > min(-(-w.shape[-2] // block), w.shape[-1]):
             raise UserError(f"rank {rank} is larger than min(groups, out) of {name}, in groups of {block} inputs")
         return qa_lora_form.attach(key, w, rank=rank, alpha=alpha, block=block, quantize=make)
@@ -88,6 +90,7 @@ def ir_qlora(
 
     def adapt(key: jax.Array, w: Any, name: str) -> Any:
         targets.check_rank(name, w.shape, rank)
+        _check_finite(name, w)
         base = w if is_weight(w) else jax.lax.map(make, w) if len(w.shape) == 3 else make(w)
         return ir_form.attach(lora_form.attach_even(key, base, rank=rank, alpha=alpha, dropout=dropout))
 
@@ -113,6 +116,7 @@ def modulora(
     def adapt(key: jax.Array, w: Any, name: str) -> Any:
         targets.check_rank(name, w.shape, rank)
         _check_plain("ModuLoRA", name, w)
+        _check_finite(name, w)
         base = black_box.attach(w, quantise, quantizer)
         return lora_form.attach_even(key, base, rank=rank, alpha=alpha, dropout=dropout)
 
@@ -142,6 +146,7 @@ def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activa
         del key
         targets.check_kernel(name)
         _check_plain("QAT", name, w)
+        _check_finite(name, w)
         return fake.attach(w, scheme=scheme, options=options, activations=activations)
 
     return Method(rewrite=((target, adapt),))
@@ -158,3 +163,9 @@ def _quantizer(group: Mapping[str, Any] | str) -> Quantizer:
 def _check_plain(method: str, name: str, w: Any) -> None:
     if is_weight(w):
         raise UserError(f"{method} starts from a plain kernel; {name} is a {w.title}")
+
+
+def _check_finite(name: str, w: Any) -> None:
+    """Raises UserError for a kernel with NaN or infinite values; one that is only a shape passes."""
+    if not is_weight(w) and not isinstance(w, jax.core.Tracer) and not jax.numpy.isfinite(w).all():
+        raise UserError(f"{name} holds NaN or infinite values: it cannot be quantised")
