@@ -64,8 +64,7 @@ def counts() -> str:
 def methods() -> str:
     """Every method: what it trains, what it costs, what it reaches; from `experiments/methods/results`."""
     entries = _json("experiments/methods/results/catalogue.json")
-    with open(ROOT / "experiments/methods/results/table.csv") as file:
-        scored = {(row["method"], row["task"]): row for row in csv.DictReader(file)}
+    scored = {(row["method"], row["task"]): row for row in _csv("experiments/methods/results/table.csv")}
     head = "| row | config | what it is | family | merges | trained, SmolLM2-135M "
     head += "| topics, accuracy | s/step | headlines, perplexity | s/step |"
     rows = [
@@ -77,13 +76,25 @@ def methods() -> str:
     return "\n".join([head, "|---|---|---|---|---|---:|---:|---:|---:|---:|", *rows])
 
 
+def quantization() -> str:
+    """Every base untuned and with what was tuned on it, from `experiments/quantization/results/table.csv`."""
+    found = {(r["base"], r["method"], r["task"]): r for r in _csv("experiments/quantization/results/table.csv")}
+    head = "| base | tuned by | bits a weight | topics, accuracy | s/step | headlines, perplexity | s/step |"
+    lines = []
+    for base, method in dict.fromkeys(key[:2] for key in found):
+        topics, headlines = (found.get((base, method, task)) for task in ("topics", "headlines"))
+        bits = float((topics or headlines)["bits_per_weight"])
+        lines.append(f"| {base} | {method} | {bits:.2f} | {_score(topics)} | {_score(headlines)} |")
+    return "\n".join([head, "|---|---|---:|---:|---:|---:|---:|", *lines])
+
+
 def _score(row: dict[str, str] | None) -> str:
     """`mean ± interval | seconds a step`; dashes for what was not run."""
     if row is None:
         return "- | -"
-    mean, spread = float(row["score_mean"]), float(row["score_ci95"])
+    mean, spread = f"{float(row['score_mean']):.3f}", f" ± {float(row['score_ci95']):.3f}"
     step = "-" if row["step_s"] == "nan" else f"{float(row['step_s']):.2f}"
-    return f"{mean:.3f} ± {spread:.3f} | {step}"
+    return f"{mean}{'' if row['score_ci95'] == 'nan' else spread} | {step}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -106,6 +117,10 @@ def filled(text: str) -> str:
 
 def _json(path: str) -> dict[str, Any]:
     return json.loads((ROOT / path).read_text())
+
+
+def _csv(path: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((ROOT / path).read_text().splitlines()))
 
 
 if __name__ == "__main__":
