@@ -102,6 +102,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench/step": bench_step,
     "counts": counts,
     "methods": methods,
+    "quantization": quantization,
     "quickstart": quickstart,
 }
 
