@@ -43,7 +43,6 @@ def loftq(
         del key
         targets.check_rank(name, w.shape, rank)
         _check_plain("LoftQ", name, w)
-        _check_finite(name, w)
         return loftq_form.attach(w, rank=rank, scale=alpha / rank, steps=steps, dropout=dropout, quantize=make)
 
     # After several steps the codes depend on a decomposition's last places: the adapter holds them.
@@ -116,7 +115,6 @@ def modulora(
     def adapt(key: jax.Array, w: Any, name: str) -> Any:
         targets.check_rank(name, w.shape, rank)
         _check_plain("ModuLoRA", name, w)
-        _check_finite(name, w)
         base = black_box.attach(w, quantise, quantizer)
         return lora_form.attach_even(key, base, rank=rank, alpha=alpha, dropout=dropout)
 
@@ -146,7 +144,6 @@ def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activa
         del key
         targets.check_kernel(name)
         _check_plain("QAT", name, w)
-        _check_finite(name, w)
         return fake.attach(w, scheme=scheme, options=options, activations=activations)
 
     return Method(rewrite=((target, adapt),))
@@ -161,8 +158,10 @@ def _quantizer(group: Mapping[str, Any] | str) -> Quantizer:
 
 
 def _check_plain(method: str, name: str, w: Any) -> None:
+    """Raises UserError for a kernel that is a form, or not finite."""
     if is_weight(w):
         raise UserError(f"{method} starts from a plain kernel; {name} is a {w.title}")
+    _check_finite(name, w)
 
 
 def _check_finite(name: str, w: Any) -> None:
