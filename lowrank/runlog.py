@@ -114,6 +114,12 @@ class RunLog:
         finally:
             self._clock.skip(time.monotonic() - started)
 
+    def flush(self) -> None:
+        """Writes to the files what is still in memory."""
+        if self._writes:
+            with _one_line(Path(self._lines.name)):
+                self._board.flush()
+
     def close(self) -> None:
         """Flushes and closes the files and the bar; more than once does no harm."""
         if self._writes:
@@ -242,8 +248,11 @@ class _TensorBoard:
             if math.isfinite(value):  # else tensorboardX warns, and nothing could be drawn
                 self._event(step, summary=self._summary.scalar(name, value))
         if time.monotonic() - self._flushed > 10:
-            self._writer.flush()
-            self._flushed = time.monotonic()
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._flushed = time.monotonic()
 
     def text(self, step: int, tag: str, text: str) -> None:
         self._event(step, summary=self._summary.text(tag, text))

@@ -208,6 +208,7 @@ class Run:
         return logged[-1] if logged else None
 
     def _report(self, summary: dict[str, Any], kind: str) -> None:
+        self.log.flush()  # the report says how large its files are
         report.write(
             self.folder,
             summary,

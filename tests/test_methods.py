@@ -241,19 +241,30 @@ def test_dora_keeps_the_formula_of_the_paper_in_float64():
     np.testing.assert_allclose(dot(jnp.eye(D), w), expected, atol=1e-5)
 
 
-def test_dora_makes_nothing_of_the_kernels_size_forward_or_back():
+@pytest.mark.parametrize("base", [jnp.float32, jnp.bfloat16])
+def test_dora_makes_nothing_of_the_kernels_size_forward_or_back(base):
     def made(dot_of):
         def loss(trained, x, w):
             return jnp.sum(jnp.square(dot_of(dataclasses.replace(w, **trained), x)))
 
         trained = {field: getattr(w, field) for field in ("a", "b", "magnitude")}
-        program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(trained, jnp.ones((5, 24)), w)
-        return re.findall(r"(?:->|:) tensor<(?:24x40|40x24)xf32>$", program.as_text(), re.MULTILINE)
+        program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(trained, jnp.ones((5, 24), base), w)
+        return re.findall(r"(?:->|:) tensor<(?:24x40|40x24)x(?:bf16|f32)>$", program.as_text(), re.MULTILINE)
 
     method = methods.build({"name": "dora", "rank": 2, "target": "kernel"})
-    w = methods.attach(method, {"kernel": jnp.ones((24, 40))}, jax.random.key(0))["kernel"]
+    w = methods.attach(method, {"kernel": jnp.ones((24, 40), base)}, jax.random.key(0))["kernel"]
     assert not made(lambda w, x: w.dot(x))
     assert made(lambda w, x: Weight.dot(w, x))
+
+
+def test_the_column_norm_on_a_bfloat16_base_is_float32s():
+    method = methods.build({"name": "dora", "rank": 4, "target": "kernel"})
+    kernel = jax.random.normal(jax.random.key(0), (256, 64)).astype(jnp.bfloat16)
+    w = methods.attach(method, {"kernel": kernel}, jax.random.key(1))["kernel"]
+    w = dataclasses.replace(w, b=jax.random.normal(jax.random.key(2), w.b.shape))
+    base, a, b = (np.asarray(x, np.float64) for x in (w.base, w.a, w.b))
+    expected = np.linalg.norm(base + float(w.scale) * a @ b, axis=0)
+    np.testing.assert_allclose(jax.jit(type(w).column_norm)(w), expected, rtol=2e-6)
 
 
 def test_dropout_follows_its_key_and_is_off_without_one():

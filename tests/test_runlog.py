@@ -100,6 +100,13 @@ def test_a_spoilt_line_is_named(tmp_path):
         quiet(tmp_path, start=2)
 
 
+def test_what_is_flushed_is_on_disk_while_the_log_is_open(tmp_path):
+    with RunLog(tmp_path, 2, stream=io.StringIO()) as log:
+        log.scalars(1, {runlog.LOSS: 1.0})
+        log.flush()
+        assert sum(path.stat().st_size for path in (tmp_path / "tensorboard").iterdir()) > 50
+
+
 def test_text_reaches_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -137,8 +137,13 @@ def test_every_method_keeps_the_contract_on_a_mesh(name, files, start, tmp_path,
 
 def _merged(params):
     """The leaves by name, with one for each form but those that route their input."""
+    return tree.named_leaves(_materialized(jax.device_get(params)))  # on one device, in one program
+
+
+@jax.jit
+def _materialized(params):
     merge = lambda w: w if isinstance(w, Routed | Gated) else materialize(w)  # noqa: E731
-    return tree.named_leaves(jax.tree.map(merge, params, is_leaf=is_weight))
+    return jax.tree.map(merge, params, is_leaf=is_weight)
 
 
 def test_a_classifier_learns_and_scores_itself(files, tmp_path, watched):

@@ -1,7 +1,8 @@
 """The bases that are compared, and what is tuned on each.
 
-All rows take one learning rate, near the best of LoRA in the comparison of methods, so that bases differ and nothing
-else does; all parameters, which QAT trains, take full fine-tuning's.
+Rows of LoRA take one learning rate, its best in the comparison of methods on both tasks, so that bases differ and
+nothing else does. What adapts all kernels takes the better of two; all parameters, which QAT trains, take full
+fine-tuning's.
 """
 
 from typing import Any
@@ -22,16 +23,17 @@ BASES: dict[str, dict[str, Any]] = {
 FORGETTING = False
 TOPICS, BOTH = ("topics",), ("topics", "headlines")
 LORA = {"name": "lora"}
+RATES = (3e-3, 1e-2)
 KERNELS = r"(layers|top)/(attn|mlp)/\w+/kernel"
-ROWS = {f"{base}+lora": Row("LoRA", LORA, (3e-3,), BOTH, model) for base, model in BASES.items()}
+ROWS = {f"{base}+lora": Row("LoRA", LORA, (1e-2,), BOTH, model) for base, model in BASES.items()}
 ROWS["int4_asymmetric+lora"] = ROWS["int4_asymmetric+lora"]._replace(tasks=TOPICS)
 # Against QLoRA on the same kernels: these read the plain base and make the codes themselves.
 ROWS |= {
-    "nf4+qlora": Row("QLoRA", {"name": "lora", "target": KERNELS}, (3e-3,), BOTH, BASES["nf4"]),
-    "nf4+qdora": Row("QDoRA", {"name": "dora", "target": KERNELS}, (3e-3,), TOPICS, BASES["nf4"]),
-    "nf4+loftq": Row("LoftQ", {"name": "loftq", "quantize": "nf4"}, (3e-3,), BOTH),
-    "nf4+ir_qlora": Row("IR-QLoRA", {"name": "ir_qlora"}, (3e-3,), BOTH),
-    "int4_asymmetric+qa_lora": Row("QA-LoRA", {"name": "qa_lora"}, (3e-3,), BOTH),
-    "int8+modulora": Row("ModuLoRA", {"name": "modulora"}, (3e-3,), TOPICS),
+    "nf4+qlora": Row("QLoRA", {"name": "lora", "target": KERNELS}, RATES, BOTH, BASES["nf4"]),
+    "nf4+qdora": Row("QDoRA", {"name": "dora", "target": KERNELS}, RATES, TOPICS, BASES["nf4"]),
+    "nf4+loftq": Row("LoftQ", {"name": "loftq", "quantize": "nf4"}, RATES, BOTH),
+    "nf4+ir_qlora": Row("IR-QLoRA", {"name": "ir_qlora"}, RATES, BOTH),
+    "int4_asymmetric+qa_lora": Row("QA-LoRA", {"name": "qa_lora"}, RATES, BOTH),
+    "int8+modulora": Row("ModuLoRA", {"name": "modulora"}, RATES, TOPICS),
     "int4+qat": Row("QAT", {"name": "qat", "quantize": "int4"}, (1e-4,), TOPICS),
 }

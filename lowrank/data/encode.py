@@ -34,6 +34,11 @@ class Language:
     length: int
     prompt_weight: float
 
+    @property
+    def document(self) -> bool:
+        """Whether no record has an answer of its own."""
+        return self.renderer.document
+
     def __call__(self, record: Record, where: str) -> tuple[list[Arrays], bool]:
         """`(sequences, whether the text was shortened)`. Raises UserError naming `where`."""
         limit = self.length + 1  # the last token is only predicted
@@ -89,6 +94,7 @@ class Labelled:
     length: int
     label_field: str
     labels: tuple[str, ...]
+    document = False
 
     def __call__(self, record: Record, where: str) -> tuple[list[Arrays], bool]:
         """`([sequence], whether the text was shortened)`. Raises UserError naming `where`."""

@@ -89,7 +89,7 @@ class Examples:
         self.encode = _encoder(config, tokenizer, self.source, self.labels)
         self.size = min(len(self.source), config.max_examples or len(self.source))
         self._kept: dict[int, tuple[list[Arrays], bool]] = {}
-        if not self.source.typed:
+        if not (self.source.typed and self.encode.document):  # else nothing can be missing
             for i in range(self.size):
                 self.encode.check(self.source[i], self.source.where(i))
 

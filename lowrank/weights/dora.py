@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weight import Weight, dot, form, frozen, is_stored, materialize, trainable, wide
+from lowrank.weight import Weight, dot, form, frozen, is_stored, is_weight, materialize, trainable, wide
 from lowrank.weights.lora import LoRA
 
 
@@ -45,9 +45,21 @@ class DoRA(LoRA):
         `||AB||^2 = sum_r B * (A^T A) B`. bfloat16 would lose 5e-3 to cancellation.
         """
         a, b = (x.astype(jnp.float32) for x in self.factors())
-        cross = jnp.sum(dot(a.T, self.base) * b, axis=-2)
+        cross = jnp.sum(_wide_dot(a.T, self.base) * b, axis=-2)
         square = jnp.sum(b * ((a.T @ a) @ b), axis=-2)
         return jnp.sqrt(jnp.maximum(self.base_sq + 2 * self.scale * cross + self.scale**2 * square, 1e-24))
+
+
+def _wide_dot(x: jax.Array, w: Any) -> jax.Array:
+    """`x @ w` in float32, with no float32 copy of a bfloat16 `w`: a float32 number is the sum of three bfloat16s."""
+    if is_weight(w) or w.dtype != jnp.bfloat16:
+        return dot(x, w)
+    parts, rest = [], x
+    for _ in range(3):
+        parts.append(jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))  # a cast might be undone
+        rest = rest - parts[-1]
+    products = jnp.matmul(jnp.stack(parts).astype(w.dtype), w, preferred_element_type=jnp.float32)
+    return jnp.sum(products, axis=0)
 
 
 def attach(lora: LoRA) -> DoRA:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lowrank.data import DataConfig, examples, make_loader, pipeline
+from lowrank.data.jsonl import Jsonl
 from lowrank.errors import UserError
 
 N = 90
@@ -199,6 +200,16 @@ def test_a_bad_record_is_named_before_training_in_a_file_of_any_size(
     monkeypatch.setattr(pipeline, "MEASURED", 1)
     with pytest.raises(UserError, match=message):
         make_loader(replace(config, source=write([*PAIRS, record], "bad.jsonl")), tokenizer)
+
+
+def test_an_empty_completion_is_named_before_training_among_records_that_have_every_field(
+    config, tokenizer, write, monkeypatch
+):
+    monkeypatch.setattr(Jsonl, "typed", True)
+    monkeypatch.setattr(pipeline, "KEPT", 1)
+    monkeypatch.setattr(pipeline, "MEASURED", 1)
+    with pytest.raises(UserError, match=r"bad\.jsonl:91: empty completion"):
+        make_loader(replace(config, source=write([*PAIRS, {"prompt": "x", "completion": ""}], "bad.jsonl")), tokenizer)
 
 
 def test_an_answer_too_long_that_is_met_while_training_is_named_through_the_thread(
