@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import sacrebleu
-from rouge_score.rouge_scorer import RougeScorer
 
 from lowrank.errors import UserError
 
@@ -56,6 +55,8 @@ def rouge(predictions: Sequence[str], references: Sequence[str], stemmer: bool =
 
     Its tokenizer lower-cases and keeps runs of a-z and 0-9 only: text in another script scores 0.
     """
+    from rouge_score.rouge_scorer import RougeScorer  # brings SciPy's statistics: a second that few commands need
+
     scorer = RougeScorer(list(ROUGE), use_stemmer=stemmer)
     scores = [scorer.score(reference, prediction) for prediction, reference in _pairs(predictions, references)]
     return {name: float(np.mean([s[name].fmeasure for s in scores])) for name in ROUGE}

@@ -162,6 +162,14 @@ class Loader:
             raise StopIteration
         return next(self._live[0])
 
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """`(shape, dtype)` of each array of a batch. The next batch stays the next."""
+        start = self.get_state()
+        first = next(self)
+        self.set_state(start)
+        return {name: (x.shape, x.dtype) for name, x in first.items()}
+
     def get_state(self) -> dict[str, Any]:
         """Where the next batch starts, for JSON."""
         return {"data": self._identity, "iterator": self._live[0].get_state()}
@@ -196,7 +204,7 @@ def make_loader(
     process_count: int = 1,
     max_positions: int | None = None,
 ) -> Loader:
-    """The loader of `config` for this host. Every JSONL record is checked now, and up to `KEPT` records are encoded.
+    """The loader of `config` for this host. Every record's answer is checked now, and up to `KEPT` records are encoded.
 
     Raises UserError for what cannot be read or does not fit: `seq_len` beyond `max_positions` (the model's), a
     `batch_size` that the hosts cannot share, an unknown dataset, split, template or field, a record without a field or

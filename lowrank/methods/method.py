@@ -104,7 +104,8 @@ def trainable_mask(method: Method, params: PyTree, extra: Sequence[str] = ()) ->
 def finished(method: Method, params: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
     """The trained `params` as an adapter holds them, and which of their leaves it holds."""
     if method.expands:
-        params = {name: part for name, part in method.bind(params, None, None).items() if name != SHARED}
+        bound = jax.jit(lambda params: method.bind(params, None, None))(params)
+        params = {name: part for name, part in bound.items() if name != SHARED}
         mask = {name: part for name, part in mask.items() if name != SHARED}
     held = {n for p in method.holds for n in tree.matching(p, tree.names(params), "held leaf")}
     return params, tree.map_named(lambda name, learns: learns or name in held, mask)

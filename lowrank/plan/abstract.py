@@ -47,11 +47,8 @@ def device_bytes(shapes: PyTree, kind: str = "") -> int:
 
 def _batch(job: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     """The tokens, even if the method computes features of them once: then the plan is an upper bound."""
-    start = job.loader.get_state()
-    first = next(job.loader)
-    job.loader.set_state(start)
     where = NamedSharding(job.mesh, sharding.BATCH)
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in first.items()}
+    return {name: jax.ShapeDtypeStruct(*of, sharding=where) for name, of in job.loader.shapes.items()}
 
 
 def _like(x: Any, dtype: str) -> jax.ShapeDtypeStruct:

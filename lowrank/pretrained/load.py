@@ -152,8 +152,7 @@ def _describe(
             f"{source.where}: the tokenizer has ids up to {words.vocab_size - 1}, "
             f"the model a vocabulary of {config.vocab_size}"
         )
-    shapes = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), shapes)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), _shapes(config))
     if how.codes is None:
         return config, words, shapes
     new = lambda name: _may_be_new(name, config, set())  # noqa: E731
@@ -248,6 +247,11 @@ def _check_extra(where: str, stored: Mapping[str, Stored], used: Sequence[str], 
     for name in sorted(stored.keys() - set(used)):
         if not any(re.fullmatch(pattern, name) for pattern in ignored):
             raise UserError(f"{where}: tensor {name!r} has no place in this model")
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(config: Config) -> PyTree:
+    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
 
 
 def _init(config: Config, key: jax.Array) -> PyTree:
