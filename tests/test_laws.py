@@ -1,5 +1,7 @@
 """The laws of a weight, for every form in the table."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +18,9 @@ X = jax.random.normal(jax.random.key(2), (2, 5, IN))
 each_form = pytest.mark.parametrize("name", FORMS)
 
 
+@functools.cache
 def made(name, stacked=False, trained=True):
-    w = FORMS[name](KEY, kernel(stacked))
+    w = jax.jit(FORMS[name])(KEY, kernel(stacked))
     return shaken(w, jax.random.key(3)) if trained else w
 
 
@@ -84,7 +87,7 @@ def test_gradient_of_dot_is_the_gradient_through_materialize(name):
 
     def gradients(multiply):
         loss = lambda t, x: jnp.sum(jnp.sin(multiply(x, tree.join(t, frozen))))  # noqa: E731
-        return jax.grad(loss, argnums=(0, 1))(trained, X)
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(trained, X)
 
     fast, plain = gradients(dot), gradients(lambda x, w: x @ materialize(w))
     assert len(jax.tree.leaves(fast)) == 1 + len(jax.tree.leaves(trained))
