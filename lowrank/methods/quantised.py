@@ -17,7 +17,7 @@ from lowrank.weights import ir_qlora as ir_form
 from lowrank.weights import loftq as loftq_form
 from lowrank.weights import lora as lora_form
 from lowrank.weights import qa_lora as qa_lora_form
-from lowrank.weights.schemes import SCHEMES, Quantizer, group_of
+from lowrank.weights.schemes import SCHEMES, Quantizer, compiled, group_of
 
 LINEAR = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|o|gate|up|down)/kernel"
 
@@ -57,7 +57,7 @@ def qa_lora(rank: int = 8, alpha: float = 16.0, target: str = LINEAR, block: int
     are.
     """
     targets.positive(rank=rank, alpha=alpha)
-    make = settings.call(SCHEMES["integer"], {"bits": bits, "block": block, "symmetric": False}, "method")
+    make = compiled(settings.call(SCHEMES["integer"], {"bits": bits, "block": block, "symmetric": False}, "method"))
 
     def adapt(key: jax.Array, w: Any, name: str) -> Any:
         targets.check_kernel(name)
@@ -154,7 +154,7 @@ def _quantizer(group: Mapping[str, Any] | str) -> Quantizer:
     name = options.pop("name", None)
     if name not in SCHEMES:
         raise unknown("method.quantize", name, SCHEMES)
-    return settings.call(SCHEMES[name], options, "method.quantize")
+    return compiled(settings.call(SCHEMES[name], options, "method.quantize"))
 
 
 def _check_plain(method: str, name: str, w: Any) -> None:

@@ -1,7 +1,6 @@
 """What turns the kernels of a checkpoint into codes as it is read."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -43,18 +42,6 @@ class Quantization:
     def layer(self, name: str, part: Stored, read: Callable[[], np.ndarray], like: Quantized) -> Quantized:
         """The form of one tensor `name`, whose kernel `read` returns. Raises UserError if it is not finite."""
         return self.form(jax.device_put(finite(name, read())), like.dtype.name)
-
-
-def compiled(make: Callable[[jax.Array], Quantized]) -> Callable[[jax.Array], Quantized]:
-    """`make` under jit, the same program for the same options: a second model is not compiled for again."""
-    if isinstance(make, functools.partial) and not make.args:
-        return _compiled(make.func, tuple(sorted(make.keywords.items())))
-    return jax.jit(make)
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(make: Callable[..., Quantized], options: tuple[tuple[str, Any], ...]) -> Callable[..., Quantized]:
-    return jax.jit(functools.partial(make, **dict(options)))
 
 
 def finite(name: str, kernel: np.ndarray) -> np.ndarray:

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 
 from lowrank import settings, tree
 from lowrank.errors import UserError, unknown
-from lowrank.pretrained.coding import TARGET, Quantization, compiled
+from lowrank.pretrained.coding import TARGET, Quantization
 from lowrank.pretrained.hf_files import CODES
 from lowrank.pretrained.hf_tensors import Tensor
 from lowrank.pretrained.mixed_bits import MixedBits
 from lowrank.weight import is_weight
 from lowrank.weights import awq
-from lowrank.weights.schemes import SCHEMES, Quantizer, group_of, integer
+from lowrank.weights.schemes import SCHEMES, Quantizer, compiled, group_of, integer
 
 METHOD = "lowrank"
 _STORED = {jnp.dtype(kind): name for name, kind in CODES.items()}

@@ -9,12 +9,12 @@ import numpy as np
 from lowrank import settings, tree
 from lowrank.errors import UserError, unknown
 from lowrank.pretrained import kept
-from lowrank.pretrained.coding import TARGET, Quantization, Reader, StoredAs, compiled
+from lowrank.pretrained.coding import TARGET, Quantization, Reader, StoredAs
 from lowrank.pretrained.mixed_bits import MixedBits
 from lowrank.pretrained.stored import Stored
 from lowrank.weights import ggml
 from lowrank.weights.quantized import Quantized
-from lowrank.weights.schemes import SCHEMES, group_of
+from lowrank.weights.schemes import SCHEMES, compiled, group_of
 
 PyTree = Any
 

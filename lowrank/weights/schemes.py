@@ -1,7 +1,7 @@
 """The quantisers by name: each makes, from its options, a function from a kernel `[..., in, out]` to a form."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -72,6 +72,18 @@ SCHEMES: dict[str, Callable[..., Quantizer]] = {
     "ternary": lambda: uniform.ternary,
     "mixed": mixed_bits,
 }
+
+
+def compiled(make: Quantizer) -> Quantizer:
+    """`make` under jit, the same program for the same options: a second model is not compiled for again."""
+    if isinstance(make, partial) and not make.args:
+        return _compiled(make.func, tuple(sorted(make.keywords.items())))
+    return jax.jit(make)
+
+
+@lru_cache(maxsize=64)
+def _compiled(make: Quantizer, options: tuple[tuple[str, Any], ...]) -> Quantizer:
+    return jax.jit(partial(make, **dict(options)))
 
 
 def group_of(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
