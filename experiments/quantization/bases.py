@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
 from experiments.quantization.rows import BASES
 from experiments.study.cells import Row, Study
 from experiments.study.tasks import Model, Task, embedded
-from lowrank import pretrained, tree, workdir
+from lowrank import methods, pretrained, tree, workdir
 from lowrank.pretrained.quantize import TARGET
 from lowrank.weight import is_weight
 
@@ -52,6 +53,22 @@ def bits(params: PyTree) -> dict[str, float]:
         stored = path.stat().st_size
     held = sum(x.nbytes for x in arrays.values())
     return {"bits_in_memory": 8 * held / count, "bits_on_disk": 8 * stored / count}
+
+
+def bits_under(row: Row, name: str, model: Mapping[str, Any]) -> float:
+    """Bits a weight in memory of what the row's method has in place of the quantised kernels, from shapes alone."""
+    options = {**model, **row.model}
+    read = {"param_dtype": options.pop("param_dtype", "float32"), "quantized": options.pop("quantize", None)}
+    shapes = pretrained.describe(name, options, **read)[2]
+    shapes = jax.eval_shape(lambda p: methods.attach(methods.build(row.method), p, jax.random.key(0)), shapes)
+    weights = dict(tree.named_leaves(shapes, is_weight))
+    kernels = [_bottom(weights[name]) for name in tree.matching(TARGET, weights)]
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kernels))
+    return 8 * held / sum(math.prod(w.shape) for w in kernels)
+
+
+def _bottom(w: Any) -> Any:
+    return _bottom(w.base) if hasattr(w, "base") else w
 
 
 def by_centroid(model: Model) -> float:

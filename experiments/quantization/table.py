@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.quantization.bases import measured
+from experiments.quantization.bases import bits_under, measured
 from experiments.quantization.rows import BASES
 from experiments.study.cells import Study, Timing, finals
 from experiments.study.numbers import interval, write_csv
@@ -48,7 +48,12 @@ def _tuned(
     base, _, method = name.partition("+")
     scores = [cell["test"] for cell in cells]
     numbers = {"seeds": len(scores), "score_mean": statistics.mean(scores), "score_ci95": interval(scores)}
-    return {**_untuned(study, task, base), "method": method, **numbers, **{k: timing[k] for k in ("step_s", "peak_mb")}}
+    numbers |= {k: timing[k] for k in ("step_s", "peak_mb")}
+    row, model = study.rows[name], dict(TASKS[task].settings["model"])
+    numbers["bits_per_weight"] = bits_under(row, model.pop("name"), model)
+    if row.model != BASES[base]:  # the method makes the codes, and no file holds them
+        numbers["bits_on_disk"] = math.nan
+    return {**_untuned(study, task, base), "method": method, **numbers}
 
 
 def write(study: Study) -> None:
@@ -77,7 +82,8 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
 def _line(row: Mapping[str, Any]) -> str:
     spread = "" if math.isnan(row["score_ci95"]) else f" ± {row['score_ci95']:.3f}"
     cost = ["-", "-"] if math.isnan(row["step_s"]) else [f"{row['step_s']:.2f}", f"{row['peak_mb']:.0f}"]
-    cells = [row["base"], row["method"], f"{row['bits_per_weight']:.2f}", f"{row['bits_on_disk']:.2f}"]
+    on_disk = "-" if math.isnan(row["bits_on_disk"]) else f"{row['bits_on_disk']:.2f}"
+    cells = [row["base"], row["method"], f"{row['bits_per_weight']:.2f}", on_disk]
     return "| " + " | ".join([*cells, f"{row['score_mean']:.3f}{spread}", *cost]) + " |"
 
 
