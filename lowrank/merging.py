@@ -102,7 +102,7 @@ def merged(params: PyTree, dtype: str, requantize: Rounding | None = None) -> tu
 def _merged(w: Weight, dtype: str, requantize: Rounding | None) -> tuple[jax.Array, list[tuple[float, float]]]:
     """`(kernel [..., in, out] in dtype, [(||W' - W - dW||, ||dW||) of each layer])`; float32 blur is no update."""
     stack = w.shape[:-2]
-    again = requantize if not is_stored(w) and is_stored(_innermost(w)) and not hasattr(w, "absorbed") else None
+    again = requantize if not is_stored(w) and is_stored(innermost(w)) and not hasattr(w, "absorbed") else None
     stored, norms = [], []
     for i in range(stack[0]) if stack else (...,):
         base, exact = _exact(jax.tree.map(lambda x, i=i: x[i], w))
@@ -113,9 +113,9 @@ def _merged(w: Weight, dtype: str, requantize: Rounding | None) -> tuple[jax.Arr
     return jnp.asarray(np.stack(stored) if stack else stored[0]), norms
 
 
-def _innermost(w: Any) -> Any:
+def innermost(w: Any) -> Any:
     """The kernel that all of a weight's forms are on."""
-    return _innermost(w.base) if hasattr(w, "base") else w
+    return innermost(w.base) if hasattr(w, "base") else w
 
 
 def _exact(w: Weight) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from experiments.quantization.rows import BASES
 from experiments.study.cells import Row, Study
 from experiments.study.tasks import Model, Task, embedded
 from lowrank import methods, pretrained, tree, workdir
+from lowrank.merging import innermost
 from lowrank.pretrained.quantize import TARGET
 from lowrank.weight import is_weight
 
@@ -36,9 +37,14 @@ def measured(study: Study, task: Task, name: str) -> dict[str, float]:
 
 def load(model: Mapping[str, Any]) -> pretrained.Pretrained:
     """The base that a model group names."""
-    options = dict(model)
-    read = {"param_dtype": options.pop("param_dtype", "float32"), "quantized": options.pop("quantize", None)}
+    options, read = _read(model)
     return pretrained.load(options.pop("name"), model=options, **read)
+
+
+def _read(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model group as the config's fields, and how its kernels are read."""
+    options = dict(model)
+    return options, {"param_dtype": options.pop("param_dtype", "float32"), "quantized": options.pop("quantize", None)}
 
 
 def bits(params: PyTree) -> dict[str, float]:
@@ -57,18 +63,13 @@ def bits(params: PyTree) -> dict[str, float]:
 
 def bits_under(row: Row, name: str, model: Mapping[str, Any]) -> float:
     """Bits a weight in memory of what the row's method has in place of the quantised kernels, from shapes alone."""
-    options = {**model, **row.model}
-    read = {"param_dtype": options.pop("param_dtype", "float32"), "quantized": options.pop("quantize", None)}
+    options, read = _read({**model, **row.model})
     shapes = pretrained.describe(name, options, **read)[2]
     shapes = jax.eval_shape(lambda p: methods.attach(methods.build(row.method), p, jax.random.key(0)), shapes)
     weights = dict(tree.named_leaves(shapes, is_weight))
-    kernels = [_bottom(weights[name]) for name in tree.matching(TARGET, weights)]
+    kernels = [innermost(weights[name]) for name in tree.matching(TARGET, weights)]
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kernels))
     return 8 * held / sum(math.prod(w.shape) for w in kernels)
-
-
-def _bottom(w: Any) -> Any:
-    return _bottom(w.base) if hasattr(w, "base") else w
 
 
 def by_centroid(model: Model) -> float:
