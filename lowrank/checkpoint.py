@@ -68,6 +68,7 @@ class Checkpointer:
         self.every = every
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._clear()  # Orbax clears in the background, where two managers, or this and a save, meet
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 item_names=("arrays", "meta"),
@@ -192,14 +193,18 @@ class Checkpointer:
         if step not in self.steps():
             raise UserError(f"no checkpoint of step {step} in {self.directory}; there are {self.steps() or 'none'}")
 
+    def _clear(self) -> None:
+        """Deletes half-written steps; on `gs://`, where they have no name of their own, Orbax does."""
+        if jax.process_index() == 0:
+            for half in self.directory.glob(f"*{_TEMPORARY}*"):
+                half.rmtree(missing_ok=True)
+
     def _failure(self, error: Exception) -> UserError:
         """Forgets the failed step, deletes its half-written folder and says what is left."""
         self._failed = True
         with contextlib.suppress(Exception):  # what else failed with it
             self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            for half in self.directory.glob(f"*{_TEMPORARY}*"):
-                half.rmtree(missing_ok=True)
+        self._clear()
         self._manager.reload()
         last = self.latest()
         kept = "there is no earlier one" if last is None else f"step {last} is intact"

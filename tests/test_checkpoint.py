@@ -288,6 +288,17 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path):
         assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1"]
 
 
+def test_what_a_kill_left_is_gone_when_the_folder_is_open(tmp_path):
+    half = tmp_path / "c" / "5.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    for i in range(3000):
+        (half / str(i)).touch()
+    with Checkpointer(tmp_path / "c") as saver:
+        assert not half.exists()
+        saver.save(5, {"w": jnp.arange(4)}, {"step": 5}, block=True)
+        assert saver.steps() == [5]
+
+
 PROCESS = """
 import os, signal, sys, time, jax, numpy as np
 address, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
