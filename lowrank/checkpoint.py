@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -299,8 +300,10 @@ def _reason(error: BaseException) -> str:
 def _quiet_orbax() -> Callable[[], None]:
     """Keeps the threads that a failed write takes down from printing their tracebacks: one UserError says it.
 
-    Returns what undoes it. TensorStore's threads print through `sys.unraisablehook`, Orbax's through two loggers.
+    Returns what undoes it. TensorStore's threads print through `sys.unraisablehook`, Orbax's through two loggers, and
+    Python warns, whenever it gets to collect them, of writes that JAX no longer started: that filter stays.
     """
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited", RuntimeWarning)
     loggers, before = (logging.get_absl_logger(), std_logging.getLogger("asyncio")), sys.unraisablehook
 
     def shown(record: std_logging.LogRecord) -> bool:

@@ -1,6 +1,7 @@
 """A checkpoint is whole or absent, comes back as it was, and fits only what it was made for."""
 
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -47,7 +49,16 @@ def noise(size=BIG):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def litter():
+    """Collects what failed writes leave before the next test, which has no filter of `Checkpointer` for it."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        gc.collect()
+
+
+@pytest.fixture
+def small_disk(tmp_path, litter):
     """A folder whose disk takes less than a megabyte: a tmpfs where we may mount one, else a limit on file size."""
     place = tmp_path / "disk"
     place.mkdir()
