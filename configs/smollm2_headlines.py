@@ -14,7 +14,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: `method=NAME,KEY=VALUE,...`."""
     return common.new(
         seed=0,
-        steps=150,
+        steps=60,
         objective="causal_lm",
         model={"name": "smollm2-135m", "remat": "dots"},
         method=common.method(arg, "lora", rank=8, alpha=16.0, target=r".*attn/(q|v)/kernel"),
@@ -26,8 +26,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "batch_size": 8,
             "prompt_loss_weight": 0.1,
         },
-        optim={"name": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup": 10, "clip": 1.0},
+        optim={"name": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup": 6, "clip": 1.0},
         eval={"split": "test", "texts": 100, "max_new": 24},
-        checkpoint={"every": 50, "keep": 2},
+        checkpoint={"every": 20, "keep": 2},
         log_every=5,
     )
