@@ -23,7 +23,7 @@ import jax
 
 from lowrank import config_file
 from lowrank.errors import UserError
-from lowrank.plan import advice, compiled, devices, figures, formats, formulas, job, report
+from lowrank.plan import advice, check, compiled, devices, figures, formats, formulas, report
 from lowrank.plan.abstract import run
 
 HIDDEN = "--worker"  # in the process that a slice, or several devices, are compiled in
@@ -109,7 +109,7 @@ def _in_a_process_of_its_own(target: devices.Target, argv: Sequence[str]) -> int
 def _report(config: Any, target: devices.Target | None) -> tuple[Any, Any]:
     """What to print as JSON, and a function that makes the text of it."""
     slice_ = _slice(target.topology) if target and target.topology else None
-    plan = job.make(config, slice_)
+    plan = check.make(config, slice_)
     native = target is None or bool(target.topology) or _is_here(target)
     target = target or devices.here(list(plan.mesh.devices.flat))
     arrays = run(plan)

@@ -9,7 +9,8 @@ from jax.sharding import AbstractMesh, AxisType
 from lowrank import config_file, sharding
 from lowrank.errors import UserError
 from lowrank.plan import formulas
-from lowrank.plan.job import Plan, make
+from lowrank.plan.check import make
+from lowrank.plan.job import Plan
 
 
 class Option(NamedTuple):

@@ -11,7 +11,8 @@ from lowrank import counts, methods, models, settings, sharding
 from lowrank.optim import OptimConfig
 from lowrank.plan import formulas
 from lowrank.plan.abstract import Run, device_bytes, run
-from lowrank.plan.job import CheckpointConfig, ModelConfig, Plan, RunConfig
+from lowrank.plan.config import CheckpointConfig, ModelConfig, RunConfig
+from lowrank.plan.job import Plan
 from lowrank.plan.papers import MODELS
 from lowrank.plan.text import aligned
 from lowrank.pretrained import quantize

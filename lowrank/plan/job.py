@@ -1,66 +1,25 @@
-"""A config becomes a checked plan: all that can be wrong is found before a weight is read or anything is computed."""
+"""A checked run: what its steps are made of, and where the method looks at data, restarts and ends."""
 
 import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
 
-from lowrank import counts, data, losses, methods, models, optim, pretrained, settings, sharding, step, tree, weight
-from lowrank.errors import UserError
+from lowrank import data, losses, methods, optim, pretrained, sharding, step, tree, weight
 from lowrank.methods import Method
 from lowrank.optim import OptimConfig
-from lowrank.paging import HOST, has_host
-from lowrank.scoring import EvalConfig, Scorer
+from lowrank.paging import has_host
+from lowrank.plan.config import CheckpointConfig, ModelConfig, RunConfig
+from lowrank.plan.passing import computing, sources
+from lowrank.scoring import Scorer
 
 PyTree = Any
-Group = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """The top level of a config. A group's keys are those of the dataclass or function that reads it."""
-
-    steps: int
-    model: Group  # name, param_dtype, and options of the model's config: dtype, remat, ...
-    method: Group  # name, and the keywords of that function in `methods`
-    data: Group  # data.DataConfig; the objective is this level's
-    optim: Group = dataclasses.field(default_factory=dict)  # optim.OptimConfig
-    eval: Group = dataclasses.field(default_factory=dict)  # scoring.EvalConfig
-    mesh: Group = dataclasses.field(default_factory=dict)  # sharding.make_mesh
-    checkpoint: Group = dataclasses.field(default_factory=dict)  # checkpoint.Checkpointer
-    objective: str = "causal_lm"  # a key of losses.OBJECTIVES
-    seed: int = 0
-    loss_rows: int = 1024  # tokens a device whose logits exist at a time; 0: all of the batch's
-    log_every: int = 10  # steps
-    distributed: bool = False  # the launcher calls jax.distributed.initialize() first
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """What the `model` group says beside the options of the model's own config."""
-
-    name: str
-    param_dtype: str = "float32"  # of what is frozen; what is trained is float32
-    quantize: Group | str | None = None  # a scheme, or its name, target and options: pretrained.quantize
-    upcycle: Group | None = None  # experts and top_k: pretrained.upcycle
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """The `checkpoint` group."""
-
-    every: int = 0  # steps; 0: only at SIGTERM and at the end
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        if self.every < 0 or self.keep < 1:
-            raise UserError(f"checkpoint.every={self.every} must be >= 0 and checkpoint.keep={self.keep} must be >= 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +34,6 @@ class Plan:
     optim: OptimConfig
     checkpoint: CheckpointConfig
     loader: data.Loader
-    scorer: Scorer | None
     mesh: Mesh
     shapes: PyTree
     mask: PyTree
@@ -83,6 +41,7 @@ class Plan:
     tokens_per_step: float
     tokenizer: Any
     notes: tuple[str, ...] = ()  # what the devices lack, and what is done instead
+    scorer: Scorer | None = None
 
     @property
     def paged(self) -> bool:
@@ -109,7 +68,7 @@ class Plan:
         """
         where = sharding.shardings(self.shapes, self.mesh)
         attach = functools.partial(methods.attach, self.method, key=jax.random.key(self.config.seed))
-        adapted = _computing(attach, where, params)(params)
+        adapted = computing(attach, where, params)(params)
         changed = _bases_changed(params, adapted)
         adapted = jax.tree.map(lambda x, learns: x.astype("float32") if learns else x, adapted, self.mask)
         return jax.device_put(adapted, where), params if changed else None
@@ -135,7 +94,7 @@ class Plan:
 
     @functools.cached_property
     def _restarted(self) -> Callable[[PyTree, jax.Array], PyTree]:
-        return _computing(self.method.restart[1], sharding.shardings(self.shapes, self.mesh), self.shapes, _key())
+        return computing(self.method.restart[1], sharding.shardings(self.shapes, self.mesh), self.shapes, _key())
 
     @functools.cached_property
     def changing(self) -> frozenset[str]:
@@ -147,10 +106,10 @@ class Plan:
     def _changed_by_restarts(self) -> frozenset[str]:
         if not self.method.restart:
             return frozenset()
-        _, sources = _sources(self.method.restart[1], self.shapes, _key())
+        _, origins = sources(self.method.restart[1], self.shapes, _key())
         learns = jax.tree.leaves(self.mask)
         names = enumerate(tree.names(self.shapes))
-        return frozenset(name for i, name in names if sources[i] != i and not learns[i])
+        return frozenset(name for i, name in names if origins[i] != i and not learns[i])
 
     def _first_batches(self, n: int) -> list[losses.Batch]:
         start = self.loader.get_state()
@@ -182,122 +141,8 @@ class Plan:
         return step.make(self.loss, optimizer, schedule, seed=self.config.seed, accumulate=self.optim.accumulate)
 
 
-def make(config: Group, devices: Sequence[Any] | None = None, like: Plan | None = None) -> Plan:
-    """Checks a config (a ConfigDict or nested dicts) against the model, the data and the mesh. Raises UserError.
-
-    `devices` are the mesh's if they are not this machine's: such a plan is only compiled. `like` is a plan of the same
-    data, whose loader and scorer serve again.
-    """
-    c = settings.call(RunConfig, config, "config")
-    _check_numbers(c)
-    losses.objective(c.objective)
-    method = methods.build(c.method)
-    optim_config = settings.call(OptimConfig, c.optim, "optim")
-    optim.check(optim_config, c.steps)
-    saved = settings.call(CheckpointConfig, c.checkpoint, "checkpoint")
-    asked = {"objective": c.objective} | ({"holdout": method.holdout} if method.holdout else {})
-    data_config = settings.call(data.DataConfig, {**c.data, **asked}, "data")
-    make_mesh = sharding.make_mesh if devices is None else functools.partial(sharding.mesh_of, devices)
-    mesh = settings.call(make_mesh, c.mesh, "mesh")
-    sharding.check_batch(data_config.batch_size, optim_config.accumulate, mesh)
-    own = [f.name for f in dataclasses.fields(ModelConfig)]
-    model = settings.call(ModelConfig, {k: v for k, v in c.model.items() if k in own}, "model")
-    options = {k: v for k, v in c.model.items() if k not in own} | dict(method.model)
-    read = {"param_dtype": model.param_dtype, "quantized": model.quantize, "upcycled": model.upcycle}
-    shape, tokenizer, base = pretrained.describe(model.name, options, **read)
-    if c.objective == "causal_lm" and not isinstance(shape, models.DecoderConfig):
-        raise UserError(f"{model.name} is an encoder: it is fine-tuned with objective=classification")
-    room, length = shape.room - shape.virtual, f"data.seq_len={data_config.seq_len}"
-    if shape.virtual and data_config.seq_len > room:
-        raise UserError(f"{length} and {shape.virtual} virtual tokens exceed the model's {shape.room} positions")
-    read_data = functools.partial(data.make_loader, data_config, tokenizer)
-    loader = like.loader if like else read_data(jax.process_index(), jax.process_count(), room)
-    if loader.labels:
-        options["num_labels"] = len(loader.labels)
-        shape, _, base = pretrained.describe(model.name, options, **read)
-    shapes, mask, table = _split(method, base, bool(loader.labels))
-    notes = _notes(optim_config, shape, mesh)
-    sharding.shardings(shapes, mesh)
-    if shape.remat == "offload" and not has_host(mesh):
-        shape = dataclasses.replace(shape, remat="names", remat_names=shape.remat_names or ("input",))
-    network = models.build(shape)
-    eval_config = settings.call(EvalConfig, c.eval, "eval")
-    used = models.build(models.after_training(shape))
-    score = functools.partial(Scorer, eval_config, data_config, tokenizer, used, method.bind, mesh)
-    plan = Plan(
-        config=c,
-        method=method,
-        model=model,
-        options=options,
-        network=network,
-        optim=optim_config,
-        checkpoint=saved,
-        loader=loader,
-        scorer=like.scorer if like else score() if eval_config.split else None,
-        mesh=mesh,
-        shapes=shapes,
-        mask=mask,
-        table="\n".join([table, *notes]),
-        tokens_per_step=_tokens_per_step(data_config, loader),
-        tokenizer=tokenizer,
-        notes=notes,
-    )
-    plan.optimizer()
-    return plan
-
-
-def _check_numbers(c: RunConfig) -> None:
-    for key, least in (("steps", 1), ("log_every", 1), ("loss_rows", 0), ("seed", 0)):
-        if getattr(c, key) < least:
-            raise UserError(f"{key} must be at least {least}, not {getattr(c, key)}")
-
-
-def _notes(config: OptimConfig, model: Any, mesh: Mesh) -> tuple[str, ...]:
-    if has_host(mesh):
-        return ()
-    lack = f"{mesh.devices.flat[0].device_kind} has no {HOST} memory"
-    stays = {"optim.paged": config.paged and "the optimizer's state stays", "model.remat=offload": ""}
-    if model.remat == "offload":
-        stays["model.remat=offload"] = "what would be offloaded stays"
-    return tuple(f"warning: {key}: {lack}, so {what} in the device's" for key, what in stays.items() if what)
-
-
-def _split(method: Method, base: PyTree, labelled: bool) -> tuple[PyTree, PyTree, str]:
-    """`(shapes, mask, table)` of the adapted parameters; a classifier's head is new, so it is always trained."""
-    method = dataclasses.replace(method, train=(*method.train, *(("head/.*",) if labelled else ())))
-    shapes = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), base)
-    mask = methods.trainable_mask(method, shapes)
-    if not any(jax.tree.leaves(mask)):
-        raise UserError("the method trains nothing")
-    return shapes, mask, counts.rule_table(methods.matches(method, shapes), shapes, mask)
-
-
 def _key() -> jax.Array:
     return jax.random.key(0)
-
-
-def _sources(fn: Callable[..., PyTree], *args: PyTree) -> tuple[PyTree, list[int | None]]:
-    """`(shapes of fn(*args), which leaf of args each of its leaves is)`, None for a leaf that is computed."""
-    program, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
-    given = {id(var): i for i, var in enumerate(program.jaxpr.invars)}
-    return shapes, [given.get(id(var)) for var in program.jaxpr.outvars]
-
-
-def _computing(fn: Callable[..., PyTree], where: PyTree, *args: PyTree) -> Callable[..., PyTree]:
-    """`fn` under jit for arguments like `args`; what it hands through stays the array it was, where jit would copy."""
-    shapes, sources = _sources(fn, *args)
-
-    def some(values: PyTree) -> list[Any]:
-        return [x for x, source in zip(jax.tree.leaves(values), sources, strict=True) if source is None]
-
-    made = jax.jit(lambda *args: some(fn(*args)), out_shardings=some(where))
-
-    def compute(*args: PyTree) -> PyTree:
-        given, fresh = jax.tree.leaves(args), iter(made(*args))
-        leaves = [next(fresh) if source is None else given[source] for source in sources]
-        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-    return compute
 
 
 def _bases_changed(before: PyTree, after: PyTree) -> bool:
@@ -306,10 +151,3 @@ def _bases_changed(before: PyTree, after: PyTree) -> bool:
     plain = dict(tree.named_leaves(before))
     bases = {name: getattr(w, "base", None) for name, w in forms.items()}
     return any(base is not plain[name] for name, base in bases.items() if isinstance(base, jax.Array))
-
-
-def _tokens_per_step(config: data.DataConfig, loader: data.Loader) -> float:
-    """Real tokens a step of all hosts: rows that are packed are nearly full, others are as long as their sequence."""
-    mean = loader.stats["tokens"] / max(1, loader.stats["sequences"])
-    packed = config.packing and not loader.labels
-    return config.batch_size * (config.seq_len if packed else mean)
