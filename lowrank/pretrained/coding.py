@@ -7,7 +7,6 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from lowrank.errors import UserError
 from lowrank.pretrained.stored import Stored
 from lowrank.weights.quantized import Quantized
 
@@ -40,12 +39,5 @@ class Quantization:
         return jax.eval_shape(lambda x: self.form(x, leaf.dtype.name), leaf)
 
     def layer(self, name: str, part: Stored, read: Callable[[], np.ndarray], like: Quantized) -> Quantized:
-        """The form of one tensor `name`, whose kernel `read` returns. Raises UserError if it is not finite."""
-        return self.form(jax.device_put(finite(name, read())), like.dtype.name)
-
-
-def finite(name: str, kernel: np.ndarray) -> np.ndarray:
-    """The kernel. Raises UserError if it is not finite."""
-    if not np.isfinite([kernel.min(), kernel.max()]).all():
-        raise UserError(f"tensor {name!r} holds NaN or infinite values: it cannot be quantised")
-    return kernel
+        """The form of one tensor `name`, whose kernel `read` returns."""
+        return self.form(jax.device_put(read()), like.dtype.name)

@@ -16,7 +16,7 @@ import numpy as np
 from lowrank.errors import UserError, nearest
 from lowrank.pretrained.hf_tensors import Tensor
 from lowrank.pretrained.quantize import Quantization
-from lowrank.pretrained.stored import Stored
+from lowrank.pretrained.stored import Stored, finite
 from lowrank.weight import is_weight
 from lowrank.weights.quantized import Quantized
 
@@ -50,7 +50,7 @@ def fill(
 ) -> dict[str, Any]:
     """`{leaf name: array or form}`; `leaves` give each array's shape, dtype and sharding; `codes` makes the forms.
 
-    Raises UserError for a tensor to be quantised that is not finite.
+    Raises UserError for a tensor that is not finite.
     """
     by_size = sorted(tensors, key=lambda t: -math.prod(leaves[t.leaf].shape))
     kernels = [math.prod(leaf.shape[-2:]) for leaf in leaves.values() if is_weight(leaf)]
@@ -93,20 +93,20 @@ def _quantised(
     buffers = [{index: _buffer(leaf, index) for index in _holders(leaf)} for leaf in leaves]
     kernel = room[: math.prod(form.shape[-2:])].reshape(form.shape[-2:])
     for place, name, part in zip(tensor.places, tensor.names, parts, strict=True):
-        one = functools.partial(_read_whole, part, tensor.transpose != part.flipped, kernel)
+        one = functools.partial(_read_whole, name, part, tensor.transpose != part.flipped, kernel)
         made = jax.tree.leaves(codes.layer(name, part, one, form))
         for array, pieces in zip(made, buffers, strict=True):
             _keep(np.asarray(array), place, pieces)
     return structure.unflatten(_placed(leaf, pieces) for leaf, pieces in zip(leaves, buffers, strict=True))
 
 
-def whole(part: Stored, transpose: bool, shape: tuple[int, ...]) -> np.ndarray:
+def whole(name: str, part: Stored, transpose: bool, shape: tuple[int, ...]) -> np.ndarray:
     """One tensor as a kernel `[in, out]` in float32."""
-    return _read_whole(part, transpose, _aligned(shape, np.dtype(np.float32)))
+    return _read_whole(name, part, transpose, _aligned(shape, np.dtype(np.float32)))
 
 
-def _read_whole(part: Stored, transpose: bool, out: np.ndarray) -> np.ndarray:
-    _read_one(part, transpose, tuple((0, size) for size in out.shape), out)
+def _read_whole(name: str, part: Stored, transpose: bool, out: np.ndarray) -> np.ndarray:
+    _read_one(name, part, transpose, tuple((0, size) for size in out.shape), out)
     return out
 
 
@@ -135,15 +135,15 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 def _read(tensor: Tensor, parts: Sequence[Stored], index: tuple, out: np.ndarray) -> None:
     """Fills `out` with the part of the leaf that `index`, a (start, stop) for each axis, selects."""
     depth = len(tensor.stack)
-    for place, part in zip(tensor.places, parts, strict=True):
+    for place, name, part in zip(tensor.places, tensor.names, parts, strict=True):
         if all(start <= i < stop for i, (start, stop) in zip(place, index, strict=False)):
             here = tuple(i - start for i, (start, _) in zip(place, index, strict=False))
-            _read_one(part, tensor.transpose != part.flipped, index[depth:], out[(*here, ...)])
+            _read_one(name, part, tensor.transpose != part.flipped, index[depth:], out[(*here, ...)])
 
 
-def _read_one(part: Stored, transpose: bool, index: tuple, out: np.ndarray) -> None:
+def _read_one(name: str, part: Stored, transpose: bool, index: tuple, out: np.ndarray) -> None:
     if not index:
-        out[...] = part.read(0, 1)[0]
+        out[...] = finite(name, part.read(0, 1))[0]
         return
     if transpose:
         index, out = index[::-1], out.T
@@ -152,4 +152,4 @@ def _read_one(part: Stored, transpose: bool, index: tuple, out: np.ndarray) -> N
     step = max(1, CHUNK_BYTES // (4 * math.prod(shape[1:])))
     for start in range(first, last, step):
         stop = min(start + step, last)
-        out[start - first : stop - first] = part.read(start, stop)[:, *rest]
+        out[start - first : stop - first] = finite(name, part.read(start, stop)[:, *rest])

@@ -231,7 +231,7 @@ def _stored_as(source: Source, tensors: Sequence[Tensor], shapes: PyTree) -> tup
         fill.check(source.where, [tensor], needed, stored)
         for name in tensor.names:
             part = stored[name]
-            read = functools.partial(fill.whole, part, tensor.transpose != part.flipped, needed[leaf][-2:])
+            read = functools.partial(fill.whole, name, part, tensor.transpose != part.flipped, needed[leaf][-2:])
             yield (source.where, changed, name), name, read
 
     return lambda leaf: [stored[n] for t in filter(None, [of_leaf.get(leaf)]) for n in t.names if n in stored], kernels

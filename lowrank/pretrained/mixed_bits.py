@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from lowrank.errors import UserError
-from lowrank.pretrained.coding import Quantization, Reader, finite
+from lowrank.pretrained.coding import Quantization, Reader
 from lowrank.pretrained.stored import Stored
 from lowrank.weights import mixed
 from lowrank.weights.quantized import Quantized
@@ -52,7 +52,7 @@ class MixedBits(Quantization):
         """As for all; `like` says how many groups are in 4 bits."""
         del part
         high = 0 if like.high is None else like.high.rows // like.block
-        return self._made(finite(name, read()), high=high, kind=like.dtype.name)
+        return self._made(read(), high=high, kind=like.dtype.name)
 
     def _made(self, kernel: Any, high: int, kind: str) -> Quantized:
         options = {k: v for k, v in self.options.items() if k != "budget"}
@@ -68,5 +68,5 @@ def _gains(key: tuple[Any, ...], name: str, read: Callable[[], np.ndarray], bloc
     if key not in _GAINS:
         if len(_GAINS) > _MOST:
             _GAINS.clear()
-        _GAINS[key] = np.asarray(_found(finite(name, read()), block))
+        _GAINS[key] = np.asarray(_found(read(), block))
     return _GAINS[key]

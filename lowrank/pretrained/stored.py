@@ -10,6 +10,7 @@ import numpy as np
 from lowrank.errors import UserError
 
 Rows = Callable[[int, int], np.ndarray]
+EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00}  # all of whose bits are set in what is not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,18 @@ def read_array(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...])
     if array.size != count:
         raise UserError(f"{path} is truncated: it ends at byte {path.stat().st_size}, inside a tensor")
     return array.reshape(shape)
+
+
+def finite(name: str, values: np.ndarray) -> np.ndarray:
+    """The values of a tensor. Raises UserError if one is NaN or infinite."""
+    if values.dtype.name in EXPONENT:  # by their bits: NumPy takes seven times as long to look at 16-bit floats
+        mask = np.uint16(EXPONENT[values.dtype.name])
+        bad = bool(((values.view(np.uint16) & mask) == mask).any())
+    else:
+        bad = not np.isfinite(values).all()
+    if bad:
+        raise UserError(f"tensor {name!r} holds NaN or infinite values")
+    return values
 
 
 def grouped(tensor: Stored, group: int) -> Stored:

@@ -11,7 +11,7 @@ import numpy as np
 from lowrank import data, pretrained, tree
 from lowrank.errors import UserError
 from lowrank.pretrained import Pretrained, kept
-from lowrank.pretrained.coding import finite
+from lowrank.pretrained.stored import finite
 from lowrank.ptq import awq, gptq, texts
 from lowrank.ptq.layers import Layers
 from lowrank.weights.schemes import group_of

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from lowrank import pretrained, sharding, tree
 from lowrank.errors import UserError
+from lowrank.pretrained.stored import finite
 from lowrank.weight import is_stored, is_weight, materialize
 from lowrank.weights.schemes import SCHEMES
 from tests import tiny
@@ -84,13 +85,21 @@ def test_bad_groups_are_refused_without_reading_a_tensor(group, message, folder)
         pretrained.describe(str(folder), quantized=group)
 
 
-def test_a_kernel_that_is_not_finite_is_named(folder, tmp_path):
+@pytest.mark.parametrize(("group", "dtype"), [(NF4, "float32"), (None, "float32"), (None, "float16")])
+def test_a_tensor_that_is_not_finite_is_named(group, dtype, tmp_path):
     broken = tiny.llama(tmp_path / "broken")
-    tensors = load_file(broken / "model.safetensors")
+    tensors = {name: tensor.astype(dtype) for name, tensor in load_file(broken / "model.safetensors").items()}
     tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = np.inf
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN or infinite"):
-        pretrained.load(str(broken), quantized=NF4)
+        pretrained.load(str(broken), quantized=group)
+
+
+def test_large_values_are_finite():
+    values = np.array([[3e38, -0.0], [1e-40, 1]]).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(finite("w", values[:, ::-1]), values[:, ::-1])
+    with pytest.raises(UserError, match="tensor 'w' holds NaN"):
+        finite("w", np.append(values, np.array(np.nan, jnp.bfloat16)))
 
 
 def test_a_checkpoint_that_was_quantised_elsewhere_is_refused(tmp_path):
