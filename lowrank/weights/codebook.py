@@ -6,6 +6,7 @@ values are those of bitsandbytes where 64 divides `in`: both run a block along t
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -26,9 +27,8 @@ _FP4 = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
 TABLES = {"nf4": np.array(NF4, np.float32), "fp4": np.array([*_FP4, *(-x for x in _FP4)], np.float32)}
 # Two bits: the four levels nearest to a normal distribution (Max 1960, table I), the outer ones at 1.
 TABLES["n2"] = np.array([-1, -0.4528 / 1.510, 0.4528 / 1.510, 1], np.float32)
-SHRUNK = np.linspace(
-    0.4, 1, 31, dtype=np.float32
-)  # of its largest magnitude: what a two-bit block's outer level may be
+# Of its largest magnitude: what a two-bit block's outer level may be.
+SHRUNK = np.linspace(0.4, 1, 31, dtype=np.float32)
 SECOND_BLOCK = 256
 
 
@@ -168,12 +168,20 @@ def coded(
 
     A two-bit block's outer level is not its largest magnitude, but the share of it with the least squared error.
     """
+    scaled, absmax = _scaled(values, shift, table, inside)
+    return nearest(scaled, TABLES[table]), absmax
+
+
+def _scaled(
+    values: jax.Array, shift: jax.Array | None, table: str, inside: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`(blocks in units of their magnitude, magnitudes)`, less the shift."""
     spread = lambda x: jnp.broadcast_to(x[..., None, :], values.shape)  # noqa: E731
     values = values if shift is None else values - spread(shift)
     absmax = jnp.max(jnp.abs(values), axis=-2)
     if bits_of(table) == 2:
         absmax = absmax * _shrunk(values, absmax, TABLES[table], inside)
-    return nearest(values * spread(per_unit(absmax, 1)), TABLES[table]), absmax
+    return values * spread(per_unit(absmax, 1)), absmax
 
 
 def _shrunk(values: jax.Array, absmax: jax.Array, table: np.ndarray, inside: jax.Array | None) -> jax.Array:
@@ -198,7 +206,7 @@ def _calibrated(values: jax.Array, table: str, candidates: int) -> jax.Array:
 
     def tried(best: tuple[jax.Array, jax.Array], at: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         shift = middle + at * reach
-        found = entropy(coded(values, shift, table)[0])
+        found = entropy(_scaled(values, shift, table)[0], TABLES[table])
         better = found > best[0]
         return (jnp.where(better, found, best[0]), jnp.where(better, shift, best[1])), None
 
@@ -206,10 +214,22 @@ def _calibrated(values: jax.Array, table: str, candidates: int) -> jax.Array:
     return jax.lax.scan(tried, start, jnp.linspace(-1, 1, candidates))[0][1]
 
 
-def entropy(codes: jax.Array) -> jax.Array:
-    """Of the sixteen codes in each block `[..., block, out]`, in nats `[..., out]`."""
-    shares = (jnp.mean(codes == k, axis=-2, dtype=jnp.float32) for k in range(16))
+def entropy(values: jax.Array, table: np.ndarray) -> jax.Array:
+    """Of the entries of a table nearest to a block's values `[..., block, out]`, in nats `[..., out]`.
+
+    How many values lie above each edge is counted, which says how often each code occurs: none is made.
+    """
+    block = values.shape[-2]
+    none = jnp.zeros_like(values[..., 0, :], jnp.int32)
+    above = [none + block, *(jnp.sum(values > edge, axis=-2, dtype=jnp.int32) for edge in _edges(table)), none]
+    shares = ((more - fewer) / np.float32(block) for more, fewer in itertools.pairwise(above))
     return -sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0) for p in shares)
+
+
+def _edges(table: np.ndarray) -> np.ndarray:
+    """Half way between each two entries of a table, ascending."""
+    ordered = np.sort(table)
+    return ((ordered[:-1] + ordered[1:]) / 2).astype(np.float32)
 
 
 def _doubled(absmax: jax.Array) -> DoubleScale:
@@ -229,8 +249,7 @@ def _doubled(absmax: jax.Array) -> DoubleScale:
 def nearest(values: jax.Array, table: np.ndarray) -> jax.Array:
     """The index uint8 of the entry of a small table that is nearest to each value; the lower one of two."""
     order = np.argsort(table, kind="stable")
-    middles = ((table[order][:-1] + table[order][1:]) / 2).astype(np.float32)
-    rank = sum((values > middle).astype(jnp.uint8) for middle in middles)
+    rank = sum((values > edge).astype(jnp.uint8) for edge in _edges(table))
     return looked_up(rank, order.astype(np.uint8)) if np.any(order != np.arange(len(order))) else rank
 
 
