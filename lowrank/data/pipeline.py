@@ -13,6 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 from grain.experimental import FlatMapIterDataset, FlatMapTransform, ThreadPrefetchIterDataset
+from tqdm import tqdm
 
 from lowrank.data import packing, templates
 from lowrank.data.encode import Arrays, Labelled, Language
@@ -90,7 +91,7 @@ class Examples:
         self.size = min(len(self.source), config.max_examples or len(self.source))
         self._kept: dict[int, tuple[list[Arrays], bool]] = {}
         if not (self.source.typed and self.encode.document):  # else nothing can be missing
-            for i in range(self.size):
+            for i in tqdm(range(self.size), f"checking {self.source.name}", delay=5, leave=False, disable=None):
                 self.encode.check(self.source[i], self.source.where(i))
 
     def __len__(self) -> int:
