@@ -1,10 +1,5 @@
 """Codes and decoded values against NumPy in float64, edge cases of blocks, and the memory of the compiled product."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,7 +7,6 @@ import numpy as np
 import pytest
 
 from lowrank.errors import UserError
-from lowrank.plan import devices
 from lowrank.weight import dot, materialize
 from lowrank.weights import codebook, quantized, uniform
 from lowrank.weights.schemes import SCHEMES
@@ -169,15 +163,6 @@ def test_the_product_by_tiles_is_the_product(scheme, monkeypatch):
 def test_a_large_product_and_its_gradient_make_no_copy_of_the_kernel(scheme, options):
     """A 4096 x 14336 kernel is 235 MB in float32; a program's temporaries stay below 32 MB in all."""
     assert max(large_product.temporary(jax.devices()[0], scheme, **options)) < 32e6
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu compiles: pip install 'lowrank[tpu]'")
-def test_nor_do_they_on_a_tpu():
-    """Compiled ahead of time for a v5e."""
-    environment = os.environ | devices.tpu_environment(devices.topology("v5e:4x4"))
-    command = [sys.executable, "-m", "tests.large_product"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert max(map(int, done.stdout.split())) < 32e6
 
 
 def test_what_is_saved_for_the_gradient_is_the_codes_alone():
