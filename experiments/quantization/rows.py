@@ -1,8 +1,9 @@
 """The bases that are compared, and what is tuned on each.
 
 Rows of LoRA take one learning rate, its best in the comparison of methods on both tasks, so that bases differ and
-nothing else does. What adapts all kernels takes the better of two; all parameters, which QAT trains, take full
-fine-tuning's. IR-QLoRA calibrates for minutes on MiniLM, so it would take hours on SmolLM2.
+nothing else does; only ternary kernels, which learn little at it, take the best of three. What adapts all kernels
+takes the better of two, all parameters, which QAT trains, full fine-tuning's. IR-QLoRA calibrates for a minute on
+MiniLM, so it would take many on SmolLM2.
 """
 
 from typing import Any
@@ -27,6 +28,7 @@ RATES = (3e-3, 1e-2)
 KERNELS = r"(layers|top)/(attn|mlp)/\w+/kernel"
 ROWS = {f"{base}+lora": Row("LoRA", LORA, (1e-2,), BOTH, model) for base, model in BASES.items()}
 ROWS["int4_asymmetric+lora"] = ROWS["int4_asymmetric+lora"]._replace(tasks=TOPICS)
+ROWS["ternary+lora"] = ROWS["ternary+lora"]._replace(rates=(3e-3, 1e-2, 3e-2))
 # Against QLoRA on the same kernels: these read the plain base and make the codes themselves.
 ROWS |= {
     "nf4+qlora": Row("QLoRA", {"name": "lora", "target": KERNELS}, RATES, BOTH, BASES["nf4"]),
