@@ -6,24 +6,19 @@ steps before it as they were. Only arrays and JSON are stored; nothing is pickle
 
 import contextlib
 import json
-import logging as std_logging
 import os
-import signal
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
 from lowrank import tree
 from lowrank.errors import UserError, nearest
+from lowrank.quiet import quiet_orbax
 
 PyTree = Any
 Arrays = dict[str, jax.Array]
@@ -80,7 +75,7 @@ class Checkpointer:
             )
         except OSError as e:
             raise UserError(f"checkpoint folder {self.directory} cannot be used: {_reason(e)}") from e
-        self._loud, self._failed = _quiet_orbax(), False
+        self._loud, self._failed = quiet_orbax(), False
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -212,34 +207,6 @@ class Checkpointer:
         return UserError(f"a checkpoint could not be written to {self.directory}: {_reason(error)}; {kept}")
 
 
-class StopSignal:
-    """SIGTERM as a question: `with StopSignal() as stop: ... if stop.requested(step): save and leave`.
-
-    A second SIGTERM kills. In a multi-process run JAX's preemption service catches the signal, and all
-    processes get the answer True at the same step. Outside the main thread nothing is installed.
-    """
-
-    def __enter__(self) -> "StopSignal":
-        self._flag = False
-        self._service = jax.process_count() > 1
-        self._mine = not self._service and threading.current_thread() is threading.main_thread()
-        if self._mine:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *unused: Any) -> None:
-        if self._mine:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self._flag = True
-        signal.signal(signal.SIGTERM, self._before)
-
-    def requested(self, step: int) -> bool:
-        """Whether to save after `step` and stop; every process calls it once a step."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._service else self._flag
-
-
 def _same_names(wanted: Mapping[str, Any], found: Iterable[str], where: str) -> None:
     found = list(found)
     for name in wanted:
@@ -295,30 +262,3 @@ def _reason(error: BaseException) -> str:
             return phrase.lower()
     first = (text.strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first[:200]}"
-
-
-def _quiet_orbax() -> Callable[[], None]:
-    """Keeps the threads that a failed write takes down from printing their tracebacks: one UserError says it.
-
-    Returns what undoes it. TensorStore's threads print through `sys.unraisablehook`, Orbax's through two loggers, and
-    Python warns, whenever it gets to collect them, of writes that JAX no longer started: that filter stays.
-    """
-    warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited", RuntimeWarning)
-    loggers, before = (logging.get_absl_logger(), std_logging.getLogger("asyncio")), sys.unraisablehook
-
-    def shown(record: std_logging.LogRecord) -> bool:
-        return record.levelno < std_logging.ERROR or not ("orbax" in record.pathname or record.name == "asyncio")
-
-    def show(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    def undo() -> None:
-        for logger in loggers:
-            logger.removeFilter(shown)
-        sys.unraisablehook = before if sys.unraisablehook is show else sys.unraisablehook
-
-    for logger in loggers:
-        logger.addFilter(shown)
-    sys.unraisablehook = show
-    return undo

@@ -14,9 +14,10 @@ from typing import Any
 import jax
 
 from lowrank import adapter, counts, methods, plan, report, sharding, step, tree, workdir
-from lowrank.checkpoint import Checkpointer, StopSignal, flatten_named, unflatten_named
+from lowrank.checkpoint import Checkpointer, flatten_named, unflatten_named
 from lowrank.errors import UserError
 from lowrank.runlog import LOSS, METRICS, RunLog, read_metrics
+from lowrank.stopping import StopSignal
 
 PyTree = Any
 SUMMARY, BEFORE, ADAPTER = "summary.json", "before.json", "adapter"

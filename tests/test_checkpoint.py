@@ -19,8 +19,9 @@ import optax
 import pytest
 
 from lowrank import checkpoint
-from lowrank.checkpoint import Checkpointer, StopSignal, flatten_named, unflatten_named
+from lowrank.checkpoint import Checkpointer, flatten_named, unflatten_named
 from lowrank.errors import UserError
+from lowrank.stopping import StopSignal
 
 ROOT = Path(__file__).parents[1]
 BIG = 1_500_000  # random bytes; more than `small_disk` holds
@@ -315,7 +316,8 @@ import os, signal, sys, time, jax, numpy as np
 address, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(address, 2, index)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from lowrank.checkpoint import Checkpointer, StopSignal
+from lowrank.checkpoint import Checkpointer
+from lowrank.stopping import StopSignal
 sharding = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), P("x"))
 whole = np.arange(8, dtype=np.float32)
 array = jax.make_array_from_callback((8,), sharding, lambda i: whole[i])

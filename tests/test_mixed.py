@@ -8,7 +8,7 @@ import pytest
 from lowrank import pretrained, tree
 from lowrank.errors import UserError
 from lowrank.weight import dot, is_stored, is_weight, materialize
-from lowrank.weights import codebook, mixed
+from lowrank.weights import mixed, tables
 from lowrank.weights.schemes import SCHEMES
 from tests import tiny
 
@@ -21,7 +21,7 @@ N2 = np.array([-1.510, -0.4528, 0.4528, 1.510]) / 1.510
 
 def four(v):
     top = np.abs(v).max()
-    table = np.float64(codebook.TABLES["nf4"])
+    table = np.float64(tables.TABLES["nf4"])
     return top * table[np.abs(v[:, None] / top - table).argmin(1)]
 
 

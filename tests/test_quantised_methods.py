@@ -10,7 +10,7 @@ import pytest
 from lowrank import adapter, merging, methods, pretrained
 from lowrank.errors import UserError
 from lowrank.weight import dot, materialize
-from lowrank.weights import codebook, fake, schemes
+from lowrank.weights import fake, schemes, tables
 from lowrank.weights.quantized import unpack
 from tests import tiny
 from tests.forms import shaken
@@ -30,7 +30,7 @@ def attached(kernel=W, **group):
 
 def nf4(w, block):
     """The values of NF4, in float64."""
-    out, table = np.zeros(w.shape), np.float64(codebook.TABLES["nf4"])
+    out, table = np.zeros(w.shape), np.float64(tables.TABLES["nf4"])
     for i in range(0, w.shape[0], block):
         top = np.abs(w[i : i + block]).max(0)
         nearest = np.abs(w[i : i + block, :, None] / top[None, :, None] - table).argmin(-1)
@@ -85,7 +85,7 @@ def test_qa_lora_takes_codes_that_are_there_if_they_have_zeros():
 
 
 def test_calibration_finds_the_shift_whose_codes_say_most():
-    kernel, table = W[0, :16], np.float64(codebook.TABLES["nf4"])
+    kernel, table = W[0, :16], np.float64(tables.TABLES["nf4"])
     w = jax.jit(schemes.SCHEMES["nf4"](block=16, calibrate=21))(jnp.asarray(kernel))
     codes = np.asarray(unpack(w.codes, 4, 16))[0]
     for j in range(OUT):

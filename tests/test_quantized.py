@@ -8,7 +8,7 @@ import pytest
 
 from lowrank.errors import UserError
 from lowrank.weight import dot, materialize
-from lowrank.weights import codebook, quantized, uniform
+from lowrank.weights import double_scale, quantized, tables, uniform
 from lowrank.weights.schemes import SCHEMES
 from tests import large_product
 
@@ -54,8 +54,8 @@ FP4 = [sign * m for m in (0, 0.0625, 2, 3, 4, 6, 8, 12) for sign in (1 / 12, -1 
 @pytest.mark.parametrize(
     ("scheme", "options", "block", "formula"),
     [
-        ("nf4", {}, 64, to_table(np.float64(codebook.TABLES["nf4"]))),
-        ("nf4", {"block": 16}, 16, to_table(np.float64(codebook.TABLES["nf4"]))),
+        ("nf4", {}, 64, to_table(np.float64(tables.TABLES["nf4"]))),
+        ("nf4", {"block": 16}, 16, to_table(np.float64(tables.TABLES["nf4"]))),
         ("fp4", {"block": 8}, 8, to_table(np.float64(FP4))),
         ("int8", {}, IN, about_zero(8)),
         ("int4", {"block": 12}, 12, about_zero(4)),
@@ -106,7 +106,7 @@ def test_double_quantisation_costs_little_and_saves_what_it_says():
 
 def test_the_8_bit_table_can_be_computed():
     codes = jnp.arange(256, dtype=jnp.uint8)
-    np.testing.assert_allclose(codebook.computed(codes), codebook.dynamic_table(), rtol=1e-6)
+    np.testing.assert_allclose(double_scale.computed(codes), double_scale.dynamic_table(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

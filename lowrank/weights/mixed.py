@@ -16,7 +16,8 @@ import numpy as np
 
 from lowrank.errors import UserError
 from lowrank.weight import Weight, dot, form, frozen, static
-from lowrank.weights import codebook
+from lowrank.weights import codebook, tables
+from lowrank.weights.double_scale import SECOND_BLOCK
 from lowrank.weights.quantized import blocks
 
 TABLES = {4: "nf4", 2: "n2"}
@@ -103,7 +104,7 @@ def _gains(groups: jax.Array, inside: jax.Array) -> jax.Array:
     lost = {}
     for bits, table in TABLES.items():
         codes, scale = codebook.coded(groups, None, table, inside)
-        values = codebook.looked_up(codes, codebook.TABLES[table]) * jnp.broadcast_to(scale[..., None, :], codes.shape)
+        values = tables.looked_up(codes, tables.TABLES[table]) * jnp.broadcast_to(scale[..., None, :], codes.shape)
         lost[bits] = jnp.sum((values - groups) ** 2 * jnp.broadcast_to(inside, groups.shape), axis=(-2, -1))
     return lost[2] - lost[4]
 
@@ -126,7 +127,7 @@ def bits(shape: tuple[int, ...], high: int, block: int, double: bool) -> int:
     n = -(-rows // block)
 
     def part(k: int, each: int) -> int:
-        scales = k * out * 8 + 32 * -(-k * out // codebook.SECOND_BLOCK) + 32 if double else 32 * k * out
+        scales = k * out * 8 + 32 * -(-k * out // SECOND_BLOCK) + 32 if double else 32 * k * out
         return k * block * out * each + scales if k else 0
 
     return math.prod(stack) * (part(high, 4) + part(n - high, 2) + 32 * n)
