@@ -1,18 +1,32 @@
-"""What a TPU's compiler makes of our products, ahead of time and without a TPU."""
+"""What a TPU's compiler makes of our programs, ahead of time and without a TPU."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
+from lowrank.plan import __main__ as command
 from lowrank.plan import devices
+
+pytest.importorskip("libtpu", reason="there is one for Linux on x86-64 alone")
 
 
 def test_a_large_product_and_its_gradient_make_no_copy_of_the_kernel():
     """A 4096 x 14336 kernel is 235 MB in float32; a program's temporaries stay below 32 MB in all, on a v5e."""
-    pytest.importorskip("libtpu", reason="there is one for Linux on x86-64 alone")
     environment = os.environ | devices.tpu_environment(devices.topology("v5e:4x4"))
-    command = [sys.executable, "-m", "tests.large_product"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    words = [sys.executable, "-m", "tests.large_product"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     assert max(map(int, done.stdout.split())) < 32e6
+
+
+def test_a_run_is_planned_for_a_slice(files, capfd):
+    model, records = files / "llama", files / "records.jsonl"
+    there = [f"--config.model.name={model}", f"--config.data.source=jsonl:{records}", "--config.model.quantize=nf4"]
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--topology=v5e:2x2", "--json"]
+    assert command.main(["--config=configs/tiny.py", *there, *mesh]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["compiled"]["platform"] == "TPU v5 lite"
+    assert found["memory_bytes"] == 16 * 2**30
+    assert found["fits"] is True
