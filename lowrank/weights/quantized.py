@@ -134,7 +134,7 @@ def _dot(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
 def _forward(x: jax.Array, w: Quantized) -> jax.Array:
     """`x @ W`, by tiles of columns."""
     unit = min(LANES, w.shape[-1])
-    width = _near(TILE // (w.padded * unit), w.shape[-1] // unit) * unit
+    width = _near(TILE // (w.padded * unit), -(-w.shape[-1] // unit)) * unit
     part = lambda start, size: _dot(x, w.tile(1, start, size).materialize(), 0)  # noqa: E731
     return _by_tiles(part, (*x.shape[:-1], w.shape[-1]), x.dtype, width, w.shape[-1])
 
@@ -148,10 +148,13 @@ def _transposed(g: jax.Array, w: Quantized) -> jax.Array:
 
 
 def _near(limit: int, whole: int) -> int:
-    """At most `limit`, at least 1, and a divisor of `whole` if one is no less than half of it."""
+    """At most `limit`, at least 1: a divisor of `whole` if one is no less than half of it, else what makes parts alike.
+
+    Parts overlap where they do not divide the whole, and what is in two of them is computed twice.
+    """
     limit = max(1, min(limit, whole))
     best = max(d for d in range(1, limit + 1) if whole % d == 0)
-    return best if 2 * best >= limit else limit
+    return best if 2 * best >= limit else -(-whole // -(-whole // limit))
 
 
 def _by_tiles(part: Any, shape: tuple[int, ...], dtype: Any, size: int, run: int) -> jax.Array:
