@@ -1,7 +1,7 @@
 """Rows sorted by group, each times the matrix of its group.
 
-Shapes: R rows, G groups, B rows a block, N blocks. `jax.lax.ragged_dot` is a kernel of its own on GPUs and TPUs; on a
-CPU it multiplies every row by every group's matrix, G times the work, and `in_blocks` about once.
+Shapes: R rows, G groups, B rows a block. `jax.lax.ragged_dot` is a kernel of its own on GPUs and TPUs; on a CPU it
+multiplies every row by every group's matrix, G times the work, and `in_blocks` about once.
 """
 
 import jax
@@ -18,18 +18,61 @@ def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, w, sizes, cpu=in_blocks, default=jax.lax.ragged_dot)
 
 
+@jax.custom_vjp
 def in_blocks(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """The same, in blocks of rows of one group; the last block of a group is filled up with zeros."""
-    rows, groups = x.shape[0], w.shape[0]
-    block = min(BLOCK, max(8, -(-rows // groups)))
-    blocks = jnp.arange(min(-(-rows // block) + groups, rows))  # as many as there may be
-    ends = jnp.cumsum(-(-sizes // block))
-    group_N = jnp.minimum(jnp.searchsorted(ends, blocks, side="right"), groups - 1)
-    before_N = blocks - (ends - -(-sizes // block))[group_N]
-    place_NxB = before_N[:, None] * block + jnp.arange(block)[None, :]  # within the group
-    first_N = (jnp.cumsum(sizes) - sizes)[group_N]
-    row_NxB = jnp.where(place_NxB < sizes[group_N][:, None], first_N[:, None] + place_NxB, rows)
-    x_NxBxI = jnp.take(x, row_NxB, axis=0, mode="fill", fill_value=0)
-    y_NxBxO = jax.lax.map(lambda pair: pair[0] @ w[pair[1]], (x_NxBxI, group_N))
-    out = jnp.zeros((rows, w.shape[-1]), x.dtype)
-    return out.at[row_NxB.reshape(-1)].set(y_NxBxO.reshape(-1, w.shape[-1]), mode="drop")
+    """The same, in blocks of rows of one group. It is differentiable in reverse mode alone."""
+    return _rows(x, w, sizes, 0)
+
+
+def _rows(x: jax.Array, w: jax.Array, sizes: jax.Array, contracted: int) -> jax.Array:
+    """`x[i]` times `w[g]` summed over its axis `contracted`.
+
+    A group's last block runs into the rows of the next group, which then writes its own.
+    """
+    rows, block = len(x), _block(x, sizes)
+    x = jnp.pad(x, ((0, block), (0, 0)))
+
+    def group(g: jax.Array, out: jax.Array) -> jax.Array:
+        kernel, start = w[g], (jnp.cumsum(sizes) - sizes)[g]
+
+        def one(i: jax.Array, out: jax.Array) -> jax.Array:
+            part = jax.lax.dynamic_slice_in_dim(x, start + i * block, block)
+            part = jax.lax.dot_general(part, kernel, (((1,), (contracted,)), ((), ())))
+            return jax.lax.dynamic_update_slice_in_dim(out, part, start + i * block, 0)
+
+        return jax.lax.fori_loop(0, -(-sizes[g] // block), one, out)
+
+    out = jnp.zeros((rows + block, w.shape[2 - contracted]), x.dtype)
+    out = jax.lax.fori_loop(0, len(w), group, out)[:rows]
+    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes), out, 0)
+
+
+def _kernels(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
+    """`x.T @ g` `[G, in, out]` over the rows of each group."""
+    block = _block(x, sizes)
+    x, g = (jnp.pad(a, ((0, block), (0, 0))) for a in (x, g))
+
+    def group(size: jax.Array, start: jax.Array) -> jax.Array:
+        def one(i: jax.Array, total: jax.Array) -> jax.Array:
+            a, b = (jax.lax.dynamic_slice_in_dim(v, start + i * block, block) for v in (x, g))
+            return total + jnp.where((i * block + jnp.arange(block) < size)[:, None], a, 0).T @ b
+
+        return jax.lax.fori_loop(0, -(-size // block), one, jnp.zeros((x.shape[1], g.shape[1]), x.dtype))
+
+    return jax.lax.map(lambda of: group(*of), (sizes, jnp.cumsum(sizes) - sizes))
+
+
+def _block(x: jax.Array, sizes: jax.Array) -> int:
+    return min(BLOCK, max(8, -(-len(x) // len(sizes))))
+
+
+def _forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return in_blocks(x, w, sizes), (x, w, sizes)
+
+
+def _backward(kept: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, w, sizes = kept
+    return _rows(g, w, sizes, 1), _kernels(x, g, sizes), None
+
+
+in_blocks.defvjp(_forward, _backward)
