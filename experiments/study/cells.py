@@ -87,7 +87,7 @@ class Cell:
 
     def read(self) -> dict[str, Any] | None:
         """Its numbers; None when there are none, or they are of another config than it has now."""
-        return _read(self.path, self.config)
+        return kept(self.path, self.config)
 
     def run(self) -> dict[str, Any]:
         """Trains, and keeps the numbers."""
@@ -150,7 +150,7 @@ class Timing:
 
     def read(self) -> dict[str, Any] | None:
         """Its numbers; None when there are none, or they are of another config than it has now."""
-        return _read(self.path, self.config)
+        return kept(self.path, self.config)
 
     def run(self) -> dict[str, Any]:
         """Trains, and keeps the median time of a step and the peak of the process."""
@@ -167,7 +167,8 @@ class Timing:
         return numbers
 
 
-def _read(path: Path, config: Any) -> dict[str, Any] | None:
+def kept(path: Path, config: Any) -> dict[str, Any] | None:
+    """The numbers in a file; None when there are none, or they are of another config."""
     found = json.loads(path.read_text()) if path.exists() else {}
     return found if found.get("config") == workdir.plain(config) else None
 

@@ -1,7 +1,6 @@
 """Runs a study: every cell that is missing, with progress; the table after each row."""
 
 import functools
-import json
 import os
 import queue
 import shutil
@@ -11,12 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments.study.cells import PHASES, Row, Study, left, named, planned
+from experiments.study.cells import PHASES, Row, Study, kept, left, named, planned
 from experiments.study.tasks import TASKS, Model, Task
 from lowrank import pretrained, workdir
 from lowrank.errors import UserError, unknown
@@ -110,11 +110,12 @@ def _row(study: Study, phase: str, task: str, name: str, bar: tqdm, cores: str) 
         bar.write(f"{task}/{name} failed, see {log}: {log.read_text().strip().splitlines()[-1:]}")
 
 
-def untrained(study: Study, task: Task) -> dict[str, float]:
-    """What the untrained model scores and knows: `{known, ...}`; kept beside the cells."""
+def untrained(study: Study, task: Task) -> dict[str, Any]:
+    """What the untrained model knows: `{known, config}`; kept beside the cells."""
     path = study.results / "cells" / task.name / "untrained.json"
     config = task.config(Row("", {"name": "full"}, ()), 0.0, 0, study.quick)
-    if not path.exists():
+    if not (found := kept(path, config)):
         model = Model(config, pretrained.load(config.model.name), None)
-        workdir.write_json(path, {"known": task.known(model)})
-    return json.loads(path.read_text())
+        found = {"config": workdir.plain(config), "known": task.known(model)}
+        workdir.write_json(path, found)
+    return found
