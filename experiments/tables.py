@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments.study.numbers import spelled
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 
@@ -92,9 +94,8 @@ def _score(row: dict[str, str] | None) -> str:
     """`mean ± interval | seconds a step`; dashes for what was not run."""
     if row is None:
         return "- | -"
-    mean, spread = f"{float(row['score_mean']):.3f}", f" ± {float(row['score_ci95']):.3f}"
     step = "-" if row["step_s"] == "nan" else f"{float(row['step_s']):.2f}"
-    return f"{mean}{'' if row['score_ci95'] == 'nan' else spread} | {step}"
+    return f"{spelled(float(row['score_mean']), float(row['score_ci95']))} | {step}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

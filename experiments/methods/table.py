@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.study.cells import Study, Timing, finals
-from experiments.study.numbers import interval, write_csv
+from experiments.study.numbers import interval, spelled, write_csv
 from experiments.study.tasks import TASKS, Task
 from lowrank.workdir import write_bytes, write_text
 
@@ -78,7 +78,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["method"],
         row["family"],
-        f"{row['score_mean']:.3f} ± {row['score_ci95']:.3f}",
+        spelled(row["score_mean"], row["score_ci95"]),
         f"{row['trained_params']:,}",
         "-" if math.isnan(row["step_s"]) else f"{row['step_s']:.2f}",
         "-" if math.isnan(row["peak_mb"]) else f"{row['peak_mb']:.0f}",

@@ -2,8 +2,8 @@
 
 Rows of LoRA take one learning rate, its best in the comparison of methods on both tasks, so that bases differ and
 nothing else does; only ternary kernels, which learn little at it, take the best of three. What adapts all kernels
-takes the better of two, all parameters, which QAT trains, full fine-tuning's. IR-QLoRA calibrates for a minute on
-MiniLM, so it would take many on SmolLM2.
+takes the better of two, all parameters, which QAT trains, full fine-tuning's. IR-QLoRA calibrates for half a minute
+on MiniLM, so it would take five on SmolLM2.
 """
 
 from typing import Any

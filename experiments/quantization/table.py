@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from experiments.quantization.bases import bits_under, measured
 from experiments.quantization.rows import BASES
 from experiments.study.cells import Study, Timing, finals
-from experiments.study.numbers import interval, write_csv
+from experiments.study.numbers import interval, spelled, write_csv
 from experiments.study.tasks import TASKS
 from lowrank.workdir import write_bytes, write_text
 
@@ -80,11 +80,10 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    spread = "" if math.isnan(row["score_ci95"]) else f" ± {row['score_ci95']:.3f}"
     cost = ["-", "-"] if math.isnan(row["step_s"]) else [f"{row['step_s']:.2f}", f"{row['peak_mb']:.0f}"]
     on_disk = "-" if math.isnan(row["bits_on_disk"]) else f"{row['bits_on_disk']:.2f}"
     cells = [row["base"], row["method"], f"{row['bits_per_weight']:.2f}", on_disk]
-    return "| " + " | ".join([*cells, f"{row['score_mean']:.3f}{spread}", *cost]) + " |"
+    return "| " + " | ".join([*cells, spelled(row["score_mean"], row["score_ci95"]), *cost]) + " |"
 
 
 def plot(table: Sequence[Mapping[str, Any]]) -> bytes:

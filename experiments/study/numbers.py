@@ -20,6 +20,12 @@ def interval(values: Sequence[float]) -> float:
     return T95[n - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
+def spelled(mean: float, interval: float) -> str:
+    """`0.927 ± 0.026`, without an interval that is NaN; what is ten thousand or more in three digits."""
+    digits = ".3f" if abs(mean) < 1e4 else ".2e"
+    return f"{mean:{digits}}" + ("" if math.isnan(interval) else f" ± {interval:{digits}}")
+
+
 def write_csv(path: Path, columns: Sequence[str], table: Sequence[Mapping[str, Any]]) -> None:
     """The table with these columns, fractions to six digits."""
     text = io.StringIO()
