@@ -55,9 +55,11 @@ def _kernels(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
     def group(size: jax.Array, start: jax.Array) -> jax.Array:
         def one(i: jax.Array, total: jax.Array) -> jax.Array:
             a, b = (jax.lax.dynamic_slice_in_dim(v, start + i * block, block) for v in (x, g))
-            return total + jnp.where((i * block + jnp.arange(block) < size)[:, None], a, 0).T @ b
+            a = jnp.where((i * block + jnp.arange(block) < size)[:, None], a, 0)
+            return total + jnp.matmul(a.T, b, preferred_element_type=total.dtype)
 
-        return jax.lax.fori_loop(0, -(-size // block), one, jnp.zeros((x.shape[1], g.shape[1]), x.dtype))
+        total = jnp.zeros((x.shape[1], g.shape[1]), jnp.promote_types(x.dtype, jnp.float32))
+        return jax.lax.fori_loop(0, -(-size // block), one, total).astype(x.dtype)
 
     return jax.lax.map(lambda of: group(*of), (sizes, jnp.cumsum(sizes) - sizes))
 

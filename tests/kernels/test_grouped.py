@@ -39,6 +39,14 @@ def test_gradients_are_those_of_the_plain_product():
         np.testing.assert_allclose(ours, plain, atol=1e-5)
 
 
+def test_the_gradient_of_a_matrix_is_summed_in_float32():
+    x, w, counts = case([300, 2], 302)
+    small = lambda *arrays: [a.astype(jnp.bfloat16) for a in arrays]  # noqa: E731
+    ours = jax.grad(lambda w: jnp.sum(grouped.in_blocks(x.astype(w.dtype), w, counts)))(*small(w))
+    summed = np.float64(small(x)[0])[:300].sum(0)
+    np.testing.assert_allclose(np.float64(ours[0]), np.tile(summed[:, None], OUT), rtol=2**-8)
+
+
 def test_a_cpu_multiplies_by_one_matrix_a_block():
     x, w, counts = (jnp.zeros((512, 64)), jnp.zeros((8, 64, 64)), jnp.full(8, 64, jnp.int32))
     text = jax.jit(grouped.ragged_dot).lower(x, w, counts).as_text()
