@@ -46,7 +46,7 @@ ROWS: dict[str, Row] = {
     "boft": Row(LOW_RANK, {"name": "boft"}, LARGE),
     "relora": Row(LOW_RANK, {"name": "relora"}, MEDIUM),
     "galore": Row(LOW_RANK, {"name": "galore", "every": 20}, MEDIUM),
-    "longlora": Row(LOW_RANK, {"name": "longlora", "group": 16}, SMALL, ("headlines",)),
+    "longlora": Row(LOW_RANK, {"name": "longlora", "group": 16}, (3e-4, 1e-3, 3e-3), ("headlines",)),
     "ia3": Row(LOW_RANK, {"name": "ia3"}, LARGE, BOTH),
     "houlsby": Row(ADDITIVE, {"name": "houlsby"}, MEDIUM, BOTH),
     "pfeiffer": Row(ADDITIVE, {"name": "pfeiffer"}, MEDIUM),
