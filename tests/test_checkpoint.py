@@ -4,7 +4,6 @@ import contextlib
 import gc
 import os
 import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +20,6 @@ import pytest
 from lowrank import checkpoint
 from lowrank.checkpoint import Checkpointer, flatten_named, unflatten_named
 from lowrank.errors import UserError
-from lowrank.stopping import StopSignal
 
 ROOT = Path(__file__).parents[1]
 BIG = 1_500_000  # random bytes; more than `small_disk` holds
@@ -351,17 +349,6 @@ def test_two_processes_write_one_checkpoint_and_each_gets_its_own_state_back(tmp
     assert said[0][3] == said[1][3]  # one of them got SIGTERM, both stop after the same step
     with Checkpointer(tmp_path / "c") as saver, pytest.raises(UserError, match="data states of 2 processes"):
         saver.meta(1)
-
-
-def test_sigterm_is_a_question_and_the_old_handler_returns():
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop:
-        assert not stop.requested(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        assert stop.requested(2)
-        assert signal.getsignal(signal.SIGTERM) == before  # a second one is not held back
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_reason_is_one_short_line():
