@@ -36,7 +36,7 @@ def make(config: Group, devices: Sequence[Any] | None = None, like: Plan | None 
         shape, _, base = describe(groups.options)
     plan = _plan(groups, shape, base, tokenizer, loader)
     plan.optimizer()
-    return dataclasses.replace(plan, scorer=like.scorer if like else _scorer(groups, tokenizer, shape))
+    return dataclasses.replace(plan, scorer=like.scorer if like else _scorer(groups, tokenizer, plan.network.config))
 
 
 @dataclasses.dataclass(frozen=True)
