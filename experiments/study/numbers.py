@@ -20,10 +20,10 @@ def interval(values: Sequence[float]) -> float:
     return T95[n - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
-def spelled(mean: float, interval: float) -> str:
+def spelled(mean: float, spread: float) -> str:
     """`0.927 ± 0.026`, without an interval that is NaN; what is ten thousand or more in three digits."""
     digits = ".3f" if abs(mean) < 1e4 else ".2e"
-    return f"{mean:{digits}}" + ("" if math.isnan(interval) else f" ± {interval:{digits}}")
+    return f"{mean:{digits}}" + ("" if math.isnan(spread) else f" ± {spread:{digits}}")
 
 
 def write_csv(path: Path, columns: Sequence[str], table: Sequence[Mapping[str, Any]]) -> None:

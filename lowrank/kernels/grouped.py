@@ -29,11 +29,11 @@ def _rows(x: jax.Array, w: jax.Array, sizes: jax.Array, contracted: int) -> jax.
 
     A group's last block runs into the rows of the next group, which then writes its own.
     """
-    rows, block = len(x), _block(x, sizes)
+    rows, block, starts = len(x), _block(x, sizes), jnp.cumsum(sizes) - sizes
     x = jnp.pad(x, ((0, block), (0, 0)))
 
     def group(g: jax.Array, out: jax.Array) -> jax.Array:
-        kernel, start = w[g], (jnp.cumsum(sizes) - sizes)[g]
+        kernel, start = w[g], starts[g]
 
         def one(i: jax.Array, out: jax.Array) -> jax.Array:
             part = jax.lax.dynamic_slice_in_dim(x, start + i * block, block)

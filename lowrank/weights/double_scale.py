@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.weight import form, frozen
-from lowrank.weights.tables import looked_up
+from lowrank.weights.tables import edges, looked_up
 
 SECOND_BLOCK = 256
 
@@ -20,8 +20,8 @@ def dynamic_table() -> np.ndarray:
         first, k = np.float64(np.float32(0.1)), np.arange(n + 1)
         step = np.float64(np.float32(np.float32(1 - first) / np.float32(n)))
         # in float32 from both ends, which is torch's way: bitsandbytes' table to the bit
-        edges = np.where(k < (n + 1) // 2, first + step * k, 1 - step * (n - k)).astype(np.float32)
-        middles = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        ends = np.where(k < (n + 1) // 2, first + step * k, 1 - step * (n - k)).astype(np.float32)
+        middles = np.float32(10.0 ** (i - 6)) * ((ends[:-1] + ends[1:]) / np.float32(2))
         values += [*middles, *-middles]
     return np.sort(np.array(values, np.float32))
 
@@ -76,7 +76,6 @@ def doubled(absmax: jax.Array) -> DoubleScale:
     flat = flat.reshape(*stack, -1, SECOND_BLOCK)
     second = jnp.max(jnp.abs(flat), axis=-1)
     scaled = flat / jnp.where(second > 0, second, 1)[..., None]
-    table = dynamic_table()
-    codes = jnp.searchsorted(jnp.asarray((table[1:] + table[:-1]) / 2), scaled).astype(jnp.uint8)
+    codes = jnp.searchsorted(jnp.asarray(edges(dynamic_table())), scaled).astype(jnp.uint8)
     codes = codes.reshape(*stack, -1)[..., : n * out].reshape(*stack, out, n).swapaxes(-1, -2)
     return DoubleScale(codes=codes, second=second, offset=offset)
