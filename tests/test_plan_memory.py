@@ -88,6 +88,20 @@ def test_activations_follow_what_is_rematerialised(files):
     assert kept_by["full"] - kept_by["offload"] == away
 
 
+@pytest.mark.parametrize(
+    "changes", [{"model__quantize": NF4}, {"method__target": ".*kernel"}, {"model__dtype": "bfloat16"}]
+)
+def test_dots_keeps_each_product_once_whatever_its_weight_is(files, changes):
+    def beyond_inputs(**changes):
+        job = job_of(files, data__seq_len=64, **changes)
+        run = abstract.run(job)
+        return kept.activations(job, run, "dots") - kept.activations(job, run, "full")
+
+    widths = 2 * WIDTH + 2 * KV_HEADS * (WIDTH // HEADS) + 2 * HIDDEN  # q, o; k, v; gate, up: no gradient asks for down
+    values = LAYERS * 8 * 64 * widths
+    assert beyond_inputs(**changes) == values * (2 if "model__dtype" in changes else 4)
+
+
 def test_a_rematerialised_block_keeps_its_input_alone():
     job = figures.plan("LLaMA-7B", {"name": "lora", "rank": 8})
     run = figures.arrays(job, rows=2, length=1024)

@@ -8,15 +8,17 @@ from flax import linen as nn
 
 from lowrank.errors import UserError, unknown
 from lowrank.models import additions
-from lowrank.models.layers import NAMES
+from lowrank.models.layers import NAMES, PRODUCT
 
 policies = jax.checkpoint_policies
 # What the backward pass finds saved of each block, beside its input; it computes the rest again.
 REMAT: dict[str, Callable[[tuple[str, ...]], Any]] = {
     "none": lambda names: policies.everything_saveable,
     "full": lambda names: policies.nothing_saveable,
-    "dots": lambda names: policies.dots_with_no_batch_dims_saveable,  # products with weights
-    "dots_all": lambda names: policies.dots_saveable,  # attention's products of activations too
+    "dots": lambda names: policies.save_only_these_names(PRODUCT),
+    "dots_all": lambda names: policies.save_from_both_policies(  # attention's products of activations too
+        policies.dots_saveable, policies.save_only_these_names(PRODUCT)
+    ),
     "names": lambda names: policies.save_only_these_names(*names),
     "offload": lambda names: policies.save_and_offload_only_these_names(  # in the host's memory, the input too if named
         names_which_can_be_saved=[],
