@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lowrank import tree
 from lowrank.errors import UserError
+from lowrank.kernels import rounded
 from lowrank.kernels.grouped import ragged_dot
 
 PyTree = Any
@@ -104,7 +105,7 @@ def is_stored(x: Any) -> bool:
 
 def dot(x: jax.Array, w: Any) -> jax.Array:
     """`x[..., in] @ w[in, out]` in the dtype of `x`, for a form or a plain array."""
-    return w.dot(x) if is_weight(w) else jnp.dot(x, w.astype(x.dtype))
+    return w.dot(x) if is_weight(w) else rounded.dot(x, w)
 
 
 def affine(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:

@@ -7,6 +7,8 @@ multiplies every row by every group's matrix, G times the work, and `in_blocks` 
 import jax
 import jax.numpy as jnp
 
+from lowrank.kernels import rounded
+
 BLOCK = 64  # rows
 
 
@@ -37,7 +39,7 @@ def _rows(x: jax.Array, w: jax.Array, sizes: jax.Array, contracted: int) -> jax.
 
         def one(i: jax.Array, out: jax.Array) -> jax.Array:
             part = jax.lax.dynamic_slice_in_dim(x, start + i * block, block)
-            part = jax.lax.dot_general(part, kernel, (((1,), (contracted,)), ((), ())))
+            part = rounded.dot(part, kernel, contracted)
             return jax.lax.dynamic_update_slice_in_dim(out, part, start + i * block, 0)
 
         return jax.lax.fori_loop(0, -(-sizes[g] // block), one, out)

@@ -48,7 +48,7 @@ def _forward(x: jax.Array, w: jax.Array, axis: int) -> tuple[jax.Array, tuple[ja
 def _backward(axis: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = saved
     g = g.astype(x.dtype)
-    dx = jax.lax.dot_general(g, w.astype(x.dtype), (((g.ndim - 1,), (1 - axis,)), ((), ())))
+    dx = weight.dot(g, w if axis == 1 else w.T)
     rows = tuple(range(x.ndim - 1))
     pair = (x, g) if axis == 0 else (g, x)
     dw = jax.lax.dot_general(*pair, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.errors import UserError
+from lowrank.kernels import rounded
 from lowrank.weight import Weight, form, frozen, static
 
 Quantise = Callable[[jax.Array], tuple[Any, Callable[[Any], jax.Array]]]
@@ -54,11 +55,11 @@ class BlackBox(Weight):
 
 @jax.custom_vjp
 def _product(x: jax.Array, w: BlackBox) -> jax.Array:
-    return jnp.dot(x, w.materialize().astype(x.dtype))
+    return rounded.dot(x, w.materialize())
 
 
 def _backward(w: BlackBox, g: jax.Array) -> tuple[jax.Array, Any]:
-    dx = jax.lax.dot_general(g, w.materialize().astype(g.dtype), (((g.ndim - 1,), (1,)), ((), ())))
+    dx = rounded.dot(g, w.materialize(), 1)
     return dx, jax.tree.map(_nothing, w)
 
 

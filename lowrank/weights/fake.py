@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank.kernels.rounded import dot
 from lowrank.weight import Weight, form, static, trainable, wide
 from lowrank.weights.quantized import Quantized
 from lowrank.weights.schemes import SCHEMES
@@ -49,7 +50,7 @@ class FakeQuantized(Weight):
     def dot(self, x: jax.Array) -> jax.Array:
         """`x @ W`, with `x` rounded to `activations` bits if there are any."""
         x = rounded(x, self.activations) if self.activations else x
-        return jnp.dot(x, self.materialize().astype(x.dtype))
+        return dot(x, self.materialize())
 
 
 def rounded(x: jax.Array, bits: int) -> jax.Array:

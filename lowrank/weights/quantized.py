@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.errors import UserError
+from lowrank.kernels import rounded
 from lowrank.weight import Weight
 from lowrank.weights.divided import divided, is_divided
 
@@ -128,7 +129,7 @@ def _multiplied(tiled: Any, contracted: int, x: jax.Array, w: Quantized) -> jax.
 
 
 def _dot(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (contracted,)), ((), ())))
+    return rounded.dot(x, kernel, contracted)
 
 
 def _forward(x: jax.Array, w: Quantized) -> jax.Array:

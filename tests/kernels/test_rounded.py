@@ -1,0 +1,63 @@
+"""Products in bfloat16: the values of the plain product, and what each platform is asked for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank.kernels import rounded
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def case(axis, dtype=jnp.bfloat16):
+    shape = (7, 5) if axis == 0 else (5, 7)
+    x, w = jax.random.normal(jax.random.key(0), (2, 3, 7)), jax.random.normal(jax.random.key(1), shape)
+    return x.astype(dtype), w.astype(dtype)
+
+
+def plain(x, w, axis):
+    return jnp.dot(x, w if axis == 0 else w.T)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_values_and_gradients_are_those_of_the_plain_product(axis, dtype):
+    x, w = case(axis, dtype)
+    y, pull = jax.vjp(lambda x, w: rounded.dot(x, w, axis), x, w)
+    expected, expected_pull = jax.vjp(lambda x, w: plain(x, w, axis), x, w)
+    g = jnp.cos(expected)
+    for ours, theirs in zip((y, *pull(g)), (expected, *expected_pull(g)), strict=True):
+        assert ours.dtype == theirs.dtype == dtype
+        np.testing.assert_allclose(np.float64(ours), np.float64(theirs), rtol=2 * jnp.finfo(dtype).eps, atol=1e-6)
+
+
+def test_the_product_is_rounded_once():
+    x, w = case(0)
+    exact = np.float64(x) @ np.float64(w)
+    np.testing.assert_array_equal(rounded.dot(x, w), jnp.asarray(exact, jnp.bfloat16))
+
+
+def test_a_kernel_in_float32_is_rounded_to_the_activations_and_its_gradient_is_float32():
+    x, w = case(0)[0], case(0, jnp.float32)[1]
+    assert rounded.dot(x, w).dtype == jnp.bfloat16
+    assert jax.grad(lambda w: jnp.sum(rounded.dot(x, w)).astype(jnp.float32))(w).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("platform", "out"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")])
+def test_only_a_cpu_is_asked_for_float32(platform, out):
+    def both(x, w, g):
+        y, pull = jax.vjp(rounded.dot, x, w)
+        return y, pull(g)[0]
+
+    x, w = case(0)
+    text = jax.jit(both).trace(x, w, jnp.zeros((2, 3, 5), x.dtype)).lower(lowering_platforms=(platform,)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 2
+    assert all("xbf16>, tensor" in line and line.endswith(f"x{out}>") for line in products)
+
+
+def test_vectorises_over_a_stack_of_kernels():
+    x, w = case(0)
+    many = jax.vmap(rounded.dot, in_axes=(None, 0))(x, jnp.stack([w, -w]))
+    np.testing.assert_array_equal(many, jnp.stack([rounded.dot(x, w), -rounded.dot(x, w)]))
