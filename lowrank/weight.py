@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lowrank import tree
 from lowrank.errors import UserError
@@ -19,6 +20,7 @@ from lowrank.kernels import rounded
 from lowrank.kernels.grouped import ragged_dot
 
 PyTree = Any
+PRODUCT = "product"  # what `dot`, `affine` and `grouped` name their results, for remat=dots to save them
 ROUTER = "router"  # the name, beside a layer's modules, of what makes gates of the layer's input
 F = TypeVar("F", bound=type)
 
@@ -105,19 +107,19 @@ def is_stored(x: Any) -> bool:
 
 def dot(x: jax.Array, w: Any) -> jax.Array:
     """`x[..., in] @ w[in, out]` in the dtype of `x`, for a form or a plain array."""
-    return w.dot(x) if is_weight(w) else rounded.dot(x, w)
+    return product(w.dot(x) if is_weight(w) else rounded.dot(x, w))
 
 
 def affine(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
     """`dot(x, w) + bias`; `bias` may be None."""
     if bias is None:
         return dot(x, w)
-    return w.affine(x, bias) if is_weight(w) else _add_bias(dot(x, w), bias)
+    return product(w.affine(x, bias)) if is_weight(w) else _add_bias(dot(x, w), bias)
 
 
 def grouped(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
     """`x[i] @ w[g]` for rows `x: [rows, in]` sorted by group, `sizes: [G]` of them in each, and `w: [G, in, out]`."""
-    return w.grouped(x, sizes) if is_weight(w) else ragged_dot(x, w.astype(x.dtype), sizes)
+    return product(w.grouped(x, sizes) if is_weight(w) else ragged_dot(x, w.astype(x.dtype), sizes))
 
 
 def take(w: Any, ids: jax.Array) -> jax.Array:
@@ -138,6 +140,11 @@ def materialize(w: Any) -> jax.Array:
 def wide(x: jax.Array) -> jax.Array:
     """At least float32, which updates and norms are computed in; float64 stays, for exact references."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def product(y: jax.Array) -> jax.Array:
+    """`y` by the name by which remat=dots saves it; of values in a row, it keeps those that gradients ask for."""
+    return checkpoint_name(y, PRODUCT)
 
 
 def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:

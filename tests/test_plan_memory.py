@@ -89,17 +89,16 @@ def test_activations_follow_what_is_rematerialised(files):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"model__quantize": NF4}, {"method__target": ".*kernel"}, {"model__dtype": "bfloat16"}]
+    ("adapted", "changes"),
+    [(2, {"model__quantize": NF4}), (7, {"method__target": ".*kernel"}), (2, {"model__dtype": "bfloat16"})],
 )
-def test_dots_keeps_each_product_once_whatever_its_weight_is(files, changes):
-    def beyond_inputs(**changes):
-        job = job_of(files, data__seq_len=64, **changes)
-        run = abstract.run(job)
-        return kept.activations(job, run, "dots") - kept.activations(job, run, "full")
-
-    widths = 2 * WIDTH + 2 * KV_HEADS * (WIDTH // HEADS) + 2 * HIDDEN  # q, o; k, v; gate, up: no gradient asks for down
-    values = LAYERS * 8 * 64 * widths
-    assert beyond_inputs(**changes) == values * (2 if "model__dtype" in changes else 4)
+def test_dots_keeps_each_product_once_whatever_its_weight_is(files, adapted, changes):
+    job = job_of(files, "rank=2", data__seq_len=64, **changes)
+    run = abstract.run(job)
+    wide = 2 * WIDTH + 2 * KV_HEADS * (WIDTH // HEADS) + 2 * HIDDEN  # q, o; k, v; gate, up: no gradient asks for down
+    size = 2 if "model__dtype" in changes else 4
+    products = LAYERS * 8 * 64 * (wide + adapted * 2) * size  # and `x @ A`, but not what is added to `x @ W`
+    assert kept.activations(job, run, "dots") - kept.activations(job, run, "full") == products
 
 
 def test_a_rematerialised_block_keeps_its_input_alone():

@@ -21,7 +21,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 NAMES = ("input", "query", "key", "value", "context", "attn", "gate", "up", "mlp")  # activations that remat can choose
-PRODUCT = "product"  # what remat=dots saves: an activation times a weight, whatever the weight's form
 HALF = (jnp.bfloat16, jnp.float16)
 kernel_init = nn.initializers.normal(0.02)
 
@@ -51,7 +50,7 @@ class Linear(nn.Module):
         """`[..., in] -> [..., features]`."""
         kernel = stored(self, "kernel", self.init, (x.shape[-1], self.features))
         bias = stored(self, "bias", nn.initializers.zeros, (self.features,)) if self.bias else None
-        return checkpoint_name(weight.affine(x, kernel, bias), PRODUCT)
+        return weight.affine(x, kernel, bias)
 
 
 class Norm(nn.Module):

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
 from lowrank import weight
 from lowrank.models.additions import DOWN_INIT
-from lowrank.models.layers import ACTIVATIONS, MLP, PRODUCT, Linear, kernel_init, stored
+from lowrank.models.layers import ACTIVATIONS, MLP, Linear, kernel_init, stored
 
 
 class Routing(NamedTuple):
@@ -66,7 +65,7 @@ class Grouped(nn.Module):
     def __call__(self, x: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """`[rows, in] -> [rows, features]`."""
         kernel = stored(self, "kernel", self.init, (self.experts, x.shape[-1], self.features))
-        return checkpoint_name(weight.grouped(x, kernel, sizes_E), PRODUCT)
+        return weight.grouped(x, kernel, sizes_E)
 
 
 class Experts(nn.Module):

@@ -8,7 +8,8 @@ from flax import linen as nn
 
 from lowrank.errors import UserError, unknown
 from lowrank.models import additions
-from lowrank.models.layers import NAMES, PRODUCT
+from lowrank.models.layers import NAMES
+from lowrank.weight import PRODUCT
 
 policies = jax.checkpoint_policies
 # What the backward pass finds saved of each block, beside its input; it computes the rest again.

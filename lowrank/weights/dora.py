@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weight import Weight, dot, form, frozen, is_stored, is_weight, materialize, trainable, wide
+from lowrank.weight import Weight, dot, form, frozen, is_stored, is_weight, materialize, product, trainable, wide
 from lowrank.weights.lora import LoRA
 
 
@@ -31,7 +31,7 @@ class DoRA(LoRA):
     def dot(self, x: jax.Array) -> jax.Array:
         """`(x @ W + scale * drop(x) @ A @ B) * magnitude / norm`, with no `in x out` temporary."""
         gain = self.magnitude / jax.lax.stop_gradient(self.column_norm())
-        y = dot(x, self.base) + self.low_rank(x)
+        y = product(dot(x, self.base) + self.low_rank(x))  # the magnitude's gradient asks for the sum alone
         return y * jnp.broadcast_to(gain.astype(y.dtype), y.shape)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
