@@ -1,9 +1,15 @@
-"""Temporary bytes of a 4096 x 14336 product of codes as compiled; as a command, for a TPU v5e that is not there."""
+"""Temporary bytes of a 4096 x 14336 product of codes as compiled.
+
+As a command, `python -m tests.large_product v5e|h100`, for a device that is not there.
+"""
+
+import sys
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from lowrank.plan import gpus
 from lowrank.weight import dot
 from lowrank.weights.schemes import SCHEMES
 
@@ -26,8 +32,13 @@ def temporary(device, scheme, **options):
     return [program.compile().memory_analysis().temp_size_in_bytes for program in lowered]
 
 
-if __name__ == "__main__":
-    from jax.experimental import topologies
+def elsewhere(name):
+    if name == "h100":
+        return gpus.devices(name, 1, 80 * 2**30)[0]
+    from jax.experimental import topologies  # loads libtpu
 
-    v5e = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices[0]
-    print(*temporary(v5e, "nf4", double=True))
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices[0]
+
+
+if __name__ == "__main__":
+    print(*temporary(elsewhere(sys.argv[1]), "nf4", double=True))

@@ -9,7 +9,7 @@ import pytest
 
 from lowrank import plan
 from lowrank.plan import __main__ as command
-from lowrank.plan import advice, compiled, devices
+from lowrank.plan import advice, compiled, devices, gpus
 from tests.test_train import config_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
@@ -22,6 +22,12 @@ def words(files, *more):
     model, records = files / "llama", files / "records.jsonl"
     there = [f"--config.model.name={model}", f"--config.data.source=jsonl:{records}", "--config.mesh.data=1"]
     return [CONFIG, *there, *more]
+
+
+@pytest.fixture(autouse=True)
+def no_cuda_plugin(monkeypatch):
+    """As where only a CPU's compiler is installed."""
+    monkeypatch.setattr(gpus, "installed", lambda: False)
 
 
 @pytest.fixture
@@ -88,6 +94,15 @@ def test_the_known_devices_and_slices():
     assert devices.device("a100:8")[2] == 8
     assert devices.topology("v5e:4x4")[1:3] == (16 * 2**30, 16)
     assert devices.topology("v5p:2x2x1").count == 4
+
+
+def test_every_gpu_with_a_memory_can_be_described():
+    assert set(gpus.GPUS) == set(devices.MEMORY) - {"v2", "v3", "v4", *devices.SLICES}
+    text = gpus.described(gpus.GPUS["h100"], 80 * 2**30)
+    for field in ("core_count: 132 ", "major: 9 minor: 0", f"device_memory_size: {80 * 2**30} ", "H100 80GB"):
+        assert field in text
+    for gpu in gpus.GPUS.values():
+        assert gpu.capability in gpus.LIMITS
 
 
 def test_the_table_says_which_figure_is_which_and_that_it_fits(files, capsys):

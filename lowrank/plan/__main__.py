@@ -1,6 +1,7 @@
 """Says whether a run fits: `python -m lowrank.plan --config=FILE.py[:ARG] [--config.a.b=c ...] [options]`.
 
     --device=h100[:8]    the device that it is for, and how many; without one, those that jax has here
+                         (to compile for a GPU that is not here: pip install 'jax[cuda12-local]')
     --topology=v5e:4x4   compile for a TPU slice, on a machine without one (needs the extra `tpu`)
     --json               the same for machines
 
@@ -23,7 +24,7 @@ import jax
 
 from lowrank import config_file
 from lowrank.errors import UserError
-from lowrank.plan import advice, check, compiled, devices, figures, formats, formulas, report
+from lowrank.plan import advice, check, compiled, devices, figures, formats, formulas, gpus, report
 from lowrank.plan.abstract import run
 
 HIDDEN = "--worker"  # in the process that a slice, or several devices, are compiled in
@@ -108,12 +109,12 @@ def _in_a_process_of_its_own(target: devices.Target, argv: Sequence[str]) -> int
 
 def _report(config: Any, target: devices.Target | None) -> tuple[Any, Any]:
     """What to print as JSON, and a function that makes the text of it."""
-    slice_ = _slice(target.topology) if target and target.topology else None
-    plan = check.make(config, slice_)
-    native = target is None or bool(target.topology) or _is_here(target)
+    there = target and _elsewhere(target)
+    plan = check.make(config, there)
+    native = target is None or bool(there) or _is_here(target)
     target = target or devices.here(list(plan.mesh.devices.flat))
     arrays = run(plan)
-    by_formula, by_compiler = formulas.memory(plan, arrays), compiled.compiled(plan, arrays)
+    by_formula, by_compiler = formulas.memory(plan, arrays), _compiled(plan, arrays, target)
     found = report.Report(plan, target, by_formula, by_compiler, native, [])
     if not found.fits:
         room = target.memory * min(1.0, by_formula.peak / found.needed)  # as far as the formula can tell
@@ -121,10 +122,23 @@ def _report(config: Any, target: devices.Target | None) -> tuple[Any, Any]:
     return report.plain(found), lambda _: report.text(found)
 
 
-def _slice(topology: str) -> list[Any]:
+def _compiled(plan: Any, arrays: Any, target: devices.Target) -> Any:
+    try:
+        return compiled.compiled(plan, arrays)
+    except jax.errors.JaxRuntimeError as e:
+        raise UserError(f"the run does not compile for {target.name}: {str(e).splitlines()[0]}") from e
+
+
+def _elsewhere(target: devices.Target) -> list[Any] | None:
+    """The devices of the target, to compile for; None if they are here, or have no compiler here."""
     from jax.experimental import topologies  # loads libtpu
 
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    if target.topology:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices)
+    kind = target.name.partition(":")[0]
+    if kind not in gpus.GPUS or _is_here(target) or not gpus.installed():
+        return None
+    return gpus.devices(kind, target.count, target.memory)
 
 
 def _is_here(target: devices.Target) -> bool:

@@ -7,9 +7,11 @@ from lowrank.plan.advice import Step
 from lowrank.plan.compiled import Compiled
 from lowrank.plan.devices import GIB, Target
 from lowrank.plan.formulas import Memory
+from lowrank.plan.gpus import GPUS
 from lowrank.plan.job import Plan
 from lowrank.plan.text import size
 
+HOW = "; with `pip install 'jax[cuda12-local]'` it is compiled for it"
 DEFAULT_SHARE = 0.75  # of a GPU's memory that jax takes, unless told otherwise
 
 
@@ -69,17 +71,18 @@ def text(r: Report) -> str:
     where = f"{r.job.mesh.size} x {r.target.name}" + (f" ({mesh})" if mesh else "")
     lines = [f"{c.method['name']} on {r.job.model.name}, {where}: bytes on each device", ""]
     by = f"compiled for {r.compiled.platform}" if r.compiled else "not compiled"
-    lines += [f"{'':20}{'formula':>12}{by:>28}{'formula / compiled':>22}"]
-    lines += [_line(name, formula, compiled) for name, formula, compiled in rows(r)]
+    width = max(28, len(by) + 2)
+    lines += [f"{'':20}{'formula':>12}{by:>{width}}{'formula / compiled':>22}"]
+    lines += [_line(name, formula, compiled, width) for name, formula, compiled in rows(r)]
     lines += ["", *r.job.notes, *verdict(r)]
     lines += [f"  {line}" for line in _advice(r)]
     return "\n".join(lines)
 
 
-def _line(name: str, formula: int, compiled: int | None) -> str:
+def _line(name: str, formula: int, compiled: int | None, width: int) -> str:
     ratio = f"{formula / compiled:.2f}" if compiled else ""
     shown = size(compiled) if compiled is not None else ""
-    return f"{NAMES.get(name, name):20}{size(formula):>12}{shown:>28}{ratio:>22}  {NOTES.get(name, '')}".rstrip()
+    return f"{NAMES.get(name, name):20}{size(formula):>12}{shown:>{width}}{ratio:>22}  {NOTES.get(name, '')}".rstrip()
 
 
 def verdict(r: Report) -> list[str]:
@@ -90,13 +93,13 @@ def verdict(r: Report) -> list[str]:
         lines = [f"fits: {size(r.needed)} ({source}) of {have}"]
     else:
         lines = [f"does not fit: {size(r.needed)} ({source}) is {size(r.needed - r.target.memory)} more than {have}"]
+    gpu = r.target.name.partition(":")[0] in GPUS
     if r.compiled and not r.native:
         lines.append(
             f"compiled for {r.compiled.platform}, as there is no {r.target.name} here: other kernels and other room "
-            "(a CPU widens bfloat16), so the formula decides"
+            f"(a CPU widens bfloat16), so the formula decides{gpu * HOW}"
         )
-    gpu = not r.target.topology and not r.target.name.startswith(("v", "this machine's cpu"))
-    if gpu and r.fits and r.needed > DEFAULT_SHARE * r.target.memory:
+    if (gpu or "NVIDIA" in r.target.name) and r.fits and r.needed > DEFAULT_SHARE * r.target.memory:
         lines.append("jax takes 75 % of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 is set")
     return lines
 

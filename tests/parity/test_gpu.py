@@ -1,0 +1,44 @@
+"""What a GPU's compiler makes of our programs, ahead of time and without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lowrank.plan import __main__ as command
+from lowrank.plan import gpus
+
+pytestmark = [
+    pytest.mark.skipif(not gpus.installed(), reason="jax has a CUDA plugin for Linux on x86-64 alone"),
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # ml_collections' own
+]
+MEMORY = 80 * 2**30
+
+
+def test_a_large_product_and_its_gradient_make_no_copy_of_the_kernel():
+    """A 4096 x 14336 kernel is 235 MB in float32; a program's temporaries stay below 32 MB in all, on an H100."""
+    words = [sys.executable, "-m", "tests.large_product", "h100"]
+    done = subprocess.run(words, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=True)
+    assert max(map(int, done.stdout.split())) < 32e6
+
+
+@pytest.mark.parametrize("device", ["h100", "a100:4"])
+def test_a_run_is_planned_for_a_gpu(files, capfd, device):
+    model, records = files / "llama", files / "records.jsonl"
+    there = [f"--config.model.name={model}", f"--config.data.source=jsonl:{records}", "--config.model.quantize=nf4"]
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2"] if device.endswith(":4") else []
+    assert command.main(["--config=configs/tiny.py", *there, *mesh, f"--device={device}", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["compiled"]["platform"] == gpus.GPUS[device.partition(":")[0]].name
+    assert found["compiled"]["native"] is True
+    assert found["memory_bytes"] == MEMORY
+    assert found["fits"] is True
+
+
+def test_what_a_gpu_cannot_do_is_said(files, capfd):
+    model, records = files / "llama", files / "records.jsonl"
+    there = [f"--config.model.name={model}", f"--config.data.source=jsonl:{records}", "--config.model.dtype=bfloat16"]
+    assert command.main(["--config=configs/tiny.py", *there, "--device=t4"]) == 2
+    assert "does not compile for t4: UNIMPLEMENTED: Unsupported algorithm" in capfd.readouterr().err
