@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lowrank import losses, metrics
+from lowrank import losses, metrics, sharding
 
 PyTree = Any
 Batch = Mapping[str, Any]
@@ -29,7 +29,8 @@ def perplexity(
     Only targets of full weight (1) count: with a prompt loss weight below 1 these are the answers, their end tokens
     included; else every token. `rows` tokens at a time have their logits in memory. Raises UserError without tokens.
     """
-    sums = [_token_sums(model, bind, rows, params, put(batch)) for batch in batches]
+    with sharding.around(params):
+        sums = [_token_sums(model, bind, rows, params, put(batch)) for batch in batches]
     nll, tokens = np.sum(np.asarray(sums, np.float64).reshape(-1, 2), axis=0)
     return {"perplexity": metrics.perplexity(nll, tokens), "nll": float(nll / tokens), "tokens": float(tokens)}
 
@@ -40,8 +41,9 @@ def classification(
     """`accuracy`, `macro_f1` (see `metrics.macro_f1`) and `examples` over classification batches."""
     classes = model.config.num_labels
     counts_CxC = np.zeros((classes, classes), np.int64)
-    for batch in batches:
-        counts_CxC += np.asarray(_confusion(model, bind, params, put(batch)))
+    with sharding.around(params):
+        for batch in batches:
+            counts_CxC += np.asarray(_confusion(model, bind, params, put(batch)))
     return {
         "accuracy": metrics.accuracy(counts_CxC),
         "macro_f1": metrics.macro_f1(counts_CxC),

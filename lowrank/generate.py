@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from lowrank import sharding
 from lowrank.data import encode
 from lowrank.errors import UserError
 from lowrank.models import build, init_cache
@@ -103,7 +104,8 @@ def generate(
         raise UserError(f"temperature={temperature} samples, so it needs rng, a key from jax.random.key")
     keys_B = row_keys(jax.random.key(0) if rng is None else rng, len(tokens_BxT))
     stops = tuple(sorted({int(i) for i in stop_ids}))
-    return _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, sampling, pad_id, bind)[0]
+    with sharding.around(params):
+        return _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, sampling, pad_id, bind)[0]
 
 
 def row_keys(rng: jax.Array, rows: int) -> jax.Array:
@@ -128,7 +130,8 @@ def lowered(
     """The program of `generate` for `rows` prompts of `length` positions, ready to compile: `params` may be shapes."""
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     keys = jax.eval_shape(lambda: row_keys(jax.random.key(0), rows))
-    return _generate.lower(model, params, tokens, tokens, keys, max_new, stops, Sampling(), **options)
+    with sharding.around(params):
+        return _generate.lower(model, params, tokens, tokens, keys, max_new, stops, Sampling(), **options)
 
 
 @partial(jax.jit, static_argnames=("model", "max_new", "stops", "sampling", "pad_id", "bind"))

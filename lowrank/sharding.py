@@ -3,6 +3,7 @@
 A spec lines up with a leaf's last dimensions, so one rule serves a kernel `[in, out]` and a stack `[layers, in, out]`.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -102,6 +103,13 @@ def _divides(axis: Any, size: int, mesh: Mesh) -> bool:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of a value that every device holds whole."""
     return NamedSharding(mesh, P())
+
+
+def around(arrays: PyTree) -> contextlib.AbstractContextManager:
+    """A context in which programs are traced for the mesh that `arrays` lie on, if it is one."""
+    placed = (getattr(x, "sharding", None) for x in jax.tree.leaves(arrays))
+    mesh = next((s.mesh.abstract_mesh for s in placed if isinstance(s, NamedSharding)), None)
+    return jax.sharding.use_abstract_mesh(mesh) if mesh else contextlib.nullcontext()
 
 
 def optimizer_shardings(optimizer: Any, state: PyTree, trained: PyTree, mesh: Mesh) -> PyTree:

@@ -94,7 +94,8 @@ def compile(step: Callable, state: State, frozen: PyTree, batch: Mapping[str, An
     A compiled program cannot be compiled again: a batch of another shape is an error, not a wait.
     """
     where = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, None)).lower(state, frozen, batch).compile()
+    with sharding.around(state):
+        return jax.jit(step, donate_argnums=0, out_shardings=(where, None)).lower(state, frozen, batch).compile()
 
 
 def _accumulated(sums: Callable, trained: PyTree, batch: Mapping[str, jax.Array], n: int) -> tuple[Any, PyTree]:

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.errors import UserError
 from lowrank.models import cache as caches
-from lowrank.models import rope, routing, views
+from lowrank.models import rope, routing, rows, views
 from lowrank.models.additions import Additions, adapted
 from lowrank.models.attention import Attention, View
 from lowrank.models.cache import Cache
@@ -124,7 +124,7 @@ class Block(nn.Module):
 
         With an `index`, `past` and what is taken up are keys, values and gates (None without a router).
         """
-        c, h = self.config, checkpoint_name(h, "input")
+        c, h = self.config, checkpoint_name(rows.apart(h), "input")
         kept = None
         if index is not None:
             *past, kept = past
@@ -239,9 +239,9 @@ class Decoder(nn.Module):
         if virtual:
             h = self.prompt(h)
         positions, view, cache = views.causal(c, *h.shape[:2], virtual, positions, segments, cache)
-        h = self.embed.place(h, positions)
+        h = rows.apart(self.embed.place(h, positions))
         h, new = self._run(h, view, cache, prefix)
-        h = self.norm(h[:, virtual:])
+        h = rows.apart(self.norm(h[:, virtual:]))
         return h if cache is None else (h, caches.advance(cache, new))
 
     def _run(self, h, view, cache, prefix):

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.errors import UserError, unknown
-from lowrank.models import routing, views
+from lowrank.models import routing, rows, views
 from lowrank.models.additions import Additions, adapted
 from lowrank.models.attention import Attention, View
 from lowrank.models.embed import Embed, Prompt
@@ -72,7 +72,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array, view: View, local: Any, past: Any, index: Any) -> tuple[jax.Array, Any]:
         """`(h [B, T, D], None)`; `past` is a prefix or None."""
-        c, h = self.config, checkpoint_name(h, "input")
+        c, h = self.config, checkpoint_name(rows.apart(h), "input")
         options = {"qkv_bias": True, "o_bias": True, "fused": c.fused_attention}
         attention, gates = Attention(c.heads, c.heads, c.head_dim, **options, name="attn"), routing.gates(self, h)
         y = checkpoint_name(routing.call(attention, gates, h, view, past)[0], "attn")
@@ -140,9 +140,9 @@ class Encoder(nn.Module):
             h = self.prompt(h)
             types = None if types is None else jnp.pad(types, ((0, 0), (c.num_prompt, 0)))
         positions_BxT, view = views.bidirectional(segments, c.num_prompt, length, c.prefix_length)
-        h = self.embed.place(h, positions_BxT + c.position_offset, types)
+        h = rows.apart(self.embed.place(h, positions_BxT + c.position_offset, types))
         prefix = by_stack(c, self.prefix()) if c.prefix_length else {}
-        return self._run(h, view, prefix)[:, c.num_prompt :]
+        return rows.apart(self._run(h, view, prefix)[:, c.num_prompt :])
 
     def _run(self, h, view, prefix):
         for name in depths(self.config):

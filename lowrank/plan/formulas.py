@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -111,12 +111,20 @@ def decoded(job: Plan) -> int:
 
 
 def gathered(job: Plan, r: Run) -> int:
-    """The other devices' shards of one block's leaves, which `fsdp` brings together for its turn."""
+    """The other devices' shards of one block's leaves, and of the logits', which `fsdp` brings together for a turn."""
     if job.mesh.shape["fsdp"] == 1:
         return 0
-    layers = [x for part in (r.state.trained, r.frozen) for name, x in tree.named_leaves(part) if _in_layers(name)]
-    whole = sum(x.size * counts.bits(x.dtype) / 8 / x.shape[0] for x in layers) / job.mesh.shape["tensor"]
-    return math.ceil(whole - device_bytes(layers) / job.network.config.layers)
+    named = [pair for part in (r.state.trained, r.frozen) for pair in tree.named_leaves(part)]
+    read = "embed/embedding" if getattr(job.network.config, "tied", False) else "head/kernel"
+    table = [x for name, x in named if name.startswith(read) and job.config.objective == "causal_lm"]
+    layers = [x for name, x in named if _in_layers(name)]
+    whole = _whole(layers) / job.network.config.layers + _whole(table)
+    shards = device_bytes(layers) / job.network.config.layers + device_bytes(table)
+    return math.ceil(whole / job.mesh.shape["tensor"] - shards)
+
+
+def _whole(leaves: Sequence[Any]) -> float:
+    return sum(x.size * counts.bits(x.dtype) / 8 for x in leaves)
 
 
 def kv_cache(job: Plan) -> int:

@@ -1,0 +1,47 @@
+"""On a mesh each device computes with its own rows, as a compiled training step shows."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lowrank import plan, step
+from lowrank.models import rows
+from lowrank.plan import abstract
+from tests.test_train import config_of
+from tests.tiny import HIDDEN
+
+ROWS, LENGTH = 8, 24
+MESHES = [{"data": 1, "fsdp": 4}, {"data": 2, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+
+def compiled(files, mesh, model="llama", **changes):
+    config = config_of(files, "rank=2", model, data__seq_len=LENGTH, data__batch_size=ROWS, **changes)
+    config.mesh = {"tensor": 1, **mesh}
+    job = plan.make(config)
+    run = abstract.run(job)
+    return step.compile(job.step(job.optimizer()), run.state, run.frozen, run.batch).as_text()
+
+
+def largest(text):
+    """The size of the largest activation `[rows, tokens, features]` of a program, in values."""
+    return max(int(b) * int(f) * LENGTH for b, f in re.findall(rf"= f32\[(\d+),{LENGTH},(\d+)\]", text))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_no_device_has_the_activations_of_all_rows(files, mesh, model):
+    changes = {"objective": "classification", "data__template": "{text}"} if model == "bert" else {}
+    assert largest(compiled(files, mesh, model, **changes)) < ROWS // 2 * LENGTH * HIDDEN
+
+
+def test_the_compiler_would_not_see_to_it_itself(files, monkeypatch):
+    monkeypatch.setattr(rows, "apart", lambda x: x)
+    assert largest(compiled(files, MESHES[0])) == ROWS * LENGTH * HIDDEN
+
+
+def test_rows_that_the_mesh_does_not_divide_are_left_to_the_compiler():
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"))):
+        for count, told in ((8, True), (6, False)):
+            assert ("sharding_constraint" in str(jax.make_jaxpr(rows.apart)(jnp.zeros((count, 3))))) is told
