@@ -1,15 +1,18 @@
 """Rows sorted by group, each times the matrix of its group.
 
-Shapes: R rows, G groups, B rows a block. `jax.lax.ragged_dot` is a kernel of its own on GPUs and TPUs; on a CPU it
-multiplies every row by every group's matrix, G times the work, and `in_blocks` about once.
+Shapes: R rows, G groups. `jax.lax.ragged_dot` is a kernel of its own on TPUs; elsewhere it multiplies every row by
+every group's matrix, G times the work, and on a GPU it writes the rows G times over first. Blocks of rows of one group
+take about the work once.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from lowrank.kernels import rounded
+from lowrank.kernels import rounded, steps
 
-BLOCK = 64  # rows
+BLOCK = 64  # rows, on a CPU
 
 
 def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -17,13 +20,9 @@ def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 
     Rows beyond the sum of `sizes` `[G]` are zero.
     """
-    return jax.lax.platform_dependent(x, w, sizes, cpu=in_blocks, default=jax.lax.ragged_dot)
-
-
-@jax.custom_vjp
-def in_blocks(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """The same, in blocks of rows of one group. It is differentiable in reverse mode alone."""
-    return _rows(x, w, sizes, 0)
+    return jax.lax.platform_dependent(
+        x, w, sizes, cpu=in_blocks, cuda=in_steps, rocm=in_steps, default=jax.lax.ragged_dot
+    )
 
 
 def _rows(x: jax.Array, w: jax.Array, sizes: jax.Array, contracted: int) -> jax.Array:
@@ -70,13 +69,20 @@ def _block(x: jax.Array, sizes: jax.Array) -> int:
     return min(BLOCK, max(8, -(-len(x) // len(sizes))))
 
 
-def _forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return in_blocks(x, w, sizes), (x, w, sizes)
+def _product(rows: Callable[..., jax.Array], kernels: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The product with `rows` and its gradient of the matrices with `kernels`, differentiable in reverse mode alone."""
+
+    @jax.custom_vjp
+    def product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+        return rows(x, w, sizes, 0)
+
+    def back(kept: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+        x, w, sizes = kept
+        return rows(g, w, sizes, 1), kernels(x, g, sizes), None
+
+    product.defvjp(lambda x, w, sizes: (product(x, w, sizes), (x, w, sizes)), back)
+    return product
 
 
-def _backward(kept: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    x, w, sizes = kept
-    return _rows(g, w, sizes, 1), _kernels(x, g, sizes), None
-
-
-in_blocks.defvjp(_forward, _backward)
+in_blocks = _product(_rows, _kernels)  # as many as there are
+in_steps = _product(steps.rows, steps.kernels)  # as many as there may be

@@ -21,28 +21,32 @@ def case(sizes, rows):
     ("sizes", "rows"),
     [([9, 0, 14, 1], 24), ([0, 0, 3], 3), ([1, 1], 2), ([200, 3, 0, 61, 5], 269), ([2, 5, 0], 12), ([4], 4)],
 )
-def test_each_row_meets_the_matrix_of_its_group(sizes, rows):
+@pytest.mark.parametrize("product", [grouped.ragged_dot, grouped.in_steps])
+def test_each_row_meets_the_matrix_of_its_group(product, sizes, rows):
     x, w, counts = case(sizes, rows)
     expected, group = np.zeros((rows, OUT)), np.repeat(np.arange(len(sizes)), sizes)
     for i, g in enumerate(group):
         expected[i] = np.asarray(x[i], np.float64) @ np.asarray(w[g], np.float64)
-    np.testing.assert_allclose(jax.jit(grouped.ragged_dot)(x, w, counts), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(product)(x, w, counts), expected, atol=1e-5)
 
 
-def test_gradients_are_those_of_the_plain_product():
-    x, w, counts = case([9, 0, 14, 1], 26)
+@pytest.mark.parametrize("product", [grouped.ragged_dot, grouped.in_steps])
+@pytest.mark.parametrize(("sizes", "rows"), [([9, 0, 14, 1], 26), ([200, 3, 0, 61, 5], 269), ([128, 128], 256)])
+def test_gradients_are_those_of_the_plain_product(product, sizes, rows):
+    x, w, counts = case(sizes, rows)
 
     def gradients(dot):
         return jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(dot(x, w, counts))), argnums=(0, 1)))(x, w)
 
-    for ours, plain in zip(gradients(grouped.ragged_dot), gradients(jax.lax.ragged_dot), strict=True):
+    for ours, plain in zip(gradients(product), gradients(jax.lax.ragged_dot), strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-5)
 
 
-def test_the_gradient_of_a_matrix_is_summed_in_float32():
+@pytest.mark.parametrize("product", [grouped.in_blocks, grouped.in_steps])
+def test_the_gradient_of_a_matrix_is_summed_in_float32(product):
     x, w, counts = case([300, 2], 302)
     small = lambda *arrays: [a.astype(jnp.bfloat16) for a in arrays]  # noqa: E731
-    ours = jax.grad(lambda w: jnp.sum(grouped.in_blocks(x.astype(w.dtype), w, counts)))(*small(w))
+    ours = jax.grad(lambda w: jnp.sum(product(x.astype(w.dtype), w, counts)))(*small(w))
     summed = np.float64(small(x)[0])[:300].sum(0)
     np.testing.assert_allclose(np.float64(ours[0]), np.tile(summed[:, None], OUT), rtol=2**-8)
 

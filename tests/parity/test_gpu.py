@@ -5,8 +5,12 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
+from lowrank.kernels import grouped
 from lowrank.plan import __main__ as command
 from lowrank.plan import gpus
 
@@ -22,6 +26,15 @@ def test_a_large_product_and_its_gradient_make_no_copy_of_the_kernel():
     words = [sys.executable, "-m", "tests.large_product", "h100"]
     done = subprocess.run(words, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=True)
     assert max(map(int, done.stdout.split())) < 32e6
+
+
+def test_a_grouped_product_does_not_write_its_rows_once_a_group():
+    rows, groups, width, out = 4096, 16, 2048, 1024
+    at = SingleDeviceSharding(gpus.devices("h100", 1, MEMORY)[0])
+    shapes = ((rows, width), jnp.bfloat16), ((groups, width, out), jnp.bfloat16), ((groups,), jnp.int32)
+    arrays = [jax.ShapeDtypeStruct(*shape, sharding=at) for shape in shapes]
+    program = jax.jit(grouped.ragged_dot).lower(*arrays).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 3 * 2 * rows * width
 
 
 @pytest.mark.parametrize("device", ["h100", "a100:4"])
