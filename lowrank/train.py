@@ -21,14 +21,18 @@ from lowrank.stopping import StopSignal
 
 PyTree = Any
 SUMMARY, BEFORE, ADAPTER = "summary.json", "before.json", "adapter"
+UNKNOWN: dict[str, Any] = {"scores": {}, "texts": []}  # of a model that is not scored
 FROZEN = "frozen"  # the root of the frozen leaves in a checkpoint: those that a method's restarts change
 
 
-def run(config: Mapping[str, Any], directory: str | os.PathLike[str], command: str = "") -> dict[str, Any]:
+def run(
+    config: Mapping[str, Any], directory: str | os.PathLike[str], command: str = "", before: bool = True
+) -> dict[str, Any]:
     """Fine-tunes as `config` (a ConfigDict or nested dicts) says, in `directory`; returns the summary it leaves there.
 
     A directory with a checkpoint of the same config is continued, bit for bit on the same mesh. SIGTERM saves and
     returns early, with `stopped_at` in the summary. `command` is what the report says to repeat the run with.
+    `before`: the model is scored before the first step, too.
 
     Raises:
       UserError: a bad config, before anything is computed; a loss that is not finite; a disk that refuses.
@@ -47,7 +51,7 @@ def run(config: Mapping[str, Any], directory: str | os.PathLike[str], command: s
             log.say(job.table)
             ready = Run(job, folder, saver, log, stop, command)
             workdir.claim(folder, config)
-            return ready.go()
+            return ready.go(before)
 
 
 class Run:
@@ -70,9 +74,9 @@ class Run:
         if saver.latest() is not None:
             self._restore(saver.latest())
 
-    def go(self) -> dict[str, Any]:
-        """Trains, and leaves the adapter and the report; or stops where SIGTERM came."""
-        before = self._before()
+    def go(self, scored: bool = True) -> dict[str, Any]:
+        """Trains, and leaves the adapter and the report; or stops where SIGTERM came. `scored`: also before it."""
+        before = self._before() if scored else UNKNOWN
         done = self._train()
         if done < self.job.config.steps:
             self.log.say(f"stopped after step {done}; the same command continues")
@@ -156,7 +160,7 @@ class Run:
     def _judge(self) -> dict[str, Any]:
         """`{scores, texts}` of the parameters as they are; nothing without an `eval` group."""
         if not self.job.scorer:
-            return {"scores": {}, "texts": []}
+            return UNKNOWN
         scores = self._score(int(self.state.step))
         with self.log.paused():
             more, texts = self.job.scorer.texts(self._params())

@@ -91,7 +91,7 @@ class Cell:
 
     def run(self) -> dict[str, Any]:
         """Trains, and keeps the numbers."""
-        summary = train.run(self.config, self.folder)
+        summary = train.run(self.config, self.folder, before=False)
         numbers = {
             "config": workdir.plain(self.config),
             "validation": summary["after"][self.task.metric],
