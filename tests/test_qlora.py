@@ -38,9 +38,9 @@ def runs(files, tmp_path_factory):
             config.checkpoint.every, config.eval = 0, {"split": "train" if name == "qlora" else ""}
             seen, go, folder = [], train.Run.go, tmp_path_factory.mktemp("run")
 
-            def watched(job):
+            def watched(job, *args):
                 before = jax.device_get(job.frozen)
-                summary = go(job)
+                summary = go(job, *args)
                 seen.extend([before, jax.device_get(job.frozen)])
                 return summary
 

@@ -85,9 +85,9 @@ def watched(monkeypatch):
     """Every run, with its frozen leaves before and after it."""
     seen, go = [], train.Run.go
 
-    def watch(run):
+    def watch(run, *args):
         before = jax.device_get(run.frozen)
-        summary = go(run)
+        summary = go(run, *args)
         seen.append((run, before, jax.device_get(run.frozen)))
         return summary
 
