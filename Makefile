@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+GPU := $(VENV)/gpu
 
 .PHONY: quickstart test parity bench tables lint format clean
 
@@ -11,8 +12,8 @@ quickstart: $(VENV)/ready
 test: $(VENV)/ready-dev lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/parity
 
-parity: $(VENV)/ready-parity
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests/parity
+parity: $(VENV)/ready-parity $(VENV)/ready-gpu
+	PYTHONPATH=$(GPU) $(BIN)/python -m pytest -n 2 --dist worksteal tests/parity
 
 bench: $(VENV)/ready-parity
 	$(BIN)/python -m experiments.bench.step
@@ -36,6 +37,12 @@ $(VENV)/ready: setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lowrank needs Python >= 3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+# XLA's compiler for GPUs has a folder of its own: where it is installed, every process says that it finds no driver.
+$(VENV)/ready-gpu: $(VENV)/ready-parity
+	-$(BIN)/python -m pip install -q --no-deps --target $(GPU) \
+		"jax-cuda12-pjrt==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')"
 	touch $@
 
 $(VENV)/ready-%: $(VENV)/ready

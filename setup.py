@@ -37,10 +37,10 @@ setup(
         "tpu": ["jax[tpu]"],
         "dev": ["pre-commit", "pytest", "pytest-xdist", "ruff", "tensorboard"],
         # From transformers 5.24 on, peft 0.21 finds no past keys and values, which its prefix tuning needs.
-        # libtpu compiles for a TPU without one, jax's CUDA plugin for a GPU.
+        # libtpu compiles for a TPU without one.
         "parity": [
             "bitsandbytes>=0.50",
-            "jax[tpu,cuda12-local]; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "peft>=0.21",
             "torch==2.13.0",
             "transformers>=5.0,<5.24",
