@@ -41,7 +41,7 @@ $(VENV)/ready: setup.py
 
 # XLA's compiler for GPUs has a folder of its own: where it is installed, every process says that it finds no driver.
 $(VENV)/ready-gpu: $(VENV)/ready-parity
-	-$(BIN)/python -m pip install -q --no-deps --target $(GPU) \
+	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install -q --no-deps --target $(GPU) \
 		"jax-cuda12-pjrt==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')"
 	touch $@
 

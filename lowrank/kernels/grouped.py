@@ -44,8 +44,7 @@ def _rows(x: jax.Array, w: jax.Array, sizes: jax.Array, contracted: int) -> jax.
         return jax.lax.fori_loop(0, -(-sizes[g] // block), one, out)
 
     out = jnp.zeros((rows + block, w.shape[2 - contracted]), x.dtype)
-    out = jax.lax.fori_loop(0, len(w), group, out)[:rows]
-    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes), out, 0)
+    return jax.lax.fori_loop(0, len(w), group, out)[:rows]
 
 
 def _kernels(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -72,13 +71,17 @@ def _block(x: jax.Array, sizes: jax.Array) -> int:
 def _product(rows: Callable[..., jax.Array], kernels: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """The product with `rows` and its gradient of the matrices with `kernels`, differentiable in reverse mode alone."""
 
+    def masked(x: jax.Array, w: jax.Array, sizes: jax.Array, contracted: int) -> jax.Array:
+        taken = jnp.arange(len(x)) < jnp.sum(sizes)
+        return jnp.where(taken[:, None], rows(x, w, sizes, contracted), 0)
+
     @jax.custom_vjp
     def product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-        return rows(x, w, sizes, 0)
+        return masked(x, w, sizes, 0)
 
     def back(kept: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
         x, w, sizes = kept
-        return rows(g, w, sizes, 1), kernels(x, g, sizes), None
+        return masked(g, w, sizes, 1), kernels(x, g, sizes), None
 
     product.defvjp(lambda x, w, sizes: (product(x, w, sizes), (x, w, sizes)), back)
     return product

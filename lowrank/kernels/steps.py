@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank.kernels import rounded
+
 BLOCK = 128  # rows
 
 
@@ -31,18 +33,17 @@ def planned(sizes: jax.Array, rows: int) -> Steps:
 
 
 def rows(x: jax.Array, w: jax.Array, sizes: jax.Array, contracted: int) -> jax.Array:
-    """`x[i]` times `w[g]` summed over its axis `contracted`."""
+    """`x[i]` times `w[g]` summed over its axis `contracted`; beyond the last group, anything."""
     n, steps = len(x), planned(sizes, len(x))
     x = jnp.pad(x, ((0, BLOCK), (0, 0)))
 
     def one(i: jax.Array, out: jax.Array) -> jax.Array:
         part = jax.lax.dynamic_slice_in_dim(x, steps.start[i], BLOCK)
-        part = jax.lax.dot_general(part, w[steps.group[i]], (((1,), (contracted,)), ((), ())))
+        part = rounded.dot(part, w[steps.group[i]], contracted)
         return jax.lax.dynamic_update_slice_in_dim(out, part, steps.start[i], 0)
 
     out = jnp.zeros((len(x), w.shape[2 - contracted]), x.dtype)
-    out = jax.lax.fori_loop(0, len(steps.group), one, out)[:n]
-    return jnp.where(jnp.arange(n)[:, None] < jnp.sum(sizes), out, 0)
+    return jax.lax.fori_loop(0, len(steps.group), one, out)[:n]
 
 
 def kernels(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:

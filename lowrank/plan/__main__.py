@@ -131,9 +131,9 @@ def _compiled(plan: Any, arrays: Any, target: devices.Target) -> Any:
 
 def _elsewhere(target: devices.Target) -> list[Any] | None:
     """The devices of the target, to compile for; None if they are here, or have no compiler here."""
-    from jax.experimental import topologies  # loads libtpu
-
     if target.topology:
+        from jax.experimental import topologies
+
         return list(topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices)
     kind = target.name.partition(":")[0]
     if kind not in gpus.GPUS or _is_here(target) or not gpus.installed():

@@ -97,7 +97,7 @@ def verdict(r: Report) -> list[str]:
     if r.compiled and not r.native:
         lines.append(
             f"compiled for {r.compiled.platform}, as there is no {r.target.name} here: other kernels and other room "
-            f"(a CPU widens bfloat16), so the formula decides{gpu * HOW}"
+            f"(a CPU widens bfloat16), so the formula decides{HOW if gpu else ''}"
         )
     if (gpu or "NVIDIA" in r.target.name) and r.fits and r.needed > DEFAULT_SHARE * r.target.memory:
         lines.append("jax takes 75 % of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 is set")

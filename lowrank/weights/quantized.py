@@ -121,22 +121,18 @@ def _multiplied(tiled: Any, contracted: int, x: jax.Array, w: Quantized) -> jax.
     w = w.opened()
 
     def whole(x: jax.Array, w: Quantized) -> jax.Array:
-        return _dot(x, w.materialize(), contracted)
+        return rounded.dot(x, w.materialize(), contracted)
 
     return jax.lax.platform_dependent(
         x, w, tpu=whole if is_divided(w.codes) else tiled, default=divided(tiled, contracted)
     )
 
 
-def _dot(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
-    return rounded.dot(x, kernel, contracted)
-
-
 def _forward(x: jax.Array, w: Quantized) -> jax.Array:
     """`x @ W`, by tiles of columns."""
     unit = min(LANES, w.shape[-1])
     width = _near(TILE // (w.padded * unit), -(-w.shape[-1] // unit)) * unit
-    part = lambda start, size: _dot(x, w.tile(1, start, size).materialize(), 0)  # noqa: E731
+    part = lambda start, size: rounded.dot(x, w.tile(1, start, size).materialize())  # noqa: E731
     return _by_tiles(part, (*x.shape[:-1], w.shape[-1]), x.dtype, width, w.shape[-1])
 
 
@@ -144,7 +140,7 @@ def _transposed(g: jax.Array, w: Quantized) -> jax.Array:
     """`g @ W.T`, by tiles of rows."""
     run, unit = w.steps()
     height = _near(TILE // (w.shape[-1] * unit), run // unit) * unit
-    part = lambda start, size: _dot(g, w.tile(0, start, size).materialize(), 1)  # noqa: E731
+    part = lambda start, size: rounded.dot(g, w.tile(0, start, size).materialize(), 1)  # noqa: E731
     return _by_tiles(part, (*g.shape[:-1], w.padded), g.dtype, height, run)[..., : w.rows]
 
 
