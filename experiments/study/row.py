@@ -5,6 +5,9 @@
 
 import json
 import sys
+import tempfile
+
+import jax
 
 from experiments.study.cells import PHASES, named
 from experiments.study.tasks import TASKS
@@ -14,14 +17,23 @@ from lowrank.errors import UserError
 def main(argv: list[str]) -> int:
     """The exit code: 0, or 2 for bad input."""
     study, phase, task, name, results, *rest = argv
-    try:
-        for cell in PHASES[phase](named(study, rest == ["quick"], results), TASKS[task], name):
-            numbers = {key: value for key, value in cell.read().items() if key != "config"}
-            print(json.dumps({"cell": cell.path.stem, **numbers}), flush=True)
-    except UserError as e:
-        print(f"error: {task}/{name}: {e}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory() as programs:
+        _keep_programs(programs)
+        try:
+            for cell in PHASES[phase](named(study, rest == ["quick"], results), TASKS[task], name):
+                numbers = {key: value for key, value in cell.read().items() if key != "config"}
+                print(json.dumps({"cell": cell.path.stem, **numbers}), flush=True)
+        except UserError as e:
+            print(f"error: {task}/{name}: {e}", file=sys.stderr)
+            return 2
     return 0
+
+
+def _keep_programs(folder: str) -> None:
+    """What one run of the row compiles, the next one reads: those on the same data, or at the same rate, share it."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 if __name__ == "__main__":

@@ -89,9 +89,12 @@ class Examples:
         self.labels = _labels(config, self.source) if config.objective == "classification" else ()
         self.encode = _encoder(config, tokenizer, self.source, self.labels)
         self.size = min(len(self.source), config.max_examples or len(self.source))
-        self._kept: dict[int, tuple[list[Arrays], bool]] = {}
-        if not (self.source.typed and self.encode.document):  # else nothing can be missing
-            for i in tqdm(range(self.size), f"checking {self.source.name}", delay=5, leave=False, disable=None):
+        self._kept: list[tuple[list[Arrays], bool]] = []
+        every = functools.partial(tqdm, range(self.size), delay=5, leave=False, disable=None)
+        if self.size <= KEPT:
+            self._kept = [self._encoded(i) for i in every(f"encoding {self.source.name}")]
+        elif not (self.source.typed and self.encode.document):  # else nothing can be missing
+            for i in every(f"checking {self.source.name}"):
                 self.encode.check(self.source[i], self.source.where(i))
 
     def __len__(self) -> int:
@@ -103,19 +106,14 @@ class Examples:
 
     def stats(self) -> dict[str, int]:
         """`examples`, and of the first `measured` ones: `sequences`, `tokens`, and how many were `truncated`."""
-        found = [self._encoded(i) for i in range(self.size if self.size <= KEPT else MEASURED)]
+        found = self._kept or [self._encoded(i) for i in range(MEASURED)]
         lengths = [len(sequence["tokens"]) for sequences, _ in found for sequence in sequences]
         truncated = sum(cut for _, cut in found)
         counts = {"sequences": len(lengths), "tokens": sum(lengths), "truncated": truncated}
         return {"examples": self.size, "measured": len(found), **counts}
 
     def _encoded(self, i: int) -> tuple[list[Arrays], bool]:
-        if i in self._kept:
-            return self._kept[i]
-        encoded = self.encode(self.source[i], self.source.where(i))
-        if self.size <= KEPT:
-            self._kept[i] = encoded
-        return encoded
+        return self._kept[i] if self._kept else self.encode(self.source[i], self.source.where(i))
 
 
 def _labels(config: DataConfig, source: Source) -> tuple[str, ...]:
