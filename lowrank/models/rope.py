@@ -24,15 +24,19 @@ class RopeScaling:
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-    """The angle per position of each pair of dimensions, float32 `[head_dim / 2]`."""
-    f = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    """The angle per position of each pair of dimensions, float32 `[head_dim / 2]`.
+
+    Rounded to float32 where transformers rounds: a last bit here is, hundreds of positions on, a wrong angle.
+    """
+    powers = theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)).astype(np.float64)
+    f = np.float32(1) / powers.astype(np.float32)
     if scaling is not None:
-        f = f / scaling.factor if scaling.kind == "linear" else _llama3(f, scaling)
+        f = f / np.float32(scaling.factor) if scaling.kind == "linear" else _llama3(f, scaling)
     return f.astype(np.float32)
 
 
 def _llama3(f: np.ndarray, s: RopeScaling) -> np.ndarray:
-    turns = s.original_positions * f / (2 * math.pi)  # how often a pair turns within the original context
+    turns = s.original_positions / (2 * math.pi / f)  # how often a pair turns within the original context
     keep = np.clip((turns - s.low) / (s.high - s.low), 0, 1)
     return keep * f + (1 - keep) * f / s.factor
 

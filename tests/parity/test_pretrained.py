@@ -9,6 +9,8 @@ import transformers
 from safetensors.numpy import load_file
 from tokenizers import pre_tokenizers
 
+from lowrank.data.pipeline import DATA_DIR
+from lowrank.data.sources import open_source
 from lowrank.generate import generate
 from lowrank.models import build
 from lowrank.pretrained import export, load, wheels
@@ -67,6 +69,13 @@ def test_smollm2_computes_the_logits_of_transformers(smollm, smollm_reference):
         ids = smollm.tokenizer.encode(text)
         ours = build(smollm.config).apply({"params": smollm.params}, jnp.array(ids)[None])[0]
         assert gap(ours, logits_of(smollm_reference, ids)) <= LIMIT
+
+
+@pytest.mark.parametrize("article", [1, 3, 6])
+def test_smollm2_computes_the_logits_of_transformers_of_whole_articles(smollm, smollm_reference, article):
+    ids = smollm.tokenizer.encode(open_source("bbc_news", "test", DATA_DIR)[article]["text"])[:256]
+    ours = build(smollm.config).apply({"params": smollm.params}, jnp.array(ids)[None])[0]
+    assert gap(ours, logits_of(smollm_reference, ids)) <= LIMIT
 
 
 def test_smollm2_generates_the_tokens_of_transformers(smollm, smollm_reference):
