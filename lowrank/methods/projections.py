@@ -5,6 +5,7 @@ Entries have variance 1 / total, so that the columns of P over all `total` param
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -100,7 +101,14 @@ def fastfood_blocks(key: jax.Array, size: int, d: int) -> tuple[jax.Array, jax.A
     signs, order, gauss = jax.random.split(key, 3)
     places = jnp.tile(jnp.arange(n), (min(blocks, ORDERS), 1))
     places = jax.random.permutation(order, places, axis=1, independent=True)
-    return jax.random.rademacher(signs, (blocks, n), jnp.float32), places, jax.random.normal(gauss, (blocks, n))
+    return _signs(signs, (blocks, n)), places, jax.random.normal(gauss, (blocks, n))
+
+
+def _signs(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """1 or -1 at random, a bit each: to draw a word for each takes as long as all the Gaussians."""
+    words = jax.random.bits(key, -(-math.prod(shape) // 32), jnp.uint32)
+    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+    return 1 - 2 * bits.reshape(-1)[: math.prod(shape)].reshape(shape).astype(jnp.float32)
 
 
 def fastfood(key: jax.Array, x: jax.Array, shape: Shape) -> jax.Array:
