@@ -110,6 +110,13 @@ def dot(x: jax.Array, w: Any) -> jax.Array:
     return product(w.dot(x) if is_weight(w) else rounded.dot(x, w))
 
 
+def wide_dot(x: jax.Array, w: Any, axis: int = 0) -> jax.Array:
+    """`dot(x, w)` in float32; `axis` is the one of `w` that is summed over, 1 for an embedding `[vocab, width]`."""
+    if is_weight(w) and axis == 0:
+        return dot(x, w).astype(jnp.float32)
+    return rounded.wide(x, materialize(w), axis)
+
+
 def affine(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
     """`dot(x, w) + bias`; `bias` may be None."""
     if bias is None:

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.models import rope
 from lowrank.models.cache import put
-from lowrank.models.layers import HALF, Linear, Norm
+from lowrank.models.layers import Linear, Norm
 from lowrank.models.prefix import KeysValues, before
 from lowrank.models.shifted import attend_shifted
 
@@ -136,7 +136,8 @@ def cudnn_fits(q_BxTxNxH: Any, keys: int, device: Any) -> bool:
     It wants half precision, even lengths, heads of a multiple of 8 up to 128 (256 from Hopper on), Ampere or later.
     """
     _, T, _, H = q_BxTxNxH.shape
-    if device.platform != "gpu" or "NVIDIA" not in device.device_kind or q_BxTxNxH.dtype not in HALF:
+    nvidia = device.platform == "gpu" and "NVIDIA" in device.device_kind
+    if not nvidia or q_BxTxNxH.dtype not in (jnp.bfloat16, jnp.float16):
         return False
     capability = float(device.compute_capability)
     return capability >= 8 and H % 8 == 0 and (256 if capability >= 9 else 128) >= H and T % 2 == keys % 2 == 0

@@ -9,7 +9,6 @@ from flax import linen as nn
 
 from lowrank import weight
 from lowrank.models.layers import Norm, kernel_init, stored
-from lowrank.models.readout import readout
 
 
 class Embed(nn.Module):
@@ -52,7 +51,7 @@ class Embed(nn.Module):
 
     def attend(self, h_BxTxD: jax.Array) -> jax.Array:
         """Logits float32 `[B, T, V]` of a model whose head is the embedding."""
-        return readout(h_BxTxD, self.embedding, 1)
+        return weight.wide_dot(h_BxTxD, self.embedding, 1)
 
 
 class Prompt(nn.Module):

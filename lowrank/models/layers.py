@@ -21,7 +21,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 NAMES = ("input", "query", "key", "value", "context", "attn", "gate", "up", "mlp")  # activations that remat can choose
-HALF = (jnp.bfloat16, jnp.float16)
 kernel_init = nn.initializers.normal(0.02)
 
 

@@ -1,9 +1,11 @@
+"""Products whose result is float32: logits, of a head or of an embedding."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank.models.readout import readout
+from lowrank.weight import wide_dot
 from tests.forms import FORMS, shaken
 
 
@@ -18,7 +20,7 @@ def inputs(axis):
 def test_logits_of_half_precision_features_are_not_rounded(axis):
     x, w, kernel = inputs(axis)
     exact = np.asarray(x, np.float64) @ np.asarray(kernel.astype(jnp.bfloat16), np.float64)
-    logits = readout(x, w, axis)
+    logits = wide_dot(x, w, axis)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
 
@@ -27,7 +29,7 @@ def test_logits_of_half_precision_features_are_not_rounded(axis):
 def test_half_precision_gradients_are_those_of_single_precision_rounded(axis):
     x, w, _ = inputs(axis)
     target = np.random.default_rng(1).standard_normal((2, 5, 33)).astype(np.float32)
-    gradient = jax.grad(lambda x, w: jnp.sum(jnp.sin(readout(x, w, axis)) * target), argnums=(0, 1))
+    gradient = jax.grad(lambda x, w: jnp.sum(jnp.sin(wide_dot(x, w, axis)) * target), argnums=(0, 1))
     half, single = gradient(x, w), gradient(x.astype(jnp.float32), w.astype(jnp.bfloat16).astype(jnp.float32))
     for ours, exact in zip(half, single, strict=True):
         np.testing.assert_allclose(np.asarray(ours, np.float32), exact, atol=2**-6 * np.abs(exact).max())
@@ -37,6 +39,6 @@ def test_half_precision_gradients_are_those_of_single_precision_rounded(axis):
 def test_a_head_may_be_a_form():
     x, w, _ = inputs(0)
     form = shaken(FORMS["lora"](jax.random.key(0), w), jax.random.key(1))
-    ours, plain = readout(x.astype(jnp.float32), form, 0), readout(x.astype(jnp.float32), w, 0)
-    np.testing.assert_allclose(ours, readout(x.astype(jnp.float32), form.materialize(), 0), rtol=1e-3, atol=1e-3)
+    ours, plain = wide_dot(x.astype(jnp.float32), form, 0), wide_dot(x.astype(jnp.float32), w, 0)
+    np.testing.assert_allclose(ours, wide_dot(x.astype(jnp.float32), form.materialize(), 0), rtol=1e-3, atol=1e-3)
     assert np.abs(ours - plain).max() > 1
