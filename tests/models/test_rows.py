@@ -42,6 +42,8 @@ def test_the_compiler_would_not_see_to_it_itself(files, monkeypatch):
 
 
 def test_rows_that_the_mesh_does_not_divide_are_left_to_the_compiler():
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"))):
-        for count, told in ((8, True), (6, False)):
-            assert ("sharding_constraint" in str(jax.make_jaxpr(rows.apart)(jnp.zeros((count, 3))))) is told
+    whole, odd = jnp.zeros((8, 3)), jnp.zeros((6, 3))
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"), axis_types=auto)):
+        for x, told in ((whole, True), (odd, False)):
+            assert ("sharding_constraint" in str(jax.make_jaxpr(rows.apart)(x))) is told
