@@ -28,11 +28,11 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
 
     Rounded to float32 where transformers rounds: a last bit here is, hundreds of positions on, a wrong angle.
     """
-    powers = theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)).astype(np.float64)
-    f = np.float32(1) / powers.astype(np.float32)
-    if scaling is not None:
-        f = f / np.float32(scaling.factor) if scaling.kind == "linear" else _llama3(f, scaling)
-    return f.astype(np.float32)
+    powers = theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim).astype(np.float64)
+    f = 1 / powers.astype(np.float32)
+    if scaling is None:
+        return f
+    return f / scaling.factor if scaling.kind == "linear" else _llama3(f, scaling)
 
 
 def _llama3(f: np.ndarray, s: RopeScaling) -> np.ndarray:
