@@ -63,6 +63,11 @@ def counts() -> str:
     return "\n".join(["| | | trained parameters | of all | printed |", "|---|---|---:|---:|---|", *rows])
 
 
+def plan() -> str:
+    """What the plan says of a run that does not fit, from `experiments/plan/results/t4.txt`."""
+    return f"```\n{(ROOT / 'experiments/plan/results/t4.txt').read_text()}```"
+
+
 def methods() -> str:
     """Every method: what it trains, what it costs, what it reaches; from `experiments/methods/results`."""
     entries = _json("experiments/methods/results/catalogue.json")
@@ -103,6 +108,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench/step": bench_step,
     "counts": counts,
     "methods": methods,
+    "plan": plan,
     "quantization": quantization,
     "quickstart": quickstart,
 }
