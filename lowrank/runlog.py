@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-from tqdm import tqdm
 
 from lowrank.errors import UserError
+from lowrank.progress import Clock, Progress
+from lowrank.tensorboard import TensorBoard
 from lowrank.workdir import plain, write_text
 
 METRICS = "metrics.jsonl"
@@ -47,15 +47,15 @@ class RunLog:
           UserError: the folder cannot be written, or `metrics.jsonl` has a line that is not JSON.
         """
         self._writes = jax.process_index() == 0
-        self._clock = _Clock(tokens_per_step, start)
+        self._clock = Clock(tokens_per_step, start)
         if not self._writes:
             return
         workdir = Path(workdir)
         self._clock.seconds_before = _rewind(workdir / METRICS, start)
-        self._progress = _Progress(total_steps, start, every_seconds, stream or sys.stderr)
+        self._progress = Progress(total_steps, start, every_seconds, stream or sys.stderr)
         with _one_line(workdir):
             self._lines = open(workdir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
-            self._board = _TensorBoard(workdir / "tensorboard", start)
+            self._board = TensorBoard(workdir / "tensorboard", start)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -159,119 +159,3 @@ def _one_line(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         raise UserError(f"cannot write the log at {path}: {e.strerror or e}") from e
-
-
-class _Clock:
-    """Seconds of the run and its speed, in laps from one logged loss to the next."""
-
-    def __init__(self, tokens_per_step: float, start: int):
-        self.seconds_before = 0.0
-        self.mean: float | None = None
-        self._tokens = tokens_per_step
-        self._began = time.monotonic()
-        self._first: tuple[int, float] | None = None  # (step, time); pauses move the time forward
-        self._last: tuple[int, float] | None = None
-
-    def seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self._began
-
-    def lap(self, step: int) -> float | None:
-        """Tokens per second since the lap before; None for the first one, which holds the compilation."""
-        now = time.monotonic()
-        first, last = self._first or (step, now), self._last or (step, now)
-        self.mean = self._rate(first, step, now)
-        self._first, self._last = first, (step, now)
-        return self._rate(last, step, now)
-
-    def skip(self, seconds: float) -> None:
-        self._first = self._first and (self._first[0], self._first[1] + seconds)
-        self._last = self._last and (self._last[0], self._last[1] + seconds)
-
-    def _rate(self, since: tuple[int, float], step: int, now: float) -> float | None:
-        steps, seconds = step - since[0], now - since[1]
-        return self._tokens * steps / seconds if self._tokens and steps > 0 and seconds > 0 else None
-
-
-class _Progress:
-    """A tqdm bar on a terminal; elsewhere a line every few seconds."""
-
-    def __init__(self, total: int, start: int, every_seconds: float, stream: TextIO):
-        self._stream, self._every, self._total = stream, every_seconds, total
-        self._terminal = stream.isatty()
-        self._bar = tqdm(
-            total=total, initial=start, unit="step", file=stream, dynamic_ncols=True, disable=not self._terminal
-        )
-        self._start, self._began = start, time.monotonic()
-        self._next = 0.0
-
-    def show(self, step: int, loss: float, tokens_per_s: float | None) -> None:
-        rate = f"{tqdm.format_sizeof(tokens_per_s)} tokens/s" if tokens_per_s else ""
-        if self._terminal:
-            self._bar.set_postfix_str(f"loss {loss:.4f}  {rate}".rstrip(), refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif time.monotonic() >= self._next or step >= self._total:
-            self._next = time.monotonic() + self._every
-            self._line(step, loss, rate)
-
-    def _line(self, step: int, loss: float, rate: str) -> None:
-        done, elapsed = step - self._start, time.monotonic() - self._began
-        left = f"ETA {tqdm.format_interval(elapsed / done * (self._total - step))}" if done > 0 else ""
-        parts = [f"step {step}/{self._total}", f"loss {loss:.4f}", rate, left]
-        print("  ".join(p for p in parts if p), file=self._stream, flush=True)
-
-    def say(self, text: str) -> None:
-        if self._terminal:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-class _TensorBoard:
-    """Event files through tensorboardX, written in this thread: its queue would hang for ever on a full disk."""
-
-    def __init__(self, directory: Path, start: int):
-        with _hidden("torch"):
-            from tensorboardX import event_file_writer, summary
-            from tensorboardX.proto import event_pb2
-        self._summary, self._pb = summary, event_pb2
-        directory.mkdir(parents=True, exist_ok=True)
-        self._writer = event_file_writer.EventsWriter(str(directory / "events"), f".{start}.{os.getpid()}")
-        began = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides the events after `start`
-        self._event(start + 1 if start else 0, session_log=began)
-        self._flushed = time.monotonic()
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            if math.isfinite(value):  # else tensorboardX warns, and nothing could be drawn
-                self._event(step, summary=self._summary.scalar(name, value))
-        if time.monotonic() - self._flushed > 10:
-            self.flush()
-
-    def flush(self) -> None:
-        self._writer.flush()
-        self._flushed = time.monotonic()
-
-    def text(self, step: int, tag: str, text: str) -> None:
-        self._event(step, summary=self._summary.text(tag, text))
-
-    def _event(self, step: int, **what: Any) -> None:
-        self._writer.write_event(self._pb.Event(wall_time=time.time(), step=int(step), **what))
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-@contextlib.contextmanager
-def _hidden(module: str) -> Iterator[None]:
-    """tensorboardX imports torch where it finds it: seconds and hundreds of megabytes that a log does not need."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None
-    try:
-        yield
-    finally:
-        del sys.modules[module]

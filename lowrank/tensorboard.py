@@ -1,0 +1,62 @@
+"""TensorBoard's event files, written without TensorFlow or torch."""
+
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class TensorBoard:
+    """Event files through tensorboardX, written in this thread: its queue would hang for ever on a full disk."""
+
+    def __init__(self, directory: Path, start: int):
+        with _hidden("torch"):
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
+        self._summary, self._pb = summary, event_pb2
+        directory.mkdir(parents=True, exist_ok=True)
+        self._writer = event_file_writer.EventsWriter(str(directory / "events"), f".{start}.{os.getpid()}")
+        began = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides the events after `start`
+        self._event(start + 1 if start else 0, session_log=began)
+        self._flushed = time.monotonic()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the finite ones of `values`."""
+        for name, value in values.items():
+            if math.isfinite(value):  # else tensorboardX warns, and nothing could be drawn
+                self._event(step, summary=self._summary.scalar(name, value))
+        if time.monotonic() - self._flushed > 10:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes to the file what is still in memory."""
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Writes Markdown under `tag`."""
+        self._event(step, summary=self._summary.text(tag, text))
+
+    def _event(self, step: int, **what: Any) -> None:
+        self._writer.write_event(self._pb.Event(wall_time=time.time(), step=int(step), **what))
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._writer.close()
+
+
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """tensorboardX imports torch where it finds it: seconds and hundreds of megabytes that a log does not need."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None
+    try:
+        yield
+    finally:
+        del sys.modules[module]
