@@ -3,7 +3,6 @@
 Shapes: B rows, T prompt positions (padded on the left), N new tokens, V vocabulary.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -18,61 +17,12 @@ from lowrank import sharding
 from lowrank.data import encode
 from lowrank.errors import UserError
 from lowrank.models import build, init_cache
+from lowrank.padding import left_pad, padded
+from lowrank.sampling import Sampling, next_token
 
 PyTree = Any
 Bind = Callable[[PyTree, Any, Any], PyTree] | None  # a method's `bind`
 BATCH = 32  # rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn: greedy at temperature 0, else from the logits / temperature after both filters.
-
-    `top_k` keeps the k most likely tokens (0: all); then `top_p` keeps the smallest set of the most likely ones whose
-    probabilities reach `top_p` (1: all; Holtzman et al. 2020). Order and ties are as in transformers.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature={self.temperature} is below 0")
-        if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k} is below 0 (0 keeps every token)")
-        if not 0 <= self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} is not in [0, 1]")
-
-
-def keep_top_k(logits_BxV: jax.Array, k: int) -> jax.Array:
-    """`logits`, with -inf below the k-th largest of each row (ties with it stay); 0 or k >= V keeps all."""
-    if k == 0 or k >= logits_BxV.shape[-1]:
-        return logits_BxV
-    floor_Bx1 = jax.lax.top_k(logits_BxV, k)[0][:, -1:]
-    return jnp.where(logits_BxV < floor_Bx1, -jnp.inf, logits_BxV)
-
-
-def keep_top_p(logits_BxV: jax.Array, p: float) -> jax.Array:
-    """`logits`, with -inf outside the smallest set of most likely tokens whose probabilities reach `p`; 1 keeps all.
-
-    The most likely token always stays.
-    """
-    if p >= 1:
-        return logits_BxV
-    order_BxV = jnp.argsort(logits_BxV, axis=-1)
-    tail_BxV = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits_BxV, order_BxV, axis=-1), axis=-1), axis=-1)
-    drop_BxV = (tail_BxV <= 1 - p).at[:, -1].set(False)
-    drop_BxV = jnp.put_along_axis(jnp.zeros_like(drop_BxV), order_BxV, drop_BxV, axis=-1, inplace=False)
-    return jnp.where(drop_BxV, -jnp.inf, logits_BxV)
-
-
-def next_token(logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """`[B]` int32: one token a row, drawn with that row's own key."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-    logits_BxV = keep_top_p(keep_top_k(logits_BxV / sampling.temperature, sampling.top_k), sampling.top_p)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BxV).astype(jnp.int32)
 
 
 def generate(
@@ -219,30 +169,9 @@ def texts(
 
 def largest_batch(lengths: Sequence[int], config: Any, batch_size: int = BATCH) -> tuple[int, int]:
     """`(rows, prompt positions)` of the largest batch that `texts` makes of prompts of these lengths."""
-    return _even(len(lengths), batch_size), _padded(max(lengths), config.max_positions - config.virtual)
+    return _even(len(lengths), batch_size), padded(max(lengths), config.max_positions - config.virtual)
 
 
 def _even(count: int, batch_size: int) -> int:
     """The rows of each batch, when `count` prompts go into as few as possible, all of one size."""
     return -(-count // -(-count // batch_size)) if count else 1
-
-
-def _padded(longest: int, limit: int) -> int:
-    return max(longest, min(bucket(longest), limit))
-
-
-def left_pad(ids: Sequence[Sequence[int]], pad_id: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """`(tokens, segments)`, int32 `[rows, length]`: prompts padded on the left to a `bucket`, or to `limit` if less."""
-    length = _padded(max(len(row) for row in ids), limit)
-    tokens = np.full((len(ids), length), pad_id, np.int32)
-    segments = np.zeros_like(tokens)
-    for i, row in enumerate(ids):
-        tokens[i, length - len(row) :] = row
-        segments[i, length - len(row) :] = 1
-    return tokens, segments
-
-
-def bucket(length: int) -> int:
-    """`length` rounded up to a multiple of a quarter of the power of two below it, at least 16: 4 sizes a doubling."""
-    step = max(16, 2 ** (max(length - 1, 1).bit_length() - 1) // 4)
-    return -(-length // step) * step

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import generate
+from lowrank import generate, padding, sampling
 from lowrank.errors import UserError
 from lowrank.models import DecoderConfig, build
 
@@ -46,7 +46,7 @@ def _without_cache(model, params, prompts, max_new, pick):
 
 
 def _batch(model, params, prompts, max_new, **options):
-    tokens, segments = generate.left_pad(prompts, 0, LIMIT)
+    tokens, segments = padding.left_pad(prompts, 0, LIMIT)
     return np.asarray(generate.generate(model, params, tokens, segments, max_new=max_new, **options))
 
 
@@ -77,7 +77,7 @@ def test_sampling_draws_what_each_rows_key_draws_from_the_filtered_distribution(
     @jax.jit
     def pick(logits_BxV, n):
         keys = jnp.stack([jax.random.fold_in(jax.random.fold_in(key, row), n) for row in range(len(LENGTHS))])
-        return generate.next_token(logits_BxV, keys, generate.Sampling(**settings))
+        return sampling.next_token(logits_BxV, keys, sampling.Sampling(**settings))
 
     assert out.tolist() == _without_cache(model, params, _prompts(), 6, pick)
     assert (out == _batch(model, params, _prompts(), 6, rng=key, **settings)).all()
@@ -98,20 +98,20 @@ def test_each_of_several_stop_tokens_ends_its_row_alone_and_padding_follows():
 
 def test_decoding_ends_when_every_row_has_stopped():
     model, params = _model()
-    tokens, segments = generate.left_pad(_prompts(), 0, LIMIT)
+    tokens, segments = padding.left_pad(_prompts(), 0, LIMIT)
     second = tuple(_batch(model, params, _prompts(), 6)[:, 1].tolist())
     keys = generate.row_keys(jax.random.key(0), 4)
-    out, steps = generate._generate(model, params, tokens, segments, keys, 40, second, generate.Sampling(), 0)
+    out, steps = generate._generate(model, params, tokens, segments, keys, 40, second, sampling.Sampling(), 0)
     assert int(steps) <= 2
     assert not out[:, 2:].any()
 
 
 def test_top_k_keeps_the_k_largest_and_ties_with_the_last():
     logits = jnp.array([[3.0, 1.0, 2.0, 0.0], [1.0, 1.0, 2.0, 1.0]])
-    kept = np.isfinite(generate.keep_top_k(logits, 2))
+    kept = np.isfinite(sampling.keep_top_k(logits, 2))
     assert kept.tolist() == [[True, False, True, False], [True, True, True, True]]
-    assert np.isfinite(generate.keep_top_k(logits, 0)).all()
-    assert np.isfinite(generate.keep_top_k(logits, 9)).all()
+    assert np.isfinite(sampling.keep_top_k(logits, 0)).all()
+    assert np.isfinite(sampling.keep_top_k(logits, 9)).all()
 
 
 @pytest.mark.parametrize(
@@ -119,20 +119,20 @@ def test_top_k_keeps_the_k_largest_and_ties_with_the_last():
 )
 def test_top_p_keeps_the_smallest_likeliest_set_that_reaches_p(p, kept):
     logits = jnp.log(jnp.array([[0.15, 0.5, 0.05, 0.3]]))
-    assert np.flatnonzero(np.isfinite(generate.keep_top_p(logits, p)[0])).tolist() == kept
+    assert np.flatnonzero(np.isfinite(sampling.keep_top_p(logits, p)[0])).tolist() == kept
 
 
 def test_temperature_sharpens_the_distribution_that_is_drawn_from():
     logits = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
     keys = jax.random.split(jax.random.key(0), 4000)
-    draws = generate.next_token(jnp.tile(logits, (4000, 1)), keys, generate.Sampling(temperature=0.5))
+    draws = sampling.next_token(jnp.tile(logits, (4000, 1)), keys, sampling.Sampling(temperature=0.5))
     want = np.array([0.49, 0.04, 0.01]) / 0.54
     np.testing.assert_allclose(np.bincount(draws, minlength=3) / 4000, want, atol=0.02)
 
 
 def test_lengths_fall_into_few_buckets_that_waste_little():
-    sizes = {generate.bucket(n) for n in range(1, 2049)}
-    assert all(n <= generate.bucket(n) <= max(16, n * 1.25 + 16) for n in range(1, 2049))
+    sizes = {padding.bucket(n) for n in range(1, 2049)}
+    assert all(n <= padding.bucket(n) <= max(16, n * 1.25 + 16) for n in range(1, 2049))
     assert len(sizes) <= 30
 
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from lowrank import generate, pretrained
+from lowrank import generate, padding, pretrained, sampling
 from lowrank.models import build
 from lowrank.pretrained import wheels
 
@@ -42,7 +42,7 @@ def expected(model, tokens, segments, stops):
 
 def test_greedy_tokens_of_smollm2_are_those_of_transformers_also_left_padded(ours, theirs):
     stops = (*ours.tokenizer.stop_ids, ours.tokenizer.encode("\n")[0])
-    tokens, segments = generate.left_pad([ours.tokenizer.encode(p) for p in PROMPTS], ours.tokenizer.pad_id, 8192)
+    tokens, segments = padding.left_pad([ours.tokenizer.encode(p) for p in PROMPTS], ours.tokenizer.pad_id, 8192)
     assert len(set(segments.sum(1))) == len(PROMPTS)  # so two rows are padded at the least
     model, options = build(ours.config), {"max_new": NEW, "stop_ids": stops, "pad_id": 2}
     out = np.asarray(generate.generate(model, ours.params, tokens, segments, **options))
@@ -57,11 +57,11 @@ def test_top_k_masks_as_transformers_does(k):
     logits = np.random.default_rng(k).normal(size=(4, 300)).astype(np.float32)
     logits[1, :7] = logits[1].max()  # ties
     want = TopKLogitsWarper(k)(None, torch.tensor(logits)).numpy()
-    np.testing.assert_array_equal(jax.jit(generate.keep_top_k, static_argnums=1)(logits, k), want)
+    np.testing.assert_array_equal(jax.jit(sampling.keep_top_k, static_argnums=1)(logits, k), want)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 0.999, 1.0])
 def test_top_p_masks_as_transformers_does(p):
     logits = 3 * np.random.default_rng(0).normal(size=(4, 300)).astype(np.float32)
     want = TopPLogitsWarper(p)(None, torch.tensor(logits)).numpy() if p < 1 else logits
-    np.testing.assert_array_equal(jax.jit(generate.keep_top_p, static_argnums=1)(logits, p), want)
+    np.testing.assert_array_equal(jax.jit(sampling.keep_top_p, static_argnums=1)(logits, p), want)
