@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from lowrank.data import DataConfig, examples, make_loader, pipeline
+from lowrank.data import DataConfig, encoded, examples, make_loader
 from lowrank.data.jsonl import Jsonl
 from lowrank.errors import UserError
 
@@ -179,8 +179,8 @@ def test_the_statistics_count_examples_sequences_tokens_and_cuts(config, tokeniz
 
 def test_a_dataset_too_large_to_keep_gives_the_same_batches(config, tokenizer, monkeypatch):
     expected = take(make_loader(config, tokenizer), 10)
-    monkeypatch.setattr(pipeline, "KEPT", 10)
-    monkeypatch.setattr(pipeline, "MEASURED", 5)
+    monkeypatch.setattr(encoded, "KEPT", 10)
+    monkeypatch.setattr(encoded, "MEASURED", 5)
     loader = make_loader(config, tokenizer)
     assert (loader.stats["examples"], loader.stats["measured"]) == (N, 5)
     assert_same(take(loader, 10), expected)
@@ -196,8 +196,8 @@ def test_a_dataset_too_large_to_keep_gives_the_same_batches(config, tokenizer, m
 def test_a_bad_record_is_named_before_training_in_a_file_of_any_size(
     config, tokenizer, write, monkeypatch, record, message
 ):
-    monkeypatch.setattr(pipeline, "KEPT", 1)
-    monkeypatch.setattr(pipeline, "MEASURED", 1)
+    monkeypatch.setattr(encoded, "KEPT", 1)
+    monkeypatch.setattr(encoded, "MEASURED", 1)
     with pytest.raises(UserError, match=message):
         make_loader(replace(config, source=write([*PAIRS, record], "bad.jsonl")), tokenizer)
 
@@ -206,8 +206,8 @@ def test_an_empty_completion_is_named_before_training_among_records_that_have_ev
     config, tokenizer, write, monkeypatch
 ):
     monkeypatch.setattr(Jsonl, "typed", True)
-    monkeypatch.setattr(pipeline, "KEPT", 1)
-    monkeypatch.setattr(pipeline, "MEASURED", 1)
+    monkeypatch.setattr(encoded, "KEPT", 1)
+    monkeypatch.setattr(encoded, "MEASURED", 1)
     with pytest.raises(UserError, match=r"bad\.jsonl:91: empty completion"):
         make_loader(replace(config, source=write([*PAIRS, {"prompt": "x", "completion": ""}], "bad.jsonl")), tokenizer)
 
@@ -215,8 +215,8 @@ def test_an_empty_completion_is_named_before_training_among_records_that_have_ev
 def test_an_answer_too_long_that_is_met_while_training_is_named_through_the_thread(
     config, tokenizer, write, monkeypatch
 ):
-    monkeypatch.setattr(pipeline, "KEPT", 1)
-    monkeypatch.setattr(pipeline, "MEASURED", 1)
+    monkeypatch.setattr(encoded, "KEPT", 1)
+    monkeypatch.setattr(encoded, "MEASURED", 1)
     long = {"prompt": "x", "completion": "long " * 200}
     loader = make_loader(replace(config, source=write([*PAIRS, long], "bad.jsonl")), tokenizer)
     with pytest.raises(UserError, match=r"bad\.jsonl:91: \d+ tokens without the text that may be cut"):

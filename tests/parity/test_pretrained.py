@@ -9,7 +9,7 @@ import transformers
 from safetensors.numpy import load_file
 from tokenizers import pre_tokenizers
 
-from lowrank.data.pipeline import DATA_DIR
+from lowrank.data.config import DATA_DIR
 from lowrank.data.sources import open_source
 from lowrank.generate import generate
 from lowrank.models import build

@@ -1,0 +1,63 @@
+"""What to read and how to cut it into batches."""
+
+import dataclasses
+
+from lowrank.data import templates
+from lowrank.errors import UserError, unknown
+
+OBJECTIVES = ("causal_lm", "classification")
+DATA_DIR = "~/.cache/lowrank/tfds"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to read and how to cut it into batches.
+
+    source: `bbc_news`, `jsonl:PATH` (a file, or a folder of SPLIT.jsonl) or `tfds:NAME[/CONFIG][:VERSION]`.
+    split: as in TFDS: `train`, `test[:100]`, `train[:90%]`.
+    template, completion, truncate, chat: see `templates.resolve`; `truncate` names the field that is cut when a record
+      is longer than `seq_len` (the article: the answer is never cut).
+    label_field, labels: for classification; `labels` fixes the names and their order (default: those of the source).
+    seq_len: tokens a row. batch_size: rows of all hosts together.
+    packing: several sequences to a row, for causal_lm.
+    prompt_loss_weight: weight of a prompt's tokens in the loss, 0 to 1; the answer's is 1. 0.1 regularises short
+      answers (Huerta-Enochian & Ko, arXiv:2401.13586).
+    epochs: passes over the data; 0 or None never ends. max_examples: only the first so many; 0 or None takes all.
+    holdout: the share of the records that batches 1, 3, ... (from 0) are of, and only they; the others are in batches
+      0, 2, ... 0: every batch is of all records.
+    prefetch: batches made ahead by a thread; 0 makes them when asked.
+    """
+
+    source: str = "bbc_news"
+    split: str = "train"
+    objective: str = "causal_lm"
+    template: str = templates.AUTO
+    completion: str = ""
+    truncate: str = ""
+    chat: bool = False
+    label_field: str = "label"
+    labels: tuple[str, ...] = ()
+    seq_len: int = 256
+    batch_size: int = 8
+    packing: bool = True
+    prompt_loss_weight: float = 0.1
+    shuffle: bool = True
+    seed: int = 0
+    epochs: int | None = None
+    max_examples: int | None = None
+    holdout: float = 0.0
+    prefetch: int = 2
+    data_dir: str = DATA_DIR
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise unknown("objective", self.objective, OBJECTIVES)
+        for name, least in (("seq_len", 2), ("batch_size", 1), ("epochs", 0), ("max_examples", 0), ("prefetch", 0)):
+            if (found := getattr(self, name)) is not None and found < least:
+                raise UserError(f"data.{name}={found} is below {least}")
+        if not 0 <= self.prompt_loss_weight <= 1:
+            raise UserError(f"data.prompt_loss_weight={self.prompt_loss_weight} is not in [0, 1]")
+        if not 0 <= self.holdout < 1:
+            raise UserError(f"data.holdout={self.holdout} is not in [0, 1)")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"data.seed={self.seed} is not in [0, 2**32)")
