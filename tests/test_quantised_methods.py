@@ -11,7 +11,7 @@ from lowrank import adapter, merging, methods, pretrained
 from lowrank.errors import UserError
 from lowrank.weight import dot, materialize
 from lowrank.weights import fake, schemes, tables
-from lowrank.weights.quantized import unpack
+from lowrank.weights.bits import unpack
 from tests import tiny
 from tests.forms import shaken
 

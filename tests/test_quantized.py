@@ -9,6 +9,7 @@ import pytest
 from lowrank.errors import UserError
 from lowrank.weight import dot, materialize
 from lowrank.weights import double_scale, quantized, tables, uniform
+from lowrank.weights.bits import pack, unpack
 from lowrank.weights.schemes import SCHEMES
 from tests import large_product
 
@@ -112,9 +113,9 @@ def test_the_8_bit_table_can_be_computed():
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_are_packed_and_found_again(bits):
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 2, 16, 5)).astype(np.uint8)
-    packed = quantized.pack(jnp.asarray(codes), bits)
+    packed = pack(jnp.asarray(codes), bits)
     assert packed.shape == (3, 2 * 16 * bits // 8, 5)
-    np.testing.assert_array_equal(quantized.unpack(packed, bits, 16), codes)
+    np.testing.assert_array_equal(unpack(packed, bits, 16), codes)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

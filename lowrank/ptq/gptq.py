@@ -15,7 +15,7 @@ import numpy as np
 import scipy.linalg
 
 from lowrank.weights import uniform
-from lowrank.weights.quantized import pack
+from lowrank.weights.bits import pack
 from lowrank.weights.schemes import integer
 from lowrank.weights.uniform import Uniform
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.weight import form, frozen, static, wide
+from lowrank.weights.bits import blocks, pack, per_unit, unpack
 from lowrank.weights.double_scale import DoubleScale, doubled
-from lowrank.weights.quantized import Quantized, blocks, pack, per_unit, unpack
+from lowrank.weights.quantized import Quantized
 from lowrank.weights.tables import TABLES, bits_of, edges, looked_up, nearest
 
 # Of its largest magnitude: what a two-bit block's outer level may be.

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.weight import form, frozen, static, wide
-from lowrank.weights.quantized import Quantized, unpack
+from lowrank.weights.bits import unpack
+from lowrank.weights.quantized import Quantized
 
 
 @form

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from lowrank.errors import UserError, unknown
 from lowrank.weight import dot, form, frozen, static, wide
-from lowrank.weights.quantized import Quantized, per_unit
+from lowrank.weights.bits import per_unit
+from lowrank.weights.quantized import Quantized
 
 FLOATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 

@@ -17,8 +17,8 @@ import numpy as np
 from lowrank.errors import UserError
 from lowrank.weight import Weight, dot, form, frozen, static
 from lowrank.weights import codebook, tables
+from lowrank.weights.bits import blocks
 from lowrank.weights.double_scale import SECOND_BLOCK
-from lowrank.weights.quantized import blocks
 
 TABLES = {4: "nf4", 2: "n2"}
 

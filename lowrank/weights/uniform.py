@@ -15,7 +15,8 @@ import numpy as np
 from lowrank.errors import UserError
 from lowrank.weight import form, frozen, static, wide
 from lowrank.weights import quantized
-from lowrank.weights.quantized import Quantized, blocks, pack, per_unit, sliced, unpack, whole_block
+from lowrank.weights.bits import blocks, pack, per_unit, unpack, whole_block
+from lowrank.weights.quantized import Quantized, sliced
 
 BITS = (2, 4, 8)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowrank.weights import codebook, double_scale
-from lowrank.weights.quantized import unpack
+from lowrank.weights.bits import unpack
 from lowrank.weights.schemes import SCHEMES
 
 IN, OUT = 192, 96
