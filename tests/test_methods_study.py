@@ -12,8 +12,10 @@ from experiments.methods import __main__ as methods_study
 from experiments.methods import catalogue, table
 from experiments.methods.rows import ROWS
 from experiments.quantization import rows as quantization
-from experiments.study import cells, numbers, run, tasks
-from experiments.study.cells import Cell, Row, Study
+from experiments.study import numbers, phases, run, tasks
+from experiments.study.cells import Cell
+from experiments.study.study import Row, Study
+from experiments.study.timing import Timing
 from lowrank import methods
 from lowrank.errors import UserError
 from tests import studies, tiny
@@ -36,32 +38,32 @@ def test_a_row_leaves_cells_a_table_and_a_plot(study):
     assert (study.results / "accuracy.png").stat().st_size > 1000
     assert "lora" in (study.results / "table.tex").read_text()
     assert not (study.runs / "topics" / "lora").exists()
-    cells.Timing(study, tasks.TOPICS, "lora").path.unlink()
+    Timing(study, tasks.TOPICS, "lora").path.unlink()
     methods_study.write(study)
     assert "| - | - |" in (study.results / "table.md").read_text()  # scored, not timed
 
 
 def test_cells_that_are_done_are_not_run_again(study, monkeypatch):
     task = tasks.TASKS["headlines"]
-    assert len(list(cells.scores(study, task, "lora"))) == 2  # the sweep's one run, and its judgement
+    assert len(list(phases.scores(study, task, "lora"))) == 2  # the sweep's one run, and its judgement
     monkeypatch.setattr(Cell, "run", lambda self: pytest.fail("ran again"))
-    assert not list(cells.scores(study, task, "lora"))
+    assert not list(phases.scores(study, task, "lora"))
     changed = {"lora": ROWS["lora"]._replace(method={"name": "lora", "rank": 2})}
-    assert cells.left(dataclasses.replace(study, rows=changed), "scores", task, "lora") == 1
+    assert phases.left(dataclasses.replace(study, rows=changed), "scores", task, "lora") == 1
 
 
 def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
     full = Study("methods", ROWS, tmp_path, tmp_path)
     for task, better in ((tasks.TOPICS, max), (tasks.HEADLINES, min)):
-        swept = cells.sweep(full, task, "lora")
+        swept = phases.sweep(full, task, "lora")
         for cell, score in zip(swept, (3.0, 5.0, 4.0), strict=True):
             cell.path.parent.mkdir(parents=True, exist_ok=True)
             cell.path.write_text(
                 json.dumps({"config": json.loads(json.dumps(cell.config.to_dict())), "validation": score})
             )
         chosen = better(zip((3.0, 5.0, 4.0), swept, strict=True))[1]
-        assert {c.lr for c in cells.finals(full, task, "lora")} == {chosen.lr}
-        assert [c.seed for c in cells.finals(full, task, "lora")] == [0, 1, 2]
+        assert {c.lr for c in phases.finals(full, task, "lora")} == {chosen.lr}
+        assert [c.seed for c in phases.finals(full, task, "lora")] == [0, 1, 2]
 
 
 def test_the_catalogue_says_what_merges_and_how_much_is_trained(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from experiments.quantization import bases, table
 from experiments.quantization.rows import BASES, ROWS
 from experiments.study import run
-from experiments.study.cells import Study
+from experiments.study.study import Study
 from experiments.study.tasks import TASKS
 from lowrank.weights import codebook
 from tests import studies

@@ -9,8 +9,8 @@ from absl import app
 
 from experiments.methods import table
 from experiments.methods.catalogue import catalogue
-from experiments.study.cells import Study
 from experiments.study.run import main, untrained
+from experiments.study.study import Study
 from lowrank import workdir
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from experiments.methods.rows import ROWS
-from experiments.study.cells import Row
+from experiments.study.study import Row
 from lowrank import counts, methods, pretrained, tree, weight
 from lowrank.errors import UserError
 

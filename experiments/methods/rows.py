@@ -4,7 +4,7 @@ Rates are tried on one seed and the best on validation is kept. They differ by m
 trained do: a factor of (IA)^3 wants a hundred times the step of a pretrained kernel.
 """
 
-from experiments.study.cells import Row
+from experiments.study.study import Row
 
 SMALL, MEDIUM, LARGE, HEAD = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
 

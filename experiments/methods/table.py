@@ -8,9 +8,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.study.cells import Study, Timing, finals
 from experiments.study.numbers import interval, spelled, write_csv
+from experiments.study.phases import finals
+from experiments.study.study import Study
 from experiments.study.tasks import TASKS, Task
+from experiments.study.timing import Timing
 from lowrank.workdir import write_bytes, write_text
 
 COLUMNS = ("method", "family", "task", "seeds", "score_mean", "score_ci95", "trained_params", "step_s", "peak_mb")

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from experiments.quantization.rows import BASES
-from experiments.study.cells import Row, Study
+from experiments.study.study import Row, Study
 from experiments.study.tasks import Model, Task, embedded
 from lowrank import methods, pretrained, tree, workdir
 from lowrank.merging import innermost

@@ -8,7 +8,7 @@ on MiniLM, so it would take five on SmolLM2.
 
 from typing import Any
 
-from experiments.study.cells import Row
+from experiments.study.study import Row
 
 BASES: dict[str, dict[str, Any]] = {
     "float32": {},

@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 
 from experiments.quantization.bases import bits_under, measured
 from experiments.quantization.rows import BASES
-from experiments.study.cells import Study, Timing, finals
 from experiments.study.numbers import interval, spelled, write_csv
+from experiments.study.phases import finals
+from experiments.study.study import Study
 from experiments.study.tasks import TASKS
+from experiments.study.timing import Timing
 from lowrank.workdir import write_bytes, write_text
 
 COLUMNS = ("base", "method", "task", "seeds", "bits_per_weight", "bits_on_disk", "score_mean", "score_ci95", "step_s")

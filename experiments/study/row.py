@@ -9,7 +9,8 @@ import tempfile
 
 import jax
 
-from experiments.study.cells import PHASES, named
+from experiments.study.phases import PHASES
+from experiments.study.study import named
 from experiments.study.tasks import TASKS
 from lowrank.errors import UserError
 

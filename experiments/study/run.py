@@ -16,7 +16,8 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments.study.cells import PHASES, Row, Study, kept, left, named, planned
+from experiments.study.phases import PHASES, left, planned
+from experiments.study.study import Row, Study, kept, named
 from experiments.study.tasks import TASKS, Model, Task
 from lowrank import pretrained, workdir
 from lowrank.errors import UserError, unknown

@@ -1,0 +1,62 @@
+"""The cell of a row's speed: a short run of one method, in a process of its own, that is only timed."""
+
+import dataclasses
+import itertools
+import os
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+from experiments.study.study import Study, kept
+from experiments.study.tasks import Task
+from lowrank import train, workdir
+from lowrank.runlog import LOSS, METRICS, read_metrics
+
+TIMED = 8  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """A short run of one method, in a process of its own, that is only timed."""
+
+    study: Study
+    task: Task
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """The file of its numbers."""
+        return self.study.results / "cells" / self.task.name / self.name / "timing.json"
+
+    @property
+    def config(self) -> Any:
+        """A few steps, each logged, without evaluation."""
+        row = self.study.rows[self.name]
+        config = self.task.config(row, row.rates[0], 0, self.study.quick)
+        config.steps, config.eval, config.log_every = 3 if self.study.quick else TIMED, {}, 1
+        return config
+
+    def read(self) -> dict[str, Any] | None:
+        """Its numbers; None when there are none, or they are of another config than it has now."""
+        return kept(self.path, self.config)
+
+    def run(self) -> dict[str, Any]:
+        """Trains, and keeps the median time of a step and the peak of the process."""
+        folder = self.study.runs / self.task.name / f"{self.name}-timing"
+        summary = train.run(self.config, folder)
+        numbers = {
+            "config": workdir.plain(self.config),
+            "step_s": step_seconds(folder),
+            "peak_mb": summary["peak_host_bytes"] / 2**20,
+            "load": os.getloadavg()[0],
+        }
+        workdir.write_json(self.path, numbers)
+        shutil.rmtree(folder)
+        return numbers
+
+
+def step_seconds(folder: Path) -> float:
+    """The median time between the losses of two successive steps, all of which are logged."""
+    times = [line["seconds"] for line in read_metrics(folder / METRICS) if LOSS in line]
+    return statistics.median(b - a for a, b in itertools.pairwise(times))
