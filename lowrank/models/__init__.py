@@ -3,7 +3,8 @@ import dataclasses
 from flax import linen as nn
 
 from lowrank.models import decoder, encoder
-from lowrank.models.decoder import Decoder, DecoderConfig, init_cache
+from lowrank.models.decoder import Decoder, init_cache
+from lowrank.models.decoder_config import DecoderConfig
 from lowrank.models.encoder import Encoder, EncoderConfig
 
 __all__ = ["Decoder", "DecoderConfig", "Encoder", "EncoderConfig", "after_training", "block", "build", "init_cache"]
