@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from lowrank import adapter, merging, methods, train, tree
 from lowrank.errors import UserError
-from lowrank.methods import expert_methods
+from lowrank.methods.esft import relevance, select
 from lowrank.models import DecoderConfig
 from lowrank.models.moe import MoE
 from lowrank.runlog import read_metrics
@@ -108,7 +108,7 @@ def test_relevance_is_the_mean_gate_or_the_share_of_choices_over_real_tokens(sco
 
     batch = {"tokens": jnp.asarray(ids), "segments": jnp.asarray(segments)}
     context = types.SimpleNamespace(model=model.config, loss=loss, batches=lambda n: [batch] * n)
-    found = expert_methods.relevance(params, context, score, 2)["layers"]
+    found = relevance(params, context, score, 2)["layers"]
     SEEN.clear()
     router = params["layers"]["mlp"]["router"]
     params = {
@@ -130,9 +130,9 @@ def test_relevance_is_the_mean_gate_or_the_share_of_choices_over_real_tokens(sco
 
 def test_the_fewest_experts_that_reach_the_share_are_chosen():
     used = np.array([[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25]])
-    assert expert_methods.select(used, 0.5, 3).tolist() == [[1, 4, 4], [0, 1, 4]]
-    assert expert_methods.select(used, 0.6, 3).tolist() == [[1, 3, 4], [0, 1, 2]]
-    assert expert_methods.select(used, 1.0, 2).tolist() == [[1, 3], [0, 1]]
+    assert select(used, 0.5, 3).tolist() == [[1, 4, 4], [0, 1, 4]]
+    assert select(used, 0.6, 3).tolist() == [[1, 3, 4], [0, 1, 2]]
+    assert select(used, 1.0, 2).tolist() == [[1, 3], [0, 1]]
 
 
 MOE = {

@@ -9,7 +9,7 @@ import pytest
 
 from lowrank import generate, methods, tree
 from lowrank.errors import UserError
-from lowrank.methods import mixtures
+from lowrank.methods.milora import is_prompt
 from lowrank.weight import dot, form, handed, merge
 from lowrank.weights import mixture, smore
 from tests.models.tiny import decoder, run, tokens
@@ -143,7 +143,7 @@ def test_balance_is_bound_for_training_alone_and_grows_with_the_batchs_weight():
 def test_the_prompt_ends_at_the_first_answer_of_its_sequence():
     segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0]])
     weights = jnp.array([[0.0, 1, 1, 1, 0, 0.0, 1, 0]])
-    found = mixtures.is_prompt(segments, weights)
+    found = is_prompt(segments, weights)
     np.testing.assert_array_equal(found, [[True, True, False, False, True, True, True, False]])
 
 

@@ -9,19 +9,29 @@ from lowrank import settings
 from lowrank.errors import unknown
 from lowrank.methods.adalora import adalora
 from lowrank.methods.bidora import bidora
-from lowrank.methods.bottleneck import houlsby, parallel, pfeiffer, scaled_parallel
+from lowrank.methods.bitfit import bitfit
+from lowrank.methods.boft import boft
+from lowrank.methods.chosen import chosen
 from lowrank.methods.dora import dora
-from lowrank.methods.expert_methods import esft, perft
+from lowrank.methods.edora import edora
+from lowrank.methods.esft import esft
 from lowrank.methods.features import features
+from lowrank.methods.full import full
 from lowrank.methods.galore import galore
+from lowrank.methods.head import head
 from lowrank.methods.hira import hira
+from lowrank.methods.houlsby import houlsby
 from lowrank.methods.ia3 import ia3
 from lowrank.methods.intrinsic import intrinsic
+from lowrank.methods.ir_qlora import ir_qlora
+from lowrank.methods.loftq import loftq
 from lowrank.methods.loha import loha
 from lowrank.methods.lokr import lokr
 from lowrank.methods.longlora import longlora
 from lowrank.methods.lora import lora
-from lowrank.methods.lora_relatives import edora, lora_fa, lora_xs
+from lowrank.methods.lora_fa import lora_fa
+from lowrank.methods.lora_xs import lora_xs
+from lowrank.methods.mam import mam
 from lowrank.methods.method import (
     SHARED,
     Context,
@@ -33,13 +43,23 @@ from lowrank.methods.method import (
     stripped,
     trainable_mask,
 )
-from lowrank.methods.mixtures import milora, more, smore
-from lowrank.methods.oft import boft, oft
-from lowrank.methods.prefix import mam, prefix
-from lowrank.methods.prompt import prompt, ptuning
-from lowrank.methods.quantised import ir_qlora, loftq, modulora, qa_lora, qat
+from lowrank.methods.milora import milora
+from lowrank.methods.modulora import modulora
+from lowrank.methods.more import more
+from lowrank.methods.norm import norm
+from lowrank.methods.oft import oft
+from lowrank.methods.parallel import parallel
+from lowrank.methods.partial import partial
+from lowrank.methods.perft import perft
+from lowrank.methods.pfeiffer import pfeiffer
+from lowrank.methods.prefix import prefix
+from lowrank.methods.prompt import prompt
+from lowrank.methods.ptuning import ptuning
+from lowrank.methods.qa_lora import qa_lora
+from lowrank.methods.qat import qat
 from lowrank.methods.relora import relora
-from lowrank.methods.selective import bitfit, chosen, full, head, norm, partial
+from lowrank.methods.scaled_parallel import scaled_parallel
+from lowrank.methods.smore import smore
 from lowrank.methods.sparse import sparse
 from lowrank.methods.tokens import beside, tokens
 from lowrank.methods.vera import vera

@@ -1,4 +1,4 @@
-"""OFT and BOFT as methods."""
+"""Inputs turned by an orthogonal matrix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,20 +20,10 @@ def oft(block: int = 32, target: str = r".*attn/(q|v)/kernel", share: bool = Fal
     targets.positive(block=block)
     if terms and terms < 4:
         raise UserError(f"method.terms must be 0 (exact) or at least 4, not {terms}")
-    return Method(rewrite=((target, _named(lambda w: form.attach(w, block=block, share=share, terms=terms))),))
+    return Method(rewrite=((target, named(lambda w: form.attach(w, block=block, share=share, terms=terms))),))
 
 
-def boft(block: int = 8, factors: int = 2, target: str = r".*attn/(q|v)/kernel") -> Method:
-    """BOFT: inputs turned by a butterfly of orthogonal blocks, outputs scaled (Liu et al. 2023, arXiv:2311.06243).
-
-    `block * 2^(factors - 1)`, the block that the factors make together, divides every target's inputs. See
-    `lowrank.weights.oft`.
-    """
-    targets.positive(block=block, factors=factors)
-    return Method(rewrite=((target, _named(lambda w: form.attach_butterfly(w, block=block, factors=factors))),))
-
-
-def _named(attach: Callable[[Any], Any]) -> Callable[[jax.Array, Any, str], Any]:
+def named(attach: Callable[[Any], Any]) -> Callable[[jax.Array, Any, str], Any]:
     """The rewrite of a method whose start is not random; what is wrong with a kernel is told with its name."""
 
     def adapt(key: jax.Array, w: Any, name: str) -> Any:

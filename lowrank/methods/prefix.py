@@ -1,12 +1,11 @@
-"""Prefix tuning: learned keys and values in every layer; MAM: a prefix and scaled parallel adapters."""
+"""Learned keys and values in every layer."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lowrank.methods import bottleneck, targets
+from lowrank.methods import targets
 from lowrank.methods.method import SHARED, Method
 
 PyTree = Any
@@ -31,12 +30,6 @@ def prefix(length: int = 20, reparam: bool = False, hidden: int = 512) -> Method
         holds=("prefix/(k|v)",),
         expands=True,
     )
-
-
-def mam(length: int = 30, width: int = 64, scale: float = 4.0, reparam: bool = False, hidden: int = 512) -> Method:
-    """MAM adapter: a prefix, and scaled parallel adapters beside the feed-forward layers (arXiv:2110.04366)."""
-    first, second = prefix(length, reparam, hidden), bottleneck.scaled_parallel(width, scale=scale)
-    return dataclasses.replace(first, model={**first.model, **second.model}, train=(*first.train, *second.train))
 
 
 def _mlp(shape_LxPxW: tuple[int, int, int], hidden: int, key: jax.Array) -> PyTree:

@@ -1,4 +1,4 @@
-"""Methods for models with mixtures of experts: modules routed beside them (PERFT), the experts of the task (ESFT)."""
+"""The experts of a mixture that the task uses most."""
 
 import functools
 import math
@@ -17,23 +17,6 @@ from lowrank.weights import chosen
 
 PyTree = Any
 ROUTER = r"(layers|top)/mlp/router/kernel"
-
-
-def perft(width: int = 8, experts: int = 4, per_token: int = 2, scale: float = 1.0) -> Method:
-    """PERFT: low-rank experts of `width` beside every mixture of experts (Liu et al. 2024, arXiv:2411.08212).
-
-    `MoE(x) + scale * sum_e g_e(x) x @ down_e @ up_e`. They have a router of their own that sends each token to
-    `per_token` of them (PERFT-R); with `experts=0` there is one beside each expert, with that expert's gate (PERFT-E).
-    Gates are normalised as the mixture's are. A routed module is weighed by its own router's gate, as the formula says:
-    the authors' code takes the mixture's gate of the same rank in its place. There is no loss that balances them.
-    """
-    targets.positive(width=width, scale=scale)
-    if experts < 0:
-        raise UserError(f"method.experts must not be negative, not {experts}")
-    if experts and not 1 <= per_token <= experts:
-        raise UserError(f"method.per_token={per_token} is not in 1..{experts}")
-    model = {"routed_width": width, "routed_experts": experts, "routed_per_token": per_token, "routed_scale": scale}
-    return Method(model=model, train=(r"(layers|top)/mlp/routed/.*",))
 
 
 def esft(

@@ -1,0 +1,51 @@
+"""What keeps the experts of a mixture in use: a loss that goes into the gradient alone."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank import tree, weight
+from lowrank.errors import UserError
+from lowrank.methods.method import Bind
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+
+
+def in_balance(kind: type, balance: float) -> Bind:
+    """A `bind` that hands weights of `kind` the batch's mask and the loss's strength while training."""
+
+    def bind(params: PyTree, batch: Batch | None, rng: jax.Array | None) -> PyTree:
+        if rng is None or batch is None or not balance:
+            return params
+        return mapped(params, kind, lambda name, w: _balanced(w, batch, balance))
+
+    return bind
+
+
+def check_share(name: str, count: int, experts: int, balance: float) -> None:
+    """Raises UserError unless `count` of `experts` can be chosen and `balance` is a weight."""
+    if not 1 <= count <= experts:
+        raise UserError(f"method.{name}={count} is not in 1..{experts}, the number of experts")
+    if balance < 0:
+        raise UserError(f"method.balance must not be negative, not {balance}")
+
+
+def mapped(params: PyTree, kind: type, fn: Any) -> PyTree:
+    """`params` with `fn(name, w)` for every weight of `kind`."""
+    return tree.map_named(lambda name, w: fn(name, w) if type(w) is kind else w, params, is_leaf=weight.is_weight)
+
+
+def counted(batch: Batch) -> jax.Array:
+    """The sum of weights that the gradient is divided by: what is added in proportion to it keeps its strength."""
+    return jnp.sum((batch["weights"] if "weights" in batch else batch["valid"]).astype(jnp.float32))
+
+
+def _balanced(w: Any, batch: Batch, balance: float) -> Any:
+    stack = w.shape[:-2]
+    mask = (batch["segments"] > 0).astype(jnp.float32)
+    strength = jnp.broadcast_to(balance * counted(batch), stack)
+    return dataclasses.replace(w, mask=jnp.broadcast_to(mask, (*stack, *mask.shape)), strength=strength)

@@ -1,0 +1,16 @@
+"""Inputs turned by a butterfly of orthogonal matrices."""
+
+from lowrank.methods import targets
+from lowrank.methods.method import Method
+from lowrank.methods.oft import named
+from lowrank.weights import oft as form
+
+
+def boft(block: int = 8, factors: int = 2, target: str = r".*attn/(q|v)/kernel") -> Method:
+    """BOFT: inputs turned by a butterfly of orthogonal blocks, outputs scaled (Liu et al. 2023, arXiv:2311.06243).
+
+    `block * 2^(factors - 1)`, the block that the factors make together, divides every target's inputs. See
+    `lowrank.weights.oft`.
+    """
+    targets.positive(block=block, factors=factors)
+    return Method(rewrite=((target, named(lambda w: form.attach_butterfly(w, block=block, factors=factors))),))

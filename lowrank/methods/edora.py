@@ -1,0 +1,12 @@
+"""LoRA-XS with a learned magnitude for each output."""
+
+from typing import Any
+
+from lowrank.methods.lora_xs import around_core
+from lowrank.methods.method import Method
+from lowrank.weights import lora_xs as form
+
+
+def edora(rank: int = 16, **kwargs: Any) -> Method:
+    """EDoRA: LoRA-XS's options, with a learned magnitude for each output; see `lowrank.weights.lora_xs`."""
+    return around_core(form.attach_edora, rank, kwargs)

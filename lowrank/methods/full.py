@@ -1,0 +1,8 @@
+"""Every parameter."""
+
+from lowrank.methods.method import Method
+
+
+def full() -> Method:
+    """Full fine-tuning: every parameter is trained."""
+    return Method(train=(".*",))

@@ -1,0 +1,8 @@
+"""The head alone."""
+
+from lowrank.methods.method import Method
+
+
+def head() -> Method:
+    """Linear probing: only the head is trained."""
+    return Method(train=("head/.*",))

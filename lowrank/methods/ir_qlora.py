@@ -1,0 +1,40 @@
+"""LoRA on NF4 that is calibrated to keep the most information."""
+
+from typing import Any
+
+import jax
+
+from lowrank.methods import targets
+from lowrank.methods.lora import bind_dropout
+from lowrank.methods.method import Method
+from lowrank.methods.quantised import LINEAR, check_finite, quantizer
+from lowrank.weight import is_weight
+from lowrank.weights import ir_qlora as form
+from lowrank.weights import lora as lora_form
+
+
+def ir_qlora(
+    rank: int = 8,
+    alpha: float = 16.0,
+    target: str = LINEAR,
+    block: int = 64,
+    double: bool = True,
+    calibrate: int = 200,
+    dropout: float = 0.0,
+) -> Method:
+    """IR-QLoRA: NF4 calibrated to keep the most information, and a LoRA past which averages of its inputs flow.
+
+    `calibrate` shifts of each block are tried; see `lowrank.weights.codebook` and `lowrank.weights.ir_qlora`. A base
+    that is in codes already (`model.quantize`) is left as it is.
+    """
+    targets.positive(rank=rank, alpha=alpha)
+    targets.fraction(dropout=dropout)
+    make = quantizer({"name": "nf4", "block": block, "double": double, "calibrate": calibrate})
+
+    def adapt(key: jax.Array, w: Any, name: str) -> Any:
+        targets.check_rank(name, w.shape, rank)
+        check_finite(name, w)
+        base = w if is_weight(w) else jax.lax.map(make, w) if len(w.shape) == 3 else make(w)
+        return form.attach(lora_form.attach_even(key, base, rank=rank, alpha=alpha, dropout=dropout))
+
+    return Method(rewrite=((target, adapt),), bind=bind_dropout if dropout else None)

@@ -1,0 +1,40 @@
+"""LoRA on codes that are made with it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lowrank.methods import targets
+from lowrank.methods.lora import bind_dropout
+from lowrank.methods.method import Method
+from lowrank.methods.quantised import LINEAR, check_plain, quantizer
+from lowrank.weights import loftq as form
+
+
+def loftq(
+    rank: int = 8,
+    alpha: float = 16.0,
+    target: str = LINEAR,
+    quantize: Mapping[str, Any] | str = "nf4",
+    steps: int = 1,
+    dropout: float = 0.0,
+) -> Method:
+    """LoftQ: LoRA on codes, both made so that together they start near W; see `lowrank.weights.loftq`.
+
+    `quantize` is a scheme `{"name": "nf4", "block": 64, ...}` or its name, `steps` how often codes and factors are
+    made anew. The base is read as it is: `model.quantize` would leave nothing to make up for.
+    """
+    targets.positive(rank=rank, alpha=alpha, steps=steps)
+    targets.fraction(dropout=dropout)
+    make = quantizer(quantize)
+
+    def adapt(key: jax.Array, w: Any, name: str) -> Any:
+        del key
+        targets.check_rank(name, w.shape, rank)
+        check_plain("LoftQ", name, w)
+        return form.attach(w, rank=rank, scale=alpha / rank, steps=steps, dropout=dropout, quantize=make)
+
+    # After several steps the codes depend on a decomposition's last places: the adapter holds them.
+    holds = (rf"{target}/base/.*",) if steps > 1 else ()
+    return Method(rewrite=((target, adapt),), bind=bind_dropout if dropout else None, holds=holds)

@@ -1,0 +1,23 @@
+"""LoRA with A frozen."""
+
+import dataclasses
+from typing import Any
+
+from lowrank import settings
+from lowrank.errors import UserError
+from lowrank.methods.lora import lora
+from lowrank.methods.method import Method
+
+
+def lora_fa(**kwargs: Any) -> Method:
+    """LoRA-FA: LoRA's options, with A kept as it was drawn and B trained (Zhang et al. 2023, arXiv:2308.03303).
+
+    Half of the parameters to learn, and no backward pass needs the layer's whole input `[..., in]`, only its
+    product with A, `[..., r]`.
+    """
+    if kwargs.get("init") == "zero_a":
+        raise UserError("LoRA-FA freezes A: with init=zero_a nothing would ever be learned")
+    method = settings.call(lora, kwargs, "method")
+    [(target, _)] = method.rewrite
+    kept = (f"(?:{target})/a",)
+    return dataclasses.replace(method, freeze=kept, holds=kept)

@@ -1,0 +1,28 @@
+"""LoRA with both factors frozen around a small core."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from lowrank import settings
+from lowrank.errors import UserError
+from lowrank.methods.lora import lora
+from lowrank.methods.method import Method
+from lowrank.weights import lora_xs as form
+from lowrank.weights.lora import LoRA
+
+
+def lora_xs(rank: int = 16, **kwargs: Any) -> Method:
+    """LoRA-XS: LoRA's options but `init`, and only an r x r core is trained; see `lowrank.weights.lora_xs`."""
+    return around_core(form.attach, rank, kwargs)
+
+
+def around_core(attach: Callable[[LoRA], LoRA], rank: int, kwargs: dict[str, Any]) -> Method:
+    """LoRA whose weights `attach` turns into factors frozen around a core of `rank`; UserError for an `init`."""
+    if "init" in kwargs:
+        raise UserError("method.init: the factors of LoRA-XS and EDoRA are the base's singular vectors")
+    method = settings.call(lora, {"rank": rank, **kwargs}, "method")
+    [(target, adapt)] = method.rewrite
+    around = ((target, lambda key, w, name: attach(adapt(key, w, name))),)
+    # an adapter holds the singular vectors too: another machine may find them with other signs
+    return dataclasses.replace(method, rewrite=around, holds=(f"(?:{target})/(a|b)",))

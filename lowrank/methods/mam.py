@@ -1,0 +1,13 @@
+"""A prefix, and adapters beside the feed-forward layers."""
+
+import dataclasses
+
+from lowrank.methods.method import Method
+from lowrank.methods.prefix import prefix
+from lowrank.methods.scaled_parallel import scaled_parallel
+
+
+def mam(length: int = 30, width: int = 64, scale: float = 4.0, reparam: bool = False, hidden: int = 512) -> Method:
+    """MAM adapter: a prefix, and scaled parallel adapters beside the feed-forward layers (arXiv:2110.04366)."""
+    first, second = prefix(length, reparam, hidden), scaled_parallel(width, scale=scale)
+    return dataclasses.replace(first, model={**first.model, **second.model}, train=(*first.train, *second.train))

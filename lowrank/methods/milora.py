@@ -1,0 +1,99 @@
+"""A mixture of LoRAs, routed by the prompt."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank import tree, weight
+from lowrank.errors import UserError
+from lowrank.methods import targets
+from lowrank.methods.balance import check_share, counted, mapped
+from lowrank.methods.method import SHARED, Method
+from lowrank.weights import lora, mixture
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+
+
+def milora(
+    rank: int = 8,
+    alpha: float = 16.0,
+    per_prompt: int = 3,
+    balance: float = 0.01,
+    target: str = r"layers/(attn/(q|k|v|o)|mlp/(gate|up|down))/kernel",
+) -> Method:
+    """MiLoRA: every LoRA of a layer is an expert, and the prompt chooses `per_prompt` of them (arXiv:2410.18035).
+
+    `W x + gate * alpha / rank * B A x`. A layer's gates are k times the top-k softmax of a linear router, so that their
+    mean over those chosen is 1; it sees the hidden states of the prompt that enter the layer, their mean through a
+    GELU. They are computed once, from the prompt, and stay for all that is generated. `balance` is as for `more`. In
+    training a prompt is what comes before the first token of full weight of its sequence; a classifier's is all of it.
+    It cannot be merged.
+    """
+    targets.positive(rank=rank, alpha=alpha)
+    check_share("per_prompt", per_prompt, per_prompt, balance)
+
+    def adapt(key: jax.Array, w: Any, name: str) -> mixture.Gated:
+        targets.check_rank(name, w.shape, rank)
+        if len(w.shape) != 3:
+            raise UserError(f"{name} is in no stack of layers: MiLoRA routes within a layer")
+        made = lora.attach_even(key, w, rank=rank, alpha=alpha)
+        return mixture.Gated(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
+
+    def share(base: PyTree, key: jax.Array) -> PyTree:
+        routers = {}
+        for stack, names in _by_stack(tree.matching(target, tree.names(base, weight.is_weight), "target")).items():
+            if per_prompt > len(names):
+                raise UserError(f"method.per_prompt={per_prompt}, but {target!r} matches {len(names)} weights a layer")
+            layers = _leaf(base, names[0]).shape[0]
+            width = _leaf(base, "embed/embedding").shape[-1]
+            noise = jax.random.normal(weight.name_key(key, stack), (layers, width, len(names)))
+            routers[stack] = noise * width**-0.5
+        return {"router": routers}
+
+    def bind(params: PyTree, batch: Batch | None, rng: jax.Array | None) -> PyTree:
+        if batch is None:
+            return params
+        seen = {"segments": batch["segments"]}
+        if "weights" in batch:
+            seen["prompt"] = is_prompt(batch["segments"], batch["weights"])
+        if rng is not None and balance:
+            seen["strength"] = balance * counted(batch)
+        names = [n for n, w in tree.named_leaves(params, weight.is_weight) if type(w) is mixture.Gated]
+        bound, member = dict(params), {}
+        for stack, members in _by_stack(names).items():
+            kernel = params[SHARED]["router"][stack]
+            each = {name: jnp.broadcast_to(x, (len(kernel), *x.shape)) for name, x in seen.items()}
+            router = mixture.PromptRouter(kernel=kernel, per_prompt=per_prompt, **each)
+            bound[stack] = {**params[stack], weight.ROUTER: router}
+            member |= {name: i for i, name in enumerate(members)}
+        return mapped(bound, mixture.Gated, lambda name, w: dataclasses.replace(w, member=member[name]))
+
+    return Method(rewrite=((target, adapt),), train=(f"{SHARED}/router/.*",), share=share, bind=bind)
+
+
+def _by_stack(names: list[str]) -> dict[str, list[str]]:
+    stacks: dict[str, list[str]] = {}
+    for name in names:
+        stacks.setdefault(name.split("/")[0], []).append(name)
+    return stacks
+
+
+def _leaf(params: PyTree, name: str) -> Any:
+    for part in name.split("/"):
+        params = params[part]
+    return params
+
+
+def is_prompt(segments: jax.Array, weights: jax.Array) -> jax.Array:
+    """`[rows, tokens]` bool: the tokens of a sequence up to the first that was the target of a full weight.
+
+    `weights[t]` is that of the target of token t, which is token t + 1; so the first token is always of the prompt.
+    """
+    same = segments[:, :, None] == segments[:, None, :]
+    before = jnp.tril(jnp.ones(same.shape[1:], bool), -1)[None] & same
+    answered = jnp.any(before & (weights >= 1)[:, None, :], axis=-1)
+    return ~answered & (segments > 0)

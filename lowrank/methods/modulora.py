@@ -1,0 +1,47 @@
+"""LoRA on the codes of any quantiser."""
+
+import importlib
+from typing import Any
+
+import jax
+
+from lowrank.errors import UserError
+from lowrank.methods import targets
+from lowrank.methods.lora import bind_dropout
+from lowrank.methods.method import Method
+from lowrank.methods.quantised import LINEAR, check_plain
+from lowrank.weights import black_box
+from lowrank.weights import lora as lora_form
+
+
+def modulora(
+    quantizer: str = "lowrank.weights.black_box:absmax",
+    rank: int = 8,
+    alpha: float = 16.0,
+    target: str = LINEAR,
+    dropout: float = 0.0,
+) -> Method:
+    """ModuLoRA: LoRA on the codes of any quantiser, `quantizer='package.module:function'`.
+
+    The function turns a kernel `[in, out]` into `(state, decode)`: arrays, and a function of module level from them
+    to the kernel; see `lowrank.weights.black_box`.
+    """
+    targets.positive(rank=rank, alpha=alpha)
+    targets.fraction(dropout=dropout)
+    quantise = _imported(quantizer)
+
+    def adapt(key: jax.Array, w: Any, name: str) -> Any:
+        targets.check_rank(name, w.shape, rank)
+        check_plain("ModuLoRA", name, w)
+        base = black_box.attach(w, quantise, quantizer)
+        return lora_form.attach_even(key, base, rank=rank, alpha=alpha, dropout=dropout)
+
+    return Method(rewrite=((target, adapt),), bind=bind_dropout if dropout else None)
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UserError(f"method.quantizer {path!r} is not package.module:function: {e}") from None

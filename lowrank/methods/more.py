@@ -1,0 +1,34 @@
+"""A mixture of LoRAs, routed by the token."""
+
+from typing import Any
+
+import jax
+
+from lowrank.methods import targets
+from lowrank.methods.balance import check_share, in_balance
+from lowrank.methods.method import Method
+from lowrank.weights import mixture
+
+
+def more(
+    rank: int = 4,
+    experts: int = 4,
+    per_token: int = 2,
+    alpha: float = 16.0,
+    balance: float = 0.01,
+    target: str = r".*attn/(q|v)/kernel",
+) -> Method:
+    """A mixture of `experts` LoRAs on each target, `per_token` of them for each token, chosen by a router of its own.
+
+    `W x + alpha / rank * sum_e g_e(x) B_e A_e x` with g the top-k softmax of a linear router (MoLoRA, Zadouri et al.
+    2023, arXiv:2309.05444; MoRE). `balance` weighs the loss `E * sum_e f_e P_e` that keeps the experts in use (Fedus et
+    al. 2021, arXiv:2101.03961); it is part of the gradient, not of the loss reported. It cannot be merged.
+    """
+    targets.positive(rank=rank, alpha=alpha, experts=experts)
+    check_share("per_token", per_token, experts, balance)
+
+    def adapt(key: jax.Array, w: Any, name: str) -> mixture.Mixture:
+        targets.check_rank(name, w.shape, rank)
+        return mixture.attach(key, w, rank=rank, experts=experts, alpha=alpha, per_token=per_token)
+
+    return Method(rewrite=((target, adapt),), bind=in_balance(mixture.Mixture, balance))

@@ -1,0 +1,16 @@
+"""The last blocks, or the first."""
+
+from lowrank.errors import UserError
+from lowrank.methods.method import Method
+
+
+def partial(layers: int = 2, first: bool = False) -> Method:
+    """Partial fine-tuning: the last `layers` blocks are trained, or the first.
+
+    The backward pass stops below the last ones; above the first ones it makes no gradients of kernels.
+    """
+    if layers < 1:
+        raise UserError(f"method.layers must be at least 1, not {layers}")
+    if first:
+        return Method(model={"top_layers": -layers}, train=("layers/.*",))
+    return Method(model={"top_layers": layers}, train=("top/.*",))

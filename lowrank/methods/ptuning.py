@@ -1,0 +1,80 @@
+"""Virtual tokens made by a small network while training."""
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from lowrank.errors import unknown
+from lowrank.methods import targets
+from lowrank.methods.method import SHARED, Method
+
+PyTree = Any
+
+
+def ptuning(length: int = 20, encoder: str = "mlp", hidden: int = 128) -> Method:
+    """P-tuning: virtual tokens made by an encoder of an embedding `E [length, D]` (Liu et al. 2021, arXiv:2103.10385).
+
+    `mlp`: three layers D -> hidden -> hidden -> D with ReLU between. `lstm`, the paper's: two bidirectional LSTM
+    layers of `hidden` units each way, then 2 hidden -> 2 hidden -> D with ReLU between. An adapter holds the tokens
+    that the encoder makes, not the encoder.
+    """
+    targets.positive(length=length, hidden=hidden)
+    if encoder not in ENCODERS:
+        raise unknown("P-tuning encoder", encoder, ENCODERS)
+
+    def network(params: PyTree) -> nn.Module:
+        return ENCODERS[encoder](*params["prompt"]["embedding"].shape, hidden)
+
+    def expand(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
+        """`params` with the prompt that the encoder makes; without the encoder it stays as it is."""
+        del batch, rng
+        if SHARED not in params:
+            return params
+        return {**params, "prompt": {"embedding": network(params).apply({"params": params[SHARED]["prompt"]})}}
+
+    return Method(
+        model={"num_prompt": length},
+        train=(rf"{SHARED}/prompt/.*",),
+        share=lambda params, key: {"prompt": network(params).init(key)["params"]},
+        bind=expand,
+        holds=("prompt/embedding",),
+        expands=True,
+    )
+
+
+class MLPEncoder(nn.Module):
+    """An embedding through three layers: `[length, width]`."""
+
+    length: int
+    width: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """`[length, width]`."""
+        x = self.param("embedding", nn.initializers.normal(1.0), (self.length, self.width))
+        x = nn.relu(nn.Dense(self.hidden, name="in")(x))
+        x = nn.relu(nn.Dense(self.hidden, name="mid")(x))
+        return nn.Dense(self.width, name="out")(x)
+
+
+class LSTMEncoder(nn.Module):
+    """An embedding through two bidirectional LSTM layers and an MLP: `[length, width]`."""
+
+    length: int
+    width: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """`[length, width]`."""
+        x = self.param("embedding", nn.initializers.normal(1.0), (self.length, self.width))[None]
+        for i in range(2):
+            ways = (nn.RNN(nn.LSTMCell(self.hidden, name=f"{way}{i}")) for way in ("forward", "backward"))
+            x = nn.Bidirectional(*ways)(x)
+        x = nn.relu(nn.Dense(2 * self.hidden, name="in")(x[0]))
+        return nn.Dense(self.width, name="out")(x)
+
+
+ENCODERS: dict[str, type[nn.Module]] = {"mlp": MLPEncoder, "lstm": LSTMEncoder}

@@ -1,0 +1,32 @@
+"""Updates that merge into integer codes exactly."""
+
+from typing import Any
+
+import jax
+
+from lowrank import settings
+from lowrank.errors import UserError
+from lowrank.methods import targets
+from lowrank.methods.method import Method
+from lowrank.methods.quantised import LINEAR, check_finite
+from lowrank.weights import qa_lora as form
+from lowrank.weights.schemes import SCHEMES, compiled
+
+
+def qa_lora(rank: int = 8, alpha: float = 16.0, target: str = LINEAR, block: int = 64, bits: int = 4) -> Method:
+    """QA-LoRA on asymmetric integer codes, which it merges into exactly; see `lowrank.weights.qa_lora`.
+
+    `block` inputs share a scale, a zero and an update. A plain kernel is quantised to `bits`, codes are left as they
+    are.
+    """
+    targets.positive(rank=rank, alpha=alpha)
+    make = compiled(settings.call(SCHEMES["integer"], {"bits": bits, "block": block, "symmetric": False}, "method"))
+
+    def adapt(key: jax.Array, w: Any, name: str) -> Any:
+        targets.check_kernel(name)
+        check_finite(name, w)
+        if rank > min(-(-w.shape[-2] // block), w.shape[-1]):
+            raise UserError(f"rank {rank} is larger than min(groups, out) of {name}, in groups of {block} inputs")
+        return form.attach(key, w, rank=rank, alpha=alpha, block=block, quantize=make)
+
+    return Method(rewrite=((target, adapt),))

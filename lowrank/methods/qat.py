@@ -1,0 +1,33 @@
+"""Kernels that are rounded as they are trained."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lowrank.errors import UserError
+from lowrank.methods import targets
+from lowrank.methods.method import Method
+from lowrank.methods.quantised import LINEAR, check_plain, quantizer
+from lowrank.weights import fake
+from lowrank.weights.schemes import group_of
+
+
+def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activations: int = 0) -> Method:
+    """Quantisation-aware training of the targeted kernels; see `lowrank.weights.fake`.
+
+    `quantize` is a scheme or its name; `activations` the bits that inputs are rounded to, 0 for none.
+    """
+    quantizer(quantize)
+    if activations and not 2 <= activations <= 8:
+        raise UserError(f"method.activations must be 0 or 2 to 8 bits, not {activations}")
+    group = group_of(quantize)
+    scheme, options = group.pop("name"), tuple(sorted(group.items()))
+
+    def adapt(key: jax.Array, w: Any, name: str) -> Any:
+        del key
+        targets.check_kernel(name)
+        check_plain("QAT", name, w)
+        return fake.attach(w, scheme=scheme, options=options, activations=activations)
+
+    return Method(rewrite=((target, adapt),))

@@ -1,0 +1,9 @@
+"""Adapters beside a sublayer, scaled."""
+
+from lowrank.methods.method import Method
+from lowrank.methods.parallel import parallel
+
+
+def scaled_parallel(width: int = 64, activation: str = "relu", scale: float = 4.0, after: str = "mlp") -> Method:
+    """Scaled parallel adapters, with the paper's scale of 4 (He et al. 2022, arXiv:2110.04366, section 4.6)."""
+    return parallel(width, activation, scale, after)

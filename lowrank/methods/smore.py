@@ -1,0 +1,44 @@
+"""A tree of low-rank experts, routed by the token."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from lowrank.errors import UserError, unknown
+from lowrank.methods import targets
+from lowrank.methods.balance import check_share, in_balance
+from lowrank.methods.method import Method
+from lowrank.weights import smore as forest
+
+
+def smore(
+    rank: int = 2,
+    experts: Sequence[int] = (4, 4),
+    fanout: Sequence[int] = (2, 2),
+    scale: float = 1.0,
+    gate: int = 16,
+    activation: str = "tanh",
+    balance: float = 0.01,
+    target: str = r".*attn/(q|v)/kernel",
+) -> Method:
+    """S'MoRE: each token meets a tree of residual low-rank experts (Zeng et al. 2025, arXiv:2504.06426).
+
+    `experts` and `fanout` say, from the leaves up, how many experts a level has, and how many of them hang below one
+    node; `gate` is the width of the routers: of the narrowed token, queries and keys. See `lowrank.weights.smore` for
+    the formula, and `more` for `balance`. It cannot be merged.
+    """
+    targets.positive(rank=rank, gate=gate, scale=scale)
+    if not experts or len(experts) != len(fanout):
+        raise UserError(f"method.experts has {len(experts)} levels and method.fanout {len(fanout)}")
+    for count, below in zip(experts, fanout, strict=True):
+        check_share("fanout", below, count, balance)
+    if activation not in forest.ACTIVATIONS:
+        raise unknown("S'MoRE activation", activation, forest.ACTIVATIONS)
+
+    def adapt(key: jax.Array, w: Any, name: str) -> forest.SMoRE:
+        targets.check_rank(name, w.shape, rank)
+        shape = {"rank": rank, "experts": experts, "fanout": fanout, "gate": gate}
+        return forest.attach(key, w, **shape, scale=scale, activation=activation)
+
+    return Method(rewrite=((target, adapt),), bind=in_balance(forest.SMoRE, balance))
