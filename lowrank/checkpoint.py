@@ -7,39 +7,20 @@ steps before it as they were. Only arrays and JSON are stored; nothing is pickle
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
-from lowrank import tree
-from lowrank.errors import UserError, nearest
+from lowrank.errors import UserError
+from lowrank.hosts import gather, own
+from lowrank.named import Arrays, same_names
 from lowrank.quiet import quiet_orbax
 
-PyTree = Any
-Arrays = dict[str, jax.Array]
 _TEMPORARY = ".orbax-checkpoint-tmp"
-
-
-def flatten_named(values: PyTree) -> Arrays:
-    """`{leaf name: leaf}` of any pytree (an optax state too). Two leaves of one name raise UserError."""
-    flat: Arrays = {}
-    for name, leaf in tree.named_leaves(values):
-        if name in flat:
-            raise UserError(f"two leaves are called {name!r}: rename one, a checkpoint needs unique names")
-        flat[name] = leaf
-    return flat
-
-
-def unflatten_named(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
-    """The tree of `like`'s structure with the leaves of `flat`: the inverse of `flatten_named`, strict about names."""
-    wanted = flatten_named(like)
-    _same_names(wanted, flat, "the tree")
-    return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in wanted])
 
 
 class Checkpointer:
@@ -120,7 +101,7 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return self.wait() if block else None
         _storable(arrays)
-        document = json.loads(json.dumps({"meta": dict(meta), "hosts": _gather(host)}))  # fails here, not in a thread
+        document = json.loads(json.dumps({"meta": dict(meta), "hosts": gather(host)}))  # fails here, not in a thread
         items = ocp.args.Composite(arrays=ocp.args.PyTreeSave(dict(arrays)), meta=ocp.args.JsonSave(document))
         try:
             self._manager.save(step, args=items, force=True)
@@ -144,7 +125,7 @@ class Checkpointer:
         """The `meta` of a step; its key `host` has what this process gave as `host`."""
         self._exists(step)
         document = self._read(step, meta=ocp.args.JsonRestore())["meta"]
-        return {**document["meta"], "host": _own(document["hosts"])}
+        return {**document["meta"], "host": own(document["hosts"])}
 
     def restore(self, step: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[Arrays, dict[str, Any]]:
         """`(arrays, meta)` of a step, each array in the sharding that `like` gives it, on whatever mesh that is.
@@ -154,7 +135,7 @@ class Checkpointer:
         """
         meta, found = self.meta(step), self._stored(step)
         where = f"checkpoint {self.directory / str(step)}"
-        _same_names(like, found, where)
+        same_names(like, found, where)
         for name, want in like.items():
             if (have := _spell(found[name])) != _spell(want):
                 raise UserError(f"leaf {name!r} is {have} in {where} but {_spell(want)} in this run")
@@ -207,16 +188,6 @@ class Checkpointer:
         return UserError(f"a checkpoint could not be written to {self.directory}: {_reason(error)}; {kept}")
 
 
-def _same_names(wanted: Mapping[str, Any], found: Iterable[str], where: str) -> None:
-    found = list(found)
-    for name in wanted:
-        if name not in found:
-            raise UserError(f"leaf {name!r} is missing from {where}{nearest(name, set(found) - set(wanted))}")
-    for name in found:
-        if name not in wanted:
-            raise UserError(f"leaf {name!r} of {where} is not one of this run{nearest(name, wanted)}")
-
-
 def _spell(leaf: Any) -> str:
     """`float32[2,3]`."""
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
@@ -231,27 +202,6 @@ def _storable(arrays: Arrays) -> None:
     for name, leaf in arrays.items():
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.size == 0 or leaf.dtype.name == "uint4":
             raise UserError(f"leaf {name!r} is {leaf.dtype}{list(leaf.shape)}, which a checkpoint cannot hold")
-
-
-def _gather(host: Any) -> list[Any]:
-    """What each process gave as `host`, in process order, on every process."""
-    if jax.process_count() == 1:
-        return [host]
-    text = np.frombuffer(json.dumps(host).encode(), np.uint8)
-    sizes = np.ravel(multihost_utils.process_allgather(np.int32(text.size)))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: text.size] = text
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
-
-
-def _own(hosts: list[Any]) -> Any:
-    """This process's entry. With another number of processes only an entry that all shared has a meaning."""
-    if len(hosts) == jax.process_count():
-        return hosts[jax.process_index()]
-    if any(host != hosts[0] for host in hosts):
-        raise UserError(f"the checkpoint has data states of {len(hosts)} processes, this run has {jax.process_count()}")
-    return hosts[0]
 
 
 def _reason(error: BaseException) -> str:

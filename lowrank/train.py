@@ -14,8 +14,9 @@ from typing import Any
 import jax
 
 from lowrank import adapter, counts, methods, plan, report, sharding, step, tree, workdir
-from lowrank.checkpoint import Checkpointer, flatten_named, unflatten_named
+from lowrank.checkpoint import Checkpointer
 from lowrank.errors import UserError
+from lowrank.named import flatten_named, unflatten_named
 from lowrank.runlog import LOSS, METRICS, RunLog, read_metrics
 from lowrank.stopping import StopSignal
 

@@ -14,8 +14,9 @@ import optax
 import pytest
 
 from lowrank import checkpoint
-from lowrank.checkpoint import Checkpointer, flatten_named, unflatten_named
+from lowrank.checkpoint import Checkpointer
 from lowrank.errors import UserError
+from lowrank.named import flatten_named, unflatten_named
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lowrank import tree
-from lowrank.checkpoint import flatten_named, unflatten_named
+from lowrank.named import flatten_named, unflatten_named
 from lowrank.weight import affine, dot, grouped, materialize, merge, trainable_mask
 from tests.forms import FORMS, IN, OUT, ROUNDED, L, kernel, shaken
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from lowrank import paging, plan
-from lowrank.checkpoint import Checkpointer, flatten_named, unflatten_named
+from lowrank.checkpoint import Checkpointer
+from lowrank.named import flatten_named, unflatten_named
 from lowrank.plan import abstract, advice, formulas
 from tests.test_train import config_of
 from tests.test_train_step import _setup
