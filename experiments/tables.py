@@ -25,7 +25,16 @@ def bench_step() -> str:
         f"| {r['peft_rss_mb']:.0f} | {r['ours_first_step_s']:.1f} / {r['peft_first_step_s']:.1f} |"
         for name, r in (("LoRA", results["lora"]), ("DoRA", results["dora"]))
     ]
+    rows.append(f"| the frozen weights' products alone, torch | | {results['products']['torch_s']:.2f} | | | | |")
     return "\n".join([head, "|---|" + "---:|" * 6, *rows])
+
+
+def bench_answers() -> str:
+    """A loss on answers alone, all at once and in chunks, from `experiments/bench/results/answers.json`."""
+    r = _json("experiments/bench/results/answers.json")
+    head = "| tokens with weight | `loss_rows=0`, s/step | `loss_rows=128`, s/step | faster by |"
+    row = f"| {r['answers']:.0%} | {r['0']:.2f} | {r['128']:.2f} | **{r['0'] / r['128']:.2f}** |"
+    return f"{head}\n|---:|---:|---:|---:|\n{row}"
 
 
 def nf4() -> str:
@@ -104,6 +113,7 @@ def _score(row: dict[str, str] | None) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "bench/answers": bench_answers,
     "bench/nf4": nf4,
     "bench/step": bench_step,
     "counts": counts,

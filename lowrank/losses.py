@@ -78,59 +78,76 @@ def chunked_nll(
     """`sum(weights * token_nll(logits(h), targets))` with the logits of about `rows` tokens alive at a time.
 
     The gradient is computed in the forward pass, chunk by chunk, while a chunk's logits exist: no logits are
-    stored and none are computed twice. Chunks cut T, so that a sharded B stays where it is. What `logits` closes
-    over gets a gradient only if it is being differentiated: a frozen head costs no dW. Targets and weights get none.
+    stored and none are computed twice. Chunks cut T, so that a sharded B stays where it is. Positions of weight 0 are
+    in the last chunks, and chunks of nothing else are left out: where answers alone count, prompts cost no head. What
+    `logits` closes over gets a gradient only if it is being differentiated: a frozen head costs no dW. Targets and
+    weights get none.
     """
-    n_batch, length = targets_BxT.shape
-    size = max(1, min(length, rows // n_batch))
-    chunks = [_cut(x, size) for x in (h_BxTxD, targets_BxT, weights_BxT)]
-    head, consts = jax.closure_convert(logits, chunks[0][0])
-    return _chunked(head, *chunks, *consts)
+    size = max(1, min(targets_BxT.shape[1], rows // len(targets_BxT)))
+    head, consts = jax.closure_convert(logits, h_BxTxD[:, :size])
+    order_BxT = jnp.argsort(weights_BxT == 0, axis=1, stable=True)
+    return _chunked(head, size, h_BxTxD, targets_BxT, weights_BxT, order_BxT, *consts)
 
 
-def _cut(x_BxT: jax.Array, size: int) -> jax.Array:
-    """`[B,T,...] -> [S,B,K,...]`, the end padded with zeros: rows of weight zero."""
-    n_chunks = -(-x_BxT.shape[1] // size)
-    pad = n_chunks * size - x_BxT.shape[1]
+def _chunks(x_BxT: jax.Array, order_BxT: jax.Array, size: int) -> jax.Array:
+    """`[B,T,...] -> [S,B,K,...]` in this order, the end padded with zeros: rows of weight zero."""
+    x_BxT = _ordered(x_BxT, order_BxT)
+    pad = -x_BxT.shape[1] % size
     x_BxT = jnp.pad(x_BxT, [(0, 0), (0, pad)] + [(0, 0)] * (x_BxT.ndim - 2))
-    return jnp.moveaxis(x_BxT.reshape(x_BxT.shape[0], n_chunks, size, *x_BxT.shape[2:]), 1, 0)
+    return jnp.moveaxis(x_BxT.reshape(x_BxT.shape[0], -1, size, *x_BxT.shape[2:]), 1, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(head: Callable, h_SxBxKxD: Any, targets_SxBxK: Any, weights_SxBxK: Any, *consts: Any) -> jax.Array:
-    def add(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
-        h, targets, weights = chunk
-        return total + jnp.sum(token_nll(head(h, *consts), targets) * weights), None
-
-    return jax.lax.scan(add, jnp.float32(0), (h_SxBxKxD, targets_SxBxK, weights_SxBxK))[0]
+def _whole(x_SxBxK: jax.Array, order_BxT: jax.Array) -> jax.Array:
+    """The inverse of `_chunks`."""
+    x_BxT = jnp.moveaxis(x_SxBxK, 0, 1).reshape(x_SxBxK.shape[1], -1, *x_SxBxK.shape[3:])
+    return _ordered(x_BxT, jnp.argsort(order_BxT, axis=1))
 
 
-def _chunked_fwd(head: Callable, *args: Any) -> tuple[jax.Array, Any]:
+def _ordered(x_BxT: jax.Array, order_BxT: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BxT, order_BxT.reshape(order_BxT.shape + (1,) * (x_BxT.ndim - 2)), axis=1)
+
+
+def _live(weights_SxBxK: jax.Array) -> jax.Array:
+    """How many chunks hold a weight; they are the first ones."""
+    return jnp.sum(jnp.any(weights_SxBxK != 0, axis=(1, 2)), dtype=jnp.int32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(head: Callable, size: int, h: Any, targets: Any, weights: Any, order: Any, *consts: Any) -> jax.Array:
+    h_SxBxKxD, targets_SxBxK, weights_SxBxK = (_chunks(x, order, size) for x in (h, targets, weights))
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        return total + jnp.sum(token_nll(head(h_SxBxKxD[i], *consts), targets_SxBxK[i]) * weights_SxBxK[i])
+
+    return jax.lax.fori_loop(0, _live(weights_SxBxK), add, jnp.float32(0))
+
+
+def _chunked_fwd(head: Callable, size: int, *args: Any) -> tuple[jax.Array, Any]:
     """The sum, and its gradients for `h` and for those of `consts` that are perturbed (the others: None)."""
-    h_SxBxKxD, targets_SxBxK, weights_SxBxK, *consts = [arg.value for arg in args]
-    learned = [i for i, arg in enumerate(args[3:]) if arg.perturbed]
+    h, targets, weights, order, *consts = [arg.value for arg in args]
+    h_SxBxKxD, targets_SxBxK, weights_SxBxK = (_chunks(x, order, size) for x in (h, targets, weights))
+    learned = [i for i, arg in enumerate(args[4:]) if arg.perturbed]
 
-    def add(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
-        h_BxKxD, targets_BxK, weights_BxK = chunk
-
+    def add(i: jax.Array, carry: Any) -> Any:
         def nll(h: jax.Array, some: dict[int, jax.Array]) -> jax.Array:
-            whole = [some.get(i, const) for i, const in enumerate(consts)]
-            return jnp.sum(token_nll(head(h, *whole), targets_BxK) * weights_BxK)
+            whole = [some.get(n, const) for n, const in enumerate(consts)]
+            return jnp.sum(token_nll(head(h, *whole), targets_SxBxK[i]) * weights_SxBxK[i])
 
-        total, dconsts = carry
-        value, (dh, more) = jax.value_and_grad(nll, argnums=(0, 1))(h_BxKxD, {i: consts[i] for i in learned})
-        return (total + value, jax.tree.map(lambda d, m: d + m.astype(d.dtype), dconsts, more)), dh
+        total, dh_SxBxKxD, dconsts = carry
+        value, (dh, more) = jax.value_and_grad(nll, argnums=(0, 1))(h_SxBxKxD[i], {n: consts[n] for n in learned})
+        return total + value, dh_SxBxKxD.at[i].set(dh), jax.tree.map(lambda d, m: d + m.astype(d.dtype), dconsts, more)
 
-    zeros = {i: jnp.zeros(consts[i].shape, jnp.float32) for i in learned}
-    chunks = (h_SxBxKxD, targets_SxBxK, weights_SxBxK)
-    (total, dconsts), dh_SxBxKxD = jax.lax.scan(add, (jnp.float32(0), zeros), chunks)
-    return total, (dh_SxBxKxD, [dconsts[i].astype(c.dtype) if i in dconsts else None for i, c in enumerate(consts)])
+    zeros = {n: jnp.zeros(consts[n].shape, jnp.float32) for n in learned}
+    start = jnp.float32(0), jnp.zeros_like(h_SxBxKxD), zeros
+    total, dh_SxBxKxD, dconsts = jax.lax.fori_loop(0, _live(weights_SxBxK), add, start)
+    dconsts = [dconsts[n].astype(c.dtype) if n in dconsts else None for n, c in enumerate(consts)]
+    return total, (_whole(dh_SxBxKxD, order), dconsts)
 
 
-def _chunked_bwd(head: Callable, gradients: tuple, g: jax.Array) -> tuple:
-    del head
-    dh_SxBxKxD, dconsts = jax.tree.map(lambda d: d * g.astype(d.dtype), gradients)
-    return dh_SxBxKxD, None, None, *dconsts
+def _chunked_bwd(head: Callable, size: int, gradients: tuple, g: jax.Array) -> tuple:
+    del head, size
+    dh_BxTxD, dconsts = jax.tree.map(lambda d: d * g.astype(d.dtype), gradients)
+    return dh_BxTxD, None, None, None, *dconsts
 
 
 # Symbolic zeros tell which of the head's arrays are being differentiated.

@@ -64,6 +64,23 @@ def test_chunked_equals_plain_in_value_and_gradients(rows):
     np.testing.assert_allclose(jax.jit(chunked)(body, head), want, rtol=1e-6)
 
 
+def test_positions_without_weight_cost_no_head():
+    h, head, targets, _, _ = _problem()
+    weights = jnp.array([[0, 1, 0, 0, 2, 0, 0], [0, 0, 0, 1, 0, 0, 0.5]])
+    clean = jax.jit(jax.value_and_grad(lambda h: jnp.sum(losses.token_nll(h @ head, targets) * weights)))(h)
+    poisoned = jnp.where(weights[..., None] > 0, h, jnp.nan)  # where the head looks at one of these, the sum is NaN
+
+    def chunked(h):
+        return losses.chunked_nll(lambda x: x @ head, h, targets, weights, 2 * B)
+
+    np.testing.assert_allclose(jax.jit(chunked)(poisoned), clean[0], rtol=1e-6)
+    value, gradient = jax.jit(jax.value_and_grad(chunked))(poisoned)
+    np.testing.assert_allclose(value, clean[0], rtol=1e-6)
+    np.testing.assert_allclose(gradient, clean[1], rtol=1e-5, atol=1e-6)
+    assert jnp.isnan(losses.chunked_nll(lambda x: x @ head, poisoned, targets, weights, 3 * B))
+    assert losses.chunked_nll(lambda x: x @ head, h, targets, 0 * weights, 4) == 0
+
+
 def test_a_frozen_head_costs_no_gradient_of_its_own():
     _, chunked = _both()
     _, head, _, _, body = _problem()

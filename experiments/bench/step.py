@@ -2,7 +2,8 @@
 
 SmolLM2-135M with its real weights, float32 on both sides, rank 8 on q and v, 4 rows of 128 tokens of BBC News,
 AdamW. Four processes (ours and peft's, LoRA and DoRA) load the same weights and the same initial adapters and
-then take turns, one step a turn, in an order that is reversed every round. Written to `results/step.json`:
+then take turns, one step a turn, in an order that is reversed every round. A fifth makes the products with frozen
+weights alone (`products.py`), which is what a step cannot do without. Written to `results/step.json`:
 medians of the wall time of a step, their ratio, the time to the first step (compilation included), and the peak
 of resident memory since loading.
 """
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> None:
                 side.step()
             print(f"round {turn + 1}:", *(f"{'/'.join(k)} {s.steps[-1]['seconds']:.2f}s" for k, s in sides.items()))
         results = {m: _compare(sides["ours", m], sides["theirs", m]) for m in METHODS}
+        results["products"] = {"torch_s": sides["products", ""].median("seconds")}
     results["dora"]["over_our_lora"] = results["dora"]["ours_s"] / results["lora"]["ours_s"]
     results["machine"] = machine("jax", "torch", "transformers", "peft")
     OUT.parent.mkdir(exist_ok=True)
@@ -84,6 +86,7 @@ def _sides(folder: str) -> Iterator[dict[tuple[str, str], Side]]:
         for method in METHODS:  # ours first: it leaves the tokens and the initial adapter
             sides["ours", method] = Side("ours", method, folder, OURS_ENV)
             sides["theirs", method] = Side("theirs", method, folder, {})
+        sides["products", ""] = Side("products", "", folder, {})
         yield sides
     finally:
         for side in sides.values():

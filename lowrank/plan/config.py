@@ -23,7 +23,8 @@ class RunConfig:
     checkpoint: Group = dataclasses.field(default_factory=dict)  # checkpoint.Checkpointer
     objective: str = "causal_lm"  # a key of losses.OBJECTIVES
     seed: int = 0
-    loss_rows: int = 1024  # tokens a device whose logits exist at a time; 0: all of the batch's
+    # Tokens a device whose logits exist at a time, chunks of weight 0 alone left out; 0: all of the batch's.
+    loss_rows: int = 1024
     log_every: int = 10  # steps
     distributed: bool = False  # the launcher calls jax.distributed.initialize() first
 

