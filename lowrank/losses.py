@@ -125,6 +125,7 @@ def _chunked(head: Callable, size: int, h: Any, targets: Any, weights: Any, orde
 def _chunked_fwd(head: Callable, size: int, *args: Any) -> tuple[jax.Array, Any]:
     """The sum, and its gradients for `h` and for those of `consts` that are perturbed (the others: None)."""
     h, targets, weights, order, *consts = [arg.value for arg in args]
+    # Ordered in here and put back by a gather: left to autodiff, the way back would be a scatter.
     h_SxBxKxD, targets_SxBxK, weights_SxBxK = (_chunks(x, order, size) for x in (h, targets, weights))
     learned = [i for i, arg in enumerate(args[4:]) if arg.perturbed]
 

@@ -3,6 +3,8 @@
 import ast
 import pathlib
 
+from lowrank import methods
+
 ROOT = pathlib.Path(__file__).parents[1]
 TOPS = ("lowrank", "configs", "launch", "experiments")
 ALLOWED = {  # module -> the project's modules it may import (by prefix)
@@ -55,3 +57,9 @@ def test_the_library_reads_no_flag_and_no_pickle():
     assert sources
     for word in ("absl.flags", "from absl import flags", "import pickle", "pickle.load", "torch.load"):
         assert not [str(p) for p, text in sources.items() if word in text], word
+
+
+def test_a_method_is_found_in_the_file_of_its_name():
+    assert {name: made.__module__ for name, made in methods.METHODS.items()} == {
+        name: f"lowrank.methods.{name}" for name in methods.METHODS
+    }

@@ -97,12 +97,6 @@ def test_longlora_trains_norms_and_embeddings_beside_its_lora():
     assert method.model == {"shift_group": 8}
 
 
-def test_a_method_is_found_in_the_file_of_its_name():
-    assert {name: made.__module__ for name, made in methods.METHODS.items()} == {
-        name: f"lowrank.methods.{name}" for name in methods.METHODS
-    }
-
-
 def test_model_options_come_with_their_labels():
     assert methods.build({"name": "prompt", "length": 5}).model == {"num_prompt": 5}
     assert methods.build({"name": "partial", "layers": 1}).train == ("top/.*",)

