@@ -27,7 +27,8 @@ def perplexity(
     """`perplexity`, `nll` (nats a token) and `tokens` over language-modelling batches.
 
     Only targets of full weight (1) count: with a prompt loss weight below 1 these are the answers, their end tokens
-    included; else every token. `rows` tokens at a time have their logits in memory. Raises UserError without tokens.
+    included; else every token. `rows` tokens at a time have their logits in memory; 0: all of a batch's. Raises
+    UserError without tokens.
     """
     with sharding.around(params):
         sums = [_token_sums(model, bind, rows, params, put(batch)) for batch in batches]

@@ -44,11 +44,16 @@ class Scorer:
         network: Any,
         bind: Callable[[PyTree, Any, Any], PyTree] | None,
         mesh: Mesh,
+        loss_rows: int,
     ):
-        """`train` is the training data's config: the held-out data are read, rendered and cut in the same way."""
+        """`train` is the training data's config: the held-out data are read, rendered and cut in the same way.
+
+        `loss_rows`: tokens a device whose logits exist at a time, as in training; 0: all of a batch's.
+        """
         once = {"epochs": 1, "shuffle": False, "prefetch": 0, "holdout": 0.0}
         held_out = dataclasses.replace(train, split=config.split, max_examples=config.max_examples, **once)
         self.config, self._tokenizer, self._network, self._bind, self._mesh = config, tokenizer, network, bind, mesh
+        self._rows = loss_rows * sharding.batch_shards(mesh)
         self._loader = data.make_loader(held_out, tokenizer, jax.process_index(), jax.process_count())
         self._first = self._loader.get_state()
         self._records: list[Mapping[str, Any]] = []
@@ -77,7 +82,8 @@ class Scorer:
     def scores(self, params: PyTree) -> dict[str, float]:
         """`{perplexity, nll, tokens}`, or `{accuracy, macro_f1, examples}` of a classifier."""
         self._loader.set_state(self._first)
-        score = evaluate.classification if self._loader.labels else evaluate.perplexity
+        perplexity = functools.partial(evaluate.perplexity, rows=self._rows)
+        score = evaluate.classification if self._loader.labels else perplexity
         put = functools.partial(sharding.global_batch, mesh=self._mesh)
         return score(self._network, params, self._loader, bind=self._bind, put=put)
 

@@ -126,9 +126,14 @@ def optimizer_shardings(optimizer: Any, state: PyTree, trained: PyTree, mesh: Me
     )
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(size: int, accumulate: int, mesh: Mesh) -> None:
     """Raises UserError when a global batch does not divide into microbatches over the mesh, or over the hosts."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if size % (shards * accumulate):
         raise UserError(
             f"data.batch_size {size} is not divisible by the mesh: data {mesh.shape['data']} x fsdp "

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny as tiny_config
-from lowrank import adapter, merging, methods, plan, pretrained, sharding, train, tree
+from lowrank import adapter, evaluate, merging, methods, plan, pretrained, sharding, train, tree
 from lowrank.checkpoint import Checkpointer
 from lowrank.errors import UserError
 from lowrank.runlog import read_metrics
@@ -325,3 +325,11 @@ def test_a_corrupt_checkpoint_file_is_named(files, tmp_path):
     with pytest.raises(UserError, match=r"tensor 'lm_head\.weight' is missing"):
         train.run(config_of(tmp_path), tmp_path / "w")
     check(tmp_path / "w", config_of(files))  # a run that could not start keeps no other from the folder
+
+
+def test_scores_hold_as_many_logits_a_device_as_a_step(files, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "perplexity", lambda *_, rows, **__: seen.append(rows) or {})
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    plan.make(config_of(files, loss_rows=3, mesh=mesh, eval={"split": "train"})).scorer.scores({})
+    assert seen == [3 * 4]

@@ -58,7 +58,7 @@ def options(job: Plan, memory: int) -> Iterator[Option]:
 def _microbatches(job: Plan, memory: int) -> int:
     """Into as few as leave about `memory`, or one row each."""
     now, before = formulas.memory(job), job.optim.accumulate
-    rows = _rows(job) // (job.mesh.shape["data"] * job.mesh.shape["fsdp"])
+    rows = _rows(job) // sharding.batch_shards(job.mesh)
     fixed = now.resident + now.batch + 2 * now.adapter
     fits = lambda n: fixed + (now.activations + now.temporary) * before / n <= memory  # noqa: E731
     return next((n for n in range(before, rows) if rows % n == 0 and fits(n)), rows)

@@ -127,7 +127,7 @@ def _scorer(groups: _Groups, tokenizer: Any, shape: Any) -> Scorer | None:
     if not groups.eval.split:
         return None
     used = models.build(models.after_training(shape))
-    return Scorer(groups.eval, groups.data, tokenizer, used, groups.method.bind, groups.mesh)
+    return Scorer(groups.eval, groups.data, tokenizer, used, groups.method.bind, groups.mesh, groups.top.loss_rows)
 
 
 def _split(method: Method, base: PyTree, labelled: bool) -> tuple[PyTree, PyTree, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lowrank import counts, models, paging, tree
+from lowrank import counts, models, paging, sharding, tree
 from lowrank.paging import HOST
 from lowrank.plan import kept
 from lowrank.plan.abstract import Run, device_bytes, run
@@ -99,7 +99,7 @@ def logits(job: Plan, r: Run) -> int:
     if job.config.objective != "causal_lm":
         return 0
     size, length = next(iter(r.batch.values())).shape
-    tokens = size * length // (job.mesh.shape["data"] * job.mesh.shape["fsdp"] * job.optim.accumulate)
+    tokens = size * length // (sharding.batch_shards(job.mesh) * job.optim.accumulate)
     some = min(tokens, job.config.loss_rows or tokens)
     return 2 * 4 * some * job.network.config.vocab_size // job.mesh.shape["tensor"]
 

@@ -127,7 +127,7 @@ class Plan:
 
         A method's penalty adds its gradient in proportion to the weights, and nothing to the sum: losses compare.
         """
-        rows = self.config.loss_rows * self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        rows = self.config.loss_rows * sharding.batch_shards(self.mesh)
         params = self.method.bind(params, batch, rng) if self.method.bind else params
         total, weight = losses.objective(self.config.objective)(self.network, params, batch, rows)
         if self.method.penalty:

@@ -20,7 +20,7 @@ def activations(job: Plan, run: Run, remat: str = "", host: bool = False) -> int
     """
     now = job.network.config
     config = dataclasses.replace(now, remat=remat or now.remat, remat_names=() if remat else now.remat_names)
-    size = next(iter(run.batch.values())).shape[0] // (_shards(job) * job.optim.accumulate)
+    size = next(iter(run.batch.values())).shape[0] // (sharding.batch_shards(job.mesh) * job.optim.accumulate)
     alone = dataclasses.replace(job, network=models.build(config), mesh=sharding.make_mesh(1, 1, 1))
     cut = job.mesh.shape["tensor"]
     found = [x for x in _remembered(alone, run, size) if (x.memory_space == jax.memory.Space.Host) == host]
@@ -48,10 +48,6 @@ def _residuals(job: Plan, run: Run, size: int) -> list[Any]:
     given = {id(v) for v in (*program.invars, *program.constvars)}
     found = {id(v): v.aval for v in program.outvars if id(v) not in given and not hasattr(v, "val")}
     return list(found.values())
-
-
-def _shards(job: Plan) -> int:
-    return job.mesh.shape["data"] * job.mesh.shape["fsdp"]
 
 
 def _bytes(x: Any) -> float:
