@@ -149,7 +149,8 @@ def walsh(x: jax.Array) -> jax.Array:
     while done < n:
         width = min(128, n // done)
         h = jnp.asarray(hadamard(width), x.dtype)
-        x = jnp.einsum("rawb,vw->ravb", x.reshape(rows, -1, width, done), h, precision="highest")
+        # The factor on the left: the other way round, a CPU takes twice the time.
+        x = jnp.einsum("vw,rwb->rvb", h, x.reshape(-1, width, done), precision="highest")
         done *= width
     return x.reshape(rows, n)
 
