@@ -44,16 +44,16 @@ class Scorer:
         network: Any,
         bind: Callable[[PyTree, Any, Any], PyTree] | None,
         mesh: Mesh,
-        loss_rows: int,
+        rows: int,
     ):
         """`train` is the training data's config: the held-out data are read, rendered and cut in the same way.
 
-        `loss_rows`: tokens a device whose logits exist at a time, as in training; 0: all of a batch's.
+        `rows`: tokens whose logits exist at a time; 0: all of a batch's.
         """
         once = {"epochs": 1, "shuffle": False, "prefetch": 0, "holdout": 0.0}
         held_out = dataclasses.replace(train, split=config.split, max_examples=config.max_examples, **once)
         self.config, self._tokenizer, self._network, self._bind, self._mesh = config, tokenizer, network, bind, mesh
-        self._rows = loss_rows * sharding.batch_shards(mesh)
+        self._rows = rows
         self._loader = data.make_loader(held_out, tokenizer, jax.process_index(), jax.process_count())
         self._first = self._loader.get_state()
         self._records: list[Mapping[str, Any]] = []

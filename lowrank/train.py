@@ -62,14 +62,11 @@ class Run:
         """Loads the base, attaches the method and restores what a checkpoint holds."""
         self.job, self.folder, self.saver, self.log, self.stop, self.command = job, folder, saver, log, stop, command
         base = job.load()
-        params, self.original = job.attach(base.params)
-        params = job.prepare(params)
         self.base = dataclasses.replace(base, params=None)
-        trained, self.frozen = tree.split(params, job.mask)
+        self.optimizer = job.optimizer()
+        self.state, self.frozen, self.original = job.start(base.params, self.optimizer)
         _check_new(base.new, self.frozen, job.method)
         self.inputs = job.method.inputs(job.network, self.frozen) if job.method.inputs else lambda batch: batch
-        self.optimizer = job.optimizer()
-        self.state = step.init(trained, self.optimizer, job.mesh, job.paged)
         self.metrics: Mapping[str, jax.Array] | None = None  # of the last step done
         self.compile_seconds = 0.0
         if saver.latest() is not None:

@@ -14,22 +14,20 @@ from absl import app
 from experiments.bench.worker import machine
 from experiments.methods.rows import ROWS
 from experiments.study.tasks import HEADLINES
-from lowrank import plan, sharding, step, tree
+from lowrank import plan, sharding, step
 from lowrank.workdir import write_json
 
-CHUNKS, ROUNDS, WARMUP = (0, 128), 12, 2
+CHUNKS, BATCH, ROUNDS, WARMUP = (0, 128), 8, 12, 2
 OUT = Path(__file__).parent / "results" / "answers.json"
 
 
 def stepper(rows: int) -> tuple[Callable[[], float], float]:
     """A function that makes one step and returns its seconds, for chunks of `rows`; the share of tokens with weight."""
-    config = HEADLINES.config(ROWS["lora"], 1e-3, seed=0, quick=False)
-    config.loss_rows = rows
+    config = HEADLINES.config(ROWS["lora"], 1e-3, seed=0)
+    config.loss_rows, config.data.batch_size = rows, BATCH
     job = plan.make(config)
-    params, _ = job.attach(job.load().params)
-    trained, frozen = tree.split(job.prepare(params), job.mask)
     optimizer = job.optimizer()
-    state = step.init(trained, optimizer, job.mesh, job.paged)
+    state, frozen, _ = job.start(job.load().params, optimizer)
     batch = sharding.global_batch(next(job.loader), job.mesh)
     program = step.compile(job.step(optimizer), state, frozen, batch)
 

@@ -36,7 +36,7 @@ def make(config: Group, devices: Sequence[Any] | None = None, like: Plan | None 
         shape, _, base = describe(groups.options)
     plan = _plan(groups, shape, base, tokenizer, loader)
     plan.optimizer()
-    return dataclasses.replace(plan, scorer=like.scorer if like else _scorer(groups, tokenizer, plan.network.config))
+    return dataclasses.replace(plan, scorer=like.scorer if like else _scorer(groups, plan))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +123,11 @@ def _plan(groups: _Groups, shape: Any, base: PyTree, tokenizer: Any, loader: dat
     )
 
 
-def _scorer(groups: _Groups, tokenizer: Any, shape: Any) -> Scorer | None:
+def _scorer(groups: _Groups, plan: Plan) -> Scorer | None:
     if not groups.eval.split:
         return None
-    used = models.build(models.after_training(shape))
-    return Scorer(groups.eval, groups.data, tokenizer, used, groups.method.bind, groups.mesh, groups.top.loss_rows)
+    used = models.build(models.after_training(plan.network.config))
+    return Scorer(groups.eval, groups.data, plan.tokenizer, used, plan.method.bind, plan.mesh, plan.loss_rows)
 
 
 def _split(method: Method, base: PyTree, labelled: bool) -> tuple[PyTree, PyTree, str]:

@@ -48,6 +48,11 @@ class Plan:
         """Whether the optimizer's state lies on the host: asked for, and there is memory for it."""
         return self.optim.paged and has_host(self.mesh)
 
+    @property
+    def loss_rows(self) -> int:
+        """Tokens of all devices together whose logits exist at a time; 0: all of a batch's."""
+        return self.config.loss_rows * sharding.batch_shards(self.mesh)
+
     def load(self) -> pretrained.Pretrained:
         """The base, each leaf where the mesh wants it."""
         return pretrained.load(
@@ -72,6 +77,14 @@ class Plan:
         changed = _bases_changed(params, adapted)
         adapted = jax.tree.map(lambda x, learns: x.astype("float32") if learns else x, adapted, self.mask)
         return jax.device_put(adapted, where), params if changed else None
+
+    def start(
+        self, params: PyTree, optimizer: optax.GradientTransformation
+    ) -> tuple[step.State, PyTree, PyTree | None]:
+        """`(state, frozen leaves, params before the rewrites)` that the first step is given; see `attach`."""
+        params, original = self.attach(params)
+        trained, frozen = tree.split(self.prepare(params), self.mask)
+        return step.init(trained, optimizer, self.mesh, self.paged), frozen, original
 
     def prepare(self, params: PyTree) -> PyTree:
         """The adapted parameters after the method has looked at the data; each leaf keeps its shape and place."""
@@ -127,9 +140,8 @@ class Plan:
 
         A method's penalty adds its gradient in proportion to the weights, and nothing to the sum: losses compare.
         """
-        rows = self.config.loss_rows * sharding.batch_shards(self.mesh)
         params = self.method.bind(params, batch, rng) if self.method.bind else params
-        total, weight = losses.objective(self.config.objective)(self.network, params, batch, rows)
+        total, weight = losses.objective(self.config.objective)(self.network, params, batch, self.loss_rows)
         if self.method.penalty:
             added = self.method.penalty(params)
             total += weight * (added - jax.lax.stop_gradient(added))
