@@ -52,6 +52,15 @@ def test_cells_that_are_done_are_not_run_again(study, monkeypatch):
     assert phases.left(dataclasses.replace(study, rows=changed), "scores", task, "lora") == 1
 
 
+def test_a_study_may_run_a_task_shorter(tmp_path):
+    shorter = Study("methods", ROWS, tmp_path, tmp_path, settings={"headlines": {"steps": 3, "data.batch_size": 2}})
+    config = shorter.config(tasks.HEADLINES, ROWS["lora"], 0.01, 1)
+    assert (config.steps, config.data.batch_size, config.optim.lr, config.seed) == (3, 2, 0.01, 1)
+    assert shorter.config(tasks.TOPICS, ROWS["lora"], 0.01, 1) == tasks.TOPICS.config(ROWS["lora"], 0.01, 1)
+    quick = dataclasses.replace(shorter, quick=True).config(tasks.HEADLINES, ROWS["lora"], 0.01, 1)
+    assert (quick.steps, quick.data.batch_size) == (2, 2)
+
+
 def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
     full = Study("methods", ROWS, tmp_path, tmp_path)
     for task, better in ((tasks.TOPICS, max), (tasks.HEADLINES, min)):

@@ -17,14 +17,14 @@ from experiments.study.tasks import HEADLINES
 from lowrank import plan, sharding, step
 from lowrank.workdir import write_json
 
-CHUNKS, BATCH, ROUNDS, WARMUP = (0, 128), 8, 12, 2
+CHUNKS, ROUNDS, WARMUP = (0, 128), 12, 2
 OUT = Path(__file__).parent / "results" / "answers.json"
 
 
 def stepper(rows: int) -> tuple[Callable[[], float], float]:
     """A function that makes one step and returns its seconds, for chunks of `rows`; the share of tokens with weight."""
     config = HEADLINES.config(ROWS["lora"], 1e-3, seed=0)
-    config.loss_rows, config.data.batch_size = rows, BATCH
+    config.loss_rows = rows
     job = plan.make(config)
     optimizer = job.optimizer()
     state, frozen, _ = job.start(job.load().params, optimizer)

@@ -25,7 +25,7 @@ PyTree = Any
 def measured(study: Study, task: Task, name: str) -> dict[str, float]:
     """`{score, bits_in_memory, bits_on_disk}` of a base on a task; kept beside the cells."""
     path = study.results / "cells" / task.name / name / "untuned.json"
-    config = task.config(Row("", {"name": "full"}, (), model=BASES[name]), 0.0, 0, study.quick)
+    config = study.config(task, Row("", {"name": "full"}, (), model=BASES[name]), 0.0, 0)
     found = json.loads(path.read_text()) if path.exists() else {}
     if found.get("config") != workdir.plain(config):
         base = load(config.model)

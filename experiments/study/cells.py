@@ -34,7 +34,7 @@ class Cell:
     @property
     def config(self) -> Any:
         """Its run."""
-        return self.task.config(self.row, self.lr, self.seed, self.study.quick)
+        return self.study.config(self.task, self.row, self.lr, self.seed)
 
     def read(self) -> dict[str, Any] | None:
         """Its numbers; None when there are none, or they are of another config than it has now."""

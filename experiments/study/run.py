@@ -54,7 +54,8 @@ def run(
 ) -> None:
     """Fills the missing cells of `tasks` x `names` and writes the table. Raises UserError for an unknown name.
 
-    Scores are of `workers` rows at a time; a row that is timed has the machine to itself.
+    Scores are of `workers` rows at a time; a row that is timed has the machine to itself. The last rows go first:
+    those on larger models stand there, and a long one at the end would leave the other cores idle.
     """
     for kind, known, wanted in (("task", TASKS, tasks), ("row", study.rows, names), ("phase", PHASES, phases)):
         for name in wanted:
@@ -67,7 +68,7 @@ def run(
             shares = _shares(1 if phase == "timing" else workers)
             with ThreadPoolExecutor(len(shares.queue)) as pool:
                 fill = functools.partial(_fill, study, write, todo, bar, shares, threading.Lock())
-                list(pool.map(fill, [job for job in jobs if job[0] == phase and todo[job]]))
+                list(pool.map(fill, [job for job in reversed(jobs) if job[0] == phase and todo[job]]))
     write(study)
 
 
@@ -114,7 +115,7 @@ def _row(study: Study, phase: str, task: str, name: str, bar: tqdm, cores: str) 
 def untrained(study: Study, task: Task) -> dict[str, Any]:
     """What the untrained model knows: `{known, config}`; kept beside the cells."""
     path = study.results / "cells" / task.name / "untrained.json"
-    config = task.config(Row("", {"name": "full"}, ()), 0.0, 0, study.quick)
+    config = study.config(task, Row("", {"name": "full"}, ()), 0.0, 0)
     if not (found := kept(path, config)):
         model = Model(config, pretrained.load(config.model.name), None)
         found = {"config": workdir.plain(config), "known": task.known(model)}

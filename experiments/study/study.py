@@ -8,6 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 from lowrank import workdir
 
 SEEDS = (0, 1, 2)
@@ -28,7 +30,8 @@ class Row(NamedTuple):
 class Study:
     """A folder of `experiments`: its rows, and where cells are kept and runs take place.
 
-    `quick` is one rate, one seed, two steps. `forgetting`: what a tuned model still knows is scored, too.
+    `quick` is one rate, one seed, two steps on a few examples. `forgetting`: what a tuned model still knows is scored,
+    too. `settings`: where its runs of a task differ from the task's own, by dotted key.
     """
 
     name: str
@@ -37,11 +40,20 @@ class Study:
     runs: Path
     quick: bool = False
     forgetting: bool = True
+    settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds of the table."""
         return SEEDS[:1] if self.quick else SEEDS
+
+    def config(self, task: Any, row: Row, lr: float, seed: int) -> ConfigDict:
+        """The config of one run of a `tasks.Task`."""
+        config = task.config(row, lr, seed)
+        config.update_from_flattened_dict(self.settings.get(task.name, {}))
+        if self.quick:
+            config.steps, config.optim.warmup, config.eval.max_examples = 2, 0, 8
+        return config
 
 
 def named(name: str, quick: bool = False, results: str = "") -> Study:
@@ -49,7 +61,7 @@ def named(name: str, quick: bool = False, results: str = "") -> Study:
     runs = Path("runs") / (f"{name}-quick" if quick else name)
     here = runs / "results" if quick else Path(__file__).parents[1] / name / "results"
     module = importlib.import_module(f"experiments.{name}.rows")
-    return Study(name, module.ROWS, Path(results) if results else here, runs, quick, module.FORGETTING)
+    return Study(name, module.ROWS, Path(results) if results else here, runs, quick, module.FORGETTING, module.SETTINGS)
 
 
 def kept(path: Path, config: Any) -> dict[str, Any] | None:

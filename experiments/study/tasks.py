@@ -19,10 +19,11 @@ from ml_collections import ConfigDict
 from configs import common
 from lowrank import data, evaluate
 from lowrank.models import build
+from lowrank.plan.config import RunConfig
 
 PyTree = Any
 Bind = Callable[[PyTree, Any, Any], PyTree] | None
-ARTICLES = 16  # whose running text tells what was forgotten: about 7,000 tokens, the same for every row
+ARTICLES = 4  # whose running text tells what was forgotten: about 1,800 tokens, the same for every row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +37,12 @@ class Task:
     settings: Mapping[str, Any]  # the config but for method, learning rate, seed
     known: Callable[["Model"], float]  # what is known of the pretraining task: higher is better
 
-    def config(self, row: Any, lr: float, seed: int, quick: bool = False) -> ConfigDict:
-        """The config of one run of a `cells.Row`; `quick` is two steps on a few examples."""
+    def config(self, row: Any, lr: float, seed: int) -> ConfigDict:
+        """The config of one run of a `study.Row`."""
         config = common.new(**{k: dict(v) if isinstance(v, Mapping) else v for k, v in self.settings.items()})
         config.method, config.optim.lr, config.seed, config.data.seed = dict(row.method), lr, seed, seed
         config.model.update(row.model)
         config.optim.update(row.optim)
-        if quick:
-            config.steps, config.optim.warmup, config.eval.max_examples = 2, 0, 8
         return config
 
 
@@ -68,9 +67,14 @@ class Model:
     def score(self, split: str) -> dict[str, float]:
         """The scores of the run's objective on a split."""
         objective = self.run.objective
-        score = evaluate.classification if objective == "classification" else evaluate.perplexity
+        score = evaluate.classification if objective == "classification" else self.perplexity
         loader = self.loader(split=split, objective=objective)
         return score(build(self.base.config), self.base.params, loader, bind=self.bind)
+
+    @property
+    def perplexity(self) -> Callable[..., dict[str, float]]:
+        """`evaluate.perplexity` with as many logits at a time as in the run."""
+        return functools.partial(evaluate.perplexity, rows=self.run.get("loss_rows", RunConfig.loss_rows))
 
 
 def found(model: Model) -> float:
@@ -99,7 +103,7 @@ def fluency(model: Model) -> float:
     """Minus the perplexity of the running text of the first test articles."""
     few = {"max_examples": min(model.examples or ARTICLES, ARTICLES)}
     loader = model.loader(split="test", objective="causal_lm", template="text", completion="", **few)
-    return -evaluate.perplexity(build(model.base.config), model.base.params, loader, bind=model.bind)["perplexity"]
+    return -model.perplexity(build(model.base.config), model.base.params, loader, bind=model.bind)["perplexity"]
 
 
 TOPICS = Task(

@@ -33,7 +33,7 @@ class Timing:
     def config(self) -> Any:
         """A few steps, each logged, without evaluation."""
         row = self.study.rows[self.name]
-        config = self.task.config(row, row.rates[0], 0, self.study.quick)
+        config = self.study.config(self.task, row, row.rates[0], 0)
         config.steps, config.eval, config.log_every = 3 if self.study.quick else TIMED, {}, 1
         return config
 
