@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Bad input: one line that names the culprit. The launchers print it without a traceback."""
 
 
+class Diverged(UserError):
+    """A run whose loss or gradient is not finite."""
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the option closest to `word`, or an empty string."""
     close = difflib.get_close_matches(str(word), [str(o) for o in options], n=1, cutoff=0.4)

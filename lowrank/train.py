@@ -15,7 +15,7 @@ import jax
 
 from lowrank import adapter, counts, methods, plan, report, sharding, step, tree, workdir
 from lowrank.checkpoint import Checkpointer
-from lowrank.errors import UserError
+from lowrank.errors import Diverged, UserError
 from lowrank.named import flatten_named, unflatten_named
 from lowrank.runlog import LOSS, METRICS, RunLog, read_metrics
 from lowrank.stopping import StopSignal
@@ -36,7 +36,8 @@ def run(
     `before`: the model is scored before the first step, too.
 
     Raises:
-      UserError: a bad config, before anything is computed; a loss that is not finite; a disk that refuses.
+      UserError: a bad config, before anything is computed; a disk that refuses.
+      Diverged: a loss that is not finite.
     """
     job = plan.make(config)
     folder = Path(directory)
@@ -135,7 +136,7 @@ class Run:
                 self.saver.wait()
                 kept = self.saver.latest()
                 survivor = "there is no checkpoint" if kept is None else f"the checkpoint of step {kept} is intact"
-                raise UserError(f"{name} is {value} at step {done}; {survivor}")
+                raise Diverged(f"{name} is {value} at step {done}; {survivor}")
 
     def _save(self, done: int, block: bool = False) -> None:
         self._check_finite(done, self.metrics)

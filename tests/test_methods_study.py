@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -12,12 +11,12 @@ from experiments.methods import __main__ as methods_study
 from experiments.methods import catalogue, table
 from experiments.methods.rows import ROWS
 from experiments.quantization import rows as quantization
-from experiments.study import numbers, phases, run, tasks
+from experiments.study import numbers, phases, run, spent, tasks
 from experiments.study.cells import Cell
-from experiments.study.study import Row, Study
+from experiments.study.study import GRID, Row, Study
 from experiments.study.timing import Timing
-from lowrank import methods
-from lowrank.errors import UserError
+from lowrank import methods, train, workdir
+from lowrank.errors import Diverged, UserError
 from tests import studies, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -61,18 +60,62 @@ def test_a_study_may_run_a_task_shorter(tmp_path):
     assert (quick.steps, quick.data.batch_size) == (2, 2)
 
 
+def _keep(cell, score):
+    workdir.write_json(cell.path, {"config": workdir.plain(cell.config), "validation": score})
+
+
 def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
-    full = Study("methods", ROWS, tmp_path, tmp_path)
+    fixed = Study("methods", {"lora": ROWS["lora"]._replace(rates=(1e-3, 3e-3, 1e-2))}, tmp_path, tmp_path)
     for task, better in ((tasks.TOPICS, max), (tasks.HEADLINES, min)):
-        swept = phases.sweep(full, task, "lora")
+        swept = phases.sweep(fixed, task, "lora")
         for cell, score in zip(swept, (3.0, 5.0, 4.0), strict=True):
-            cell.path.parent.mkdir(parents=True, exist_ok=True)
-            cell.path.write_text(
-                json.dumps({"config": json.loads(json.dumps(cell.config.to_dict())), "validation": score})
-            )
+            _keep(cell, score)
         chosen = better(zip((3.0, 5.0, 4.0), swept, strict=True))[1]
-        assert {c.lr for c in phases.finals(full, task, "lora")} == {chosen.lr}
-        assert [c.seed for c in phases.finals(full, task, "lora")] == [0, 1, 2]
+        assert {c.lr for c in phases.finals(fixed, task, "lora")} == {chosen.lr}
+        assert [c.seed for c in phases.finals(fixed, task, "lora")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "tried", "chosen"),
+    [
+        ({1e-3: 0.4, 3e-3: 0.9, 1e-2: 0.8}, [3e-3, 1e-2, 1e-3], 3e-3),
+        ({3e-3: 0.7, 1e-2: 0.8, 3e-2: 0.9, 1e-1: 0.2}, [3e-3, 1e-2, 3e-2, 1e-1], 3e-2),
+        ({3e-4: 0.5, 1e-3: 0.8, 3e-3: 0.7, 1e-2: None}, [3e-3, 1e-2, 1e-3, 3e-4], 1e-3),  # one diverged
+        ({1e-3: 0.9, 3e-3: 0.9, 1e-2: 0.9}, [3e-3, 1e-2, 1e-3], 3e-3),
+    ],
+)
+def test_a_search_ends_between_two_worse_rates(tmp_path, accuracy, tried, chosen):
+    study = Study("methods", ROWS, tmp_path, tmp_path, search=True)
+    while missing := [cell for cell in phases.sweep(study, tasks.TOPICS, "lora") if cell.read() is None]:
+        assert not phases.finals(study, tasks.TOPICS, "lora")
+        assert phases.left(study, "scores", tasks.TOPICS, "lora") >= 3
+        _keep(missing[0], accuracy[missing[0].lr])
+    assert [cell.lr for cell in phases.sweep(study, tasks.TOPICS, "lora")] == tried
+    assert {cell.lr for cell in phases.finals(study, tasks.TOPICS, "lora")} == {chosen}
+
+
+def test_a_run_that_diverges_is_kept_without_a_score(study, monkeypatch):
+    def diverge(config, folder, before):
+        raise Diverged("loss is nan at step 3")
+
+    monkeypatch.setattr(train, "run", diverge)
+    [cell] = phases.sweep(study, tasks.TOPICS, "lora")
+    cell.attempt()
+    assert (cell.read()["validation"], cell.read()["why"]) == (None, "loss is nan at step 3")
+    with pytest.raises(UserError, match="nan at step 3"):
+        list(phases.scores(study, tasks.TOPICS, "lora"))
+
+
+def test_the_table_says_what_its_cells_took(study):
+    cells = [*phases.sweep(study, tasks.TOPICS, "lora"), Timing(study, tasks.TOPICS, "lora")]
+    for cell in cells:
+        _keep(cell, 0.9)
+        assert spent.sentence(study, tasks.TOPICS, ["lora"]) == ""
+    for cell in cells:
+        spent.spend(cell, 60)
+        spent.spend(cell, 120)
+    minutes = 2 * 3 * len(spent.cores()) / 2
+    assert spent.sentence(study, tasks.TOPICS, ["lora"]) == f"2 runs, {minutes:.0f} minutes on two cores."
 
 
 def test_the_catalogue_says_what_merges_and_how_much_is_trained(tmp_path):
@@ -93,17 +136,19 @@ def test_the_interval_is_students():
     assert math.isnan(numbers.interval([1.0]))
 
 
-def test_every_method_has_a_row_and_every_row_three_rates_prompts_four():
+def test_every_method_has_a_row_and_every_row_a_rate_to_start_from():
     rows = [*ROWS.values(), *quantization.ROWS.values()]
     assert {entry.method["name"] for entry in rows} == set(methods.METHODS)
     for name, entry in ROWS.items():
         assert isinstance(entry, Row)
         assert methods.build(entry.method), name
-        assert len(entry.rates) == 3 + (name in ("prompt", "prefix"))
-        assert list(entry.rates) == sorted(set(entry.rates))
+        assert len(entry.rates) == 1
+        assert entry.rates[0] in GRID
         assert set(entry.tasks) <= set(tasks.TASKS)
 
 
 def test_an_unknown_row_is_refused(study):
     with pytest.raises(UserError, match=r"unknown row 'lara' \(did you mean 'lora'\?\)"):
         run.run(study, methods_study.write, ["topics"], ["lara"])
+    with pytest.raises(UserError, match=r"unknown task 'topic' \(did you mean 'topics'\?\)"):
+        run.run(dataclasses.replace(study, settings={"topic": {"steps": 3}}), methods_study.write, ["topics"], ["lora"])

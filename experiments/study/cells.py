@@ -9,6 +9,7 @@ from experiments.study.study import Row, Study, kept
 from experiments.study.tasks import Model, Task
 from lowrank import merging, methods, train, workdir
 from lowrank.adapter import ABOUT
+from lowrank.errors import Diverged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,13 @@ class Cell:
         }
         workdir.write_json(self.path, numbers)
         return numbers
+
+    def attempt(self) -> None:
+        """Trains; a run that diverges is kept, too, without a score."""
+        try:
+            self.run()
+        except Diverged as e:
+            workdir.write_json(self.path, {"config": workdir.plain(self.config), "validation": None, "why": str(e)})
 
     @property
     def folder(self) -> Path:

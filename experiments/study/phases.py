@@ -1,21 +1,31 @@
 """What a row still needs, and the runs that fill it: the sweep, the seeds at its best rate, the timing."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from experiments.study.cells import Cell
-from experiments.study.study import Study
+from experiments.study.study import GRID, Study
 from experiments.study.tasks import Task
 from experiments.study.timing import Timing
 
 
 def sweep(study: Study, task: Task, name: str) -> list[Cell]:
-    """The cells that choose the learning rate: every rate on the first seed."""
+    """The cells that choose the learning rate, on the first seed; of a search those that are known to be needed."""
     rates = study.rows[name].rates
     rates = rates[len(rates) // 2 :][:1] if study.quick else rates
-    return [Cell(study, task, name, lr, study.seeds[0]) for lr in rates]
+    cells = [Cell(study, task, name, lr, study.seeds[0]) for lr in rates]
+    while study.search and (found := best(cells)) and (rate := _beside(found.lr, cells)):
+        cells.append(dataclasses.replace(found, lr=rate))
+    return cells
+
+
+def _beside(lr: float, cells: list[Cell]) -> float | None:
+    """The rate above this one or below it that was not tried; None when both were."""
+    i, tried = GRID.index(lr), {cell.lr for cell in cells}
+    return next((rate for rate in (*GRID[i + 1 : i + 2], *GRID[i - 1 : i]) if rate not in tried), None)
 
 
 def best(cells: list[Cell]) -> Cell | None:
@@ -23,7 +33,12 @@ def best(cells: list[Cell]) -> Cell | None:
     scored = [(cell, cell.read()) for cell in cells]
     if any(numbers is None for _, numbers in scored):
         return None
-    return max(scored, key=lambda pair: pair[0].task.sign * pair[1]["validation"])[0]
+    return max(scored, key=lambda pair: _merit(pair[0].task, pair[1]["validation"]))[0]
+
+
+def _merit(task: Task, score: float | None) -> float:
+    """Higher is better; a run that diverged has no score."""
+    return -math.inf if score is None or math.isnan(score) else task.sign * score
 
 
 def finals(study: Study, task: Task, name: str) -> list[Cell]:
@@ -34,10 +49,9 @@ def finals(study: Study, task: Task, name: str) -> list[Cell]:
 
 def scores(study: Study, task: Task, name: str) -> Iterator[Cell]:
     """Runs what is missing of a row's scores, cell by cell; yields each when it is done."""
-    for cell in sweep(study, task, name):
-        if cell.read() is None:
-            cell.run()
-            yield cell
+    while cell := next((cell for cell in sweep(study, task, name) if cell.read() is None), None):
+        cell.attempt()
+        yield cell
     for cell in finals(study, task, name):
         if "test" not in (cell.read() or {}):
             cell.judge()
@@ -57,12 +71,13 @@ PHASES: dict[str, Callable[[Study, Task, str], Iterator[Any]]] = {"scores": scor
 
 
 def left(study: Study, phase: str, task: Task, name: str) -> int:
-    """How many runs the row still needs, at most."""
+    """How many runs the row still needs; of a search, at least."""
     if phase == "timing":
         return int(Timing(study, task, name).read() is None)
     cells, chosen = sweep(study, task, name), finals(study, task, name)
     if not chosen:
-        return sum(cell.read() is None for cell in cells) + len(study.seeds) - 1
+        missing, least = sum(cell.read() is None for cell in cells), 3 if study.search else 0
+        return max(missing, least - len(cells) + missing) + len(study.seeds) - 1
     return sum("test" not in (cell.read() or {}) for cell in chosen)
 
 

@@ -6,10 +6,13 @@
 import json
 import sys
 import tempfile
+import time
 
 import jax
 
+from experiments.study import BEGAN
 from experiments.study.phases import PHASES
+from experiments.study.spent import spend
 from experiments.study.study import named
 from experiments.study.tasks import TASKS
 from lowrank.errors import UserError
@@ -17,13 +20,15 @@ from lowrank.errors import UserError
 
 def main(argv: list[str]) -> int:
     """The exit code: 0, or 2 for bad input."""
-    study, phase, task, name, results, *rest = argv
+    (study, phase, task, name, results, *rest), since = argv, BEGAN
     with tempfile.TemporaryDirectory() as programs:
         _keep_programs(programs)
         try:
             for cell in PHASES[phase](named(study, rest == ["quick"], results), TASKS[task], name):
-                numbers = {key: value for key, value in cell.read().items() if key != "config"}
+                now = time.monotonic()
+                numbers = {key: value for key, value in spend(cell, now - since).items() if key != "config"}
                 print(json.dumps({"cell": cell.path.stem, **numbers}), flush=True)
+                since = now
         except UserError as e:
             print(f"error: {task}/{name}: {e}", file=sys.stderr)
             return 2

@@ -1,7 +1,6 @@
 """Runs a study: every cell that is missing, with progress; the table after each row."""
 
 import functools
-import os
 import queue
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.study.phases import PHASES, left, planned
+from experiments.study.spent import cores
 from experiments.study.study import Row, Study, kept, named
 from experiments.study.tasks import TASKS, Model, Task
 from lowrank import pretrained, workdir
@@ -57,7 +57,8 @@ def run(
     Scores are of `workers` rows at a time; a row that is timed has the machine to itself. The last rows go first:
     those on larger models stand there, and a long one at the end would leave the other cores idle.
     """
-    for kind, known, wanted in (("task", TASKS, tasks), ("row", study.rows, names), ("phase", PHASES, phases)):
+    wanted_tasks = [*tasks, *study.settings]
+    for kind, known, wanted in (("task", TASKS, wanted_tasks), ("row", study.rows, names), ("phase", PHASES, phases)):
         for name in wanted:
             if name not in known:
                 raise unknown(kind, name, known)
@@ -74,9 +75,8 @@ def run(
 
 def _shares(workers: int) -> queue.Queue:
     """The cores of the machine in `workers` parts, as `taskset` names them; at most as many as there are cores."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
-    shares = queue.Queue()
-    for part in np.array_split(cores, min(workers, len(cores))):
+    shares, all_cores = queue.Queue(), cores()
+    for part in np.array_split(all_cores, min(workers, len(all_cores))):
         shares.put(",".join(map(str, part)))
     return shares
 

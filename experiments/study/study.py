@@ -13,10 +13,11 @@ from ml_collections import ConfigDict
 from lowrank import workdir
 
 SEEDS = (0, 1, 2)
+GRID = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))  # where a search may go
 
 
 class Row(NamedTuple):
-    """What is compared: a method, on a base as `model` says, at the learning rates of the sweep."""
+    """What is compared: a method, on a base as `model` says, at the learning rates of the sweep or of its start."""
 
     family: str
     method: Mapping[str, Any]
@@ -31,7 +32,8 @@ class Study:
     """A folder of `experiments`: its rows, and where cells are kept and runs take place.
 
     `quick` is one rate, one seed, two steps on a few examples. `forgetting`: what a tuned model still knows is scored,
-    too. `settings`: where its runs of a task differ from the task's own, by dotted key.
+    too. `search`: a sweep goes on, along `GRID`, until the rates on both sides of the best one are worse. `settings`:
+    where its runs of a task differ from the task's own, by dotted key.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Study:
     runs: Path
     quick: bool = False
     forgetting: bool = True
+    search: bool = False
     settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -61,7 +64,8 @@ def named(name: str, quick: bool = False, results: str = "") -> Study:
     runs = Path("runs") / (f"{name}-quick" if quick else name)
     here = runs / "results" if quick else Path(__file__).parents[1] / name / "results"
     module = importlib.import_module(f"experiments.{name}.rows")
-    return Study(name, module.ROWS, Path(results) if results else here, runs, quick, module.FORGETTING, module.SETTINGS)
+    asked = (module.FORGETTING, module.SEARCH and not quick, module.SETTINGS)
+    return Study(name, module.ROWS, Path(results) if results else here, runs, quick, *asked)
 
 
 def kept(path: Path, config: Any) -> dict[str, Any] | None:
