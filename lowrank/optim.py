@@ -1,6 +1,7 @@
-"""The optimizer of the trained tree: one optax rule per label group, a schedule, and a clip before all of them.
+"""The optimizer of the trained tree: one optax rule per label group, and a clip before all of them.
 
-Frozen leaves never reach this file: the tree it sees has None in their place.
+Frozen leaves never reach this file: the tree it sees has None in their place. The learning rate is an argument of each
+update, so that runs that differ in it alone, as those of a sweep do, share one compiled program.
 """
 
 import dataclasses
@@ -9,6 +10,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowrank import settings, tree
@@ -77,6 +81,21 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, config.lr, config.warmup), decay], [config.warmup])
 
 
+def rates(config: OptimConfig, steps: int) -> np.ndarray:
+    """`[steps]` float32: the learning rate of each step of a run."""
+    values = np.asarray(schedule(config, steps)(jnp.arange(steps)), np.float32)
+    return np.broadcast_to(values, (steps,))
+
+
+def at_rate(ratio: float = 1.0) -> optax.GradientTransformationExtraArgs:
+    """Updates times `-lr * ratio`, for the `lr` that each of them is given."""
+
+    def update(updates: PyTree, state: PyTree, trained: PyTree = None, *, lr: jax.Array, **_: Any) -> tuple:
+        return jax.tree.map(lambda u: jnp.asarray(-lr * ratio, u.dtype) * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda trained: optax.EmptyState(), update)
+
+
 def check(config: OptimConfig, steps: int) -> None:
     """Raises UserError for a name, key or value that cannot work."""
     if config.name not in OPTIMIZERS:
@@ -109,22 +128,24 @@ def labels(config: OptimConfig, trained: PyTree) -> PyTree:
     return tree.map_named(label, trained)
 
 
-def make(config: OptimConfig, steps: int, trained: PyTree) -> optax.GradientTransformation:
-    """The optimizer of `trained` (arrays or shapes, None where frozen) for a run of `steps`. Raises UserError."""
+def make(config: OptimConfig, steps: int, trained: PyTree) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of `trained` (arrays or shapes, None where frozen) for a run of `steps`. Raises UserError.
+
+    Its updates need `lr`, which `rates` gives for each step.
+    """
     check(config, steps)
     of_leaf = labels(config, trained)
-    groups = {label: _group(config, steps, label) for label in sorted({v for _, v in tree.named_leaves(of_leaf)})}
+    groups = {label: _group(config, label) for label in sorted({v for _, v in tree.named_leaves(of_leaf)})}
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, optax.multi_transform(groups, of_leaf))
 
 
-def _group(config: OptimConfig, steps: int, label: str) -> optax.GradientTransformation:
+def _group(config: OptimConfig, label: str) -> optax.GradientTransformation:
     ratio, decay = (float(part) for part in label.split(":"))
     if not ratio:
         return optax.set_to_zero()
-    peak = dataclasses.replace(config, lr=config.lr * ratio)
     return optax.chain(
         settings.call(OPTIMIZERS[config.name], config.args, "optim.args"),
         optax.add_decayed_weights(decay) if decay else optax.identity(),
-        optax.scale_by_learning_rate(schedule(peak, steps)),
+        at_rate(ratio),
     )

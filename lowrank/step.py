@@ -51,19 +51,20 @@ def moment_shapes(trained: PyTree, optimizer: optax.GradientTransformation, mesh
 def make(
     loss: Loss,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
     *,
     seed: int,
     accumulate: int = 1,
-) -> Callable[[State, PyTree, Mapping[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
-    """`step(state, frozen, batch) -> (state, metrics)`, to be compiled by `compile`.
+) -> Callable[[State, PyTree, Mapping[str, jax.Array], jax.Array], tuple[State, dict[str, jax.Array]]]:
+    """`step(state, frozen, batch, lr) -> (state, metrics)`, to be compiled by `compile`.
 
     `loss(params, batch, rng)` gives a sum and its weight. The gradient is that of sum / weight over the whole
     batch, however many microbatches it is cut into. Metrics: loss, grad_norm (before the clip), lr, weight.
-    An optimizer that takes extra arguments is given `lr` and `gradient_at`, the batch's gradient at other leaves.
+    The optimizer is given `lr`, and `gradient_at`, the batch's gradient at other leaves, if it takes extra arguments.
     """
 
-    def step(state: State, frozen: PyTree, batch: Mapping[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
+    def step(
+        state: State, frozen: PyTree, batch: Mapping[str, jax.Array], lr: jax.Array
+    ) -> tuple[State, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)  # from the step alone, so that a resume is exact
 
         def sums(trained: PyTree, part: Mapping[str, jax.Array], index: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -74,7 +75,6 @@ def make(
             return (total, weight), jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), gradient)
 
         (total, weight), gradient = gradient_at(state.trained)
-        lr = jnp.asarray(schedule(state.step), jnp.float32)
         extra = {"lr": lr, "gradient_at": lambda trained: gradient_at(trained)[1]}
         trained, moments = paging.apply(optimizer, gradient, state.optimizer, state.trained, **extra)
         metrics = {
@@ -91,11 +91,14 @@ def make(
 def compile(step: Callable, state: State, frozen: PyTree, batch: Mapping[str, Any]) -> jax.stages.Compiled:
     """`step` compiled ahead of time for these arrays, with the state donated and returned where it lay.
 
-    A compiled program cannot be compiled again: a batch of another shape is an error, not a wait.
+    A compiled program cannot be compiled again: a batch of another shape is an error, not a wait. It takes any float32
+    as its learning rate.
     """
     where = jax.tree.map(lambda x: x.sharding, state)
+    program = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    lr = jax.ShapeDtypeStruct((), jnp.float32, sharding=where.step)
     with sharding.around(state):
-        return jax.jit(step, donate_argnums=0, out_shardings=(where, None)).lower(state, frozen, batch).compile()
+        return program.lower(state, frozen, batch, lr).compile()
 
 
 def _accumulated(sums: Callable, trained: PyTree, batch: Mapping[str, jax.Array], n: int) -> tuple[Any, PyTree]:

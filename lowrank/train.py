@@ -63,10 +63,10 @@ class Run:
         """Loads the base, attaches the method and restores what a checkpoint holds."""
         self.job, self.folder, self.saver, self.log, self.stop, self.command = job, folder, saver, log, stop, command
         base = job.load()
+        _check_new(base.new, tree.split(job.shapes, job.mask)[1], job.method)
         self.base = dataclasses.replace(base, params=None)
         self.optimizer = job.optimizer()
         self.state, self.frozen, self.original = job.start(base.params, self.optimizer)
-        _check_new(base.new, self.frozen, job.method)
         self.inputs = job.method.inputs(job.network, self.frozen) if job.method.inputs else lambda batch: batch
         self.metrics: Mapping[str, jax.Array] | None = None  # of the last step done
         self.compile_seconds = 0.0
@@ -101,7 +101,7 @@ class Run:
             batch = self._batch(done)
             program = program or self._compile(batch)
             previous = self.metrics
-            self.state, self.metrics = program(self.state, self.frozen, batch)
+            self.state, self.metrics = program(self.state, self.frozen, batch, self.job.rates[done])
             self._check_finite(done, previous)  # one step behind, so that the device does not wait for the host
             done += 1
             if done % c.log_every == 0 or done == c.steps:

@@ -20,8 +20,8 @@ TRAINED = {
 def _updates(config, trained=TRAINED, steps=3):
     optimizer = optim.make(config, STEPS, trained)
     state, gradient = optimizer.init(trained), jax.tree.map(lambda x: x * 0.1 + 0.3, trained)
-    for _ in range(steps):
-        update, state = optimizer.update(gradient, state, trained)
+    for lr in optim.rates(config, STEPS)[:steps]:
+        update, state = optimizer.update(gradient, state, trained, lr=lr)
     return update
 
 

@@ -9,7 +9,7 @@ from lowrank.checkpoint import Checkpointer
 from lowrank.named import flatten_named, unflatten_named
 from lowrank.plan import abstract, advice, formulas
 from tests.test_train import config_of
-from tests.test_train_step import _setup
+from tests.test_train_step import LR, _setup
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -33,8 +33,8 @@ def test_a_paged_optimizer_makes_the_same_bits_and_gives_its_old_state_up(sizes,
     assert kinds(here.optimizer) == {"pinned_host"}
     for _ in range(3):
         before = here
-        there, want = plain(there, frozen, batch)
-        here, got = paged(here, frozen, batch)
+        there, want = plain(there, frozen, batch, LR)
+        here, got = paged(here, frozen, batch, LR)
     assert (kinds(here.optimizer), kinds(here.trained)) == ({"pinned_host"}, {"device"})
     assert all(x.is_deleted() for x in jax.tree.leaves(before.optimizer))
     assert same((there, want), (here, got))
@@ -42,17 +42,17 @@ def test_a_paged_optimizer_makes_the_same_bits_and_gives_its_old_state_up(sizes,
 
 def test_a_checkpoint_holds_a_paged_state_and_gives_it_back_where_it_lay(tmp_path):
     program, state, frozen, batch, _ = _setup(sizes=(1, 4, 2), paged=True, full=True, weight_decay=0.1, accumulate=2)
-    state, _ = program(state, frozen, batch)
+    state, _ = program(state, frozen, batch, LR)
     with Checkpointer(tmp_path) as saver:
         saver.save(1, flatten_named(state), {})
-        want, _ = program(state, frozen, batch)  # donates what is being saved
+        want, _ = program(state, frozen, batch, LR)  # donates what is being saved
         saver.wait()
         like = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in flatten_named(want).items()
         }
         found = unflatten_named(want, saver.restore(1, like)[0])
     assert kinds(found.optimizer) == {"pinned_host"}
-    assert same(program(found, frozen, batch)[0], want)
+    assert same(program(found, frozen, batch, LR)[0], want)
 
 
 def test_the_plan_counts_moments_on_the_host_and_a_leaf_on_its_way(files):

@@ -12,6 +12,7 @@ from lowrank.optim import OptimConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 L, D, B = 4, 64, 16  # layers, width, batch
+LR = np.float32(0.01)
 
 
 def _loss(params, batch, rng):
@@ -46,10 +47,10 @@ def _made(full=False, sizes=(1, 1, 1), width=D, layers=L, loss=_loss, **options)
     params = methods.attach(method, _params(width, layers), jax.random.key(1))
     params = jax.device_put(params, sharding.shardings(params, mesh))
     trained, frozen = tree.split(params, weight.trainable_mask(params, method.train))
-    config = OptimConfig(**{"lr": 0.01, "schedule": "constant", **options})
+    config = OptimConfig(**options)
     optimizer = optim.make(config, 10, trained)
     state, batch = step.init(trained, optimizer, mesh, config.paged), _batch(mesh, width)
-    fn = step.make(loss, optimizer, optim.schedule(config, 10), seed=0, accumulate=config.accumulate)
+    fn = step.make(loss, optimizer, seed=0, accumulate=config.accumulate)
     return step.compile(fn, state, frozen, batch), state, frozen, batch, mesh
 
 
@@ -72,7 +73,7 @@ def test_a_step_is_the_gradient_step_by_hand():
         return total / weights
 
     loss, gradient = jax.value_and_grad(mean)(jax.device_put(before))
-    state, metrics = compiled(state, frozen, batch)
+    state, metrics = compiled(state, frozen, batch, LR)
     want = jax.tree.map(lambda p, g: p - 0.01 * g, before, jax.device_get(gradient))
     jax.tree.map(lambda got, w: np.testing.assert_allclose(got, w, rtol=1e-4, atol=1e-6), state.trained, want)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
@@ -83,9 +84,9 @@ def test_a_step_is_the_gradient_step_by_hand():
 @pytest.mark.parametrize(("accumulate", "sizes"), [(2, (2, 1, 1)), (4, (1, 1, 1))])
 def test_accumulation_equals_the_large_batch(accumulate, sizes):
     compiled, state, frozen, batch, _ = _setup(sizes=sizes, name="sgd")
-    whole, want = compiled(state, frozen, batch)
+    whole, want = compiled(state, frozen, batch, LR)
     compiled, state, frozen, batch, _ = _setup(sizes=sizes, name="sgd", accumulate=accumulate)
-    parts, got = compiled(state, frozen, batch)
+    parts, got = compiled(state, frozen, batch, LR)
     for key in ("loss", "grad_norm", "weight"):
         np.testing.assert_allclose(got[key], want[key], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), parts.trained, whole.trained)
@@ -95,7 +96,7 @@ def test_training_lowers_the_loss_and_touches_no_frozen_byte():
     compiled, state, frozen, batch, _ = _setup()
     before, losses = jax.device_get(frozen), []
     for _ in range(5):
-        state, metrics = compiled(state, frozen, batch)
+        state, metrics = compiled(state, frozen, batch, LR)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.95 * losses[0]
     assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.device_get(frozen)))
@@ -105,22 +106,33 @@ def test_several_steps_compile_once():
     seen = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: seen.append(event))
     try:
-        compiled, state, frozen, _, mesh = _setup(lr=0.02)  # a program of its own: the listener must hear it compiled
+        compiled, state, frozen, _, mesh = _setup(clip=0.5)  # a program of its own: the listener must hear it compiled
         batches = [_batch(mesh, seed=i) for i in range(4)]
         before = seen.count("/jax/core/compile/backend_compile_duration")
         for batch in batches:
-            state, _ = compiled(state, frozen, batch)
+            state, _ = compiled(state, frozen, batch, LR)
     finally:
         jax.monitoring.clear_event_listeners()
     assert before > 0
     assert seen.count("/jax/core/compile/backend_compile_duration") == before
 
 
+def test_the_learning_rate_is_an_argument_of_the_program():
+    compiled, state, frozen, batch, _ = _setup(name="sgd", clip=0)
+    before = jax.device_get(state.trained)
+    once, metrics = compiled(state, frozen, batch, LR)
+    _, state, *_ = _setup(name="sgd", clip=0)
+    thrice, _ = compiled(state, frozen, batch, 3 * LR)
+    assert metrics["lr"] == LR
+    moved = lambda after: jax.tree.map(lambda x, y: np.asarray(x) - y, after.trained, before)  # noqa: E731
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(3 * x, y, atol=1e-7), moved(once), moved(thrice))
+
+
 def test_a_batch_of_another_shape_is_refused_rather_than_compiled():
     compiled, state, frozen, _, mesh = _setup()
     half = sharding.global_batch({"x": np.ones((8, D), np.float32), "y": np.ones((8, D), np.float32)}, mesh)
     with pytest.raises(TypeError):
-        compiled(state, frozen, half | {"weights": jnp.ones(8)})
+        compiled(state, frozen, half | {"weights": jnp.ones(8)}, LR)
 
 
 def test_frozen_leaves_have_no_gradient_no_moment_and_no_copy():
@@ -146,13 +158,13 @@ def test_randomness_depends_on_the_seed_and_the_step_alone():
         total, weights = _loss(params, batch, rng)
         return total * jax.random.uniform(rng), weights
 
-    compiled, state, frozen, batch, mesh = _setup(loss=loss, name="sgd", lr=0.0)
+    compiled, state, frozen, batch, mesh = _setup(loss=loss, name="sgd")
     first = []
     for _ in range(3):
-        state, metrics = compiled(state, frozen, batch)
+        state, metrics = compiled(state, frozen, batch, np.float32(0))
         first.append(float(metrics["loss"]))
-    compiled, state, frozen, batch, _ = _setup(loss=loss, name="sgd", lr=0.0)
+    compiled, state, frozen, batch, _ = _setup(loss=loss, name="sgd")
     state = dataclasses.replace(state, step=jax.device_put(jnp.int32(2), sharding.replicated(mesh)))
-    _, metrics = compiled(state, frozen, batch)
+    _, metrics = compiled(state, frozen, batch, np.float32(0))
     assert len(set(first)) == 3
     assert float(metrics["loss"]) == first[2]

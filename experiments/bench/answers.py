@@ -34,7 +34,7 @@ def stepper(rows: int) -> tuple[Callable[[], float], float]:
     def one_step() -> float:
         nonlocal state
         began = time.perf_counter()
-        state, metrics = program(state, frozen, batch)
+        state, metrics = program(state, frozen, batch, job.rates[-1])
         float(metrics["loss"])
         return time.perf_counter() - began
 

@@ -31,13 +31,13 @@ def main(method_name: str, folder: str) -> None:
     optimizer = optim.make(OPTIM, 1000, trained)
     network = models.build(base.config)
     loss = functools.partial(_loss, network)
-    plain = step.make(loss, optimizer, optim.schedule(OPTIM, 1000), seed=0)
+    plain = step.make(loss, optimizer, seed=0)
     state, program = step.init(trained, optimizer, mesh), None
 
     def one_step() -> float:
         nonlocal state, program
         program = program or step.compile(plain, state, frozen, batch)
-        state, metrics = program(state, frozen, batch)
+        state, metrics = program(state, frozen, batch, np.float32(OPTIM.lr))
         return float(metrics["loss"])
 
     serve(one_step)

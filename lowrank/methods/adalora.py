@@ -99,7 +99,7 @@ def allocating(
     every: int,
     beta1: float,
     beta2: float,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """`plain`, and after it the entries of E outside the budget are set to 0 (the paper's algorithm 1).
 
     The budget after update t is `int(share(t) * triplets)`, spent on the most important ones of all weights.
@@ -111,8 +111,10 @@ def allocating(
         kept = _each(_all_kept, trained)
         return AllocationState(plain.init(trained), jnp.int32(0), zeros, zeros, kept)
 
-    def update(gradient: PyTree, state: AllocationState, trained: PyTree) -> tuple[PyTree, AllocationState]:
-        updates, inner = plain.update(gradient, state.inner, trained)
+    def update(
+        gradient: PyTree, state: AllocationState, trained: PyTree, **extra: Any
+    ) -> tuple[PyTree, AllocationState]:
+        updates, inner = plain.update(gradient, state.inner, trained, **extra)
         t = state.count + 1
         smooth = functools.partial(_smoothed, jnp.where(t <= last, beta1, 1.0), jnp.where(t <= last, beta2, 1.0))
         both = _each(smooth, trained, gradient, state.sensitivity, state.uncertainty)
@@ -129,7 +131,7 @@ def allocating(
         )
         return updates, AllocationState(inner, t, sensitivity, uncertainty, kept)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _is_form(x: Any) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank import settings, tree, weight
-from lowrank.methods import states, targets
+from lowrank.methods import targets
 from lowrank.methods.dora import dora
 from lowrank.methods.method import Method
 from lowrank.weights.dora import DoRA
@@ -82,7 +82,7 @@ def bilevel(plain: optax.GradientTransformation, upper: str, until: int) -> opta
     """`plain` for the leaves that `upper` matches by their hypergradient, and for all others by their gradient.
 
     Updates 1, 3, ... (from 0) below `until` only take the gradient, of a validation batch; the update after each of
-    them moves both groups. Who rests keeps its moments; the schedule goes on for both.
+    them moves both groups. Who rests keeps its moments.
     """
 
     def of(group: bool, leaves: PyTree) -> PyTree:
@@ -110,12 +110,12 @@ def bilevel(plain: optax.GradientTransformation, upper: str, until: int) -> opta
         mixed = functools.partial(_mixed, gradient_at, trained, of(False, state.held))
         ahead = jax.lax.cond(moves, mixed, lambda: jax.tree.map(jnp.zeros_like, trained))
         hyper = jax.tree.map(lambda g, m: g - lr * m, state.held, ahead)
-        below, lower = plain.update(of(False, gradient), state.lower, trained)
-        above, higher = plain.update(of(True, hyper), state.upper, trained)
+        below, lower = plain.update(of(False, gradient), state.lower, trained, lr=lr)
+        above, higher = plain.update(of(True, hyper), state.upper, trained, lr=lr)
         below, above = optax.tree.scale(1.0 - looks, of(False, below)), optax.tree.scale(1.0 * moves, of(True, above))
         return optax.tree.add(below, above), BilevelState(
-            states.choose(looks, state.lower, lower, lower),
-            states.choose(moves, higher, state.upper, higher),
+            optax.tree.where(looks, state.lower, lower),
+            optax.tree.where(moves, higher, state.upper),
             t + 1,
             jax.tree.map(lambda g, h: jnp.where(looks, g, h), gradient, state.held),
         )

@@ -54,7 +54,7 @@ class ProjectedState(NamedTuple):
 
 def projected(
     plain: optax.GradientTransformation, rank: int, every: int, scale: float, target: str
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """`plain` in the space that the leading singular vectors of each targeted gradient `[..., in, out]` span."""
 
     def down(leaves: PyTree, projectors: PyTree) -> PyTree:
@@ -69,17 +69,17 @@ def projected(
         projectors = tree.map_named(empty, trained)
         return ProjectedState(plain.init(down(trained, projectors)), jnp.int32(0), projectors)
 
-    def update(gradient: PyTree, state: ProjectedState, trained: PyTree) -> tuple[PyTree, ProjectedState]:
+    def update(gradient: PyTree, state: ProjectedState, trained: PyTree, **extra: Any) -> tuple[PyTree, ProjectedState]:
         due = state.count % every == 0
         renewed = lambda g, p: jax.lax.cond(due, lambda: _leading(g, rank), lambda: p)  # noqa: E731
         projectors = jax.tree.map(lambda g, p: p if _masked(p) else renewed(g, p), gradient, state.projectors)
-        steps, inner = plain.update(down(gradient, projectors), state.inner, down(trained, projectors))
+        steps, inner = plain.update(down(gradient, projectors), state.inner, down(trained, projectors), **extra)
         updates = jax.tree.map(
             lambda g, n, p: n if _masked(p) else scale * _up(n, p, g.shape), gradient, steps, projectors
         )
         return updates, ProjectedState(inner, state.count + 1, projectors)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _masked(x: Any) -> bool:

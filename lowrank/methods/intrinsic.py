@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lowrank import tree, weight
 from lowrank.errors import UserError, unknown
 from lowrank.methods.method import SHARED, Method
-from lowrank.methods.projections import PROJECTIONS, Shape, project
+from lowrank.methods.projections import CHUNK, PROJECTIONS, Shape, project
 
 PyTree = Any
 STACKS = ("layers", "top")  # subtrees whose leaves have a layer axis first
@@ -48,13 +48,12 @@ def intrinsic(
         shared = params[SHARED]
         params = {name: child for name, child in params.items() if name != SHARED}
         leaves = _targets(params, target)
-        total = sum(math.prod(w.shape) for w in leaves.values())
+        steps = _projected(projection, jax.random.key(seed), shared["intrinsic"], leaves)
 
         def moved(name: str, w: Any) -> Any:
             if name not in leaves:
                 return w
-            key = weight.name_key(jax.random.key(seed), name)
-            step = project(projection, key, shared["intrinsic"], Shape(w.size, total)).reshape(w.shape)
+            step = steps[name].reshape(w.shape)
             if said:
                 scale = shared["said"][name.split("/")[0]]
                 step = step * jnp.broadcast_to(scale.reshape(scale.shape + (1,) * (w.ndim - scale.ndim)), w.shape)
@@ -63,6 +62,19 @@ def intrinsic(
         return tree.map_named(moved, params, is_leaf=weight.is_weight)
 
     return Method(train=(f"{SHARED}/.*",), share=share, bind=bind)
+
+
+def _projected(projection: str, key: jax.Array, z: jax.Array, leaves: dict[str, Any]) -> dict[str, jax.Array]:
+    """`P z` for each leaf, flat. Small leaves of one size go through one program in turn: it compiles once for all."""
+    total, groups = sum(w.size for w in leaves.values()), {}
+    for name, w in leaves.items():
+        groups.setdefault(w.size if w.size <= CHUNK else name, []).append(name)
+    steps = {}
+    for names in groups.values():
+        shape = Shape(leaves[names[0]].size, total)
+        keys = jnp.stack([weight.name_key(key, name) for name in names])
+        steps |= zip(names, jax.lax.map(lambda k, s=shape: project(projection, k, z, s), keys), strict=True)
+    return steps
 
 
 def _targets(params: PyTree, target: str) -> dict[str, Any]:

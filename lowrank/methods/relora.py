@@ -9,7 +9,7 @@ import optax
 
 from lowrank import settings, tree, weight
 from lowrank.errors import UserError
-from lowrank.methods import states, targets
+from lowrank.methods import targets
 from lowrank.methods.lora import lora
 from lowrank.methods.method import Method, restart_every
 from lowrank.weights import lora as form
@@ -62,8 +62,8 @@ class RestartingState(NamedTuple):
     count: jax.Array
 
 
-def restarting(plain: optax.GradientTransformation, every: int, warmup: int) -> optax.GradientTransformation:
-    """`plain`, which forgets all but its place in the schedule before updates `every`, `2 every`, ... (from 0).
+def restarting(plain: optax.GradientTransformation, every: int, warmup: int) -> optax.GradientTransformationExtraArgs:
+    """`plain`, which forgets its state before updates `every`, `2 every`, ... (from 0).
 
     After each of these, updates rise from `1 / warmup` to all of their size within `warmup` of them.
     """
@@ -71,13 +71,15 @@ def restarting(plain: optax.GradientTransformation, every: int, warmup: int) -> 
     def init(trained: PyTree) -> RestartingState:
         return RestartingState(plain.init(trained), jnp.int32(0))
 
-    def update(gradient: PyTree, state: RestartingState, trained: PyTree) -> tuple[PyTree, RestartingState]:
+    def update(
+        gradient: PyTree, state: RestartingState, trained: PyTree, **extra: Any
+    ) -> tuple[PyTree, RestartingState]:
         count = state.count
         due = (count > 0) & (count % every == 0)
-        inner = states.choose(due, plain.init(trained), state.inner, schedule=state.inner)
-        updates, inner = plain.update(gradient, inner, trained)
+        inner = optax.tree.where(due, plain.init(trained), state.inner)
+        updates, inner = plain.update(gradient, inner, trained, **extra)
         rise = jnp.minimum(1.0, (count % every + 1) / warmup)
         size = jnp.where(count < every, 1.0, rise)
         return jax.tree.map(lambda u: u * size, updates), RestartingState(inner, count + 1)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -149,8 +150,12 @@ class Plan:
 
     def step(self, optimizer: optax.GradientTransformation) -> Any:
         """The training step, ready for `step.compile`."""
-        schedule = optim.schedule(self.optim, self.config.steps)
-        return step.make(self.loss, optimizer, schedule, seed=self.config.seed, accumulate=self.optim.accumulate)
+        return step.make(self.loss, optimizer, seed=self.config.seed, accumulate=self.optim.accumulate)
+
+    @functools.cached_property
+    def rates(self) -> np.ndarray:
+        """`[steps]`: the learning rate of each step."""
+        return optim.rates(self.optim, self.config.steps)
 
 
 def _key() -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank import merging, methods, plan, train, tree
+from lowrank import merging, methods, optim, plan, train, tree
 from lowrank.errors import UserError
 from lowrank.methods.relora import restarting
 from lowrank.weight import merge
@@ -43,8 +43,7 @@ def test_shares_of_the_run_become_steps(files):
 
 def test_the_moments_are_forgotten_and_the_rate_rises_again():
     every, warmup, lr, steps = 4, 3, 0.1, 11
-    schedule = optax.linear_schedule(lr, 0.0, steps)
-    optimizer = restarting(optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(schedule)), every, warmup)
+    optimizer = restarting(optax.chain(optax.scale_by_adam(), optim.at_rate()), every, warmup)
     gradients = np.random.default_rng(0).standard_normal((steps, 5))
     state, step = optimizer.init(jnp.zeros(5)), jax.jit(optimizer.update)
     for t, g in enumerate(gradients):
@@ -54,7 +53,7 @@ def test_the_moments_are_forgotten_and_the_rate_rises_again():
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         rate = lr * (1 - t / steps) * (min(1, n / warmup) if t >= every else 1)
         expected = -rate * (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8)
-        update, state = step(jnp.asarray(g, jnp.float32), state, jnp.zeros(5))
+        update, state = step(jnp.asarray(g, jnp.float32), state, jnp.zeros(5), lr=jnp.float32(lr * (1 - t / steps)))
         np.testing.assert_allclose(update, expected, atol=1e-5)
 
 
