@@ -65,7 +65,7 @@ def _keep(cell, score):
 
 
 def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
-    fixed = Study("methods", {"lora": ROWS["lora"]._replace(rates=(1e-3, 3e-3, 1e-2))}, tmp_path, tmp_path)
+    fixed = Study("methods", ROWS, tmp_path, tmp_path)
     for task, better in ((tasks.TOPICS, max), (tasks.HEADLINES, min)):
         swept = phases.sweep(fixed, task, "lora")
         for cell, score in zip(swept, (3.0, 5.0, 4.0), strict=True):
@@ -85,7 +85,7 @@ def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
     ],
 )
 def test_a_search_ends_between_two_worse_rates(tmp_path, accuracy, tried, chosen):
-    study = Study("methods", ROWS, tmp_path, tmp_path, search=True)
+    study = Study("methods", ROWS, tmp_path, tmp_path, search=("topics",))
     while missing := [cell for cell in phases.sweep(study, tasks.TOPICS, "lora") if cell.read() is None]:
         assert not phases.finals(study, tasks.TOPICS, "lora")
         assert phases.left(study, "scores", tasks.TOPICS, "lora") >= 3
@@ -136,14 +136,15 @@ def test_the_interval_is_students():
     assert math.isnan(numbers.interval([1.0]))
 
 
-def test_every_method_has_a_row_and_every_row_a_rate_to_start_from():
+def test_every_method_has_a_row_and_every_row_three_rates_prompts_four():
     rows = [*ROWS.values(), *quantization.ROWS.values()]
     assert {entry.method["name"] for entry in rows} == set(methods.METHODS)
     for name, entry in ROWS.items():
         assert isinstance(entry, Row)
         assert methods.build(entry.method), name
-        assert len(entry.rates) == 1
-        assert entry.rates[0] in GRID
+        assert len(entry.rates) == 3 + (name in ("prompt", "prefix"))
+        assert list(entry.rates) == sorted(set(entry.rates))
+        assert set(entry.rates) <= set(GRID)
         assert set(entry.tasks) <= set(tasks.TASKS)
 
 

@@ -22,7 +22,7 @@ BASES: dict[str, dict[str, Any]] = {
     "ternary": {"quantize": {"name": "ternary"}},
     "mixed": {"quantize": {"name": "mixed", "budget": 3.5}},
 }
-FORGETTING, SEARCH, SETTINGS = False, False, {}
+FORGETTING, SEARCH, SETTINGS = False, (), {}
 TOPICS, BOTH = ("topics",), ("topics", "headlines")
 LORA = {"name": "lora"}
 RATES = (3e-3, 1e-2)

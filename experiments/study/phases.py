@@ -14,10 +14,10 @@ from experiments.study.timing import Timing
 
 def sweep(study: Study, task: Task, name: str) -> list[Cell]:
     """The cells that choose the learning rate, on the first seed; of a search those that are known to be needed."""
-    rates = study.rows[name].rates
-    rates = rates[len(rates) // 2 :][:1] if study.quick else rates
+    rates, search = study.rows[name].rates, task.name in study.search
+    rates = rates[len(rates) // 2 :][:1] if study.quick or search else rates
     cells = [Cell(study, task, name, lr, study.seeds[0]) for lr in rates]
-    while study.search and (found := best(cells)) and (rate := _beside(found.lr, cells)):
+    while search and (found := best(cells)) and (rate := _beside(found.lr, cells)):
         cells.append(dataclasses.replace(found, lr=rate))
     return cells
 
@@ -76,7 +76,7 @@ def left(study: Study, phase: str, task: Task, name: str) -> int:
         return int(Timing(study, task, name).read() is None)
     cells, chosen = sweep(study, task, name), finals(study, task, name)
     if not chosen:
-        missing, least = sum(cell.read() is None for cell in cells), 3 if study.search else 0
+        missing, least = sum(cell.read() is None for cell in cells), 3 if task.name in study.search else 0
         return max(missing, least - len(cells) + missing) + len(study.seeds) - 1
     return sum("test" not in (cell.read() or {}) for cell in chosen)
 
