@@ -46,7 +46,7 @@ class Method:
     # (k, (params, key) -> params), before steps k, 2k, ... from 0 (k below 1: a share of the run's steps); what it
     # changes of the frozen leaves is saved
     restart: tuple[float, Callable[[PyTree, jax.Array], PyTree]] | None = None
-    # (the run's optimizer, its number of steps) -> this method's, inside the trained tree
+    # (the run's optimizer, its number of steps) -> this method's, inside the trained tree; it passes `lr` on
     optimizer: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] | None = None
     # (network, frozen leaves) -> (a host's batch -> what the loss gets in its place), made once, before step 1
     inputs: Callable[[Any, PyTree], Callable[[Batch], Batch]] | None = None
