@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Run:
         """Loads the base, attaches the method and restores what a checkpoint holds."""
         self.job, self.folder, self.saver, self.log, self.stop, self.command = job, folder, saver, log, stop, command
         base = job.load()
-        _check_new(base.new, tree.split(job.shapes, job.mask)[1], job.method)
+        _check_new(base.new, job.frozen, job.method)
         self.base = dataclasses.replace(base, params=None)
         self.optimizer = job.optimizer()
         self.state, self.frozen, self.original = job.start(base.params, self.optimizer)
@@ -226,8 +226,8 @@ class Run:
         workdir.write_json(self.folder / SUMMARY, summary)
 
 
-def _check_new(new: Sequence[str], frozen: PyTree, method: methods.Method) -> None:
+def _check_new(new: Sequence[str], frozen: Collection[str], method: methods.Method) -> None:
     """Raises UserError for a leaf that no checkpoint holds and nothing trains: it would stay as it was drawn."""
     made = {n for p in method.holds for n in new if re.fullmatch(p, n)}
-    for name in sorted((set(new) - made) & set(tree.names(frozen))):
+    for name in sorted((set(new) - made) & set(frozen)):
         raise UserError(f"{name} is in no checkpoint and the method does not train it: it would stay random")

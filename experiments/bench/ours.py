@@ -12,7 +12,7 @@ from experiments.bench.worker import serve
 from lowrank import data, losses, methods, models, optim, peft_format, pretrained, sharding, step, tree, weight
 
 MODEL, ROWS, LENGTH = "smollm2-135m", 4, 128
-OPTIM = optim.OptimConfig(lr=1e-4, schedule="constant", clip=0.0)
+OPTIM = optim.OptimConfig(lr=1e-4, clip=0.0)
 
 
 def main(method_name: str, folder: str) -> None:

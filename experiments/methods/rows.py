@@ -11,7 +11,7 @@ SMALL, MEDIUM, LARGE, HEAD = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2
 LARGER = (*LARGE, 1e-1)  # for what starts far from the data; a row is timed at its first
 
 FORGETTING = True  # is a column of the table
-SEARCH = ("topics",)
+SEARCH = ("topics",)  # where the best of a row's own rates is often the last of them
 SETTINGS = {  # there are many rows and three hours
     "topics": {"steps": 24},
     # Prompts carry no loss, so most chunks of the head cost nothing.

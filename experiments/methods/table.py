@@ -58,26 +58,24 @@ def _row(
 def write(study: Study, table: Sequence[Mapping[str, Any]]) -> None:
     """`table.csv`, `table.md`, `table.tex` and `accuracy.png` in the results folder."""
     write_csv(study.results / "table.csv", COLUMNS, table)
-    of = {task.name: [row["method"] for row in table if row["task"] == task.name] for task in TASKS.values()}
-    spent = {task.name: sentence(study, task, of[task.name]) for task in TASKS.values()}
-    write_text(study.results / "table.md", markdown(table, spent) + "\n")
+    write_text(study.results / "table.md", markdown(study, table) + "\n")
     write_text(study.results / "table.tex", latex(table) + "\n")
     if table:
         write_bytes(study.results / "accuracy.png", plot(table))
 
 
-def markdown(table: Sequence[Mapping[str, Any]], spent: Mapping[str, str]) -> str:
+def markdown(study: Study, table: Sequence[Mapping[str, Any]]) -> str:
     """The table for a README, a part for each task, each with what it took."""
-    parts = {name: [row for row in table if row["task"] == name] for name in TASKS}
-    return "\n\n".join(_markdown(task, parts[task.name], spent[task.name]) for task in TASKS.values())
+    return "\n\n".join(_markdown(study, task, [r for r in table if r["task"] == task.name]) for task in TASKS.values())
 
 
-def _markdown(task: Task, table: Sequence[Mapping[str, Any]], spent: str) -> str:
+def _markdown(study: Study, task: Task, table: Sequence[Mapping[str, Any]]) -> str:
     arrow = "higher" if task.sign > 0 else "lower"
     head = ("method", "family", f"{task.metric} ({arrow} is better)", "trained", "s/step", "peak MB", "adapter kB")
     lines = [[*head, task.knowledge], ["---", "---", *["---:"] * 6]]
     lines += [_cells(row) for row in table]
-    return f"**{task.name}** {spent}".strip() + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    title = f"**{task.name}** {sentence(study, task, [row['method'] for row in table])}".strip()
+    return f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

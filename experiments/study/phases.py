@@ -76,8 +76,8 @@ def left(study: Study, phase: str, task: Task, name: str) -> int:
         return int(Timing(study, task, name).read() is None)
     cells, chosen = sweep(study, task, name), finals(study, task, name)
     if not chosen:
-        missing, least = sum(cell.read() is None for cell in cells), 3 if task.name in study.search else 0
-        return max(missing, least - len(cells) + missing) + len(study.seeds) - 1
+        ahead = max(0, 3 - len(cells)) if task.name in study.search else 0  # a search tries three rates or more
+        return sum(cell.read() is None for cell in cells) + ahead + len(study.seeds) - 1
     return sum("test" not in (cell.read() or {}) for cell in chosen)
 
 

@@ -117,7 +117,7 @@ def bilevel(plain: optax.GradientTransformation, upper: str, until: int) -> opta
             optax.tree.where(looks, state.lower, lower),
             optax.tree.where(moves, higher, state.upper),
             t + 1,
-            jax.tree.map(lambda g, h: jnp.where(looks, g, h), gradient, state.held),
+            optax.tree.where(looks, gradient, state.held),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -111,11 +111,15 @@ class Plan:
         return computing(self.method.restart[1], sharding.shardings(self.shapes, self.mesh), self.shapes, _key())
 
     @functools.cached_property
+    def frozen(self) -> frozenset[str]:
+        """The names of the leaves that are not trained."""
+        return frozenset(tree.names(tree.split(self.shapes, self.mask)[1]))
+
+    @functools.cached_property
     def changing(self) -> frozenset[str]:
         """The names of the frozen leaves that a checkpoint holds: `prepare` has chosen, or restarts change them."""
-        frozen = tree.names(tree.split(self.shapes, self.mask)[1])
         patterns = self.method.holds if self.method.prepare else ()
-        return self._changed_by_restarts() | {n for p in patterns for n in frozen if re.fullmatch(p, n)}
+        return self._changed_by_restarts() | {n for p in patterns for n in self.frozen if re.fullmatch(p, n)}
 
     def _changed_by_restarts(self) -> frozenset[str]:
         if not self.method.restart:
