@@ -27,13 +27,17 @@ FROZEN = "frozen"  # the root of the frozen leaves in a checkpoint: those that a
 
 
 def run(
-    config: Mapping[str, Any], directory: str | os.PathLike[str], command: str = "", before: bool = True
+    config: Mapping[str, Any],
+    directory: str | os.PathLike[str],
+    command: str = "",
+    before: bool = True,
+    after: bool = True,
 ) -> dict[str, Any]:
     """Fine-tunes as `config` (a ConfigDict or nested dicts) says, in `directory`; returns the summary it leaves there.
 
     A directory with a checkpoint of the same config is continued, bit for bit on the same mesh. SIGTERM saves and
     returns early, with `stopped_at` in the summary. `command` is what the report says to repeat the run with.
-    `before`: the model is scored before the first step, too.
+    `before`, `after`: the model is scored before the first step and after the last one.
 
     Raises:
       UserError: a bad config, before anything is computed; a disk that refuses.
@@ -53,7 +57,7 @@ def run(
             log.say(job.table)
             ready = Run(job, folder, saver, log, stop, command)
             workdir.claim(folder, config)
-            return ready.go(before)
+            return ready.go(before, after)
 
 
 class Run:
@@ -73,14 +77,14 @@ class Run:
         if saver.latest() is not None:
             self._restore(saver.latest())
 
-    def go(self, scored: bool = True) -> dict[str, Any]:
-        """Trains, and leaves the adapter and the report; or stops where SIGTERM came. `scored`: also before it."""
-        before = self._before() if scored else UNKNOWN
+    def go(self, before: bool = True, after: bool = True) -> dict[str, Any]:
+        """Trains, and leaves the adapter and the report, scored as asked; or stops where SIGTERM came."""
+        found = self._before() if before else UNKNOWN
         done = self._train()
         if done < self.job.config.steps:
             self.log.say(f"stopped after step {done}; the same command continues")
             return {"stopped_at": done}
-        return self._finish(before)
+        return self._finish(found, self._judge() if after else UNKNOWN)
 
     def _restore(self, last: int) -> None:
         like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in self._arrays().items()}
@@ -172,8 +176,8 @@ class Run:
             workdir.write_json(path, self._judge())
         return json.loads(path.read_text())
 
-    def _finish(self, before: Mapping[str, Any]) -> dict[str, Any]:
-        c, after = self.job.config, self._judge()
+    def _finish(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+        c = self.job.config
         saved = tree.map_named(lambda name, learns: learns or name in self.job.changing, self.job.mask)
         params, mask = methods.finished(self.job.method, self._params(), saved)
         kind = adapter.save(
@@ -196,7 +200,9 @@ class Run:
             "tokens_per_s": self.log.tokens_per_s,
             "before": before["scores"],
             "after": after["scores"],
-            "samples": self.job.scorer.samples(before["texts"], after["texts"]) if before["texts"] else [],
+            "samples": self.job.scorer.samples(before["texts"], after["texts"])
+            if before["texts"] and after["texts"]
+            else [],
         }
         if jax.process_index() == 0:
             self._report(summary, kind)

@@ -51,6 +51,12 @@ def test_cells_that_are_done_are_not_run_again(study, monkeypatch):
     assert phases.left(dataclasses.replace(study, rows=changed), "scores", task, "lora") == 1
 
 
+def test_only_the_seed_that_chooses_the_rate_is_scored_on_validation(study):
+    first = Cell(study, tasks.TOPICS, "lora", 0.003, 0)
+    other = dataclasses.replace(first, seed=1)
+    assert set(first.judge()) - set(other.judge()) == {"validation"}
+
+
 def test_a_study_may_run_a_task_shorter(tmp_path):
     shorter = Study("methods", ROWS, tmp_path, tmp_path, settings={"headlines": {"steps": 3, "data.batch_size": 2}})
     config = shorter.config(tasks.HEADLINES, ROWS["lora"], 0.01, 1)
@@ -65,7 +71,8 @@ def _keep(cell, score):
 
 
 def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
-    fixed = Study("methods", ROWS, tmp_path, tmp_path)
+    rates = {"lora": ROWS["lora"]._replace(rates=(1e-3, 3e-3, 1e-2))}
+    fixed = Study("methods", rates, tmp_path, tmp_path)
     for task, better in ((tasks.TOPICS, max), (tasks.HEADLINES, min)):
         swept = phases.sweep(fixed, task, "lora")
         for cell, score in zip(swept, (3.0, 5.0, 4.0), strict=True):
@@ -85,7 +92,7 @@ def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
     ],
 )
 def test_a_search_ends_between_two_worse_rates(tmp_path, accuracy, tried, chosen):
-    study = Study("methods", ROWS, tmp_path, tmp_path, search=("topics",))
+    study = Study("methods", ROWS, tmp_path, tmp_path, search=True)
     while missing := [cell for cell in phases.sweep(study, tasks.TOPICS, "lora") if cell.read() is None]:
         assert not phases.finals(study, tasks.TOPICS, "lora")
         assert phases.left(study, "scores", tasks.TOPICS, "lora") >= 3
@@ -95,7 +102,7 @@ def test_a_search_ends_between_two_worse_rates(tmp_path, accuracy, tried, chosen
 
 
 def test_a_run_that_diverges_is_kept_without_a_score(study, monkeypatch):
-    def diverge(config, folder, before):
+    def diverge(config, folder, **scored):
         raise Diverged("loss is nan at step 3")
 
     monkeypatch.setattr(train, "run", diverge)
@@ -136,14 +143,13 @@ def test_the_interval_is_students():
     assert math.isnan(numbers.interval([1.0]))
 
 
-def test_every_method_has_a_row_and_every_row_three_rates_prompts_four():
+def test_every_method_has_a_row_and_every_row_a_rate_to_start_from():
     rows = [*ROWS.values(), *quantization.ROWS.values()]
     assert {entry.method["name"] for entry in rows} == set(methods.METHODS)
     for name, entry in ROWS.items():
         assert isinstance(entry, Row)
         assert methods.build(entry.method), name
-        assert len(entry.rates) == 3 + (name in ("prompt", "prefix"))
-        assert list(entry.rates) == sorted(set(entry.rates))
+        assert len(entry.rates) == 1
         assert set(entry.rates) <= set(GRID)
         assert set(entry.tasks) <= set(tasks.TASKS)
 

@@ -159,14 +159,15 @@ def test_a_classifier_learns_and_scores_itself(files, tmp_path, watched):
     assert jax.tree.all(jax.tree.map(np.array_equal, *watched[0][1:]))
 
 
-def test_scores_before_the_first_step_can_be_left_out(files, tmp_path):
+@pytest.mark.parametrize(("scored", "left_out", "at"), [("after", "before", 3), ("before", "after", 0)])
+def test_scores_before_the_first_step_or_after_the_last_can_be_left_out(files, tmp_path, scored, left_out, at):
     config = config_of(files, "method=head", steps=3, mesh__data=1)
     config.eval.update({"split": "train", "texts": 1, "max_new": 2})
-    summary = train.run(config, tmp_path, before=False)
-    assert summary["before"] == {}
+    summary = train.run(config, tmp_path, **{left_out: False})
+    assert summary[left_out] == {}
     assert summary["samples"] == []
-    assert summary["after"]["perplexity"] > 1
-    assert [x["step"] for x in read_metrics(tmp_path / "metrics.jsonl") if "eval/perplexity" in x] == [3]
+    assert summary[scored]["perplexity"] > 1
+    assert [x["step"] for x in read_metrics(tmp_path / "metrics.jsonl") if "eval/perplexity" in x] == [at]
 
 
 def test_a_run_leaves_its_adapter_report_and_scores(files, tmp_path):

@@ -22,14 +22,13 @@ BASES: dict[str, dict[str, Any]] = {
     "ternary": {"quantize": {"name": "ternary"}},
     "mixed": {"quantize": {"name": "mixed", "budget": 3.5}},
 }
-FORGETTING, SEARCH, SETTINGS = False, (), {}
+FORGETTING, SEARCH, SETTINGS = False, False, {}
 TOPICS, BOTH = ("topics",), ("topics", "headlines")
 LORA = {"name": "lora"}
 RATES = (3e-3, 1e-2)
 KERNELS = r"(layers|top)/(attn|mlp)/\w+/kernel"
 ROWS = {f"{base}+lora": Row("LoRA", LORA, (1e-2,), BOTH, model) for base, model in BASES.items()}
 ROWS["int4_asymmetric+lora"] = ROWS["int4_asymmetric+lora"]._replace(tasks=TOPICS)
-# The first is the rate that a row is timed at.
 ROWS["ternary+lora"] = ROWS["ternary+lora"]._replace(rates=(1e-2, 3e-3, 3e-2))
 # Against QLoRA on the same kernels: these read the plain base and make the codes themselves.
 ROWS |= {

@@ -42,11 +42,12 @@ class Cell:
         return kept(self.path, self.config)
 
     def run(self) -> dict[str, Any]:
-        """Trains, and keeps the numbers."""
-        summary = train.run(self.config, self.folder, before=False)
+        """Trains, and keeps the numbers; on validation only the seed that chooses the rate is scored."""
+        chooses = self.seed == self.study.seeds[0]
+        summary = train.run(self.config, self.folder, before=False, after=chooses)
         numbers = {
             "config": workdir.plain(self.config),
-            "validation": summary["after"][self.task.metric],
+            **({"validation": summary["after"][self.task.metric]} if chooses else {}),
             "trained_params": summary["trained_params"],
             "adapter_kb": _size(self.folder / train.ADAPTER) / 2**10,
             "seconds": summary["seconds"],

@@ -14,10 +14,9 @@ from experiments.study.timing import Timing
 
 def sweep(study: Study, task: Task, name: str) -> list[Cell]:
     """The cells that choose the learning rate, on the first seed; of a search those that are known to be needed."""
-    rates, search = study.rows[name].rates, task.name in study.search
-    rates = rates[len(rates) // 2 :][:1] if study.quick or search else rates
-    cells = [Cell(study, task, name, lr, study.seeds[0]) for lr in rates]
-    while search and (found := best(cells)) and (rate := _beside(found.lr, cells)):
+    rates = study.rows[name].rates
+    cells = [Cell(study, task, name, lr, study.seeds[0]) for lr in (rates[:1] if study.quick else rates)]
+    while study.search and (found := best(cells)) and (rate := _beside(found.lr, cells)):
         cells.append(dataclasses.replace(found, lr=rate))
     return cells
 
@@ -76,7 +75,7 @@ def left(study: Study, phase: str, task: Task, name: str) -> int:
         return int(Timing(study, task, name).read() is None)
     cells, chosen = sweep(study, task, name), finals(study, task, name)
     if not chosen:
-        ahead = max(0, 3 - len(cells)) if task.name in study.search else 0  # a search tries three rates or more
+        ahead = max(0, 3 - len(cells)) if study.search else 0  # a search tries three rates or more
         return sum(cell.read() is None for cell in cells) + ahead + len(study.seeds) - 1
     return sum("test" not in (cell.read() or {}) for cell in chosen)
 

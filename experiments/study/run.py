@@ -57,7 +57,7 @@ def run(
     Scores are of `workers` rows at a time; a row that is timed has the machine to itself. The last rows go first:
     those on larger models stand there, and a long one at the end would leave the other cores idle.
     """
-    wanted_tasks = [*tasks, *study.settings, *study.search]
+    wanted_tasks = [*tasks, *study.settings]
     for kind, known, wanted in (("task", TASKS, wanted_tasks), ("row", study.rows, names), ("phase", PHASES, phases)):
         for name in wanted:
             if name not in known:

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ GRID = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1
 
 
 class Row(NamedTuple):
-    """What is compared: a method, on a base as `model` says, at the learning rates of the sweep."""
+    """What is compared: a method, on a base as `model` says, and the rates of its sweep; it is timed at the first."""
 
     family: str
     method: Mapping[str, Any]
@@ -32,9 +32,8 @@ class Study:
     """A folder of `experiments`: its rows, and where cells are kept and runs take place.
 
     `quick` is one rate, one seed, two steps on a few examples. `forgetting`: what a tuned model still knows is scored,
-    too. `search`: the tasks whose sweep starts from the middle rate and goes along `GRID` until the rates on both sides
-    of the best one are worse; others try the rates that a row names. `settings`: where its runs of a task differ from
-    the task's own, by dotted key.
+    too. `search`: a sweep goes on from the rates that a row names, along `GRID`, until those on both sides of the best
+    one are worse. `settings`: where its runs of a task differ from the task's own, by dotted key.
     """
 
     name: str
@@ -43,7 +42,7 @@ class Study:
     runs: Path
     quick: bool = False
     forgetting: bool = True
-    search: Sequence[str] = ()
+    search: bool = False
     settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -65,7 +64,7 @@ def named(name: str, quick: bool = False, results: str = "") -> Study:
     runs = Path("runs") / (f"{name}-quick" if quick else name)
     here = runs / "results" if quick else Path(__file__).parents[1] / name / "results"
     module = importlib.import_module(f"experiments.{name}.rows")
-    asked = (module.FORGETTING, () if quick else module.SEARCH, module.SETTINGS)
+    asked = (module.FORGETTING, module.SEARCH and not quick, module.SETTINGS)
     return Study(name, module.ROWS, Path(results) if results else here, runs, quick, *asked)
 
 
