@@ -177,7 +177,7 @@ class Run:
         return json.loads(path.read_text())
 
     def _finish(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-        c = self.job.config
+        c, texts = self.job.config, (before["texts"], after["texts"])
         saved = tree.map_named(lambda name, learns: learns or name in self.job.changing, self.job.mask)
         params, mask = methods.finished(self.job.method, self._params(), saved)
         kind = adapter.save(
@@ -200,9 +200,7 @@ class Run:
             "tokens_per_s": self.log.tokens_per_s,
             "before": before["scores"],
             "after": after["scores"],
-            "samples": self.job.scorer.samples(before["texts"], after["texts"])
-            if before["texts"] and after["texts"]
-            else [],
+            "samples": self.job.scorer.samples(*texts) if all(texts) else [],
         }
         if jax.process_index() == 0:
             self._report(summary, kind)
