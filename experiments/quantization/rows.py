@@ -1,10 +1,9 @@
 """The bases that are compared, and what is tuned on each.
 
-Rows of LoRA take one learning rate, so that bases differ and nothing else does: its best in the comparison of methods
-on `topics`, and on `headlines` in runs of this length (in the shorter ones of that comparison 3e-3 is a little better).
+Rows of LoRA take one learning rate, so that bases differ and nothing else does: its best in the comparison of methods.
 Only ternary kernels, which learn little at it, take the best of three. What adapts all kernels takes the better of two,
-all parameters, which QAT trains, full fine-tuning's. IR-QLoRA calibrates for half a minute on MiniLM, so it would take
-five on SmolLM2.
+all parameters, which QAT trains, a rate near full fine-tuning's. IR-QLoRA calibrates for half a minute on MiniLM, so it
+would take five on SmolLM2.
 """
 
 from typing import Any
