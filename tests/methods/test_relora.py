@@ -67,7 +67,7 @@ def whole(files, tmp_path_factory):
     folder, ends = tmp_path_factory.mktemp("whole"), []
     with pytest.MonkeyPatch.context() as patch:
         finish = train.Run._finish
-        patch.setattr(train.Run, "_finish", lambda run, before: (ends.append(run._params()), finish(run, before))[1])
+        patch.setattr(train.Run, "_finish", lambda run, *scores: (ends.append(run._params()), finish(run, *scores))[1])
         train.run(config(files), folder)
     return folder, ends[0]
 
