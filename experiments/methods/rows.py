@@ -1,7 +1,7 @@
 """The methods that are compared: name, family, config group, and the learning rate that its search starts from.
 
 Starts differ by method because the sizes of what is trained do: a factor of (IA)^3 wants a hundred times the step of a
-pretrained kernel. One near the best spares runs and changes no result.
+pretrained kernel. One near the best spares runs.
 """
 
 from experiments.study.study import Row

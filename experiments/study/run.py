@@ -57,8 +57,8 @@ def run(
     Scores are of `workers` rows at a time; a row that is timed has the machine to itself. The last rows go first:
     those on larger models stand there, and a long one at the end would leave the other cores idle.
     """
-    wanted_tasks = [*tasks, *study.settings]
-    for kind, known, wanted in (("task", TASKS, wanted_tasks), ("row", study.rows, names), ("phase", PHASES, phases)):
+    asked = (("task", TASKS, [*tasks, *study.settings]), ("row", study.rows, names), ("phase", PHASES, phases))
+    for kind, known, wanted in asked:
         for name in wanted:
             if name not in known:
                 raise unknown(kind, name, known)
