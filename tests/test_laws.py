@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import tree
+from lowrank import tree, weight
 from lowrank.named import flatten_named, unflatten_named
-from lowrank.weight import affine, dot, grouped, materialize, merge, trainable_mask
+from lowrank.weight import trainable_mask
 from tests.forms import FORMS, IN, OUT, ROUNDED, L, kernel, shaken
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
+# One program each for a form, where its operations one by one are ten.
+materialize, dot, affine, grouped, merge = map(
+    jax.jit, (weight.materialize, weight.dot, weight.affine, weight.grouped, weight.merge)
+)
 KEY = jax.random.key(1)
 X = jax.random.normal(jax.random.key(2), (2, 5, IN))
 each_form = pytest.mark.parametrize("name", FORMS)
@@ -20,7 +24,7 @@ each_form = pytest.mark.parametrize("name", FORMS)
 
 @functools.cache
 def made(name, stacked=False, trained=True):
-    w = jax.jit(FORMS[name])(KEY, kernel(stacked))
+    w = FORMS[name](KEY, kernel(stacked))  # not in a program, which would hold a random generator of its own
     return shaken(w, jax.random.key(3)) if trained else w
 
 
