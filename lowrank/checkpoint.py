@@ -21,6 +21,10 @@ from lowrank.named import Arrays, same_names
 from lowrank.quiet import quiet_orbax
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
+# Orbax divides what is replicated among those that hold it, by little programs: for an adapter those take the time.
+_HANDLERS = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20))
+)
 
 
 class Checkpointer:
@@ -49,7 +53,10 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 item_names=("arrays", "meta"),
-                item_handlers={"arrays": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+                item_handlers={
+                    "arrays": ocp.PyTreeCheckpointHandler(type_handler_registry=_HANDLERS),
+                    "meta": ocp.JsonCheckpointHandler(),
+                },
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=ocp.checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
                 ),
