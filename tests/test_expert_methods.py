@@ -1,11 +1,13 @@
 """PERFT and ESFT on a mixture of experts: their formulas in float64 NumPy, and whole runs."""
 
+import dataclasses
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
 from lowrank import adapter, merging, methods, train, tree
@@ -34,13 +36,14 @@ def softmax(x):
 def test_perft_adds_low_rank_experts_by_their_own_router_or_the_mixtures(own):
     x = jax.random.normal(jax.random.key(0), (B, T, D))
     layer = MoE(E, K, F, "silu", routed=(2, own, 1, 0.5))
-    params = jax.tree.map(lambda p: 10 * p, layer.init(jax.random.key(1), x)["params"])
-    at_init = layer.apply({"params": params}, x)
+    init, apply = jax.jit(layer.init), jax.jit(layer.apply)
+    params = jax.tree.map(lambda p: np.asarray(10 * p), init(jax.random.key(1), x)["params"])
+    at_init = apply({"params": params}, x)
     plain = {name: p for name, p in params.items() if name != "routed"}
-    np.testing.assert_array_equal(at_init, MoE(E, K, F, "silu").apply({"params": plain}, x))
+    np.testing.assert_array_equal(at_init, jax.jit(MoE(E, K, F, "silu").apply)({"params": plain}, x))
     routed = params["routed"]
-    routed["up"]["kernel"] = jax.random.normal(jax.random.key(2), routed["up"]["kernel"].shape)
-    added = np.asarray(layer.apply({"params": params}, x) - at_init, np.float64).reshape(-1, D)
+    routed["up"]["kernel"] = np.asarray(jax.random.normal(jax.random.key(2), routed["up"]["kernel"].shape))
+    added = np.asarray(apply({"params": params}, x) - at_init, np.float64).reshape(-1, D)
     router = (routed if own else params)["router"]["kernel"]
     down, up, router = (np.asarray(p, np.float64) for p in (routed["down"]["kernel"], routed["up"]["kernel"], router))
     for token, found in zip(np.asarray(x, np.float64).reshape(-1, D), added, strict=True):
@@ -54,20 +57,18 @@ def test_only_chosen_experts_meet_their_change():
     w = chosen.Chosen(base=kernel, delta=jax.random.normal(jax.random.key(1), (3, D, F)), rows=jnp.array([2, 0, E]))
     whole = np.asarray(kernel, np.float64).copy()
     whole[[2, 0]] += np.asarray(w.delta, np.float64)[:2]
-    np.testing.assert_allclose(materialize(w), whole, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(materialize)(w), whole, atol=1e-6)
     x, sizes = jax.random.normal(jax.random.key(2), (9, D)), jnp.array([2, 3, 3, 1], jnp.int32)
     rows = np.stack(
         [np.asarray(row, np.float64) @ whole[e] for row, e in zip(x, [0, 0, 1, 1, 1, 2, 2, 2, 3], strict=True)]
     )
-    np.testing.assert_allclose(grouped(x, w, sizes), rows, atol=1e-5)
-    fast = jax.grad(lambda d: jnp.sum(jnp.sin(grouped(x, chosen.Chosen(base=kernel, delta=d, rows=w.rows), sizes))))(
-        w.delta
-    )
-    slow = jax.grad(
-        lambda d: jnp.sum(
-            jnp.sin(jax.lax.ragged_dot(x, chosen.Chosen(base=kernel, delta=d, rows=w.rows).materialize(), sizes))
-        )
-    )(w.delta)
+    np.testing.assert_allclose(jax.jit(grouped)(x, w, sizes), rows, atol=1e-5)
+
+    def gradient(multiply):
+        loss = lambda d: jnp.sum(jnp.sin(multiply(x, dataclasses.replace(w, delta=d), sizes)))  # noqa: E731
+        return jax.jit(jax.grad(loss))(w.delta)
+
+    fast, slow = gradient(grouped), gradient(lambda x, w, sizes: jax.lax.ragged_dot(x, w.materialize(), sizes))
     np.testing.assert_allclose(fast, slow, atol=1e-5)
     assert not np.any(fast[2])
 
@@ -95,12 +96,24 @@ class Spy(Weight):
         return y
 
 
-@pytest.mark.parametrize("score", ["gate", "token"])
-def test_relevance_is_the_mean_gate_or_the_share_of_choices_over_real_tokens(score):
+@pytest.fixture(scope="module")
+def mixture():
+    """`(model, params, ids, segments, logits)`: a model with mixtures, tokens, and what its routers say of them."""
     model, params = decoder("moe")
     ids = tokens(2)
     segments = np.ones_like(ids)
     segments[1, 7:] = 0
+    spied = flatten_dict(params, sep="/")
+    spied["layers/mlp/router/kernel"] = Spy(base=spied["layers/mlp/router/kernel"])
+    SEEN.clear()
+    with jax.disable_jit():  # the layers' scan is a loop then, which the spy sees the values of
+        model.apply({"params": unflatten_dict(spied, sep="/")}, ids, segments=segments)
+    return model, params, ids, segments, np.stack(SEEN).astype(np.float64)
+
+
+@pytest.mark.parametrize("score", ["gate", "token"])
+def test_relevance_is_the_mean_gate_or_the_share_of_choices_over_real_tokens(score, mixture):
+    model, params, ids, segments, logits = mixture
 
     def loss(params, batch):
         logits = model.apply({"params": params}, batch["tokens"], segments=batch["segments"])
@@ -109,18 +122,6 @@ def test_relevance_is_the_mean_gate_or_the_share_of_choices_over_real_tokens(sco
     batch = {"tokens": jnp.asarray(ids), "segments": jnp.asarray(segments)}
     context = types.SimpleNamespace(model=model.config, loss=loss, batches=lambda n: [batch] * n)
     found = relevance(params, context, score, 2)["layers"]
-    SEEN.clear()
-    router = params["layers"]["mlp"]["router"]
-    params = {
-        **params,
-        "layers": {
-            **params["layers"],
-            "mlp": {**params["layers"]["mlp"], "router": {"kernel": Spy(base=router["kernel"])}},
-        },
-    }
-    with jax.disable_jit():  # the layers' scan is a loop then, which the spy sees the values of
-        model.apply({"params": params}, ids, segments=segments)
-    logits = np.stack(SEEN).astype(np.float64)
     probs = softmax(logits)
     kept = probs >= np.sort(probs, axis=-1)[..., -2:-1]
     use = np.where(kept, probs if score == "gate" else 0.5, 0) * segments[None, :, :, None]
