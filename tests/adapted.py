@@ -5,7 +5,6 @@ import jax
 from lowrank import methods, tree
 from lowrank.weight import is_weight, name_key, trainable_mask
 from tests.forms import shaken
-from tests.models.tiny import QUICK
 
 
 def adapted(params, group, size=1.0, train=()):
@@ -13,17 +12,13 @@ def adapted(params, group, size=1.0, train=()):
 
     What pads a smaller rank stays zero, and what weights share is bound. `train` are patterns beside the method's own.
     """
-    method, names = methods.build(group), []
-
-    def run(params):
-        start = methods.attach(method, params, jax.random.key(1))
-        mask = trainable_mask(start, (*method.train, *train))
-        names.extend(name for name, learns in tree.named_leaves(mask) if learns)
-        moved = tree.map_named(_moved, start, is_leaf=is_weight)
-        moved = jax.tree.map(lambda x, y, learns: x + size * (y - x) if learns else x, start, moved, mask)
-        return method.bind(moved, None, None) if methods.SHARED in moved else moved
-
-    return jax.jit(run, compiler_options=QUICK)(params), names
+    method = methods.build(group)  # no program: each would hold a random generator of its own, a second to compile
+    start = methods.attach(method, params, jax.random.key(1))
+    mask = trainable_mask(start, (*method.train, *train))
+    moved = tree.map_named(_moved, start, is_leaf=is_weight)
+    moved = jax.tree.map(lambda x, y, learns: x + size * (y - x) if learns else x, start, moved, mask)
+    names = [name for name, learns in tree.named_leaves(mask) if learns]
+    return (method.bind(moved, None, None) if methods.SHARED in moved else moved), names
 
 
 def _moved(name, w):

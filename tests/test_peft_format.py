@@ -9,10 +9,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lowrank import methods, peft_format, pretrained, tree
+from lowrank import methods, peft_format, pretrained, tree, weight
 from lowrank.errors import UserError
 from lowrank.peft_format import match
-from lowrank.weight import is_weight, merge
+from lowrank.weight import is_weight
 from tests import peft_formulas, tiny
 from tests.adapted import adapted
 from tests.peft_formulas import PREFIX
@@ -20,6 +20,7 @@ from tests.pretrained import files
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
+merge = jax.jit(weight.merge)
 ATTN = r".*attn/(q|k|v|o)/kernel"
 PATTERNS = {"rank_pattern": {r".*attn/k/kernel": 1, r"layers/1/attn/q/kernel": 5, r"layers/2/attn/v/kernel": 0}}
 PATTERNS |= {"alpha_pattern": {r".*attn/v/kernel": 3.0, r"layers/0/.*": 20.0}}
