@@ -17,17 +17,14 @@ from jax._src.interpreters import mlir
 if jax.__version_info__ < (0, 11):  # the older code generator compiles in three fifths of the time
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # LLVM leaves small programs as they are: half of the time
 jax.config.update("jax_traceback_in_locations_limit", 0)  # no program says where each operation comes from
 mlir.make_ir_context = functools.cache(mlir.make_ir_context)  # a new one takes a third of an eager operation's time
-gc.freeze()  # the collector leaves what the imports made alone
 
 
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """For modules that compile many small programs: LLVM leaves them as they are, which halves the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def pytest_collection_finish():
+    """The collector leaves alone what the imports made."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

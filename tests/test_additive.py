@@ -15,8 +15,6 @@ from lowrank.errors import UserError
 from lowrank.models import build
 from tests.test_train import config_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def trained(files, arg, folder, **changes):
     """`(summary, the model as its adapter gives it back)` of a short run."""

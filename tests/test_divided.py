@@ -74,7 +74,7 @@ def test_codes_are_gathered_where_a_kernel_would_be_and_nothing_decoded_is(sizes
 
 
 @pytest.mark.parametrize(("form", "leaf"), list(zip(FORMS, ("up", "down") * 4, strict=False)))
-def test_a_divided_product_is_the_product(form, leaf, monkeypatch, quick_compiles):
+def test_a_divided_product_is_the_product(form, leaf, monkeypatch):
     monkeypatch.setattr(quantized, "TILE", 16384)
     w = jax.jit(FORMS[form])(kernel())
     x, g, on_mesh = arguments(w, leaf, sharding.make_mesh(**BOTH))

@@ -8,9 +8,7 @@ import pytest
 from lowrank import methods, tree
 from lowrank.weight import grouped, merge
 from tests.forms import lora_on, shaken
-from tests.models.tiny import QUICK, decoder, run, tokens
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+from tests.models.tiny import decoder, run, tokens
 
 UP = r"layers/mlp/experts/up/kernel"
 
@@ -69,7 +67,7 @@ def test_no_experts_update_is_formed():
         def loss(t, x):
             return jnp.sum(jnp.sin(grouped(x, train(t), sizes)))
 
-        program = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK).lower(w, x).compile()
+        program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(w, x).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     adapted = temporary((w.a, w.b), lambda t: w.__class__(**{**vars(w), "a": t[0], "b": t[1]}))

@@ -23,7 +23,6 @@ from tests.models.tiny import SIZES, decoder, run, tokens
 from tests.pretrained.files import tensors, write_directory
 from tests.test_train import config_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 B, T, D, E, F, K = 2, 3, 6, 4, 5, 2
 
 

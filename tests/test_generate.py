@@ -10,8 +10,6 @@ from lowrank import generate, padding, sampling
 from lowrank.errors import UserError
 from lowrank.models import DecoderConfig, build
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 V, LIMIT = 61, 64
 SIZES = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 48}
 LENGTHS = (3, 11, 7, 5)

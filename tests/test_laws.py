@@ -12,7 +12,6 @@ from lowrank.named import flatten_named, unflatten_named
 from lowrank.weight import trainable_mask
 from tests.forms import FORMS, IN, OUT, ROUNDED, L, kernel, shaken
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 # One program each for a form, where its operations one by one are ten.
 materialize, dot, affine, grouped, merge = map(
     jax.jit, (weight.materialize, weight.dot, weight.affine, weight.grouped, weight.merge)

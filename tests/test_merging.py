@@ -18,8 +18,6 @@ from tests import tiny
 from tests.adapted import adapted
 from tests.forms import shaken
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GROUPS = {
     "lora": {"name": "lora", "rank": 3, "alpha": 10.0, "rank_pattern": {"layers/1/.*": 0}},
     "dora": {"name": "dora", "rank": 3},

@@ -12,8 +12,6 @@ from lowrank.models import DecoderConfig, build
 from lowrank.weight import Weight, dot, materialize
 from tests.models.tiny import LLAMA, SIZES
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 L, D = 3, 8
 Q = r"layers/attn/q/kernel"
 

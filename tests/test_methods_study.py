@@ -19,8 +19,6 @@ from lowrank import methods, train, workdir
 from lowrank.errors import Diverged, UserError
 from tests import studies, tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ from lowrank.weights import mixed, tables
 from lowrank.weights.schemes import SCHEMES
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 IN, OUT, BLOCK = 44, 12, 8
 W = np.random.default_rng(0).standard_normal((2, IN, OUT)).astype(np.float32)
 W[:, :BLOCK] *= 5  # the group that two bits hurt most

@@ -14,8 +14,6 @@ from lowrank.weight import dot, form, handed, merge
 from lowrank.weights import mixture, smore
 from tests.models.tiny import decoder, run, tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 E, R, IN, OUT = 4, 2, 6, 5
 
 

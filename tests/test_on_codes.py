@@ -14,7 +14,6 @@ from lowrank.weights import lora, mixture, smore
 from lowrank.weights.schemes import SCHEMES
 from tests.forms import FORMS, IN, L, kernel, shaken
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 ROWS, T = 8, 5
 
 

@@ -11,8 +11,6 @@ from lowrank.plan import abstract, advice, formulas
 from tests.test_train import config_of
 from tests.test_train_step import LR, _setup
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def same(a, b):
     pairs = zip(jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b)), strict=True)

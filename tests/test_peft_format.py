@@ -18,8 +18,6 @@ from tests.adapted import adapted
 from tests.peft_formulas import PREFIX
 from tests.pretrained import files
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 merge = jax.jit(weight.merge)
 ATTN = r".*attn/(q|k|v|o)/kernel"
 PATTERNS = {"rank_pattern": {r".*attn/k/kernel": 1, r"layers/1/attn/q/kernel": 5, r"layers/2/attn/v/kernel": 0}}

@@ -10,7 +10,6 @@ from lowrank.errors import UserError
 from tests import tiny
 from tests.adapted import adapted
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 GROUPS = {
     "loha": {"name": "loha", "rank": 2},
     "lokr": {"name": "lokr", "rank": 2},

@@ -15,7 +15,6 @@ from lowrank import train
 from lowrank.runlog import read_metrics
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}  # fsdp spans the processes' halves of the rows
 STEPS = 200
 

@@ -18,7 +18,6 @@ from lowrank.weights.awq import Balanced
 from lowrank.weights.schemes import SCHEMES, integer
 from tests.models import tiny as models
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 N, IN, OUT = 96, 24, 10
 
 

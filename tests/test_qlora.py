@@ -16,7 +16,6 @@ from lowrank.weight import is_stored, materialize
 from tests import tiny
 from tests.test_train import config_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 NF4 = {"name": "nf4", "block": 8, "double": True}
 RUNS = {
     "qlora": ("rank=2", "llama", NF4),

@@ -15,8 +15,6 @@ from lowrank.weights.bits import unpack
 from tests import tiny
 from tests.forms import shaken
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 L, IN, OUT = 2, 24, 16
 Q = "layers/attn/q/kernel"
 W = np.random.default_rng(0).standard_normal((L, IN, OUT)).astype(np.float32)

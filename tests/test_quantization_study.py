@@ -14,8 +14,6 @@ from experiments.study.tasks import TASKS
 from lowrank.weights import codebook
 from tests import studies
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_bits_are_those_of_codes_and_scales():
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(2, 128, 64)), jnp.float32)

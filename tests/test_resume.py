@@ -16,7 +16,6 @@ from lowrank.checkpoint import Checkpointer
 from lowrank.runlog import read_metrics
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 ARG, STEPS = "rank=2,dropout=0.1,bias=all", 30
 
 

@@ -20,7 +20,6 @@ from tests.test_additive import trained
 from tests.test_train import config_of
 from tests.test_train_decoder import _bytes, _compiled
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 IN, OUT, ROWS, STEPS, LR = 6, 5, 4, 2, 0.1
 
 

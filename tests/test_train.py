@@ -17,7 +17,6 @@ from lowrank.weights.mixture import Gated, Routed
 from lowrank.workdir import check
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 LM_METHODS = {
     "full": "method=full",
     "partial": "method=partial,layers=1",

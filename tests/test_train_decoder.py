@@ -3,13 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from lowrank import losses, methods, optim, sharding, step, tree, weight
 from lowrank.models import DecoderConfig, build
 from lowrank.optim import OptimConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 B, T = 8, 32
 
 

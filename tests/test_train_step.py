@@ -10,7 +10,6 @@ import pytest
 from lowrank import methods, optim, sharding, step, tree, weight
 from lowrank.optim import OptimConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 L, D, B = 4, 64, 16  # layers, width, batch
 LR = np.float32(0.01)
 

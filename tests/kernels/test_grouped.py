@@ -7,7 +7,6 @@ import pytest
 
 from lowrank.kernels import grouped
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 IN, OUT = 5, 7
 
 

@@ -7,8 +7,6 @@ import pytest
 
 from lowrank.kernels import rounded
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def case(axis, dtype=jnp.bfloat16):
     shape = (7, 5) if axis == 0 else (5, 7)

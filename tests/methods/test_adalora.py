@@ -13,7 +13,6 @@ from tests import tiny
 from tests.test_methods import base
 from tests.test_train import config_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 STEPS, FIRST, LAST, EVERY, RANK, TARGET = 30, 3, 24, 3, 4, 2
 GROUP = {"name": "adalora", "init_rank": RANK, "target_rank": TARGET, "alpha": 6.0, "target": r".*attn/(q|v)/kernel"}
 SCHEDULE = {"tinit": FIRST, "tfinal": STEPS - LAST, "deltaT": EVERY}

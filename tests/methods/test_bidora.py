@@ -14,8 +14,6 @@ from tests.adapted import adapted
 from tests.test_methods import Q, base
 from tests.test_train import config_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_magnitudes_follow_the_hypergradient_and_each_group_has_adam_of_its_own():
     """Losses are `m^T C_t v + g_t . (v, m)`, so that the second derivative is C_t and the difference is exact."""

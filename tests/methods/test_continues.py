@@ -8,7 +8,6 @@ from lowrank import train
 from lowrank.checkpoint import Checkpointer
 from tests.test_train import config_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 STEPS = 8
 RUNS = {
     "relora, stopped at a restart": ("method=relora,every=3,warmup=2,rank=2", 3),

@@ -11,7 +11,6 @@ from lowrank.errors import UserError
 from lowrank.methods.galore import projected
 from tests.test_methods import attached
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 RANK, EVERY, SCALE, LR, STEPS = 2, 3, 0.5, 0.1, 7
 SHAPES = {"wide/kernel": (2, 5, 8), "tall/kernel": (2, 8, 5), "norm": (4,)}
 

@@ -14,8 +14,6 @@ from tests.adapted import adapted
 from tests.models.tiny import GPT2, SIZES, decoder, run, tokens
 from tests.pretrained.files import LLAMA, directory
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_positions_are_divided_by_the_factor_in_float64():
     model, params = decoder("llama", position_factor=4.0)

@@ -13,7 +13,6 @@ from lowrank.weight import dot, materialize
 from lowrank.weights import lokr
 from tests.forms import shaken
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 L, IN, OUT = 3, 12, 8
 X = np.random.default_rng(0).standard_normal((5, IN)).astype(np.float32)
 

@@ -14,7 +14,6 @@ from tests.adapted import adapted
 from tests.test_methods import base
 from tests.test_train import config_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 QV = r".*attn/(q|v)/kernel"
 ARG, STEPS = "method=relora,every=3,warmup=2,rank=2,alpha=4.0", 8
 

@@ -12,7 +12,6 @@ from lowrank.errors import UserError
 from lowrank.weight import dot, materialize
 from tests.forms import shaken
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 L, IN, OUT = 2, 24, 5
 
 

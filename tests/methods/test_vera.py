@@ -9,7 +9,6 @@ from lowrank import methods, tree
 from lowrank.errors import UserError
 from lowrank.weight import dot, materialize, merge
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 L, RANK = 2, 6
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from lowrank import tree, weight
 from tests.forms import FORMS, shaken
-from tests.models.tiny import QUICK, decoder, encoder, run, tokens
+from tests.models.tiny import decoder, encoder, run, tokens
 
 
 def rewritten(params, make):
@@ -17,11 +17,11 @@ def rewritten(params, make):
         key = weight.name_key(jax.random.key(0), name)
         return shaken(make(key, w), key) if name.endswith("kernel") else w
 
-    return jax.jit(lambda p: tree.map_named(form, p), compiler_options=QUICK)(params)
+    return jax.jit(lambda p: tree.map_named(form, p))(params)
 
 
 def merged(params):
-    return jax.jit(weight.merge, compiler_options=QUICK)(params)
+    return jax.jit(weight.merge)(params)
 
 
 @pytest.mark.parametrize("form", ["lora ranks by layer", "ia3 of dora"])
@@ -48,6 +48,6 @@ def test_gradients_reach_the_trained_fields_of_every_layer():
     params = rewritten(params, FORMS["lora"])
     trained, frozen = tree.split(params, weight.trainable_mask(params))
     loss = lambda t: jnp.mean(model.apply({"params": tree.join(t, frozen)}, tokens(1)) ** 2)  # noqa: E731
-    grads = tree.named_leaves(jax.jit(jax.grad(loss), compiler_options=QUICK)(trained))
+    grads = tree.named_leaves(jax.jit(jax.grad(loss))(trained))
     assert {name.rsplit("/", 1)[1] for name, _ in grads} == {"a", "b"}
     assert all(np.all(np.any(np.asarray(g) != 0, axis=(-1, -2))) for _, g in grads)

@@ -11,9 +11,7 @@ from lowrank import sharding, tree
 from lowrank.errors import UserError
 from lowrank.models import DecoderConfig, build
 from lowrank.models.moe import MoE, by_expert, route
-from tests.models.tiny import MOE, QUICK, SIZES, _random, run, tokens
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+from tests.models.tiny import MOE, SIZES, _random, run, tokens
 
 B, T, D, E, F, K = 2, 3, 6, 5, 4, 2
 
@@ -47,7 +45,7 @@ def test_the_layer_is_the_weighted_sum_of_each_tokens_experts(normalise, shared)
     layer, x = MoE(E, K, F, "silu", normalise, shared), jax.random.normal(jax.random.key(0), (B, T, D))
     params = layer.init(jax.random.key(1), x)["params"]
     params = jax.tree.map(lambda p: 20 * p, params)
-    y = jax.jit(layer.apply, compiler_options=QUICK)({"params": params}, x)
+    y = jax.jit(layer.apply)({"params": params}, x)
     expected = token_by_token(np.asarray(x, np.float64).reshape(-1, D), params, normalise)
     np.testing.assert_allclose(y.reshape(-1, D), expected, atol=1e-5)
 

@@ -10,7 +10,6 @@ from lowrank import tree
 from lowrank.models import DecoderConfig, EncoderConfig, build
 
 V, T = 43, 12
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is what takes time
 SIZES = {"vocab_size": V, "max_positions": 32, "width": 16, "heads": 4, "hidden": 24}
 
 LLAMA = {"layers": 2, "kv_heads": 2, "head_dim": 6}
@@ -78,7 +77,7 @@ def run(model, params, *args, method="features", **kwargs):
     return _apply(model, method, params, args, kwargs)
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@partial(jax.jit, static_argnums=(0, 1))
 def _apply(model, method, params, args, kwargs):
     return model.apply({"params": params}, *args, **kwargs, method=method)
 
@@ -94,7 +93,7 @@ def sight(model, params, segments=None):
         swapped = {**params, "embed": {**params["embed"], "embedding": table}}
         return model.apply({"params": swapped}, ids, segments=segments, method="features")[0]
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def derivatives(embeddings_TxD):
         moves_TxTxD = jnp.eye(T)[:, :, None] * jnp.asarray(directions, jnp.float32)
         return jax.vmap(lambda m: jax.jvp(features, (embeddings_TxD,), (m,))[1])(moves_TxTxD)

@@ -12,9 +12,9 @@ from lowrank import tree
 from lowrank.models import build
 from lowrank.pretrained.families import FAMILIES
 from lowrank.weight import merge
-from tests.models.tiny import QUICK
 
 LIMIT, VOCAB, LABELS = 1e-4, 61, 3
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is what takes time
 LLAMA = {
     "vocab_size": VOCAB,
     "hidden_size": 32,

@@ -11,7 +11,6 @@ from lowrank.errors import UserError
 from lowrank.pretrained import load
 from tests.pretrained.files import LLAMA, tensors, write_directory
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 MIXTURES = {
     "mixtral": {**LLAMA, "model_type": "mixtral", "num_local_experts": 3},
     "olmoe": {**LLAMA, "model_type": "olmoe", "num_experts": 3, "num_experts_per_tok": 2},

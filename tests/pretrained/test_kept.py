@@ -15,7 +15,6 @@ from lowrank.pretrained import export
 from tests import tiny
 from tests.test_train import config_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 GROUPS = {
     "nf4": {"block": 8, "double": True},
     "int8": {},

@@ -16,7 +16,6 @@ from lowrank.weights.schemes import SCHEMES
 from tests import tiny
 from tests.pretrained import files
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 NF4 = {"name": "nf4", "block": 8, "double": True}
 OPTIONS = {"mixed": {"block": 8, "budget": 4.0}}  # tiny kernels have large scales
 

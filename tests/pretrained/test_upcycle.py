@@ -14,18 +14,16 @@ from lowrank.runlog import read_metrics
 from lowrank.weight import is_stored, is_weight
 from tests import tiny
 from tests.adapted import adapted
-from tests.models.tiny import QUICK
 from tests.pretrained.files import BERT, GPT2, LLAMA, directory, gguf_twin, tensors
 from tests.test_train import config_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 GROUP = {"experts": 4, "top_k": 2}
 IDS = np.arange(2, 22, dtype=np.int32).reshape(2, 10)
 
 
 def logits(read):
     network = build(read.config)
-    return jax.jit(lambda p: network.apply({"params": p}, IDS), compiler_options=QUICK)(read.params)
+    return jax.jit(lambda p: network.apply({"params": p}, IDS))(read.params)
 
 
 @pytest.fixture(scope="module")
