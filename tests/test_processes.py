@@ -36,7 +36,6 @@ def _start(options, workdir, rank, port):
         **{f"SLURM_{name}": value for name, value in slurm.items()},
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command.append("--config.distributed=true")
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

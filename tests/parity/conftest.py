@@ -8,7 +8,9 @@ import pytest
 def full_compiles():
     """LLVM optimises, as it does not in the other tests."""
     jax.config.update("jax_disable_most_optimizations", False)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+        yield
     jax.config.update("jax_disable_most_optimizations", True)
 
 
