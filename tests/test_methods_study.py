@@ -50,7 +50,7 @@ def test_cells_that_are_done_are_not_run_again(study, monkeypatch):
 
 
 def test_only_the_seed_that_chooses_the_rate_is_scored_on_validation(study):
-    first = Cell(study, tasks.TOPICS, "lora", 0.003, 0)
+    first = Cell(study, tasks.TASKS["topics"], "lora", 0.003, 0)
     other = dataclasses.replace(first, seed=1)
     assert set(first.judge()) - set(other.judge()) == {"validation"}
 
