@@ -1,5 +1,7 @@
 """The step on a real decoder: what it keeps in memory, and the same gradient on every mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from lowrank.optim import OptimConfig
 B, T = 8, 32
 
 
+@functools.cache
 def _decoder(width=64, layers=2, vocab=64):
     config = DecoderConfig(
         vocab_size=vocab,
