@@ -17,7 +17,7 @@ def rewritten(params, make):
         key = weight.name_key(jax.random.key(0), name)
         return shaken(make(key, w), key) if name.endswith("kernel") else w
 
-    return jax.jit(lambda p: tree.map_named(form, p))(params)
+    return tree.map_named(form, params)
 
 
 def merged(params):
