@@ -54,16 +54,22 @@ def test_a_projection_is_its_matrix_in_float64(kind, monkeypatch):
     monkeypatch.setattr(projections, "ORDERS", 3)
     matrix, rng = MATRICES[kind](), np.random.default_rng(0)
     x, g = rng.standard_normal(D), rng.standard_normal(SHAPE.size)
-    y, back = jax.vjp(lambda x: projections.project(kind, KEY, x, SHAPE), jnp.asarray(x, jnp.float32))
+
+    @jax.jit
+    def both(x, g):
+        y, back = jax.vjp(lambda x: projections.project(kind, KEY, x, SHAPE), x)
+        return y, back(g)[0]
+
+    y, back = both(np.float32(x), np.float32(g))
     np.testing.assert_allclose(y, matrix @ x, atol=1e-6)
-    np.testing.assert_allclose(back(jnp.asarray(g, jnp.float32))[0], matrix.T @ g, atol=1e-5)
+    np.testing.assert_allclose(back, matrix.T @ g, atol=1e-5)
     np.testing.assert_allclose(np.mean(np.sum(matrix**2, axis=0)), SHAPE.size / SHAPE.total, rtol=0.1)
 
 
 @pytest.mark.parametrize("n", [1, 2, 256, 1024])
 def test_the_hadamard_transform_in_factors_is_the_matrix(n):
     x = np.random.default_rng(0).standard_normal((3, n))
-    np.testing.assert_allclose(projections.walsh(jnp.asarray(x, jnp.float32)), x @ hadamard(n), atol=1e-3)
+    np.testing.assert_allclose(jax.jit(projections.walsh)(np.float32(x)), x @ hadamard(n), atol=1e-3)
 
 
 def test_chunks_of_rows_and_columns_change_nothing(monkeypatch):
@@ -75,21 +81,20 @@ def test_chunks_of_rows_and_columns_change_nothing(monkeypatch):
     np.testing.assert_allclose(projections.project("sparse", KEY, x, SHAPE), whole["sparse"], atol=1e-6)
 
 
-def bound(params, group, z, said=None):
+def moving(**group):
+    """`(shared, bound)`: what the method starts from, and the base that such leaves give, as one program."""
     method = methods.build({"name": "intrinsic", **group})
-    start = methods.attach(method, params, jax.random.key(7))
-    shared = {**start["shared"], "intrinsic": z}
-    return method.bind({**start, "shared": shared if said is None else {**shared, "said": said}}, None, None)
+    start = methods.attach(method, base(), jax.random.key(7))
+    return start["shared"], jax.jit(lambda shared: method.bind({**start, "shared": shared}, None, None))
 
 
 def test_the_vector_moves_every_target_and_said_scales_each_layer():
-    group, z = {"dim": 9, "target": r".*kernel", "said": True}, jnp.arange(5, dtype=jnp.float32)
-    start = methods.attach(methods.build({"name": "intrinsic", **group}), base(), jax.random.key(0))
-    assert start["shared"]["intrinsic"].shape == (9 - 4,)  # three layers and the head have a scale each
-    jax.tree.map(np.testing.assert_array_equal, bound(base(), group, jnp.zeros(5)), base())
-    plain = bound(base(), group, z)
-    scales = {"layers": jnp.array([1.0, 0.0, -2.0]), "head": jnp.float32(3.0)}
-    moved = bound(base(), group, z, scales)
+    shared, bound = moving(dim=9, target=r".*kernel", said=True)
+    assert shared["intrinsic"].shape == (9 - 4,)  # three layers and the head have a scale each
+    jax.tree.map(np.testing.assert_array_equal, bound({**shared, "intrinsic": np.zeros(5, np.float32)}), base())
+    shared["intrinsic"] = np.arange(5, dtype=np.float32)
+    plain = bound(shared)
+    moved = bound({**shared, "said": {"layers": np.float32([1, 0, -2]), "head": np.float32(3)}})
     assert "shared" not in moved
     for get, factor in ((lambda p: p["layers"]["attn"]["q"]["kernel"], [1.0, 0.0, -2.0]),):
         step = np.asarray(get(plain)) - np.asarray(get(base()))
@@ -102,11 +107,13 @@ def test_the_vector_moves_every_target_and_said_scales_each_layer():
 
 
 def test_the_projection_comes_from_the_seed_alone():
-    z = jnp.ones(9)
-    one, two = (bound(base(), {"dim": 9}, z)["head"]["kernel"] for _ in range(2))
+    def q(seed):
+        _, bound = moving(dim=9, seed=seed, target=".*q/kernel")
+        return bound({"intrinsic": np.ones(9, np.float32)})["layers"]["attn"]["q"]["kernel"]
+
+    one, two, other = q(0), q(0), q(1)
     np.testing.assert_array_equal(one, two)
-    q = lambda seed: bound(base(), {"dim": 9, "seed": seed}, z)["layers"]["attn"]["q"]["kernel"]  # noqa: E731
-    assert not np.allclose(q(0), q(1))
+    assert not np.allclose(one, other)
 
 
 def test_a_target_that_is_a_form_is_named():

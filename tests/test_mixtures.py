@@ -1,6 +1,7 @@
 """Mixtures of LoRAs in float64 NumPy: routed by the token, routed once by the prompt, and kept in balance."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,17 @@ from lowrank.weights import mixture, smore
 from tests.models.tiny import decoder, run, tokens
 
 E, R, IN, OUT = 4, 2, 6, 5
+product = jax.jit(dot)
+scanned = jax.jit(lambda x, w: jax.lax.scan(lambda _, layer: (None, dot(x, layer)), None, w)[1])
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def mixed(per_token=2):
-    w = mixture.attach(
-        jax.random.key(0),
-        jax.random.normal(jax.random.key(1), (IN, OUT)),
-        rank=R,
-        experts=E,
-        alpha=3.0,
-        per_token=per_token,
-    )
-    return dataclasses.replace(w, b=jax.random.normal(jax.random.key(2), w.b.shape))
+    w = mixture.attach(jax.random.key(0), normal(1, IN, OUT), rank=R, experts=E, alpha=3.0, per_token=per_token)
+    return dataclasses.replace(w, b=normal(2, *w.b.shape))
 
 
 def softmax(x):
@@ -35,7 +35,7 @@ def softmax(x):
 
 
 def test_each_token_meets_its_own_experts_in_float64():
-    w, x = mixed(), jax.random.normal(jax.random.key(3), (2, 3, IN))
+    w, x = mixed(), normal(3, 2, 3, IN)
     base, a, b, router = (np.asarray(t, np.float64) for t in (w.base, w.a, w.b, w.router))
     expected = np.zeros((2, 3, OUT))
     for at in np.ndindex(2, 3):
@@ -46,23 +46,22 @@ def test_each_token_meets_its_own_experts_in_float64():
         for e in chosen:
             A, B = a[:, e * R : (e + 1) * R], b[e * R : (e + 1) * R]
             expected[at] += 3.0 / R * probs[e] / probs[chosen].sum() * (token @ A @ B)
-    np.testing.assert_allclose(dot(x, w), expected, atol=1e-5)
+    np.testing.assert_allclose(product(x, w), expected, atol=1e-5)
 
 
 def test_it_starts_as_the_base_and_slices_under_scan():
-    kernel, x = jax.random.normal(jax.random.key(1), (3, IN, OUT)), jax.random.normal(jax.random.key(3), (2, 4, IN))
+    kernel, x = normal(1, 3, IN, OUT), normal(3, 2, 4, IN)
     w = mixture.attach(jax.random.key(0), kernel, rank=R, experts=E, alpha=3.0, per_token=1)
-    y = jax.lax.scan(lambda _, layer: (None, dot(x, layer)), None, w)[1]
-    np.testing.assert_allclose(y, jnp.einsum("bti,lio->lbto", x, kernel), atol=1e-5)
+    np.testing.assert_allclose(scanned(x, w), np.einsum("bti,lio->lbto", x, kernel), atol=1e-5)
 
 
 @pytest.mark.parametrize(("experts", "fanout"), [((3, 4), (2, 2)), ((3,), (2,)), ((2, 3, 4), (1, 2, 3))])
 def test_a_tree_of_residuals_is_walked_as_in_the_paper_in_float64(experts, fanout):
-    kernel, x = jax.random.normal(jax.random.key(1), (IN, OUT)), jax.random.normal(jax.random.key(3), (2, 3, IN))
+    kernel, x = normal(1, IN, OUT), normal(3, 2, 3, IN)
     made = {"rank": R, "experts": experts, "fanout": fanout, "gate": 4, "scale": 0.7, "activation": "tanh"}
     w = smore.attach(jax.random.key(0), kernel, **made)
-    w = dataclasses.replace(w, up=jax.random.normal(jax.random.key(2), w.up.shape))
-    p, y = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), w), jax.jit(dot)(x, w)
+    w = dataclasses.replace(w, up=normal(2, *w.up.shape))
+    p, y = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), w), np.asarray(product(x, w))
 
     def node(level, token, context):
         scores = p.keys[level] @ (np.maximum(context @ p.hidden[level], 0) @ p.queries[level])
@@ -83,20 +82,19 @@ def test_a_tree_of_residuals_is_walked_as_in_the_paper_in_float64(experts, fanou
 
 
 def test_a_tree_slices_under_scan_and_trains_in_balance():
-    kernel, x = jax.random.normal(jax.random.key(1), (3, IN, OUT)), jax.random.normal(jax.random.key(3), (2, 4, IN))
+    kernel, x = normal(1, 3, IN, OUT), normal(3, 2, 4, IN)
     w = smore.attach(
         jax.random.key(0), kernel, rank=R, experts=(3, 2), fanout=(2, 1), gate=4, scale=1.0, activation="relu"
     )
-    y = jax.lax.scan(lambda _, layer: (None, dot(x, layer)), None, w)[1]
-    np.testing.assert_allclose(y, jnp.einsum("bti,lio->lbto", x, kernel), atol=1e-5)
-    layer = jax.tree.map(lambda leaf: leaf[0], w)
-    bound = dataclasses.replace(layer, mask=jnp.ones((2, 4)), strength=jnp.float32(1))
+    np.testing.assert_allclose(scanned(x, w), np.einsum("bti,lio->lbto", x, kernel), atol=1e-5)
+    layer = jax.tree.map(lambda leaf: np.asarray(leaf)[0], w)
+    bound = dataclasses.replace(layer, mask=np.ones((2, 4), np.float32), strength=np.float32(1))
 
     @jax.jit
     def gradient(w):
         return jax.grad(lambda keys: jnp.sum(dot(x, dataclasses.replace(w, keys=keys))))(w.keys)
 
-    grads = [gradient(w) for w in (layer, bound)]
+    grads = [jax.tree.map(np.asarray, gradient(w)) for w in (layer, bound)]
     assert not any(np.any(g) for g in grads[0])  # nothing is handed on yet
     assert all(np.any(g) for g in grads[1])
 
@@ -108,13 +106,15 @@ def test_a_routed_weight_cannot_be_merged():
 
 def test_balance_adds_exactly_the_gradient_of_its_loss():
     """E sum_e f_e P_e times the strength, over the tokens that count, f held constant."""
-    logits = jax.random.normal(jax.random.key(4), (2, 3, E))
-    mask, strength, k = jnp.array([[1.0, 1, 1], [1, 0, 0]]), jnp.float32(0.7), 2
+    logits = normal(4, 2, 3, E)
+    mask, strength, k = np.float32([[1, 1, 1], [1, 0, 0]]), np.float32(0.7), 2
 
+    @jax.jit
     def routed(logits, strength):
         return jnp.sum(jnp.sin(mixture.gates(logits, k, mask, strength)))
 
-    found = jax.grad(routed)(logits, strength) - jax.grad(routed)(logits, None)
+    gradient = jax.jit(jax.grad(routed))
+    found = np.asarray(gradient(logits, strength)) - gradient(logits, None)
 
     def loss(logits):
         probs = jax.nn.softmax(logits)
@@ -122,7 +122,7 @@ def test_balance_adds_exactly_the_gradient_of_its_loss():
         mean = lambda v: jnp.sum(v * jnp.broadcast_to(mask[..., None], v.shape), axis=(0, 1)) / 4  # noqa: E731
         return 0.7 * E * jnp.sum(mean(share) * mean(probs))
 
-    np.testing.assert_allclose(found, jax.grad(loss)(logits), atol=1e-6)
+    np.testing.assert_allclose(found, jax.jit(jax.grad(loss))(logits), atol=1e-6)
     assert routed(logits, strength) == routed(logits, None)
 
 
@@ -130,7 +130,7 @@ def test_balance_is_bound_for_training_alone_and_grows_with_the_batchs_weight():
     _, params = decoder("llama")
     method = methods.build({"name": "more", "balance": 0.5})
     params = methods.attach(method, params, jax.random.key(0))
-    batch = {"segments": jnp.array([[1, 1, 0]]), "weights": jnp.array([[0.0, 1.0, 0.0]])}
+    batch = {"segments": np.int32([[1, 1, 0]]), "weights": np.float32([[0, 1, 0]])}
     assert method.bind(params, batch, None) is params
     w = method.bind(params, batch, jax.random.key(1))["layers"]["attn"]["q"]["kernel"]
     assert w.mask.shape == (2, 1, 3)
@@ -139,20 +139,21 @@ def test_balance_is_bound_for_training_alone_and_grows_with_the_batchs_weight():
 
 
 def test_the_prompt_ends_at_the_first_answer_of_its_sequence():
-    segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0]])
-    weights = jnp.array([[0.0, 1, 1, 1, 0, 0.0, 1, 0]])
-    found = is_prompt(segments, weights)
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0]])
+    weights = np.array([[0.0, 1, 1, 1, 0, 0.0, 1, 0]])
+    found = jax.jit(is_prompt)(segments, weights)
     np.testing.assert_array_equal(found, [[True, True, False, False, True, True, True, False]])
 
 
 TARGET = r"layers/attn/(q|k|v)/kernel"
 
 
+@functools.cache
 def prompted():
     model, params = decoder("llama")
     method = methods.build({"name": "milora", "rank": 2, "per_prompt": 2, "target": TARGET})
     params = methods.attach(method, params, jax.random.key(0))
-    shaken = lambda n, x: x + 0.3 * jax.random.normal(jax.random.key(len(n)), x.shape) if n.endswith("/b") else x  # noqa: E731
+    shaken = lambda n, x: x + 0.3 * normal(len(n), *x.shape) if n.endswith("/b") else x  # noqa: E731
     return model, method, tree.map_named(shaken, params)
 
 
@@ -170,9 +171,9 @@ class Spy(mixture.PromptRouter):
 
 def test_gates_are_the_top_of_each_layers_router_over_the_prompts_hidden_states():
     model, method, params = prompted()
-    ids, segments = tokens(1, 6), jnp.array([[1, 1, 1, 2, 2, 0]])
+    ids, segments = tokens(1, 6), np.array([[1, 1, 1, 2, 2, 0]])
     bound = method.bind(
-        params, {"tokens": ids, "segments": segments, "weights": jnp.array([[0.0, 1, 1, 1, 1, 0]])}, None
+        params, {"tokens": ids, "segments": segments, "weights": np.array([[0.0, 1, 1, 1, 1, 0]])}, None
     )
     router = bound["layers"]["router"]
     bound["layers"]["router"] = Spy(**{f.name: getattr(router, f.name) for f in dataclasses.fields(router)})
@@ -193,16 +194,17 @@ def test_gates_are_the_top_of_each_layers_router_over_the_prompts_hidden_states(
 
 def test_each_weight_is_handed_its_own_gate():
     _, method, params = prompted()
-    bound = method.bind(params, {"tokens": tokens(1, 2), "segments": jnp.ones((1, 2), jnp.int32)}, None)
-    layer = handed(jax.tree.map(lambda x: x[0], bound["layers"]), jnp.array([[[0.0, 0.5, 1.5]]]))
+    bound = method.bind(params, {"tokens": tokens(1, 2), "segments": np.ones((1, 2), np.int32)}, None)
+    layer = handed(jax.tree.map(lambda x: np.asarray(x)[0], bound["layers"]), np.array([[[0.0, 0.5, 1.5]]]))
     assert [float(layer["attn"][m]["kernel"].gate.item()) for m in "kqv"] == [0.0, 0.5, 1.5]
 
 
 def test_a_gate_weighs_the_update_of_its_lora():
-    x, kernel = jnp.ones((2, 3, IN)), jnp.zeros((IN, OUT))
-    made = {"a": jnp.ones((IN, R)), "b": jnp.ones((R, OUT)), "scale": jnp.float32(0.5), "base": kernel}
-    gate = jnp.array([[0.0], [2.0]])
-    y = dot(x, mixture.Gated(**made, gate=gate))
+    ones = functools.partial(np.ones, dtype=np.float32)
+    x, kernel = ones((2, 3, IN)), 0 * ones((IN, OUT))
+    made = {"a": ones((IN, R)), "b": ones((R, OUT)), "scale": np.float32(0.5), "base": kernel}
+    gate = np.float32([[0], [2]])
+    y = product(x, mixture.Gated(**made, gate=gate))
     np.testing.assert_allclose(y, np.array([0.0, 2.0])[:, None, None] * 0.5 * IN * R * np.ones((2, 3, OUT)))
     with pytest.raises(UserError, match="bind it to a batch"):
         dot(x, mixture.Gated(**made))
@@ -216,7 +218,7 @@ def test_generation_routes_once_by_the_prompt_whatever_its_padding():
     segments = (padded > 0).astype(np.int32)
     found = np.asarray(generate.generate(model, params, padded, segments, max_new=new, bind=method.bind))
     row = np.concatenate([ids, found[:, :-1]], axis=1)
-    ones, weights = np.ones_like(row), jnp.array([[0.0] * 4 + [1.0] * new])
+    ones, weights = np.ones_like(row), np.array([[0.0] * 4 + [1.0] * new])
     bound = method.bind(params, {"tokens": row, "segments": ones, "weights": weights}, None)
     logits = run(model, bound, row, segments=ones, method="__call__")
     np.testing.assert_array_equal(np.argmax(logits[:, 4:], axis=-1), found)

@@ -14,8 +14,10 @@ from lowrank.models import build
 from lowrank.runlog import read_metrics
 from lowrank.weight import is_stored, materialize
 from tests import tiny
+from tests.models.tiny import run
 from tests.test_train import config_of
 
+values = jax.jit(materialize)
 NF4 = {"name": "nf4", "block": 8, "double": True}
 RUNS = {
     "qlora": ("rank=2", "llama", NF4),
@@ -87,13 +89,13 @@ def test_a_merge_into_codes_says_what_it_costs(codes, runs, tmp_path):
     report = merging.merge_to_hf(model.params, model, tmp_path / "merged", codes=codes)
     again = pretrained.load(str(tmp_path / "merged"))
     w, kernel = (p["layers"]["attn"]["q"]["kernel"] for p in (model.params, again.params))
-    exact = np.float64(materialize(w.base)) + np.einsum("lir,lro->lio", w.a, w.b) * np.asarray(w.scale)[:, None, None]
+    exact = np.float64(values(w.base)) + np.einsum("lir,lro->lio", w.a, w.b) * np.asarray(w.scale)[:, None, None]
     others = ("attn/k", "attn/o", "mlp/up")
     for name in others:  # what no adapter is on is the values of its codes
         part, at = name.split("/")
         np.testing.assert_allclose(
             again.params["layers"][part][at]["kernel"],
-            materialize(model.params["layers"][part][at]["kernel"]),
+            values(model.params["layers"][part][at]["kernel"]),
             atol=1e-6,
         )
     assert report.matrices == 2 * tiny.LAYERS
@@ -101,16 +103,17 @@ def test_a_merge_into_codes_says_what_it_costs(codes, runs, tmp_path):
         np.testing.assert_allclose(kernel, exact, atol=1e-6)
         assert report.error < 1e-5
         tokens = np.arange(5, 17, dtype=np.int32)[None]
-        live, merged = (build(m.config).apply({"params": m.params}, tokens) for m in (model, again))
+        live, merged = (run(build(m.config), m.params, tokens, method="__call__") for m in (model, again))
         np.testing.assert_allclose(live, merged, atol=1e-4)
     else:
         made = pretrained.load(str(tmp_path / "merged"), quantized=NF4).params["layers"]["attn"]["q"]["kernel"]
-        np.testing.assert_allclose(materialize(made), kernel, rtol=0.02, atol=2e-3)  # codes of these values again
+        np.testing.assert_allclose(values(made), kernel, rtol=0.02, atol=2e-3)  # codes of these values again
         names = [("attn", n) for n in "qv"]
         lost = [np.float64(again.params["layers"][p][n]["kernel"]) for p, n in names]
         whole = [model.params["layers"][p][n]["kernel"] for p, n in names]
-        errors = sum(np.sum((k - np.float64(materialize(w))) ** 2) for k, w in zip(lost, whole, strict=True))
-        changes = sum(np.sum(np.float64(w.delta()) ** 2) for w in whole)
+        errors = sum(np.sum((k - np.float64(values(w))) ** 2) for k, w in zip(lost, whole, strict=True))
+        delta = jax.jit(lambda w: w.delta())
+        changes = sum(np.sum(np.float64(delta(w)) ** 2) for w in whole)
         assert report.error == pytest.approx((errors / changes) ** 0.5, rel=1e-3)
 
 

@@ -18,12 +18,18 @@ from tests.forms import shaken
 L, IN, OUT = 2, 24, 16
 Q = "layers/attn/q/kernel"
 W = np.random.default_rng(0).standard_normal((L, IN, OUT)).astype(np.float32)
+values, product = jax.jit(materialize), jax.jit(dot)
+wave = lambda x, w: jnp.sum(jnp.sin(dot(x, w)))  # noqa: E731
 
 
 def attached(kernel=W, **group):
-    params = {"layers": {"attn": {"q": {"kernel": jnp.asarray(kernel) if isinstance(kernel, np.ndarray) else kernel}}}}
+    params = {"layers": {"attn": {"q": {"kernel": kernel}}}}
     attach = lambda p: methods.attach(methods.build({"target": Q, **group}), p, jax.random.key(1))  # noqa: E731
     return jax.jit(attach)(params)["layers"]["attn"]["q"]["kernel"]
+
+
+def layer_of(w, i):
+    return jax.tree.map(lambda x: np.asarray(x)[i], w)
 
 
 def nf4(w, block):
@@ -46,46 +52,47 @@ def test_loftq_alternates_codes_and_the_best_factors_with_alpha_divided_out(step
             codes = nf4(kernel - update, 8)
             u, s, v = np.linalg.svd(kernel - codes)
             update = u[:, :rank] * s[:rank] @ v[:rank]
-        one = jax.tree.map(lambda x, i=layer: x[i], w)
-        np.testing.assert_allclose(materialize(one.base), codes, atol=1e-5)
+        one = layer_of(w, layer)
+        np.testing.assert_allclose(values(one.base), codes, atol=1e-5)
         np.testing.assert_allclose(alpha / rank * np.float64(one.a) @ np.float64(one.b), update, atol=1e-5)
-        np.testing.assert_allclose(materialize(one), codes + update, atol=1e-5)
+        np.testing.assert_allclose(values(one), codes + update, atol=1e-5)
 
 
 def test_loftq_starts_nearer_than_qlora():
-    error = lambda w: np.linalg.norm(np.float64(materialize(w)) - W)  # noqa: E731
-    start = error(jax.jit(schemes.SCHEMES["nf4"](block=8))(jnp.asarray(W)))
+    error = lambda w: np.linalg.norm(np.float64(values(w)) - W)  # noqa: E731
+    start = error(jax.jit(schemes.SCHEMES["nf4"](block=8))(W))
     found = [error(attached(name="loftq", rank=4, steps=n, quantize={"name": "nf4", "block": 8})) for n in (1, 4)]
     assert found[1] < found[0] < 0.9 * start
 
 
 def test_qa_lora_pools_its_input_and_is_absorbed_by_the_zeros():
     w = shaken(attached(name="qa_lora", rank=2, alpha=6.0, block=8), jax.random.key(2))
-    one = jax.tree.map(lambda x: x[0], w)
+    one = layer_of(w, 0)
     x = np.random.default_rng(1).standard_normal((5, IN))
     pooled = x.reshape(5, IN // 8, 8).mean(-1) * 8  # the paper's average, times the group
-    base = np.float64(materialize(one.base))
+    base = np.float64(values(one.base))
     expected = x @ base + 6.0 / 2 * pooled @ np.float64(one.a) @ np.float64(one.b)
-    np.testing.assert_allclose(dot(jnp.asarray(x, jnp.float32), one), expected, atol=1e-4)
+    np.testing.assert_allclose(product(np.float32(x), one), expected, atol=1e-4)
     merged = w.absorbed()
     np.testing.assert_array_equal(merged.codes, w.base.codes)
-    np.testing.assert_allclose(materialize(merged), materialize(w), atol=1e-5)
+    np.testing.assert_allclose(values(merged), values(w), atol=1e-5)
 
 
 def test_qa_lora_takes_codes_that_are_there_if_they_have_zeros():
-    codes = jax.jit(schemes.SCHEMES["int4"](block=8, symmetric=False))(jnp.asarray(W))
+    codes = jax.jit(schemes.SCHEMES["int4"](block=8, symmetric=False))(W)
     w = attached(codes, name="qa_lora", rank=2, block=8)
     np.testing.assert_array_equal(w.base.codes, codes.codes)
     with pytest.raises(UserError, match=r"method.block 4 is not the 8 of the base's codes"):
         attached(codes, name="qa_lora", rank=2, block=4)
     with pytest.raises(UserError, match="needs asymmetric integer codes, not NF4"):
-        attached(jax.jit(schemes.SCHEMES["nf4"]())(jnp.asarray(W)), name="qa_lora", rank=2, block=8)
+        attached(jax.jit(schemes.SCHEMES["nf4"]())(W), name="qa_lora", rank=2, block=8)
 
 
 def test_calibration_finds_the_shift_whose_codes_say_most():
     kernel, table = W[0, :16], np.float64(tables.TABLES["nf4"])
-    w = jax.jit(schemes.SCHEMES["nf4"](block=16, calibrate=21))(jnp.asarray(kernel))
-    codes = np.asarray(unpack(w.codes, 4, 16))[0]
+    w = jax.jit(schemes.SCHEMES["nf4"](block=16, calibrate=21))(kernel)
+    codes = np.asarray(jax.jit(unpack, static_argnums=(1, 2))(w.codes, 4, 16))[0]
+    decoded, chosen = np.asarray(values(w)), np.asarray(w.shift)[0]
     for j in range(OUT):
         v = np.float64(kernel[:, j])
         found = {}
@@ -95,16 +102,16 @@ def test_calibration_finds_the_shift_whose_codes_say_most():
             found[shift] = -np.sum(p[p > 0] * np.log(p[p > 0]))
         p = np.bincount(codes[:, j], minlength=16) / 16
         assert -np.sum(p[p > 0] * np.log(p[p > 0])) == pytest.approx(max(found.values()), abs=1e-6)
-        assert min(abs(float(w.shift[0, j]) - shift) for shift in found) < 1e-6
-        top = np.abs(v - float(w.shift[0, j])).max()
-        np.testing.assert_allclose(w.materialize()[:, j], table[codes[:, j]] * top + float(w.shift[0, j]), atol=1e-6)
+        assert min(abs(chosen[j] - shift) for shift in found) < 1e-6
+        top = np.abs(v - chosen[j]).max()
+        np.testing.assert_allclose(decoded[:, j], table[codes[:, j]] * top + chosen[j], atol=1e-6)
 
 
 def test_the_elastic_connection_is_the_papers():
     rank, alpha = 6, 9.0
     w = shaken(attached(name="ir_qlora", rank=rank, alpha=alpha, block=8, calibrate=3), jax.random.key(2))
-    one = jax.tree.map(lambda x: np.float64(x[1]), {k: getattr(w, k) for k in ("a", "b", "beta1", "beta2")})
-    layer, x = jax.tree.map(lambda x: x[1], w), np.random.default_rng(1).standard_normal((5, IN))
+    layer, x = layer_of(w, 1), np.random.default_rng(1).standard_normal((5, IN))
+    one = {k: np.float64(getattr(layer, k)) for k in ("a", "b", "beta1", "beta2")}
 
     def averaged(x, size):  # runs of the common divisor, averaged, and repeated to the new size
         g = math.gcd(x.shape[-1], size)
@@ -112,8 +119,8 @@ def test_the_elastic_connection_is_the_papers():
 
     inner = x @ one["a"] + one["beta1"] * averaged(x, rank)
     update = inner @ one["b"] + one["beta2"] * averaged(inner, OUT)
-    expected = x @ np.float64(materialize(layer.base)) + alpha / rank * update
-    np.testing.assert_allclose(dot(jnp.asarray(x, jnp.float32), layer), expected, atol=2e-5)
+    expected = x @ np.float64(values(layer.base)) + alpha / rank * update
+    np.testing.assert_allclose(product(np.float32(x), layer), expected, atol=2e-5)
 
 
 def halves(kernel):
@@ -133,32 +140,33 @@ def transposed(kernel):
 def test_modulora_takes_any_quantiser():
     w = shaken(attached(name="modulora", rank=2, alpha=4.0, quantizer=f"{__name__}:halves"), jax.random.key(2))
     assert w.shape == (L, IN, OUT)
+    x, gradient = np.random.default_rng(1).standard_normal((5, IN)).astype(np.float32), jax.jit(jax.grad(wave))
     for i in range(L):
-        kernel, layer = np.float64(W[i]), jax.tree.map(lambda x, i=i: x[i], w)
+        kernel, layer = np.float64(W[i]), layer_of(w, i)
         step = np.abs(kernel).mean(0) / 2
         expected = np.round(kernel / step) * step + 2.0 * np.float64(layer.a) @ np.float64(layer.b)
-        np.testing.assert_allclose(materialize(w)[i], expected, atol=1e-5)
-        x = jnp.asarray(np.random.default_rng(1).standard_normal((5, IN)), jnp.float32)
-        np.testing.assert_allclose(dot(x, layer), x @ expected.astype(np.float32), atol=1e-4)
-        dx = jax.grad(lambda x, w=layer: jnp.sum(jnp.sin(dot(x, w))))(x)
-        np.testing.assert_allclose(dx, jnp.cos(x @ materialize(layer)) @ materialize(layer).T, atol=1e-4)
+        np.testing.assert_allclose(np.asarray(values(w))[i], expected, atol=1e-5)
+        np.testing.assert_allclose(product(x, layer), x @ expected.astype(np.float32), atol=1e-4)
+        one = np.asarray(values(layer))
+        np.testing.assert_allclose(gradient(x, layer), np.cos(x @ one) @ one.T, atol=1e-4)
 
 
 def test_qat_multiplies_by_the_codes_and_hands_the_gradient_through():
-    w = jax.tree.map(lambda x: x[0], attached(name="qat", quantize={"name": "int4", "block": 8}))
-    codes = schemes.SCHEMES["int4"](block=8)(jnp.asarray(W[0]))
-    np.testing.assert_allclose(materialize(w), materialize(codes), atol=1e-6)
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((5, IN)), jnp.float32)
-    gradient = jax.grad(lambda w: jnp.sum(jnp.sin(dot(x, w))))(w).latent
-    np.testing.assert_allclose(gradient, x.T @ jnp.cos(x @ materialize(codes)), atol=1e-4)
+    w = layer_of(attached(name="qat", quantize={"name": "int4", "block": 8}), 0)
+    codes = np.asarray(values(jax.jit(schemes.SCHEMES["int4"](block=8))(W[0])))
+    np.testing.assert_allclose(values(w), codes, atol=1e-6)
+    x = np.random.default_rng(1).standard_normal((5, IN)).astype(np.float32)
+    gradient = jax.jit(jax.grad(wave, argnums=1))(x, w).latent
+    np.testing.assert_allclose(gradient, x.T @ np.cos(x @ codes), atol=1e-4)
 
 
 def test_activations_are_rounded_to_their_bits_and_the_gradient_is_not():
     x = np.random.default_rng(1).standard_normal((3, 8)).astype(np.float32)
-    step = np.abs(x).max(-1, keepdims=True) / 7
-    np.testing.assert_allclose(fake.rounded(jnp.asarray(x), 4), np.round(x / step) * step, atol=1e-6)
-    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(fake.rounded(x, 4)))(jnp.asarray(x)), np.ones_like(x))
-    assert len(np.unique(np.asarray(fake.rounded(jnp.asarray(x), 4))[0])) <= 8
+    step, rounded = np.abs(x).max(-1, keepdims=True) / 7, jax.jit(lambda x: fake.rounded(x, 4))
+    found = np.asarray(rounded(x))
+    np.testing.assert_allclose(found, np.round(x / step) * step, atol=1e-6)
+    np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: jnp.sum(rounded(x))))(x), np.ones_like(x))
+    assert len(np.unique(found[0])) <= 8
 
 
 def test_the_adapter_of_loftq_is_not_one_of_peft_and_comes_back(tmp_path):
@@ -192,14 +200,15 @@ def test_bad_settings_are_refused_by_name(group, message):
 
 
 def test_what_is_in_codes_already_is_refused_by_name():
-    codes = jax.jit(schemes.SCHEMES["int8"]())(jnp.asarray(W))
+    codes = jax.jit(schemes.SCHEMES["int8"]())(W)
     with pytest.raises(UserError, match=f"LoftQ starts from a plain kernel; {Q} is a Channel"):
         attached(codes, name="loftq", rank=2)
 
 
 @pytest.mark.parametrize("name", ["loftq", "ir_qlora", "qa_lora", "modulora", "qat"])
 def test_a_kernel_that_is_not_finite_is_named(name):
-    params = {"mlp": {"kernel": jnp.ones((64, 32)).at[3, 2].set(jnp.nan)}}
+    params = {"mlp": {"kernel": np.ones((64, 32), np.float32)}}
+    params["mlp"]["kernel"][3, 2] = np.nan
     options = {} if name == "qat" else {"rank": 1}
     with pytest.raises(UserError, match="mlp/kernel holds NaN or infinite"):
         methods.attach(methods.build({"name": name, "target": ".*kernel", **options}), params, jax.random.key(0))

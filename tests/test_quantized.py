@@ -1,5 +1,7 @@
 """Codes and decoded values against NumPy in float64, edge cases of blocks, and the memory of the compiled product."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,10 +17,16 @@ from tests import large_product
 
 IN, OUT = 40, 24
 W = np.random.default_rng(0).standard_normal((IN, OUT)).astype(np.float32)
+values = jax.jit(materialize)
+
+
+@functools.cache
+def maker(scheme, **options):
+    return jax.jit(SCHEMES[scheme](**options))
 
 
 def made(scheme, w=W, **options):
-    return jax.jit(SCHEMES[scheme](**options))(jnp.asarray(w))
+    return maker(scheme, **options)(w)
 
 
 def by_group(fn, block, w=W):
@@ -67,7 +75,7 @@ FP4 = [sign * m for m in (0, 0.0625, 2, 3, 4, 6, 8, 12) for sign in (1 / 12, -1 
     ],
 )
 def test_values_are_those_of_the_formula(scheme, options, block, formula):
-    np.testing.assert_allclose(made(scheme, **options).materialize(), by_group(formula, block), atol=2e-6)
+    np.testing.assert_allclose(values(made(scheme, **options)), by_group(formula, block), atol=2e-6)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("e4m3", ml_dtypes.float8_e4m3fn), ("e5m2", ml_dtypes.float8_e5m2)])
@@ -76,12 +84,12 @@ def test_8_bit_floats_are_those_of_ml_dtypes(name, kind):
     expected = np.clip(W / scale, -float(ml_dtypes.finfo(kind).max), float(ml_dtypes.finfo(kind).max)).astype(kind)
     w = made("fp8", format=name)
     assert np.mean(np.asarray(w.codes) != expected) < 0.01  # but for ties
-    np.testing.assert_allclose(w.materialize(), np.float32(expected) * scale, rtol=0.26)
+    np.testing.assert_allclose(values(w), np.float32(expected) * scale, rtol=0.26)
 
 
 def test_ternary_is_the_mean_magnitude_times_a_sign_or_zero():
     mean = np.abs(np.float64(W)).mean()
-    np.testing.assert_allclose(made("ternary").materialize(), np.clip(np.round(W / mean), -1, 1) * mean, rtol=1e-6)
+    np.testing.assert_allclose(values(made("ternary")), np.clip(np.round(W / mean), -1, 1) * mean, rtol=1e-6)
 
 
 def test_outlying_inputs_stay_in_bfloat16_and_narrow_the_rest():
@@ -89,45 +97,45 @@ def test_outlying_inputs_stay_in_bfloat16_and_narrow_the_rest():
     w[[3, 17]] *= 20
     split = made("llm_int8", w, outliers=2)
     assert sorted(np.asarray(split.index).tolist()) == [3, 17]
-    kernel = np.asarray(split.materialize())
+    kernel = np.asarray(values(split))
     np.testing.assert_array_equal(kernel[[3, 17]], np.float32(w[[3, 17]].astype(ml_dtypes.bfloat16)))
     rest = np.delete(np.arange(IN), [3, 17])
-    plain = np.asarray(made("int8", w).materialize())
+    plain = np.asarray(values(made("int8", w)))
     assert np.abs(kernel - w)[rest].mean() < 0.1 * np.abs(plain - w)[rest].mean()
 
 
 def test_double_quantisation_costs_little_and_saves_what_it_says():
     w = np.random.default_rng(1).standard_normal((512, 96)).astype(np.float32)
     single, double = made("nf4", w), made("nf4", w, double=True)
-    gap = np.abs(np.asarray(double.materialize()) - np.asarray(single.materialize())).max()
+    gap = np.abs(np.asarray(values(double)) - np.asarray(values(single))).max()
     assert 0 < gap < 0.03 * np.abs(w).max()
     bits = [8 * sum(x.nbytes for x in jax.tree.leaves(q)) / w.size for q in (single, double)]
     np.testing.assert_allclose(bits, [4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)], atol=1e-3)
 
 
 def test_the_8_bit_table_can_be_computed():
-    codes = jnp.arange(256, dtype=jnp.uint8)
-    np.testing.assert_allclose(double_scale.computed(codes), double_scale.dynamic_table(), rtol=1e-6)
+    codes = np.arange(256, dtype=np.uint8)
+    np.testing.assert_allclose(jax.jit(double_scale.computed)(codes), double_scale.dynamic_table(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_are_packed_and_found_again(bits):
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 2, 16, 5)).astype(np.uint8)
-    packed = pack(jnp.asarray(codes), bits)
+    packed = jax.jit(pack, static_argnums=1)(codes, bits)
     assert packed.shape == (3, 2 * 16 * bits // 8, 5)
-    np.testing.assert_array_equal(unpack(packed, bits, 16), codes)
+    np.testing.assert_array_equal(jax.jit(unpack, static_argnums=(1, 2))(packed, bits, 16), codes)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_zeros_and_constants(scheme):
     w = np.zeros((IN, OUT), np.float32)
-    np.testing.assert_array_equal(materialize(made(scheme, w)), w)
+    np.testing.assert_array_equal(values(made(scheme, w)), w)
     w[:] = -0.37
-    np.testing.assert_allclose(materialize(made(scheme, w)), w, rtol=4e-3)
+    np.testing.assert_allclose(values(made(scheme, w)), w, rtol=4e-3)
     w[:, ::2] = 0
     if scheme != "ternary":  # whose one scale is for all of the kernel
         options = {"double": False} if scheme == "mixed" else {}  # whose two bits have no code for 0, only a scale
-        np.testing.assert_allclose(materialize(made(scheme, w, **options)), w, rtol=4e-3)
+        np.testing.assert_allclose(values(made(scheme, w, **options)), w, rtol=4e-3)
 
 
 TILED = {
@@ -150,12 +158,11 @@ def test_the_product_by_tiles_is_the_product(scheme, monkeypatch):
     x = jax.random.normal(jax.random.key(1), (2, 3, 38))
 
     def value_and_gradient(multiply):
-        return jax.value_and_grad(lambda x: jnp.sum(jnp.sin(multiply(x))))(x)
+        return jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(multiply(x)))))(x)
 
-    tiled = jax.jit(lambda: value_and_gradient(lambda x: dot(x, w)))()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
-        tiled,
+        value_and_gradient(lambda x: dot(x, w)),
         value_and_gradient(lambda x: x @ materialize(w)),
     )
 
@@ -167,8 +174,8 @@ def test_a_large_product_and_its_gradient_make_no_copy_of_the_kernel(scheme, opt
 
 
 def test_what_is_saved_for_the_gradient_is_the_codes_alone():
-    w = jax.jit(SCHEMES["nf4"]())(jnp.asarray(W))
-    saved = jax.tree.leaves(jax.vjp(lambda x: dot(x, w), jnp.ones((2, IN)))[1])
+    w = made("nf4")
+    saved = jax.tree.leaves(jax.jit(lambda x, w: jax.vjp(lambda x: dot(x, w), x)[1])(np.ones((2, IN), np.float32), w))
     assert sum(x.nbytes for x in saved) <= sum(x.nbytes for x in jax.tree.leaves(w))
 
 

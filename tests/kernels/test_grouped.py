@@ -1,5 +1,7 @@
 """Grouped products against loops in float64, and their gradients against those of `jax.lax.ragged_dot`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,9 @@ IN, OUT = 5, 7
 
 
 def case(sizes, rows):
-    sizes = jnp.array(sizes, jnp.int32)
-    x = jax.random.normal(jax.random.key(0), (rows, IN))
-    return x, jax.random.normal(jax.random.key(1), (len(sizes), IN, OUT)), sizes
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, IN), (len(sizes), IN, OUT)))
+    return x, w, np.int32(sizes)
 
 
 @pytest.mark.parametrize(
@@ -29,29 +31,30 @@ def test_each_row_meets_the_matrix_of_its_group(product, sizes, rows):
     np.testing.assert_allclose(jax.jit(product)(x, w, counts), expected, atol=1e-5)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(product, x, w, counts):
+    return jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w, counts))), argnums=(0, 1))(x, w)
+
+
 @pytest.mark.parametrize("product", [grouped.ragged_dot, grouped.in_steps])
 @pytest.mark.parametrize(("sizes", "rows"), [([9, 0, 14, 1], 26), ([200, 3, 0, 61, 5], 269), ([128, 128], 256)])
 def test_gradients_are_those_of_the_plain_product(product, sizes, rows):
-    x, w, counts = case(sizes, rows)
-
-    def gradients(dot):
-        return jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(dot(x, w, counts))), argnums=(0, 1)))(x, w)
-
-    for ours, plain in zip(gradients(product), gradients(jax.lax.ragged_dot), strict=True):
+    arrays = case(sizes, rows)
+    for ours, plain in zip(gradients(product, *arrays), gradients(jax.lax.ragged_dot, *arrays), strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("product", [grouped.in_blocks, grouped.in_steps])
 def test_the_gradient_of_a_matrix_is_summed_in_float32(product):
     x, w, counts = case([300, 2], 302)
-    small = lambda *arrays: [a.astype(jnp.bfloat16) for a in arrays]  # noqa: E731
-    ours = jax.grad(lambda w: jnp.sum(product(x.astype(w.dtype), w, counts)))(*small(w))
-    summed = np.float64(small(x)[0])[:300].sum(0)
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    ours = np.asarray(jax.jit(jax.grad(lambda w, x, counts: jnp.sum(product(x, w, counts))))(w, x, counts))
+    summed = np.float64(x)[:300].sum(0)
     np.testing.assert_allclose(np.float64(ours[0]), np.tile(summed[:, None], OUT), rtol=2**-8)
 
 
 def test_a_cpu_multiplies_by_one_matrix_a_block():
-    x, w, counts = (jnp.zeros((512, 64)), jnp.zeros((8, 64, 64)), jnp.full(8, 64, jnp.int32))
+    x, w, counts = (np.zeros((512, 64), np.float32), np.zeros((8, 64, 64), np.float32), np.full(8, 64, np.int32))
     text = jax.jit(grouped.ragged_dot).lower(x, w, counts).as_text()
     assert "64x64xf32" in text
     assert "8x512x64" not in text

@@ -1,6 +1,7 @@
 """The mixture of experts against float64 NumPy, token by token, and under a mesh."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,16 @@ from lowrank.models.moe import MoE, by_expert, route
 from tests.models.tiny import MOE, SIZES, _random, run, tokens
 
 B, T, D, E, F, K = 2, 3, 6, 5, 4, 2
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def drawn(layer, x, size):
+    """Kernels as large as `size`, in the shapes that the layer starts with."""
+    like, seed = jax.eval_shape(layer.init, jax.random.key(0), x)["params"], itertools.count(1)
+    return jax.tree.map(lambda p: size * normal(next(seed), *p.shape), like)
 
 
 def silu(x):
@@ -42,18 +53,17 @@ def token_by_token(x, p, normalise):
 
 @pytest.mark.parametrize(("normalise", "shared"), [(False, 0), (True, 0), (False, 7)])
 def test_the_layer_is_the_weighted_sum_of_each_tokens_experts(normalise, shared):
-    layer, x = MoE(E, K, F, "silu", normalise, shared), jax.random.normal(jax.random.key(0), (B, T, D))
-    params = layer.init(jax.random.key(1), x)["params"]
-    params = jax.tree.map(lambda p: 20 * p, params)
-    y = jax.jit(layer.apply)({"params": params}, x)
+    layer, x = MoE(E, K, F, "silu", normalise, shared), normal(0, B, T, D)
+    params = drawn(layer, x, 0.4)
+    y = np.asarray(jax.jit(layer.apply)({"params": params}, x))
     expected = token_by_token(np.asarray(x, np.float64).reshape(-1, D), params, normalise)
     np.testing.assert_allclose(y.reshape(-1, D), expected, atol=1e-5)
 
 
 def test_rows_are_sorted_by_expert_and_find_their_way_back():
-    routing = route(jax.random.normal(jax.random.key(0), (7, E)), K, True)
-    rows = by_expert(routing, E)
-    np.testing.assert_allclose(np.sum(routing.gates, axis=-1), 1, rtol=1e-6)
+    routing = jax.jit(lambda logits: route(logits, K, True))(normal(0, 7, E))
+    rows = jax.tree.map(np.asarray, jax.jit(lambda routing: by_expert(routing, E))(routing))
+    np.testing.assert_allclose(np.sum(np.asarray(routing.gates), axis=-1), 1, rtol=1e-6)
     ids = np.asarray(routing.experts).reshape(-1)
     assert np.asarray(rows.sizes).tolist() == np.bincount(ids, minlength=E).tolist()
     np.testing.assert_array_equal(rows.tokens[rows.back], np.arange(7).repeat(K))
@@ -68,7 +78,7 @@ def test_a_sharded_decoder_with_experts_computes_what_one_device_does():
     specs = {name: s.spec for name, s in tree.named_leaves(where)}
     assert specs["layers/mlp/experts/up/kernel"] == jax.sharding.PartitionSpec(None, None, "fsdp", "tensor")
     assert specs["layers/mlp/experts/down/kernel"] == jax.sharding.PartitionSpec(None, None, "tensor", "fsdp")
-    ids = jnp.asarray(tokens(4))
+    params, ids = jax.tree.map(np.asarray, params), tokens(4)  # NumPy: a shard of it is cut by no program
     whole = run(model, params, ids)
     parts = run(
         model, jax.device_put(params, where), jax.device_put(ids, jax.sharding.NamedSharding(mesh, sharding.BATCH))
@@ -77,10 +87,10 @@ def test_a_sharded_decoder_with_experts_computes_what_one_device_does():
 
 
 def test_gradients_reach_the_router_and_the_chosen_experts():
-    layer, x = MoE(E, K, F, "silu"), jax.random.normal(jax.random.key(0), (1, 1, D))
-    params = layer.init(jax.random.key(1), x)["params"]
-    grads = jax.grad(lambda p: jnp.sum(jnp.sin(50 * layer.apply({"params": p}, x))))(params)
-    assert np.any(grads["router"]["kernel"])
+    layer, x = MoE(E, K, F, "silu"), normal(0, 1, 1, D)
+    loss = lambda p, x: jnp.sum(jnp.sin(50 * layer.apply({"params": p}, x)))  # noqa: E731
+    grads = jax.jit(jax.grad(loss))(drawn(layer, x, 0.02), x)
+    assert np.any(np.asarray(grads["router"]["kernel"]))
     touched = np.any(np.asarray(grads["experts"]["up"]["kernel"]) != 0, axis=(1, 2))
     assert touched.sum() == K
 

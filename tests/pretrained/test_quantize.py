@@ -16,6 +16,7 @@ from lowrank.weights.schemes import SCHEMES
 from tests import tiny
 from tests.pretrained import files
 
+values = jax.jit(materialize)
 NF4 = {"name": "nf4", "block": 8, "double": True}
 OPTIONS = {"mixed": {"block": 8, "budget": 4.0}}  # tiny kernels have large scales
 
@@ -43,7 +44,7 @@ def test_codes_are_those_of_the_kernel_and_the_rest_is_as_it_was(scheme, folder)
     if scheme == "mixed":  # whose kernels share a budget
         return
     name = "layers/mlp/down/kernel"
-    np.testing.assert_allclose(materialize(codes[name]), materialize(made(before[name])), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(values(codes[name]), values(made(before[name])), rtol=1e-5, atol=1e-6)
 
 
 def test_every_device_has_its_own_shard_of_the_codes(folder):
@@ -59,7 +60,7 @@ def test_every_device_has_its_own_shard_of_the_codes(folder):
 def test_the_dtype_of_the_values_is_that_of_the_parameters(folder):
     read = pretrained.load(str(folder), quantized=NF4, param_dtype="bfloat16").params
     kernel = read["layers"]["attn"]["q"]["kernel"]
-    assert (kernel.dtype, materialize(kernel).dtype) == (jnp.bfloat16, jnp.bfloat16)
+    assert (kernel.dtype, values(kernel).dtype) == (jnp.bfloat16, jnp.bfloat16)
 
 
 def test_a_target_says_which_kernels(folder):
@@ -126,16 +127,15 @@ def test_a_gguf_base_stays_in_its_own_blocks(tmp_path):
         zip(("_q", "_k", "_v", "attn_output", "gate", "up", "down"), ("Q4_0", "Q4_1", "Q8_0") * 3, strict=False)
     )
     path = in_blocks(tmp_path / "mixed.gguf", ends)
-    plain, own = (dict(tree.named_leaves(pretrained.load(path, quantized=q).params, is_weight)) for q in (None, "gguf"))
+    read = pretrained.load(path, quantized="gguf").params
     shapes = pretrained.describe(path, quantized="gguf")[2]
-    assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(
-        lambda x: x.shape, pretrained.load(path, quantized="gguf").params
-    )
+    assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, read)
+    plain, own = (dict(tree.named_leaves(p, is_weight)) for p in (pretrained.load(path).params, read))
     assert own["layers/attn/q/kernel"].title == "Q4_0"
     assert own["layers/mlp/up/kernel"].title == "Q8_0"
     for name, kernel in plain.items():
         assert is_stored(own[name]) == (name.startswith("layers/") and name.endswith("kernel"))
-        np.testing.assert_allclose(materialize(own[name]), kernel, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(values(own[name]), kernel, rtol=1e-6, atol=1e-7)
 
 
 def test_what_is_in_other_blocks_is_named(tmp_path, folder):

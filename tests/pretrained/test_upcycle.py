@@ -14,6 +14,7 @@ from lowrank.runlog import read_metrics
 from lowrank.weight import is_stored, is_weight
 from tests import tiny
 from tests.adapted import adapted
+from tests.models.tiny import run
 from tests.pretrained.files import BERT, GPT2, LLAMA, directory, gguf_twin, tensors
 from tests.test_train import config_of
 
@@ -22,8 +23,7 @@ IDS = np.arange(2, 22, dtype=np.int32).reshape(2, 10)
 
 
 def logits(read):
-    network = build(read.config)
-    return jax.jit(lambda p: network.apply({"params": p}, IDS))(read.params)
+    return run(build(read.config), read.params, IDS, method="__call__")
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,13 @@ def dense(tmp_path_factory):
     return str(directory(tmp_path_factory.mktemp("dense") / "llama", LLAMA))
 
 
-def test_the_mixture_computes_what_the_dense_model_does(dense):
-    plain, mixture = pretrained.load(dense), pretrained.load(dense, upcycled=GROUP)
+@pytest.fixture(scope="module")
+def mixture(dense):
+    return pretrained.load(dense, upcycled=GROUP)
+
+
+def test_the_mixture_computes_what_the_dense_model_does(dense, mixture):
+    plain = pretrained.load(dense)
     np.testing.assert_allclose(logits(mixture), logits(plain), atol=1e-5, rtol=1e-5)
     mlp = mixture.params["layers"]["mlp"]
     for name, kernel in mlp["experts"].items():
@@ -64,13 +69,9 @@ def test_shapes_are_known_without_weights_and_shards_are_those_of_the_whole(dens
     assert all("/routed/" in name for name in whole.new)
 
 
-def test_experts_may_be_codes_and_come_from_a_gguf_file(dense, tmp_path):
+def test_experts_may_be_codes_and_come_from_a_gguf_file(dense, mixture, tmp_path):
     twin = str(gguf_twin(tmp_path / "twin.gguf", LLAMA, tensors(LLAMA), "llama"))
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        pretrained.load(twin, upcycled=GROUP).params,
-        pretrained.load(dense, upcycled=GROUP).params,
-    )
+    jax.tree.map(np.testing.assert_array_equal, pretrained.load(twin, upcycled=GROUP).params, mixture.params)
     group = {"name": "int8", "target": ".*experts/.*kernel"}
     options = {"upcycled": GROUP, "quantized": group}
     params = pretrained.load(dense, **options).params
@@ -118,14 +119,14 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_adapter_says_what_its_base_is(name, dense, tmp_path):
-    base, group = pretrained.load(dense, upcycled=GROUP), METHODS[name]
-    params, _ = adapted(base.params, group)
+def test_every_adapter_says_what_its_base_is(name, dense, mixture, tmp_path):
+    group = METHODS[name]
+    params, _ = adapted(mixture.params, group)
     mask = methods.trainable_mask(methods.build(group), params)
-    kind = adapter.save(params, base, tmp_path, mask=mask, method=group)
+    kind = adapter.save(params, mixture, tmp_path, mask=mask, method=group)
     assert ("PEFT" in kind) == (name == "attention")
     again = merging.adapted(tmp_path, dense)
-    np.testing.assert_allclose(logits(again), logits(dataclasses.replace(base, params=params)), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(logits(again), logits(dataclasses.replace(mixture, params=params)), atol=1e-5, rtol=1e-5)
 
 
 def test_a_mixture_is_no_checkpoint_of_the_dense_family(tmp_path):
