@@ -33,9 +33,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info
 
 # A stamp is written only when the install has succeeded, so that a broken one is done again.
-$(VENV)/ready: setup.py
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lowrank needs Python >= 3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(VENV)/ready: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install -q -e .
 	touch $@
 
@@ -45,6 +43,10 @@ $(VENV)/ready-gpu: $(VENV)/ready-parity
 		"jax-cuda12-pjrt==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')"
 	touch $@
 
-$(VENV)/ready-%: $(VENV)/ready
+$(VENV)/ready-%: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install -q -e '.[dev,$*]'
 	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lowrank needs Python >= 3.11")'
+	$(PYTHON) -m venv $(VENV)

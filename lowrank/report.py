@@ -70,8 +70,8 @@ def plot_losses(workdir: str | os.PathLike[str]) -> Path | None:
         return None
     from matplotlib.figure import Figure  # here, because it takes half a second to load; no pyplot, no global state
 
-    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(7.2, 4.4), dpi=150)
+    axes = figure.add_axes((0.12, 0.11, 0.86, 0.86))
     _draw(axes, train, held_out)
     png = io.BytesIO()
     figure.savefig(png, format="png")

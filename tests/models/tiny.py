@@ -62,7 +62,7 @@ def _random(model):
 
     def leaf(name, x):
         noise = rng.standard_normal(x.shape).astype(np.float32)
-        return jnp.asarray(noise * 1.5 * x.shape[-2] ** -0.5 if name.endswith("kernel") else 1 + 0.5 * noise)
+        return jax.device_put(noise * 1.5 * x.shape[-2] ** -0.5 if name.endswith("kernel") else 1 + 0.5 * noise)
 
     return model, tree.map_named(leaf, like)
 
