@@ -13,15 +13,11 @@ from lowrank.errors import UserError
 from lowrank.methods.milora import is_prompt
 from lowrank.weight import dot, form, handed, merge
 from lowrank.weights import mixture, smore
-from tests.models.tiny import decoder, run, tokens
+from tests.models.tiny import decoder, normal, run, tokens
 
 E, R, IN, OUT = 4, 2, 6, 5
 product = jax.jit(dot)
 scanned = jax.jit(lambda x, w: jax.lax.scan(lambda _, layer: (None, dot(x, layer)), None, w)[1])
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def mixed(per_token=2):

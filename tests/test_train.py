@@ -40,7 +40,7 @@ LM_METHODS = {
     "ia3": "method=ia3",
     "loha": "method=loha,rank=2",
     "prompt": "method=prompt,length=4,init=vocabulary",
-    "ptuning": "method=ptuning,length=4,hidden=8",
+    "ptuning": "method=ptuning,length=4,encoder=lstm,hidden=8",
     "prefix": "method=prefix,length=4",
     "mam": "method=mam,length=4,width=4,reparam=True,hidden=16",
     "lokr": "method=lokr,rank=1",

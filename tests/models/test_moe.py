@@ -12,13 +12,9 @@ from lowrank import sharding, tree
 from lowrank.errors import UserError
 from lowrank.models import DecoderConfig, build
 from lowrank.models.moe import MoE, by_expert, route
-from tests.models.tiny import MOE, SIZES, _random, run, tokens
+from tests.models.tiny import MOE, SIZES, _random, normal, run, tokens
 
 B, T, D, E, F, K = 2, 3, 6, 5, 4, 2
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def drawn(layer, x, size):

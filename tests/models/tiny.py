@@ -67,6 +67,11 @@ def _random(model):
     return model, tree.map_named(leaf, like)
 
 
+def normal(seed, *shape):
+    """Float32 of the normal distribution, drawn by NumPy: no program is compiled."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
 def tokens(rows, length=T, seed=0):
     """Token ids int32 `[rows, length]`."""
     return np.random.default_rng(seed).integers(1, V, (rows, length)).astype(np.int32)
