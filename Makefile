@@ -32,9 +32,14 @@ format: $(VENV)/ready-dev
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-# A stamp is written only when the install has succeeded, so that a broken one is done again.
+# A stamp is written only when the install has succeeded, so that a broken one is done again. pip compiles what it
+# installs on one core: all of them do so after it. Some packages bring files that are not of this Python.
+INSTALL = $(BIN)/python -m pip install -q --no-compile -e
+COMPILE = $(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
+
 $(VENV)/ready: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install -q -e .
+	$(INSTALL) .
+	$(COMPILE)
 	touch $@
 
 # XLA's compiler for GPUs has a folder of its own: where it is installed, every process says that it finds no driver.
@@ -44,9 +49,11 @@ $(VENV)/ready-gpu: $(VENV)/ready-parity
 	touch $@
 
 $(VENV)/ready-%: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[dev,$*]'
+	$(INSTALL) '.[dev,$*]'
+	$(COMPILE)
 	touch $@
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lowrank needs Python >= 3.11")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip  # the one of Python 3.11 resolves in twice the time

@@ -24,8 +24,9 @@ mlir.make_ir_context = functools.cache(mlir.make_ir_context)  # a new one takes 
 
 
 def pytest_collection_finish():
-    """The collector leaves alone what the imports made."""
+    """The collector leaves alone what the imports made, and comes seldom: tracing makes little that is garbage."""
     gc.freeze()
+    gc.set_threshold(100_000)
 
 
 @pytest.fixture(scope="session")

@@ -1,59 +1,35 @@
-"""A step whose loss is on answers alone, the head over all positions at once and over chunks that skip prompts.
+"""A step whose loss is on answers alone: our head over all positions, over chunks that skip prompts, and peft's step.
 
-`python -m experiments.bench.answers`: SmolLM2-135M with LoRA on BBC headlines, as the task `headlines` of the studies.
-Both programs are compiled first and then take turns, in an order that is reversed every round.
+`python -m experiments.bench.answers`, in the environment of `make parity`: SmolLM2-135M with LoRA on BBC headlines, as
+the task `headlines` of the studies; the sides take turns as those of `step.py` do. Written to `results/answers.json`.
 """
 
-import statistics
-import time
-from collections.abc import Callable
+import json
+import tempfile
 from pathlib import Path
 
 from absl import app
 
+from experiments.bench.sides import OURS_ENV, loss_difference, started, take_turns
 from experiments.bench.worker import machine
-from experiments.methods.rows import ROWS
-from experiments.study.tasks import HEADLINES
-from lowrank import plan, sharding, step
 from lowrank.workdir import write_json
 
-CHUNKS, ROUNDS, WARMUP = (0, 128), 12, 2
+CHUNKS, ROUNDS = (0, 128), 12
 OUT = Path(__file__).parent / "results" / "answers.json"
 
 
-def stepper(rows: int) -> tuple[Callable[[], float], float]:
-    """A function that makes one step and returns its seconds, for chunks of `rows`; the share of tokens with weight."""
-    config = HEADLINES.config(ROWS["lora"], 1e-3, seed=0)
-    config.loss_rows = rows
-    job = plan.make(config)
-    optimizer = job.optimizer()
-    state, frozen, _ = job.start(job.load().params, optimizer)
-    batch = sharding.global_batch(next(job.loader), job.mesh)
-    program = step.compile(job.step(optimizer), state, frozen, batch)
-
-    def one_step() -> float:
-        nonlocal state
-        began = time.perf_counter()
-        state, metrics = program(state, frozen, batch, job.rates[-1])
-        float(metrics["loss"])
-        return time.perf_counter() - began
-
-    return one_step, float((batch["weights"] > 0).mean())
-
-
 def main(argv: list[str]) -> None:
-    """Takes the times and writes them, as `{"0": seconds, "128": seconds, "answers": share}`."""
+    """Takes the times and writes them, as `{"0": seconds, "128": seconds, "peft": seconds, "answers": share, ...}`."""
     del argv
-    sides, share = {}, 0.0
-    for rows in CHUNKS:
-        sides[rows], share = stepper(rows)
-    times = {rows: [] for rows in CHUNKS}
-    for turn in range(WARMUP + ROUNDS):
-        for rows in CHUNKS[:: 1 if turn % 2 else -1]:
-            times[rows].append(sides[rows]())
-        print(f"round {turn + 1}:", *(f"loss_rows={rows} {seen[-1]:.2f}s" for rows, seen in times.items()), flush=True)
-    medians = {str(rows): statistics.median(seen[WARMUP:]) for rows, seen in times.items()}
-    write_json(OUT, medians | {"answers": share, "machine": machine("jax")})
+    with tempfile.TemporaryDirectory() as folder:
+        asked = {str(rows): ("headlines", OURS_ENV, {"rows": rows, "folder": folder}) for rows in CHUNKS}
+        asked["peft"] = ("theirs", {}, {"method_name": "lora", "folder": folder})
+        with started(asked) as sides:
+            take_turns(sides, ROUNDS)
+        results = {name: side.median("seconds") for name, side in sides.items()}
+        results["answers"] = json.loads((Path(folder) / "answers.json").read_text())
+    results["largest_loss_difference"] = max(loss_difference(sides[str(rows)], sides["peft"]) for rows in CHUNKS)
+    write_json(OUT, results | {"machine": machine("jax", "torch", "transformers", "peft")})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ OPTIM = optim.OptimConfig(lr=1e-4, clip=0.0)
 
 
 def main(method_name: str, folder: str) -> None:
-    """Loads the model, leaves `tokens.npy` and the initial adapter for the other side, then serves steps."""
+    """Loads the model, leaves `batch.npz` and the initial adapter for the other side, then serves steps."""
     method = methods.build({"name": method_name, "rank": 8, "alpha": 16})
     mesh = sharding.make_mesh()
     base = pretrained.load(MODEL, mesh=mesh, rules=sharding.DEFAULT_RULES, model={"remat": "dots"})
@@ -53,7 +53,7 @@ def _batch(tokenizer: pretrained.Tokenizer, folder: Path) -> dict[str, np.ndarra
     articles = data.examples(data.DataConfig(source="bbc_news", max_examples=8), tokenizer)
     ids = tokenizer.encode("\n\n".join(a["prompt"] for a in articles))[: ROWS * LENGTH]
     tokens = np.array(ids, np.int32).reshape(ROWS, LENGTH)
-    np.save(folder / "tokens.npy", tokens)
+    np.savez(folder / "batch.npz", input_ids=tokens, labels=tokens)
     weights = np.ones_like(tokens, np.float32)
     weights[:, -1] = 0
     return {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "weights": weights}

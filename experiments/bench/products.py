@@ -4,9 +4,6 @@ Forward `x @ W` and backward `g @ W.T` for every kernel of every layer and the h
 makes them all, whatever computes it: on one machine they bound how much faster a step can become.
 """
 
-import json
-import sys
-
 import torch
 
 from experiments.bench.theirs import base
@@ -15,9 +12,8 @@ from experiments.bench.worker import serve
 ROWS = 512
 
 
-def main(method_name: str, folder: str) -> None:
-    """Loads the weights, then serves; the arguments are those of any side of the benchmark."""
-    del method_name, folder
+def main() -> None:
+    """Loads the weights, then serves."""
     model = base()
     kernels = [m.weight.detach() for m in model.modules() if isinstance(m, torch.nn.Linear)]  # [out, in], head last
     rows = {size: torch.randn(ROWS, size) for w in kernels for size in w.shape}
@@ -34,4 +30,4 @@ def main(method_name: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(**json.loads(sys.argv[1]))
+    main()

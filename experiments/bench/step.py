@@ -8,94 +8,44 @@ medians of the wall time of a step, their ratio, the time to the first step (com
 of resident memory since loading.
 """
 
-import contextlib
 import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
+from experiments.bench.sides import OURS_ENV, Asked, Side, loss_difference, started, take_turns
 from experiments.bench.worker import machine
 from lowrank.workdir import write_json
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each side that count; two more warm up.", lower_bound=3)
 OUT = Path(__file__).parent / "results" / "step.json"
-WARMUP, METHODS = 2, ("lora", "dora")
-PAUSE = 0.5  # seconds between turns: torch's threads spin for a while after a step, and would slow the next one
-# Huge pages spare the CPU's TLB, as the README advises on a CPU; they do not make torch faster.
-OURS_ENV = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-
-
-class Side:
-    """A worker process that steps when told to."""
-
-    def __init__(self, module: str, method: str, folder: str, env: dict[str, str]):
-        """Starts the worker and waits until it has loaded."""
-        argument = json.dumps({"method_name": method, "folder": folder})
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-m", f"experiments.bench.{module}", argument]
-        self.process = subprocess.Popen(command, env={**os.environ, **env}, **pipes)
-        self.steps: list[dict[str, float]] = []
-        self._answer()
-
-    def step(self) -> None:
-        """One step, after a pause in which the other sides come to rest."""
-        time.sleep(PAUSE)
-        print("step", file=self.process.stdin, flush=True)
-        self.steps.append(self._answer())
-
-    def _answer(self) -> Any:
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the worker ended: {self.process.args}")
-        return json.loads(line)
-
-    def median(self, key: str) -> float:
-        """The median over the rounds that count."""
-        return statistics.median(s[key] for s in self.steps[WARMUP:])
+METHODS = ("lora", "dora")
 
 
 def main(argv: list[str]) -> None:
     """Runs the rounds and writes the results."""
     del argv
-    with tempfile.TemporaryDirectory() as folder, _sides(folder) as sides:
-        for turn in range(WARMUP + ROUNDS.value):
-            for side in list(sides.values())[:: 1 if turn % 2 else -1]:
-                side.step()
-            print(f"round {turn + 1}:", *(f"{'/'.join(k)} {s.steps[-1]['seconds']:.2f}s" for k, s in sides.items()))
-        results = {m: _compare(sides["ours", m], sides["theirs", m]) for m in METHODS}
-        results["products"] = {"torch_s": sides["products", ""].median("seconds")}
+    with tempfile.TemporaryDirectory() as folder, started(_asked(folder)) as sides:
+        take_turns(sides, ROUNDS.value)
+        results = {m: _compare(sides[f"ours/{m}"], sides[f"theirs/{m}"]) for m in METHODS}
+        results["products"] = {"torch_s": sides["products"].median("seconds")}
     results["dora"]["over_our_lora"] = results["dora"]["ours_s"] / results["lora"]["ours_s"]
     results["machine"] = machine("jax", "torch", "transformers", "peft")
-    OUT.parent.mkdir(exist_ok=True)
     write_json(OUT, results)
     print(json.dumps(results, indent=1))
 
 
-@contextlib.contextmanager
-def _sides(folder: str) -> Iterator[dict[tuple[str, str], Side]]:
-    sides: dict[tuple[str, str], Side] = {}
-    try:
-        for method in METHODS:  # ours first: it leaves the tokens and the initial adapter
-            sides["ours", method] = Side("ours", method, folder, OURS_ENV)
-            sides["theirs", method] = Side("theirs", method, folder, {})
-        sides["products", ""] = Side("products", "", folder, {})
-        yield sides
-    finally:
-        for side in sides.values():
-            side.process.kill()
-            side.process.wait()
+def _asked(folder: str) -> dict[str, Asked]:
+    asked: dict[str, Asked] = {}
+    for method in METHODS:  # ours first: it leaves the batch and the initial adapter
+        arguments = {"method_name": method, "folder": folder}
+        asked |= {f"ours/{method}": ("ours", OURS_ENV, arguments), f"theirs/{method}": ("theirs", {}, arguments)}
+    return asked | {"products": ("products", {}, {})}
 
 
 def _compare(ours: Side, theirs: Side) -> dict[str, Any]:
-    losses = zip(ours.steps, theirs.steps, strict=True)
     return {
         "ours_s": ours.median("seconds"),
         "peft_s": theirs.median("seconds"),
@@ -106,16 +56,11 @@ def _compare(ours: Side, theirs: Side) -> dict[str, Any]:
         "peft_rss_mb": theirs.steps[-1]["rss_mb"],
         "ours_first_step_s": ours.steps[0]["seconds"],
         "peft_first_step_s": theirs.steps[0]["seconds"],
-        "ours_range_s": _range(ours),
-        "peft_range_s": _range(theirs),
-        "largest_loss_difference": max(abs(a["loss"] - b["loss"]) for a, b in losses),
+        "ours_range_s": ours.range(),
+        "peft_range_s": theirs.range(),
+        "largest_loss_difference": loss_difference(ours, theirs),
         "rounds": ROUNDS.value,
     }
-
-
-def _range(side: Side) -> list[float]:
-    seconds = [s["seconds"] for s in side.steps[WARMUP:]]
-    return [min(seconds), max(seconds)]
 
 
 if __name__ == "__main__":

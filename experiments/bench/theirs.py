@@ -1,4 +1,4 @@
-"""The side of peft and torch in the step benchmark: answers each line on stdin with one training step."""
+"""The side of peft and torch in the benchmarks of a step: answers each line on stdin with one training step."""
 
 import json
 import sys
@@ -22,13 +22,13 @@ def base() -> torch.nn.Module:
 
 
 def main(method_name: str, folder: str) -> None:
-    """Loads the same weights, tokens and initial adapter as the other side, in float32, then serves steps."""
+    """Loads the same weights, batch and initial adapter as the other side, in float32, then serves steps."""
     model = PeftModel.from_pretrained(base(), Path(folder) / method_name, is_trainable=True).train()
-    tokens = torch.tensor(np.load(Path(folder) / "tokens.npy"), dtype=torch.long)
+    batch = {name: torch.tensor(x, dtype=torch.long) for name, x in np.load(Path(folder) / "batch.npz").items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
 
     def one_step() -> float:
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -4,6 +4,7 @@ Only the values have a gradient, moments and a place in an adapter: k of them wh
 product itself is dense; the gradient of one layer's kernel exists for a moment, as a temporary.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -43,6 +44,7 @@ def places(w: Any, density: float) -> int:
     return max(1, round(density * size))
 
 
+@functools.partial(jax.jit, static_argnames="count")
 def largest(scores: jax.Array, count: int) -> jax.Array:
     """The places int32 `[..., count]` of the largest scores `[..., in, out]`, one layer of a stack at a time."""
     flat = scores.reshape(-1, scores.shape[-2] * scores.shape[-1])

@@ -1,0 +1,52 @@
+"""Our side of the benchmark of answers: a step of the studies' task `headlines` for each line on stdin."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from experiments.bench.worker import serve
+from experiments.methods.rows import ROWS
+from experiments.study.tasks import HEADLINES
+from lowrank import adapter, losses, plan, sharding, step, tree
+from lowrank.workdir import write_json
+
+IGNORED = -100  # the label that torch's loss leaves out
+
+
+def main(rows: int, folder: str) -> None:
+    """Loads the run, with `rows` tokens of the head at a time; leaves its start for the other side, then serves."""
+    config = HEADLINES.config(ROWS["lora"], 1e-4, seed=0)
+    config.loss_rows = rows
+    config.optim.update(schedule="constant", warmup=0, clip=0.0)  # as theirs
+    job = plan.make(config)
+    base, optimizer = job.load(), job.optimizer()
+    state, frozen, _ = job.start(base.params, optimizer)
+    batch = next(job.loader)
+    adapted = tree.join(state.trained, frozen)
+    adapter.save(adapted, base, Path(folder) / "lora", mask=job.mask, method=config.method.to_dict())
+    np.savez(Path(folder) / "batch.npz", **_theirs(batch))
+    write_json(Path(folder) / "answers.json", float((batch["weights"] > 0).mean()))
+    del base, adapted
+    batch = sharding.global_batch(batch, job.mesh)
+    program = None
+
+    def one_step() -> float:
+        nonlocal state, program
+        program = program or step.compile(job.step(optimizer), state, frozen, batch)
+        state, metrics = program(state, frozen, batch, job.rates[0])
+        return float(metrics["loss"])
+
+    serve(one_step)
+
+
+def _theirs(batch: losses.Batch) -> dict[str, np.ndarray]:
+    """The batch as transformers takes it: labels stand with the token that they are, not with the one before."""
+    labels = np.full_like(batch["tokens"], IGNORED)
+    labels[:, 1:] = np.where(batch["weights"] > 0, batch["targets"], IGNORED)[:, :-1]
+    return {"input_ids": batch["tokens"], "attention_mask": np.int32(batch["segments"] > 0), "labels": labels}
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))
