@@ -23,7 +23,9 @@ def main(rows: int, folder: str) -> None:
     job = plan.make(config)
     base, optimizer = job.load(), job.optimizer()
     state, frozen, _ = job.start(base.params, optimizer)
-    batch = next(job.loader)
+    batch = dict(next(job.loader))
+    batch["weights"] = np.array(batch["weights"])
+    batch["weights"][:, -1] = 0  # the token after the row's last one is not among their labels
     adapted = tree.join(state.trained, frozen)
     adapter.save(adapted, base, Path(folder) / "lora", mask=job.mask, method=config.method.to_dict())
     np.savez(Path(folder) / "batch.npz", **_theirs(batch))
