@@ -1,10 +1,7 @@
 """The flags of commands that read an adapter: a run's folder, or an adapter's."""
 
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
@@ -36,20 +33,3 @@ def _source() -> tuple[Path, str | None]:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{_WORKDIR.value} is not the folder of a run: {config}: {e}") from None
     return Path(_WORKDIR.value) / train.ADAPTER, _BASE.value or model
-
-
-def parse(argv: Sequence[str]) -> list[str]:
-    """absl's parser for `app.run`, with one line for a bad flag."""
-    try:
-        rest = flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise UserError(f"{rest[1]!r} is not a flag")
-        return rest
-    except (flags.Error, UserError) as e:
-        return fail(e)
-
-
-def fail(error: Exception) -> Any:
-    """One line on stderr, and exit code 2."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)

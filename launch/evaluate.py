@@ -7,7 +7,6 @@ exit code 2.
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from launch.main import parse, quiet  # and the flags --config and --workdir
+from launch import command
+from launch.main import parse  # and the flags --config and --workdir
 from lowrank import merging, plan, sharding, train, workdir
 from lowrank.errors import UserError
 
@@ -36,13 +36,11 @@ def evaluate(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> di
 def main(argv: Sequence[str]) -> None:
     """Scores as the flags describe."""
     del argv
-    quiet()
     try:
         scores = evaluate(flags.FLAGS.config.lock(), flags.FLAGS.workdir)
         workdir.write_json(Path(flags.FLAGS.workdir) / "evaluation.json", scores)
     except UserError as e:
-        print("error:", e, file=sys.stderr)
-        sys.exit(2)
+        command.fail(e)
     print(json.dumps(scores, indent=2))
 
 

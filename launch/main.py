@@ -6,12 +6,12 @@ Bad input is one line on stderr and exit code 2. SIGTERM saves and exits with 0;
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections.config_flags import config_flags
 
+from launch import command
 from lowrank import config_file, train
 from lowrank.errors import UserError
 
@@ -26,19 +26,12 @@ def main(argv: Sequence[str]) -> None:
     """Runs the training that the flags describe."""
     del argv
     config = _CONFIG.value.lock()
-    quiet()
     try:
         if config.get("distributed", False) is True:
             _connect()
         train.run(config, _WORKDIR.value, command=shlex.join(["python", "-m", "launch.main", *sys.argv[1:]]))
     except UserError as e:
-        _fail(e)
-
-
-def quiet() -> None:
-    """Logs warnings only, unless --verbosity asks for more: Orbax tells every step of every checkpoint."""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+        command.fail(e)
 
 
 def _connect() -> None:
@@ -52,14 +45,12 @@ def parse(argv: Sequence[str]) -> list[str]:
     """absl's parser for `app.run`, with one line for a bad flag where absl or ml_collections print pages."""
     try:
         _check_groups(argv)
-        rest = flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise UserError(f"{rest[1]!r} is not a flag")
+        rest = command.parse(argv)
         if _CONFIG.value is None or _WORKDIR.value is None:
             raise UserError("--config=FILE and --workdir=DIR are both required")
         return rest
-    except (flags.Error, UserError) as e:
-        return _fail(e)
+    except UserError as e:
+        return command.fail(e)
 
 
 def _check_groups(argv: Sequence[str]) -> None:
@@ -73,11 +64,6 @@ def _check_groups(argv: Sequence[str]) -> None:
     for name in names:
         if name.startswith("config."):
             config_file.check_group(config, name)
-
-
-def _fail(error: Exception) -> Any:
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from launch import adapters
+from launch import adapters, command
 from lowrank import merging
 from lowrank.errors import UserError
 
@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> None:
         options = {"dtype": _DTYPE.value, "labels": _LABELS.value, "codes": _CODES.value}
         print(merging.merge_to_hf(model.params, model, _OUTPUT.value, **options))
     except UserError as e:
-        adapters.fail(e)
+        command.fail(e)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=adapters.parse)
+    app.run(main, flags_parser=command.parse)

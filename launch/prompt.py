@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from launch import adapters
+from launch import adapters, command
 from lowrank import prompts
 from lowrank.errors import UserError
 
@@ -21,8 +21,8 @@ def main(argv: Sequence[str]) -> None:
         model = adapters.adapted()
         print(prompts.table(model.params, model.tokenizer, _TOP.value))
     except UserError as e:
-        adapters.fail(e)
+        command.fail(e)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=adapters.parse)
+    app.run(main, flags_parser=command.parse)

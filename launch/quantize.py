@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from launch import adapters
+from launch import command
 from lowrank import data, ptq, settings
 from lowrank.errors import UserError
 
@@ -37,8 +37,8 @@ def main(argv: Sequence[str]) -> None:
         text = data.DataConfig(**about) if _DATA.value else None
         print(ptq.write(_MODEL.value, group, _OUT.value, dtype=_DTYPE.value, text=text, rows=_ROWS.value))
     except UserError as e:
-        adapters.fail(e)
+        command.fail(e)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=adapters.parse)
+    app.run(main, flags_parser=command.parse)
