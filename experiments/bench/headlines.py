@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.bench.ours import stepping
 from experiments.bench.worker import serve
 from experiments.methods.rows import ROWS
 from experiments.study.tasks import HEADLINES
-from lowrank import adapter, losses, plan, sharding, step, tree
-from lowrank.workdir import write_json
+from lowrank import adapter, losses, plan, sharding, tree
 
 IGNORED = -100  # the label that torch's loss leaves out
 
@@ -29,18 +29,9 @@ def main(rows: int, folder: str) -> None:
     adapted = tree.join(state.trained, frozen)
     adapter.save(adapted, base, Path(folder) / "lora", mask=job.mask, method=config.method.to_dict())
     np.savez(Path(folder) / "batch.npz", **_theirs(batch))
-    write_json(Path(folder) / "answers.json", float((batch["weights"] > 0).mean()))
     del base, adapted
     batch = sharding.global_batch(batch, job.mesh)
-    program = None
-
-    def one_step() -> float:
-        nonlocal state, program
-        program = program or step.compile(job.step(optimizer), state, frozen, batch)
-        state, metrics = program(state, frozen, batch, job.rates[0])
-        return float(metrics["loss"])
-
-    serve(one_step)
+    serve(stepping(job.step(optimizer), state, frozen, batch, job.rates[0]))
 
 
 def _theirs(batch: losses.Batch) -> dict[str, np.ndarray]:

@@ -3,7 +3,9 @@
 import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,16 +33,21 @@ def main(method_name: str, folder: str) -> None:
     optimizer = optim.make(OPTIM, 1000, trained)
     network = models.build(base.config)
     loss = functools.partial(_loss, network)
-    plain = step.make(loss, optimizer, seed=0)
-    state, program = step.init(trained, optimizer, mesh), None
+    state = step.init(trained, optimizer, mesh)
+    serve(stepping(step.make(loss, optimizer, seed=0), state, frozen, batch, np.float32(OPTIM.lr)))
+
+
+def stepping(plain: Any, state: step.State, frozen: Any, batch: losses.Batch, rate: np.ndarray) -> Callable[[], float]:
+    """A function that makes one step and returns its loss; the first call compiles."""
+    program = None
 
     def one_step() -> float:
         nonlocal state, program
         program = program or step.compile(plain, state, frozen, batch)
-        state, metrics = program(state, frozen, batch, np.float32(OPTIM.lr))
+        state, metrics = program(state, frozen, batch, rate)
         return float(metrics["loss"])
 
-    serve(one_step)
+    return one_step
 
 
 def _loss(network, params, batch, rng):
