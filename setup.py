@@ -8,7 +8,7 @@ setup(
     description="Parameter-efficient fine-tuning in JAX, from a laptop to a TPU pod",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["lowrank", "lowrank.*", "launch", "configs"]),
+    packages=find_packages(include=["lowrank", "lowrank.*", "launch", "configs", "experiments", "experiments.plan"]),
     install_requires=[
         "absl-py",
         "array_record",

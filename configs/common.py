@@ -4,7 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lowrank.settings import parse
+from lowrank.core.config_schema import parse
 
 GROUPS = ("model", "method", "data", "optim", "eval", "mesh", "checkpoint")
 

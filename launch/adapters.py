@@ -5,9 +5,10 @@ from pathlib import Path
 
 from absl import flags
 
-from lowrank import merging, train, workdir
-from lowrank.errors import UserError
+from lowrank.adapters import load
+from lowrank.core.errors import UserError
 from lowrank.pretrained import Pretrained
+from lowrank.training import loop, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a finished run, whose adapter is read.")
 _ADAPTER = flags.DEFINE_string("adapter", None, "The folder of an adapter, in place of --workdir.")
@@ -18,7 +19,7 @@ _ANY_BASE = flags.DEFINE_bool("any_base", False, "Attach the adapter even if it 
 def adapted() -> Pretrained:
     """The model with the adapter that the flags name. Raises UserError as `merging.adapted` does."""
     directory, spec = _source()
-    return merging.adapted(directory, spec, any_base=_ANY_BASE.value)
+    return load.load_adapted(directory, spec, any_base=_ANY_BASE.value)
 
 
 def _source() -> tuple[Path, str | None]:
@@ -32,4 +33,4 @@ def _source() -> tuple[Path, str | None]:
         model = json.loads(config.read_text())["model"]["name"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{_WORKDIR.value} is not the folder of a run: {config}: {e}") from None
-    return Path(_WORKDIR.value) / train.ADAPTER, _BASE.value or model
+    return Path(_WORKDIR.value) / loop.ADAPTER, _BASE.value or model

@@ -6,7 +6,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 
 
 def parse(argv: Sequence[str]) -> list[str]:

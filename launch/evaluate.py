@@ -16,19 +16,21 @@ from absl import app, flags
 
 from launch import command
 from launch.main import parse  # and the flags --config and --workdir
-from lowrank import merging, plan, sharding, train, workdir
-from lowrank.errors import UserError
+from lowrank.adapters import load
+from lowrank.core import files, sharding
+from lowrank.core.errors import UserError
+from lowrank.training import build, loop
 
 
 def evaluate(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> dict[str, float]:
     """The scores of the adapter in the run's folder. Raises UserError if there is none, or it fits another model."""
-    job = plan.make(config)
+    job = build.build_run(config)
     if job.scorer is None:
         raise UserError("eval.split is not set: it names what to score on")
-    found = Path(directory) / train.ADAPTER
+    found = Path(directory) / loop.ADAPTER
     if not found.is_dir():
         raise UserError(f"{directory} holds no finished run: there is no {found}")
-    model = merging.adapted(found, job.model.name, model=job.options, param_dtype=job.model.param_dtype)
+    model = load.load_adapted(found, job.model.name, model=job.options, param_dtype=job.model.param_dtype)
     params = jax.device_put(model.params, sharding.shardings(model.params, job.mesh))
     return job.scorer.scores(params) | job.scorer.texts(params)[0]
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     try:
         scores = evaluate(flags.FLAGS.config.lock(), flags.FLAGS.workdir)
-        workdir.write_json(Path(flags.FLAGS.workdir) / "evaluation.json", scores)
+        files.write_json(Path(flags.FLAGS.workdir) / "evaluation.json", scores)
     except UserError as e:
         command.fail(e)
     print(json.dumps(scores, indent=2))

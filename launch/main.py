@@ -12,8 +12,9 @@ from absl import app, flags
 from ml_collections.config_flags import config_flags
 
 from launch import command
-from lowrank import config_file, train
-from lowrank.errors import UserError
+from lowrank.core import config_file
+from lowrank.core.errors import UserError
+from lowrank.training import loop
 
 # New keys are let in so that every option can be set, listed in the file or not; the dataclasses refuse unknown ones.
 _CONFIG = config_flags.DEFINE_config_file(
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         if config.get("distributed", False) is True:
             _connect()
-        train.run(config, _WORKDIR.value, command=shlex.join(["python", "-m", "launch.main", *sys.argv[1:]]))
+        loop.run(config, _WORKDIR.value, command=shlex.join(["python", "-m", "launch.main", *sys.argv[1:]]))
     except UserError as e:
         command.fail(e)
 

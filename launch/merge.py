@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from launch import adapters, command
-from lowrank import merging
-from lowrank.errors import UserError
+from lowrank.adapters import export
+from lowrank.core.errors import UserError
 
 _OUTPUT = flags.DEFINE_string("output", None, "Where the checkpoint goes: an empty folder, or a new one.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "What tensors are stored in: float32 or bfloat16.")
-_CODES = flags.DEFINE_enum("codes", "dequantize", merging.CODES, "What becomes of a quantised base.")
+_CODES = flags.DEFINE_enum("codes", "dequantize", export.CODES, "What becomes of a quantised base.")
 _LABELS = flags.DEFINE_list("labels", [], "The names of a classifier's classes, in order.")
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError("--output=DIR is required")
         model = adapters.adapted()
         options = {"dtype": _DTYPE.value, "labels": _LABELS.value, "codes": _CODES.value}
-        print(merging.merge_to_hf(model.params, model, _OUTPUT.value, **options))
+        print(export.merge_to_hf(model.params, model, _OUTPUT.value, **options))
     except UserError as e:
         command.fail(e)
 

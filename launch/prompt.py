@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from launch import adapters, command
-from lowrank import prompts
-from lowrank.errors import UserError
+from lowrank.adapters import nearest_tokens
+from lowrank.core.errors import UserError
 
 _TOP = flags.DEFINE_integer("top", 5, "How many tokens for each virtual one.")
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     try:
         model = adapters.adapted()
-        print(prompts.table(model.params, model.tokenizer, _TOP.value))
+        print(nearest_tokens.table(model.params, model.tokenizer, _TOP.value))
     except UserError as e:
         command.fail(e)
 

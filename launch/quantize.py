@@ -2,7 +2,7 @@
 
 Schemes are those of `model.quantize`; and gptq and awq, which are calibrated by data:
 `--scheme=gptq:bits=4,block=64 --data=jsonl:records.jsonl`. The folder is like one of Hugging Face, with codes in place
-of kernels (`lowrank.pretrained.kept`): `model.name=DIR` in a config, and every method on top.
+of kernels (`lowrank.pretrained.quantized_checkpoint`): `model.name=DIR` in a config, and every method on top.
 Bad input is one line on stderr and exit code 2.
 """
 
@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from launch import command
-from lowrank import data, ptq, settings
-from lowrank.errors import UserError
+from lowrank import data, quantization
+from lowrank.core import config_schema
+from lowrank.core.errors import UserError
 
 _MODEL = flags.DEFINE_string("model", None, "The model: a name, a folder, a .gguf file, or org/name of the hub.")
 _SCHEME = flags.DEFINE_string("scheme", "nf4", "NAME or NAME:KEY=VALUE,...")
@@ -32,10 +33,10 @@ def main(argv: Sequence[str]) -> None:
         if not (_MODEL.value and _OUT.value):
             raise UserError("--model=MODEL and --out=DIR are both required")
         name, _, options = _SCHEME.value.partition(":")
-        group = {"name": name, **settings.parse(options)}
+        group = {"name": name, **config_schema.parse(options)}
         about = {"source": _DATA.value, "split": _SPLIT.value, "template": _TEMPLATE.value, "seq_len": _LENGTH.value}
         text = data.DataConfig(**about) if _DATA.value else None
-        print(ptq.write(_MODEL.value, group, _OUT.value, dtype=_DTYPE.value, text=text, rows=_ROWS.value))
+        print(quantization.write(_MODEL.value, group, _OUT.value, dtype=_DTYPE.value, text=text, rows=_ROWS.value))
     except UserError as e:
         command.fail(e)
 

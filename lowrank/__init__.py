@@ -1,13 +1,15 @@
 """Parameter-efficient fine-tuning in JAX: a weight is anything that can be multiplied."""
 
-from lowrank import methods, tree
-from lowrank.errors import UserError
-from lowrank.tree import join, split
-from lowrank.weight import Weight, dot, materialize, merge, rewrite, trainable_mask
+from lowrank import methods
+from lowrank.core import tree
+from lowrank.core.errors import UserError
+from lowrank.core.tree import join, split
+from lowrank.core.weight import Weight, declared_mask, dot, materialize, merge, rewrite
 
 __all__ = [
     "UserError",
     "Weight",
+    "declared_mask",
     "dot",
     "join",
     "materialize",
@@ -15,6 +17,5 @@ __all__ = [
     "methods",
     "rewrite",
     "split",
-    "trainable_mask",
     "tree",
 ]

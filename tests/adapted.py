@@ -2,8 +2,9 @@
 
 import jax
 
-from lowrank import methods, tree
-from lowrank.weight import is_weight, name_key, trainable_mask
+from lowrank import methods
+from lowrank.core import tree
+from lowrank.core.weight import declared_mask, is_weight, name_key
 from tests.forms import shaken
 
 
@@ -14,7 +15,7 @@ def adapted(params, group, size=1.0, train=()):
     """
     method = methods.build(group)  # no program: each would hold a random generator of its own, a second to compile
     start = methods.attach(method, params, jax.random.key(1))
-    mask = trainable_mask(start, (*method.train, *train))
+    mask = declared_mask(start, (*method.train, *train))
     moved = tree.map_named(_moved, start, is_leaf=is_weight)
     moved = jax.tree.map(lambda x, y, learns: x + size * (y - x) if learns else x, start, moved, mask)
     names = [name for name, learns in tree.named_leaves(mask) if learns]

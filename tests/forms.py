@@ -9,10 +9,7 @@ import jax.numpy as jnp
 
 from lowrank.weights import (
     adalora,
-    awq,
-    black_box,
     dora,
-    fake,
     hira,
     ir_qlora,
     loftq,
@@ -20,15 +17,15 @@ from lowrank.weights import (
     lokr,
     lora,
     lora_xs,
-    mixed,
     oft,
     qa_lora,
-    rows,
     scaled,
     sparse,
+    token_embeddings,
     vera,
 )
-from lowrank.weights.schemes import SCHEMES
+from lowrank.weights.quantized import black_box, fake_quantized, input_scaled, mixed
+from lowrank.weights.quantized.schemes import SCHEMES
 
 L, IN, OUT, RANK = 3, 12, 10, 4
 
@@ -67,7 +64,7 @@ FORMS: dict[str, Callable[[jax.Array, Any], Any]] = {
     "edora": lambda key, w: lora_xs.attach_edora(lora_on(key, w, _even(w))),
     "adalora": lambda key, w: adalora.attach(key, w, rank=RANK, alpha=6.0),
     "sparse": lambda key, w: sparse.attach(w, sparse.largest(jax.random.uniform(key, w.shape), 7)),
-    "rows": lambda key, w: rows.attach(w, jnp.broadcast_to(jnp.array([7, 2]), (*w.shape[:-2], 2))),
+    "rows": lambda key, w: token_embeddings.attach(w, jnp.broadcast_to(jnp.array([7, 2]), (*w.shape[:-2], 2))),
     "dora": lambda key, w: dora.attach(lora_on(key, w, _even(w))),
     "ia3 out": lambda key, w: scaled.attach(w, "out"),
     "ia3 in": lambda key, w: scaled.attach(w, "in"),
@@ -137,7 +134,7 @@ FORMS |= {
     "fp8 e5m2": quantised("fp8", format="e5m2"),
     "ternary": quantised("ternary"),
     "mixed": lambda key, w: mixed.quantize(w, high=2, block=4, double=True),
-    "awq": lambda key, w: awq.balanced(
+    "awq": lambda key, w: input_scaled.scale_inputs(
         w, jnp.broadcast_to(jnp.linspace(0.5, 2, IN), w.shape[:-1]), SCHEMES["int4"](block=4, symmetric=False)
     ),
     "loftq": lambda key, w: loftq.attach(
@@ -150,7 +147,7 @@ FORMS |= {
         FORMS["lora"](key, SCHEMES["nf4"](block=8, double=True, calibrate=5)(w))
     ),
     "black box": lambda key, w: black_box.attach(w, black_box.absmax, "absmax"),
-    "qat": lambda key, w: fake.attach(w, scheme="int4", options=(("block", 8),), activations=0),
+    "qat": lambda key, w: fake_quantized.attach(w, scheme="int4", options=(("block", 8),), activations=0),
     "lora of nf4": _on_nf4(FORMS["lora"]),
     "dora of nf4": _on_nf4(FORMS["dora"]),
     "hira of nf4": _on_nf4(FORMS["hira"]),

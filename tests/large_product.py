@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from lowrank.plan import gpus
-from lowrank.weight import dot
-from lowrank.weights.schemes import SCHEMES
+from lowrank.core.weight import dot
+from lowrank.memory import gpus
+from lowrank.weights.quantized.schemes import SCHEMES
 
 SHAPE, ROWS = (4096, 14336), 64
 

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from lowrank.peft_format import match
+from lowrank.adapters.peft import match
 
 PREFIX = "base_model.model."
 

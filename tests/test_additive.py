@@ -10,16 +10,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lowrank import evaluate, merging, methods, plan, prompts, train, tree
-from lowrank.errors import UserError
+from lowrank import methods
+from lowrank.adapters import load, nearest_tokens
+from lowrank.core import tree
+from lowrank.core.errors import UserError
+from lowrank.evaluation import scores as evaluate
 from lowrank.models import build
+from lowrank.training import build as plan
+from lowrank.training import loop
 from tests.test_train import config_of
 
 
 def trained(files, arg, folder, **changes):
     """`(summary, the model as its adapter gives it back)` of a short run."""
     config = config_of(files, arg, optim__lr=0.05, mesh__data=1, checkpoint__every=0, steps=3, **changes)
-    return train.run(config, folder), merging.adapted(folder / "adapter", str(files / "llama"))
+    return loop.run(config, folder), load.load_adapted(folder / "adapter", str(files / "llama"))
 
 
 def test_the_mlp_of_a_prefix_is_the_papers():
@@ -74,7 +79,7 @@ def test_an_adapter_holds_what_the_mlp_makes_and_not_the_mlp(files, tmp_path, mo
 )
 def test_what_does_not_fit_the_positions_is_refused(arg, culprit, files, tmp_path):
     with pytest.raises(UserError) as error:
-        train.run(config_of(files, arg), tmp_path / "w")
+        loop.run(config_of(files, arg), tmp_path / "w")
     assert culprit in str(error.value)
 
 
@@ -118,7 +123,7 @@ def test_a_prompt_starts_from_the_vocabulary_or_from_a_text(files):
         "length=5,init=text,text=the red cat",
         "length=2,init=text,text=the red cat",
     ):
-        job = plan.make(config_of(files, f"method=prompt,{arg}", mesh__data=1))
+        job = plan.build_run(config_of(files, f"method=prompt,{arg}", mesh__data=1))
         params, _ = job.attach(job.load().params)
         starts[arg] = job.prepare(params)["prompt"]["embedding"]
     table, ids = np.asarray(params["embed"]["embedding"]), job.tokenizer.encode("the red cat the red")
@@ -142,10 +147,10 @@ def test_the_nearest_tokens_are_those_of_the_largest_cosine():
     table, prompt = rng.normal(size=(11, 4)), rng.normal(size=(3, 4))
     cosines = (prompt / np.linalg.norm(prompt, axis=1)[:, None]) @ (table / np.linalg.norm(table, axis=1)[:, None]).T
     params = {"embed": {"embedding": jnp.asarray(table)}, "prompt": {"embedding": jnp.asarray(prompt)}}
-    ids, found = prompts.nearest(params, 2)
+    ids, found = nearest_tokens.nearest(params, 2)
     np.testing.assert_array_equal(ids, np.argsort(-cosines, axis=1)[:, :2])
     np.testing.assert_allclose(found, -np.sort(-cosines, axis=1)[:, :2], atol=1e-6)
     with pytest.raises(UserError, match="no learned prompt"):
-        prompts.nearest({}, 1)
+        nearest_tokens.nearest({}, 1)
     with pytest.raises(UserError, match="there are 1 to 11"):
-        prompts.nearest(params, 12)
+        nearest_tokens.nearest(params, 12)

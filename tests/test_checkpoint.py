@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank import checkpoint
-from lowrank.checkpoint import Checkpointer
-from lowrank.errors import UserError
-from lowrank.named import flatten_named, unflatten_named
+from lowrank.core.errors import UserError
+from lowrank.core.tree import flatten_named, unflatten_named
+from lowrank.training import checkpoint
+from lowrank.training.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 

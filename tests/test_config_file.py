@@ -4,8 +4,8 @@ import pytest
 from absl import flags
 from ml_collections.config_flags import config_flags
 
-from lowrank import config_file
-from lowrank.errors import UserError
+from lowrank.core import config_file
+from lowrank.core.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
 CONFIG = "configs/tiny.py"

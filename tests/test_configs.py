@@ -8,14 +8,17 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from lowrank import data, methods, optim, plan, scoring, settings, sharding
-from lowrank.checkpoint import Checkpointer
-from lowrank.errors import UserError
+from lowrank import data, methods
+from lowrank.core import config_schema, sharding
+from lowrank.core.errors import UserError
+from lowrank.evaluation import evaluator
 from lowrank.models import DecoderConfig, EncoderConfig
+from lowrank.training import config, optimizer
+from lowrank.training.checkpoint import Checkpointer
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
-MODEL_OPTIONS = {f.name for c in (DecoderConfig, EncoderConfig, plan.ModelConfig) for f in dataclasses.fields(c)}
+MODEL_OPTIONS = {f.name for c in (DecoderConfig, EncoderConfig, config.ModelConfig) for f in dataclasses.fields(c)}
 
 
 def _config(name: str, arg: str = "") -> ConfigDict:
@@ -28,13 +31,13 @@ def test_there_is_a_config_for_each_main_job():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_group_of_a_config_fits_what_reads_it(name):
-    top = settings.call(plan.RunConfig, _config(name), "config")
-    settings.call(scoring.EvalConfig, top.eval, "eval")
-    settings.call(plan.CheckpointConfig, top.checkpoint, "checkpoint")
-    settings.call(data.DataConfig, {**top.data, "objective": top.objective}, "data")
-    optim.check(settings.call(optim.OptimConfig, top.optim, "optim"), top.steps)
+    top = config_schema.call(config.RunConfig, _config(name), "config")
+    config_schema.call(evaluator.EvalConfig, top.eval, "eval")
+    config_schema.call(config.CheckpointConfig, top.checkpoint, "checkpoint")
+    config_schema.call(data.DataConfig, {**top.data, "objective": top.objective}, "data")
+    optimizer.check_optimizer(config_schema.call(optimizer.OptimConfig, top.optim, "optim"), top.steps)
     assert methods.build(top.method)
-    assert settings.call(sharding.make_mesh, top.mesh, "mesh").size == 8
+    assert config_schema.call(sharding.make_mesh, top.mesh, "mesh").size == 8
     assert set(top.model) <= MODEL_OPTIONS
 
 
@@ -69,6 +72,6 @@ def test_options_of_the_default_method_do_not_leak_into_another():
 
 
 def test_the_checkpoint_group_is_what_the_checkpointer_takes(tmp_path):
-    group = settings.call(plan.CheckpointConfig, {"every": 3, "keep": 1}, "checkpoint")
+    group = config_schema.call(config.CheckpointConfig, {"every": 3, "keep": 1}, "checkpoint")
     with Checkpointer(tmp_path, **dataclasses.asdict(group)) as saver:
         assert saver.every == 3

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lowrank import methods, weight
-from lowrank.counts import rule_table, totals
+from lowrank import methods
+from lowrank.core import weight
+from lowrank.core.parameter_summary import rule_table, totals
 
 
 def params():
@@ -24,7 +25,7 @@ def attached(**group):
     """The rules, shapes and mask of a method on `params`: shapes are all that counting needs."""
     method = methods.build(group)
     tree = jax.eval_shape(lambda: methods.attach(method, params(), jax.random.key(0)))
-    return methods.matches(method, params()), tree, weight.trainable_mask(tree, method.train)
+    return methods.matches(method, params()), tree, weight.declared_mask(tree, method.train)
 
 
 def rows(table):
@@ -68,7 +69,7 @@ def test_training_everything_is_a_hundred_percent():
 
 def test_a_rule_without_layers_has_none():
     method = methods.Method(train=("embed/.*",))
-    mask = weight.trainable_mask(params(), method.train)
+    mask = weight.declared_mask(params(), method.train)
     assert rows(rule_table(methods.matches(method, params()), params(), mask)) == [
         ["embed/.*", "train", "1", "0", "1,600", "1,600"]
     ]
@@ -93,7 +94,7 @@ def test_forms_that_wrap_forms_are_spelt_out_and_codes_take_half_a_byte():
     lora = tree["layers"]["attn"]["q"]["kernel"]
     codes = Codes(codes=jnp.ones((3, 16, 16), jnp.int4), absmax=jnp.ones((3, 1, 16)))
     tree = {"layers": {"attn": {"q": {"kernel": dataclasses.replace(lora, base=codes)}}}}
-    mask = weight.trainable_mask(tree)
+    mask = weight.declared_mask(tree)
     (row,) = rows(rule_table(rules, tree, mask))
     assert row[1] == "LoRA(Codes)"
     assert totals(tree, mask)["total_params"] == 3 * 256 + 3 * 2 * 16 * 4

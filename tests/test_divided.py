@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank import sharding
-from lowrank.weight import dot
-from lowrank.weights import ggml, quantized
-from lowrank.weights.schemes import SCHEMES
+from lowrank.core import sharding
+from lowrank.core.weight import dot
+from lowrank.weights.quantized import base, ggml
+from lowrank.weights.quantized.schemes import SCHEMES
 
 IN, OUT, ROWS = 256, 512, 16
 BOTH, TENSOR = {"data": 1, "fsdp": 4, "tensor": 2}, {"data": 4, "fsdp": 1, "tensor": 2}
@@ -62,7 +62,7 @@ def collectives(w, leaf, mesh):
 
 @pytest.mark.parametrize(("sizes", "leaf"), [(BOTH, "up"), (BOTH, "down"), (TENSOR, "down")])
 def test_codes_are_gathered_where_a_kernel_would_be_and_nothing_decoded_is(sizes, leaf, monkeypatch):
-    monkeypatch.setattr(quantized, "TILE", 16384)
+    monkeypatch.setattr(base, "TILE", 16384)
     mesh, w = sharding.make_mesh(**sizes), kernel()
     plain = collectives(w, leaf, mesh)
     codes = collectives(jax.jit(FORMS["nf4"])(w), leaf, mesh)
@@ -75,7 +75,7 @@ def test_codes_are_gathered_where_a_kernel_would_be_and_nothing_decoded_is(sizes
 
 @pytest.mark.parametrize(("form", "leaf"), list(zip(FORMS, ("up", "down") * 4, strict=False)))
 def test_a_divided_product_is_the_product(form, leaf, monkeypatch):
-    monkeypatch.setattr(quantized, "TILE", 16384)
+    monkeypatch.setattr(base, "TILE", 16384)
     w = jax.jit(FORMS[form])(kernel())
     x, g, on_mesh = arguments(w, leaf, sharding.make_mesh(**BOTH))
     y, dx = jax.jit(forward_and_back)(x, g, on_mesh)

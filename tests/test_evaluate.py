@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import evaluate, metrics, sharding
-from lowrank.errors import UserError
+from lowrank.core import sharding
+from lowrank.core.errors import UserError
+from lowrank.evaluation import scores as evaluate
+from lowrank.metrics import scores as metrics
 from lowrank.models import DecoderConfig, build
 
 V, C, B, T = 31, 3, 4, 8

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import methods, tree
-from lowrank.weight import grouped, merge
+from lowrank import methods
+from lowrank.core import tree
+from lowrank.core.weight import grouped, merge
 from tests.forms import lora_on, shaken
 from tests.models.tiny import decoder, run, tokens
 

@@ -10,14 +10,17 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
-from lowrank import adapter, merging, methods, train, tree
-from lowrank.errors import UserError
+from lowrank import methods
+from lowrank.adapters import adapter_files, load
+from lowrank.core import tree
+from lowrank.core.errors import UserError
+from lowrank.core.weight import Weight, dot, form, frozen, grouped, materialize
 from lowrank.methods.esft import relevance, select
 from lowrank.models import DecoderConfig
 from lowrank.models.moe import MoE
-from lowrank.runlog import read_metrics
-from lowrank.weight import Weight, dot, form, frozen, grouped, materialize
-from lowrank.weights import chosen
+from lowrank.training import loop
+from lowrank.training.log import read_metrics
+from lowrank.weights import selected_experts
 from tests import tiny
 from tests.models.tiny import SIZES, decoder, run, tokens
 from tests.pretrained.files import tensors, write_directory
@@ -53,7 +56,9 @@ def test_perft_adds_low_rank_experts_by_their_own_router_or_the_mixtures(own):
 
 def test_only_chosen_experts_meet_their_change():
     kernel = jax.random.normal(jax.random.key(0), (E, D, F))
-    w = chosen.Chosen(base=kernel, delta=jax.random.normal(jax.random.key(1), (3, D, F)), rows=jnp.array([2, 0, E]))
+    w = selected_experts.SelectedExperts(
+        base=kernel, delta=jax.random.normal(jax.random.key(1), (3, D, F)), rows=jnp.array([2, 0, E])
+    )
     whole = np.asarray(kernel, np.float64).copy()
     whole[[2, 0]] += np.asarray(w.delta, np.float64)[:2]
     np.testing.assert_allclose(jax.jit(materialize)(w), whole, atol=1e-6)
@@ -74,9 +79,9 @@ def test_only_chosen_experts_meet_their_change():
 
 def test_a_stack_of_chosen_experts_slices_as_it_materializes():
     kernel = jax.random.normal(jax.random.key(0), (2, E, D, F))
-    w = chosen.attach(kernel, 2)
+    w = selected_experts.attach(kernel, 2)
     np.testing.assert_array_equal(materialize(w), kernel)
-    w = chosen.Chosen(base=kernel, delta=w.delta + 1, rows=jnp.array([[1, 3], [0, E]]))
+    w = selected_experts.SelectedExperts(base=kernel, delta=w.delta + 1, rows=jnp.array([[1, 3], [0, E]]))
     for i in range(2):
         np.testing.assert_array_equal(materialize(jax.tree.map(lambda leaf, i=i: leaf[i], w)), materialize(w)[i])
 
@@ -172,16 +177,16 @@ ARGS = {
 def test_a_mixture_learns_on_a_mesh_and_its_adapter_comes_back(name, files, tmp_path):
     config = config_of(files, ARGS[name], "moe", optim__lr=0.05, checkpoint__every=0)
     config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    train.run(config, tmp_path)
+    loop.run(config, tmp_path)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     found = [line["train/loss"] for line in lines if "train/loss" in line]
     assert np.mean(found[-2:]) < np.mean(found[:2]) - 0.02
-    again = merging.adapted(tmp_path / "adapter", str(files / "moe")).params
+    again = load.load_adapted(tmp_path / "adapter", str(files / "moe")).params
     if name == "lora":  # written in PEFT's format, whose round trip tests/parity holds to peft
         w = again["layers"]["mlp"]["experts"]["up"]["kernel"]
         assert np.any(w.b)
         return
-    held = load_file(tmp_path / "adapter" / adapter.ARRAYS)
+    held = load_file(tmp_path / "adapter" / adapter_files.ARRAYS)
     leaves = dict(tree.named_leaves(again))
     for leaf, array in held.items():
         np.testing.assert_array_equal(leaves[leaf], array, err_msg=leaf)
@@ -201,7 +206,7 @@ def test_a_mixture_learns_on_a_mesh_and_its_adapter_comes_back(name, files, tmp_
 )
 def test_a_dense_model_is_refused(arg, message, files, tmp_path):
     with pytest.raises(UserError, match=message):
-        train.run(config_of(files, arg, mesh__data=1), tmp_path / "w")
+        loop.run(config_of(files, arg, mesh__data=1), tmp_path / "w")
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank.checkpoint import Checkpointer
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
+from lowrank.training.checkpoint import Checkpointer
 
 BIG = 1_500_000  # random bytes; more than `small_disk` holds
 

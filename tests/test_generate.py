@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import generate, padding, sampling
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
+from lowrank.generation import generate, prompt_batches, sampling
 from lowrank.models import DecoderConfig, build
 
 V, LIMIT = 61, 64
@@ -44,7 +44,7 @@ def _without_cache(model, params, prompts, max_new, pick):
 
 
 def _batch(model, params, prompts, max_new, **options):
-    tokens, segments = padding.left_pad(prompts, 0, LIMIT)
+    tokens, segments = prompt_batches.left_pad(prompts, 0, LIMIT)
     return np.asarray(generate.generate(model, params, tokens, segments, max_new=max_new, **options))
 
 
@@ -96,7 +96,7 @@ def test_each_of_several_stop_tokens_ends_its_row_alone_and_padding_follows():
 
 def test_decoding_ends_when_every_row_has_stopped():
     model, params = _model()
-    tokens, segments = padding.left_pad(_prompts(), 0, LIMIT)
+    tokens, segments = prompt_batches.left_pad(_prompts(), 0, LIMIT)
     second = tuple(_batch(model, params, _prompts(), 6)[:, 1].tolist())
     keys = generate.row_keys(jax.random.key(0), 4)
     out, steps = generate._generate(model, params, tokens, segments, keys, 40, second, sampling.Sampling(), 0)
@@ -129,8 +129,8 @@ def test_temperature_sharpens_the_distribution_that_is_drawn_from():
 
 
 def test_lengths_fall_into_few_buckets_that_waste_little():
-    sizes = {padding.bucket(n) for n in range(1, 2049)}
-    assert all(n <= padding.bucket(n) <= max(16, n * 1.25 + 16) for n in range(1, 2049))
+    sizes = {prompt_batches.bucket(n) for n in range(1, 2049)}
+    assert all(n <= prompt_batches.bucket(n) <= max(16, n * 1.25 + 16) for n in range(1, 2049))
     assert len(sizes) <= 30
 
 

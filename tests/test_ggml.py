@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank.weight import dot, materialize
-from lowrank.weights import ggml, quantized
+from lowrank.core.weight import dot, materialize
+from lowrank.weights.quantized import base, ggml
 
 values = jax.jit(materialize)
 IN, OUT, L = 512, 20, 2
@@ -43,10 +43,10 @@ def test_values_are_those_of_the_gguf_package(name):
     assert theirs <= bits <= theirs + 0.125  # Q4_K's scales of 6 bits are kept in 8
 
 
-@pytest.mark.parametrize("tile", [quantized.TILE, 3000])
+@pytest.mark.parametrize("tile", [base.TILE, 3000])
 @pytest.mark.parametrize("name", ggml.FORMATS)
 def test_the_product_is_one_with_the_values(name, tile, monkeypatch):
-    monkeypatch.setattr(quantized, "TILE", tile)
+    monkeypatch.setattr(base, "TILE", tile)
     w, x = made(name), jax.random.normal(jax.random.key(0), (3, IN))
     f = lambda multiply: jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(multiply(x)))))(x)  # noqa: E731
     fast, plain = f(lambda x: dot(x, w)), f(lambda x: x @ materialize(w))

@@ -7,25 +7,37 @@ from lowrank import methods
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOPS = ("lowrank", "configs", "launch", "experiments")
-ALLOWED = {  # module -> the project's modules it may import (by prefix)
-    "lowrank/errors": (),
-    "lowrank/settings": ("lowrank.errors",),
-    "lowrank/tree": ("lowrank.errors",),
-    "lowrank/weight": ("lowrank.errors", "lowrank.tree", "lowrank.kernels"),
-    "lowrank/weights": ("lowrank.errors", "lowrank.tree", "lowrank.weight", "lowrank.weights", "lowrank.kernels"),
-    "lowrank/kernels": ("lowrank.errors", "lowrank.kernels"),
-    "lowrank/models": ("lowrank.errors", "lowrank.settings", "lowrank.tree", "lowrank.weight", "lowrank.models"),
-    "lowrank/methods": (
-        "lowrank.errors",
-        "lowrank.settings",
-        "lowrank.tree",
-        "lowrank.weight",
-        "lowrank.weights",
-        "lowrank.methods",
-    ),
-    "lowrank": ("lowrank",),
-    "configs": ("lowrank.settings", "lowrank.errors", "configs"),
-    "launch": ("lowrank", "launch"),
+CORE = "lowrank.core"
+LEAVES = ("lowrank.core.errors", "lowrank.core.typing")  # modules that import nothing of the project's but each other
+BASE = (CORE, "lowrank.kernels")
+MODELS = (*BASE, "lowrank.models")
+PRETRAINED = (*MODELS, "lowrank.weights", "lowrank.pretrained")
+ADAPTERS = (*PRETRAINED, "lowrank.methods", "lowrank.adapters")
+DATA = (CORE, "lowrank.data", "lowrank.pretrained.wheels")
+GENERATION = (*MODELS, "lowrank.data", "lowrank.generation")
+OBJECTIVES = (*GENERATION, "lowrank.metrics", "lowrank.objectives")
+TRAINING = (*OBJECTIVES, *ADAPTERS, "lowrank.evaluation", "lowrank.training")
+ALLOWED = {  # module -> the modules of the project that it may import (by prefix), as in the design
+    "lowrank/core/errors": (),
+    "lowrank/core/typing": (),
+    "lowrank/core": (*BASE,),
+    "lowrank/kernels": (*LEAVES, "lowrank.kernels"),
+    "lowrank/weights": (*BASE, "lowrank.weights"),
+    "lowrank/methods": (*BASE, "lowrank.weights", "lowrank.methods"),
+    "lowrank/models": MODELS,
+    "lowrank/data": DATA,
+    "lowrank/pretrained": PRETRAINED,
+    "lowrank/adapters": ADAPTERS,
+    "lowrank/quantization": (*PRETRAINED, "lowrank.data", "lowrank.quantization"),
+    "lowrank/generation": GENERATION,
+    "lowrank/metrics": (CORE, "lowrank.metrics"),
+    "lowrank/objectives": OBJECTIVES,
+    "lowrank/evaluation": (*OBJECTIVES, "lowrank.evaluation"),
+    "lowrank/training": TRAINING,
+    "lowrank/memory": (*TRAINING, "lowrank.memory"),
+    "lowrank": (CORE, "lowrank.methods"),
+    "configs": (CORE, "configs"),
+    "launch": ("lowrank", "launch", "experiments.plan"),
     "experiments": ("lowrank", "launch", "configs", "experiments"),
 }
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy.linalg import hadamard
 
-from lowrank import adapter, merging, methods, pretrained
-from lowrank.errors import UserError
+from lowrank import methods, pretrained
+from lowrank.adapters import adapter_files, load
+from lowrank.core.errors import UserError
 from lowrank.methods import projections
 from lowrank.methods.projections import PROJECTIONS, Shape
 from lowrank.weights import scaled
@@ -145,6 +146,6 @@ def test_a_saved_vector_gives_back_exactly_the_weights(tmp_path):
     params = methods.attach(method, model.params, jax.random.key(5))
     params["shared"] = jax.tree.map(lambda x: x + jnp.linspace(1, 2, x.size).reshape(x.shape), params["shared"])
     mask = methods.trainable_mask(method, params)
-    adapter.save(params, model, tmp_path / "adapter", mask=mask, method=group)
-    again = merging.adapted(tmp_path / "adapter", str(tmp_path / "llama")).params
+    adapter_files.save(params, model, tmp_path / "adapter", mask=mask, method=group)
+    again = load.load_adapted(tmp_path / "adapter", str(tmp_path / "llama")).params
     jax.tree.map(np.testing.assert_array_equal, again, method.bind(params, None, None))

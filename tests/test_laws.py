@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import tree, weight
-from lowrank.named import flatten_named, unflatten_named
-from lowrank.weight import trainable_mask
+from lowrank.core import tree, weight
+from lowrank.core.tree import flatten_named, unflatten_named
+from lowrank.core.weight import declared_mask
 from tests.forms import FORMS, IN, OUT, ROUNDED, L, kernel, shaken
 
 # One program each for a form, where its operations one by one are ten.
@@ -86,7 +86,7 @@ def test_grouped_is_each_rows_product_with_the_kernel_of_its_group(name):
 @each_form
 def test_gradient_of_dot_is_the_gradient_through_materialize(name):
     w = made(name)
-    trained, frozen = tree.split(w, trainable_mask({"kernel": w}, ["kernel"] if name == "array" else [])["kernel"])
+    trained, frozen = tree.split(w, declared_mask({"kernel": w}, ["kernel"] if name == "array" else [])["kernel"])
 
     def gradients(multiply):
         loss = lambda t, x: jnp.sum(jnp.sin(multiply(x, tree.join(t, frozen))))  # noqa: E731
@@ -111,7 +111,7 @@ def test_bfloat16_base_keeps_its_dtype_and_stays_close(name):
 @each_form
 def test_frozen_and_trained_leaves_split_and_join(name):
     w = made(name, stacked=True)
-    mask = trainable_mask({"kernel": w}, [])["kernel"]
+    mask = declared_mask({"kernel": w}, [])["kernel"]
     trained, frozen = tree.split(w, mask)
     assert len(jax.tree.leaves(trained)) + len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(w))
     assert all(not n.endswith("base") for n in tree.names(trained))

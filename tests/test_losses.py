@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import losses
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
+from lowrank.objectives import losses
 
 B, T, D, V = 2, 7, 5, 11
 

@@ -10,10 +10,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lowrank import adapter, merging, methods, peft_format, pretrained, tree
-from lowrank.errors import UserError
+from lowrank import methods, pretrained
+from lowrank.adapters import adapter_files, export, load, peft
+from lowrank.core import tree
+from lowrank.core.errors import UserError
+from lowrank.core.weight import declared_mask, is_weight
 from lowrank.models import build
-from lowrank.weight import is_weight, trainable_mask
 from tests import tiny
 from tests.adapted import adapted
 from tests.forms import shaken
@@ -45,7 +47,7 @@ def float64(w, layer):
 @pytest.mark.parametrize("name", GROUPS)
 def test_kernels_are_rounded_once_and_the_error_is_that_of_float64(base, name, dtype):
     params = adapted(base.params, GROUPS[name], size=0.1)[0]
-    plain, report = merging.merged(params, dtype)
+    plain, report = export.merged(params, dtype)
     stored, lost, size, ratios = dict(tree.named_leaves(plain)), 0.0, 0.0, {}
     for leaf, w in tree.named_leaves(params, is_weight):
         for i in range(3) if is_weight(w) else ():
@@ -66,7 +68,7 @@ def test_kernels_are_rounded_once_and_the_error_is_that_of_float64(base, name, d
 
 def test_a_smaller_update_loses_more_of_itself_in_bfloat16(base):
     errors = [
-        merging.merged(adapted(base.params, GROUPS["lora"], size)[0], "bfloat16")[1].error for size in (1.0, 0.1, 0.01)
+        export.merged(adapted(base.params, GROUPS["lora"], size)[0], "bfloat16")[1].error for size in (1.0, 0.1, 0.01)
     ]
     assert errors == sorted(errors)
 
@@ -74,7 +76,7 @@ def test_a_smaller_update_loses_more_of_itself_in_bfloat16(base):
 @pytest.mark.parametrize("name", GROUPS)
 def test_the_checkpoint_is_read_back_as_the_live_model(base, name, tmp_path):
     params = adapted(base.params, GROUPS[name])[0]
-    merging.merge_to_hf(params, base, tmp_path / "merged")
+    export.merge_to_hf(params, base, tmp_path / "merged")
     again = pretrained.load(str(tmp_path / "merged"))
     live, merged = (build(base.config).apply({"params": p}, TOKENS) for p in (params, again.params))
     assert float(jnp.abs(live).max()) > 0.1
@@ -85,45 +87,45 @@ def test_layers_without_an_update_are_not_counted(base):
     group = {"name": "dora", "rank": 3, "rank_pattern": {"layers/1/.*": 0}}
     params = methods.attach(methods.build(group), base.params, jax.random.key(1))
     params["layers"]["attn"]["q"]["kernel"] = shaken(params["layers"]["attn"]["q"]["kernel"], jax.random.key(2))
-    assert merging.merged(params, "bfloat16")[1].matrices == 3  # of q; v still stands where it was attached
+    assert export.merged(params, "bfloat16")[1].matrices == 3  # of q; v still stands where it was attached
 
 
 def test_an_unchanged_model_has_no_error_and_a_full_folder_is_left_alone(base, tmp_path):
-    _, report = merging.merged(base.params, "float32")
+    _, report = export.merged(base.params, "float32")
     assert (report.matrices, report.error, report.worst) == (0, 0.0, 0.0)
     with pytest.raises(UserError, match=r"unknown dtype 'float23' \(did you mean 'float32'\?\)"):
-        merging.merged(base.params, "float23")
+        export.merged(base.params, "float23")
     (tmp_path / "mine").write_text("")
     with pytest.raises(UserError, match="not an empty directory"):
-        merging.merge_to_hf(base.params, base, tmp_path)
+        export.merge_to_hf(base.params, base, tmp_path)
 
 
 @pytest.mark.parametrize("group", [{"name": "bitfit"}, {"name": "partial", "layers": 1}, {"name": "head"}])
 def test_leaves_saved_by_name_are_merged_too(tmp_path, group):
     folder, method = str(tiny.llama(tmp_path / "tiny-llama")), methods.build(group)
     base = pretrained.load(folder, model=method.model)
-    mask = trainable_mask(base.params, method.train)
+    mask = declared_mask(base.params, method.train)
     params = jax.tree.map(lambda x, learns: x + 0.5 if learns else x, base.params, mask)
-    adapter.save(params, base, tmp_path / "adapter", mask=mask, method=group)
-    model = merging.adapted(tmp_path / "adapter", folder)
+    adapter_files.save(params, base, tmp_path / "adapter", mask=mask, method=group)
+    model = load.load_adapted(tmp_path / "adapter", folder)
     for (name, x), (_, y) in zip(tree.named_leaves(model.params), tree.named_leaves(params), strict=True):
         np.testing.assert_array_equal(x, y, err_msg=name)
 
 
 def test_an_adapter_that_names_no_base_asks_for_one(base, tmp_path):
-    peft_format.save(adapted(base.params, GROUPS["lora"])[0], base, tmp_path)
+    peft.save(adapted(base.params, GROUPS["lora"])[0], base, tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
     with pytest.raises(UserError, match="does not say what its base is"):
-        merging.adapted(tmp_path)
+        load.load_adapted(tmp_path)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "tiny-llama"}))
     with pytest.raises(UserError, match=r"records 'tiny-llama' as its base: unknown model .* --base=MODEL, says where"):
-        merging.adapted(tmp_path)
+        load.load_adapted(tmp_path)
 
 
 def test_the_command_merges_and_says_in_one_line_what_is_wrong(base, tmp_path):
     folder = tiny.llama(tmp_path / "tiny-llama")
-    peft_format.save(adapted(base.params, GROUPS["lora"])[0], base, tmp_path / "run" / "adapter")
+    peft.save(adapted(base.params, GROUPS["lora"])[0], base, tmp_path / "run" / "adapter")
     (tmp_path / "run" / "config.json").write_text(json.dumps({"model": {"name": str(folder)}}))
     command = [sys.executable, "-m", "launch.merge", f"--workdir={tmp_path / 'run'}", "--dtype=bfloat16"]
     run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True, check=False)  # noqa: E731
@@ -139,7 +141,7 @@ def test_the_command_merges_and_says_in_one_line_what_is_wrong(base, tmp_path):
 def test_added_biases_are_told_in_the_config(tmp_path):
     base = pretrained.load(str(tiny.llama(tmp_path / "tiny-llama")), model={"biases": True})
     params = tree.map_named(lambda name, x: x + 0.5 if name.endswith("bias") else x, base.params)
-    merging.merge_to_hf(params, base, tmp_path / "merged")
+    export.merge_to_hf(params, base, tmp_path / "merged")
     again = pretrained.load(str(tmp_path / "merged"))
     assert (again.config.mlp_bias, again.new) == (True, ())
     for (name, x), (_, y) in zip(tree.named_leaves(again.params), tree.named_leaves(params), strict=True):

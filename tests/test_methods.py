@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import methods, tree
-from lowrank.errors import UserError
+from lowrank import methods
+from lowrank.core import tree
+from lowrank.core.errors import UserError
+from lowrank.core.weight import Weight, dot, materialize
 from lowrank.models import DecoderConfig, build
-from lowrank.weight import Weight, dot, materialize
 from tests.models.tiny import LLAMA, SIZES
 
 L, D = 3, 8

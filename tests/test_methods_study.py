@@ -15,8 +15,10 @@ from experiments.study import numbers, phases, run, spent, tasks
 from experiments.study.cells import Cell
 from experiments.study.study import GRID, Row, Study
 from experiments.study.timing import Timing
-from lowrank import methods, train, workdir
-from lowrank.errors import Diverged, UserError
+from lowrank import methods
+from lowrank.core import files
+from lowrank.core.errors import Diverged, UserError
+from lowrank.training import loop
 from tests import studies, tiny
 
 
@@ -65,7 +67,7 @@ def test_a_study_may_run_a_task_shorter(tmp_path):
 
 
 def _keep(cell, score):
-    workdir.write_json(cell.path, {"config": workdir.plain(cell.config), "validation": score})
+    files.write_json(cell.path, {"config": files.to_json(cell.config), "validation": score})
 
 
 def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
@@ -103,7 +105,7 @@ def test_a_run_that_diverges_is_kept_without_a_score(study, monkeypatch):
     def diverge(config, folder, **scored):
         raise Diverged("loss is nan at step 3")
 
-    monkeypatch.setattr(train, "run", diverge)
+    monkeypatch.setattr(loop, "run", diverge)
     [cell] = phases.sweep(study, tasks.TOPICS, "lora")
     cell.attempt()
     assert (cell.read()["validation"], cell.read()["why"]) == (None, "loss is nan at step 3")

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import pretrained, tree
-from lowrank.errors import UserError
-from lowrank.weight import dot, is_stored, is_weight, materialize
-from lowrank.weights import mixed, tables
-from lowrank.weights.schemes import SCHEMES
+from lowrank import pretrained
+from lowrank.core import tree
+from lowrank.core.errors import UserError
+from lowrank.core.weight import dot, is_stored, is_weight, materialize
+from lowrank.weights.quantized import lookup_tables, mixed
+from lowrank.weights.quantized.schemes import SCHEMES
 from tests import tiny
 
 IN, OUT, BLOCK = 44, 12, 8
@@ -21,7 +22,7 @@ N2 = np.array([-1.510, -0.4528, 0.4528, 1.510]) / 1.510
 
 def four(v):
     top = np.abs(v).max()
-    table = np.float64(tables.TABLES["nf4"])
+    table = np.float64(lookup_tables.TABLES["nf4"])
     return top * table[np.abs(v[:, None] / top - table).argmin(1)]
 
 

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import generate, methods, tree
-from lowrank.errors import UserError
+from lowrank import methods
+from lowrank.core import tree
+from lowrank.core.errors import UserError
+from lowrank.core.weight import dot, form, merge, with_gates
+from lowrank.generation import generate
 from lowrank.methods.milora import is_prompt
-from lowrank.weight import dot, form, handed, merge
 from lowrank.weights import mixture, smore
 from tests.models.tiny import decoder, normal, run, tokens
 
@@ -191,7 +193,7 @@ def test_gates_are_the_top_of_each_layers_router_over_the_prompts_hidden_states(
 def test_each_weight_is_handed_its_own_gate():
     _, method, params = prompted()
     bound = method.bind(params, {"tokens": tokens(1, 2), "segments": np.ones((1, 2), np.int32)}, None)
-    layer = handed(jax.tree.map(lambda x: np.asarray(x)[0], bound["layers"]), np.array([[[0.0, 0.5, 1.5]]]))
+    layer = with_gates(jax.tree.map(lambda x: np.asarray(x)[0], bound["layers"]), np.array([[[0.0, 0.5, 1.5]]]))
     assert [float(layer["attn"][m]["kernel"].gate.item()) for m in "kqv"] == [0.0, 0.5, 1.5]
 
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import sharding, tree
-from lowrank.errors import UserError
-from lowrank.weight import dot, materialize, trainable_mask
+from lowrank.core import sharding, tree
+from lowrank.core.errors import UserError
+from lowrank.core.weight import declared_mask, dot, materialize
 from lowrank.weights import lora, mixture, smore
-from lowrank.weights.schemes import SCHEMES
+from lowrank.weights.quantized.schemes import SCHEMES
 from tests.forms import FORMS, IN, L, kernel, shaken
 
 ROWS, T = 8, 5
@@ -48,7 +48,7 @@ def gradients(w, x, mesh):
     """`(sum, gradients of what is trained and of x)` of a scan over the stack, on the mesh."""
     params = {"layers": {"attn": {"q": {"kernel": w}}}}
     params = jax.device_put(params, sharding.shardings(params, mesh))
-    trained, frozen = tree.split(params, trainable_mask(params))
+    trained, frozen = tree.split(params, declared_mask(params))
     x = sharding.global_batch({"x": x}, mesh)["x"]
 
     @jax.jit

@@ -4,9 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank import optim
-from lowrank.errors import UserError
-from lowrank.optim import OptimConfig
+from lowrank.core.errors import UserError
+from lowrank.training import optimizer as optim
+from lowrank.training.optimizer import OptimConfig
 
 STEPS = 10
 TRAINED = {
@@ -18,7 +18,7 @@ TRAINED = {
 
 
 def _updates(config, trained=TRAINED, steps=3):
-    optimizer = optim.make(config, STEPS, trained)
+    optimizer = optim.build_optimizer(config, STEPS, trained)
     state, gradient = optimizer.init(trained), jax.tree.map(lambda x: x * 0.1 + 0.3, trained)
     for lr in optim.rates(config, STEPS)[:steps]:
         update, state = optimizer.update(gradient, state, trained, lr=lr)
@@ -74,7 +74,7 @@ def test_weight_decay_spares_vectors_norms_and_biases():
 def test_ratio_zero_freezes_without_moments():
     config = OptimConfig(lr_ratios=((".*/a", 0.0),))
     assert not np.any(_updates(config)["q"]["a"])
-    shapes = [leaf.shape for leaf in jax.tree.leaves(optim.make(config, STEPS, TRAINED).init(TRAINED))]
+    shapes = [leaf.shape for leaf in jax.tree.leaves(optim.build_optimizer(config, STEPS, TRAINED).init(TRAINED))]
     assert (2, 3) not in shapes
     assert shapes.count((3, 2)) == 2
 
@@ -111,4 +111,4 @@ def test_schedules_warm_up_and_then_follow_their_curve(name, middle, end):
 )
 def test_bad_settings_are_named(config, culprit):
     with pytest.raises(UserError, match=culprit):
-        optim.make(config, STEPS, TRAINED)
+        optim.build_optimizer(config, STEPS, TRAINED)

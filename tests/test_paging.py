@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from lowrank import paging, plan
-from lowrank.checkpoint import Checkpointer
-from lowrank.named import flatten_named, unflatten_named
-from lowrank.plan import abstract, advice, formulas
+from lowrank.core.tree import flatten_named, unflatten_named
+from lowrank.memory import advice, formulas
+from lowrank.memory import shapes as abstract
+from lowrank.training import build, offload
+from lowrank.training.checkpoint import Checkpointer
 from tests.test_train import config_of
 from tests.test_train_step import LR, _setup
 
@@ -54,9 +55,9 @@ def test_a_checkpoint_holds_a_paged_state_and_gives_it_back_where_it_lay(tmp_pat
 
 
 def test_the_plan_counts_moments_on_the_host_and_a_leaf_on_its_way(files):
-    plain, paged = (plan.make(config_of(files, "rank=2", mesh__data=1, optim__paged=p)) for p in (False, True))
+    plain, paged = (build.build_run(config_of(files, "rank=2", mesh__data=1, optim__paged=p)) for p in (False, True))
     there, here = formulas.memory(plain), formulas.memory(paged)
-    shapes = abstract.run(paged).state
+    shapes = abstract.step_inputs(paged).state
     assert (here.moments, here.host) == (there.moments - here.host, there.moments - here.moments)
     assert here.moments < 16 < here.host  # numbers stay
     largest = max(x.size for x in jax.tree.leaves(shapes.trained))
@@ -66,9 +67,9 @@ def test_the_plan_counts_moments_on_the_host_and_a_leaf_on_its_way(files):
 
 
 def test_a_device_without_host_memory_is_said_and_keeps_the_state(files, monkeypatch):
-    monkeypatch.setattr(paging, "kinds", lambda device: ["device"])
-    job = plan.make(config_of(files, "rank=2", mesh__data=1, optim__paged=True))
-    assert kinds(abstract.run(job).state.optimizer) <= {"device", None}
+    monkeypatch.setattr(offload, "kinds", lambda device: ["device"])
+    job = build.build_run(config_of(files, "rank=2", mesh__data=1, optim__paged=True))
+    assert kinds(abstract.step_inputs(job).state.optimizer) <= {"device", None}
     said = "warning: optim.paged: cpu has no pinned_host memory, so the optimizer's state stays in the device's"
     assert job.notes == (said,)
     assert job.table.endswith(said)  # which the log and the report show
@@ -76,9 +77,9 @@ def test_a_device_without_host_memory_is_said_and_keeps_the_state(files, monkeyp
 
 def test_activations_that_cannot_be_offloaded_stay_and_that_is_said(files, monkeypatch):
     config = config_of(files, "rank=2", mesh__data=1, model__remat="offload")
-    there = formulas.memory(plan.make(config))
-    monkeypatch.setattr(paging, "kinds", lambda device: ["device"])
-    job = plan.make(config)
+    there = formulas.memory(build.build_run(config))
+    monkeypatch.setattr(offload, "kinds", lambda device: ["device"])
+    job = build.build_run(config)
     assert job.network.config.remat_names == ("input",)
     assert job.notes == (
         "warning: model.remat=offload: cpu has no pinned_host memory, so what would be offloaded stays in the device's",

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.counts import __main__ as study
 from experiments.counts.papers import CASES
-from lowrank.plan.papers import MODELS
+from experiments.plan.paper_models import MODELS
 
 # The papers' arithmetic: layers * matrices * rank * (in + out), and so on.
 EXPECTED = (

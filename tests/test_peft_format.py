@@ -9,10 +9,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lowrank import methods, peft_format, pretrained, tree, weight
-from lowrank.errors import UserError
-from lowrank.peft_format import match
-from lowrank.weight import is_weight
+from lowrank import methods, pretrained
+from lowrank.adapters import peft
+from lowrank.adapters.peft import match
+from lowrank.core import tree, weight
+from lowrank.core.errors import UserError
+from lowrank.core.weight import is_weight
 from tests import peft_formulas, tiny
 from tests.adapted import adapted
 from tests.peft_formulas import PREFIX
@@ -70,7 +72,7 @@ def case(request, trees):
 def saved(base, trees, tmp_path):
     """The folder of an adapter."""
     params, trained = trees("lora")
-    return peft_format.save(params, base, tmp_path / "adapter", trained=trained, method=GROUPS["lora"])
+    return peft.save(params, base, tmp_path / "adapter", trained=trained, method=GROUPS["lora"])
 
 
 def read(directory):
@@ -90,7 +92,7 @@ def as_torch(base, params):
 
 def test_the_files_alone_give_the_merged_model_by_the_formulas_of_peft(base, case, tmp_path):
     group, params, trained = case
-    peft_format.save(params, base, tmp_path, trained=trained, method=group, original=base.params)
+    peft.save(params, base, tmp_path, trained=trained, method=group, original=base.params)
     expected = peft_formulas.merged(*read(tmp_path), as_torch(base, base.params))
     for name, array in as_torch(base, merge(params)).items():
         np.testing.assert_allclose(array, expected[name], atol=2e-5, err_msg=name)
@@ -98,14 +100,12 @@ def test_the_files_alone_give_the_merged_model_by_the_formulas_of_peft(base, cas
 
 def test_what_is_written_is_read_back(base, case, tmp_path):
     group, params, trained = case
-    peft_format.save(params, base, tmp_path, trained=trained, method=group, original=base.params)
-    back = peft_format.load(tmp_path, base.params, base)
+    peft.save(params, base, tmp_path, trained=trained, method=group, original=base.params)
+    back = peft.load(tmp_path, base.params, base)
     for (name, x), (_, y) in zip(tree.named_leaves(merge(params)), tree.named_leaves(merge(back)), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5, err_msg=name)
     again = tmp_path / "again"
-    peft_format.save(
-        back, base, again, trained=[n for n in trained if n.endswith("bias")], method=group, original=base.params
-    )
+    peft.save(back, base, again, trained=[n for n in trained if n.endswith("bias")], method=group, original=base.params)
     first, second = read(tmp_path), read(again)
     assert first[0] == second[0]
     assert all(np.array_equal(x, second[1][key]) for key, x in first[1].items())
@@ -113,7 +113,7 @@ def test_what_is_written_is_read_back(base, case, tmp_path):
 
 def test_every_form_of_the_table_is_held_to_these_tests(trees):
     forms = {type(w) for name in GROUPS for w in jax.tree.leaves(trees(name)[0], is_leaf=is_weight)}
-    assert {form.kind for form in peft_format.FORMS.values()} <= forms
+    assert {form.kind for form in peft.FORMS.values()} <= forms
 
 
 def test_the_files_are_what_peft_expects(saved):
@@ -129,15 +129,15 @@ def test_the_files_are_what_peft_expects(saved):
 def test_what_weights_share_is_written_from_the_root_of_the_tree(base, tmp_path):
     method = methods.build(GROUPS["vera"])
     params = methods.attach(method, base.params, jax.random.key(0))
-    peft_format.save(params, base, tmp_path, method=GROUPS["vera"])
+    peft.save(params, base, tmp_path, method=GROUPS["vera"])
     tensors = read(tmp_path)[1]
     assert tensors["base_model.vera_A"].shape == (20, 32)
     assert tensors["base_model.vera_B"].shape == (16, 20)
-    back = peft_format.load(tmp_path, base.params, base)
+    back = peft.load(tmp_path, base.params, base)
     jax.tree.map(np.testing.assert_array_equal, back, method.bind(params, None, None))
     unbound = {name: child for name, child in params.items() if name != methods.SHARED}
     with pytest.raises(UserError, match="matrices under shared/, which are missing"):
-        peft_format.save(unbound, base, tmp_path)
+        peft.save(unbound, base, tmp_path)
 
 
 def test_padding_is_stripped_and_a_layer_of_rank_0_is_not_there(saved):
@@ -151,7 +151,7 @@ def test_padding_is_stripped_and_a_layer_of_rank_0_is_not_there(saved):
 
 
 def test_a_smaller_adapter_fills_the_other_layers_with_rank_0(base, saved):
-    w = peft_format.load(saved, base.params, base)["layers"]["attn"]["v"]["kernel"]
+    w = peft.load(saved, base.params, base)["layers"]["attn"]["v"]["kernel"]
     assert w.a.shape[-1] == 3
     assert [bool(np.any(w.delta()[i])) for i in range(3)] == [True, True, False]
 
@@ -161,9 +161,9 @@ def test_a_classifier_brings_its_head_along_and_says_how_many_labels_it_has(tmp_
     first = pretrained.load(str(folder), model={"num_labels": 3}, seed=1)
     other = pretrained.load(str(folder), model={"num_labels": 3}, seed=2)
     params = methods.attach(methods.build({"name": "lora"}), first.params, jax.random.key(0))
-    peft_format.save(params, first, tmp_path / "adapter", trained=["head/kernel", "head/bias"])
-    assert peft_format.about(tmp_path / "adapter") == ("LORA", "bert", {"num_labels": 3})
-    head = peft_format.load(tmp_path / "adapter", other.params, other)["head"]["kernel"]
+    peft.save(params, first, tmp_path / "adapter", trained=["head/kernel", "head/bias"])
+    assert peft.about(tmp_path / "adapter") == ("LORA", "bert", {"num_labels": 3})
+    head = peft.load(tmp_path / "adapter", other.params, other)["head"]["kernel"]
     assert not np.array_equal(other.params["head"]["kernel"], first.params["head"]["kernel"])
     np.testing.assert_array_equal(head, first.params["head"]["kernel"])
     assert read(tmp_path / "adapter")[0]["task_type"] == "SEQ_CLS"
@@ -193,7 +193,7 @@ def test_tensors_that_do_not_fit_are_named(base, saved, change, message):
     file = saved / "adapter_model.safetensors"
     save_file(change(load_file(file)), file)
     with pytest.raises(UserError, match=message):
-        peft_format.load(saved, base.params, base)
+        peft.load(saved, base.params, base)
 
 
 @pytest.mark.parametrize(
@@ -223,19 +223,19 @@ def test_a_config_that_would_change_the_maths_unseen_is_refused(base, saved, cha
     file = saved / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        peft_format.load(saved, base.params, base)
+        peft.load(saved, base.params, base)
 
 
 def test_another_base_is_refused_by_its_shapes_and_let_in_by_name_when_asked(base, saved, tmp_path):
     file = saved / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "someone/else"}))
-    assert peft_format.load(saved, base.params, base, any_base=True)
+    assert peft.load(saved, base.params, base, any_base=True)
     other = pretrained.load(str(tiny.bert(tmp_path / "bert")))
     with pytest.raises(UserError, match="match no module of the base"):
-        peft_format.load(saved, other.params, other, any_base=True)
+        peft.load(saved, other.params, other, any_base=True)
     wide = pretrained.load(str(files.directory(tmp_path / "wide", {**files.LLAMA, "hidden_size": 32})))
     with pytest.raises(UserError, match=r"has shape \(3, 16\); this base and config need \(3, 32\)"):
-        peft_format.load(saved, wide.params, wide, any_base=True)
+        peft.load(saved, wide.params, wide, any_base=True)
 
 
 @pytest.mark.parametrize(
@@ -246,43 +246,43 @@ def test_a_base_is_known_by_the_last_part_of_its_name_when_one_side_says_no_more
     file = saved / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": recorded}))
     if fits:
-        assert peft_format.load(saved, base.params, base)
+        assert peft.load(saved, base.params, base)
     else:
         with pytest.raises(UserError, match="is for base"):
-            peft_format.load(saved, base.params, base)
+            peft.load(saved, base.params, base)
 
 
 def test_unreadable_folders_are_one_clear_line(base, saved, tmp_path):
     with pytest.raises(UserError, match="holds no adapter"):
-        peft_format.load(tmp_path, base.params, base)
+        peft.load(tmp_path, base.params, base)
     file = saved / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"cannot read .*adapter_model.safetensors"):
-        peft_format.load(saved, base.params, base)
+        peft.load(saved, base.params, base)
     file.rename(saved / "adapter_model.bin")
     with pytest.raises(UserError, match=r"adapter_model.bin is a pickle, which is never read"):
-        peft_format.load(saved, base.params, base)
+        peft.load(saved, base.params, base)
     (saved / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot read .*adapter_config.json"):
-        peft_format.load(saved, base.params, base)
+        peft.load(saved, base.params, base)
 
 
 def test_what_the_format_cannot_hold_is_not_written(base, trees, tmp_path):
     lora, _ = trees("lora")
     with pytest.raises(UserError, match="no place for the trained leaf layers/mlp/up/kernel"):
-        peft_format.save(lora, base, tmp_path, trained=["layers/mlp/up/kernel"])
+        peft.save(lora, base, tmp_path, trained=["layers/mlp/up/kernel"])
     with pytest.raises(UserError, match="no place for the trained leaf layers/attn/q/kernel/base"):
-        peft_format.save(lora, base, tmp_path, trained=["layers/attn/q/kernel/base"])
+        peft.save(lora, base, tmp_path, trained=["layers/attn/q/kernel/base"])
     with pytest.raises(UserError, match="pass original="):
-        peft_format.save(lora, base, tmp_path, method=GROUPS["pissa"])
+        peft.save(lora, base, tmp_path, method=GROUPS["pissa"])
     with pytest.raises(UserError, match="no adapter to write"):
-        peft_format.save(base.params, base, tmp_path)
+        peft.save(base.params, base, tmp_path)
     both = methods.attach(methods.build({"name": "ia3", "target": ATTN}), lora, jax.random.key(0))
     with pytest.raises(UserError, match="Scaled on a LoRA"):
-        peft_format.save(both, base, tmp_path)
+        peft.save(both, base, tmp_path)
     mixed = methods.attach(methods.build({"name": "ia3", "target": r".*mlp/up/kernel"}), lora, jax.random.key(0))
     with pytest.raises(UserError, match="one form, not LoRA and Scaled"):
-        peft_format.save(mixed, base, tmp_path)
+        peft.save(mixed, base, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -5,8 +5,9 @@ import json
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lowrank import peft_format, pretrained
-from lowrank.errors import UserError
+from lowrank import pretrained
+from lowrank.adapters import peft
+from lowrank.core.errors import UserError
 from tests import tiny
 from tests.adapted import adapted
 
@@ -30,7 +31,7 @@ def saved(base, tmp_path_factory):
     """`{name: (JSON, tensors)}` of an adapter of each form."""
     found = {}
     for name, group in GROUPS.items():
-        folder = peft_format.save(adapted(base.params, group)[0], base, tmp_path_factory.mktemp(name), method=group)
+        folder = peft.save(adapted(base.params, group)[0], base, tmp_path_factory.mktemp(name), method=group)
         found[name] = (
             json.loads((folder / "adapter_config.json").read_text()),
             load_file(folder / "adapter_model.safetensors"),
@@ -67,7 +68,7 @@ def test_a_config_that_would_change_the_maths_unseen_is_refused(name, change, me
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match=message):
-        peft_format.load(tmp_path, base.params, base)
+        peft.load(tmp_path, base.params, base)
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -77,4 +78,4 @@ def test_every_tensor_must_be_there(name, base, saved, tmp_path):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         save_file({k: x for k, x in tensors.items() if k != key}, tmp_path / "adapter_model.safetensors")
         with pytest.raises(UserError, match=f"{key} is missing"):
-            peft_format.load(tmp_path, base.params, base)
+            peft.load(tmp_path, base.params, base)

@@ -1,4 +1,4 @@
-"""`python -m lowrank.plan`: what it prints, what it advises, and one line for bad input."""
+"""`python -m launch.preflight`: what it prints, what it advises, and one line for bad input."""
 
 import importlib.util
 import json
@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from lowrank import plan
-from lowrank.plan import __main__ as command
-from lowrank.plan import advice, compiled, devices, gpus
+from launch import preflight as command
+from lowrank.memory import advice, compiled, devices, gpus
+from lowrank.training import build
 from tests.test_train import config_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
@@ -77,7 +77,7 @@ def test_a_topology_and_several_devices_get_a_process_of_their_own(monkeypatch):
     assert command.main([CONFIG, "--topology=v5e:4x4"]) == 0
     assert command.main([CONFIG, "--device=h100:4"]) == 0
     (slice_words, slice_env), (gpu_words, gpu_env) = calls
-    assert slice_words[:3] == [sys.executable, "-m", "lowrank.plan"]
+    assert slice_words[:3] == [sys.executable, "-m", "launch.preflight"]
     assert slice_words[-2:] == [CONFIG, "--topology=v5e:4x4"]
     assert slice_env["TPU_ACCELERATOR_TYPE"] == "v5litepod-16"
     assert (slice_env["TPU_SKIP_MDS_QUERY"], slice_env["JAX_PLATFORMS"]) == ("1", "cpu")
@@ -128,7 +128,7 @@ def test_json_holds_the_same(files, capsys, no_compiler):
 
 
 def test_what_does_not_fit_is_told_by_how_much_and_what_to_change(files, capsys, monkeypatch, no_compiler):
-    small = plan.make(config_of(files, mesh__data=1, optim__accumulate=8))
+    small = build.build_run(config_of(files, mesh__data=1, optim__accumulate=8))
     room = advice.formulas.memory(small).peak
     monkeypatch.setitem(devices.MEMORY, "h100", room / devices.GIB)
     assert command.main(words(files, "--device=h100", "--json")) == 0
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_told_by_how_much_and_what_to_change(files, capsys,
 
 
 def test_advice_goes_from_cheap_to_dear_and_adds_up(files):
-    job = plan.make(config_of(files, "rank=4", mesh__data=1, model__remat="none", data__seq_len=64))
+    job = build.build_run(config_of(files, "rank=4", mesh__data=1, model__remat="none", data__seq_len=64))
     steps = advice.advise(job, memory=0)
     keys = [next((k for k in s.option.changes if k in COSTS), "model.quantize") for s in steps]
     order = [*COSTS, "model.quantize"]
@@ -156,6 +156,6 @@ def test_advice_goes_from_cheap_to_dear_and_adds_up(files):
     assert left == sorted(left, reverse=True)
     assert all(s.saves > 0 for s in steps)
     remat = next(s for s in steps if "model.remat" in s.option.changes)
-    block = plan.make(config_of(files, "rank=4", mesh__data=1, model__remat="full", data__seq_len=64))
+    block = build.build_run(config_of(files, "rank=4", mesh__data=1, model__remat="full", data__seq_len=64))
     assert remat.leaves == advice.formulas.memory(block).peak
     assert [s.option.changes for s in advice.advise(job, memory=left[0])] == [steps[0].option.changes]

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from lowrank.errors import UserError
-from lowrank.plan import __main__ as command
-from lowrank.plan import figures, formats
+from experiments.plan import literature, number_formats
+from launch import preflight as command
+from lowrank.core.errors import UserError
 
 PRINTED = {  # what -> (printed, ours)
     "13B weights, float32": (52, 52.06),
@@ -33,7 +33,7 @@ DIFFER = {"13B weights, nf4 base", "13B inference over weights", "65B QLoRA, mom
 
 @pytest.fixture(scope="module")
 def table():
-    return figures.rows()
+    return literature.rows()
 
 
 def test_every_printed_figure_is_beside_ours(table):
@@ -45,7 +45,7 @@ def test_every_printed_figure_is_beside_ours(table):
 def test_what_differs_says_so_and_nothing_else_does(table):
     assert {r["what"] for r in table if not r["agrees"]} == DIFFER
     assert all(r["note"] for r in table if not r["agrees"])
-    lines = figures.text(table).splitlines()
+    lines = literature.text(table).splitlines()
     assert len(lines) == len(table) + 1
     assert sum("differs" in line for line in lines) == len(DIFFER)
 
@@ -60,7 +60,7 @@ def test_the_weights_are_parameters_times_bits(table):
 
 
 def _becomes(*words):
-    return {(r["value"], r["format"]): r["becomes"] for r in formats.rows(words)}
+    return {(r["value"], r["format"]): r["becomes"] for r in number_formats.rows(words)}
 
 
 def test_a_number_in_every_float():
@@ -73,11 +73,11 @@ def test_a_number_in_every_float():
 
 
 def test_the_worked_examples():
-    found = {r["format"]: r for r in formats.rows(()) if "code" in r}
+    found = {r["format"]: r for r in number_formats.rows(()) if "code" in r}
     assert {name: r["code"] for name, r in found.items()} == {"int8": -116, "int4": -7, "int2": -1}
     assert found["int8"]["becomes"] == pytest.approx(-0.909804, abs=1e-6)
     assert found["int2"]["becomes"] == pytest.approx(-0.666667, abs=1e-6)
-    assert formats.worked("int2", 2, -5.0, 2 / 3)["code"] == -2  # the smallest that it has
+    assert number_formats.worked("int2", 2, -5.0, 2 / 3)["code"] == -2  # the smallest that it has
 
 
 def test_numbers_given_together_share_a_scale():
@@ -92,7 +92,7 @@ def test_numbers_given_together_share_a_scale():
 def test_what_is_no_number_is_refused():
     for word in ("many", "nan", "inf"):
         with pytest.raises(UserError, match=f"'{word}' holds what is not a finite number"):
-            formats.rows([word])
+            number_formats.rows([word])
 
 
 def test_the_command_prints_them(capsys):

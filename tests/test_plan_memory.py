@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import pytest
 
-from lowrank import plan, step, tree
-from lowrank.plan import abstract, compiled, figures, formulas, kept
+from experiments.plan import literature
+from lowrank.core import tree
+from lowrank.memory import compiled, formulas, residuals, shapes
+from lowrank.training import build, step
 from tests.test_train import config_of
 from tests.tiny import HEADS, HIDDEN, KV_HEADS, LAYERS, WIDTH
 
@@ -23,7 +25,7 @@ MESHES = ({"data": 1}, {"data": 1, "fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 
 def job_of(files, arg="rank=2", model="llama", mesh=MESHES[0], **changes):
     config = config_of(files, arg, model, **changes)
     config.mesh = mesh
-    return plan.make(config)
+    return build.build_run(config)
 
 
 def on_first_device(arrays):
@@ -36,9 +38,9 @@ def test_weights_adapter_and_moments_are_what_real_arrays_take_on_a_device(files
     job = job_of(files, arg, model, MESHES[at], **changes)
     params, _ = job.attach(job.load().params)
     trained, frozen = tree.split(params, job.mask)
-    run = abstract.run(job)
-    assert abstract.device_bytes(run.frozen) == on_first_device(frozen)
-    assert abstract.device_bytes(run.state.trained) == on_first_device(trained)
+    run = shapes.step_inputs(job)
+    assert shapes.device_bytes(run.frozen) == on_first_device(frozen)
+    assert shapes.device_bytes(run.state.trained) == on_first_device(trained)
     learned = sum(x.size for x in jax.tree.leaves(trained))
     counters = {x.shape: x.dtype for x in jax.tree.leaves(run.state.optimizer) if x.ndim == 0}
     whole = sum(x.size for x in jax.tree.leaves(run.state.optimizer) if x.ndim)
@@ -51,7 +53,7 @@ def test_the_compiler_agrees_on_what_stays_and_nearly_on_what_does_not(files, na
     arg, model, changes = RUNS[name]
     writes = {"eval__split": "train", "eval__texts": 5, "eval__max_new": 6} if name == "lora" else {}
     job = job_of(files, arg, model, MESHES[at], **{**changes, **writes, "model__param_dtype": "float32"})
-    run = abstract.run(job)
+    run = shapes.step_inputs(job)
     by_formula, by_compiler = formulas.memory(job, run), compiled.compiled(job, run)
     for part in ("weights", "adapter", "moments", "batch"):
         assert getattr(by_formula, part) == getattr(by_compiler, part), part
@@ -69,21 +71,21 @@ def test_the_compiler_agrees_on_what_stays_and_nearly_on_what_does_not(files, na
 
 def test_codes_take_as_arguments_what_the_formula_says(files):
     arg, model, changes = RUNS["qdora"]
-    run = abstract.run(job_of(files, arg, model, MESHES[1], **changes))
-    assert compiled.held(run.frozen) == abstract.device_bytes(run.frozen)
-    assert compiled.held(run.state.trained) == abstract.device_bytes(run.state.trained)
+    run = shapes.step_inputs(job_of(files, arg, model, MESHES[1], **changes))
+    assert compiled.held(run.frozen) == shapes.device_bytes(run.frozen)
+    assert compiled.held(run.state.trained) == shapes.device_bytes(run.state.trained)
 
 
 def test_activations_follow_what_is_rematerialised(files):
     job = job_of(files, model__remat="none", data__seq_len=64)
-    run = abstract.run(job)
-    program = compiled.analysed(lambda: step.compile(job.step(job.optimizer()), run.state, run.frozen, run.batch))
+    run = shapes.step_inputs(job)
+    program = compiled.analysed(lambda: step.compile_step(job.step(job.optimizer()), run.state, run.frozen, run.batch))
     assert 0.4 < formulas.memory(job, run).working / program.temporary < 2.5
-    kept_by = {r: kept.activations(job, run, r) for r in ("none", "dots_all", "names", "dots", "full", "offload")}
-    assert kept_by["none"] == kept.activations(job, run)
+    kept_by = {r: residuals.activations(job, run, r) for r in ("none", "dots_all", "names", "dots", "full", "offload")}
+    assert kept_by["none"] == residuals.activations(job, run)
     assert kept_by["none"] > kept_by["dots_all"] > kept_by["dots"] > kept_by["full"] > kept_by["offload"]
     assert kept_by["names"] > kept_by["full"]
-    away = kept.activations(job, run, "offload", host=True)
+    away = residuals.activations(job, run, "offload", host=True)
     assert away == LAYERS * 8 * 64 * WIDTH * 4  # each block's input
     assert kept_by["full"] - kept_by["offload"] == away
 
@@ -94,26 +96,26 @@ def test_activations_follow_what_is_rematerialised(files):
 )
 def test_dots_keeps_each_product_once_whatever_its_weight_is(files, adapted, changes):
     job = job_of(files, "rank=2", data__seq_len=64, **changes)
-    run = abstract.run(job)
+    run = shapes.step_inputs(job)
     wide = 2 * WIDTH + 2 * KV_HEADS * (WIDTH // HEADS) + 2 * HIDDEN  # q, o; k, v; gate, up: no gradient asks for down
     size = 2 if "model__dtype" in changes else 4
     products = LAYERS * 8 * 64 * (wide + adapted * 2) * size  # and `x @ A`, but not what is added to `x @ W`
-    assert kept.activations(job, run, "dots") - kept.activations(job, run, "full") == products
+    assert residuals.activations(job, run, "dots") - residuals.activations(job, run, "full") == products
 
 
 def test_a_rematerialised_block_keeps_its_input_alone():
-    job = figures.plan("LLaMA-7B", {"name": "lora", "rank": 8})
-    run = figures.arrays(job, rows=2, length=1024)
+    job = literature.plan("LLaMA-7B", {"name": "lora", "rank": 8})
+    run = literature.arrays(job, rows=2, length=1024)
     inputs = 32 * 2 * 1024 * 4096 * 2  # layers, rows, tokens, width, bfloat16
-    assert 1 < kept.activations(job, run) / inputs < 1.25
+    assert 1 < residuals.activations(job, run) / inputs < 1.25
 
 
 def test_a_mesh_divides_a_kernel_by_its_axes_and_the_batch_by_data_and_fsdp(files):
-    one, many = (abstract.run(job_of(files, mesh=mesh)) for mesh in MESHES[:2])
+    one, many = (shapes.step_inputs(job_of(files, mesh=mesh)) for mesh in MESHES[:2])
     kernel = lambda run: run.frozen["layers"]["mlp"]["up"]["kernel"]  # noqa: E731
-    assert abstract.device_bytes(kernel(one)) == LAYERS * WIDTH * HIDDEN * 4
-    assert abstract.device_bytes(kernel(many)) == LAYERS * WIDTH * HIDDEN * 4 // 8
-    assert abstract.device_bytes(one.batch) == 4 * abstract.device_bytes(many.batch)
+    assert shapes.device_bytes(kernel(one)) == LAYERS * WIDTH * HIDDEN * 4
+    assert shapes.device_bytes(kernel(many)) == LAYERS * WIDTH * HIDDEN * 4 // 8
+    assert shapes.device_bytes(one.batch) == 4 * shapes.device_bytes(many.batch)
 
 
 def test_the_mesh_divides_activations_and_gathers_a_block(files):
@@ -139,7 +141,7 @@ def test_sgd_has_no_moments(files):
 
 def test_what_is_on_the_host_is_counted_apart(files):
     job = job_of(files)
-    run = abstract.run(job)
+    run = shapes.step_inputs(job)
     moved = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("pinned_host"))  # noqa: E731
     state = dataclasses.replace(run.state, optimizer=jax.tree.map(moved, run.state.optimizer))
     here, there = formulas.memory(job, run), formulas.memory(job, dataclasses.replace(run, state=state))

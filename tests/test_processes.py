@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from configs import tiny as tiny_config
-from lowrank import train
-from lowrank.runlog import read_metrics
+from lowrank.training import loop
+from lowrank.training.log import read_metrics
 from tests import tiny
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}  # fsdp spans the processes' halves of the rows
@@ -62,8 +62,8 @@ def test_two_processes_train_stop_together_and_continue_as_one(options, tmp_path
     config.update_from_flattened_dict(options)
     config.distributed = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.StopSignal, "requested", lambda self, step: step >= len(two) + 3)
-        train.run(config, tmp_path / "two")
-        train.run(config, tmp_path / "one")
+        patch.setattr(loop.StopSignal, "requested", lambda self, step: step >= len(two) + 3)
+        loop.run(config, tmp_path / "two")
+        loop.run(config, tmp_path / "one")
     one, two = ([x["train/loss"] for x in read_metrics(tmp_path / w / "metrics.jsonl")] for w in ("one", "two"))
     np.testing.assert_allclose(two, one, rtol=1e-4)

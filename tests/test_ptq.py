@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import data, pretrained, ptq, tree
-from lowrank.errors import UserError
+from lowrank import data, pretrained, quantization
+from lowrank.core import tree
+from lowrank.core.errors import UserError
+from lowrank.core.weight import is_weight, materialize
 from lowrank.models.layers import Norm
-from lowrank.ptq import awq, gptq
-from lowrank.ptq.layers import Layers
-from lowrank.weight import is_weight, materialize
-from lowrank.weights.awq import Balanced
-from lowrank.weights.schemes import SCHEMES, integer
+from lowrank.quantization import awq, gptq
+from lowrank.quantization.layers import Layers
+from lowrank.weights.quantized.input_scaled import InputScaled
+from lowrank.weights.quantized.schemes import SCHEMES, integer
 from tests.models import tiny as models
 
 N, IN, OUT = 96, 24, 10
@@ -184,42 +185,42 @@ def text_of(files, **options):
     ],
 )
 def test_a_calibrated_base_is_written_and_read(model, group, files, tmp_path):
-    out = ptq.write(str(files / model), group, tmp_path / "out", text=text_of(files), rows=6)
+    out = quantization.write(str(files / model), group, tmp_path / "out", text=text_of(files), rows=6)
     base, plain = pretrained.load(str(out)), pretrained.load(str(files / model))
     assert base.quantized == {**group, "param_dtype": "float32"}
     forms = {n: w for n, w in tree.named_leaves(base.params, is_weight) if is_weight(w)}
     kernels = dict(tree.named_leaves(plain.params))
     assert len(forms) == (2 if model == "llama" else 1)
     for name, w in forms.items():
-        assert isinstance(w, Balanced) == (group["name"] == "awq")
+        assert isinstance(w, InputScaled) == (group["name"] == "awq")
         assert 0 < np.linalg.norm(values(w) - np.asarray(kernels[name])) < 0.3 * np.linalg.norm(kernels[name])
     with pytest.raises(UserError, match="in codes already"):
-        ptq.write(str(out), group, tmp_path / "again", text=text_of(files))
+        quantization.write(str(out), group, tmp_path / "again", text=text_of(files))
 
 
 def test_what_cannot_be_calibrated_is_named(files, tmp_path):
     model, out = str(files / "llama"), tmp_path / "out"
     with pytest.raises(UserError, match="gptq needs data to calibrate by"):
-        ptq.write(model, "gptq", out)
+        quantization.write(model, "gptq", out)
     with pytest.raises(UserError, match=r"gptq needs data: .*launch\.quantize --scheme=gptq"):
         pretrained.describe(model, quantized="gptq")
     with pytest.raises(UserError, match=r"'gptk' \(did you mean 'gptq'\?\)"):
-        ptq.write(model, "gptk", out)
+        quantization.write(model, "gptk", out)
     for options, message in (({"damping": 0.0}, "damping must be above 0"), ({"actorder": True}, "'scheme.act_order'")):
         with pytest.raises(UserError, match=message):
-            ptq.write(model, {"name": "gptq", **options}, out)
+            quantization.write(model, {"name": "gptq", **options}, out)
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "the cat"}) + "\n")
     text = data.DataConfig(source=f"jsonl:{tmp_path / 'short.jsonl'}", seq_len=16)
     with pytest.raises(UserError, match="2 tokens to calibrate by are less than one row of 16"):
-        ptq.write(model, "gptq", out, text=text)
+        quantization.write(model, "gptq", out, text=text)
     with pytest.raises(UserError, match="0 rows to calibrate by"):
-        ptq.write(model, "gptq", out, text=text, rows=0)
+        quantization.write(model, "gptq", out, text=text, rows=0)
     base, rows = pretrained.load(model), [(models.tokens(1) % 20, np.ones((1, models.T), np.int32))]
     with pytest.raises(UserError, match="head/kernel is the kernel of no Linear in a layer"):
-        ptq.calibrated(base, {"name": "awq", "target": ".*kernel"}, rows)
+        quantization.calibrated(base, {"name": "awq", "target": ".*kernel"}, rows)
     broken = tree.map_named(lambda n, w: w.at[1, 2, 3].set(jnp.nan) if n == "layers/mlp/up/kernel" else w, base.params)
     with pytest.raises(UserError, match="'layers/mlp/up/kernel' holds NaN"):
-        ptq.calibrated(dataclasses.replace(base, params=broken), {"name": "awq"}, rows)
+        quantization.calibrated(dataclasses.replace(base, params=broken), {"name": "awq"}, rows)
     moe, params = models.decoder("moe")
     with pytest.raises(UserError, match="layers/mlp/experts/up/kernel is the kernel of no Linear"):
         Layers(moe.config, params, ["layers/mlp/experts/up/kernel"], rows)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from launch.evaluate import evaluate
-from lowrank import merging, pretrained, train
-from lowrank.errors import UserError
+from lowrank import pretrained
+from lowrank.adapters import export, load
+from lowrank.core.errors import UserError
+from lowrank.core.weight import is_stored, materialize
 from lowrank.models import build
-from lowrank.runlog import read_metrics
-from lowrank.weight import is_stored, materialize
+from lowrank.training import loop
+from lowrank.training.log import read_metrics
 from tests import tiny
 from tests.models.tiny import run
 from tests.test_train import config_of
@@ -37,7 +39,7 @@ def runs(files, tmp_path_factory):
             arg, model, quantize = RUNS[name]
             config = config_of(files, arg, model, model__quantize=quantize, optim__lr=0.05, mesh__data=1)
             config.checkpoint.every, config.eval = 0, {"split": "train" if name == "qlora" else ""}
-            seen, go, folder = [], train.Run.go, tmp_path_factory.mktemp("run")
+            seen, go, folder = [], loop.Trainer.go, tmp_path_factory.mktemp("run")
 
             def watched(job, *args):
                 before = jax.device_get(job.frozen)
@@ -46,8 +48,8 @@ def runs(files, tmp_path_factory):
                 return summary
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train.Run, "go", watched)
-                done[name] = (config, folder, train.run(config, folder), *seen)
+                patch.setattr(loop.Trainer, "go", watched)
+                done[name] = (config, folder, loop.run(config, folder), *seen)
         return done[name]
 
     return run
@@ -71,7 +73,7 @@ def test_the_adapter_comes_back_on_the_base_in_codes(runs):
 
 def test_leaves_by_name_come_back_on_the_base_in_codes(runs):
     config, folder, _, before, _ = runs("bitfit on int8")
-    loaded = merging.adapted(folder / "adapter", config.model.name).params
+    loaded = load.load_adapted(folder / "adapter", config.model.name).params
     assert is_stored(loaded["head"]["kernel"])
     np.testing.assert_array_equal(loaded["head"]["kernel"].codes, before["head"]["kernel"].codes)
 
@@ -82,11 +84,11 @@ def test_the_adapter_of_qlora_is_one_of_peft(runs):
     assert json.loads((folder / "quantized_base.json").read_text()) == {**NF4, "param_dtype": "float32"}
 
 
-@pytest.mark.parametrize("codes", merging.CODES)
+@pytest.mark.parametrize("codes", export.CODES)
 def test_a_merge_into_codes_says_what_it_costs(codes, runs, tmp_path):
     config, folder, *_ = runs("qlora")
-    model = merging.adapted(folder / "adapter", config.model.name)
-    report = merging.merge_to_hf(model.params, model, tmp_path / "merged", codes=codes)
+    model = load.load_adapted(folder / "adapter", config.model.name)
+    report = export.merge_to_hf(model.params, model, tmp_path / "merged", codes=codes)
     again = pretrained.load(str(tmp_path / "merged"))
     w, kernel = (p["layers"]["attn"]["q"]["kernel"] for p in (model.params, again.params))
     exact = np.float64(values(w.base)) + np.einsum("lir,lro->lio", w.a, w.b) * np.asarray(w.scale)[:, None, None]
@@ -120,19 +122,19 @@ def test_a_merge_into_codes_says_what_it_costs(codes, runs, tmp_path):
 def test_a_plain_base_cannot_be_requantised(files, tmp_path):
     base = pretrained.load(str(files / "llama"))
     with pytest.raises(UserError, match="was not quantised as it was read"):
-        merging.merge_to_hf(base.params, base, tmp_path / "out", codes="requantize")
+        export.merge_to_hf(base.params, base, tmp_path / "out", codes="requantize")
     with pytest.raises(
         UserError, match=r"unknown merge into a quantised base 'requantise' \(did you mean 'requantize'"
     ):
-        merging.merge_to_hf(base.params, base, tmp_path / "out", codes="requantise")
+        export.merge_to_hf(base.params, base, tmp_path / "out", codes="requantise")
 
 
 def test_full_fine_tuning_cannot_train_codes(files, tmp_path):
     with pytest.raises(UserError, match="only floating-point leaves can be trained"):
-        train.run(config_of(files, "method=full", model__quantize="nf4"), tmp_path)
+        loop.run(config_of(files, "method=full", model__quantize="nf4"), tmp_path)
 
 
 def test_a_bfloat16_base_in_codes_is_trained_on_a_mesh(files, tmp_path):
     config = config_of(files, "rank=2", model__quantize=NF4, model__param_dtype="bfloat16", steps=2)
     config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    assert jnp.isfinite(train.run(config, tmp_path)["final_loss"])
+    assert jnp.isfinite(loop.run(config, tmp_path)["final_loss"])

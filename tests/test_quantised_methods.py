@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import adapter, merging, methods, pretrained
-from lowrank.errors import UserError
-from lowrank.weight import dot, materialize
-from lowrank.weights import fake, schemes, tables
-from lowrank.weights.bits import unpack
+from lowrank import methods, pretrained
+from lowrank.adapters import adapter_files, load
+from lowrank.core.errors import UserError
+from lowrank.core.weight import dot, materialize
+from lowrank.weights.quantized import fake_quantized, lookup_tables, schemes
+from lowrank.weights.quantized.packing import unpack
 from tests import tiny
 from tests.forms import shaken
 
@@ -34,7 +35,7 @@ def layer_of(w, i):
 
 def nf4(w, block):
     """The values of NF4, in float64."""
-    out, table = np.zeros(w.shape), np.float64(tables.TABLES["nf4"])
+    out, table = np.zeros(w.shape), np.float64(lookup_tables.TABLES["nf4"])
     for i in range(0, w.shape[0], block):
         top = np.abs(w[i : i + block]).max(0)
         nearest = np.abs(w[i : i + block, :, None] / top[None, :, None] - table).argmin(-1)
@@ -89,7 +90,7 @@ def test_qa_lora_takes_codes_that_are_there_if_they_have_zeros():
 
 
 def test_calibration_finds_the_shift_whose_codes_say_most():
-    kernel, table = W[0, :16], np.float64(tables.TABLES["nf4"])
+    kernel, table = W[0, :16], np.float64(lookup_tables.TABLES["nf4"])
     w = jax.jit(schemes.SCHEMES["nf4"](block=16, calibrate=21))(kernel)
     codes = np.asarray(jax.jit(unpack, static_argnums=(1, 2))(w.codes, 4, 16))[0]
     decoded, chosen = np.asarray(values(w)), np.asarray(w.shift)[0]
@@ -162,7 +163,7 @@ def test_qat_multiplies_by_the_codes_and_hands_the_gradient_through():
 
 def test_activations_are_rounded_to_their_bits_and_the_gradient_is_not():
     x = np.random.default_rng(1).standard_normal((3, 8)).astype(np.float32)
-    step, rounded = np.abs(x).max(-1, keepdims=True) / 7, jax.jit(lambda x: fake.rounded(x, 4))
+    step, rounded = np.abs(x).max(-1, keepdims=True) / 7, jax.jit(lambda x: fake_quantized.rounded(x, 4))
     found = np.asarray(rounded(x))
     np.testing.assert_allclose(found, np.round(x / step) * step, atol=1e-6)
     np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: jnp.sum(rounded(x))))(x), np.ones_like(x))
@@ -175,8 +176,8 @@ def test_the_adapter_of_loftq_is_not_one_of_peft_and_comes_back(tmp_path):
     method = methods.build(group)
     params = jax.jit(lambda p: methods.attach(method, p, jax.random.key(0)))(base.params)
     params, mask = methods.finished(method, params, methods.trainable_mask(method, params))
-    assert adapter.save(params, base, tmp_path / "adapter", mask=mask, method=group) == "trained leaves by name"
-    loaded = merging.adapted(tmp_path / "adapter", str(tmp_path / "tiny-llama")).params
+    assert adapter_files.save(params, base, tmp_path / "adapter", mask=mask, method=group) == "trained leaves by name"
+    loaded = load.load_adapted(tmp_path / "adapter", str(tmp_path / "tiny-llama")).params
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 

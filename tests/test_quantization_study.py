@@ -11,7 +11,7 @@ from experiments.quantization.rows import BASES, ROWS
 from experiments.study import run
 from experiments.study.study import Study
 from experiments.study.tasks import TASKS
-from lowrank.weights import codebook
+from lowrank.weights.quantized import codebook
 from tests import studies
 
 

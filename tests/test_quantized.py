@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lowrank.errors import UserError
-from lowrank.weight import dot, materialize
-from lowrank.weights import double_scale, quantized, tables, uniform
-from lowrank.weights.bits import pack, unpack
-from lowrank.weights.schemes import SCHEMES
+from lowrank.core.errors import UserError
+from lowrank.core.weight import dot, materialize
+from lowrank.weights.quantized import base, double_quantization, lookup_tables, uniform
+from lowrank.weights.quantized.packing import pack, unpack
+from lowrank.weights.quantized.schemes import SCHEMES
 from tests import large_product
 
 IN, OUT = 40, 24
@@ -63,8 +63,8 @@ FP4 = [sign * m for m in (0, 0.0625, 2, 3, 4, 6, 8, 12) for sign in (1 / 12, -1 
 @pytest.mark.parametrize(
     ("scheme", "options", "block", "formula"),
     [
-        ("nf4", {}, 64, to_table(np.float64(tables.TABLES["nf4"]))),
-        ("nf4", {"block": 16}, 16, to_table(np.float64(tables.TABLES["nf4"]))),
+        ("nf4", {}, 64, to_table(np.float64(lookup_tables.TABLES["nf4"]))),
+        ("nf4", {"block": 16}, 16, to_table(np.float64(lookup_tables.TABLES["nf4"]))),
         ("fp4", {"block": 8}, 8, to_table(np.float64(FP4))),
         ("int8", {}, IN, about_zero(8)),
         ("int4", {"block": 12}, 12, about_zero(4)),
@@ -115,7 +115,9 @@ def test_double_quantisation_costs_little_and_saves_what_it_says():
 
 def test_the_8_bit_table_can_be_computed():
     codes = np.arange(256, dtype=np.uint8)
-    np.testing.assert_allclose(jax.jit(double_scale.computed)(codes), double_scale.dynamic_table(), rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(double_quantization.computed)(codes), double_quantization.dynamic_table(), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -152,8 +154,8 @@ TILED = {
 
 @pytest.mark.parametrize("scheme", TILED)
 def test_the_product_by_tiles_is_the_product(scheme, monkeypatch):
-    monkeypatch.setattr(quantized, "TILE", 200)  # tiles that divide neither axis
-    monkeypatch.setattr(quantized, "LANES", 1)
+    monkeypatch.setattr(base, "TILE", 200)  # tiles that divide neither axis
+    monkeypatch.setattr(base, "LANES", 1)
     w = made(scheme, W[:38], **TILED[scheme])
     x = jax.random.normal(jax.random.key(1), (2, 3, 38))
 

@@ -5,8 +5,8 @@ import pytest
 from configs import common, quickstart
 from experiments.quickstart import __main__ as job
 from launch.evaluate import evaluate
-from lowrank import plan
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
+from lowrank.training import build
 from tests import tiny
 
 
@@ -63,6 +63,6 @@ def test_evaluation_needs_a_finished_run(config, tmp_path):
 def test_evaluation_needs_a_split(config, tmp_path):
     unset = config.copy_and_resolve_references()
     unset.eval = {}
-    assert plan.make(unset).scorer is None
+    assert build.build_run(unset).scorer is None
     with pytest.raises(UserError, match=r"eval\.split is not set"):
         evaluate(unset, tmp_path)

@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from lowrank import report
-from lowrank.runlog import RunLog
+from lowrank.training import report
+from lowrank.training.log import RunLog
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import tiny as tiny_config
-from lowrank import train
-from lowrank.checkpoint import Checkpointer
-from lowrank.runlog import read_metrics
+from lowrank.training import loop
+from lowrank.training.checkpoint import Checkpointer
+from lowrank.training.log import read_metrics
 from tests import tiny
 
 ARG, STEPS = "rank=2,dropout=0.1,bias=all", 30
@@ -37,7 +37,7 @@ def _config(options, **mesh):
 def whole(options, tmp_path_factory):
     """The workdir of a run that nothing interrupted."""
     workdir = tmp_path_factory.mktemp("whole")
-    train.run(_config(options), workdir)
+    loop.run(_config(options), workdir)
     return workdir
 
 
@@ -92,7 +92,7 @@ def test_sigterm_saves_and_exits_cleanly_and_a_restart_continues_bit_for_bit(opt
     assert f"stopped after step {stopped}" in said
     assert len(_numbers(tmp_path)) == stopped
     assert 7 <= stopped < STEPS
-    train.run(_config(options), tmp_path)
+    loop.run(_config(options), tmp_path)
     _assert_same_run(tmp_path, whole)
 
 
@@ -102,15 +102,15 @@ def test_after_kill_9_a_restart_continues_bit_for_bit(options, whole, tmp_path):
     with Checkpointer(tmp_path / "checkpoints") as saver:
         last = saver.latest()
     assert last is None or (last % 5 == 0 and last < STEPS)
-    train.run(_config(options), tmp_path)
+    loop.run(_config(options), tmp_path)
     _assert_same_run(tmp_path, whole)
 
 
 def test_a_checkpoint_continues_on_another_mesh(options, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train.StopSignal, "requested", lambda self, step: step >= STEPS // 2)
-        assert train.run(_config(options), tmp_path) == {"stopped_at": STEPS // 2}
-    train.run(_config(options, data=1, fsdp=4, tensor=2), tmp_path)
+        patch.setattr(loop.StopSignal, "requested", lambda self, step: step >= STEPS // 2)
+        assert loop.run(_config(options), tmp_path) == {"stopped_at": STEPS // 2}
+    loop.run(_config(options, data=1, fsdp=4, tensor=2), tmp_path)
     got, want = ([line["train/loss"] for line in _numbers(w)] for w in (tmp_path, whole))
     assert got[: STEPS // 2] == want[: STEPS // 2]
     np.testing.assert_allclose(got, want, rtol=1e-4)

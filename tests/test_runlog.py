@@ -11,9 +11,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from lowrank import runlog
-from lowrank.errors import UserError
-from lowrank.runlog import RunLog, read_metrics
+from lowrank.core.errors import UserError
+from lowrank.training import log as runlog
+from lowrank.training.log import RunLog, read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -195,7 +195,7 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
 
 def test_the_log_does_not_import_torch(tmp_path):
     program = (
-        "import sys; from lowrank.runlog import RunLog\n"
+        "import sys; from lowrank.training.log import RunLog\n"
         "RunLog(sys.argv[1], 1).close(); print(sorted({'torch', 'tensorflow'} & set(sys.modules)))"
     )
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lowrank import merging, methods, train, tree, weight
-from lowrank.errors import UserError
+from lowrank import methods
+from lowrank.adapters import load
+from lowrank.core import tree, weight
+from lowrank.core.errors import UserError
+from lowrank.core.weight import materialize
 from lowrank.methods.features import Cache
 from lowrank.methods.sparse import SEEING
-from lowrank.runlog import read_metrics
-from lowrank.weight import materialize
+from lowrank.training import loop
+from lowrank.training.log import read_metrics
 from tests import tiny
 from tests.models.tiny import decoder, run
 from tests.test_additive import trained
@@ -79,7 +82,7 @@ def test_random_places_are_distinct_and_differ_from_layer_to_layer():
 def test_a_run_that_goes_on_keeps_its_places_and_does_not_choose_again(files, tmp_path, monkeypatch):
     arg = "method=sparse,density=0.05,choose=saliency,batches=1,target=.*down/kernel"
     config = config_of(files, arg, steps=2, mesh__data=1, checkpoint__every=1)
-    batch, choose, seen = train.Run._batch, SEEING["saliency"], []
+    batch, choose, seen = loop.Trainer._batch, SEEING["saliency"], []
 
     def broken(run, done):
         seen.append(run.frozen)
@@ -87,11 +90,11 @@ def test_a_run_that_goes_on_keeps_its_places_and_does_not_choose_again(files, tm
             raise UserError("the power is gone")
         return batch(run, done)
 
-    monkeypatch.setattr(train.Run, "_batch", broken)
+    monkeypatch.setattr(loop.Trainer, "_batch", broken)
     with pytest.raises(UserError, match="the power is gone"):
-        train.run(config, tmp_path)
+        loop.run(config, tmp_path)
     monkeypatch.setitem(SEEING, "saliency", lambda *args, **kw: jax.tree.map(jnp.negative, choose(*args, **kw)))
-    train.run(config, tmp_path)
+    loop.run(config, tmp_path)
     first, last = ({n: x for n, x in tree.named_leaves(p) if n.endswith("indices")} for p in (seen[0], seen[-1]))
     assert first
     jax.tree.map(np.testing.assert_array_equal, first, last)
@@ -100,7 +103,7 @@ def test_a_run_that_goes_on_keeps_its_places_and_does_not_choose_again(files, tm
 
 def assert_holds(directory, base, places):
     """The adapter holds the places and their values, and the model that it gives back has them there."""
-    arrays, loaded = load_file(directory / "trained.safetensors"), merging.adapted(directory, base)
+    arrays, loaded = load_file(directory / "trained.safetensors"), load.load_adapted(directory, base)
     assert {n for n in arrays if n.endswith("indices")} == set(places)
     leaves = dict(tree.named_leaves(loaded.params, weight.is_weight))
     for name in {n.rpartition("/")[0] for n in arrays}:
@@ -160,7 +163,7 @@ def test_cached_features_train_the_head_as_the_whole_model_does(files, tmp_path)
     for method in ("head", "features"):
         config = config_of(files, f"method={method}", "bert", **changes)
         config.model.pooling = "mean"
-        train.run(config, tmp_path / method)
+        loop.run(config, tmp_path / method)
         losses[method] = [line["train/loss"] for line in read_metrics(tmp_path / method / "metrics.jsonl")]
     np.testing.assert_allclose(losses["features"], losses["head"], rtol=1e-4)
     assert losses["head"][-1] < losses["head"][0]

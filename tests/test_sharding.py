@@ -5,9 +5,10 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lowrank import optim, sharding
-from lowrank.errors import UserError
-from lowrank.optim import OptimConfig
+from lowrank.core import sharding
+from lowrank.core.errors import UserError
+from lowrank.training import optimizer as optim
+from lowrank.training.optimizer import OptimConfig
 
 L, D, F, V = 3, 8, 16, 24
 SHAPES = {
@@ -80,10 +81,10 @@ def test_mesh_sizes_that_do_not_fit_are_refused(sizes):
 def test_a_batch_that_does_not_divide_is_refused():
     mesh = sharding.make_mesh(2, 2, 2)
     with pytest.raises(UserError, match="batch_size 6 is not divisible by the mesh"):
-        sharding.check_batch(6, 1, mesh)
+        sharding.check_batch_size(6, 1, mesh)
     with pytest.raises(UserError, match=r"optim.accumulate 4 = 16"):
-        sharding.check_batch(8, 4, mesh)
-    assert sharding.check_batch(8, 2, mesh) is None
+        sharding.check_batch_size(8, 4, mesh)
+    assert sharding.check_batch_size(8, 2, mesh) is None
 
 
 def test_a_global_batch_is_split_over_data_and_fsdp():
@@ -105,7 +106,7 @@ def test_the_optimizer_state_follows_its_parameters(config):
     shapes = _leaves({"layers/attn/q/kernel/a": (L, 8, 4), "norm/scale": (D,)}) | {"frozen": None}
     where = sharding.shardings(shapes, mesh)
     trained = jax.tree.map(lambda x, s: jax.device_put(jnp.ones(x.shape), s), shapes, where)
-    optimizer = optim.make(config, 10, trained)
+    optimizer = optim.build_optimizer(config, 10, trained)
     state = jax.eval_shape(optimizer.init, trained)
     got = sharding.optimizer_shardings(optimizer, state, trained, mesh)
     pairs = list(zip(jax.tree.leaves(state), jax.tree.leaves(got), strict=True))

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from lowrank.stopping import StopSignal
+from lowrank.training.preemption import StopSignal
 
 
 def test_sigterm_is_a_question_and_the_old_handler_returns():

@@ -8,13 +8,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny as tiny_config
-from lowrank import adapter, evaluate, merging, methods, plan, pretrained, sharding, train, tree
-from lowrank.checkpoint import Checkpointer
-from lowrank.errors import UserError
-from lowrank.runlog import read_metrics
-from lowrank.weight import is_weight, materialize
+from lowrank import methods, pretrained
+from lowrank.adapters import adapter_files, load
+from lowrank.core import sharding, tree
+from lowrank.core.errors import UserError
+from lowrank.core.weight import is_weight, materialize
+from lowrank.evaluation import scores
+from lowrank.training import build, loop
+from lowrank.training.checkpoint import Checkpointer
+from lowrank.training.log import read_metrics
+from lowrank.training.workdir import check_config
 from lowrank.weights.mixture import Gated, Routed
-from lowrank.workdir import check
 from tests import tiny
 
 LM_METHODS = {
@@ -82,7 +86,7 @@ def _losses(workdir):
 @pytest.fixture
 def watched(monkeypatch):
     """Every run, with its frozen leaves before and after it."""
-    seen, go = [], train.Run.go
+    seen, go = [], loop.Trainer.go
 
     def watch(run, *args):
         before = jax.device_get(run.frozen)
@@ -90,7 +94,7 @@ def watched(monkeypatch):
         seen.append((run, before, jax.device_get(run.frozen)))
         return summary
 
-    monkeypatch.setattr(train.Run, "go", watch)
+    monkeypatch.setattr(loop.Trainer, "go", watch)
     return seen
 
 
@@ -104,7 +108,7 @@ STARTS_ELSEWHERE = (
 @pytest.fixture(scope="module")
 def start(files):
     """The loss of the base on the first batch."""
-    job = plan.make(config_of(files, mesh__data=1))
+    job = build.build_run(config_of(files, mesh__data=1))
     batch = sharding.global_batch(next(job.loader), job.mesh)
     total, weight = jax.jit(functools.partial(job.loss, rng=None))(job.load().params, batch)
     return float(total / weight)
@@ -115,7 +119,7 @@ def test_every_method_keeps_the_contract_on_a_mesh(name, files, start, tmp_path,
     """It starts as the base, lowers the loss, leaves frozen bytes alone, and its adapter is what was trained."""
     config = config_of(files, LM_METHODS[name], optim__lr=0.05, checkpoint__every=0)
     config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    summary = train.run(config, tmp_path)
+    summary = loop.run(config, tmp_path)
     found = _losses(tmp_path)
     assert len(found) == config.steps
     assert np.mean(found[-2:]) < np.mean(found[:2]) - 0.02
@@ -129,7 +133,7 @@ def test_every_method_keeps_the_contract_on_a_mesh(name, files, start, tmp_path,
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     params, _ = methods.finished(run.job.method, run._params(), run.job.mask)
     params = run.job.method.bind(params, None, None) if run.job.method.bind else params
-    again = merging.adapted(tmp_path / "adapter", str(files / "llama")).params
+    again = load.load_adapted(tmp_path / "adapter", str(files / "llama")).params
     for (leaf, x), (_, y) in zip(_merged(params), _merged(again), strict=True):
         np.testing.assert_allclose(y, x, atol=1e-6, err_msg=leaf)
 
@@ -151,7 +155,7 @@ def test_a_classifier_learns_and_scores_itself(files, tmp_path, watched):
         {"steps": 40, "eval": {"split": "train", "every": 20}, "checkpoint": {"every": 0}, "mesh": {"data": 1}}
     )
     config.optim.lr, config.model.pooling = 0.05, "mean"
-    summary = train.run(config, tmp_path)
+    summary = loop.run(config, tmp_path)
     assert summary["before"]["accuracy"] < 0.8
     assert summary["after"]["accuracy"] > 0.95
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "eval/accuracy" in line] == [0, 20, 40]
@@ -162,7 +166,7 @@ def test_a_classifier_learns_and_scores_itself(files, tmp_path, watched):
 def test_scores_before_the_first_step_or_after_the_last_can_be_left_out(files, tmp_path, scored, left_out, at):
     config = config_of(files, "method=head", steps=3, mesh__data=1)
     config.eval.update({"split": "train", "texts": 1, "max_new": 2})
-    summary = train.run(config, tmp_path, **{left_out: False})
+    summary = loop.run(config, tmp_path, **{left_out: False})
     assert summary[left_out] == {}
     assert summary["samples"] == []
     assert summary[scored]["perplexity"] > 1
@@ -172,7 +176,7 @@ def test_scores_before_the_first_step_or_after_the_last_can_be_left_out(files, t
 def test_a_run_leaves_its_adapter_report_and_scores(files, tmp_path):
     config = config_of(files, "method=head", optim__lr=0.05, steps=4, mesh__data=1)
     config.eval.update({"split": "train", "texts": 3, "max_new": 4, "samples": 2})
-    summary = train.run(config, tmp_path, command="python -m launch.main --config=x")
+    summary = loop.run(config, tmp_path, command="python -m launch.main --config=x")
     assert summary["after"]["perplexity"] < summary["before"]["perplexity"]
     assert {"rougeL", "bleu", "exact_match"} <= set(summary["after"])
     assert len(summary["samples"]) == 2
@@ -180,20 +184,20 @@ def test_a_run_leaves_its_adapter_report_and_scores(files, tmp_path):
     assert "python -m launch.main --config=x" in report
     assert (tmp_path / "loss.png").stat().st_size > 1000
     base = pretrained.load(str(files / "llama"))
-    loaded = adapter.load_leaves(tmp_path / "adapter", base.params, base.name)
+    loaded = adapter_files.load_leaves(tmp_path / "adapter", base.params, base.name)
     trained = load_file(tmp_path / "adapter" / "trained.safetensors")
     assert set(trained) == {"head/kernel"}
     np.testing.assert_array_equal(loaded["head"]["kernel"], trained["head/kernel"])
     assert not np.array_equal(loaded["head"]["kernel"], base.params["head"]["kernel"])
     with pytest.raises(UserError, match="not on 'another'"):
-        adapter.load_leaves(tmp_path / "adapter", base.params, "another")
+        adapter_files.load_leaves(tmp_path / "adapter", base.params, "another")
 
 
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory):
     """`(config, workdir, summary)` of a short run."""
     config, workdir = config_of(files, "rank=2", steps=2, mesh__data=1), tmp_path_factory.mktemp("finished")
-    return config, workdir, train.run(config, workdir)
+    return config, workdir, loop.run(config, workdir)
 
 
 def test_lora_leaves_an_adapter_in_the_peft_format(finished):
@@ -204,33 +208,33 @@ def test_lora_leaves_an_adapter_in_the_peft_format(finished):
 
 def test_a_finished_run_returns_its_summary_again_and_says_so(finished, monkeypatch, capsys):
     config, workdir, summary = finished
-    monkeypatch.setattr(train, "Run", None)
-    assert train.run(config, workdir) == summary
+    monkeypatch.setattr(loop, "Trainer", None)
+    assert loop.run(config, workdir) == summary
     assert f"finished already; report: {workdir / 'report.md'}" in capsys.readouterr().err
 
 
 def test_a_run_killed_before_its_summary_still_knows_its_loss(finished, tmp_path):
     config, workdir, summary = finished
     again = shutil.copytree(workdir, tmp_path / "again")
-    (again / train.SUMMARY).unlink()
-    assert train.run(config, again)["final_loss"] == summary["final_loss"] > 0
+    (again / loop.SUMMARY).unlink()
+    assert loop.run(config, again)["final_loss"] == summary["final_loss"] > 0
 
 
 def test_a_workdir_of_another_config_is_refused(finished, files):
     with pytest.raises(UserError, match=r"another config's run: optim.lr"):
-        train.run(config_of(files, "rank=2", steps=2, mesh__data=1, optim__lr=0.5), finished[1])
+        loop.run(config_of(files, "rank=2", steps=2, mesh__data=1, optim__lr=0.5), finished[1])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(files, tmp_path, monkeypatch):
     weights = iter([1.0] * 4 + [np.nan] * 10)
-    batches = train.sharding.global_batch
+    batches = loop.sharding.global_batch
 
     def poisoned(batch, mesh):
         return batches({**batch, "weights": batch["weights"] * np.float32(next(weights))}, mesh)
 
-    monkeypatch.setattr(train.sharding, "global_batch", poisoned)
+    monkeypatch.setattr(loop.sharding, "global_batch", poisoned)
     with pytest.raises(UserError, match=r"loss is nan at step 5; the checkpoint of step 4 is intact"):
-        train.run(config_of(files, "rank=2", mesh__data=1), tmp_path)
+        loop.run(config_of(files, "rank=2", mesh__data=1), tmp_path)
     with Checkpointer(tmp_path / "checkpoints") as saver:
         assert saver.latest() == 4
     assert np.isfinite(_losses(tmp_path)[:4]).all()
@@ -267,7 +271,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(f
 def test_bad_configs_are_refused_before_anything_is_written(changes, culprit, files, tmp_path):
     config = config_of(files, "rank=2", **changes)
     with pytest.raises(UserError) as error:
-        train.run(config, tmp_path / "w")
+        loop.run(config, tmp_path / "w")
     assert culprit in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "w").exists()
@@ -275,23 +279,23 @@ def test_bad_configs_are_refused_before_anything_is_written(changes, culprit, fi
 
 def test_an_encoder_cannot_be_a_language_model(files, tmp_path):
     with pytest.raises(UserError, match="objective=classification"):
-        train.run(config_of(files, model="bert"), tmp_path)
+        loop.run(config_of(files, model="bert"), tmp_path)
 
 
 def test_a_random_leaf_that_nothing_trains_is_refused(files, tmp_path):
     config = config_of(files, "rank=2,target=.*attn/(q|v)/kernel", "bert", objective="classification")
     with pytest.raises(UserError, match="pooler/bias is in no checkpoint and the method does not train it"):
-        train.run(config, tmp_path)
+        loop.run(config, tmp_path)
 
 
 def test_the_data_may_not_end_before_the_run(files, tmp_path):
     config = config_of(files, steps=50, data__epochs=1, data__packing=False, mesh__data=1, checkpoint__every=0)
     with pytest.raises(UserError, match="the data ended after step 5 of 50"):
-        train.run(config, tmp_path)
+        loop.run(config, tmp_path)
 
 
 def test_what_a_rewrite_leaves_alone_is_not_copied(files):
-    job = plan.make(config_of(files, "rank=2", mesh__data=1))
+    job = build.build_run(config_of(files, "rank=2", mesh__data=1))
     base = job.load()
     adapted, original = job.attach(base.params)
     before = {name: leaf.unsafe_buffer_pointer() for name, leaf in tree.named_leaves(base.params)}
@@ -302,14 +306,14 @@ def test_what_a_rewrite_leaves_alone_is_not_copied(files):
 
 
 def test_pissa_keeps_the_original_for_its_adapter(files):
-    job = plan.make(config_of(files, "rank=2,init=pissa", mesh__data=1))
+    job = build.build_run(config_of(files, "rank=2,init=pissa", mesh__data=1))
     base = job.load()
     _, original = job.attach(base.params)
     assert original is base.params
 
 
 def test_what_is_trained_is_float32_on_a_bfloat16_base(files):
-    job = plan.make(config_of(files, "method=bitfit", model__param_dtype="bfloat16", mesh__data=1))
+    job = build.build_run(config_of(files, "method=bitfit", model__param_dtype="bfloat16", mesh__data=1))
     adapted, _ = job.attach(job.load().params)
     trained, frozen = tree.split(adapted, job.mask)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(trained)} == {"float32"}
@@ -323,13 +327,13 @@ def test_a_corrupt_checkpoint_file_is_named(files, tmp_path):
     save_file(tensors, tmp_path / "llama" / "model.safetensors", {"format": "pt"})
     shutil.copy(files / "records.jsonl", tmp_path)
     with pytest.raises(UserError, match=r"tensor 'lm_head\.weight' is missing"):
-        train.run(config_of(tmp_path), tmp_path / "w")
-    check(tmp_path / "w", config_of(files))  # a run that could not start keeps no other from the folder
+        loop.run(config_of(tmp_path), tmp_path / "w")
+    check_config(tmp_path / "w", config_of(files))  # a run that could not start keeps no other from the folder
 
 
 def test_scores_hold_as_many_logits_a_device_as_a_step(files, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluate, "perplexity", lambda *_, rows, **__: seen.append(rows) or {})
+    monkeypatch.setattr(scores, "perplexity", lambda *_, rows, **__: seen.append(rows) or {})
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    plan.make(config_of(files, loss_rows=3, mesh=mesh, eval={"split": "train"})).scorer.scores({})
+    build.build_run(config_of(files, loss_rows=3, mesh=mesh, eval={"split": "train"})).scorer.scores({})
     assert seen == [3 * 4]

@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank import losses, methods, optim, sharding, step, tree, weight
+from lowrank import methods
+from lowrank.core import sharding, tree, weight
 from lowrank.models import DecoderConfig, build
-from lowrank.optim import OptimConfig
+from lowrank.objectives import losses
+from lowrank.training import optimizer as optim
+from lowrank.training import step
+from lowrank.training.optimizer import OptimConfig
 
 B, T = 8, 32
 
@@ -47,16 +51,16 @@ def _compiled(method, sizes, rows, **shape):
     # B starts at zero, and A would have no gradient.
     params = tree.map_named(lambda n, x: x + 0.1 if n.endswith("/b") else x, params)
     params = jax.device_put(params, sharding.shardings(params, mesh))
-    trained, frozen = tree.split(params, weight.trainable_mask(params, method.train))
+    trained, frozen = tree.split(params, weight.declared_mask(params, method.train))
     config = OptimConfig(name="sgd", clip=0)
-    optimizer = optim.make(config, 10, trained)
+    optimizer = optim.build_optimizer(config, 10, trained)
     state, batch = step.init(trained, optimizer, mesh), _batch(mesh, model.config.vocab_size)
 
     def loss(params, batch, rng):
         return losses.causal_lm(model, params, batch, rows)
 
-    fn = step.make(loss, optimizer, seed=0)
-    return step.compile(fn, state, frozen, batch), state, frozen, batch
+    fn = step.make_step(loss, optimizer, seed=0)
+    return step.compile_step(fn, state, frozen, batch), state, frozen, batch
 
 
 def _bytes(values):

@@ -7,8 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank import methods, optim, sharding, step, tree, weight
-from lowrank.optim import OptimConfig
+from lowrank import methods
+from lowrank.core import sharding, tree, weight
+from lowrank.training import optimizer as optim
+from lowrank.training import step
+from lowrank.training.optimizer import OptimConfig
 
 L, D, B = 4, 64, 16  # layers, width, batch
 LR = np.float32(0.01)
@@ -45,12 +48,12 @@ def _made(full=False, sizes=(1, 1, 1), width=D, layers=L, loss=_loss, **options)
     method = methods.full() if full else methods.lora(rank=4)
     params = methods.attach(method, _params(width, layers), jax.random.key(1))
     params = jax.device_put(params, sharding.shardings(params, mesh))
-    trained, frozen = tree.split(params, weight.trainable_mask(params, method.train))
+    trained, frozen = tree.split(params, weight.declared_mask(params, method.train))
     config = OptimConfig(**options)
-    optimizer = optim.make(config, 10, trained)
+    optimizer = optim.build_optimizer(config, 10, trained)
     state, batch = step.init(trained, optimizer, mesh, config.paged), _batch(mesh, width)
-    fn = step.make(loss, optimizer, seed=0, accumulate=config.accumulate)
-    return step.compile(fn, state, frozen, batch), state, frozen, batch, mesh
+    fn = step.make_step(loss, optimizer, seed=0, accumulate=config.accumulate)
+    return step.compile_step(fn, state, frozen, batch), state, frozen, batch, mesh
 
 
 def _setup(**options):

@@ -1,8 +1,8 @@
 import jax.numpy as jnp
 import pytest
 
-from lowrank import tree
-from lowrank.errors import UserError
+from lowrank.core import tree
+from lowrank.core.errors import UserError
 
 TREE = {"layers": {"q": {"kernel": jnp.zeros(2), "bias": jnp.ones(1)}}, "head": {"kernel": jnp.ones(3)}}
 

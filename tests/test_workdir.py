@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lowrank import workdir
-from lowrank.errors import UserError
-from lowrank.workdir import claim, write_bytes, write_json, write_text
+from lowrank.core.errors import UserError
+from lowrank.core.files import write_bytes, write_json, write_text
+from lowrank.training import workdir
+from lowrank.training.workdir import claim
 
 CONFIG = {"seed": 0, "optim": {"lr": 1e-3, "betas": (0.9, 0.99)}, "mesh": {"data": 1}, "log_every": 10}
 
@@ -70,12 +71,12 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path, text):
 
 
 def test_a_check_writes_nothing_and_a_lock_makes_the_folder(tmp_path):
-    assert workdir.check(tmp_path / "a", CONFIG) is None
+    assert workdir.check_config(tmp_path / "a", CONFIG) is None
     assert not (tmp_path / "a").exists()
     with workdir.lock(tmp_path / "a"):
         claim(tmp_path / "a", CONFIG)
     with pytest.raises(UserError, match="another config's run"):
-        workdir.check(tmp_path / "a", changed(seed=1))
+        workdir.check_config(tmp_path / "a", changed(seed=1))
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

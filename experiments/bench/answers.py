@@ -12,7 +12,7 @@ from absl import app
 
 from experiments.bench.sides import OURS_ENV, loss_difference, started, take_turns
 from experiments.bench.worker import machine
-from lowrank.workdir import write_json
+from lowrank.core.files import write_json
 
 CHUNKS, ROUNDS = (0, 128), 12
 OUT = Path(__file__).parent / "results" / "answers.json"

@@ -10,7 +10,10 @@ from experiments.bench.ours import stepping
 from experiments.bench.worker import serve
 from experiments.methods.rows import ROWS
 from experiments.study.tasks import HEADLINES
-from lowrank import adapter, losses, plan, sharding, tree
+from lowrank.adapters import adapter_files
+from lowrank.core import sharding, tree
+from lowrank.objectives import losses
+from lowrank.training import build
 
 IGNORED = -100  # the label that torch's loss leaves out
 
@@ -20,14 +23,14 @@ def main(rows: int, folder: str) -> None:
     config = HEADLINES.config(ROWS["lora"], 1e-4, seed=0)
     config.loss_rows = rows
     config.optim.update(schedule="constant", warmup=0, clip=0.0)  # as theirs
-    job = plan.make(config)
+    job = build.build_run(config)
     base, optimizer = job.load(), job.optimizer()
     state, frozen, _ = job.start(base.params, optimizer)
     batch = dict(next(job.loader))
     batch["weights"] = np.array(batch["weights"])
     batch["weights"][:, -1] = 0  # the token after the row's last one is not among their labels
     adapted = tree.join(state.trained, frozen)
-    adapter.save(adapted, base, Path(folder) / "lora", mask=job.mask, method=config.method.to_dict())
+    adapter_files.save(adapted, base, Path(folder) / "lora", mask=job.mask, method=config.method.to_dict())
     np.savez(Path(folder) / "batch.npz", **_theirs(batch))
     del base, adapted
     batch = sharding.global_batch(batch, job.mesh)

@@ -21,8 +21,8 @@ from absl import app, flags
 
 from experiments.bench.worker import machine
 from lowrank import dot, pretrained
-from lowrank.weights.schemes import SCHEMES
-from lowrank.workdir import write_json
+from lowrank.core.files import write_json
+from lowrank.weights.quantized.schemes import SCHEMES
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Calls of each side that count; two more warm up.", lower_bound=3)
 OUT = Path(__file__).parent / "results" / "nf4.json"

@@ -11,7 +11,12 @@ import jax
 import numpy as np
 
 from experiments.bench.worker import serve
-from lowrank import data, losses, methods, models, optim, peft_format, pretrained, sharding, step, tree, weight
+from lowrank import data, methods, models, pretrained
+from lowrank.adapters import peft
+from lowrank.core import sharding, tree, weight
+from lowrank.objectives import losses
+from lowrank.training import optimizer as optim
+from lowrank.training import step
 
 MODEL, ROWS, LENGTH = "smollm2-135m", 4, 128
 OPTIM = optim.OptimConfig(lr=1e-4, clip=0.0)
@@ -23,18 +28,18 @@ def main(method_name: str, folder: str) -> None:
     mesh = sharding.make_mesh()
     base = pretrained.load(MODEL, mesh=mesh, rules=sharding.DEFAULT_RULES, model={"remat": "dots"})
     params = methods.attach(method, base.params, jax.random.key(0))
-    trained, frozen = tree.split(params, weight.trainable_mask(params, method.train))
+    trained, frozen = tree.split(params, weight.declared_mask(params, method.train))
     trained, frozen = (jax.device_put(t, sharding.shardings(t, mesh)) for t in (trained, frozen))
     group = {"name": method_name, "rank": 8, "alpha": 16}
-    peft_format.save(params, base, Path(folder) / method_name, method=group)
+    peft.save(params, base, Path(folder) / method_name, method=group)
     batch = sharding.global_batch(_batch(base.tokenizer, Path(folder)), mesh)
     del params, base.params["layers"]
 
-    optimizer = optim.make(OPTIM, 1000, trained)
+    optimizer = optim.build_optimizer(OPTIM, 1000, trained)
     network = models.build(base.config)
     loss = functools.partial(_loss, network)
     state = step.init(trained, optimizer, mesh)
-    serve(stepping(step.make(loss, optimizer, seed=0), state, frozen, batch, np.float32(OPTIM.lr)))
+    serve(stepping(step.make_step(loss, optimizer, seed=0), state, frozen, batch, np.float32(OPTIM.lr)))
 
 
 def stepping(plain: Any, state: step.State, frozen: Any, batch: losses.Batch, rate: np.ndarray) -> Callable[[], float]:
@@ -43,7 +48,7 @@ def stepping(plain: Any, state: step.State, frozen: Any, batch: losses.Batch, ra
 
     def one_step() -> float:
         nonlocal state, program
-        program = program or step.compile(plain, state, frozen, batch)
+        program = program or step.compile_step(plain, state, frozen, batch)
         state, metrics = program(state, frozen, batch, rate)
         return float(metrics["loss"])
 

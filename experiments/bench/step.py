@@ -17,7 +17,7 @@ from absl import app, flags
 
 from experiments.bench.sides import OURS_ENV, Asked, Side, loss_difference, started, take_turns
 from experiments.bench.worker import machine
-from lowrank.workdir import write_json
+from lowrank.core.files import write_json
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each side that count; two more warm up.", lower_bound=3)
 OUT = Path(__file__).parent / "results" / "step.json"

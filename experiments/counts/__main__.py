@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.counts.papers import CASES, Case
-from lowrank import counts, methods, models, settings, workdir
-from lowrank.plan.papers import MODELS
+from experiments.plan.paper_models import MODELS
+from lowrank import methods, models
+from lowrank.core import config_schema, files, parameter_summary
 
 RESULTS = Path(__file__).parent / "results" / "counts.json"
 
@@ -25,11 +26,11 @@ def shapes(model: Any) -> Any:
 
 
 def count(model: Any, group: dict[str, Any]) -> dict[str, float]:
-    """`lowrank.counts.totals` of a method on a model, on shapes."""
+    """`lowrank.core.parameter_summary.totals` of a method on a model, on shapes."""
     method = methods.build(group)
-    base = shapes(settings.replace(model, method.model, "model") if method.model else model)
+    base = shapes(config_schema.replace(model, method.model, "model") if method.model else model)
     adapted = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), base)
-    return counts.totals(adapted, methods.trainable_mask(method, adapted))
+    return parameter_summary.totals(adapted, methods.trainable_mask(method, adapted))
 
 
 def rows() -> list[dict[str, Any]]:
@@ -44,5 +45,5 @@ def _row(case: Case, sums: dict[str, float]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    workdir.write_json(RESULTS, rows())
+    files.write_json(RESULTS, rows())
     print(RESULTS.read_text())

@@ -11,14 +11,14 @@ from experiments.methods import table
 from experiments.methods.catalogue import catalogue
 from experiments.study.run import main, untrained
 from experiments.study.study import Study
-from lowrank import workdir
+from lowrank.core import files
 
 
 def write(study: Study) -> None:
     """The table and the plot from the cells there are, and the catalogue of methods."""
     table.write(study, table.rows(study, lambda task: untrained(study, task)["known"]))
     if not study.quick:
-        workdir.write_json(study.results / "catalogue.json", catalogue())
+        files.write_json(study.results / "catalogue.json", catalogue())
 
 
 if __name__ == "__main__":

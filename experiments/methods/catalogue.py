@@ -8,8 +8,9 @@ import jax
 
 from experiments.methods.rows import ROWS
 from experiments.study.study import Row
-from lowrank import counts, methods, pretrained, tree, weight
-from lowrank.errors import UserError
+from lowrank import methods, pretrained
+from lowrank.core import parameter_summary, tree, weight
+from lowrank.core.errors import UserError
 
 PyTree = Any
 Items = tuple[tuple[str, Any], ...]
@@ -41,7 +42,7 @@ def entry(row: Row, model: str = MODEL) -> dict[str, Any]:
         mask = methods.trainable_mask(method, adapted)
     except UserError as e:
         return out | {"why": str(e)}
-    trained = counts.totals(adapted, mask)["trained_params"]
+    trained = parameter_summary.totals(adapted, mask)["trained_params"]
     return out | {"merges": merges(method, adapted, plain), "trained_params": trained}
 
 

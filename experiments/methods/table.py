@@ -14,7 +14,7 @@ from experiments.study.spent import sentence
 from experiments.study.study import Study
 from experiments.study.tasks import TASKS, Task
 from experiments.study.timing import Timing
-from lowrank.workdir import write_bytes, write_text
+from lowrank.core.files import write_bytes, write_text
 
 COLUMNS = ("method", "family", "task", "seeds", "score_mean", "score_ci95", "trained_params", "step_s", "peak_mb")
 COLUMNS += ("adapter_kb", "forgetting")

@@ -5,16 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lowrank.workdir import write_text
+from lowrank.core.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "t4.txt"
 WORDS = ("--config=configs/quickstart.py", "--config.data.batch_size=256", "--device=t4")
 
 
 def sample() -> str:
-    """What `python -m lowrank.plan` says with these words, on one device."""
+    """What `python -m launch.preflight` says with these words, on one device."""
     alone = {**os.environ, "XLA_FLAGS": ""}  # no simulated devices
-    command = [sys.executable, "-m", "lowrank.plan", *WORDS]
+    command = [sys.executable, "-m", "launch.preflight", *WORDS]
     return subprocess.run(command, env=alone, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 

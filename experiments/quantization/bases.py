@@ -14,10 +14,11 @@ from safetensors.numpy import save_file
 from experiments.quantization.rows import BASES
 from experiments.study.study import Row, Study
 from experiments.study.tasks import Model, Task, embedded
-from lowrank import methods, pretrained, tree, workdir
-from lowrank.merging import innermost
-from lowrank.pretrained.quantize import TARGET
-from lowrank.weight import is_weight
+from lowrank import methods, pretrained
+from lowrank.adapters.export import innermost
+from lowrank.core import files, tree
+from lowrank.core.weight import is_weight
+from lowrank.pretrained.quantize_config import TARGET
 
 PyTree = Any
 
@@ -27,11 +28,11 @@ def measured(study: Study, task: Task, name: str) -> dict[str, float]:
     path = study.results / "cells" / task.name / name / "untuned.json"
     config = study.config(task, Row("", {"name": "full"}, (), model=BASES[name]), 0.0, 0)
     found = json.loads(path.read_text()) if path.exists() else {}
-    if found.get("config") != workdir.plain(config):
+    if found.get("config") != files.to_json(config):
         base = load(config.model)
         score = UNTUNED[task.name](Model(config, base, None))
-        found = {"config": workdir.plain(config), "score": score, **bits(base.params)}
-        workdir.write_json(path, found)
+        found = {"config": files.to_json(config), "score": score, **bits(base.params)}
+        files.write_json(path, found)
     return found
 
 

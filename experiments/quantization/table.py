@@ -15,7 +15,7 @@ from experiments.study.phases import finals
 from experiments.study.study import Study
 from experiments.study.tasks import TASKS
 from experiments.study.timing import Timing
-from lowrank.workdir import write_bytes, write_text
+from lowrank.core.files import write_bytes, write_text
 
 COLUMNS = ("base", "method", "task", "seeds", "bits_per_weight", "bits_on_disk", "score_mean", "score_ci95", "step_s")
 COLUMNS += ("peak_mb",)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from configs import quickstart
-from lowrank import train, workdir
-from lowrank.errors import UserError
+from lowrank.core import files
+from lowrank.core.errors import UserError
+from lowrank.training import loop
 
 WORKDIR = "runs/quickstart"
 FILES = {
@@ -21,14 +22,14 @@ FILES = {
 def run(directory: str | Path) -> dict[str, Any]:
     """Runs or continues the job in `directory`; returns what `summary.json` there holds."""
     started = time.monotonic()
-    summary = train.run(quickstart.get_config(), directory, command="make quickstart")
+    summary = loop.run(quickstart.get_config(), directory, command="make quickstart")
     if "after" in summary and "rougeL_after" not in summary:  # a run that had ended before is shown as it was
         summary |= {
             "rougeL_before": summary["before"]["rougeL"],
             "rougeL_after": summary["after"]["rougeL"],
             "seconds": time.monotonic() - started,
         }
-        workdir.write_json(Path(directory) / train.SUMMARY, summary)
+        files.write_json(Path(directory) / loop.SUMMARY, summary)
     return summary
 
 

@@ -6,7 +6,8 @@ Scores 100 validation articles for each and rewrites `results/prompts.json`, bes
 from pathlib import Path
 
 from configs import quickstart
-from lowrank import plan, workdir
+from lowrank.core import files
+from lowrank.training import build
 
 RESULTS = Path(__file__).parent / "results" / "prompts.json"
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -39,11 +40,11 @@ def main() -> None:
     for name, prompt in WORDINGS.items():
         config = quickstart.get_config()
         config.data.template, config.eval.split = prompt, "validation"
-        job = plan.make(config)
+        job = build.build_run(config)
         base = base or job.load()
         scores[name] = {"prompt": prompt, "rougeL": job.scorer.texts(base.params)[0]["rougeL"]}
         print(f"{scores[name]['rougeL']:.3f}  {name}", flush=True)
-    workdir.write_json(RESULTS, dict(sorted(scores.items(), key=lambda item: -item[1]["rougeL"])))
+    files.write_json(RESULTS, dict(sorted(scores.items(), key=lambda item: -item[1]["rougeL"])))
 
 
 if __name__ == "__main__":

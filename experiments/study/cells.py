@@ -7,9 +7,12 @@ from typing import Any
 
 from experiments.study.study import Row, Study, kept
 from experiments.study.tasks import Model, Task
-from lowrank import merging, methods, train, workdir
-from lowrank.adapter import ABOUT
-from lowrank.errors import Diverged
+from lowrank import methods
+from lowrank.adapters import load
+from lowrank.adapters.adapter_files import ABOUT
+from lowrank.core import files
+from lowrank.core.errors import Diverged
+from lowrank.training import loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +47,15 @@ class Cell:
     def run(self) -> dict[str, Any]:
         """Trains, and keeps the numbers; on validation only the seed that chooses the rate is scored."""
         chooses = self.seed == self.study.seeds[0]
-        summary = train.run(self.config, self.folder, before=False, after=chooses)
+        summary = loop.run(self.config, self.folder, before=False, after=chooses)
         numbers = {
-            "config": workdir.plain(self.config),
+            "config": files.to_json(self.config),
             **({"validation": summary["after"][self.task.metric]} if chooses else {}),
             "trained_params": summary["trained_params"],
-            "adapter_kb": _size(self.folder / train.ADAPTER) / 2**10,
+            "adapter_kb": _size(self.folder / loop.ADAPTER) / 2**10,
             "seconds": summary["seconds"],
         }
-        workdir.write_json(self.path, numbers)
+        files.write_json(self.path, numbers)
         return numbers
 
     def attempt(self) -> None:
@@ -60,7 +63,7 @@ class Cell:
         try:
             self.run()
         except Diverged as e:
-            workdir.write_json(self.path, {"config": workdir.plain(self.config), "validation": None, "why": str(e)})
+            files.write_json(self.path, {"config": files.to_json(self.config), "validation": None, "why": str(e)})
 
     @property
     def folder(self) -> Path:
@@ -72,17 +75,17 @@ class Cell:
         numbers = self.read()
         if numbers and "test" in numbers:
             return numbers
-        if not numbers or not (self.folder / train.ADAPTER).exists():
+        if not numbers or not (self.folder / loop.ADAPTER).exists():
             numbers = self.run()
         options = dict(self.config.model)
         name, dtype = options.pop("name"), options.pop("param_dtype", "float32")
         options = {k: v for k, v in options.items() if k not in ("quantize", "upcycle")}  # an adapter knows its base
-        base = merging.adapted(self.folder / train.ADAPTER, name, model=options, param_dtype=dtype)
+        base = load.load_adapted(self.folder / loop.ADAPTER, name, model=options, param_dtype=dtype)
         model = Model(self.config, base, methods.build(self.row.method).bind)
         numbers["test"] = model.score("test")[self.task.metric]
         if self.study.forgetting:
             numbers["known"] = self.task.known(model)
-        workdir.write_json(self.path, numbers)
+        files.write_json(self.path, numbers)
         shutil.rmtree(self.folder)
         return numbers
 

@@ -15,7 +15,7 @@ from experiments.study.phases import PHASES
 from experiments.study.spent import spend
 from experiments.study.study import named
 from experiments.study.tasks import TASKS
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 
 
 def main(argv: list[str]) -> int:

@@ -19,8 +19,9 @@ from experiments.study.phases import PHASES, left, planned
 from experiments.study.spent import cores
 from experiments.study.study import Row, Study, kept, named
 from experiments.study.tasks import TASKS, Model, Task
-from lowrank import pretrained, workdir
-from lowrank.errors import UserError, unknown
+from lowrank import pretrained
+from lowrank.core import files
+from lowrank.core.errors import UserError, unknown
 
 _QUICK = flags.DEFINE_bool("quick", False, "Two steps, one learning rate, one seed, a few examples, in runs/.")
 _TASK = flags.DEFINE_list("task", list(TASKS), "The tasks to run.")
@@ -118,6 +119,6 @@ def untrained(study: Study, task: Task) -> dict[str, Any]:
     config = study.config(task, Row("", {"name": "full"}, ()), 0.0, 0)
     if not (found := kept(path, config)):
         model = Model(config, pretrained.load(config.model.name), None)
-        found = {"config": workdir.plain(config), "known": task.known(model)}
-        workdir.write_json(path, found)
+        found = {"config": files.to_json(config), "known": task.known(model)}
+        files.write_json(path, found)
     return found

@@ -9,7 +9,7 @@ from experiments.study.phases import finals, sweep
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from experiments.study.timing import Timing
-from lowrank import workdir
+from lowrank.core import files
 
 
 def cores() -> list[int]:
@@ -21,7 +21,7 @@ def spend(cell: Any, seconds: float) -> dict[str, Any]:
     """Adds `seconds` of this process, on all its cores, to what a cell took; returns its numbers."""
     numbers = cell.read()
     numbers["core_s"] = numbers.get("core_s", 0.0) + seconds * len(cores())
-    workdir.write_json(cell.path, numbers)
+    files.write_json(cell.path, numbers)
     return numbers
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from lowrank import workdir
+from lowrank.core import files
 
 SEEDS = (0, 1, 2)
 GRID = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))  # where a search may go
@@ -71,4 +71,4 @@ def named(name: str, quick: bool = False, results: str = "") -> Study:
 def kept(path: Path, config: Any) -> dict[str, Any] | None:
     """The numbers in a file; None when there are none, or they are of another config."""
     found = json.loads(path.read_text()) if path.exists() else {}
-    return found if found.get("config") == workdir.plain(config) else None
+    return found if found.get("config") == files.to_json(config) else None

@@ -17,9 +17,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common
-from lowrank import data, evaluate
+from lowrank import data
+from lowrank.evaluation import scores
 from lowrank.models import build
-from lowrank.plan.config import RunConfig
+from lowrank.training.config import RunConfig
 
 PyTree = Any
 Bind = Callable[[PyTree, Any, Any], PyTree] | None
@@ -67,14 +68,14 @@ class Model:
     def score(self, split: str) -> dict[str, float]:
         """The scores of the run's objective on a split."""
         objective = self.run.objective
-        score = evaluate.classification if objective == "classification" else self.perplexity
+        score = scores.classification if objective == "classification" else self.perplexity
         loader = self.loader(split=split, objective=objective)
         return score(build(self.base.config), self.base.params, loader, bind=self.bind)
 
     @property
     def perplexity(self) -> Callable[..., dict[str, float]]:
         """`evaluate.perplexity` with as many logits at a time as in the run."""
-        return functools.partial(evaluate.perplexity, rows=self.run.get("loss_rows", RunConfig.loss_rows))
+        return functools.partial(scores.perplexity, rows=self.run.get("loss_rows", RunConfig.loss_rows))
 
 
 def found(model: Model) -> float:

@@ -10,8 +10,9 @@ from typing import Any
 
 from experiments.study.study import Study, kept
 from experiments.study.tasks import Task
-from lowrank import train, workdir
-from lowrank.runlog import LOSS, METRICS, read_metrics
+from lowrank.core import files
+from lowrank.training import loop
+from lowrank.training.log import LOSS, METRICS, read_metrics
 
 TIMED = 8  # steps
 
@@ -44,14 +45,14 @@ class Timing:
     def run(self) -> dict[str, Any]:
         """Trains, and keeps the median time of a step and the peak of the process."""
         folder = self.study.runs / self.task.name / f"{self.name}-timing"
-        summary = train.run(self.config, folder)
+        summary = loop.run(self.config, folder)
         numbers = {
-            "config": workdir.plain(self.config),
+            "config": files.to_json(self.config),
             "step_s": step_seconds(folder),
             "peak_mb": summary["peak_host_bytes"] / 2**20,
             "load": os.getloadavg()[0],
         }
-        workdir.write_json(self.path, numbers)
+        files.write_json(self.path, numbers)
         shutil.rmtree(folder)
         return numbers
 

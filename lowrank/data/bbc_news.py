@@ -18,7 +18,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.pretrained import wheels
 
 LABELS = ("business", "entertainment", "politics", "sports", "tech")

@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from lowrank.core.errors import UserError, unknown
 from lowrank.data import templates
-from lowrank.errors import UserError, unknown
 
 OBJECTIVES = ("causal_lm", "classification")
 DATA_DIR = "~/.cache/lowrank/tfds"

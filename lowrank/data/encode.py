@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from lowrank.core.errors import UserError, nearest
 from lowrank.data.render import Piece, Renderer
 from lowrank.data.templates import Record
-from lowrank.errors import UserError, nearest
 
 Arrays = dict[str, np.ndarray]
 Encoded = tuple[list[int], list[bool]]  # ids, and which of them are to be learned

@@ -5,12 +5,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lowrank.core.errors import UserError
 from lowrank.data import templates
 from lowrank.data.config import DataConfig
 from lowrank.data.encode import Arrays, Labelled, Language
 from lowrank.data.render import Chat, Plain
 from lowrank.data.sources import Source, open_source
-from lowrank.errors import UserError
 
 KEPT = 20_000  # a dataset of up to so many examples is encoded at the start, checked and kept in memory;
 MEASURED = 2_000  # of a larger one, so many are

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from lowrank.errors import UserError, nearest
+from lowrank.core.errors import UserError, nearest
 
 Record = Mapping[str, Any]
 

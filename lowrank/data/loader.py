@@ -8,9 +8,9 @@ from typing import Any
 import grain
 import numpy as np
 
+from lowrank.core.errors import UserError
 from lowrank.data.encode import Arrays
 from lowrank.data.encoded import Examples
-from lowrank.errors import UserError
 
 
 class Loader:

@@ -12,12 +12,12 @@ import grain
 import numpy as np
 from grain.experimental import FlatMapIterDataset, FlatMapTransform, ThreadPrefetchIterDataset
 
+from lowrank.core.errors import UserError
 from lowrank.data import packing
 from lowrank.data.config import DataConfig
 from lowrank.data.encode import Arrays
 from lowrank.data.encoded import Examples
 from lowrank.data.loader import Loader
-from lowrank.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

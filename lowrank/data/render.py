@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from lowrank.core.errors import UserError
 from lowrank.data.templates import MESSAGES, Record, Template
-from lowrank.errors import UserError
 
 Piece = tuple[str, bool]  # (text, whether it is to be learned)
 

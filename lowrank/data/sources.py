@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow_datasets as tfds
 
+from lowrank.core.errors import UserError, nearest
 from lowrank.data import gfile
 from lowrank.data.bbc_news import BbcNews
 from lowrank.data.jsonl import Jsonl, Record, bad_split
-from lowrank.errors import UserError, nearest
 
 KINDS = ("bbc_news", "jsonl:PATH", "tfds:NAME")
 FORMAT = "array_record"  # the one TFDS format that is read without TensorFlow

@@ -9,7 +9,7 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lowrank.errors import UserError, nearest, unknown
+from lowrank.core.errors import UserError, nearest, unknown
 
 Record = Mapping[str, Any]
 

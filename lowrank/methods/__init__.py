@@ -5,8 +5,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lowrank import settings
-from lowrank.errors import unknown
+from lowrank.core import config_schema
+from lowrank.core.errors import unknown
 from lowrank.methods.adalora import adalora
 from lowrank.methods.bidora import bidora
 from lowrank.methods.bitfit import bitfit
@@ -123,7 +123,9 @@ def build(group: Mapping[str, Any]) -> Method:
     name, also = group.pop("name", None), {k: group.pop(k) for k in ("also_train", "also_tokens") if k in group}
     if name not in METHODS:
         raise unknown("method", name, METHODS)
-    return settings.call(functools.partial(_with, settings.call(METHODS[name], group, "method")), also, "method")
+    return config_schema.call(
+        functools.partial(_with, config_schema.call(METHODS[name], group, "method")), also, "method"
+    )
 
 
 def _with(

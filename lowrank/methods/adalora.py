@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank import weight
-from lowrank.errors import UserError
+from lowrank.core import weight
+from lowrank.core.errors import UserError
 from lowrank.methods import targets
 from lowrank.methods.lora import bind_dropout
 from lowrank.methods.method import Method
@@ -43,8 +43,8 @@ def adalora(
     `beta1` and `beta2`. `orthogonal` weighs `sum ||A^T A - I||^2 + ||B B^T - I||^2`, which is part of the gradient, not
     of the loss reported.
     """
-    targets.positive(init_rank=init_rank, target_rank=target_rank, alpha=alpha, deltaT=deltaT)
-    targets.fraction(dropout=dropout, beta1=beta1, beta2=beta2)
+    targets.check_positive(init_rank=init_rank, target_rank=target_rank, alpha=alpha, deltaT=deltaT)
+    targets.check_fraction(dropout=dropout, beta1=beta1, beta2=beta2)
     if target_rank > init_rank:
         raise UserError(f"method.target_rank {target_rank} is above method.init_rank {init_rank}")
     for name, value in (("tinit", tinit), ("tfinal", tfinal), ("orthogonal", orthogonal)):

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank import tree, weight
-from lowrank.errors import UserError
+from lowrank.core import tree, weight
+from lowrank.core.errors import UserError
 from lowrank.methods.method import Bind
 
 PyTree = Any

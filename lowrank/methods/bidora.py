@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank import settings, tree, weight
+from lowrank.core import config_schema, tree, weight
 from lowrank.methods import targets
 from lowrank.methods.dora import dora
 from lowrank.methods.method import Method
@@ -32,11 +32,11 @@ def bidora(holdout: float = 0.2, retrain: float = 0.25, orthogonal: float = 0.00
     the steps the magnitudes stand, and the directions learn from all records. `orthogonal` weighs the mean over all
     adapted layers of `||D^T D - I||`, D being the direction with unit columns.
     """
-    targets.positive(holdout=holdout)
-    targets.fraction(holdout=holdout, retrain=retrain)
+    targets.check_positive(holdout=holdout)
+    targets.check_fraction(holdout=holdout, retrain=retrain)
     if orthogonal:
-        targets.positive(orthogonal=orthogonal)
-    method = settings.call(dora, kwargs, "method")
+        targets.check_positive(orthogonal=orthogonal)
+    method = config_schema.call(dora, kwargs, "method")
     return dataclasses.replace(
         method,
         holdout=holdout,

@@ -12,5 +12,5 @@ def boft(block: int = 8, factors: int = 2, target: str = r".*attn/(q|v)/kernel")
     `block * 2^(factors - 1)`, the block that the factors make together, divides every target's inputs. See
     `lowrank.weights.oft`.
     """
-    targets.positive(block=block, factors=factors)
+    targets.check_positive(block=block, factors=factors)
     return Method(rewrite=((target, named(lambda w: form.attach_butterfly(w, block=block, factors=factors))),))

@@ -5,7 +5,7 @@ to what its sublayer adds to the stream, before the residual sum (and before a p
 attach. `activation` is a name of `lowrank.models.layers.ACTIVATIONS`.
 """
 
-from lowrank.errors import unknown
+from lowrank.core.errors import unknown
 from lowrank.methods import targets
 from lowrank.methods.method import Method
 
@@ -17,7 +17,7 @@ def adapters(
     width: int, activation: str, scale: float, after: str, parallel: bool, train: tuple[str, ...] = ()
 ) -> Method:
     """Adapters of `width` beside the sublayers (`parallel`) or behind them; `train` names what else is trained."""
-    targets.positive(width=width, scale=scale)
+    targets.check_positive(width=width, scale=scale)
     if after not in PLACES:
         raise unknown("place in method.after", after, PLACES)
     options = {

@@ -1,6 +1,6 @@
 """Leaves chosen by their names."""
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.methods.method import Method
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from lowrank import settings, weight
+from lowrank.core import config_schema, weight
 from lowrank.methods.lora import lora
 from lowrank.methods.method import Method
 from lowrank.weights import dora as form
@@ -11,7 +11,7 @@ from lowrank.weights import dora as form
 
 def dora(**kwargs: Any) -> Method:
     """DoRA: LoRA's options, with a learned magnitude for each output; see `lowrank.weights.dora`."""
-    method = settings.call(lora, kwargs, "method")
+    method = config_schema.call(lora, kwargs, "method")
     return dataclasses.replace(method, rewrite=tuple((p, _with_magnitude(fn)) for p, fn in method.rewrite))
 
 

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank import tree, weight
-from lowrank.errors import UserError, unknown
+from lowrank.core import tree, weight
+from lowrank.core.errors import UserError, unknown
 from lowrank.methods import targets
 from lowrank.methods.method import Context, Method
-from lowrank.weights import chosen
+from lowrank.weights import selected_experts
 
 PyTree = Any
 ROUTER = r"(layers|top)/mlp/router/kernel"
@@ -37,25 +37,25 @@ def esft(
     """
     if score not in ("gate", "token"):
         raise unknown("ESFT score", score, ("gate", "token"))
-    targets.positive(share=share, capacity=capacity, batches=batches)
+    targets.check_positive(share=share, capacity=capacity, batches=batches)
     for name, value in (("share", share), ("capacity", capacity)):
         if value > 1:
             raise UserError(f"method.{name} must be at most 1, not {value}")
 
-    def adapt(key: jax.Array, w: Any, name: str) -> chosen.Chosen:
+    def adapt(key: jax.Array, w: Any, name: str) -> selected_experts.SelectedExperts:
         del key
         if len(w.shape) < 4:
             raise UserError(f"{name} holds no experts: ESFT trains the kernels [layers, experts, in, out] of a mixture")
-        return chosen.attach(w, math.ceil(capacity * w.shape[-3]))
+        return selected_experts.attach(w, math.ceil(capacity * w.shape[-3]))
 
     def prepare(params: PyTree, context: Context) -> PyTree:
         used = relevance(params, context, score, batches)
 
         def filled(name: str, w: Any) -> Any:
-            if type(w) is not chosen.Chosen:
+            if type(w) is not selected_experts.SelectedExperts:
                 return w
             rows = select(used[name.split("/")[0]], share, w.rows.shape[-1])
-            return chosen.Chosen(base=w.base, delta=w.delta, rows=jnp.asarray(rows))
+            return selected_experts.SelectedExperts(base=w.base, delta=w.delta, rows=jnp.asarray(rows))
 
         return tree.map_named(filled, params, is_leaf=weight.is_weight)
 
@@ -77,7 +77,7 @@ def relevance(params: PyTree, context: Context, score: str, batches: int) -> Map
                 if name not in tallies:
                     return w
                 seen = jnp.broadcast_to(mask, (w.shape[0], *mask.shape))
-                return chosen.Probe(base=w, tally=tallies[name], mask=seen, score=score, **options)
+                return selected_experts.ExpertUsageProbe(base=w, tally=tallies[name], mask=seen, score=score, **options)
 
             return context.loss(tree.map_named(probed, params, is_leaf=weight.is_weight), batch)[0]
 

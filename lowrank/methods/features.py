@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank import tree
-from lowrank.errors import UserError
+from lowrank.core import tree
+from lowrank.core.errors import UserError
 from lowrank.methods.method import Batch, Method
 
 PyTree = Any

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank import tree, weight
+from lowrank.core import tree, weight
 from lowrank.methods import targets
 from lowrank.methods.method import Method
 from lowrank.weights import lora as form
@@ -29,7 +29,7 @@ def galore(
     steps. With in > out it is the right ones, `R = G Q`. Moments are kept of R alone. Weight decay acts within the
     projection.
     """
-    targets.positive(rank=rank, every=every, scale=scale)
+    targets.check_positive(rank=rank, every=every, scale=scale)
 
     def check(key: jax.Array, w: Any, name: str) -> Any:
         del key

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank import tree, weight
-from lowrank.errors import UserError, unknown
+from lowrank.core import tree, weight
+from lowrank.core.errors import UserError, unknown
 from lowrank.methods.method import SHARED, Method
 from lowrank.methods.projections import CHUNK, PROJECTIONS, Shape, project
 

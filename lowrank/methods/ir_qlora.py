@@ -4,11 +4,11 @@ from typing import Any
 
 import jax
 
+from lowrank.core.weight import is_weight
 from lowrank.methods import targets
 from lowrank.methods.lora import bind_dropout
 from lowrank.methods.method import Method
-from lowrank.methods.quantised import LINEAR, check_finite, quantizer
-from lowrank.weight import is_weight
+from lowrank.methods.quantized_base import LINEAR, check_finite, quantizer
 from lowrank.weights import ir_qlora as form
 from lowrank.weights import lora as lora_form
 
@@ -24,11 +24,11 @@ def ir_qlora(
 ) -> Method:
     """IR-QLoRA: NF4 calibrated to keep the most information, and a LoRA past which averages of its inputs flow.
 
-    `calibrate` shifts of each block are tried; see `lowrank.weights.codebook` and `lowrank.weights.ir_qlora`. A base
-    that is in codes already (`model.quantize`) is left as it is.
+    `calibrate` shifts of each block are tried; see `lowrank.weights.quantized.codebook` and
+    `lowrank.weights.ir_qlora`. A base that is in codes already (`model.quantize`) is left as it is.
     """
-    targets.positive(rank=rank, alpha=alpha)
-    targets.fraction(dropout=dropout)
+    targets.check_positive(rank=rank, alpha=alpha)
+    targets.check_fraction(dropout=dropout)
     make = quantizer({"name": "nf4", "block": block, "double": double, "calibrate": calibrate})
 
     def adapt(key: jax.Array, w: Any, name: str) -> Any:

@@ -8,7 +8,7 @@ import jax
 from lowrank.methods import targets
 from lowrank.methods.lora import bind_dropout
 from lowrank.methods.method import Method
-from lowrank.methods.quantised import LINEAR, check_plain, quantizer
+from lowrank.methods.quantized_base import LINEAR, check_plain, quantizer
 from lowrank.weights import loftq as form
 
 
@@ -25,8 +25,8 @@ def loftq(
     `quantize` is a scheme `{"name": "nf4", "block": 64, ...}` or its name, `steps` how often codes and factors are
     made anew. The base is read as it is: `model.quantize` would leave nothing to make up for.
     """
-    targets.positive(rank=rank, alpha=alpha, steps=steps)
-    targets.fraction(dropout=dropout)
+    targets.check_positive(rank=rank, alpha=alpha, steps=steps)
+    targets.check_fraction(dropout=dropout)
     make = quantizer(quantize)
 
     def adapt(key: jax.Array, w: Any, name: str) -> Any:

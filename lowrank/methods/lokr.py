@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.methods import targets
 from lowrank.methods.method import Method
 from lowrank.weights import lokr as form

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from lowrank import settings
-from lowrank.errors import UserError
+from lowrank.core import config_schema
+from lowrank.core.errors import UserError
 from lowrank.methods.lora import lora
 from lowrank.methods.method import Method
 
@@ -31,7 +31,7 @@ def longlora(
         raise UserError(f"method.group must be a positive even number of tokens, not {group}")
     if factor < 1:
         raise UserError(f"method.factor must be at least 1, not {factor}")
-    method = settings.call(lora, {"target": target, **kwargs}, "method")
+    method = config_schema.call(lora, {"target": target, **kwargs}, "method")
     train = (*((NORMS,) if norms else ()), *((EMBEDDINGS,) if embeddings else ()))
     model = {"shift_group": group} | ({"position_factor": factor} if factor > 1 else {})
     return dataclasses.replace(method, model=model, train=(*method.train, *train))

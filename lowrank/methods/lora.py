@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from lowrank import tree, weight
-from lowrank.errors import unknown
+from lowrank.core import tree, weight
+from lowrank.core.errors import unknown
 from lowrank.methods import targets
 from lowrank.methods.method import Method
 from lowrank.weights import lora as form
@@ -35,7 +35,7 @@ def lora(
     """
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
     targets.check_ranks(rank, alpha, rank_pattern, alpha_pattern)
-    targets.fraction(dropout=dropout)
+    targets.check_fraction(dropout=dropout)
     biases = {"none": (), "all": (r"(.*/)?bias",), "lora_only": (re.sub(r"kernel$", "bias", target),)}
     if bias not in biases:
         raise unknown("LoRA bias", bias, biases)

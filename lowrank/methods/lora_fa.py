@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from lowrank import settings
-from lowrank.errors import UserError
+from lowrank.core import config_schema
+from lowrank.core.errors import UserError
 from lowrank.methods.lora import lora
 from lowrank.methods.method import Method
 
@@ -17,7 +17,7 @@ def lora_fa(**kwargs: Any) -> Method:
     """
     if kwargs.get("init") == "zero_a":
         raise UserError("LoRA-FA freezes A: with init=zero_a nothing would ever be learned")
-    method = settings.call(lora, kwargs, "method")
+    method = config_schema.call(lora, kwargs, "method")
     [(target, _)] = method.rewrite
     kept = (f"(?:{target})/a",)
     return dataclasses.replace(method, freeze=kept, holds=kept)

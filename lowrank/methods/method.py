@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import optax
 
-from lowrank import tree, weight
-from lowrank.errors import UserError
+from lowrank.core import tree, weight
+from lowrank.core.errors import UserError
 from lowrank.methods import targets
 
 PyTree = Any
@@ -93,7 +93,7 @@ def trainable_mask(method: Method, params: PyTree, extra: Sequence[str] = ()) ->
     Raises UserError for a leaf that one pattern wants trained and another, or its form, kept.
     """
     names, patterns = tree.names(params), (*method.train, *extra)
-    mask = weight.trainable_mask(params, patterns)
+    mask = weight.declared_mask(params, patterns)
     kept = {n: p for p in method.freeze for n in tree.matching(p, names, "freeze pattern")}
     for pattern in patterns:
         for name in kept.keys() & set(tree.matching(pattern, names, "train pattern")):

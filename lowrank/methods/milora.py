@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank import tree, weight
-from lowrank.errors import UserError
+from lowrank.core import tree, weight
+from lowrank.core.errors import UserError
 from lowrank.methods import targets
 from lowrank.methods.balance import check_share, counted, mapped
 from lowrank.methods.method import SHARED, Method
@@ -33,7 +33,7 @@ def milora(
     training a prompt is what comes before the first token of full weight of its sequence; a classifier's is all of it.
     It cannot be merged.
     """
-    targets.positive(rank=rank, alpha=alpha)
+    targets.check_positive(rank=rank, alpha=alpha)
     check_share("per_prompt", per_prompt, per_prompt, balance)
 
     def adapt(key: jax.Array, w: Any, name: str) -> mixture.Gated:

@@ -5,17 +5,17 @@ from typing import Any
 
 import jax
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.methods import targets
 from lowrank.methods.lora import bind_dropout
 from lowrank.methods.method import Method
-from lowrank.methods.quantised import LINEAR, check_plain
-from lowrank.weights import black_box
+from lowrank.methods.quantized_base import LINEAR, check_plain
 from lowrank.weights import lora as lora_form
+from lowrank.weights.quantized import black_box
 
 
 def modulora(
-    quantizer: str = "lowrank.weights.black_box:absmax",
+    quantizer: str = "lowrank.weights.quantized.black_box:absmax",
     rank: int = 8,
     alpha: float = 16.0,
     target: str = LINEAR,
@@ -24,10 +24,10 @@ def modulora(
     """ModuLoRA: LoRA on the codes of any quantiser, `quantizer='package.module:function'`.
 
     The function turns a kernel `[in, out]` into `(state, decode)`: arrays, and a function of module level from them
-    to the kernel; see `lowrank.weights.black_box`.
+    to the kernel; see `lowrank.weights.quantized.black_box`.
     """
-    targets.positive(rank=rank, alpha=alpha)
-    targets.fraction(dropout=dropout)
+    targets.check_positive(rank=rank, alpha=alpha)
+    targets.check_fraction(dropout=dropout)
     quantise = _imported(quantizer)
 
     def adapt(key: jax.Array, w: Any, name: str) -> Any:

@@ -24,7 +24,7 @@ def more(
     2023, arXiv:2309.05444; MoRE). `balance` weighs the loss `E * sum_e f_e P_e` that keeps the experts in use (Fedus et
     al. 2021, arXiv:2101.03961); it is part of the gradient, not of the loss reported. It cannot be merged.
     """
-    targets.positive(rank=rank, alpha=alpha, experts=experts)
+    targets.check_positive(rank=rank, alpha=alpha, experts=experts)
     check_share("per_token", per_token, experts, balance)
 
     def adapt(key: jax.Array, w: Any, name: str) -> mixture.Mixture:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.methods import targets
 from lowrank.methods.method import Method
 from lowrank.weights import oft as form
@@ -17,7 +17,7 @@ def oft(block: int = 32, target: str = r".*attn/(q|v)/kernel", share: bool = Fal
     `block` divides every target's inputs; with `share` all blocks of a kernel are one. Blocks are Cayley's transform,
     or with `terms` (4 or more) so many terms of its Neumann series, as in OFTv2. See `lowrank.weights.oft`.
     """
-    targets.positive(block=block)
+    targets.check_positive(block=block)
     if terms and terms < 4:
         raise UserError(f"method.terms must be 0 (exact) or at least 4, not {terms}")
     return Method(rewrite=((target, named(lambda w: form.attach(w, block=block, share=share, terms=terms))),))

@@ -1,6 +1,6 @@
 """The last blocks, or the first."""
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.methods.method import Method
 
 

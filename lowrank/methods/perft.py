@@ -1,6 +1,6 @@
 """Modules routed beside a mixture of experts."""
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.methods import targets
 from lowrank.methods.method import Method
 
@@ -13,7 +13,7 @@ def perft(width: int = 8, experts: int = 4, per_token: int = 2, scale: float = 1
     Gates are normalised as the mixture's are. A routed module is weighed by its own router's gate, as the formula says:
     the authors' code takes the mixture's gate of the same rank in its place. There is no loss that balances them.
     """
-    targets.positive(width=width, scale=scale)
+    targets.check_positive(width=width, scale=scale)
     if experts < 0:
         raise UserError(f"method.experts must not be negative, not {experts}")
     if experts and not 1 <= per_token <= experts:

@@ -18,7 +18,7 @@ def prefix(length: int = 20, reparam: bool = False, hidden: int = 512) -> Method
     `E [length, W]`: `tanh(E @ in + b) @ out + b'`, `in` `[W, hidden]`, `out` `[hidden, 2 L W]`; of a row of its
     output, layer l's keys come at 2l and its values at 2l + 1. An adapter holds what the MLP makes, not the MLP.
     """
-    targets.positive(length=length, hidden=hidden)
+    targets.check_positive(length=length, hidden=hidden)
     model = {"prefix_length": length}
     if not reparam:
         return Method(model=model, train=("prefix/(k|v)",))

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank import weight
-from lowrank.errors import UserError, unknown
+from lowrank.core import weight
+from lowrank.core.errors import UserError, unknown
 from lowrank.methods.method import Context, Method
 
 PyTree = Any

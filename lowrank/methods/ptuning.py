@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from lowrank.errors import unknown
+from lowrank.core.errors import unknown
 from lowrank.methods import targets
 from lowrank.methods.method import SHARED, Method
 
@@ -19,7 +19,7 @@ def ptuning(length: int = 20, encoder: str = "mlp", hidden: int = 128) -> Method
     layers of `hidden` units each way, then 2 hidden -> 2 hidden -> D with ReLU between. An adapter holds the tokens
     that the encoder makes, not the encoder.
     """
-    targets.positive(length=length, hidden=hidden)
+    targets.check_positive(length=length, hidden=hidden)
     if encoder not in ENCODERS:
         raise unknown("P-tuning encoder", encoder, ENCODERS)
 

@@ -4,13 +4,13 @@ from typing import Any
 
 import jax
 
-from lowrank import settings
-from lowrank.errors import UserError
+from lowrank.core import config_schema
+from lowrank.core.errors import UserError
 from lowrank.methods import targets
 from lowrank.methods.method import Method
-from lowrank.methods.quantised import LINEAR, check_finite
+from lowrank.methods.quantized_base import LINEAR, check_finite
 from lowrank.weights import qa_lora as form
-from lowrank.weights.schemes import SCHEMES, compiled
+from lowrank.weights.quantized.schemes import SCHEMES, jit_quantizer
 
 
 def qa_lora(rank: int = 8, alpha: float = 16.0, target: str = LINEAR, block: int = 64, bits: int = 4) -> Method:
@@ -19,8 +19,10 @@ def qa_lora(rank: int = 8, alpha: float = 16.0, target: str = LINEAR, block: int
     `block` inputs share a scale, a zero and an update. A plain kernel is quantised to `bits`, codes are left as they
     are.
     """
-    targets.positive(rank=rank, alpha=alpha)
-    make = compiled(settings.call(SCHEMES["integer"], {"bits": bits, "block": block, "symmetric": False}, "method"))
+    targets.check_positive(rank=rank, alpha=alpha)
+    make = jit_quantizer(
+        config_schema.call(SCHEMES["integer"], {"bits": bits, "block": block, "symmetric": False}, "method")
+    )
 
     def adapt(key: jax.Array, w: Any, name: str) -> Any:
         targets.check_kernel(name)

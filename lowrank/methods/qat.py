@@ -5,16 +5,16 @@ from typing import Any
 
 import jax
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.methods import targets
 from lowrank.methods.method import Method
-from lowrank.methods.quantised import LINEAR, check_plain, quantizer
-from lowrank.weights import fake
-from lowrank.weights.schemes import group_of
+from lowrank.methods.quantized_base import LINEAR, check_plain, quantizer
+from lowrank.weights.quantized import fake_quantized
+from lowrank.weights.quantized.schemes import group_of
 
 
 def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activations: int = 0) -> Method:
-    """Quantisation-aware training of the targeted kernels; see `lowrank.weights.fake`.
+    """Quantisation-aware training of the targeted kernels; see `lowrank.weights.quantized.fake_quantized`.
 
     `quantize` is a scheme or its name; `activations` the bits that inputs are rounded to, 0 for none.
     """
@@ -28,6 +28,6 @@ def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activa
         del key
         targets.check_kernel(name)
         check_plain("QAT", name, w)
-        return fake.attach(w, scheme=scheme, options=options, activations=activations)
+        return fake_quantized.attach(w, scheme=scheme, options=options, activations=activations)
 
     return Method(rewrite=((target, adapt),))

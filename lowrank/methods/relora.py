@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank import settings, tree, weight
-from lowrank.errors import UserError
+from lowrank.core import config_schema, tree, weight
+from lowrank.core.errors import UserError
 from lowrank.methods import targets
 from lowrank.methods.lora import lora
 from lowrank.methods.method import Method, restart_every
@@ -26,8 +26,8 @@ def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:
     the run, `warmup` below 1 a share of `every`. The base changes, so it needs to be a plain kernel, and what is saved
     holds it.
     """
-    targets.positive(every=every, warmup=warmup)
-    method = settings.call(lora, kwargs, "method")
+    targets.check_positive(every=every, warmup=warmup)
+    method = config_schema.call(lora, kwargs, "method")
     [(target, adapt)] = method.rewrite
 
     def on_kernel(key: jax.Array, w: Any, name: str) -> LoRA:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from lowrank.errors import UserError, unknown
+from lowrank.core.errors import UserError, unknown
 from lowrank.methods import targets
 from lowrank.methods.balance import check_share, in_balance
 from lowrank.methods.method import Method
@@ -28,7 +28,7 @@ def smore(
     node; `gate` is the width of the routers: of the narrowed token, queries and keys. See `lowrank.weights.smore` for
     the formula, and `more` for `balance`. It cannot be merged.
     """
-    targets.positive(rank=rank, gate=gate, scale=scale)
+    targets.check_positive(rank=rank, gate=gate, scale=scale)
     if not experts or len(experts) != len(fanout):
         raise UserError(f"method.experts has {len(experts)} levels and method.fanout {len(fanout)}")
     for count, below in zip(experts, fanout, strict=True):

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank import tree, weight
-from lowrank.errors import UserError, unknown
+from lowrank.core import tree, weight
+from lowrank.core.errors import UserError, unknown
+from lowrank.core.weight import materialize, wide
 from lowrank.methods import targets
 from lowrank.methods.method import Context, Method
-from lowrank.weight import materialize, wide
 from lowrank.weights import sparse as form
 
 PyTree = Any
@@ -46,7 +46,7 @@ def sparse(
         raise UserError(f"method.density must be in (0, 1], not {density}")
     if choose not in (*BLIND, *SEEING):
         raise unknown("choice of places in method.choose", choose, (*BLIND, *SEEING))
-    targets.positive(batches=batches, warm_lr=warm_lr)
+    targets.check_positive(batches=batches, warm_lr=warm_lr)
 
     def adapt(key: jax.Array, w: Any, name: str) -> form.Sparse:
         targets.check_kernel(name)

@@ -4,17 +4,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 
 
-def positive(**values: float) -> None:
+def check_positive(**values: float) -> None:
     """Raises UserError for a setting of the method that is not above 0."""
     for name, value in values.items():
         if not value > 0:
             raise UserError(f"method.{name} must be positive, not {value}")
 
 
-def fraction(**values: float) -> None:
+def check_fraction(**values: float) -> None:
     """Raises UserError for a setting of the method that is not in [0, 1)."""
     for name, value in values.items():
         if not 0 <= value < 1:
@@ -41,8 +41,8 @@ def check_rank(name: str, shape: tuple[int, ...], rank: int) -> None:
 
 def check_ranks(rank: int, alpha: float, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> None:
     """Raises UserError for a rank or an alpha, or one of a pattern's, that cannot be."""
-    positive(rank=rank, alpha=alpha)
-    positive(**{f"alpha_pattern[{k!r}]": v for k, v in alphas.items()})
+    check_positive(rank=rank, alpha=alpha)
+    check_positive(**{f"alpha_pattern[{k!r}]": v for k, v in alphas.items()})
     for pattern, value in ranks.items():
         if value < 0:
             raise UserError(f"method.rank_pattern[{pattern!r}] must not be negative, not {value}")

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.methods.method import Context, Method
-from lowrank.weights import rows as form
+from lowrank.weights import token_embeddings as form
 
 PyTree = Any
 TABLE = "embed/embedding"
@@ -48,7 +48,7 @@ def learned(tokens: Sequence[int | str] | int | str, setting: str) -> Method:
     _check_distinct(wanted, setting)
     words = any(isinstance(token, str) for token in wanted)
 
-    def adapt(key: jax.Array, w: Any, name: str) -> form.Rows:
+    def adapt(key: jax.Array, w: Any, name: str) -> form.TrainableTokens:
         del key, name
         vocabulary = w.shape[-2]
         for token in wanted:

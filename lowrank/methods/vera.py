@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
-from lowrank import tree, weight
-from lowrank.errors import UserError
+from lowrank.core import tree, weight
+from lowrank.core.errors import UserError
 from lowrank.methods import targets
 from lowrank.methods.method import SHARED, Method
 from lowrank.weights import vera as form
@@ -19,7 +19,7 @@ def vera(rank: int = 256, target: str = r".*attn/(q|v)/kernel", d_initial: float
     See `lowrank.weights.vera`. The shared `a` and `b` are drawn from `seed` alone, and never trained. The rank may be
     above min(in, out) of a kernel, as in the paper: it is the length of a learned vector.
     """
-    targets.positive(rank=rank)
+    targets.check_positive(rank=rank)
     if not d_initial:
         raise UserError("method.d_initial must not be 0: nothing would ever be learned")
 

@@ -1,3 +1,5 @@
+"""Decoder and encoder models, driven by their configs: they call `dot` on their weights and know no method."""
+
 import dataclasses
 
 from flax import linen as nn

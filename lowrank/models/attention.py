@@ -3,7 +3,7 @@
 Shapes: B rows, T queries, S keys, N query heads, K key heads, H head width, D width.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +11,11 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.models import rope
+from lowrank.models.attention_masks import AttentionInputs
 from lowrank.models.cache import put
 from lowrank.models.layers import Linear, Norm
 from lowrank.models.prefix import KeysValues, before
-from lowrank.models.shifted import attend_shifted
-
-
-class View(NamedTuple):
-    """What a layer sees: rope tables `[B, T, 1, H/2]` (None: no rope), a mask `[B, 1, T, S]` (None: all, or causal)."""
-
-    cos: jax.Array | None = None
-    sin: jax.Array | None = None
-    mask_Bx1xTxS: jax.Array | None = None
+from lowrank.models.shifted_sparse_attention import attend_shifted
 
 
 class Attention(nn.Module):
@@ -50,7 +43,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BxTxD: jax.Array,
-        view: View,
+        view: AttentionInputs,
         past: KeysValues | None = None,
         index: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:

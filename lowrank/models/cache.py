@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 
 
 @jax.tree_util.register_dataclass

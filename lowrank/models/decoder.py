@@ -12,18 +12,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from lowrank.errors import UserError
+from lowrank.core import sharding
+from lowrank.core.errors import UserError
+from lowrank.models import attention_masks, routing
 from lowrank.models import cache as caches
-from lowrank.models import routing, rows, views
-from lowrank.models.additions import adapted
-from lowrank.models.attention import Attention, View
+from lowrank.models.adapter_options import add_adapter
+from lowrank.models.attention import Attention
+from lowrank.models.attention_masks import AttentionInputs
 from lowrank.models.cache import Cache
 from lowrank.models.decoder_config import DecoderConfig
 from lowrank.models.embed import Embed, Prompt
-from lowrank.models.layers import MLP, Norm
+from lowrank.models.layers import MLP, LMHead, Norm
 from lowrank.models.moe import MoE
 from lowrank.models.prefix import Prefix
-from lowrank.models.readout import Readout
 from lowrank.models.stack import by_stack, depths, stack
 
 
@@ -46,12 +47,12 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, h: jax.Array, view: View, local: Any, past: Any, index: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, h: jax.Array, view: AttentionInputs, local: Any, past: Any, index: Any) -> tuple[jax.Array, Any]:
         """`(h [B, T, D], what a cache takes up or None)`; `local` picks one of two views if there are two.
 
         With an `index`, `past` and what is taken up are keys, values and gates (None without a router).
         """
-        c, h = self.config, checkpoint_name(rows.apart(h), "input")
+        c, h = self.config, checkpoint_name(sharding.shard_batch_axis(h), "input")
         kept = None
         if index is not None:
             *past, kept = past
@@ -80,10 +81,10 @@ class Block(nn.Module):
         )
         x = self._norm("attn_norm", h)
         y, new = routing.call(attention, gates, x, view, past, index)
-        y = adapted(c, "attn", x, checkpoint_name(y, "attn"))
+        y = add_adapter(c, "attn", x, checkpoint_name(y, "attn"))
         h = h + (self._norm("post_attn_norm", y) if c.post_norms else y)
         x = self._norm("mlp_norm", h)
-        y = adapted(c, "mlp", x, checkpoint_name(routing.call(self._mlp(), gates, x), "mlp"))
+        y = add_adapter(c, "mlp", x, checkpoint_name(routing.call(self._mlp(), gates, x), "mlp"))
         return h + (self._norm("post_mlp_norm", y) if c.post_norms else y), new and (*new, gates)
 
     def _mlp(self) -> nn.Module:
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
             self.top = stack(Block, c, depths(c)["top"])
         self.norm = Norm(c.norm, c.norm_eps, c.norm_offset)
         if c.num_labels or not c.tied:
-            self.head = Readout(c.num_labels or c.vocab_size)
+            self.head = LMHead(c.num_labels or c.vocab_size)
 
     def __call__(
         self,
@@ -160,15 +161,15 @@ class Decoder(nn.Module):
         if cache is not None:
             caches.check(cache, T, c.virtual)
             if prefix and not cache.prompted:
-                cache = caches.begin(cache, prefix, views.PREFIX)
+                cache = caches.begin(cache, prefix, attention_masks.PREFIX)
         h = self.embed(tokens)
         virtual = 0 if cache is not None and cache.prompted else c.num_prompt
         if virtual:
             h = self.prompt(h)
-        positions, view, cache = views.causal(c, *h.shape[:2], virtual, positions, segments, cache)
-        h = rows.apart(self.embed.place(h, positions))
+        positions, view, cache = attention_masks.causal(c, *h.shape[:2], virtual, positions, segments, cache)
+        h = sharding.shard_batch_axis(self.embed.place(h, positions))
         h, new = self._run(h, view, cache, prefix)
-        h = rows.apart(self.norm(h[:, virtual:]))
+        h = sharding.shard_batch_axis(self.norm(h[:, virtual:]))
         return h if cache is None else (h, caches.advance(cache, new))
 
     def _run(self, h, view, cache, prefix):

@@ -2,14 +2,14 @@
 
 import dataclasses
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.models import rope
-from lowrank.models.additions import Additions
+from lowrank.models.adapter_options import AdapterOptions
 from lowrank.models.stack import check
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig(Additions):
+class DecoderConfig(AdapterOptions):
     """The shape of a decoder and how it runs. `tied`: the LM head is the embedding."""
 
     vocab_size: int

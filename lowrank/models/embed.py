@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lowrank import weight
+from lowrank.core import weight
 from lowrank.models.layers import Norm, kernel_init, stored
 
 

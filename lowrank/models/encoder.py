@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from lowrank.errors import UserError, unknown
-from lowrank.models import routing, rows, views
-from lowrank.models.additions import Additions, adapted
-from lowrank.models.attention import Attention, View
+from lowrank.core import sharding
+from lowrank.core.errors import UserError, unknown
+from lowrank.models import attention_masks, routing
+from lowrank.models.adapter_options import AdapterOptions, add_adapter
+from lowrank.models.attention import Attention
+from lowrank.models.attention_masks import AttentionInputs
 from lowrank.models.embed import Embed, Prompt
 from lowrank.models.layers import MLP, Linear, Norm
 from lowrank.models.prefix import Prefix
@@ -27,7 +29,7 @@ POOLING = ("cls", "mean", "pooler")
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig(Additions):
+class EncoderConfig(AdapterOptions):
     """The shape of an encoder and how it runs."""
 
     vocab_size: int
@@ -70,15 +72,15 @@ class Block(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, h: jax.Array, view: View, local: Any, past: Any, index: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, h: jax.Array, view: AttentionInputs, local: Any, past: Any, index: Any) -> tuple[jax.Array, Any]:
         """`(h [B, T, D], None)`; `past` is a prefix or None."""
-        c, h = self.config, checkpoint_name(rows.apart(h), "input")
+        c, h = self.config, checkpoint_name(sharding.shard_batch_axis(h), "input")
         options = {"qkv_bias": True, "o_bias": True, "fused": c.fused_attention}
         attention, gates = Attention(c.heads, c.heads, c.head_dim, **options, name="attn"), routing.gates(self, h)
         y = checkpoint_name(routing.call(attention, gates, h, view, past)[0], "attn")
-        h = Norm("layer", c.norm_eps, name="attn_norm")(h + adapted(c, "attn", h, y))
+        h = Norm("layer", c.norm_eps, name="attn_norm")(h + add_adapter(c, "attn", h, y))
         y = checkpoint_name(routing.call(MLP(c.hidden, c.activation, bias=True, name="mlp"), gates, h), "mlp")
-        y = adapted(c, "mlp", h, y)
+        y = add_adapter(c, "mlp", h, y)
         return Norm("layer", c.norm_eps, name="mlp_norm")(h + y), None
 
 
@@ -139,10 +141,10 @@ class Encoder(nn.Module):
         if c.num_prompt:
             h = self.prompt(h)
             types = None if types is None else jnp.pad(types, ((0, 0), (c.num_prompt, 0)))
-        positions_BxT, view = views.bidirectional(segments, c.num_prompt, length, c.prefix_length)
-        h = rows.apart(self.embed.place(h, positions_BxT + c.position_offset, types))
+        positions_BxT, view = attention_masks.bidirectional(segments, c.num_prompt, length, c.prefix_length)
+        h = sharding.shard_batch_axis(self.embed.place(h, positions_BxT + c.position_offset, types))
         prefix = by_stack(c, self.prefix()) if c.prefix_length else {}
-        return rows.apart(self._run(h, view, prefix)[:, c.num_prompt :])
+        return sharding.shard_batch_axis(self._run(h, view, prefix)[:, c.num_prompt :])
 
     def _run(self, h, view, prefix):
         for name in depths(self.config):

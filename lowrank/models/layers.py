@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from lowrank import weight
+from lowrank.core import weight
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -93,3 +93,14 @@ class MLP(nn.Module):
         gate = checkpoint_name(Linear(self.hidden, self.bias, name="gate")(x_BxTxD), "gate") if self.gated else None
         h = act(up) if gate is None else act(gate) * up
         return Linear(x_BxTxD.shape[-1], self.bias, name="down")(h)
+
+
+class LMHead(nn.Module):
+    """`x @ kernel`, accumulated and returned in float32."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in] -> [..., features]`."""
+        return weight.wide_dot(x, stored(self, "kernel", kernel_init, (x.shape[-1], self.features)))

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lowrank import weight
-from lowrank.models.additions import DOWN_INIT
+from lowrank.core import weight
+from lowrank.models.adapter_options import DOWN_INIT
 from lowrank.models.layers import ACTIVATIONS, MLP, Linear, kernel_init, stored
 
 

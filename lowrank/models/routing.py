@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from lowrank import weight
-from lowrank.weight import ROUTER
+from lowrank.core import weight
+from lowrank.core.weight import ROUTER
 
 
 def gates(block: nn.Module, h_BxTxD: jax.Array, kept: jax.Array | None = None) -> jax.Array | None:
@@ -23,5 +23,5 @@ def call(module: nn.Module, gates: jax.Array | None, *args: Any) -> Any:
     """`module(*args)` of a part of a layer, with the gates in its weights."""
     if gates is None:
         return module(*args)
-    params = weight.handed(module.variables["params"], gates)
+    params = weight.with_gates(module.variables["params"], gates)
     return module.clone(parent=None, name=None).apply({"params": params}, *args)

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from lowrank.errors import UserError, unknown
-from lowrank.models import additions
+from lowrank.core.errors import UserError, unknown
+from lowrank.core.weight import PRODUCT
+from lowrank.models import adapter_options
 from lowrank.models.layers import NAMES
-from lowrank.weight import PRODUCT
 
 policies = jax.checkpoint_policies
 # What the backward pass finds saved of each block, beside its input; it computes the rest again.
@@ -76,4 +76,4 @@ def check(config: Any) -> None:
         raise UserError(f"remat_names go with remat=names or remat=offload, not with remat={config.remat}")
     if config.dtype not in ("float32", "bfloat16", "float16"):
         raise unknown("compute dtype", config.dtype, ("float32", "bfloat16", "float16"))
-    additions.check(config)
+    adapter_options.check(config)

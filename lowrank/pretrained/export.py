@@ -14,14 +14,14 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from lowrank import tree
-from lowrank.errors import UserError, unknown
-from lowrank.pretrained import kept
+from lowrank.core import tree
+from lowrank.core.errors import UserError, unknown
+from lowrank.core.weight import is_stored
+from lowrank.pretrained import quantized_checkpoint
 from lowrank.pretrained.families import FAMILIES
 from lowrank.pretrained.hf_files import INDEX, SINGLE
 from lowrank.pretrained.hf_tensors import Tensor
 from lowrank.pretrained.load import PARAM_DTYPES, Pretrained
-from lowrank.weight import is_stored
 
 PyTree = Any
 SHARD_BYTES = 5_000_000_000
@@ -51,9 +51,9 @@ def export(
     """Writes `params`, plain arrays in the tree of `base`, so that transformers loads them; every process must call it.
 
     With a `scheme`, the group that made them, `params` may hold codes, which `pretrained.load` alone reads
-    (`lowrank.pretrained.kept`). `dtype` is what the other tensors are stored in; `labels` name the classes; a file
-    holds at most `shard_bytes`. The directory is written beside and renamed, and must not hold anything before. Raises
-    UserError for that, and for what a Hugging Face checkpoint has no place for.
+    (`lowrank.pretrained.quantized_checkpoint`). `dtype` is what the other tensors are stored in; `labels` name the
+    classes; a file holds at most `shard_bytes`. The directory is written beside and renamed, and must not hold
+    anything before. Raises UserError for that, and for what a Hugging Face checkpoint has no place for.
     """
     directory = Path(directory)
     if dtype not in PARAM_DTYPES:
@@ -64,8 +64,8 @@ def export(
     leaves = dict(tree.named_leaves(params, is_stored if scheme else None))
     tensors = _checked(leaves, base)
     if scheme:
-        config["quantization_config"] = kept.about(scheme, leaves)
-        tensors, leaves = kept.expanded(tensors, leaves)
+        config["quantization_config"] = quantized_checkpoint.about(scheme, leaves)
+        tensors, leaves = quantized_checkpoint.expanded(tensors, leaves)
     shards = _shards(tensors, leaves, jax.numpy.dtype(dtype).itemsize, shard_bytes)
     if jax.process_index():
         for shard in shards:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lowrank.errors import UserError, unknown
+from lowrank.core.errors import UserError, unknown
 from lowrank.models import DecoderConfig, EncoderConfig
 from lowrank.pretrained import hf_configs, hf_export, hf_tensors
 from lowrank.pretrained.hf_tensors import Tensor

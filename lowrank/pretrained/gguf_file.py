@@ -17,8 +17,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 from gguf.constants import GGUFValueType as Kind
 
-from lowrank.errors import UserError
-from lowrank.pretrained.stored import Stored, read_array
+from lowrank.core.errors import UserError
+from lowrank.pretrained.tensor_reader import Stored, read_array
 
 SCALARS = {
     Kind.UINT8: "B",

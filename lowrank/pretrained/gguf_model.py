@@ -11,11 +11,11 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lowrank.errors import UserError, unknown
+from lowrank.core.errors import UserError, unknown
 from lowrank.pretrained import gguf_tokenizer, hf_files
 from lowrank.pretrained.families import FAMILIES
 from lowrank.pretrained.gguf_file import GGUF, open_gguf
-from lowrank.pretrained.stored import Stored, grouped, shifted
+from lowrank.pretrained.tensor_reader import Stored, grouped, shifted
 from lowrank.pretrained.tokenizer import Tokenizer
 
 LLAMA_LIKE = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from lowrank.errors import UserError, unknown
+from lowrank.core.errors import UserError, unknown
 from lowrank.pretrained import tokenizer
 from lowrank.pretrained.gguf_file import GGUF
 

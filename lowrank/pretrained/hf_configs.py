@@ -6,7 +6,7 @@ Each family is a table of fields that only change their names, and what is left 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowrank.errors import UserError, unknown
+from lowrank.core.errors import UserError, unknown
 from lowrank.models import DecoderConfig, EncoderConfig
 from lowrank.models.rope import RopeScaling
 

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.pretrained.families import Config, family_of
-from lowrank.pretrained.stored import Stored, read_array
+from lowrank.pretrained.tensor_reader import Stored, read_array
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 OTHERS = ("*/*", "consolidated*")  # the same weights once more: in folders of other runtimes, in Mistral's own layout

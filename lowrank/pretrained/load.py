@@ -13,18 +13,18 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from lowrank import settings, sharding, tree
-from lowrank.errors import UserError, unknown
+from lowrank.core import config_schema, sharding, tree
+from lowrank.core.errors import UserError, unknown
+from lowrank.core.weight import is_weight
 from lowrank.models import build
-from lowrank.pretrained import fill, hf_files, kept, quantize, upcycle
+from lowrank.pretrained import hf_files, load_tensors, quantize_config, quantized_checkpoint, upcycle
 from lowrank.pretrained.families import FAMILIES, Config
-from lowrank.pretrained.find import find
 from lowrank.pretrained.hf_tensors import Tensor
-from lowrank.pretrained.stored import Source, Stored
+from lowrank.pretrained.resolve import find
+from lowrank.pretrained.tensor_reader import Source, Stored
 from lowrank.pretrained.tokenizer import Tokenizer
 from lowrank.pretrained.upcycle import Upcycling
-from lowrank.weight import is_weight
-from lowrank.weights.schemes import group_of
+from lowrank.weights.quantized.schemes import group_of
 
 PyTree = Any
 PARAM_DTYPES = ("float32", "bfloat16")
@@ -72,7 +72,7 @@ def describe(
 class _How(NamedTuple):
     """What becomes of a checkpoint as it is read."""
 
-    codes: quantize.Quantization | None
+    codes: quantize_config.Quantization | None
     upcycling: Upcycling | None
     kept: bool = False  # the checkpoint holds the codes
 
@@ -81,7 +81,7 @@ class _How(NamedTuple):
         if self.upcycling:
             self.upcycling.check(model)
             config = self.upcycling.config(source.where, config)
-        return settings.replace(config, model, "model")
+        return config_schema.replace(config, model, "model")
 
     def tensors(self, source: Source, config: Config) -> list[Tensor]:
         tensors = FAMILIES[source.hf_config["model_type"]].tensors(config)
@@ -90,13 +90,13 @@ class _How(NamedTuple):
 
 def _how(source: Source, quantized: Mapping[str, Any] | str | None, upcycled: Mapping[str, Any] | None) -> _How:
     """Raises UserError for a checkpoint in codes that is to be quantised otherwise, or upcycled."""
-    quantize.refuse_quantised(source.where, source.hf_config)
-    scheme, upcycling = kept.scheme(source.where, source.hf_config), upcycle.build(upcycled)
+    quantize_config.refuse_quantised(source.where, source.hf_config)
+    scheme, upcycling = quantized_checkpoint.scheme(source.where, source.hf_config), upcycle.build(upcycled)
     if not scheme:
-        return _How(quantize.build(quantized), upcycling)
+        return _How(quantize_config.build(quantized), upcycling)
     if upcycling or group_of(quantized) not in ({}, scheme):
         raise UserError(f"{source.where} is in codes of {scheme.get('name')} already: it can only be read as it is")
-    return _How(kept.coding(source.where, source.hf_config), None, kept=True)
+    return _How(quantized_checkpoint.coding(source.where, source.hf_config), None, kept=True)
 
 
 def _describe(
@@ -118,7 +118,7 @@ def _describe(
     return (
         config,
         words,
-        quantize.shapes(how.codes, shapes, new, *_stored_as(source, how.tensors(source, config), shapes)),
+        quantize_config.shapes(how.codes, shapes, new, *_stored_as(source, how.tensors(source, config), shapes)),
     )
 
 
@@ -138,10 +138,10 @@ def load(
 
     `model` overrides fields of the config (`dtype`, `remat`, `num_labels`, ...). Leaves that no checkpoint holds, of
     prompts, poolers, adapters, added biases and classification heads, are drawn from `seed`. `quantized`, a config's
-    `model.quantize` group (`lowrank.pretrained.quantize`), has kernels turned into codes one tensor at a time, which
-    decode to `param_dtype`; `upcycled`, its `model.upcycle` group (`lowrank.pretrained.upcycle`), has a dense decoder
-    read as a mixture of experts. Raises UserError for a corrupt file, for a missing, extra or misshapen tensor, and
-    for a tokenizer that does not fit; nothing is read before all of them fit.
+    `model.quantize` group (`lowrank.pretrained.quantize_config`), has kernels turned into codes one tensor at a time,
+    which decode to `param_dtype`; `upcycled`, its `model.upcycle` group (`lowrank.pretrained.upcycle`), has a dense
+    decoder read as a mixture of experts. Raises UserError for a corrupt file, for a missing, extra or misshapen
+    tensor, and for a tokenizer that does not fit; nothing is read before all of them fit.
     """
     source = find(spec, cache)
     how = _how(source, quantized, upcycled)
@@ -154,7 +154,10 @@ def load(
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
     arrays, new = _read(source, config, dict(tree.named_leaves(placed, is_weight)), seed, how)
     params = traverse_util.unflatten_dict(arrays, sep="/")
-    family, about = source.hf_config["model_type"], group_of(quantized) or kept.scheme(source.where, source.hf_config)
+    family, about = (
+        source.hf_config["model_type"],
+        group_of(quantized) or quantized_checkpoint.scheme(source.where, source.hf_config),
+    )
     about |= {"param_dtype": param_dtype} if about else {}
     return Pretrained(config, params, words, family, source.name, source.hf_config, new, about, dict(upcycled or {}))
 
@@ -165,20 +168,22 @@ def _read(
     family = FAMILIES[source.hf_config["model_type"]]
     forms, tensors = leaves, how.tensors(source, config)
     if how.kept:
-        tensors, leaves = kept.expanded(tensors, leaves)
+        tensors, leaves = quantized_checkpoint.expanded(tensors, leaves)
     stored = source.tensors([name for tensor in tensors for name in tensor.names])
     own = {t.leaf for t in family.tensors(hf_files.config_of(source.where, source.hf_config))}
     present = [t for t in tensors if any(name in stored for name in t.names) or not _may_be_new(t.leaf, config, own)]
-    fill.check(source.where, present, {name: leaf.shape for name, leaf in leaves.items()}, stored)
+    load_tensors.check(source.where, present, {name: leaf.shape for name, leaf in leaves.items()}, stored)
     _check_extra(source.where, stored, [name for t in present for name in t.names], family.ignored)
     routers = how.upcycling.routers(leaves) if how.upcycling else {}
     new = tuple(sorted(leaves.keys() - {t.leaf for t in present} - routers.keys()))
-    read = fill.fill(present, stored, leaves, how.codes)
+    read = load_tensors.fill(present, stored, leaves, how.codes)
     read |= routers | _fresh(config, {n: leaves[n] for n in new}, seed)
-    return kept.collected(forms, read) if how.kept else read, new
+    return quantized_checkpoint.collected(forms, read) if how.kept else read, new
 
 
-def _stored_as(source: Source, tensors: Sequence[Tensor], shapes: PyTree) -> tuple[quantize.StoredAs, quantize.Reader]:
+def _stored_as(
+    source: Source, tensors: Sequence[Tensor], shapes: PyTree
+) -> tuple[quantize_config.StoredAs, quantize_config.Reader]:
     """What each leaf is read from, a tensor that is missing left to `fill.check`; and how to read a leaf's kernels."""
     of_leaf = {t.leaf: t for t in tensors}
     needed = {name: leaf.shape for name, leaf in tree.named_leaves(shapes)}
@@ -187,10 +192,12 @@ def _stored_as(source: Source, tensors: Sequence[Tensor], shapes: PyTree) -> tup
 
     def kernels(leaf: str) -> Iterator[tuple[tuple[Any, ...], str, Callable[[], np.ndarray]]]:
         tensor = of_leaf[leaf]
-        fill.check(source.where, [tensor], needed, stored)
+        load_tensors.check(source.where, [tensor], needed, stored)
         for name in tensor.names:
             part = stored[name]
-            read = functools.partial(fill.whole, name, part, tensor.transpose != part.flipped, needed[leaf][-2:])
+            read = functools.partial(
+                load_tensors.whole, name, part, tensor.transpose != part.flipped, needed[leaf][-2:]
+            )
             yield (source.where, changed, name), name, read
 
     return lambda leaf: [stored[n] for t in filter(None, [of_leaf.get(leaf)]) for n in t.names if n in stored], kernels

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank.errors import UserError
-from lowrank.pretrained.coding import Quantization, Reader
-from lowrank.pretrained.stored import Stored
-from lowrank.weights import mixed
-from lowrank.weights.quantized import Quantized
+from lowrank.core.errors import UserError
+from lowrank.pretrained.quantize_on_load import Quantization, Reader
+from lowrank.pretrained.tensor_reader import Stored
+from lowrank.weights.quantized import mixed
+from lowrank.weights.quantized.base import Quantized
 
 _GAINS: dict[tuple[Any, ...], np.ndarray] = {}  # by checkpoint, tensor and block
 _MOST = 100_000

@@ -12,7 +12,7 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.pretrained.hf_files import read_json
 
 Messages = Sequence[Mapping[str, str]]

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 
-from lowrank import settings
-from lowrank.errors import UserError
+from lowrank.core import config_schema
+from lowrank.core.errors import UserError
+from lowrank.core.weight import name_key
 from lowrank.models import DecoderConfig
 from lowrank.models.layers import kernel_init
 from lowrank.pretrained.hf_tensors import Tensor
-from lowrank.weight import name_key
 
 ROUTER = r"(layers|top)/mlp/router/kernel"
 
@@ -73,4 +73,4 @@ class Upcycling:
 
 def build(given: Mapping[str, Any] | None) -> Upcycling | None:
     """The `model.upcycle` group `{"experts": E, "top_k": K, "seed": 0}`; None without one. Raises UserError."""
-    return settings.call(Upcycling, given, "model.upcycle") if given else None
+    return config_schema.call(Upcycling, given, "model.upcycle") if given else None

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowrank.errors import UserError, unknown
+from lowrank.core.errors import UserError, unknown
 
 DEFAULT_CACHE = Path("~/.cache/lowrank")
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weight import dot, form, trainable, wide
+from lowrank.core.weight import dot, form, trainable, wide
 from lowrank.weights.lora import LoRA, widen
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weight import Weight, dot, form, frozen, is_stored, is_weight, materialize, product, trainable, wide
+from lowrank.core.weight import Weight, dot, form, frozen, is_stored, is_weight, materialize, product, trainable, wide
 from lowrank.weights.lora import LoRA
 
 

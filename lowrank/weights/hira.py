@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weight import Weight, dot, form, frozen, materialize, trainable, wide
-from lowrank.weights import stacks
+from lowrank.core.weight import Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.weights import stacked_layers
 
 
 @form
@@ -49,5 +49,5 @@ def attach(key: jax.Array, w: Any, *, ranks: Sequence[int]) -> HiRA:
     One rank for each layer of the stack (one if unstacked); the rank 0 leaves a layer unadapted.
     """
     stack, (n_in, n_out), rank = w.shape[:-2], w.shape[-2:], max(ranks)
-    a = stacks.kaiming(key, (*stack, n_in, rank), n_in) * stacks.live(ranks, stack)[..., None, :]
+    a = stacked_layers.kaiming(key, (*stack, n_in, rank), n_in) * stacked_layers.live(ranks, stack)[..., None, :]
     return HiRA(base=w, a=a, b=jnp.zeros((*stack, rank, n_out), jnp.float32))

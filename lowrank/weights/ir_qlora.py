@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.weight import dot, form, trainable, wide
+from lowrank.core.weight import dot, form, trainable, wide
 from lowrank.weights.lora import LoRA, widen
 
 

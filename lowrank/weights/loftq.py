@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.weights.lora import LoRA
-from lowrank.weights.quantized import Quantized
+from lowrank.weights.quantized.base import Quantized
 
 
 def attach(

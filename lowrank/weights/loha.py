@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weight import Weight, dot, form, frozen, materialize, trainable, wide
-from lowrank.weights import stacks
+from lowrank.core.weight import Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.weights import stacked_layers
 from lowrank.weights.lora import widen
 
 
@@ -58,12 +58,12 @@ def attach(key: jax.Array, w: Any, *, ranks: Sequence[int], alphas: Sequence[flo
     One rank and alpha for each layer of the stack (one if unstacked); the rank 0 leaves a layer unadapted.
     """
     stack, (n_in, n_out), rank = w.shape[:-2], w.shape[-2:], max(ranks)
-    live, (key_a, key_1, key_2) = stacks.live(ranks, stack), jax.random.split(key, 3)
+    live, (key_a, key_1, key_2) = stacked_layers.live(ranks, stack), jax.random.split(key, 3)
     return LoHa(
         base=w,
-        a1=stacks.kaiming(key_a, (*stack, n_in, rank), n_in) * live[..., None, :],
-        b1=stacks.kaiming(key_1, (*stack, rank, n_out), rank) * live[..., :, None],
+        a1=stacked_layers.kaiming(key_a, (*stack, n_in, rank), n_in) * live[..., None, :],
+        b1=stacked_layers.kaiming(key_1, (*stack, rank, n_out), rank) * live[..., :, None],
         a2=jnp.zeros((*stack, n_in, rank), jnp.float32),
-        b2=stacks.kaiming(key_2, (*stack, rank, n_out), rank) * live[..., :, None],
-        scale=stacks.scales(ranks, alphas, stack),
+        b2=stacked_layers.kaiming(key_2, (*stack, rank, n_out), rank) * live[..., :, None],
+        scale=stacked_layers.scales(ranks, alphas, stack),
     )

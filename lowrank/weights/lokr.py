@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank.errors import UserError
-from lowrank.weight import Weight, dot, form, frozen, materialize, trainable, wide
-from lowrank.weights import stacks
+from lowrank.core.errors import UserError
+from lowrank.core.weight import Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.weights import stacked_layers
 
 
 @form
@@ -90,7 +90,7 @@ def attach(
     One rank and alpha for each layer of the stack (one if unstacked); the rank 0 leaves a layer unadapted. Raises
     UserError for ranks of which only some leave a factor whole.
     """
-    stack, live, rank = w.shape[:-2], stacks.live(ranks, w.shape[:-2]), max(ranks)
+    stack, live, rank = w.shape[:-2], stacked_layers.live(ranks, w.shape[:-2]), max(ranks)
     shapes = {sizes(*w.shape[-2:], r, factor, both) for r in ranks if r}
     if len(shapes) > 1:
         raise UserError(
@@ -102,11 +102,11 @@ def attach(
     if s.whole1:
         first = {"w1": jnp.zeros((*stack, s.m, s.l), jnp.float32)}
     else:
-        a1 = stacks.kaiming(key_1, (*stack, s.m, rank), s.m) * of_a
+        a1 = stacked_layers.kaiming(key_1, (*stack, s.m, rank), s.m) * of_a
         first = {"a1": a1, "b1": jnp.zeros((*stack, rank, s.l), jnp.float32)}
     if s.whole2:
-        second = {"w2": stacks.kaiming(key_a, (*stack, s.n, s.k), s.n) * of_w}
+        second = {"w2": stacked_layers.kaiming(key_a, (*stack, s.n, s.k), s.n) * of_w}
     else:
-        a2 = stacks.kaiming(key_a, (*stack, s.n, rank), s.n) * of_a
-        second = {"a2": a2, "b2": stacks.kaiming(key_b, (*stack, rank, s.k), rank) * of_b}
-    return LoKr(base=w, **first, **second, scale=stacks.scales(ranks, alphas, stack))
+        a2 = stacked_layers.kaiming(key_a, (*stack, s.n, rank), s.n) * of_a
+        second = {"a2": a2, "b2": stacked_layers.kaiming(key_b, (*stack, rank, s.k), rank) * of_b}
+    return LoKr(base=w, **first, **second, scale=stacked_layers.scales(ranks, alphas, stack))

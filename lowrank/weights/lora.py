@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.errors import UserError, unknown
-from lowrank.weight import Weight, dot, form, frozen, grouped, is_weight, materialize, static, trainable, wide
-from lowrank.weights import stacks
+from lowrank.core.errors import UserError, unknown
+from lowrank.core.weight import Weight, dot, form, frozen, grouped, is_weight, materialize, static, trainable, wide
+from lowrank.weights import stacked_layers
 
 
 @form
@@ -145,7 +145,7 @@ def _gaussian(key: jax.Array, lora: LoRA) -> LoRA:
 
 
 def _kaiming(key: jax.Array, lora: LoRA) -> LoRA:
-    return dataclasses.replace(lora, a=stacks.kaiming(key, lora.a.shape, lora.a.shape[-2]))
+    return dataclasses.replace(lora, a=stacked_layers.kaiming(key, lora.a.shape, lora.a.shape[-2]))
 
 
 def _zero_a(key: jax.Array, lora: LoRA) -> LoRA:
@@ -164,7 +164,7 @@ def _pissa(key: jax.Array, lora: LoRA) -> LoRA:
 def _olora(key: jax.Array, lora: LoRA) -> LoRA:
     """With the paper's `[out, in]` kernel `W = Q R`: `B = Q[:, :r]` and `A = R[:r]`, each transposed to our layout."""
     del key
-    q, r = stacks.each(jnp.linalg.qr, jnp.swapaxes(plain("OLoRA", lora.base), -1, -2))
+    q, r = stacked_layers.each(jnp.linalg.qr, jnp.swapaxes(plain("OLoRA", lora.base), -1, -2))
     rank = lora.a.shape[-1]
     return dataclasses.replace(lora, a=jnp.swapaxes(r[..., :rank, :], -1, -2), b=jnp.swapaxes(q[..., :, :rank], -1, -2))
 

@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lowrank.weight import dot, form, frozen, materialize, trainable, wide
+from lowrank.core.weight import dot, form, frozen, materialize, trainable, wide
 from lowrank.weights import dora
 from lowrank.weights.dora import DoRA
 from lowrank.weights.lora import LoRA, widen

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.errors import UserError
-from lowrank.weight import Weight, dot, form, frozen, static, trainable, wide
+from lowrank.core.errors import UserError
+from lowrank.core.weight import Weight, dot, form, frozen, static, trainable, wide
 from lowrank.weights.lora import LoRA, widen
 
 
 @jax.custom_vjp
-def balanced(probs: jax.Array, chosen: jax.Array, mask: jax.Array, strength: jax.Array) -> jax.Array:
+def with_balance_loss(probs: jax.Array, chosen: jax.Array, mask: jax.Array, strength: jax.Array) -> jax.Array:
     """`probs` `[..., E]`, whose gradient is also that of `strength * E * sum_e f_e P_e` (Switch, arXiv:2101.03961).
 
     `chosen` `[..., E]` are each token's shares of the experts it goes to, f_e their mean over the tokens where `mask`
@@ -41,7 +41,7 @@ def _balanced_bwd(saved: Any, g: jax.Array) -> tuple[jax.Array, None, None, None
     return g + push * jnp.broadcast_to(share, g.shape), None, None, None
 
 
-balanced.defvjp(_balanced_fwd, _balanced_bwd)
+with_balance_loss.defvjp(_balanced_fwd, _balanced_bwd)
 
 
 def top(probs: jax.Array, k: int) -> jax.Array:
@@ -55,7 +55,7 @@ def gates(logits: jax.Array, k: int, mask: jax.Array | None = None, strength: ja
     probs = jax.nn.softmax(wide(logits), axis=-1)
     kept = jax.lax.stop_gradient(top(probs, k))
     if strength is not None:
-        probs = balanced(probs, kept / k, mask, strength)
+        probs = with_balance_loss(probs, kept / k, mask, strength)
     probs = jnp.where(kept, probs, 0)
     return probs / jnp.sum(probs, axis=-1, keepdims=True)
 

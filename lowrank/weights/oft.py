@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.errors import UserError
-from lowrank.weight import Weight, dot, form, frozen, materialize, static, trainable, wide
+from lowrank.core.errors import UserError
+from lowrank.core.weight import Weight, dot, form, frozen, materialize, static, trainable, wide
 from lowrank.weights.rotation import cayley, rotate
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.errors import UserError
-from lowrank.weight import Weight, dot, form, frozen, is_weight, materialize, static, trainable, wide
-from lowrank.weights.uniform import Uniform
+from lowrank.core.errors import UserError
+from lowrank.core.weight import Weight, dot, form, frozen, is_weight, materialize, static, trainable, wide
+from lowrank.weights.quantized.uniform import Uniform
 
 
 @form

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weight import Weight, dot, form, frozen, materialize, static, trainable, wide
+from lowrank.core.weight import Weight, dot, form, frozen, materialize, static, trainable, wide
 
 
 @form

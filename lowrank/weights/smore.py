@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.weight import dot, form, frozen, static, trainable, wide
-from lowrank.weights.mixture import Routed, balanced, top
+from lowrank.core.weight import dot, form, frozen, static, trainable, wide
+from lowrank.weights.mixture import Routed, top, with_balance_loss
 
 ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "identity": lambda x: x}
 
@@ -67,7 +67,7 @@ class SMoRE(Routed):
         probs = jax.nn.softmax(wide(logits), axis=-1)
         if self.strength is not None:
             kept = jax.lax.stop_gradient(top(probs, k))
-            probs = balanced(probs, kept / k, self.mask[..., None], self.strength)
+            probs = with_balance_loss(probs, kept / k, self.mask[..., None], self.strength)
         gates, children = jax.lax.top_k(probs, k)
         return gates / jnp.sum(gates, axis=-1, keepdims=True), children
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.errors import UserError
-from lowrank.weight import Weight, form, frozen, materialize, trainable, wide
+from lowrank.core.errors import UserError
+from lowrank.core.weight import Weight, form, frozen, materialize, trainable, wide
 
 
 @form

@@ -5,7 +5,7 @@ import json
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 
 WORDS = "The minister said on Monday that shares rose after a strong first half for the club and its new chief."
 

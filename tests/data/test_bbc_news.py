@@ -4,9 +4,9 @@ import os
 
 import pytest
 
+from lowrank.core.errors import UserError
 from lowrank.data import bbc_news
 from lowrank.data.sources import open_source, prepared
-from lowrank.errors import UserError
 
 
 def article(key, text, title="A headline"):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from lowrank.core.errors import UserError
 from lowrank.data.encode import Labelled, Language, fit, shorten
 from lowrank.data.render import Chat, Plain
 from lowrank.data.templates import TEMPLATES
-from lowrank.errors import UserError
 
 ARTICLE = "The minister said on Monday that shares rose after a strong first half. " * 12
 NEWS = {"text": ARTICLE, "title": "Shares rose on Monday", "label": "b"}

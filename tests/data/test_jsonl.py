@@ -2,8 +2,8 @@
 
 import pytest
 
+from lowrank.core.errors import UserError
 from lowrank.data.sources import open_source
-from lowrank.errors import UserError
 
 TEN = [{"text": f"text {i}", "label": "b" if i % 2 else "a"} for i in range(10)]
 

@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from lowrank.core.errors import UserError
 from lowrank.data import DataConfig, encoded, examples, make_loader
 from lowrank.data.jsonl import Jsonl
-from lowrank.errors import UserError
 
 N = 90
 RNG = np.random.default_rng(7)

@@ -2,9 +2,9 @@
 
 import pytest
 
+from lowrank.core.errors import UserError
 from lowrank.data.render import Chat, Plain, turns
 from lowrank.data.templates import TEMPLATES
-from lowrank.errors import UserError
 
 DIALOGUE = [
     {"role": "system", "content": "Be brief."},

@@ -8,8 +8,8 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils.lazy_imports_utils import tensorflow as tf
 
+from lowrank.core.errors import UserError
 from lowrank.data.sources import open_source, prepared
-from lowrank.errors import UserError
 
 
 class TinyAnswers(tfds.core.GeneratorBasedBuilder):

@@ -2,8 +2,8 @@
 
 import pytest
 
+from lowrank.core.errors import UserError
 from lowrank.data.templates import TEMPLATES, resolve
-from lowrank.errors import UserError
 
 
 def written(name, fields, completion="", long="", chat=False):

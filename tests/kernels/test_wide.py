@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank.weight import wide_dot
+from lowrank.core.weight import wide_dot
 from tests.forms import FORMS, shaken
 
 

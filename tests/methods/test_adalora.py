@@ -6,9 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank import methods, plan, tree
-from lowrank.errors import UserError
+from lowrank import methods
+from lowrank.core import tree
+from lowrank.core.errors import UserError
 from lowrank.methods.adalora import kept_share
+from lowrank.training import build
 from tests import tiny
 from tests.test_methods import base
 from tests.test_train import config_of
@@ -114,4 +116,4 @@ def test_a_run_that_leaves_no_step_to_prune_in_is_refused(tmp_path):
     tiny.records(tmp_path / "records.jsonl")
     config = config_of(tmp_path, "method=adalora,init_rank=4,target_rank=2,tinit=5.0,tfinal=3.0")
     with pytest.raises(UserError, match=r"method.tinit 5.0 and method.tfinal 3.0 leave none of 8 steps"):
-        plan.make(config)
+        build.build_run(config)

@@ -6,9 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank import methods, optim, plan
-from lowrank.errors import UserError
+from lowrank import methods
+from lowrank.core.errors import UserError
 from lowrank.methods.bidora import MAGNITUDE, bilevel
+from lowrank.training import build
+from lowrank.training import optimizer as optim
 from tests import tiny
 from tests.adapted import adapted
 from tests.test_methods import Q, base
@@ -75,11 +77,11 @@ def test_the_regulariser_is_the_mean_distance_of_directions_from_orthogonal(shap
 def test_the_plan_holds_records_out_and_evaluation_does_not(tmp_path):
     tiny.llama(tmp_path / "llama")
     tiny.records(tmp_path / "records.jsonl")
-    job = plan.make(config_of(tmp_path, "method=bidora,rank=2,holdout=0.25", eval__split="train"))
+    job = build.build_run(config_of(tmp_path, "method=bidora,rank=2,holdout=0.25", eval__split="train"))
     assert job.loader.get_state()["data"]["holdout"] == 0.25
     assert "holdout" not in job.scorer._loader.get_state()["data"]
     with pytest.raises(UserError, match=r"data.holdout=0.001 cuts 40 records into 40 and 0: too few"):
-        plan.make(config_of(tmp_path, "method=bidora,rank=2,holdout=0.001"))
+        build.build_run(config_of(tmp_path, "method=bidora,rank=2,holdout=0.001"))
 
 
 @pytest.mark.parametrize(

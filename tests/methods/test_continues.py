@@ -4,8 +4,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from lowrank import train
-from lowrank.checkpoint import Checkpointer
+from lowrank.training import loop
+from lowrank.training.checkpoint import Checkpointer
 from tests.test_train import config_of
 
 STEPS = 8
@@ -21,7 +21,7 @@ def config(files, arg):
 
 def last(workdir, config):
     """The arrays by name of a run's last checkpoint."""
-    train.run(config, workdir)
+    loop.run(config, workdir)
     with Checkpointer(workdir / "checkpoints") as saver:
         path = workdir / "checkpoints" / str(saver.latest()) / "arrays"
     with ocp.PyTreeCheckpointer() as reader:
@@ -32,8 +32,8 @@ def last(workdir, config):
 @pytest.mark.parametrize(("arg", "stop"), RUNS.values(), ids=RUNS)
 def test_a_run_that_was_stopped_continues_bit_for_bit(arg, stop, files, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train.StopSignal, "requested", lambda self, step: step >= stop)
-        assert train.run(config(files, arg), tmp_path / "stopped") == {"stopped_at": stop}
+        patch.setattr(loop.StopSignal, "requested", lambda self, step: step >= stop)
+        assert loop.run(config(files, arg), tmp_path / "stopped") == {"stopped_at": stop}
     got, want = (last(tmp_path / name, config(files, arg)) for name in ("stopped", "whole"))
     bases = {name for name in want if name.startswith("frozen/")}
     assert bases == ({f"frozen/layers/attn/{m}/kernel/base" for m in "qv"} if "relora" in arg else set())

@@ -7,7 +7,7 @@ import optax
 import pytest
 from optax.contrib import scale_by_galore
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.methods.galore import projected
 from tests.test_methods import attached
 

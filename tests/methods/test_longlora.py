@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from lowrank import adapter, merging, methods, pretrained
-from lowrank.errors import UserError
+from lowrank import methods, pretrained
+from lowrank.adapters import adapter_files, load
+from lowrank.core.errors import UserError
 from lowrank.models import DecoderConfig, EncoderConfig
 from lowrank.models.rope import RopeScaling, frequencies
 from tests.adapted import adapted
@@ -39,8 +40,8 @@ def test_the_adapter_brings_the_factor(tmp_path):
     base = pretrained.load(folder, model=method.model)
     params, _ = adapted(base.params, group)
     mask = methods.trainable_mask(method, params)
-    assert adapter.save(params, base, tmp_path / "out", mask=mask, method=group) == "trained leaves by name"
-    again = merging.adapted(tmp_path / "out", folder)
+    assert adapter_files.save(params, base, tmp_path / "out", mask=mask, method=group) == "trained leaves by name"
+    again = load.load_adapted(tmp_path / "out", folder)
     assert again.config == dataclasses.replace(base.config, shift_group=0)
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
 

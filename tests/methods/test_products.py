@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lowrank import methods
-from lowrank.errors import UserError
-from lowrank.weight import dot, materialize
+from lowrank.core.errors import UserError
+from lowrank.core.weight import dot, materialize
 from lowrank.weights import lokr
 from tests.forms import shaken
 

@@ -6,10 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank import merging, methods, optim, plan, train, tree
-from lowrank.errors import UserError
+from lowrank import methods
+from lowrank.adapters import load
+from lowrank.core import tree
+from lowrank.core.errors import UserError
+from lowrank.core.weight import merge
 from lowrank.methods.relora import restarting
-from lowrank.weight import merge
+from lowrank.training import build, loop
+from lowrank.training import optimizer as optim
 from tests.adapted import adapted
 from tests.test_methods import base
 from tests.test_train import config_of
@@ -36,7 +40,7 @@ def test_a_restart_moves_the_update_into_the_base(init):
 
 
 def test_shares_of_the_run_become_steps(files):
-    job = plan.make(config_of(files, "method=relora,rank=2,every=0.25", steps=10))
+    job = build.build_run(config_of(files, "method=relora,rank=2,every=0.25", steps=10))
     assert [step for step in range(10) if job.restarts_at(step)] == [2, 4, 6, 8]
 
 
@@ -65,18 +69,20 @@ def whole(files, tmp_path_factory):
     """`(workdir of a run that nothing interrupted, its last parameters)`."""
     folder, ends = tmp_path_factory.mktemp("whole"), []
     with pytest.MonkeyPatch.context() as patch:
-        finish = train.Run._finish
-        patch.setattr(train.Run, "_finish", lambda run, *scores: (ends.append(run._params()), finish(run, *scores))[1])
-        train.run(config(files), folder)
+        finish = loop.Trainer._finish
+        patch.setattr(
+            loop.Trainer, "_finish", lambda run, *scores: (ends.append(run._params()), finish(run, *scores))[1]
+        )
+        loop.run(config(files), folder)
     return folder, ends[0]
 
 
 def test_what_is_saved_is_the_trained_model(files, whole):
     workdir, params = whole
-    loaded = merging.adapted(workdir / "adapter", str(files / "llama")).params
+    loaded = load.load_adapted(workdir / "adapter", str(files / "llama")).params
     for (name, x), (_, y) in zip(tree.named_leaves(loaded), tree.named_leaves(params), strict=True):
         np.testing.assert_array_equal(x, y, err_msg=name)
-    start = plan.make(config(files)).load().params["layers"]["attn"]["q"]["kernel"]
+    start = build.build_run(config(files)).load().params["layers"]["attn"]["q"]["kernel"]
     assert not np.allclose(params["layers"]["attn"]["q"]["kernel"].base, start)
 
 
@@ -91,4 +97,4 @@ def test_what_is_saved_is_the_trained_model(files, whole):
 )
 def test_bad_settings_are_refused(arg, message, files):
     with pytest.raises(UserError, match=message):
-        plan.make(config_of(files, arg))
+        build.build_run(config_of(files, arg))

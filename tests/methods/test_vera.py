@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import methods, tree
-from lowrank.errors import UserError
-from lowrank.weight import dot, materialize, merge
+from lowrank import methods
+from lowrank.core import tree
+from lowrank.core.errors import UserError
+from lowrank.core.weight import dot, materialize, merge
 
 L, RANK = 2, 6
 

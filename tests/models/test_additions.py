@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import methods, sharding, tree
-from lowrank.errors import UserError
+from lowrank import methods
+from lowrank.core import sharding, tree
+from lowrank.core.errors import UserError
 from lowrank.models import DecoderConfig
 from tests.models.tiny import LLAMA, SIZES, decoder, encoder, run, tokens
 

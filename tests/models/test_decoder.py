@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.models import DecoderConfig, init_cache
 from tests.models.tiny import DECODERS, SIZES, T, decoder, run, sight, tokens
 

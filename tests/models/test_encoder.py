@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from tests.models.tiny import T, encoder, run, sight, tokens
 
 PACKED = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)

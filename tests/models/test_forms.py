@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import tree, weight
+from lowrank.core import tree, weight
 from tests.forms import FORMS, shaken
 from tests.models.tiny import decoder, encoder, run, tokens
 
@@ -46,7 +46,7 @@ def test_an_encoder_on_forms_equals_the_encoder_on_their_merged_kernels():
 def test_gradients_reach_the_trained_fields_of_every_layer():
     model, params = decoder("llama", remat="full")
     params = rewritten(params, FORMS["lora"])
-    trained, frozen = tree.split(params, weight.trainable_mask(params))
+    trained, frozen = tree.split(params, weight.declared_mask(params))
     loss = lambda t: jnp.mean(model.apply({"params": tree.join(t, frozen)}, tokens(1)) ** 2)  # noqa: E731
     grads = tree.named_leaves(jax.jit(jax.grad(loss))(trained))
     assert {name.rsplit("/", 1)[1] for name, _ in grads} == {"a", "b"}

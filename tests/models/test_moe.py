@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank import sharding, tree
-from lowrank.errors import UserError
+from lowrank.core import sharding, tree
+from lowrank.core.errors import UserError
 from lowrank.models import DecoderConfig, build
 from lowrank.models.moe import MoE, by_expert, route
 from tests.models.tiny import MOE, SIZES, _random, normal, run, tokens

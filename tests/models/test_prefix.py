@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from lowrank import generate, padding
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
+from lowrank.generation import generate, prompt_batches
 from lowrank.models import init_cache
 from tests.models.tiny import T, decoder, encoder, run, tokens
 
@@ -63,12 +63,12 @@ def test_decoding_with_a_cache_and_a_prefix_equals_the_full_forward(kind, option
 def test_greedy_generation_with_a_prefix_is_greedy_without_a_cache():
     model, params = decoder("llama", prefix_length=P)
     ids, row = [[5, 6, 7], [8, 9, 10, 11, 12]], [8, 9, 10, 11, 12]
-    batch, segments = padding.left_pad(ids, 0, 8)
+    batch, segments = prompt_batches.left_pad(ids, 0, 8)
     new = generate.generate(model, params, batch, segments, max_new=3)
     whole = np.array([[*row, *np.asarray(new)[1]]], np.int32)
     want = run(model, params, whole, method="__call__")[0].argmax(-1)
     np.testing.assert_array_equal(new[1], want[len(row) - 1 : -1])
-    alone = generate.generate(model, params, *padding.left_pad(ids[:1], 0, 8), max_new=3)
+    alone = generate.generate(model, params, *prompt_batches.left_pad(ids[:1], 0, 8), max_new=3)
     np.testing.assert_array_equal(alone[0], new[0])
 
 

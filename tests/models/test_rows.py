@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lowrank import plan, step
-from lowrank.models import rows
-from lowrank.plan import abstract
+from lowrank.core import sharding
+from lowrank.memory import shapes
+from lowrank.training import build, step
 from tests.test_train import config_of
 from tests.tiny import HIDDEN
 
@@ -19,9 +19,9 @@ MESHES = [{"data": 1, "fsdp": 4}, {"data": 2, "fsdp": 2}, {"data": 2, "fsdp": 2,
 def compiled(files, mesh, model="llama", **changes):
     config = config_of(files, "rank=2", model, data__seq_len=LENGTH, data__batch_size=ROWS, **changes)
     config.mesh = {"tensor": 1, **mesh}
-    job = plan.make(config)
-    run = abstract.run(job)
-    return step.compile(job.step(job.optimizer()), run.state, run.frozen, run.batch).as_text()
+    job = build.build_run(config)
+    run = shapes.step_inputs(job)
+    return step.compile_step(job.step(job.optimizer()), run.state, run.frozen, run.batch).as_text()
 
 
 def largest(text):
@@ -37,7 +37,7 @@ def test_no_device_has_the_activations_of_all_rows(files, mesh, model):
 
 
 def test_the_compiler_would_not_see_to_it_itself(files, monkeypatch):
-    monkeypatch.setattr(rows, "apart", lambda x: x)
+    monkeypatch.setattr(sharding, "shard_batch_axis", lambda x: x)
     assert largest(compiled(files, MESHES[0])) == ROWS * LENGTH * HIDDEN
 
 
@@ -46,4 +46,4 @@ def test_rows_that_the_mesh_does_not_divide_are_left_to_the_compiler():
     auto = (jax.sharding.AxisType.Auto,) * 2
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"), axis_types=auto)):
         for x, told in ((whole, True), (odd, False)):
-            assert ("sharding_constraint" in str(jax.make_jaxpr(rows.apart)(x))) is told
+            assert ("sharding_constraint" in str(jax.make_jaxpr(sharding.shard_batch_axis)(x))) is told

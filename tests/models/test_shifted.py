@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.models import DecoderConfig, after_training, build, init_cache
 from lowrank.models.attention import attend
-from lowrank.models.shifted import attend_shifted
+from lowrank.models.shifted_sparse_attention import attend_shifted
 from tests.models.tiny import LLAMA, SIZES, decoder, run, tokens
 
 B, H = 2, 6

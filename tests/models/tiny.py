@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank import tree
+from lowrank.core import tree
 from lowrank.models import DecoderConfig, EncoderConfig, build
 
 V, T = 43, 12

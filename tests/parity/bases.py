@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import transformers
 
-from lowrank import tree
+from lowrank.core import tree
+from lowrank.core.weight import merge
 from lowrank.models import build
 from lowrank.pretrained.families import FAMILIES
-from lowrank.weight import merge
 
 LIMIT, VOCAB, LABELS = 1e-4, 61, 3
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is what takes time

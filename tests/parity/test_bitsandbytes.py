@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.weights import codebook, double_scale
-from lowrank.weights.bits import unpack
-from lowrank.weights.schemes import SCHEMES
+from lowrank.weights.quantized import codebook, double_quantization
+from lowrank.weights.quantized.packing import unpack
+from lowrank.weights.quantized.schemes import SCHEMES
 
 IN, OUT = 192, 96
 
@@ -49,7 +49,7 @@ def test_double_quantisation(scheme):
     w = weight()
     packed, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type=scheme)
     mine = ours(w, scheme, double=True)
-    np.testing.assert_array_equal(double_scale.dynamic_table(), state.state2.code)
+    np.testing.assert_array_equal(double_quantization.dynamic_table(), state.state2.code)
     np.testing.assert_array_equal(unpack(mine.codes, 4, 64).reshape(IN, OUT).T, nibbles(packed))
     np.testing.assert_allclose(mine.scale.offset, state.offset, rtol=2e-7)  # a mean, which nobody sums in one order
     np.testing.assert_allclose(mine.scale.second, state.state2.absmax, rtol=1e-6)
@@ -59,7 +59,7 @@ def test_double_quantisation(scheme):
     # With their mean and their magnitudes the values are theirs.
     codes = jnp.asarray(state.absmax.numpy().reshape(OUT, -1).T)
     second, offset = jnp.asarray(state.state2.absmax.numpy()), jnp.asarray(state.offset.numpy())
-    scale = double_scale.DoubleScale(codes=codes, second=second, offset=offset)
+    scale = double_quantization.QuantizedScale(codes=codes, second=second, offset=offset)
     same = codebook.Codebook(**{**vars(mine), "scale": scale})
     np.testing.assert_allclose(same.materialize().T, bnb.dequantize_4bit(packed, state), rtol=1e-6, atol=1e-9)
 

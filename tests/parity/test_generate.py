@@ -7,7 +7,8 @@ import torch
 import transformers
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from lowrank import generate, padding, pretrained, sampling
+from lowrank import pretrained
+from lowrank.generation import generate, prompt_batches, sampling
 from lowrank.models import build
 from lowrank.pretrained import wheels
 
@@ -42,7 +43,7 @@ def expected(model, tokens, segments, stops):
 
 def test_greedy_tokens_of_smollm2_are_those_of_transformers_also_left_padded(ours, theirs):
     stops = (*ours.tokenizer.stop_ids, ours.tokenizer.encode("\n")[0])
-    tokens, segments = padding.left_pad([ours.tokenizer.encode(p) for p in PROMPTS], ours.tokenizer.pad_id, 8192)
+    tokens, segments = prompt_batches.left_pad([ours.tokenizer.encode(p) for p in PROMPTS], ours.tokenizer.pad_id, 8192)
     assert len(set(segments.sum(1))) == len(PROMPTS)  # so two rows are padded at the least
     model, options = build(ours.config), {"max_new": NEW, "stop_ids": stops, "pad_id": 2}
     out = np.asarray(generate.generate(model, ours.params, tokens, segments, **options))

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from launch import preflight as command
 from lowrank.kernels import grouped
-from lowrank.plan import __main__ as command
-from lowrank.plan import gpus
+from lowrank.memory import gpus
 
 pytestmark = [
     pytest.mark.skipif(not gpus.installed(), reason="jax has a CUDA plugin for Linux on x86-64 alone"),

@@ -8,7 +8,9 @@ import pytest
 import torch
 import transformers
 
-from lowrank import merging, peft_format, pretrained
+from lowrank import pretrained
+from lowrank.adapters import export
+from lowrank.adapters import peft as peft_format
 from lowrank.models import build
 from tests import tiny
 from tests.adapted import adapted
@@ -37,7 +39,7 @@ def logits(model):
 def test_transformers_loads_a_merged_checkpoint_and_computes_the_live_logits(folder, name, tmp_path):
     base = pretrained.load(str(folder))
     params = adapted(base.params, GROUPS[name])[0]
-    report = merging.merge_to_hf(params, base, tmp_path / "merged")
+    report = export.merge_to_hf(params, base, tmp_path / "merged")
     live = build(base.config).apply({"params": params}, TOKENS)
     theirs = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     print(f"{name}: {report}; max |delta logits| {np.abs(theirs - live).max():.1e} of {np.abs(live).max():.1f}")
@@ -50,7 +52,7 @@ def test_peft_merges_our_adapter_into_the_same_tensors(folder, name, tmp_path):
     base = pretrained.load(str(folder))
     params = adapted(base.params, GROUPS[name])[0]
     peft_format.save(params, base, tmp_path / "adapter")
-    merging.merge_to_hf(params, base, tmp_path / "merged")
+    export.merge_to_hf(params, base, tmp_path / "merged")
     theirs = peft.PeftModel.from_pretrained(_plain(folder), tmp_path / "adapter").merge_and_unload().state_dict()
     ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
     assert ours.keys() == theirs.keys()
@@ -65,7 +67,7 @@ def _plain(folder):
 def test_a_checkpoint_in_bfloat16_holds_what_was_reported(folder, tmp_path):
     base = pretrained.load(str(folder), param_dtype="bfloat16")
     params = adapted(base.params, GROUPS["lora"])[0]
-    report = merging.merge_to_hf(params, base, tmp_path / "merged", dtype="bfloat16")
+    report = export.merge_to_hf(params, base, tmp_path / "merged", dtype="bfloat16")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
     lost = size = 0.0
     for i in range(3):
@@ -78,5 +80,5 @@ def test_a_checkpoint_in_bfloat16_holds_what_was_reported(folder, tmp_path):
     assert stored.dtype == torch.bfloat16
     np.testing.assert_allclose(report.error, (lost / size) ** 0.5, rtol=1e-6)
     print(report)
-    rounded = jax.tree.map(lambda x: x.astype(jnp.float32), merging.merged(params, "bfloat16")[0])
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float32), export.merged(params, "bfloat16")[0])
     np.testing.assert_allclose(logits(model.float()), build(base.config).apply({"params": rounded}, TOKENS), atol=1e-4)

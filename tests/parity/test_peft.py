@@ -7,8 +7,8 @@ import peft
 import pytest
 import torch
 
-from lowrank import peft_format
-from lowrank.errors import UserError
+from lowrank.adapters import peft as peft_format
+from lowrank.core.errors import UserError
 from tests.adapted import adapted
 from tests.parity.bases import (
     LIMIT,

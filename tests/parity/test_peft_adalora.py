@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 
-from lowrank import peft_format
-from lowrank.errors import UserError
-from lowrank.weight import is_weight
+from lowrank.adapters import peft as peft_format
+from lowrank.core.errors import UserError
+from lowrank.core.weight import is_weight
 from tests.adapted import adapted
 from tests.parity.bases import LIMIT, assert_same_weights, gap, make, our_logits, randomize, their_logits
 from tests.parity.test_peft import ATTN, GPT2_TARGETS, QKVO

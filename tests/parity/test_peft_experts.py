@@ -13,8 +13,10 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from lowrank import merging, peft_format, pretrained
-from lowrank.errors import UserError
+from lowrank import pretrained
+from lowrank.adapters import export
+from lowrank.adapters import peft as peft_format
+from lowrank.core.errors import UserError
 from lowrank.models import build
 from lowrank.pretrained.families import FAMILIES
 from tests.adapted import adapted
@@ -131,7 +133,7 @@ def test_transformers_loads_the_merged_experts_and_computes_the_live_logits(name
     folder = write_directory(tmp_path / "base", spec, tensors(spec))
     base = pretrained.load(str(folder))
     params = adapted(base.params, {"name": "lora", "rank": 2, "alpha": 5.0, "target": EXPERTS})[0]
-    merging.merge_to_hf(params, base, tmp_path / "merged")
+    export.merge_to_hf(params, base, tmp_path / "merged")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     ids = TOKENS % VOCAB
     with torch.no_grad():

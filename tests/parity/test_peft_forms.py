@@ -8,8 +8,8 @@ import peft.tuners.boft.layer as boft_layer
 import pytest
 import torch
 
-from lowrank import peft_format
-from lowrank.errors import UserError
+from lowrank.adapters import peft as peft_format
+from lowrank.core.errors import UserError
 from tests.adapted import adapted
 from tests.parity.bases import LIMIT, assert_same_weights, gap, make, our_logits, randomize, their_logits, trained_in
 

@@ -9,8 +9,10 @@ import numpy as np
 import peft
 import pytest
 
-from lowrank import methods, peft_format, tree
-from lowrank.errors import UserError
+from lowrank import methods
+from lowrank.adapters import peft as peft_format
+from lowrank.core import tree
+from lowrank.core.errors import UserError
 from lowrank.models import build
 from tests.parity.bases import LIMIT, gap, make, our_logits, randomize, their_logits
 

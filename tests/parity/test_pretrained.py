@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 
 from lowrank.data.config import DATA_DIR
 from lowrank.data.sources import open_source
-from lowrank.generate import generate
+from lowrank.generation.generate import generate
 from lowrank.models import build
 from lowrank.pretrained import export, load, wheels
 from tests.pretrained.files import write_tokenizer

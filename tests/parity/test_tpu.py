@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from lowrank.plan import __main__ as command
-from lowrank.plan import devices
+from launch import preflight as command
+from lowrank.memory import devices
 
 pytest.importorskip("libtpu", reason="there is one for Linux on x86-64 alone")
 

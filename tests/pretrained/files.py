@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lowrank import tree
+from lowrank.core import tree
 from lowrank.models import build
 from lowrank.pretrained.families import family_of
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lowrank import sharding
-from lowrank.errors import UserError
+from lowrank.core import sharding
+from lowrank.core.errors import UserError
 from lowrank.pretrained import export, load
 from tests.pretrained import files
 from tests.pretrained.files import BERT, GEMMA3, GPT2, LLAMA

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lowrank import tree
-from lowrank.errors import UserError
+from lowrank.core import tree
+from lowrank.core.errors import UserError
 from lowrank.models import build
 from lowrank.pretrained.families import FAMILIES, family_of
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from lowrank import sharding
-from lowrank.errors import UserError
+from lowrank.core import sharding
+from lowrank.core.errors import UserError
 from lowrank.pretrained import load
 from tests.pretrained.files import LLAMA, tensors, write_directory
 

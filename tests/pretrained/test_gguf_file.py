@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.pretrained.gguf_file import open_gguf
 from tests.pretrained import files
 

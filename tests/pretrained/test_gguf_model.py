@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from lowrank import sharding
-from lowrank.errors import UserError
+from lowrank.core import sharding
+from lowrank.core.errors import UserError
 from lowrank.pretrained import describe, load
 from tests.pretrained import files
 from tests.pretrained.files import GEMMA3, GPT2, LLAMA

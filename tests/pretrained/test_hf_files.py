@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.pretrained.hf_files import INDEX, SINGLE, open_directory
 from tests.pretrained import files
 from tests.pretrained.files import LLAMA

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lowrank import merging, pretrained, ptq, sharding, train
-from lowrank.errors import UserError
+from lowrank import pretrained, quantization
+from lowrank.adapters import export as merging
+from lowrank.adapters import load
+from lowrank.core import sharding
+from lowrank.core.errors import UserError
 from lowrank.pretrained import export
+from lowrank.training import loop
 from tests import tiny
 from tests.test_train import config_of
 
@@ -103,10 +107,10 @@ def test_the_command_writes_a_base_that_trains(files, tmp_path):
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "base")), done.stderr
     config = config_of(files, "rank=2", steps=2, mesh__data=1)
     config.model.name, config.checkpoint.every, config.eval = str(tmp_path / "base"), 0, {"split": ""}
-    train.run(config, tmp_path / "run")
-    adapted = merging.adapted(tmp_path / "run" / "adapter", config.model.name)
+    loop.run(config, tmp_path / "run")
+    adapted = load.load_adapted(tmp_path / "run" / "adapter", config.model.name)
     assert adapted.quantized["double"] is True
     merging.merge_to_hf(adapted.params, adapted, tmp_path / "merged", codes="requantize")
     assert not pretrained.load(str(tmp_path / "merged")).quantized
     with pytest.raises(UserError, match=r"'nf5' \(did you mean 'nf4'\?\)"):
-        ptq.write(str(files / "llama"), "nf5", tmp_path / "other")
+        quantization.write(str(files / "llama"), "nf5", tmp_path / "other")

@@ -9,10 +9,10 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
-from lowrank import sharding, tree
-from lowrank.errors import UserError
+from lowrank.core import sharding, tree
+from lowrank.core.errors import UserError
 from lowrank.models import build
-from lowrank.pretrained import describe, fill, hf_files, hub, load
+from lowrank.pretrained import describe, hf_files, hub, load, load_tensors
 from lowrank.pretrained.families import FAMILIES
 from tests.pretrained import files
 from tests.pretrained.files import BERT, DTYPES, GEMMA3, GPT2, LLAMA
@@ -91,7 +91,7 @@ def test_a_mesh_changes_where_values_are_and_not_what_they_are(tmp_path, name, a
 
 
 def test_a_shard_is_read_without_the_rest_of_its_tensor(tmp_path, monkeypatch):
-    monkeypatch.setattr(fill, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(load_tensors, "CHUNK_BYTES", 64)
     folder = str(files.directory(tmp_path / "m", LLAMA))
     assert_same(load(folder).params, load(folder, mesh=sharding.make_mesh(1, 4, 2)).params)
     seen, read = [], hf_files._read

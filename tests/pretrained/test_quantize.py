@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lowrank import pretrained, sharding, tree
-from lowrank.errors import UserError
-from lowrank.pretrained.stored import finite
-from lowrank.weight import is_stored, is_weight, materialize
-from lowrank.weights.schemes import SCHEMES
+from lowrank import pretrained
+from lowrank.core import sharding, tree
+from lowrank.core.errors import UserError
+from lowrank.core.weight import is_stored, is_weight, materialize
+from lowrank.pretrained.tensor_reader import finite
+from lowrank.weights.quantized.schemes import SCHEMES
 from tests import tiny
 from tests.pretrained import files
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.pretrained.tokenizer import Tokenizer, from_directory
 from tests.pretrained import files
 

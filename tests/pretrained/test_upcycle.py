@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lowrank import adapter, merging, methods, pretrained, sharding, train, tree
-from lowrank.errors import UserError
+from lowrank import methods, pretrained
+from lowrank.adapters import adapter_files, load
+from lowrank.core import sharding, tree
+from lowrank.core.errors import UserError
+from lowrank.core.weight import is_stored, is_weight
 from lowrank.models import build
-from lowrank.runlog import read_metrics
-from lowrank.weight import is_stored, is_weight
+from lowrank.training import loop
+from lowrank.training.log import read_metrics
 from tests import tiny
 from tests.adapted import adapted
 from tests.models.tiny import run
@@ -101,10 +104,10 @@ def test_what_cannot_be_upcycled_is_refused(hf, group, model, message, tmp_path)
 
 def test_a_mixture_learns_and_its_adapter_brings_its_base(files, tmp_path):
     changes = {"optim__lr": 0.05, "mesh__data": 1, "checkpoint__every": 0, "model__upcycle": {**GROUP, "seed": 5}}
-    train.run(config_of(files, "method=perft,width=4,experts=2", seed=3, **changes), tmp_path)
+    loop.run(config_of(files, "method=perft,width=4,experts=2", seed=3, **changes), tmp_path)
     found = [line["train/loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line]
     assert np.mean(found[-2:]) < np.mean(found[:2]) - 0.02
-    again = merging.adapted(tmp_path / "adapter", str(files / "llama"))
+    again = load.load_adapted(tmp_path / "adapter", str(files / "llama"))
     assert again.upcycled == {**GROUP, "seed": 5}
     leaves = dict(tree.named_leaves(again.params))
     for leaf, array in load_file(tmp_path / "adapter" / "trained.safetensors").items():
@@ -123,9 +126,9 @@ def test_every_adapter_says_what_its_base_is(name, dense, mixture, tmp_path):
     group = METHODS[name]
     params, _ = adapted(mixture.params, group)
     mask = methods.trainable_mask(methods.build(group), params)
-    kind = adapter.save(params, mixture, tmp_path, mask=mask, method=group)
+    kind = adapter_files.save(params, mixture, tmp_path, mask=mask, method=group)
     assert ("PEFT" in kind) == (name == "attention")
-    again = merging.adapted(tmp_path, dense)
+    again = load.load_adapted(tmp_path, dense)
     np.testing.assert_allclose(logits(again), logits(dataclasses.replace(mixture, params=params)), atol=1e-5, rtol=1e-5)
 
 

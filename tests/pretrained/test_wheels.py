@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from lowrank.errors import UserError
+from lowrank.core.errors import UserError
 from lowrank.pretrained import wheels
 from lowrank.pretrained.wheels import Asset, fetch
 

@@ -1,0 +1,111 @@
+"""What a run has learned, on disk: a PEFT adapter where PEFT has a format for it, else the trained leaves by name."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from safetensors.numpy import save as to_safetensors
+
+from lowrank.adapters import peft
+from lowrank.core import files, tree
+from lowrank.core.errors import UserError, nearest
+from lowrank.core.weight import is_stored, is_weight
+from lowrank.models.adapter_options import AdapterOptions
+
+PyTree = Any
+OPTIONS = {f.name: f.default for f in dataclasses.fields(AdapterOptions)}  # of the model, which decide what it computes
+ARRAYS, ABOUT = "trained.safetensors", "trained.json"
+BASES = {"quantized": "quantized_base.json", "upcycled": "upcycled_base.json"}  # how a base was read, by the field
+
+
+def save(
+    params: PyTree,
+    base: Any,
+    directory: str | os.PathLike[str],
+    *,
+    mask: PyTree,
+    method: Mapping[str, Any],
+    original: PyTree | None = None,
+) -> str:
+    """Writes the adapter of `base` that `params` holds; returns what it is. Every process must call it.
+
+    Methods that rewrite weights are written in the PEFT format where it can hold them; what others train, and what
+    PEFT has no place for, is written as `trained.safetensors` `{leaf name: array}` and `trained.json`. How a base was
+    read, if it was quantised or upcycled, goes into the files of BASES, which PEFT does not look at.
+    """
+    for field, file in BASES.items():
+        if getattr(base, field, None) and jax.process_index() == 0:
+            files.write_json(Path(directory) / file, dict(getattr(base, field)))
+    trained = [name for name, learns in tree.named_leaves(mask) if learns]
+    why = "no weight was rewritten"
+    rewritten = (is_weight(w) and not is_stored(w) for w in jax.tree.leaves(params, is_leaf=is_weight))
+    found = {name: getattr(base.config, name) for name in OPTIONS}
+    options = {name: value for name, value in found.items() if value != OPTIONS[name]}
+    if "position_factor" in options:
+        why = "PEFT does not hold model.position_factor"
+    elif peft.fits(params) or any(rewritten):
+        try:
+            peft.save(params, base, directory, trained=trained, method=method, original=original)
+            return "adapter in the PEFT format"
+        except UserError as e:
+            why = str(e)
+    about = {"base": base.name, "model": options, "method": dict(method), "not_peft": why}
+    _save_leaves(params, trained, about, Path(directory))
+    return "trained leaves by name"
+
+
+def base_of(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The keywords of `pretrained.load` for the base of an adapter: how it was quantised and upcycled, if it was."""
+    found = {}
+    for field, file in BASES.items():
+        path = Path(directory) / file
+        if path.exists():
+            try:
+                found[field] = dict(json.loads(path.read_text()))
+            except (OSError, ValueError, TypeError) as e:
+                raise UserError(f"cannot read {path}: {e}") from None
+    dtype = found.get("quantized", {}).pop("param_dtype", None)
+    return found | ({"param_dtype": dtype} if dtype else {})
+
+
+def load_leaves(directory: str | os.PathLike[str], params: PyTree, base_name: str) -> PyTree:
+    """`params`, to which the same method was attached, with the leaves that `save` wrote by name.
+
+    Raises UserError when they cannot be read, are of another base, or differ from `params` in name or shape.
+    """
+    directory = Path(directory)
+    try:
+        about, arrays = json.loads((directory / ABOUT).read_text()), load_file(directory / ARRAYS)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise UserError(f"adapter {directory} cannot be read: {e}") from None
+    if about.get("base") != base_name:
+        raise UserError(f"adapter {directory} was trained on {about.get('base')!r}, not on {base_name!r}")
+    shapes = {name: leaf.shape for name, leaf in tree.named_leaves(params)}
+    for name, array in arrays.items():
+        if name not in shapes:
+            raise UserError(f"leaf {name!r} of {directory} is not in the model{nearest(name, shapes)}")
+        if array.shape != shapes[name]:
+            raise UserError(f"leaf {name!r} of {directory} has shape {array.shape}, the model needs {shapes[name]}")
+    put = lambda name, leaf: jax.device_put(arrays[name].astype(leaf.dtype), leaf.sharding)  # noqa: E731
+    return tree.map_named(lambda name, leaf: put(name, leaf) if name in arrays else leaf, params)
+
+
+def _save_leaves(params: PyTree, trained: list[str], about: Mapping[str, Any], directory: Path) -> None:
+    leaves = dict(tree.named_leaves(params))
+    arrays = {name: _on_host(leaves[name]) for name in trained}
+    if jax.process_index() == 0:
+        files.write_bytes(directory / ARRAYS, to_safetensors(arrays))
+        files.write_json(directory / ABOUT, {**about, "leaves": trained})
+
+
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(whole, order="C")

@@ -1,0 +1,150 @@
+"""An adapted model as a plain Hugging Face checkpoint, and what rounding to its dtype costs the adapter."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank import pretrained
+from lowrank.core import tree
+from lowrank.core.errors import UserError, unknown
+from lowrank.core.weight import Weight, is_stored, is_weight, materialize
+from lowrank.pretrained import Pretrained, quantized_checkpoint
+from lowrank.pretrained.load import PARAM_DTYPES
+
+PyTree = Any
+Rounding = Callable[[np.ndarray], np.ndarray]
+CODES = ("dequantize", "requantize")  # a merged kernel on codes: their values and the update, or codes of that again
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """How far the stored kernels W' are from W + dW: `||W' - W - dW|| / ||dW||` (Frobenius), over all and at worst.
+
+    W is the base as it was loaded, dW what the adapter adds; only the matrices that it changes are counted, by more
+    than the rounding of a DoRA's magnitude.
+    """
+
+    dtype: str
+    matrices: int
+    error: float
+    worst: float
+    worst_matrix: str
+
+    def __str__(self) -> str:
+        """One line for people."""
+        worst = f", at worst {self.worst:.2e} in {self.worst_matrix}" if self.matrices else ""
+        return (
+            f"merged {self.matrices} matrices into {self.dtype}: relative error of the update {self.error:.2e}{worst}"
+        )
+
+
+def merge_to_hf(
+    params: PyTree,
+    base: Pretrained,
+    directory: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    labels: Sequence[str] = (),
+    codes: str = "dequantize",
+) -> MergeReport:
+    """Writes `params`, the adapted tree of `base`, as a full checkpoint with its kernels stored in `dtype`.
+
+    `labels` name a classifier's classes; `codes` is as for `merged`. Raises UserError as `pretrained.export` does.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists and is not an empty directory")
+    plain, report = merged(params, dtype, _requantised(base) if check_codes(codes) == "requantize" else None)
+    pretrained.export(plain, base, directory, dtype=dtype, labels=labels)
+    return report
+
+
+def check_codes(codes: str) -> str:
+    """One of CODES, what becomes of quantised kernels in a merge; else UserError."""
+    if codes not in CODES:
+        raise unknown("merge into a quantised base", codes, CODES)
+    return codes
+
+
+def _requantised(base: Pretrained) -> Rounding:
+    if not base.quantized:
+        raise UserError(f"{base.name} was not quantised as it was read: there is no scheme to quantise the merge by")
+    again = quantized_checkpoint.rounding({k: v for k, v in base.quantized.items() if k != "param_dtype"})
+    return lambda kernel: np.asarray(again.form(jnp.asarray(kernel, jnp.float32), "float32").materialize())
+
+
+def merged(params: PyTree, dtype: str, requantize: Rounding | None = None) -> tuple[PyTree, MergeReport]:
+    """`params` with each form replaced by its kernel in `dtype`, and the error of that.
+
+    The exact sum is taken in float64, one layer at a time, and rounded once. Kernels in codes become the values that
+    the codes stand for; `requantize` gives such values for the sum with an adapter, and the report counts what that
+    costs. Raises UserError for an unknown dtype.
+    """
+    if dtype not in PARAM_DTYPES:
+        raise unknown("dtype", dtype, PARAM_DTYPES)
+    leaves, errors = dict(tree.named_leaves(params, is_weight)), {}
+    for name, w in list(leaves.items()):
+        if is_weight(w):
+            leaves[name], norms = _merged(w, dtype, requantize)
+            errors |= {_layer_name(name, i, len(norms)): pair for i, pair in enumerate(norms)}
+            bias = f"{name.removesuffix('kernel')}bias"
+            if bias in leaves:
+                leaves[bias] = w.merged_bias(leaves[bias])
+    return tree.map_named(lambda name, _: leaves[name], params, is_leaf=is_weight), _report(dtype, errors)
+
+
+def _merged(w: Weight, dtype: str, requantize: Rounding | None) -> tuple[jax.Array, list[tuple[float, float]]]:
+    """`(kernel [..., in, out] in dtype, [(||W' - W - dW||, ||dW||) of each layer])`; float32 blur is no update."""
+    stack = w.shape[:-2]
+    again = requantize if not is_stored(w) and is_stored(innermost(w)) and not hasattr(w, "absorbed") else None
+    stored, norms = [], []
+    for i in range(stack[0]) if stack else (...,):
+        base, exact = _exact(jax.tree.map(lambda x, i=i: x[i], w))
+        kernel = (again(exact) if again else exact).astype(jnp.dtype(dtype))
+        stored.append(kernel)
+        change = _norm(exact - base)
+        norms.append((_norm(kernel.astype(np.float64) - exact), change if change > 1e-6 * _norm(base) else 0.0))
+    return jnp.asarray(np.stack(stored) if stack else stored[0]), norms
+
+
+def innermost(w: Any) -> Any:
+    """The kernel that all of a weight's forms are on."""
+    return innermost(w.base) if hasattr(w, "base") else w
+
+
+def _exact(w: Weight) -> tuple[np.ndarray, np.ndarray]:
+    """The kernel of one layer without its form and with it, in float64."""
+    arrays = jax.tree.map(np.asarray, w)
+    with jax.enable_x64(True):
+        lift = lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x)  # noqa: E731
+        w = jax.tree.map(lift, arrays)
+        return jax.tree.map(np.asarray, _without_and_with(w))
+
+
+@jax.jit
+def _without_and_with(w: Weight) -> tuple[jax.Array, jax.Array]:
+    return materialize(getattr(w, "base", w)), w.materialize()
+
+
+def _norm(x: np.ndarray) -> float:
+    return float(np.sqrt(np.sum(x * x)))
+
+
+def _layer_name(name: str, layer: int, layers: int) -> str:
+    first, _, rest = name.partition("/")
+    return f"{first}/{layer}/{rest}" if layers > 1 else name
+
+
+def _report(dtype: str, errors: Mapping[str, tuple[float, float]]) -> MergeReport:
+    changed = {name: pair for name, pair in errors.items() if pair[1] > 0}
+    if not changed:
+        return MergeReport(dtype, 0, 0.0, 0.0, "")
+    lost, size = (float(np.sqrt(sum(pair[k] ** 2 for pair in changed.values()))) for k in (0, 1))
+    worst = max(changed, key=lambda name: changed[name][0] / changed[name][1])
+    return MergeReport(dtype, len(changed), lost / size, changed[worst][0] / changed[worst][1], worst)

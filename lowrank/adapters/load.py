@@ -1,0 +1,64 @@
+"""A base model with the adapter of a folder attached: a PEFT adapter, or trained leaves by name."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lowrank import methods, pretrained
+from lowrank.adapters import adapter_files, peft
+from lowrank.core.errors import UserError
+from lowrank.pretrained import Pretrained
+
+
+def load_adapted(
+    directory: str | os.PathLike[str],
+    spec: str | None = None,
+    *,
+    any_base: bool = False,
+    model: Mapping[str, Any] | None = None,
+    param_dtype: str = "float32",
+) -> Pretrained:
+    """The model `spec` (by default the one that the adapter records) with the adapter in `directory` attached.
+
+    The folder holds a PEFT adapter, or trained leaves by name as a run leaves them. `model` are further options of
+    the model's config and `param_dtype` that of the base, as in the run that trained it. An adapter that was trained
+    on a quantised base gets that base. Raises UserError for an adapter of another base, unless `any_base`, and as
+    `pretrained.load` and `peft_format.load` do.
+    """
+    read = {"param_dtype": param_dtype, **adapter_files.base_of(directory)}
+    if (Path(directory) / adapter_files.ABOUT).exists():
+        return _with_leaves(Path(directory), spec, model or {}, read)
+    about = peft.about(directory)
+    base = _base(spec, about.base, directory, model={**(model or {}), **about.model}, **read)
+    return dataclasses.replace(base, params=peft.load(directory, base.params, base, any_base=any_base))
+
+
+def _base(spec: str | None, recorded: str | None, directory: str | os.PathLike[str], **how: Any) -> Pretrained:
+    """The model `spec`, or the one that the adapter records, which may be a folder's name and no more."""
+    if not (spec or recorded):
+        raise UserError(f"the adapter in {directory} does not say what its base is: name it")
+    try:
+        return pretrained.load(spec or recorded, **how)
+    except UserError as e:
+        if spec:
+            raise
+        where = f"the adapter in {directory} records {recorded!r} as its base"
+        raise UserError(f"{where}: {e} (spec, or --base=MODEL, says where it is)") from None
+
+
+def _with_leaves(directory: Path, spec: str | None, model: Mapping[str, Any], read: Mapping[str, Any]) -> Pretrained:
+    try:
+        about = json.loads((directory / adapter_files.ABOUT).read_text())
+        recorded, options, group = about["base"], about["model"], about["method"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"cannot read {directory / adapter_files.ABOUT}: {e}") from None
+    base = _base(spec, recorded, directory, model={**model, **options}, **read)
+    method = methods.stripped(methods.build(group))
+    params = methods.attach(method, base.params, jax.random.key(0))
+    params = adapter_files.load_leaves(directory, params, base.name)
+    return dataclasses.replace(base, params=method.bind(params, None, None) if method.bind else params)

@@ -1,0 +1,107 @@
+"""`adapter_config.json`: what it must say, what it may say, and what would change the maths unseen."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank.adapters.peft.forms import FORMS, Form
+from lowrank.core.errors import UserError, nearest, unknown
+from lowrank.models import DecoderConfig
+
+NAME = "adapter_config.json"
+WHOLE_MODEL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "TRAINABLE_TOKENS")  # not said module by module
+HEAD_MODULES = ("score", "classifier", "classifier.out_proj")  # whose weight has a row a label
+ABOUT = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+)
+
+
+Content = tuple[dict[str, Any], dict[str, np.ndarray]]  # an adapter before it is written: its JSON and its tensors
+
+
+def about(peft_type: str, base: Any) -> dict[str, Any]:
+    """What the JSON of every adapter of `base` says first."""
+    lm = "CAUSAL_LM" if isinstance(base.config, DecoderConfig) else "FEATURE_EXTRACTION"
+    return {
+        "peft_type": peft_type,
+        "task_type": "SEQ_CLS" if base.config.num_labels else lm,
+        "base_model_name_or_path": base.name,
+        "revision": None,
+        "inference_mode": True,
+    }
+
+
+def read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Form]:
+    """The adapter's JSON with PEFT's defaults filled in, and the form it describes.
+
+    Raises UserError for a folder without an adapter, an unknown `peft_type`, and keys that are unknown and switched
+    on or have a value that is not understood.
+    """
+    path, raw = Path(directory) / NAME, parse(directory)
+    form = _form(raw, path)
+    for key, value in raw.items():
+        _check(key, value, form, path)
+    return {**dict.fromkeys(ABOUT), **form.reads, **raw}, form
+
+
+def parse(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The adapter's JSON as it is. Raises UserError for a folder without one, and for an unknown `peft_type`."""
+    path = Path(directory) / NAME
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} holds no adapter: it has no {NAME}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a JSON object")
+    known = {*(form.peft_type for form in FORMS.values()), *WHOLE_MODEL}
+    if raw.get("peft_type") not in known:
+        raise unknown(f"peft_type in {path}:", str(raw.get("peft_type")), known)
+    return raw
+
+
+def _form(raw: Mapping[str, Any], path: Path) -> Form:
+    peft_type = raw.get("peft_type")
+    alike = [form for form in FORMS.values() if form.peft_type == peft_type]
+    for form in alike:
+        if all(bool(raw.get(key)) == value for key, value in form.flags.items()):
+            return form
+    raise UserError(f"{path}: no form of {peft_type} has these settings: {', '.join(alike[0].flags)}")
+
+
+def _check(key: str, value: Any, form: Form, path: Path) -> None:
+    known = (*ABOUT, *form.reads, *form.ignores, *form.flags)
+    if key in form.only:
+        if value not in form.only[key]:
+            raise UserError(f"{path}: {key}={value!r} is not supported; known: {', '.join(map(repr, form.only[key]))}")
+    elif key not in known and value:  # a feature that is off changes nothing
+        raise UserError(f"{path}: {key}={value!r} is not supported{nearest(key, known)}")
+
+
+def check_base(config: Mapping[str, Any], name: str, directory: str | os.PathLike[str], any_base: bool) -> None:
+    """Raises UserError when the adapter records another base than `name`, unless `any_base`."""
+    recorded = config["base_model_name_or_path"]
+    if recorded and not any_base and not _same(recorded, name):
+        raise UserError(
+            f"the adapter in {directory} is for base {recorded!r}, the loaded base is {name!r} "
+            "(any_base=True, or --any_base, attaches it all the same)"
+        )
+
+
+def _same(recorded: str, name: str) -> bool:
+    """Hub ids say the owner, folders and wheels only the model: then the last part decides, in any case."""
+    recorded, name = (text.rstrip("/").lower() for text in (recorded, name))
+    if "/" in recorded and "/" in name:
+        return recorded == name
+    return recorded.rpartition("/")[2] == name.rpartition("/")[2]

@@ -1,0 +1,115 @@
+"""AdaLoRA in PEFT's format: `rank_pattern` says which triplets of each module were kept, and only those are stored.
+
+PEFT divides alpha by the initial rank plus 1e-5, whatever was pruned.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank.adapters.peft import match
+from lowrank.adapters.peft.forms import ranked
+from lowrank.adapters.peft.forms.form import Arrays, Form, Layer, Part, Settings
+from lowrank.adapters.peft.forms.lora import LORA
+from lowrank.core.errors import UserError
+from lowrank.weights.adalora import AdaLoRA
+
+EPSILON = 1e-5
+KEPT = "{}.lora_E"  # a module's key in rank_pattern
+
+
+def _settings(config: Mapping[str, Any], path: str) -> Settings:
+    rank, alpha = config["init_r"], config["lora_alpha"]
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+        raise UserError(f"the adapter's init_r is {rank!r}; it must be a positive number")
+    kept = (config["rank_pattern"] or {}).get(KEPT.format(path), [True] * rank)
+    if not isinstance(kept, list) or len(kept) != rank or not any(kept):
+        raise UserError(f"the adapter's rank_pattern for {path} is not {rank} switches, some of them on")
+    scale = (alpha if alpha > 0 else rank) / (rank + EPSILON)
+    return {"r": sum(map(bool, kept)), "kept": kept, "scale": scale, "dropout": config["lora_dropout"]}
+
+
+def _summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
+    del method
+    rank = max(len(s["kept"]) for s in modules.values())
+    scale = max(s["scale"] for s in modules.values())
+    if any(abs(s["scale"] - scale) > 1e-6 * scale for s in modules.values()):
+        raise UserError("PEFT's ADALORA has one alpha for all modules")
+    return {
+        "target_modules": match.ends(modules, others),
+        "init_r": rank,
+        "target_r": max(1, round(sum(s["r"] for s in modules.values()) / len(modules))),
+        "lora_alpha": ranked.tidy(scale * (rank + EPSILON)),
+        "lora_dropout": max(s["dropout"] for s in modules.values()),
+        "rank_pattern": {KEPT.format(path): s["kept"] for path, s in modules.items()},
+        "init_lora_weights": True,
+        "total_step": 1,  # PEFT refuses to read an adapter without one
+    }
+
+
+def _peel(w: AdaLoRA, arrays: Arrays) -> Layer | None:
+    """The triplets that were not pruned, in their order."""
+    kept = arrays["e"] != 0
+    settings = {
+        "r": int(kept.sum()),
+        "kept": kept.tolist(),
+        "scale": float(arrays["scale"]),
+        "dropout": w.dropout,
+    }
+    parts = {"a": arrays["a"][:, kept], "e": arrays["e"][kept], "b": arrays["b"][kept]}
+    return Layer(settings, parts) if kept.any() else None
+
+
+def _grow(base: Any, layers: Sequence[Layer | None]) -> AdaLoRA:
+    """Each triplet in the place it had before the others were pruned."""
+    present = [layer for layer in layers if layer]
+    (n_in, n_out), rank, stack = base.shape[-2:], len(present[0].settings["kept"]), base.shape[:-2]
+    shapes = {"a": (n_in, rank), "e": (rank,), "b": (rank, n_out)}
+    fields = {name: np.zeros((len(layers), *shape), np.float32) for name, shape in shapes.items()}
+    for i, layer in enumerate(layers):
+        if layer:
+            kept = np.flatnonzero(layer.settings["kept"])
+            fields["a"][i][:, kept] = layer.arrays["a"]
+            fields["e"][i][kept], fields["b"][i][kept] = layer.arrays["e"], layer.arrays["b"]
+    return AdaLoRA(
+        base=base,
+        **{name: jnp.asarray(x.reshape(*stack, *shapes[name])) for name, x in fields.items()},
+        scale=jnp.full(stack, present[0].settings["scale"], jnp.float32),
+        dropout=present[0].settings["dropout"],
+    )
+
+
+_NOT_READ = ("alpha_pattern", "r", "use_rslora")  # of LoRA's keys: PEFT's AdaLoRA has them and does nothing with them
+
+ADALORA = Form(
+    peft_type="ADALORA",
+    kind=AdaLoRA,
+    parts=(
+        Part(".lora_A", "a", lambda n_in, n_out, s: (s["r"], n_in)),
+        Part(".lora_E", "e", lambda n_in, n_out, s: (s["r"], 1), vector=True),
+        Part(".lora_B", "b", lambda n_in, n_out, s: (n_out, s["r"])),
+    ),
+    flags={},
+    reads={k: v for k, v in LORA.reads.items() if k not in _NOT_READ} | {"init_r": 12, "rank_pattern": None},
+    ignores=(
+        *LORA.ignores,
+        *_NOT_READ,
+        "beta1",
+        "beta2",
+        "deltaT",
+        "init_lora_weights",
+        "orth_reg_weight",
+        "target_r",
+        "tfinal",
+        "tinit",
+        "total_step",
+    ),
+    only={},
+    settings=_settings,
+    peel=_peel,
+    grow=_grow,
+    summary=_summary,
+    extra=("scale",),
+)

@@ -1,0 +1,166 @@
+"""LoRA and DoRA in PEFT's format; LoRA-XS and EDoRA are written as these, with the core multiplied into A."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank.adapters.peft import match
+from lowrank.adapters.peft.forms import ranked
+from lowrank.adapters.peft.forms.form import WHERE, Arrays, Form, Layer, Part, Settings
+from lowrank.weights import dora
+from lowrank.weights.dora import DoRA
+from lowrank.weights.lora import INITS, RESIDUAL, LoRA, plain
+from lowrank.weights.lora_xs import EDoRA, LoRAXS
+
+
+def _lora_settings(config: Mapping[str, Any], path: str) -> Settings:
+    rank = ranked.number(config, path, "rank", "r")
+    alpha = ranked.number(config, path, "alpha", "lora_alpha", int | float)
+    scale = alpha / rank ** _power(config["use_rslora"])
+    return {"r": rank, "scale": scale, "dropout": config["lora_dropout"], "init": config.get("init_lora_weights")}
+
+
+def _power(rslora: bool) -> float:
+    return 0.5 if rslora else 1.0
+
+
+def _lora_summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
+    rslora = bool(method.get("rslora", False))
+    rank, ranks = match.by_module({path: s["r"] for path, s in modules.items()})
+    alphas = {path: ranked.tidy(s["scale"] * s["r"] ** _power(rslora)) for path, s in modules.items()}
+    alpha, alpha_pattern = match.by_module(alphas)
+    return {
+        "target_modules": match.ends(modules, others),
+        "r": rank,
+        "rank_pattern": ranks,
+        "lora_alpha": alpha,
+        "alpha_pattern": alpha_pattern,
+        "use_rslora": rslora,
+        "lora_dropout": max(s["dropout"] for s in modules.values()),
+        "init_lora_weights": True,
+    }
+
+
+def _peel_lora(w: LoRA, arrays: Arrays) -> Layer | None:
+    """Strips the padding: what is zero in both A and B adds nothing."""
+    live = ranked.live(arrays, (("a", "b"),))
+    settings = {"r": int(live.sum()), "scale": float(arrays["scale"]), "dropout": w.dropout}
+    return Layer(settings, {"a": arrays["a"][:, live], "b": arrays["b"][live]}) if live.any() else None
+
+
+def _peel_dora(w: DoRA, arrays: Arrays) -> Layer | None:
+    """A layer of rank 0 is left out as long as its magnitude is that of the base."""
+    layer = _peel_lora(w, arrays)
+    if layer is None:
+        if np.allclose(arrays["magnitude"], np.sqrt(arrays["base_sq"]), rtol=1e-6, atol=0):
+            return None
+        zeros = {"a": arrays["a"][:, :1], "b": arrays["b"][:1]}
+        layer = Layer({"r": 1, "scale": float(arrays["scale"]), "dropout": w.dropout}, zeros)
+    return Layer(layer.settings, layer.arrays | {"magnitude": arrays["magnitude"]})
+
+
+def _folded(peel: Callable[[Any, Arrays], Layer | None]) -> Callable[[Any, Arrays], Layer | None]:
+    return lambda w, arrays: peel(w, {**arrays, "a": arrays["a"] @ arrays["core"]})
+
+
+def _rebase_lora(layer: Layer, change: np.ndarray) -> Layer:
+    """A base that was changed by a matrix of rank r (PiSSA's residual) moves into the update, of rank 2r then."""
+    rank, scale = layer.settings["r"], layer.settings["scale"]
+    u, s, v = np.linalg.svd(change / scale, full_matrices=False)
+    root = np.sqrt(s[:rank])
+    a = np.concatenate([layer.arrays["a"], u[:, :rank] * root], axis=1)
+    b = np.concatenate([layer.arrays["b"], root[:, None] * v[:rank]], axis=0)
+    return Layer({**layer.settings, "r": a.shape[1]}, {**layer.arrays, "a": a, "b": b})
+
+
+def _grow_lora(base: Any, layers: Sequence[Layer | None]) -> LoRA:
+    layers = [layer and _on_the_base(base, i, layer) for i, layer in enumerate(layers)]
+    (n_in, n_out), present = base.shape[-2:], [layer for layer in layers if layer]
+    rank = max(layer.settings["r"] for layer in present)
+    return LoRA(
+        base=base,
+        a=ranked.stacked(base, layers, "a", (n_in, rank)),
+        b=ranked.stacked(base, layers, "b", (rank, n_out)),
+        scale=ranked.scales(base, layers),
+        dropout=present[0].settings["dropout"],
+    )
+
+
+def _on_the_base(base: Any, i: int, layer: Layer) -> Layer:
+    """What an init took out of the base's layer `i`, as PEFT does anew at each loading, moves into the update."""
+    init, shape = layer.settings["init"], base.shape[-2:]
+    if init not in RESIDUAL:
+        return layer
+    kernel = plain(f"the adapter's init_lora_weights={init!r}", base).reshape(-1, *shape)[i]
+    zeros = {name: jnp.zeros(x.shape) for name, x in layer.arrays.items() if name in "ab"}
+    start = INITS[init](None, LoRA(base=kernel, scale=jnp.float32(layer.settings["scale"]), **zeros))
+    return _rebase_lora(layer, -np.asarray(start.delta()))
+
+
+def _grow_dora(base: Any, layers: Sequence[Layer | None]) -> DoRA:
+    w = dora.attach(_grow_lora(base, layers))
+    magnitude = np.array(w.magnitude).reshape(len(layers), -1)  # layers without an adapter keep the base's
+    for i, layer in enumerate(layers):
+        if layer:
+            magnitude[i] = layer.arrays["magnitude"]
+    return dataclasses.replace(w, magnitude=jnp.asarray(magnitude.reshape(w.magnitude.shape)))
+
+
+_LORA_A = Part(".lora_A.weight", "a", lambda n_in, n_out, s: (s["r"], n_in))
+_LORA_B = Part(".lora_B.weight", "b", lambda n_in, n_out, s: (n_out, s["r"]))
+_MAGNITUDE = Part(".lora_magnitude_vector", "magnitude", lambda n_in, n_out, s: (n_out,), vector=True)
+
+LORA = Form(
+    peft_type="LORA",
+    kind=LoRA,
+    parts=(_LORA_A, _LORA_B),
+    flags={"use_dora": False},
+    reads={
+        **WHERE,
+        **ranked.READS,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "alpha_pattern": {},
+        "bias": "none",
+    },
+    ignores=(
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "fan_in_fan_out",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+        "target_parameters",  # LoRA on experts: `peft_format.experts`
+        "trainable_token_indices",  # token rows beside it: `peft_format.tokens`
+        "velora_config",
+    ),
+    # The inits that are not here change the base by what the adapter does not say: data, random projections.
+    only={"init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica", *RESIDUAL)},
+    settings=_lora_settings,
+    peel=_peel_lora,
+    grow=_grow_lora,
+    summary=_lora_summary,
+    extra=("scale",),
+    rebase=_rebase_lora,
+)
+
+DORA = dataclasses.replace(
+    LORA,
+    kind=DoRA,
+    parts=(_LORA_A, _LORA_B, _MAGNITUDE),
+    flags={"use_dora": True},
+    peel=_peel_dora,
+    grow=_grow_dora,
+    extra=("scale", "base_sq"),
+)
+
+# Only ever written: what is read back is a LoRA or a DoRA, whose singular vectors need not be found again.
+LORA_XS = dataclasses.replace(LORA, kind=LoRAXS, peel=_folded(_peel_lora), extra=("scale", "core"))
+EDORA = dataclasses.replace(DORA, kind=EDoRA, peel=_folded(_peel_dora), extra=("scale", "base_sq", "core"))

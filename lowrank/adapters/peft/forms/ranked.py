@@ -1,0 +1,73 @@
+"""What the forms with a rank say alike: patterns of ranks and alphas, and stacks padded to the largest rank."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank.adapters.peft import match
+from lowrank.adapters.peft.forms.form import Arrays, Layer, Settings
+from lowrank.core.errors import UserError
+
+READS = {"r": 8, "rank_pattern": {}, "layers_to_transform": None, "layers_pattern": None}
+
+
+def number(config: Mapping[str, Any], path: str, what: str, key: str, kind: Any = int) -> Any:
+    """The rank or alpha of a module: the pattern's that names it first, or the `key` of the JSON.
+
+    Raises UserError for what is not a positive number.
+    """
+    value = match.value(config.get(f"{what}_pattern") or {}, path, config[key])
+    if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
+        raise UserError(f"the adapter's {what} for {path} is {value!r}; it must be a positive number")
+    return value
+
+
+def settings(config: Mapping[str, Any], path: str) -> Settings:
+    """`r` and `scale = alpha / r` of a module, where the JSON says `alpha`."""
+    rank = number(config, path, "rank", "r")
+    return {"r": rank, "scale": number(config, path, "alpha", "alpha", int | float) / rank}
+
+
+def summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
+    """The JSON of modules whose settings are `r` and `scale`."""
+    del method
+    rank, ranks = match.by_module({path: s["r"] for path, s in modules.items()})
+    alpha, alphas = match.by_module({path: tidy(s["scale"] * s["r"]) for path, s in modules.items()})
+    return {
+        "target_modules": match.ends(modules, others),
+        "r": rank,
+        "rank_pattern": ranks,
+        "alpha": alpha,
+        "alpha_pattern": alphas,
+    }
+
+
+def tidy(x: float) -> float | int:
+    """The round number that float32 blurred into `x`, if there is one."""
+    near = float(f"{x:.5g}")
+    x = near if abs(near - x) <= 1e-6 * abs(x) else x
+    return int(x) if x == int(x) else x
+
+
+def live(arrays: Arrays, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    """Which columns of `a` and rows of `b`, of any pair `(a, b)`, are not padding: what is zero in all adds nothing."""
+    return np.any([np.any(arrays[a], axis=0) | np.any(arrays[b], axis=1) for a, b in pairs], axis=0)
+
+
+def stacked(base: Any, layers: Sequence[Layer | None], field: str, shape: tuple[int, ...]) -> jax.Array:
+    """The layers' arrays of one field as `[..., *shape]`, padded with zeros; zeros where there is no layer."""
+    out = np.zeros((len(layers), *shape), np.float32)
+    for i, layer in enumerate(layers):
+        if layer:
+            array = np.asarray(layer.arrays[field])
+            out[(i, *map(slice, array.shape))] = array
+    return jnp.asarray(out.reshape(*base.shape[:-2], *shape))
+
+
+def scales(base: Any, layers: Sequence[Layer | None]) -> jax.Array:
+    """The layers' scales `[...]`; 1 where there is no layer."""
+    values = np.array([layer.settings["scale"] if layer else 1.0 for layer in layers], np.float32)
+    return jnp.asarray(values.reshape(base.shape[:-2]))

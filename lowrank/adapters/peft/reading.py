@@ -1,0 +1,164 @@
+"""A PEFT adapter onto a base's parameters."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank.adapters.peft import config as configs
+from lowrank.adapters.peft import match, tensors
+from lowrank.adapters.peft.forms import Form, Layer, Settings
+from lowrank.adapters.peft.modules import HEADS, Base, Module, Place, check_conv1d, check_untied, modules
+from lowrank.core import tree
+from lowrank.core.errors import UserError, unknown
+from lowrank.core.weight import is_weight
+from lowrank.weights.lora import RESIDUAL
+
+PyTree = Any
+
+
+class About(NamedTuple):
+    """What an adapter says of itself: `model` are the options that its base must be loaded with."""
+
+    peft_type: str
+    base: str | None
+    model: dict[str, Any]
+
+
+def about(directory: str | os.PathLike[str]) -> About:
+    """What the adapter in `directory` is for, without its tensors. Raises UserError as `peft_format.load` does."""
+    config, _ = configs.read(directory)
+    shapes = tensors.shapes(directory)
+    heads = [f"{tensors.PREFIX}{name}.weight" for name in configs.HEAD_MODULES]
+    labels = [shapes[name][0] for name in heads if name in shapes]
+    return About(config["peft_type"], config["base_model_name_or_path"], {"num_labels": labels[0]} if labels else {})
+
+
+def attach(
+    config: Mapping[str, Any],
+    form: Form,
+    found: Mapping[str, np.ndarray],
+    params: PyTree,
+    base: Base,
+    directory: str | os.PathLike[str],
+) -> PyTree:
+    """`params`, the plain tree of `base`, with the adapter of this JSON and these tensors, which are `directory`'s.
+
+    Layers that the adapter leaves alone have rank 0 in their stack. Biases and modules that it brings along replace
+    those in `params`. Raises UserError for tensors that are missing, unexpected or misshapen.
+    """
+    leaves = dict(tree.named_leaves(params, is_weight))
+    targets, others = _places(config, form, modules(base))
+    check_untied(base, others.values())
+    settings = {path: form.settings(config, path) for path in targets}
+    sizes = [leaves[module.weight.leaf].shape[-2:] for module in targets.values()]
+    expected = form.root.shapes(config, sizes) if form.root else {}
+    for path, module in targets.items():
+        expected |= _shapes(form, module, settings[path], leaves[module.weight.leaf].shape)
+    found = {key: x for key, x in found.items() if not _is_copy(key, others)}
+    own = _own_bases(targets, found)
+    if own and config.get("init_lora_weights") in RESIDUAL:
+        raise UserError(f"the adapter in {directory} brings a base weight that its init changed: {next(iter(own))}")
+    others |= own
+    expected |= {key: _disk_shape(leaves[place.leaf].shape, place) for key, place in others.items()}
+    tensors.check(directory, found, expected)
+    leaves |= _replaced(others, found, leaves)
+    root = form.root.read(config, sizes, found) if form.root else {}
+    leaves |= _grown(form, targets, settings, found, root, leaves)
+    return tree.map_named(lambda name, _: leaves[name], params, is_leaf=is_weight)
+
+
+def _places(
+    config: Mapping[str, Any], form: Form, known: Mapping[str, Module]
+) -> tuple[dict[str, Module], dict[str, Place]]:
+    """The adapted modules by path, and the places of whole tensors that come along by key."""
+    linear = [path for path, module in known.items() if module.linear]
+    paths = linear if _is_all(config["target_modules"]) else list(known)
+    targets = match.targets(config, paths, heads=[p for p in linear if p.split(".")[0] in HEADS])
+    for path in targets:
+        if path not in linear:
+            raise UserError(f"the adapter targets {path}; {form.peft_type} is understood on linear layers only")
+        check_conv1d(form, known[path])
+    others = _saved(config, known)
+    mode = config.get("bias", "none")
+    if mode not in ("none", "all", form.own_bias):
+        raise unknown("bias in adapter_config.json:", str(mode), ("none", "all", form.own_bias))
+    for path, module in known.items():
+        if module.bias and (mode == "all" or (mode == form.own_bias and path in targets)):
+            inner = ".base_layer" if path in targets else ""
+            others.setdefault(f"{tensors.PREFIX}{path}{inner}.bias", module.bias)
+    return {path: known[path] for path in targets}, others
+
+
+def _is_all(names: Any) -> bool:
+    return isinstance(names, str) and names.lower() == match.ALL_LINEAR
+
+
+def _saved(config: Mapping[str, Any], known: Mapping[str, Module]) -> dict[str, Place]:
+    """The tensors of `modules_to_save` by key. PEFT always lists both of a classifier's possible names."""
+    kept = {}
+    for name in config["modules_to_save"] or ():
+        chosen = [module for path, module in known.items() if match.inside([name], path)]
+        if not chosen and name not in HEADS:
+            raise unknown("module in modules_to_save:", name, {path.rpartition(".")[2] for path in known})
+        for module in chosen:
+            kept |= {f"{tensors.PREFIX}{module.path}.{kind}": place for kind, place in module.places().items()}
+    return kept
+
+
+def _is_copy(key: str, others: Mapping[str, Place]) -> bool:
+    """PEFT's `bias='all'` also writes the biases of a saved module under the names of its wrapper."""
+    plain = re.sub(r"\.(original_module|modules_to_save\.\w+)(?=\.)", "", key)
+    return plain != key and plain in others
+
+
+def _own_bases(targets: Mapping[str, Module], found: Iterable[str]) -> dict[str, Place]:
+    """PEFT also writes the base weight of a head that it adapts."""
+    keys = {f"{tensors.PREFIX}{path}.base_layer.weight": module.weight for path, module in targets.items()}
+    return {key: place for key, place in keys.items() if key in found}
+
+
+def _shapes(form: Form, module: Module, settings: Settings, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    parts = form.present(*shape[-2:], settings)
+    return {f"{tensors.PREFIX}{module.path}{part.suffix}": on_disk for part, on_disk in parts}
+
+
+def _disk_shape(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
+    shape = shape if place.layer is None else shape[1:]
+    return shape[::-1] if place.transpose else shape
+
+
+def _grown(
+    form: Form,
+    targets: Mapping[str, Module],
+    settings: Mapping[str, Settings],
+    found: Mapping[str, np.ndarray],
+    root: Mapping[str, np.ndarray],
+    leaves: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The adapted weights by leaf name; a stack has None for each layer without an adapter."""
+    rows: dict[str, list[Layer | None]] = {}
+    for path, module in targets.items():
+        leaf, layer, _ = module.weight
+        size = leaves[leaf].shape[-2:]
+        arrays = form.root.hand(root, *size) if form.root else {}
+        for part, _ in form.present(*size, settings[path]):
+            arrays[part.field] = part.from_disk(found[f"{tensors.PREFIX}{path}{part.suffix}"])
+        stack = leaves[leaf].shape[:-2]
+        rows.setdefault(leaf, [None] * (stack[0] if stack else 1))[layer or 0] = Layer(settings[path], arrays)
+    return {leaf: form.grow(leaves[leaf], row) for leaf, row in rows.items()}
+
+
+def _replaced(
+    others: Mapping[str, Place], found: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
+) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    for key, place in others.items():
+        array = found[key].T if place.transpose else found[key]
+        old = changed.get(place.leaf, leaves[place.leaf])
+        array = jnp.asarray(array, old.dtype)
+        changed[place.leaf] = array if place.layer is None else old.at[place.layer].set(array)
+    return changed

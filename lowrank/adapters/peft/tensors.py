@@ -1,0 +1,81 @@
+"""`adapter_model.safetensors`: float32 arrays by PEFT's names. Pickle is never read."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, flax, safe_open
+from safetensors.numpy import save
+
+from lowrank.core import files
+from lowrank.core.errors import UserError, nearest
+
+NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def on_host(x: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole array as float32 NumPy, wherever its shards are. Every process must call it."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x, dtype=np.float32)
+
+
+def write(directory: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes the tensors, beside and then renamed."""
+    arrays = {key: np.ascontiguousarray(array, np.float32) for key, array in tensors.items()}
+    files.write_bytes(Path(directory) / NAME, save(arrays, metadata={"format": "pt"}))
+
+
+def read(directory: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """All tensors as float32. Raises UserError for a file that is missing, broken or holds NaN or infinity."""
+    path = _path(directory)
+    try:
+        tensors = {key: np.asarray(x, np.float32) for key, x in flax.load_file(path).items()}
+    except (SafetensorError, OSError, ValueError, TypeError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None
+    check_finite(path, tensors)
+    return tensors
+
+
+def check_finite(where: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError naming the first tensor that holds NaN or infinity."""
+    for key, array in tensors.items():
+        if not np.all(np.isfinite(array)):
+            raise UserError(f"{where}: {key} holds NaN or infinity")
+
+
+def shapes(directory: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, from the file's header alone."""
+    path = _path(directory)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None
+
+
+def _path(directory: str | os.PathLike[str]) -> Path:
+    path = Path(directory) / NAME
+    if not path.exists():
+        pickled = " (adapter_model.bin is a pickle, which is never read)"
+        raise UserError(f"{directory} has no {NAME}{pickled if path.with_name('adapter_model.bin').exists() else ''}")
+    return path
+
+
+def check(
+    path: str | os.PathLike[str], found: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises UserError unless `found` has exactly the `expected` names and shapes; it names the first culprit."""
+    missing = [key for key in expected if key not in found]
+    extra = sorted(key for key in found if key not in expected)
+    if extra:
+        raise UserError(f"{path}: {extra[0]} fits no module that the adapter targets{nearest(extra[0], missing)}")
+    if missing:
+        raise UserError(f"{path}: {missing[0]} is missing")
+    for key, shape in expected.items():
+        if found[key].shape != shape:
+            raise UserError(f"{path}: {key} has shape {found[key].shape}; this base and config need {shape}")

@@ -1,0 +1,71 @@
+"""A config file and what a command line changes in it: `FILE.py:ARG` and `config.group.key=value`."""
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from lowrank.core.errors import UserError, unknown
+
+
+def load(spec: str) -> ConfigDict:
+    """`get_config(ARG)` of `FILE.py:ARG`. Raises UserError for a file that cannot be read, or that refuses ARG."""
+    try:
+        config = config_flags.ConfigFileFlagParser("config").parse(spec)
+        config.items()  # the parser puts its errors off until something is read
+        return config
+    except OSError:
+        raise UserError(f"config file {spec.partition(':')[0]!r} cannot be read") from None
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{spec}: {e.__context__ or e}") from None  # the parser wraps it in a traceback's text
+    except (SyntaxError, AttributeError, NameError, ImportError) as e:
+        raise UserError(f"config file {spec.partition(':')[0]!r} is no config: {e}") from None
+
+
+def check_group(config: Mapping[str, Any], name: str) -> None:
+    """Raises UserError for `config.a.b.key` if the config has no group `a.b`."""
+    _, *groups, _ = name.split(".")
+    for depth, group in enumerate(groups):
+        if group not in config:
+            prefix = ".".join(["config", *groups[:depth]])
+            raise unknown("config key", name, [f"{prefix}.{k}" for k, v in config.items() if hasattr(v, "items")])
+        config = config[group]
+        if not hasattr(config, "items"):
+            raise UserError(f"unknown config key {name!r}: config.{'.'.join(groups[: depth + 1])} is not a group")
+
+
+def override(config: ConfigDict, name: str, text: str) -> None:
+    """Sets `config.a.b.key` to what `text` means for its type, or to the literal that it is if the key is new."""
+    check_group(config, name)
+    _, *groups, key = name.split(".")
+    for group in groups:
+        config = config[group]
+    old = config.get_type(key) if key in config else object
+    try:
+        value = text if old is str else _literal(text)
+        value = float(value) if old is float and isinstance(value, int) else value
+        with config.unlocked():
+            config[key] = value
+    except TypeError:
+        raise UserError(f"--{name}={text}: not a {old.__name__}") from None
+
+
+def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested groups with `{"group.key": value}` changed."""
+    copy = {k: changed(v, {}) if isinstance(v, Mapping) or hasattr(v, "items") else v for k, v in config.items()}
+    for name, value in changes.items():
+        *groups, key = name.split(".")
+        group = copy
+        for part in groups:
+            group = group[part]
+        group[key] = value
+    return copy
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (SyntaxError, ValueError):
+        return text

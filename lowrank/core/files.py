@@ -1,0 +1,60 @@
+"""Files that appear whole or not at all, and values as JSON holds them."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowrank.core.errors import UserError
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Writes `path` beside itself and renames: readers see the old text or the new, never half of it."""
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """`write_text` for bytes. A disk that refuses raises UserError naming the file, which keeps its old content."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            os.chmod(beside, 0o644)  # mkstemp makes it private
+            os.replace(beside, path)
+        except BaseException:
+            os.unlink(beside)
+            raise
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+    return path
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Writes `value` as indented JSON, beside then renamed. NaN and infinities become strings."""
+    return write_text(path, json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
+
+
+def to_json(value: Any, where: str = "value") -> Any:
+    """`value` in what JSON has: mappings -> dict, sequences -> list, NumPy and JAX scalars -> numbers.
+
+    Non-finite floats become "NaN", "Infinity" and "-Infinity", which `float` reads back. Anything else raises
+    UserError naming its place.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if value - value == 0 else {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
+    if isinstance(value, Mapping) or hasattr(value, "to_dict"):
+        return {str(k): to_json(v, f"{where}.{k}") for k, v in dict(value).items()}
+    if isinstance(value, list | tuple):
+        return [to_json(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if hasattr(value, "tolist"):
+        return to_json(value.tolist(), where)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise UserError(f"{where} is a {type(value).__name__}, which JSON cannot hold")

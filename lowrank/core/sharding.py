@@ -1,0 +1,163 @@
+"""The mesh, and ordered `(regex, PartitionSpec)` rules from leaf names to shardings.
+
+A spec lines up with a leaf's last dimensions, so one rule serves a kernel `[in, out]` and a stack `[layers, in, out]`.
+"""
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lowrank.core import tree
+from lowrank.core.errors import UserError
+
+PyTree = Any
+P = PartitionSpec
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+_OUT = r"(layers|top)/(attn|mlp|mlp/experts|mlp/shared)/(q|k|v|qkv|gate|up)/kernel"  # split over its outputs
+_IN = (
+    r"(layers|top)/(attn|mlp|mlp/experts|mlp/shared)/(o|down)/kernel"  # split over its inputs, which those outputs are
+)
+
+# A form's fields keep the kernel's layout at any depth (`kernel/base/base/codes`); factors and vectors come first.
+DEFAULT_RULES: Rules = (
+    (r"(.*/)?(second|offset|beta[12]|index|indices|inputs|values|ids|rows)", P()),
+    (r"(.*/)?(key|magnitude|lambda_[bd]|skew|base_sq|s|e|core|bias)", P()),
+    (r"(.*/)?router", P()),
+    (r".*/kernel/(.*/)?(narrow|up|(hidden|queries|keys|downs|ups|mixes)/\d+)", P()),
+    (rf"{_OUT}/(.*/)?a[12]?", P("fsdp", None)),
+    (rf"{_OUT}/(.*/)?b[12]?", P(None, "tensor")),
+    (rf"{_IN}/(.*/)?a[12]?", P("tensor", None)),
+    (rf"{_IN}/(.*/)?b[12]?", P(None, "fsdp")),
+    (rf"{_OUT}(/.*)?", P("fsdp", "tensor")),
+    (rf"{_IN}(/.*)?", P("tensor", "fsdp")),
+    (r"(layers|top)/mlp/(router|shared_gate|routed/router)/kernel(/.*)?", P()),
+    (r"(layers|top)/mlp/routed/down/kernel(/.*)?", P("fsdp", None)),
+    (r"(layers|top)/mlp/routed/up/kernel(/.*)?", P(None, "fsdp")),
+    (r"embed/embedding(/.*)?", P("tensor", "fsdp")),
+    (r"(layers|top)/(attn|mlp)_adapter/down/kernel(/.*)?", P("fsdp", None)),
+    (r"(layers|top)/(attn|mlp)_adapter/up/kernel(/.*)?", P(None, "fsdp")),
+    (r"(pooler|head/dense|head/out)/kernel(/.*)?", P()),
+    (r"head/kernel(/.*)?", P("fsdp", "tensor")),
+    (r"embed/(positions|types)", P(None, "fsdp")),
+    (r"(.*/)?scale", P()),
+    (r"prompt/embedding|prefix/(k|v)|shared/.*", P()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh with axes `data, fsdp, tensor`; one size may be -1: the devices that the others leave.
+
+    Raises UserError when the sizes do not fit the devices. In one process a smaller mesh takes the first devices.
+    """
+    return mesh_of(jax.devices(), data, fsdp, tensor)
+
+
+def mesh_of(devices: Sequence[Any], data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """As `make_mesh`, of the given devices; they need not be here, as long as programs are only compiled for them."""
+    sizes = [data, fsdp, tensor]
+    where = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh {where}: sizes are positive, and one may be -1")
+    rest = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // rest if size == -1 else size for size in sizes]
+    total = math.prod(sizes)
+    whole = -1 in (data, fsdp, tensor) or jax.process_count() > 1
+    if not 0 < total <= len(devices) or (whole and total != len(devices)):
+        raise UserError(f"mesh {where} does not fit {len(devices)} devices")
+    # Auto: the compiler places the collectives. jax.make_mesh would default to explicit axes.
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:total])
+
+
+def shardings(params: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PyTree:
+    """A NamedSharding for each leaf (array or shape) by the first rule that matches its name.
+
+    A leaf that no rule matches raises UserError. A dimension that its mesh axes do not divide is replicated, and
+    so is a leaf with fewer dimensions than its spec.
+    """
+    return tree.map_named(lambda name, leaf: _fit(tree.first_match(rules, name), leaf, mesh), params)
+
+
+def _fit(spec: PartitionSpec, leaf: Any, mesh: Mesh) -> NamedSharding:
+    missing = leaf.ndim - len(spec)
+    if missing < 0:
+        return NamedSharding(mesh, P())
+    aligned = zip((None,) * missing + tuple(spec), leaf.shape, strict=True)
+    return NamedSharding(mesh, P(*(axis if _divides(axis, size, mesh) else None for axis, size in aligned)))
+
+
+def _divides(axis: Any, size: int, mesh: Mesh) -> bool:
+    axes = (axis,) if isinstance(axis, str) else axis or ()
+    return size % math.prod(mesh.shape[a] for a in axes) == 0
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def around(arrays: PyTree) -> contextlib.AbstractContextManager:
+    """A context in which programs are traced for the mesh that `arrays` lie on, if it is one."""
+    placed = (getattr(x, "sharding", None) for x in jax.tree.leaves(arrays))
+    mesh = next((s.mesh.abstract_mesh for s in placed if isinstance(s, NamedSharding)), None)
+    return jax.sharding.use_abstract_mesh(mesh) if mesh else contextlib.nullcontext()
+
+
+def optimizer_shardings(optimizer: Any, state: PyTree, trained: PyTree, mesh: Mesh) -> PyTree:
+    """Shardings of an optimizer state (shapes): what has its parameter's shape follows it, the rest is replicated."""
+
+    def masked(leaf: Any) -> bool:  # the place of a parameter that another label group has
+        return isinstance(leaf, optax.MaskedNode)
+
+    def follow(leaf: Any, param: Any) -> Any:
+        return leaf if masked(leaf) else param.sharding if leaf.shape == param.shape else replicated(mesh)
+
+    return optax.tree.map_params(
+        optimizer, follow, state, trained, transform_non_params=lambda _: replicated(mesh), is_leaf=masked
+    )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch_size(size: int, accumulate: int, mesh: Mesh) -> None:
+    """Raises UserError when a global batch does not divide into microbatches over the mesh, or over the hosts."""
+    shards = batch_shards(mesh)
+    if size % (shards * accumulate):
+        raise UserError(
+            f"data.batch_size {size} is not divisible by the mesh: data {mesh.shape['data']} x fsdp "
+            f"{mesh.shape['fsdp']} x optim.accumulate {accumulate} = {shards * accumulate}"
+        )
+    local = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,)).values()
+    rows = {i for index in local for i in range(*index[0].indices(size))}
+    if len(rows) * len({device.process_index for device in mesh.devices.flat}) != size:
+        raise UserError("mesh.tensor must stay within a host: each host feeds its own part of the batch")
+
+
+def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's rows of a batch as global arrays, split over `data` and `fsdp`."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def shard_batch_axis(x: jax.Array) -> jax.Array:
+    """`x` `[B, ...]` with its rows divided over the mesh that the program is traced for, if that divides them.
+
+    The compiler decides on the other dimensions. The mesh is the one `jax.sharding.use_abstract_mesh` tells.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in ("data", "fsdp") if not mesh.empty and mesh.shape.get(axis, 1) > 1)
+    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)))

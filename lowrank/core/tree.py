@@ -1,0 +1,107 @@
+"""Leaf names, ordered `(regex, value)` rules that must match, split and join, and trees as `{leaf name: leaf}`.
+
+A leaf's name is its path joined by slashes, fields of weights included: `layers/attn/q/kernel/a`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lowrank.core.errors import UserError, nearest
+from lowrank.core.typing import Arrays, PyTree
+
+IsLeaf = Callable[[Any], bool] | None
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """The slash-joined name of a key path as `jax.tree_util` gives it."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def named_leaves(tree: PyTree, is_leaf: IsLeaf = None) -> list[tuple[str, Any]]:
+    """`[(name, leaf), ...]` in leaf order."""
+    return [(path_name(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
+
+
+def names(tree: PyTree, is_leaf: IsLeaf = None) -> list[str]:
+    """The leaf names in leaf order."""
+    return [name for name, _ in named_leaves(tree, is_leaf)]
+
+
+def map_named(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, is_leaf: IsLeaf = None) -> PyTree:
+    """`jax.tree.map` whose function also receives the leaf's name first."""
+    return jax.tree_util.tree_map_with_path(lambda p, *leaves: fn(path_name(p), *leaves), tree, *rest, is_leaf=is_leaf)
+
+
+def matching(pattern: str, candidates: Iterable[str], what: str = "pattern") -> list[str]:
+    """The names that `pattern` matches in full. None, or a broken regex, raises UserError with the nearest name."""
+    candidates, regex = list(candidates), compile_regex(pattern, what)
+    hits = [name for name in candidates if regex.fullmatch(name)]
+    if not hits:
+        raise UserError(f"{what} {pattern!r} matches no leaf{nearest(pattern, candidates)}")
+    return hits
+
+
+def compile_regex(pattern: str, what: str = "pattern") -> re.Pattern[str]:
+    """`pattern` as a regular expression; a broken one raises UserError."""
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise UserError(f"{what} {pattern!r} is not a regular expression: {e}") from None
+
+
+def first_match(rules: Sequence[tuple[str, Any]], name: str) -> Any:
+    """The value of the first rule whose regex matches `name` in full; none raises UserError."""
+    for pattern, value in rules:
+        if re.fullmatch(pattern, name):
+            return value
+    raise UserError(f"no rule covers leaf {name!r}{nearest(name, [p for p, _ in rules])}")
+
+
+def mask(tree: PyTree, patterns: Iterable[str], what: str = "pattern") -> PyTree:
+    """A tree of bools: True where some pattern matches the leaf's name. Every pattern must match something."""
+    everything = names(tree)
+    chosen = {name for pattern in patterns for name in matching(pattern, everything, what)}
+    return map_named(lambda name, _: name in chosen, tree)
+
+
+def split(tree: PyTree, where: PyTree) -> tuple[PyTree, PyTree]:
+    """`(leaves where True, leaves where False)`: two trees of the same shape with None in the gaps."""
+    chosen = jax.tree.map(lambda keep, leaf: leaf if keep else None, where, tree)
+    rest = jax.tree.map(lambda keep, leaf: None if keep else leaf, where, tree)
+    return chosen, rest
+
+
+def join(chosen: PyTree, rest: PyTree) -> PyTree:
+    """The inverse of `split`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, chosen, rest, is_leaf=lambda x: x is None)
+
+
+def flatten_named(values: PyTree) -> Arrays:
+    """`{leaf name: leaf}` of any pytree (an optax state too). Two leaves of one name raise UserError."""
+    flat: Arrays = {}
+    for name, leaf in named_leaves(values):
+        if name in flat:
+            raise UserError(f"two leaves are called {name!r}: rename one, a checkpoint needs unique names")
+        flat[name] = leaf
+    return flat
+
+
+def unflatten_named(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
+    """The tree of `like`'s structure with the leaves of `flat`: the inverse of `flatten_named`, strict about names."""
+    wanted = flatten_named(like)
+    same_names(wanted, flat, "the tree")
+    return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in wanted])
+
+
+def same_names(wanted: Mapping[str, Any], found: Iterable[str], where: str) -> None:
+    """Raises UserError, with the nearest name, where `found` lacks a name of `wanted` or has another one."""
+    found = list(found)
+    for name in wanted:
+        if name not in found:
+            raise UserError(f"leaf {name!r} is missing from {where}{nearest(name, set(found) - set(wanted))}")
+    for name in found:
+        if name not in wanted:
+            raise UserError(f"leaf {name!r} of {where} is not one of this run{nearest(name, wanted)}")

@@ -1,0 +1,62 @@
+"""A run's arrays as shapes: the state, the frozen leaves and a batch, each where the mesh will have it."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from lowrank.core import parameter_summary, sharding, tree
+from lowrank.training import step
+from lowrank.training.offload import HOST
+from lowrank.training.run import Run
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
+    """What a training step is given."""
+
+    state: step.State
+    frozen: PyTree
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def step_inputs(job: Run, batch: dict[str, jax.ShapeDtypeStruct] | None = None) -> StepInputs:
+    """The arrays of `job` as shapes with shardings; a batch is as the data's first one unless it is given."""
+    optimizer, where = job.optimizer(), sharding.shardings(job.shapes, job.mesh)
+    lifted = jax.tree.map(lambda x, learns: _like(x, "float32") if learns else x, job.shapes, job.mask)
+    trained, frozen = tree.split(_placed(lifted, where), job.mask)  # trained in float32, as Plan.attach has it
+    moments = step.moment_shapes(trained, optimizer, job.mesh, job.paged)
+    done = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(job.mesh))
+    return StepInputs(step.State(done, trained, moments), frozen, batch or _batch(job))
+
+
+def rows(batch: dict[str, jax.ShapeDtypeStruct], size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `size` rows, on no device in particular."""
+    return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+
+
+def device_bytes(shapes: PyTree, kind: str = "") -> int:
+    """Bytes that each device holds of arrays with shardings: those in host memory, or all others."""
+    leaves = [x for x in jax.tree.leaves(shapes) if (x.sharding.memory_kind == HOST) == (kind == HOST)]
+    return math.ceil(
+        sum(math.prod(x.sharding.shard_shape(x.shape)) * parameter_summary.bits(x.dtype) / 8 for x in leaves)
+    )
+
+
+def _batch(job: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """The tokens, even if the method computes features of them once: then the plan is an upper bound."""
+    where = NamedSharding(job.mesh, sharding.BATCH)
+    return {name: jax.ShapeDtypeStruct(*of, sharding=where) for name, of in job.loader.shapes.items()}
+
+
+def _like(x: Any, dtype: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, dtype)
+
+
+def _placed(shapes: PyTree, where: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)

@@ -1,0 +1,35 @@
+"""What methods share that quantise the kernels they target themselves."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lowrank.core import config_schema
+from lowrank.core.errors import UserError, unknown
+from lowrank.core.weight import is_weight
+from lowrank.weights.quantized.schemes import SCHEMES, Quantizer, group_of, jit_quantizer
+
+LINEAR = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|o|gate|up|down)/kernel"
+
+
+def quantizer(group: Mapping[str, Any] | str) -> Quantizer:
+    """The quantiser of a scheme `{'name': 'nf4', ...}` or its name; UserError for an unknown name or key."""
+    options = group_of(group)
+    name = options.pop("name", None)
+    if name not in SCHEMES:
+        raise unknown("method.quantize", name, SCHEMES)
+    return jit_quantizer(config_schema.call(SCHEMES[name], options, "method.quantize"))
+
+
+def check_plain(method: str, name: str, w: Any) -> None:
+    """Raises UserError for a kernel that is a form, or not finite."""
+    if is_weight(w):
+        raise UserError(f"{method} starts from a plain kernel; {name} is a {w.title}")
+    check_finite(name, w)
+
+
+def check_finite(name: str, w: Any) -> None:
+    """Raises UserError for a kernel with NaN or infinite values; one that is only a shape passes."""
+    if not is_weight(w) and not isinstance(w, jax.core.Tracer) and not jax.numpy.isfinite(w).all():
+        raise UserError(f"{name} holds NaN or infinite values: it cannot be quantised")

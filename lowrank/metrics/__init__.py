@@ -1,0 +1,1 @@
+"""Scores of predictions against references: accuracy, F1, ROUGE, BLEU, exact match and perplexity."""

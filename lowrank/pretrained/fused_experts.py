@@ -1,0 +1,46 @@
+"""Experts that transformers 5 keeps in two tensors a layer, as one tensor an expert.
+
+`experts.gate_up_proj` `[E, 2F, D]` holds each expert's gate above its up, `experts.down_proj` `[E, D, F]` its down.
+Mixtral's names differ too: its published checkpoints call the layer `block_sparse_moe`, and the kernels w1, w2, w3.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from lowrank.pretrained.tensor_reader import Stored, matrix
+
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_NAME = re.compile(rf"(.*\.experts)\.({'|'.join(FUSED)})")
+_MIXTRAL = (
+    (re.compile(r"\.mlp\.(?=experts\.|gate\.)"), ".block_sparse_moe."),
+    (re.compile(r"\.gate_proj\.(?=weight$)"), ".w1."),
+    (re.compile(r"\.up_proj\.(?=weight$)"), ".w3."),
+    (re.compile(r"\.down_proj\.(?=weight$)"), ".w2."),
+)
+
+
+def separated(stored: Mapping[str, Stored], wanted: Iterable[str]) -> dict[str, Stored]:
+    """The tensors of a checkpoint, those of fused experts one by one under the names that are `wanted`."""
+    if not any(_NAME.fullmatch(name) for name in stored):
+        return dict(stored)
+    old = any(".block_sparse_moe." in name for name in wanted)
+    return {_renamed(n) if old else n: t for name, tensor in stored.items() for n, t in _parts(name, tensor).items()}
+
+
+def _renamed(name: str) -> str:
+    for pattern, ours in _MIXTRAL:
+        name = pattern.sub(ours, name)
+    return name
+
+
+def _parts(name: str, tensor: Stored) -> dict[str, Stored]:
+    found = _NAME.fullmatch(name)
+    if not found or tensor.flat is None:
+        return {name: tensor}
+    parts = FUSED[found[2]]
+    experts, rows = tensor.shape[0], tensor.shape[1] // len(parts)
+    return {
+        f"{found[1]}.{e}.{part}.weight": matrix(tensor, (e * len(parts) + i) * rows, rows)
+        for e in range(experts)
+        for i, part in enumerate(parts)
+    }

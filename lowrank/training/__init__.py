@@ -1,0 +1,1 @@
+"""A training run: a config becomes a checked run, which steps, saves, logs, scores and reports."""

@@ -1,0 +1,56 @@
+"""What a config may say at its top level, and in the groups that no other module reads."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank.core.errors import UserError
+
+Group = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The top level of a config. A group's keys are those of the dataclass or function that reads it."""
+
+    steps: int
+    model: Group  # name, param_dtype, and options of the model's config: dtype, remat, ...
+    method: Group  # name, and the keywords of that function in `methods`
+    data: Group  # data.DataConfig; the objective is this level's
+    optim: Group = dataclasses.field(default_factory=dict)  # optim.OptimConfig
+    eval: Group = dataclasses.field(default_factory=dict)  # scoring.EvalConfig
+    mesh: Group = dataclasses.field(default_factory=dict)  # sharding.make_mesh
+    checkpoint: Group = dataclasses.field(default_factory=dict)  # checkpoint.Checkpointer
+    objective: str = "causal_lm"  # a key of losses.OBJECTIVES
+    seed: int = 0
+    # Tokens a device whose logits exist at a time, chunks of weight 0 alone left out; 0: all of the batch's.
+    loss_rows: int = 1024
+    log_every: int = 10  # steps
+    distributed: bool = False  # the launcher calls jax.distributed.initialize() first
+
+    def __post_init__(self) -> None:
+        for key, least in (("steps", 1), ("log_every", 1), ("loss_rows", 0), ("seed", 0)):
+            if getattr(self, key) < least:
+                raise UserError(f"{key} must be at least {least}, not {getattr(self, key)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What the `model` group says beside the options of the model's own config."""
+
+    name: str
+    param_dtype: str = "float32"  # of what is frozen; what is trained is float32
+    quantize: Group | str | None = None  # a scheme, or its name, target and options: pretrained.quantize
+    upcycle: Group | None = None  # experts and top_k: pretrained.upcycle
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """The `checkpoint` group."""
+
+    every: int = 0  # steps; 0: only at SIGTERM and at the end
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise UserError(f"checkpoint.every={self.every} must be >= 0 and checkpoint.keep={self.keep} must be >= 1")

@@ -1,0 +1,151 @@
+"""The optimizer of the trained tree: one optax rule per label group, and a clip before all of them.
+
+Frozen leaves never reach this file: the tree it sees has None in their place. The learning rate is an argument of each
+update, so that runs that differ in it alone, as those of a sweep do, share one compiled program.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lowrank.core import config_schema, tree
+from lowrank.core.errors import UserError, unknown
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The `optim` group of a config."""
+
+    name: str = "adamw"  # a key of OPTIMIZERS
+    lr: float = 1e-4  # the peak learning rate
+    schedule: str = "cosine"  # a key of SCHEDULES
+    warmup: int = 0  # steps of linear warmup from 0
+    final: float = 0.0  # where linear and cosine end, as a fraction of lr
+    weight_decay: float = 0.0  # decoupled, times the learning rate
+    # leaves without decay; 0-D and 1-D leaves never decay
+    no_decay: str = r"(.*/)?(bias|scale|magnitude|s|lambda_[bd]|e|embedding)"
+    clip: float = 1.0  # largest global norm of the trained tree's gradient; 0 does not clip
+    b_ratio: float = 1.0  # LoRA+: learning rate of the leaves named b over that of the others (arXiv:2402.12354)
+    lr_ratios: tuple[tuple[str, float], ...] = ()  # (regex, ratio), first match wins; 0 freezes a trained leaf
+    accumulate: int = 1  # microbatches a step
+    paged: bool = False  # the state lies in pinned host memory and is brought in leaf by leaf for the update
+    args: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keywords of the optimizer: b2, momentum, ...
+
+
+def sgd(momentum: float = 0.0, nesterov: bool = False) -> optax.GradientTransformation:
+    """The gradient itself, or its momentum."""
+    return optax.trace(momentum, nesterov) if momentum else optax.identity()
+
+
+def adafactor(
+    decay_rate: float = 0.8, clipping: float = 1.0, parameter_scale: bool = True, min_dim_size_to_factor: int = 128
+) -> optax.GradientTransformation:
+    """Adafactor's rescaling (Shazeer & Stern 2018, arXiv:1804.04235): factored second moments, no first one."""
+    return optax.chain(
+        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor),
+        optax.clip_by_block_rms(clipping),
+        optax.scale_by_param_block_rms() if parameter_scale else optax.identity(),
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": optax.scale_by_adam,
+    "adafactor": adafactor,
+    "sgd": sgd,
+    "lion": optax.scale_by_lion,
+}
+
+SCHEDULES: dict[str, Callable[[float, int, float], optax.Schedule]] = {
+    "constant": lambda lr, steps, final: optax.constant_schedule(lr),
+    "linear": lambda lr, steps, final: optax.linear_schedule(lr, lr * final, steps),
+    "cosine": lambda lr, steps, final: optax.cosine_decay_schedule(lr, steps, final),
+}
+
+
+def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """The learning rate at each step of a run of `steps`: `warmup` steps from 0 to `lr`, then the schedule."""
+    if config.schedule not in SCHEDULES:
+        raise unknown("schedule", config.schedule, SCHEDULES)
+    decay = SCHEDULES[config.schedule](config.lr, max(1, steps - config.warmup), config.final)
+    if not config.warmup:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, config.lr, config.warmup), decay], [config.warmup])
+
+
+def rates(config: OptimConfig, steps: int) -> np.ndarray:
+    """`[steps]` float32: the learning rate of each step of a run."""
+    values = np.asarray(schedule(config, steps)(jnp.arange(steps)), np.float32)
+    return np.broadcast_to(values, (steps,))
+
+
+def at_rate(ratio: float = 1.0) -> optax.GradientTransformationExtraArgs:
+    """Updates times `-lr * ratio`, for the `lr` that each of them is given."""
+
+    def update(updates: PyTree, state: PyTree, trained: PyTree = None, *, lr: jax.Array, **_: Any) -> tuple:
+        return jax.tree.map(lambda u: jnp.asarray(-lr * ratio, u.dtype) * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda trained: optax.EmptyState(), update)
+
+
+def check_optimizer(config: OptimConfig, steps: int) -> None:
+    """Raises UserError for a name, key or value that cannot work."""
+    if config.name not in OPTIMIZERS:
+        raise unknown("optimizer", config.name, OPTIMIZERS)
+    config_schema.call(OPTIMIZERS[config.name], config.args, "optim.args")
+    schedule(config, steps)
+    for key in ("lr", "warmup", "final", "weight_decay", "clip", "b_ratio"):
+        if not 0 <= getattr(config, key) < math.inf:
+            raise UserError(f"optim.{key} must be a number from 0 up, not {getattr(config, key)}")
+    for pattern in (config.no_decay, *(pattern for pattern, _ in config.lr_ratios)):
+        tree.compile_regex(pattern, "optim pattern")
+    if config.accumulate < 1:
+        raise UserError(f"optim.accumulate must be at least 1, not {config.accumulate}")
+    if config.warmup > steps:
+        raise UserError(f"optim.warmup {config.warmup} is longer than the run of {steps} steps")
+
+
+def labels(config: OptimConfig, trained: PyTree) -> PyTree:
+    """`ratio:decay` for each trained leaf (`16.0:0.0`): leaves that share a label share an optimizer."""
+    names = tree.names(trained)
+    ratios = (*config.lr_ratios, *(((r"(.*/)?b", config.b_ratio),) if config.b_ratio != 1 else ()))
+    for pattern, _ in ratios:
+        tree.matching(pattern, names, "learning rate pattern")
+
+    def label(name: str, leaf: Any) -> str:
+        ratio = next((ratio for pattern, ratio in ratios if re.fullmatch(pattern, name)), 1.0)
+        exempt = leaf.ndim < 2 or re.fullmatch(config.no_decay, name)
+        return f"{float(ratio)}:{0.0 if exempt else config.weight_decay}"
+
+    return tree.map_named(label, trained)
+
+
+def build_optimizer(config: OptimConfig, steps: int, trained: PyTree) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of `trained` (arrays or shapes, None where frozen) for a run of `steps`. Raises UserError.
+
+    Its updates need `lr`, which `rates` gives for each step.
+    """
+    check_optimizer(config, steps)
+    of_leaf = labels(config, trained)
+    groups = {label: _group(config, label) for label in sorted({v for _, v in tree.named_leaves(of_leaf)})}
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    return optax.chain(clip, optax.multi_transform(groups, of_leaf))
+
+
+def _group(config: OptimConfig, label: str) -> optax.GradientTransformation:
+    ratio, decay = (float(part) for part in label.split(":"))
+    if not ratio:
+        return optax.set_to_zero()
+    return optax.chain(
+        config_schema.call(OPTIMIZERS[config.name], config.args, "optim.args"),
+        optax.add_decayed_weights(decay) if decay else optax.identity(),
+        at_rate(ratio),
+    )

@@ -1,0 +1,178 @@
+"""A checked run: what its steps are made of, and where the method looks at data, restarts and ends."""
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from lowrank import data, methods, pretrained
+from lowrank.core import sharding, tree, weight
+from lowrank.evaluation.evaluator import Evaluator
+from lowrank.methods import Method
+from lowrank.objectives import losses
+from lowrank.training import optimizer as optim
+from lowrank.training import step
+from lowrank.training.config import CheckpointConfig, ModelConfig, RunConfig
+from lowrank.training.offload import has_host
+from lowrank.training.optimizer import OptimConfig
+from lowrank.training.passthrough import jit_passthrough, sources
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A checked run. `shapes` and `mask` are the adapted parameters: their shapes, and which of them are trained."""
+
+    config: RunConfig
+    method: Method
+    model: ModelConfig
+    options: dict[str, Any]  # of the model's config, the method's among them
+    network: Any
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
+    loader: data.Loader
+    mesh: Mesh
+    shapes: PyTree
+    mask: PyTree
+    table: str  # what every rule matched, and how much of the model is trained
+    tokens_per_step: float
+    tokenizer: Any
+    notes: tuple[str, ...] = ()  # what the devices lack, and what is done instead
+    scorer: Evaluator | None = None
+
+    @property
+    def paged(self) -> bool:
+        """Whether the optimizer's state lies on the host: asked for, and there is memory for it."""
+        return self.optim.paged and has_host(self.mesh)
+
+    @property
+    def loss_rows(self) -> int:
+        """Tokens of all devices together whose logits exist at a time; 0: all of a batch's."""
+        return self.config.loss_rows * sharding.batch_shards(self.mesh)
+
+    def load(self) -> pretrained.Pretrained:
+        """The base, each leaf where the mesh wants it."""
+        return pretrained.load(
+            self.model.name,
+            param_dtype=self.model.param_dtype,
+            mesh=self.mesh,
+            rules=sharding.DEFAULT_RULES,
+            model=self.options,
+            quantized=self.model.quantize,
+            upcycled=self.model.upcycle,
+            seed=self.config.seed,
+        )
+
+    def attach(self, params: PyTree) -> tuple[PyTree, PyTree | None]:
+        """`(params with the method's rewrites, the ones before)`: what is trained in float32, all on the mesh.
+
+        The ones before are None unless a rewrite changed a base (PiSSA); else they are the same arrays.
+        """
+        where = sharding.shardings(self.shapes, self.mesh)
+        attach = functools.partial(methods.attach, self.method, key=jax.random.key(self.config.seed))
+        adapted = jit_passthrough(attach, where, params)(params)
+        changed = _bases_changed(params, adapted)
+        adapted = jax.tree.map(lambda x, learns: x.astype("float32") if learns else x, adapted, self.mask)
+        return jax.device_put(adapted, where), params if changed else None
+
+    def start(
+        self, params: PyTree, optimizer: optax.GradientTransformation
+    ) -> tuple[step.State, PyTree, PyTree | None]:
+        """`(state, frozen leaves, params before the rewrites)` that the first step is given; see `attach`."""
+        params, original = self.attach(params)
+        trained, frozen = tree.split(self.prepare(params), self.mask)
+        return step.init(trained, optimizer, self.mesh, self.paged), frozen, original
+
+    def prepare(self, params: PyTree) -> PyTree:
+        """The adapted parameters after the method has looked at the data; each leaf keeps its shape and place."""
+        if not self.method.prepare:
+            return params
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
+        loss = functools.partial(self.loss, rng=None)
+        context = methods.Context(key, self.tokenizer, self._first_batches, loss, self.mask, self.network.config)
+        return jax.device_put(self.method.prepare(params, context), sharding.shardings(self.shapes, self.mesh))
+
+    def restarts_at(self, done: int) -> bool:
+        """Whether the method restarts before step `done` (from 0)."""
+        every = methods.restart_every(self.method.restart[0], self.config.steps) if self.method.restart else 0
+        return bool(every) and done > 0 and done % every == 0
+
+    def restart(self, params: PyTree, done: int) -> PyTree:
+        """The parameters that step `done` (from 0) starts from where the method restarts."""
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), 2), done)
+        return self._restarted(params, key)
+
+    @functools.cached_property
+    def _restarted(self) -> Callable[[PyTree, jax.Array], PyTree]:
+        return jit_passthrough(self.method.restart[1], sharding.shardings(self.shapes, self.mesh), self.shapes, _key())
+
+    @functools.cached_property
+    def frozen(self) -> frozenset[str]:
+        """The names of the leaves that are not trained."""
+        return frozenset(tree.names(tree.split(self.shapes, self.mask)[1]))
+
+    @functools.cached_property
+    def changing(self) -> frozenset[str]:
+        """The names of the frozen leaves that a checkpoint holds: `prepare` has chosen, or restarts change them."""
+        patterns = self.method.holds if self.method.prepare else ()
+        return self._changed_by_restarts() | {n for p in patterns for n in self.frozen if re.fullmatch(p, n)}
+
+    def _changed_by_restarts(self) -> frozenset[str]:
+        if not self.method.restart:
+            return frozenset()
+        _, origins = sources(self.method.restart[1], self.shapes, _key())
+        learns = jax.tree.leaves(self.mask)
+        names = enumerate(tree.names(self.shapes))
+        return frozenset(name for i, name in names if origins[i] != i and not learns[i])
+
+    def _first_batches(self, n: int) -> list[losses.Batch]:
+        start = self.loader.get_state()
+        batches = [sharding.global_batch(batch, self.mesh) for batch in itertools.islice(self.loader, n)]
+        self.loader.set_state(start)
+        return batches
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of the trained leaves."""
+        plain = optim.build_optimizer(self.optim, self.config.steps, tree.split(self.shapes, self.mask)[0])
+        return self.method.optimizer(plain, self.config.steps) if self.method.optimizer else plain
+
+    def loss(self, params: PyTree, batch: losses.Batch, rng: jax.Array | None) -> losses.Sums:
+        """`(sum of weighted losses, sum of weights)`.
+
+        A method's penalty adds its gradient in proportion to the weights, and nothing to the sum: losses compare.
+        """
+        params = self.method.bind(params, batch, rng) if self.method.bind else params
+        total, weight = losses.objective(self.config.objective)(self.network, params, batch, self.loss_rows)
+        if self.method.penalty:
+            added = self.method.penalty(params)
+            total += weight * (added - jax.lax.stop_gradient(added))
+        return total, weight
+
+    def step(self, optimizer: optax.GradientTransformation) -> Any:
+        """The training step, ready for `step.compile`."""
+        return step.make_step(self.loss, optimizer, seed=self.config.seed, accumulate=self.optim.accumulate)
+
+    @functools.cached_property
+    def rates(self) -> np.ndarray:
+        """`[steps]`: the learning rate of each step."""
+        return optim.rates(self.optim, self.config.steps)
+
+
+def _key() -> jax.Array:
+    return jax.random.key(0)
+
+
+def _bases_changed(before: PyTree, after: PyTree) -> bool:
+    """Whether a form's plain base is another array than the one it was made from."""
+    forms = {name: w for name, w in tree.named_leaves(after, weight.is_weight) if weight.is_weight(w)}
+    plain = dict(tree.named_leaves(before))
+    bases = {name: getattr(w, "base", None) for name, w in forms.items()}
+    return any(base is not plain[name] for name, base in bases.items() if isinstance(base, jax.Array))

@@ -1,0 +1,118 @@
+"""One training step: split, value_and_grad of the trained leaves alone, optax inside the trained tree.
+
+The frozen leaves are an argument of the loss that is never differentiated: no gradient, no moment and no
+donated copy of them exists.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from lowrank.core import sharding, tree
+from lowrank.training import offload
+
+PyTree = Any
+Loss = Callable[[PyTree, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a step changes: the number of steps done, the trained leaves (None where frozen), the optimizer's state."""
+
+    step: jax.Array
+    trained: PyTree
+    optimizer: PyTree
+
+
+def init(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh, paged: bool = False) -> State:
+    """The state before the first step; the trained leaves already lie where they belong, the moments follow them.
+
+    `paged`: the moments lie on the host, and each step brings them in for the update.
+    """
+    where = moment_shapes(trained, optimizer, mesh, paged)
+    moments = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, where))(trained)
+    return State(jax.device_put(jnp.int32(0), sharding.replicated(mesh)), trained, moments)
+
+
+def moment_shapes(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh, paged: bool = False) -> PyTree:
+    """The optimizer's state as shapes with shardings, of trained leaves (arrays or shapes) that have theirs."""
+    shapes = jax.eval_shape(optimizer.init, trained)
+    where = sharding.optimizer_shardings(optimizer, shapes, trained, mesh)
+    if paged:
+        where = offload.paged(where, offload.owners(optimizer, shapes, trained))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+
+def make_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    accumulate: int = 1,
+) -> Callable[[State, PyTree, Mapping[str, jax.Array], jax.Array], tuple[State, dict[str, jax.Array]]]:
+    """`step(state, frozen, batch, lr) -> (state, metrics)`, to be compiled by `compile`.
+
+    `loss(params, batch, rng)` gives a sum and its weight. The gradient is that of sum / weight over the whole
+    batch, however many microbatches it is cut into. Metrics: loss, grad_norm (before the clip), lr, weight.
+    The optimizer is given `lr`, and `gradient_at`, the batch's gradient at other leaves, if it takes extra arguments.
+    """
+
+    def step(
+        state: State, frozen: PyTree, batch: Mapping[str, jax.Array], lr: jax.Array
+    ) -> tuple[State, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)  # from the step alone, so that a resume is exact
+
+        def sums(trained: PyTree, part: Mapping[str, jax.Array], index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return loss(tree.join(trained, frozen), part, jax.random.fold_in(rng, index))
+
+        def gradient_at(trained: PyTree) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
+            (total, weight), gradient = _accumulated(sums, trained, batch, accumulate)
+            return (total, weight), jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), gradient)
+
+        (total, weight), gradient = gradient_at(state.trained)
+        extra = {"lr": lr, "gradient_at": lambda trained: gradient_at(trained)[1]}
+        trained, moments = offload.apply(optimizer, gradient, state.optimizer, state.trained, **extra)
+        metrics = {
+            "loss": total / jnp.maximum(weight, 1e-8),
+            "grad_norm": optax.tree.norm(gradient),
+            "lr": lr,
+            "weight": weight,
+        }
+        return State(state.step + 1, trained, moments), metrics
+
+    return step
+
+
+def compile_step(step: Callable, state: State, frozen: PyTree, batch: Mapping[str, Any]) -> jax.stages.Compiled:
+    """`step` compiled ahead of time for these arrays, with the state donated and returned where it lay.
+
+    A compiled program cannot be compiled again: a batch of another shape is an error, not a wait. It takes any float32
+    as its learning rate.
+    """
+    where = jax.tree.map(lambda x: x.sharding, state)
+    program = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    lr = jax.ShapeDtypeStruct((), jnp.float32, sharding=where.step)
+    with sharding.around(state):
+        return program.lower(state, frozen, batch, lr).compile()
+
+
+def _accumulated(sums: Callable, trained: PyTree, batch: Mapping[str, jax.Array], n: int) -> tuple[Any, PyTree]:
+    """`((sum, weight), gradient of the sum)` over `n` microbatches, added up in float32."""
+    gradient = jax.value_and_grad(sums, has_aux=True)
+    if n == 1:
+        return gradient(trained, batch, jnp.int32(0))
+
+    def add(carry: Any, part: Any) -> tuple[Any, None]:
+        value = gradient(trained, *part)
+        return jax.tree.map(lambda c, v: c + v.astype(c.dtype), carry, value), None
+
+    # Microbatch i takes the rows i, i + n, ...: each device keeps the rows it has.
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0), dict(batch))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), ((jnp.float32(0), jnp.float32(0)), trained))
+    return jax.lax.scan(add, zeros, (parts, jnp.arange(n)))[0]

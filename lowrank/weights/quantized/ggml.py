@@ -1,0 +1,145 @@
+"""A kernel in the blocks of a GGUF file, byte for byte but for their order: Q4_0, Q4_1, Q8_0, Q4_K, Q6_K.
+
+A file keeps, output by output, blocks of 32 or 256 inputs: one or two half-precision numbers, for the larger blocks a
+small scale for each part, and the codes. Here each of these is an array `[..., rows, out]`. The formats:
+https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c and `gguf.quants`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank.core.weight import form, frozen, static, wide
+from lowrank.weights.quantized.base import Quantized
+from lowrank.weights.quantized.packing import unpack
+
+
+@form
+class GGML(Quantized):
+    """`W = (code - middle) * scale * sub + low * low_sub`; a field that the format has not is None.
+
+    `codes` (and `high`, two bits above them) are packed in runs, see `unpack`; `scale` and `low` float16 are one for
+    each `block` rows, `sub` and `low_sub` 8-bit integers one for each `part`.
+    """
+
+    codes: jax.Array = frozen()
+    scale: jax.Array = frozen()
+    high: jax.Array | None = frozen(default=None)
+    sub: jax.Array | None = frozen(default=None)
+    low: jax.Array | None = frozen(default=None)
+    low_sub: jax.Array | None = frozen(default=None)
+    format: str = static()
+    rows: int = static()
+    kind: str = static()
+
+    @property
+    def title(self) -> str:
+        """The format's name."""
+        return self.format
+
+    @property
+    def layout(self) -> Mapping[str, tuple[int | None, int | None]]:
+        """Rows and columns that each element of a field stands for."""
+        f = FORMATS[self.format]
+        scale = f.part if self.sub is None else f.block
+        whole = {"codes": (8 // f.bits, 1), "scale": (scale, 1), "low": (scale, 1)}
+        return whole | {"high": (4, 1), "sub": (f.part, 1), "low_sub": (f.part, 1)}
+
+    @property
+    def grain(self) -> int:
+        """As for all; codes are unpacked by runs."""
+        return math.lcm(super().grain, FORMATS[self.format].runs)
+
+    def opened(self) -> Self:
+        """With the scales of blocks and parts multiplied."""
+        if self.sub is None:
+            return self
+        low = None if self.low is None else self._parts(self.low, self.low_sub)
+        return dataclasses.replace(self, scale=self._parts(self.scale, self.sub), sub=None, low=low, low_sub=None)
+
+    def _parts(self, whole: jax.Array, sub: jax.Array) -> jax.Array:
+        f = FORMATS[self.format]
+        each = wide(whole)
+        return jnp.repeat(each, f.block // f.part, axis=-2) * sub.astype(each.dtype)
+
+    def decode(self) -> jax.Array:
+        """The values of the blocks."""
+        w, f = self.opened(), FORMATS[self.format]
+        scale = wide(w.scale)
+        codes = unpack(w.codes, f.bits, f.runs)
+        if w.high is not None:
+            codes = codes | unpack(w.high, 2, f.runs) << np.uint8(4)
+        *stack, parts, out = scale.shape
+        values = codes.reshape(*stack, parts, f.part, out).astype(scale.dtype) - f.middle
+        values = values * jnp.broadcast_to(scale[..., None, :], values.shape)
+        if w.low is not None:
+            values = values + jnp.broadcast_to(wide(w.low).astype(scale.dtype)[..., None, :], values.shape)
+        return values.reshape(*stack, parts * f.part, out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """Where a block of `bytes` has what: `read` takes `[..., out, n, bytes]` apart into fields `[..., out, n, k]`."""
+
+    bytes: int
+    block: int
+    part: int  # rows that share a scale
+    bits: int
+    runs: int  # rows over which codes are packed: the first run of them is in the lowest bits
+    middle: float
+    read: Callable[[jax.Array], dict[str, jax.Array]]
+
+
+def from_bytes(raw: jax.Array, format: str, kind: str) -> GGML:
+    """The form of rows of blocks uint8 `[..., out, bytes]`, as a file has them."""
+    f = FORMATS[format]
+    *stack, out, size = raw.shape
+    fields = f.read(raw.reshape(*stack, out, size // f.bytes, f.bytes))
+    columns = {name: jnp.moveaxis(x.reshape(*stack, out, -1), -2, -1) for name, x in fields.items()}
+    return GGML(**columns, format=format, rows=size // f.bytes * f.block, kind=kind)
+
+
+def _half(pair: jax.Array) -> jax.Array:
+    """float16 `[..., 1]` from its two bytes."""
+    return jax.lax.bitcast_convert_type(pair, jnp.float16)[..., None]
+
+
+def _q4_k(b: jax.Array) -> dict[str, jax.Array]:
+    """Eight parts of 32; their scales and minima have 6 bits, of which the last four's upper two are with the first."""
+    first, second, third = b[..., 4:8], b[..., 8:12], b[..., 12:16]
+    top = lambda x: (x >> np.uint8(6)) << np.uint8(4)  # noqa: E731
+    sub = jnp.concatenate([first & np.uint8(63), third & np.uint8(15) | top(first)], axis=-1)
+    low_sub = jnp.concatenate([second & np.uint8(63), third >> np.uint8(4) | top(second)], axis=-1)
+    return {
+        "scale": _half(b[..., :2]),
+        "low": -_half(b[..., 2:4]),
+        "sub": sub,
+        "low_sub": low_sub,
+        "codes": b[..., 16:],
+    }
+
+
+def _q6_k(b: jax.Array) -> dict[str, jax.Array]:
+    """Sixteen parts of 16, with signed 8-bit scales; four bits of a code, then two."""
+    sub = jax.lax.bitcast_convert_type(b[..., 192:208], jnp.int8)
+    return {"codes": b[..., :128], "high": b[..., 128:192], "sub": sub, "scale": _half(b[..., 208:])}
+
+
+FORMATS: dict[str, Format] = {
+    "Q4_0": Format(18, 32, 32, 4, 32, 8.0, lambda b: {"scale": _half(b[..., :2]), "codes": b[..., 2:]}),
+    "Q4_1": Format(
+        *(20, 32, 32, 4, 32, 0.0),
+        lambda b: {"scale": _half(b[..., :2]), "low": _half(b[..., 2:4]), "codes": b[..., 4:]},
+    ),
+    # signed codes, moved to where unsigned ones have their middle
+    "Q8_0": Format(
+        *(34, 32, 32, 8, 32, 128.0), lambda b: {"scale": _half(b[..., :2]), "codes": b[..., 2:] ^ np.uint8(128)}
+    ),
+    "Q4_K": Format(144, 256, 32, 4, 64, 0.0, _q4_k),
+    "Q6_K": Format(210, 256, 16, 4, 128, 32.0, _q6_k),
+}

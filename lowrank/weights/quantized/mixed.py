@@ -1,0 +1,178 @@
+"""2 and 4 bits in one kernel, as far as a budget of bits a weight goes.
+
+A group of `block` inputs is in NF4 or in two bits: those groups of a layer have four that two would hurt most. How many
+there are is the same for all layers of a stack, whose shapes must agree; `lowrank.pretrained.mixed_bits` divides one
+budget among the stacks of a model.
+"""
+
+import heapq
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank.core.errors import UserError
+from lowrank.core.weight import Weight, dot, form, frozen, static
+from lowrank.weights.quantized import codebook, lookup_tables
+from lowrank.weights.quantized.double_quantization import SECOND_BLOCK
+from lowrank.weights.quantized.packing import blocks
+
+TABLES = {4: "nf4", 2: "n2"}
+
+
+@form
+class Mixed(Weight):
+    """`high` NF4 `[..., k * block, out]` and `low` N2 `[..., (n - k) * block, out]`: each a form, or None if empty.
+
+    `index` int32 `[..., n]` are the groups of inputs that they hold: first those of `high`, then those of `low`.
+    """
+
+    high: Any = frozen()
+    low: Any = frozen()
+    index: jax.Array = frozen()
+    block: int = static()
+    rows: int = static()
+
+    stored: ClassVar[bool] = True
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """Those of `high` and `low` that are there."""
+        return tuple(part for part in (self.high, self.low) if part is not None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[..., in, out]`."""
+        first = self.parts[0].shape
+        return (*first[:-2], self.rows, first[-1])
+
+    @property
+    def dtype(self) -> Any:
+        """That of the values of both."""
+        return self.parts[0].dtype
+
+    def of_kind(self, kind: str) -> Self:
+        """The same codes, decoded to the dtype `kind`."""
+        high, low = (part and part.of_kind(kind) for part in (self.high, self.low))
+        return Mixed(high=high, low=low, index=self.index, block=self.block, rows=self.rows)
+
+    def materialize(self) -> jax.Array:
+        """The kernel, its groups back in order."""
+        kernel = jnp.concatenate([part.materialize() for part in self.parts], axis=-2)
+        groups = kernel.reshape(*kernel.shape[:-2], -1, self.block, kernel.shape[-1])
+        back = jnp.argsort(self.index, axis=-1)
+        groups = jnp.take_along_axis(groups, back[..., None, None], axis=-3)
+        return groups.reshape(kernel.shape)[..., : self.rows, :]
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """`x[high] @ high + x[low] @ low`: the inputs are put in order, never the kernel."""
+        n = self.index.shape[-1]
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n * self.block - self.rows)])
+        groups = jnp.take(x.reshape(*x.shape[:-1], n, self.block), self.index, axis=-2, unique_indices=True)
+        x, first, y = groups.reshape(x.shape), 0, 0
+        for part in self.parts:
+            y = y + dot(x[..., first : first + part.rows], part)
+            first += part.rows
+        return y
+
+
+def quantize(w: jax.Array, *, high: int, block: int, double: bool) -> Mixed:
+    """A kernel `[..., in, out]` with the `high` groups of each layer in 4 bits that gain most by it."""
+    groups, inside = _groups(w, block)
+    index = jnp.argsort(-_gains(groups, inside), axis=-1, stable=True)
+    index = jnp.concatenate([jnp.sort(index[..., :high]), jnp.sort(index[..., high:])], axis=-1)
+    order = index[..., None, None]
+    groups, inside = (jnp.take_along_axis(x, order, axis=-3) for x in (groups, inside))
+    made = {}
+    for name, bits, cut in (("high", 4, slice(None, high)), ("low", 2, slice(high, None))):
+        part, real = (x[..., cut, :, :] for x in (groups, inside))
+        flat = part.reshape(*w.shape[:-2], -1, w.shape[-1]).astype(w.dtype)
+        options = {"table": TABLES[bits], "block": groups.shape[-2], "double": double, "inside": real}
+        made[name] = codebook.quantize(flat, **options) if flat.shape[-2] else None
+    return Mixed(**made, index=index.astype(jnp.int32), block=groups.shape[-2], rows=w.shape[-2])
+
+
+def gains(w: jax.Array, block: int) -> jax.Array:
+    """By how much 4 bits in place of 2 lower the squared error of each group of inputs: `[..., n]`."""
+    return _gains(*_groups(w, block))
+
+
+def _gains(groups: jax.Array, inside: jax.Array) -> jax.Array:
+    lost = {}
+    for bits, table in TABLES.items():
+        codes, scale = codebook.coded(groups, None, table, inside)
+        values = lookup_tables.looked_up(codes, lookup_tables.TABLES[table]) * jnp.broadcast_to(
+            scale[..., None, :], codes.shape
+        )
+        lost[bits] = jnp.sum((values - groups) ** 2 * jnp.broadcast_to(inside, groups.shape), axis=(-2, -1))
+    return lost[2] - lost[4]
+
+
+def _groups(w: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """`(groups [..., n, block, out], which of their rows are the kernel's [..., n, block, 1])`."""
+    block = clipped(w.shape[-2], block)
+    return blocks(w, block, 4), blocks(jnp.ones((*w.shape[:-1], 1)), block, 4)
+
+
+def clipped(rows: int, block: int) -> int:
+    """A block that is no longer than a kernel of `rows` inputs."""
+    return min(block, -(-rows // 4) * 4)
+
+
+def bits(shape: tuple[int, ...], high: int, block: int, double: bool) -> int:
+    """All bits of a Mixed of this shape: codes, magnitudes, index."""
+    *stack, rows, out = shape
+    block = clipped(rows, block)
+    n = -(-rows // block)
+
+    def part(k: int, each: int) -> int:
+        scales = k * out * 8 + 32 * -(-k * out // SECOND_BLOCK) + 32 if double else 32 * k * out
+        return k * block * out * each + scales if k else 0
+
+    return math.prod(stack) * (part(high, 4) + part(n - high, 2) + 32 * n)
+
+
+def divided(
+    gain: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], budget: float, block: int, double: bool
+) -> dict[str, int]:
+    """How many groups of each kernel `[..., in, out]`, or stack of them, are in 4 bits: at most `budget` bits a weight.
+
+    Counted are all bits of all kernels, those of magnitudes and indices too. `gain` `[..., n]` is as `gains` has it;
+    the k-th group of a stack gains what the k-th best of each of its layers do. Groups are taken by gain a bit, the
+    best first, while they fit: such a choice is optimal but for the room that the last one leaves. Raises UserError
+    for a budget below what 2 bits for all take.
+    """
+    steps = {n: np.sort(g.reshape(-1, g.shape[-1]), axis=-1)[:, ::-1].sum(0) for n, g in gain.items()}
+    cost = lambda name, k: bits(shapes[name], k, block, double)  # noqa: E731
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    room = budget * weights - sum(cost(name, 0) for name in shapes)
+    if room < 0:
+        least = budget - room / weights
+        raise UserError(f"quantize.budget={budget} bits a weight: with their scales, 2 bits take {least:.3f}")
+    high = dict.fromkeys(shapes, 0)
+
+    def step(name: str) -> tuple[float, str]:
+        k = high[name]
+        return -float(steps[name][k]) / (cost(name, k + 1) - cost(name, k)), name
+
+    queue = [step(name) for name in shapes]
+    heapq.heapify(queue)
+    while queue:
+        name = heapq.heappop(queue)[1]
+        more = cost(name, high[name] + 1) - cost(name, high[name])
+        if more <= room:
+            room -= more
+            high[name] += 1
+            if high[name] < len(steps[name]):
+                heapq.heappush(queue, step(name))
+    return high
+
+
+def within(w: jax.Array, *, budget: float, block: int, double: bool) -> Mixed:
+    """A kernel, or a stack, with a budget of its own. Raises UserError as `divided`."""
+    n = -(-w.shape[-2] // clipped(w.shape[-2], block))
+    high = divided({"": np.ones(n)}, {"": w.shape}, budget, block, double)[""]
+    return quantize(w, high=high, block=block, double=double)
