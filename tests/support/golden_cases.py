@@ -103,7 +103,10 @@ def _cases() -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     found |= {f"llama/{name}": _method(name, options) for name, options in (METHODS | SETTINGS).items()}
     found |= {f"llama/{name}": {**_method(name, options), **EXPERTS} for name, options in EXPERT_METHODS.items()}
-    found["llama/lora-experts"] = {**_method("lora", {"rank": 2, "target": "layers/mlp/experts/up/kernel"}), **EXPERTS}
+    found["llama/lora-experts"] = {
+        **_method("lora", {"rank": 2, "target": "layers/mlp/experts/(up|down)/kernel"}),
+        **EXPERTS,
+    }
     found |= {f"llama/lora-{name}": {**_method("lora", {"rank": 2}), **groups} for name, groups in RUNS.items()}
     found |= {f"bert/{name}": _method(name, options) for name, options in METHODS.items()}
     found |= {f"bert/lora-{name}": {**_method("lora", {"rank": 2}), **RUNS[name]} for name in ENCODER_RUNS}
