@@ -18,6 +18,7 @@ from lowrank.evaluation import scores as evaluate
 from lowrank.models import build
 from lowrank.training import build as plan
 from lowrank.training import loop
+from tests.support.close import assert_close
 from tests.test_train import config_of
 
 
@@ -39,7 +40,7 @@ def test_the_mlp_of_a_prefix_is_the_papers():
     for layer in range(L):
         for i, name in enumerate("kv"):
             at = (2 * layer + i) * W
-            np.testing.assert_allclose(made[name][layer], rows[:, at : at + W], rtol=1e-5, atol=1e-5)
+            assert_close(made[name][layer], rows[:, at : at + W])
 
 
 def test_an_adapter_holds_what_the_mlp_makes_and_not_the_mlp(files, tmp_path, monkeypatch):
@@ -113,7 +114,7 @@ def test_the_encoders_of_p_tuning_are_the_papers(encoder):
         x = np.concatenate([lstm(x, s[f"forward{i}"]), lstm(x[::-1], s[f"backward{i}"])[::-1]], axis=1)
     for name in ("in", "mid") if encoder == "mlp" else ("in",):
         x = np.maximum(dense(x, name), 0)
-    np.testing.assert_allclose(method.bind(params, None, None)["prompt"]["embedding"], dense(x, "out"), atol=1e-5)
+    assert_close(method.bind(params, None, None)["prompt"]["embedding"], dense(x, "out"))
 
 
 def test_a_prompt_starts_from_the_vocabulary_or_from_a_text(files):
@@ -149,7 +150,7 @@ def test_the_nearest_tokens_are_those_of_the_largest_cosine():
     params = {"embed": {"embedding": jnp.asarray(table)}, "prompt": {"embedding": jnp.asarray(prompt)}}
     ids, found = nearest_tokens.nearest(params, 2)
     np.testing.assert_array_equal(ids, np.argsort(-cosines, axis=1)[:, :2])
-    np.testing.assert_allclose(found, -np.sort(-cosines, axis=1)[:, :2], atol=1e-6)
+    assert_close(found, -np.sort(-cosines, axis=1)[:, :2])
     with pytest.raises(UserError, match="no learned prompt"):
         nearest_tokens.nearest({}, 1)
     with pytest.raises(UserError, match="there are 1 to 11"):

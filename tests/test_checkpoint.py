@@ -170,11 +170,11 @@ import sys, threading, jax.numpy as jnp
 from lowrank.checkpoint import Checkpointer
 saver = Checkpointer(sys.argv[1], keep=1)
 saver.save(1, {"w": jnp.arange(4)}, {"step": 1}, block=True)
-from orbax.checkpoint._src.path import atomicity
-async def never(self, *a, **k):
-    print("half", flush=True)
-    threading.Event().wait()
-atomicity.AtomicRenameTemporaryPath.finalize = never
+def never(event, args):  # a save ends with the renaming of its folder
+    if event == "os.rename" and str(args[1]).endswith("/2"):
+        print("half", flush=True)
+        threading.Event().wait()
+sys.addaudithook(never)
 saver.save(2, {"w": jnp.arange(4) + 1}, {"step": 2})
 saver.wait()
 """

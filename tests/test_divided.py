@@ -12,6 +12,7 @@ from lowrank.core import sharding
 from lowrank.core.weight import dot
 from lowrank.weights.quantized import base, ggml
 from lowrank.weights.quantized.schemes import SCHEMES
+from tests.support.close import assert_close
 
 IN, OUT, ROWS = 256, 512, 16
 BOTH, TENSOR = {"data": 1, "fsdp": 4, "tensor": 2}, {"data": 4, "fsdp": 1, "tensor": 2}
@@ -80,5 +81,5 @@ def test_a_divided_product_is_the_product(form, leaf, monkeypatch):
     x, g, on_mesh = arguments(w, leaf, sharding.make_mesh(**BOTH))
     y, dx = jax.jit(forward_and_back)(x, g, on_mesh)
     values = np.asarray(jax.jit(lambda w: w.materialize())(w))
-    np.testing.assert_allclose(y, np.asarray(x) @ values, rtol=1e-4, atol=2e-3)
-    np.testing.assert_allclose(dx, np.asarray(g) @ values.T, rtol=1e-4, atol=2e-3)
+    assert_close(y, np.asarray(x) @ values)
+    assert_close(dx, np.asarray(g) @ values.T, relative=1e-5)

@@ -10,6 +10,7 @@ from lowrank.core.errors import UserError
 from lowrank.evaluation import scores as evaluate
 from lowrank.metrics import scores as metrics
 from lowrank.models import DecoderConfig, build
+from tests.support.close import assert_close
 
 V, C, B, T = 31, 3, 4, 8
 SIZES = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8, "hidden": 24}
@@ -61,8 +62,8 @@ def test_perplexity_equals_float64_over_the_answers_and_compiles_once():
     logp = logits - np.log(np.sum(np.exp(logits), -1, keepdims=True))
     nll = -np.take_along_axis(logp, rows["targets"][..., None], -1)[..., 0][rows["weights"] == 1]
     assert scores["tokens"] == nll.size
-    assert scores["nll"] == pytest.approx(nll.mean(), rel=1e-5)
-    assert scores["perplexity"] == pytest.approx(np.exp(nll.mean()), rel=1e-5)
+    assert_close(scores["nll"], nll.mean())
+    assert_close(scores["perplexity"], np.exp(nll.mean()))
 
 
 def test_every_token_counts_where_the_prompt_weighs_1():
@@ -100,7 +101,7 @@ def test_a_methods_bind_is_applied_inside():
         return jax.tree.map(jnp.zeros_like, params)
 
     scores = evaluate.perplexity(model, params, _batches(_rows(6)), bind=blank)
-    assert scores["perplexity"] == pytest.approx(V, rel=1e-5)
+    assert_close(scores["perplexity"], V)
 
 
 def test_texts_gathers_every_text_metric():

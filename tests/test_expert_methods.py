@@ -24,6 +24,7 @@ from lowrank.weights import selected_experts
 from tests import tiny
 from tests.models.tiny import SIZES, decoder, run, tokens
 from tests.pretrained.files import tensors, write_directory
+from tests.support.close import assert_close
 from tests.test_train import config_of
 
 B, T, D, E, F, K = 2, 3, 6, 4, 5, 2
@@ -51,7 +52,7 @@ def test_perft_adds_low_rank_experts_by_their_own_router_or_the_mixtures(own):
     for token, found in zip(np.asarray(x, np.float64).reshape(-1, D), added, strict=True):
         probs = softmax(token @ router)
         best = np.argsort(-probs)[: 1 if own else K]
-        np.testing.assert_allclose(found, 0.5 * sum(probs[e] * (token @ down[e] @ up[e]) for e in best), atol=2e-5)
+        assert_close(found, 0.5 * sum(probs[e] * (token @ down[e] @ up[e]) for e in best))
 
 
 def test_only_chosen_experts_meet_their_change():
@@ -61,19 +62,19 @@ def test_only_chosen_experts_meet_their_change():
     )
     whole = np.asarray(kernel, np.float64).copy()
     whole[[2, 0]] += np.asarray(w.delta, np.float64)[:2]
-    np.testing.assert_allclose(jax.jit(materialize)(w), whole, atol=1e-6)
+    assert_close(jax.jit(materialize)(w), whole)
     x, sizes = jax.random.normal(jax.random.key(2), (9, D)), jnp.array([2, 3, 3, 1], jnp.int32)
     rows = np.stack(
         [np.asarray(row, np.float64) @ whole[e] for row, e in zip(x, [0, 0, 1, 1, 1, 2, 2, 2, 3], strict=True)]
     )
-    np.testing.assert_allclose(jax.jit(grouped)(x, w, sizes), rows, atol=1e-5)
+    assert_close(jax.jit(grouped)(x, w, sizes), rows)
 
     def gradient(multiply):
         loss = lambda d: jnp.sum(jnp.sin(multiply(x, dataclasses.replace(w, delta=d), sizes)))  # noqa: E731
         return jax.jit(jax.grad(loss))(w.delta)
 
     fast, slow = gradient(grouped), gradient(lambda x, w, sizes: jax.lax.ragged_dot(x, w.materialize(), sizes))
-    np.testing.assert_allclose(fast, slow, atol=1e-5)
+    assert_close(fast, slow)
     assert not np.any(fast[2])
 
 
@@ -130,7 +131,7 @@ def test_relevance_is_the_mean_gate_or_the_share_of_choices_over_real_tokens(sco
     kept = probs >= np.sort(probs, axis=-1)[..., -2:-1]
     use = np.where(kept, probs if score == "gate" else 0.5, 0) * segments[None, :, :, None]
     use = use.sum((1, 2))
-    np.testing.assert_allclose(found, use / use.sum(-1, keepdims=True), atol=1e-5)
+    assert_close(found, use / use.sum(-1, keepdims=True))
 
 
 def test_the_fewest_experts_that_reach_the_share_are_chosen():

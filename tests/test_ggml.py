@@ -8,6 +8,7 @@ import pytest
 
 from lowrank.core.weight import dot, materialize
 from lowrank.weights.quantized import base, ggml
+from tests.support.close import assert_close
 
 values = jax.jit(materialize)
 IN, OUT, L = 512, 20, 2
@@ -37,7 +38,7 @@ def test_values_are_those_of_the_gguf_package(name):
     w = made(name)
     expected = gguf.quants.dequantize(raw(name), gguf.GGMLQuantizationType[name])
     assert w.shape == (IN, OUT)
-    np.testing.assert_allclose(values(w), expected.T, rtol=1e-5, atol=1e-6)
+    assert_close(values(w), expected.T)
     bits = 8 * sum(x.nbytes for x in jax.tree.leaves(w)) / expected.size
     theirs = 8 * ggml.FORMATS[name].bytes / ggml.FORMATS[name].block
     assert theirs <= bits <= theirs + 0.125  # Q4_K's scales of 6 bits are kept in 8
@@ -50,7 +51,7 @@ def test_the_product_is_one_with_the_values(name, tile, monkeypatch):
     w, x = made(name), jax.random.normal(jax.random.key(0), (3, IN))
     f = lambda multiply: jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(multiply(x)))))(x)  # noqa: E731
     fast, plain = f(lambda x: dot(x, w)), f(lambda x: x @ materialize(w))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), fast, plain)
+    assert_close(fast, plain)
 
 
 @pytest.mark.parametrize("name", ggml.FORMATS)
@@ -59,4 +60,4 @@ def test_slicing_a_stack_commutes(name):
     assert stack.shape == (L, IN, OUT)
     for i in range(L):
         layer = jax.tree.map(lambda x, i=i: x[i], stack)
-        np.testing.assert_allclose(np.asarray(values(stack))[i], values(layer), atol=1e-6)
+        assert_close(np.asarray(values(stack))[i], values(layer))

@@ -11,6 +11,7 @@ from lowrank.core import tree, weight
 from lowrank.core.tree import flatten_named, unflatten_named
 from lowrank.core.weight import declared_mask
 from tests.forms import FORMS, IN, OUT, ROUNDED, L, kernel, shaken
+from tests.support.close import assert_close
 
 # One program each for a form, where its operations one by one are ten.
 materialize, dot, affine, grouped, merge = map(
@@ -38,14 +39,14 @@ def test_shape_is_the_kernels(name, stacked):
 @each_form
 def test_dot_is_multiplication_by_the_materialized_kernel(name):
     w = made(name)
-    np.testing.assert_allclose(dot(X, w), X @ materialize(w), atol=2e-5)
+    assert_close(dot(X, w), X @ materialize(w))
 
 
 @each_form
 def test_affine_is_the_merged_kernel_and_bias(name):
     w, bias = made(name), jnp.linspace(-1, 1, OUT)
     merged = merge({"kernel": w, "bias": bias})
-    np.testing.assert_allclose(affine(X, w, bias), X @ merged["kernel"] + merged["bias"][None, None], atol=2e-5)
+    assert_close(affine(X, w, bias), X @ merged["kernel"] + merged["bias"][None, None])
 
 
 @each_form
@@ -57,7 +58,7 @@ def test_identity_at_attach(name, stacked):
     if name in ROUNDED:
         assert jnp.linalg.norm(start - plain) < ROUNDED[name] * jnp.linalg.norm(plain)
     else:
-        np.testing.assert_allclose(start, plain, atol=3e-6)
+        assert_close(start, plain)
 
 
 @each_form
@@ -65,14 +66,14 @@ def test_slicing_a_stack_commutes_with_materializing(name):
     stack = made(name, stacked=True)
     for i in range(L):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
-        np.testing.assert_allclose(materialize(layer), materialize(stack)[i], atol=1e-6)
+        assert_close(materialize(layer), materialize(stack)[i])
 
 
 @each_form
 def test_dot_under_scan_is_dot_layer_by_layer(name):
     stack = made(name, stacked=True)
     scanned = jax.lax.scan(lambda _, w: (None, dot(X, w)), None, stack)[1]
-    np.testing.assert_allclose(scanned, jnp.einsum("bti,lio->lbto", X, materialize(stack)), atol=2e-5)
+    assert_close(scanned, jnp.einsum("bti,lio->lbto", X, materialize(stack)))
 
 
 @each_form
@@ -80,7 +81,7 @@ def test_grouped_is_each_rows_product_with_the_kernel_of_its_group(name):
     w, sizes = made(name, stacked=True), jnp.array([3, 0, 5], jnp.int32)
     x = jax.random.normal(jax.random.key(4), (8, IN))
     rows = jnp.concatenate([x[:3] @ materialize(w)[0], x[3:] @ materialize(w)[2]])
-    np.testing.assert_allclose(grouped(x, w, sizes), rows, atol=2e-5)
+    assert_close(grouped(x, w, sizes), rows)
 
 
 @each_form
@@ -95,7 +96,7 @@ def test_gradient_of_dot_is_the_gradient_through_materialize(name):
     fast, plain = gradients(dot), gradients(lambda x, w: x @ materialize(w))
     assert len(jax.tree.leaves(fast)) == 1 + len(jax.tree.leaves(trained))
     assert jax.tree.leaves(trained) or name in ROUNDED  # a quantised base on its own has nothing to train
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5, rtol=1e-4), fast, plain)
+    assert_close(fast, plain, relative=2e-5)
 
 
 @each_form
@@ -105,7 +106,7 @@ def test_bfloat16_base_keeps_its_dtype_and_stays_close(name):
     y = dot(X.astype(jnp.bfloat16), w)
     assert y.dtype == jnp.bfloat16
     near = materialize(w).astype(jnp.float32) if name in ROUNDED else kernel(False)
-    np.testing.assert_allclose(y.astype(jnp.float32), X @ near, atol=0.2)
+    assert_close(y.astype(jnp.float32), X @ near, relative=0.04)
 
 
 @each_form

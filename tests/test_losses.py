@@ -5,6 +5,7 @@ import pytest
 
 from lowrank.core.errors import UserError
 from lowrank.objectives import losses
+from tests.support.close import assert_close
 
 B, T, D, V = 2, 7, 5, 11
 
@@ -37,7 +38,7 @@ def test_token_nll_is_the_float64_definition():
     logits = np.asarray(h, np.float64) @ np.asarray(head, np.float64)
     exp = np.exp(logits - logits.max(-1, keepdims=True))
     want = -np.log(np.take_along_axis(exp / exp.sum(-1, keepdims=True), np.asarray(targets)[..., None], -1)[..., 0])
-    np.testing.assert_allclose(losses.token_nll(h @ head, targets), want, rtol=1e-5, atol=1e-6)
+    assert_close(losses.token_nll(h @ head, targets), want)
 
 
 def test_token_nll_survives_large_logits():
@@ -49,7 +50,7 @@ def test_token_nll_survives_large_logits():
 def test_token_nll_of_bfloat16_logits_is_float32():
     logits = jnp.ones((3, V), jnp.bfloat16)
     assert losses.token_nll(logits, jnp.zeros(3, jnp.int32)).dtype == jnp.float32
-    np.testing.assert_allclose(losses.token_nll(logits, jnp.zeros(3, jnp.int32)), np.log(V), rtol=1e-6)
+    assert_close(losses.token_nll(logits, jnp.zeros(3, jnp.int32)), np.log(V))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 6, 14, 1000])
@@ -58,10 +59,10 @@ def test_chunked_equals_plain_in_value_and_gradients(rows):
     _, head, _, _, body = _problem()
     want, want_grads = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(body, head)
     got, got_grads = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(body, head)
-    np.testing.assert_allclose(got, want, rtol=1e-6)
-    np.testing.assert_allclose(got_grads[0], want_grads[0], rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(got_grads[1], want_grads[1], rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(jax.jit(chunked)(body, head), want, rtol=1e-6)
+    assert_close(got, want)
+    assert_close(got_grads[0], want_grads[0])
+    assert_close(got_grads[1], want_grads[1])
+    assert_close(jax.jit(chunked)(body, head), want)
 
 
 def test_positions_without_weight_cost_no_head():
@@ -73,10 +74,10 @@ def test_positions_without_weight_cost_no_head():
     def chunked(h):
         return losses.chunked_nll(lambda x: x @ head, h, targets, weights, 2 * B)
 
-    np.testing.assert_allclose(jax.jit(chunked)(poisoned), clean[0], rtol=1e-6)
+    assert_close(jax.jit(chunked)(poisoned), clean[0])
     value, gradient = jax.jit(jax.value_and_grad(chunked))(poisoned)
-    np.testing.assert_allclose(value, clean[0], rtol=1e-6)
-    np.testing.assert_allclose(gradient, clean[1], rtol=1e-5, atol=1e-6)
+    assert_close(value, clean[0])
+    assert_close(gradient, clean[1])
     assert jnp.isnan(losses.chunked_nll(lambda x: x @ head, poisoned, targets, weights, 3 * B))
     assert losses.chunked_nll(lambda x: x @ head, h, targets, 0 * weights, 4) == 0
 
@@ -119,7 +120,7 @@ def test_a_head_with_integer_codes_can_be_chunked():
         return losses.chunked_nll(logits, x, targets, weights, rows)
 
     grad = jax.jit(jax.grad(loss), static_argnums=2)
-    np.testing.assert_allclose(grad(body, codes, 4), grad(body, codes, 0), rtol=1e-5, atol=1e-5)
+    assert_close(grad(body, codes, 4), grad(body, codes, 0))
 
 
 def test_an_unknown_objective_names_the_nearest():

@@ -19,6 +19,7 @@ from lowrank.models import build
 from tests import tiny
 from tests.adapted import adapted
 from tests.forms import shaken
+from tests.support.close import assert_close
 
 GROUPS = {
     "lora": {"name": "lora", "rank": 3, "alpha": 10.0, "rank_pattern": {"layers/1/.*": 0}},
@@ -61,7 +62,7 @@ def test_kernels_are_rounded_once_and_the_error_is_that_of_float64(base, name, d
                 ratios[f"layers/{i}/{leaf.removeprefix('layers/')}"] = error / change
     assert report.matrices == len(ratios)
     assert report.worst_matrix == max(ratios, key=ratios.get)
-    np.testing.assert_allclose([report.error, report.worst], [(lost / size) ** 0.5, max(ratios.values())], rtol=1e-6)
+    assert_close([report.error, report.worst], [(lost / size) ** 0.5, max(ratios.values())])
     assert report.error < {"float32": 1e-5, "bfloat16": 0.5}[dtype]
     assert report.error > {"float32": 1e-9, "bfloat16": 1e-3}[dtype]
 
@@ -80,7 +81,7 @@ def test_the_checkpoint_is_read_back_as_the_live_model(base, name, tmp_path):
     again = pretrained.load(str(tmp_path / "merged"))
     live, merged = (build(base.config).apply({"params": p}, TOKENS) for p in (params, again.params))
     assert float(jnp.abs(live).max()) > 0.1
-    np.testing.assert_allclose(merged, live, atol=2e-5)
+    assert_close(merged, live)
 
 
 def test_layers_without_an_update_are_not_counted(base):

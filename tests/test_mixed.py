@@ -12,6 +12,7 @@ from lowrank.core.weight import dot, is_stored, is_weight, materialize
 from lowrank.weights.quantized import lookup_tables, mixed
 from lowrank.weights.quantized.schemes import SCHEMES
 from tests import tiny
+from tests.support.close import assert_close
 
 IN, OUT, BLOCK = 44, 12, 8
 W = np.random.default_rng(0).standard_normal((2, IN, OUT)).astype(np.float32)
@@ -51,8 +52,8 @@ def test_values_are_those_of_the_formula(high):
     made = np.asarray(jax.jit(lambda w: mixed.quantize(w, high=high, block=BLOCK, double=False).materialize())(W))
     for i in range(2):
         kernel, gain = expected(W[i], high)
-        np.testing.assert_allclose(made[i], kernel, atol=3e-6)
-        np.testing.assert_allclose(gains(W[i], BLOCK), gain, rtol=1e-4)
+        assert_close(made[i], kernel)
+        assert_close(gains(W[i], BLOCK), gain)
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -16,6 +16,7 @@ from lowrank.generation import generate
 from lowrank.methods.milora import is_prompt
 from lowrank.weights import mixture, smore
 from tests.models.tiny import decoder, normal, run, tokens
+from tests.support.close import assert_close, difference
 
 E, R, IN, OUT = 4, 2, 6, 5
 product = jax.jit(dot)
@@ -44,13 +45,13 @@ def test_each_token_meets_its_own_experts_in_float64():
         for e in chosen:
             A, B = a[:, e * R : (e + 1) * R], b[e * R : (e + 1) * R]
             expected[at] += 3.0 / R * probs[e] / probs[chosen].sum() * (token @ A @ B)
-    np.testing.assert_allclose(product(x, w), expected, atol=1e-5)
+    assert_close(product(x, w), expected)
 
 
 def test_it_starts_as_the_base_and_slices_under_scan():
     kernel, x = normal(1, 3, IN, OUT), normal(3, 2, 4, IN)
     w = mixture.attach(jax.random.key(0), kernel, rank=R, experts=E, alpha=3.0, per_token=1)
-    np.testing.assert_allclose(scanned(x, w), np.einsum("bti,lio->lbto", x, kernel), atol=1e-5)
+    assert_close(scanned(x, w), np.einsum("bti,lio->lbto", x, kernel))
 
 
 @pytest.mark.parametrize(("experts", "fanout"), [((3, 4), (2, 2)), ((3,), (2,)), ((2, 3, 4), (1, 2, 3))])
@@ -76,7 +77,7 @@ def test_a_tree_of_residuals_is_walked_as_in_the_paper_in_float64(experts, fanou
     for at in np.ndindex(2, 3):
         token = np.asarray(x[at], np.float64)
         expected = token @ p.base + 0.7 * node(len(experts) - 1, token, token @ p.narrow) @ p.up
-        np.testing.assert_allclose(y[at], expected, atol=2e-5)
+        assert_close(y[at], expected)
 
 
 def test_a_tree_slices_under_scan_and_trains_in_balance():
@@ -84,7 +85,7 @@ def test_a_tree_slices_under_scan_and_trains_in_balance():
     w = smore.attach(
         jax.random.key(0), kernel, rank=R, experts=(3, 2), fanout=(2, 1), gate=4, scale=1.0, activation="relu"
     )
-    np.testing.assert_allclose(scanned(x, w), np.einsum("bti,lio->lbto", x, kernel), atol=1e-5)
+    assert_close(scanned(x, w), np.einsum("bti,lio->lbto", x, kernel))
     layer = jax.tree.map(lambda leaf: np.asarray(leaf)[0], w)
     bound = dataclasses.replace(layer, mask=np.ones((2, 4), np.float32), strength=np.float32(1))
 
@@ -120,7 +121,7 @@ def test_balance_adds_exactly_the_gradient_of_its_loss():
         mean = lambda v: jnp.sum(v * jnp.broadcast_to(mask[..., None], v.shape), axis=(0, 1)) / 4  # noqa: E731
         return 0.7 * E * jnp.sum(mean(share) * mean(probs))
 
-    np.testing.assert_allclose(found, jax.jit(jax.grad(loss))(logits), atol=1e-6)
+    assert_close(found, jax.jit(jax.grad(loss))(logits))
     assert routed(logits, strength) == routed(logits, None)
 
 
@@ -133,7 +134,7 @@ def test_balance_is_bound_for_training_alone_and_grows_with_the_batchs_weight():
     w = method.bind(params, batch, jax.random.key(1))["layers"]["attn"]["q"]["kernel"]
     assert w.mask.shape == (2, 1, 3)
     np.testing.assert_array_equal(w.mask[1], [[1, 1, 0]])
-    np.testing.assert_allclose(w.strength, [0.5, 0.5])
+    assert_close(w.strength, [0.5, 0.5])
 
 
 def test_the_prompt_ends_at_the_first_answer_of_its_sequence():
@@ -179,15 +180,15 @@ def test_gates_are_the_top_of_each_layers_router_over_the_prompts_hidden_states(
     with jax.disable_jit():  # the layers' scan is a loop then, which the spy sees the values of
         run(model, bound, ids, segments=segments)
     assert len(SEEN) == 2
-    np.testing.assert_allclose(SEEN[0][0], np.asarray(params["embed"]["embedding"])[ids], atol=1e-6)
-    assert not np.allclose(SEEN[1][0], SEEN[0][0], atol=0.1)
+    assert_close(SEEN[0][0], np.asarray(params["embed"]["embedding"])[ids])
+    assert difference(SEEN[1][0], SEEN[0][0]) > 0.1
     for (h, gates), kernel in zip(SEEN, np.asarray(params["shared"]["router"]["layers"], np.float64), strict=True):
         for t, prompt in ((0, [0, 1]), (2, [0, 1]), (3, [3]), (4, [3])):
             pooled = h[0, prompt].mean(0)
             gelu = 0.5 * pooled * (1 + np.tanh(np.sqrt(2 / np.pi) * (pooled + 0.044715 * pooled**3)))
             probs = softmax(gelu @ kernel)
             kept = np.where(probs >= np.sort(probs)[1], probs, 0)
-            np.testing.assert_allclose(gates[0, t], 2 * kept / kept.sum(), atol=1e-4)
+            assert_close(gates[0, t], 2 * kept / kept.sum())
 
 
 def test_each_weight_is_handed_its_own_gate():
@@ -203,7 +204,7 @@ def test_a_gate_weighs_the_update_of_its_lora():
     made = {"a": ones((IN, R)), "b": ones((R, OUT)), "scale": np.float32(0.5), "base": kernel}
     gate = np.float32([[0], [2]])
     y = product(x, mixture.Gated(**made, gate=gate))
-    np.testing.assert_allclose(y, np.array([0.0, 2.0])[:, None, None] * 0.5 * IN * R * np.ones((2, 3, OUT)))
+    assert_close(y, np.array([0.0, 2.0])[:, None, None] * 0.5 * IN * R * np.ones((2, 3, OUT)))
     with pytest.raises(UserError, match="bind it to a batch"):
         dot(x, mixture.Gated(**made))
 

@@ -19,6 +19,7 @@ from tests import peft_formulas, tiny
 from tests.adapted import adapted
 from tests.peft_formulas import PREFIX
 from tests.pretrained import files
+from tests.support.close import assert_close
 
 merge = jax.jit(weight.merge)
 ATTN = r".*attn/(q|k|v|o)/kernel"
@@ -95,7 +96,7 @@ def test_the_files_alone_give_the_merged_model_by_the_formulas_of_peft(base, cas
     peft.save(params, base, tmp_path, trained=trained, method=group, original=base.params)
     expected = peft_formulas.merged(*read(tmp_path), as_torch(base, base.params))
     for name, array in as_torch(base, merge(params)).items():
-        np.testing.assert_allclose(array, expected[name], atol=2e-5, err_msg=name)
+        assert_close(array, expected[name], name=name)
 
 
 def test_what_is_written_is_read_back(base, case, tmp_path):
@@ -103,7 +104,7 @@ def test_what_is_written_is_read_back(base, case, tmp_path):
     peft.save(params, base, tmp_path, trained=trained, method=group, original=base.params)
     back = peft.load(tmp_path, base.params, base)
     for (name, x), (_, y) in zip(tree.named_leaves(merge(params)), tree.named_leaves(merge(back)), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5, err_msg=name)
+        assert_close(x, y, name=name)
     again = tmp_path / "again"
     peft.save(back, base, again, trained=[n for n in trained if n.endswith("bias")], method=group, original=base.params)
     first, second = read(tmp_path), read(again)

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
 from configs import tiny as tiny_config
 from lowrank.training import loop
 from lowrank.training.log import read_metrics
 from tests import tiny
+from tests.support.close import assert_close
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}  # fsdp spans the processes' halves of the rows
 STEPS = 200
@@ -66,4 +66,4 @@ def test_two_processes_train_stop_together_and_continue_as_one(options, tmp_path
         loop.run(config, tmp_path / "two")
         loop.run(config, tmp_path / "one")
     one, two = ([x["train/loss"] for x in read_metrics(tmp_path / w / "metrics.jsonl")] for w in ("one", "two"))
-    np.testing.assert_allclose(two, one, rtol=1e-4)
+    assert_close(two, one, relative=1e-4)

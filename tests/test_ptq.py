@@ -18,6 +18,7 @@ from lowrank.quantization.layers import Layers
 from lowrank.weights.quantized.input_scaled import InputScaled
 from lowrank.weights.quantized.schemes import SCHEMES, integer
 from tests.models import tiny as models
+from tests.support.close import assert_close
 
 N, IN, OUT = 96, 24, 10
 values = jax.jit(materialize)
@@ -78,7 +79,7 @@ def test_gptq_is_the_papers_loop(bits, block, symmetric, act_order, problem):
     form = gptq.quantize(np.float32(w), gram, None, **options, act_order=act_order, damping=0.05)
     order = np.argsort(-np.diag(gram), kind="stable") if act_order else np.arange(IN)
     expected = optimal_brain(x, w, bits, block, symmetric, 0.05, order)
-    np.testing.assert_allclose(values(form), expected, atol=1e-5)
+    assert_close(values(form), expected)
     like = jax.eval_shape(integer(**options), np.float32(w))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), form) == jax.tree.map(lambda a: (a.shape, a.dtype), like)
 
@@ -88,7 +89,7 @@ def test_gptq_takes_kernels_that_no_block_divides(problem):
     form = gptq.quantize(
         np.float32(w[:22]), (x.T @ x)[:22, :22], None, bits=4, block=8, symmetric=True, act_order=False, damping=0.05
     )
-    np.testing.assert_allclose(values(form), optimal_brain(x[:, :22], w[:22], 4, 8, True, 0.05, range(22)), atol=1e-5)
+    assert_close(values(form), optimal_brain(x[:, :22], w[:22], 4, 8, True, 0.05, range(22)))
 
 
 def rounded(w, block, symmetric):
@@ -112,9 +113,9 @@ def test_awq_is_the_papers_search(symmetric, problem):
         found[np.linalg.norm(x @ (w - kernel))] = kernel
     options = {"bits": 4, "block": 8, "symmetric": symmetric}
     form = awq.quantize(np.float32(w), x.T @ x, mean, **options, grid=11)
-    np.testing.assert_allclose(values(form), found[min(found)], atol=1e-5)
+    assert_close(values(form), found[min(found)])
     once = awq.quantize(np.float32(w), x.T @ x, mean, **options, grid=1)  # the exponent 0
-    np.testing.assert_allclose(values(once), rounded(w, 8, symmetric), atol=1e-5)
+    assert_close(values(once), rounded(w, 8, symmetric))
 
 
 def test_both_err_less_than_rounding_on_correlated_inputs(problem):
@@ -146,11 +147,11 @@ def test_layers_one_by_one_are_the_model(kind):
     for stack, i in layers.order:
         layers.advance(stack, i, {})
     h, first = map(np.asarray, layers._streams)
-    np.testing.assert_allclose(first, h[:1], atol=1e-5)
+    assert_close(first, h[:1])
     if kind != "encoder":
         h = jax.jit(Norm(c.norm, c.norm_eps, c.norm_offset).apply)({"params": params["norm"]}, h)
     expected = np.asarray(models.run(model, params, tokens, segments=SEGMENTS))
-    np.testing.assert_allclose(np.asarray(h)[SEGMENTS > 0], expected[SEGMENTS > 0], atol=1e-4)
+    assert_close(np.asarray(h)[SEGMENTS > 0], expected[SEGMENTS > 0])
 
 
 def test_inputs_are_those_of_real_tokens_behind_quantised_layers():
@@ -163,14 +164,14 @@ def test_inputs_are_those_of_real_tokens_behind_quantised_layers():
     found = layers.inputs("layers", 0)
     assert sorted(found) == sorted(names)
     gram, mean = found["layers/attn/q/kernel"]
-    np.testing.assert_allclose(gram, x.T @ x, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(mean, np.abs(x).mean(0), rtol=1e-5)
+    assert_close(gram, x.T @ x)
+    assert_close(mean, np.abs(x).mean(0))
     layers.advance("layers", 0, {"layers/attn/o/kernel": jnp.zeros((24, 16))})
     zeroed = tree.map_named(lambda n, w: w.at[0].set(0) if n == "layers/attn/o/kernel" else w, params)
     other = Layers(model.config, zeroed, names, [(tokens, SEGMENTS), (tokens[1:], SEGMENTS[1:])])
     other.advance("layers", 0, {})
     for a, b in zip(layers.inputs("layers", 1).values(), other.inputs("layers", 1).values(), strict=True):
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), a, b)
+        assert_close(a, b)
 
 
 def text_of(files, **options):

@@ -17,6 +17,7 @@ from lowrank.training import loop
 from lowrank.training.log import read_metrics
 from tests import tiny
 from tests.models.tiny import run
+from tests.support.close import assert_close
 from tests.test_train import config_of
 
 values = jax.jit(materialize)
@@ -68,7 +69,7 @@ def test_the_loss_falls_and_the_codes_stay(name, runs):
 
 def test_the_adapter_comes_back_on_the_base_in_codes(runs):
     config, folder, summary, *_ = runs("qlora")
-    assert evaluate(config, folder)["perplexity"] == pytest.approx(summary["after"]["perplexity"], rel=1e-4)
+    assert_close(evaluate(config, folder)["perplexity"], summary["after"]["perplexity"])
 
 
 def test_leaves_by_name_come_back_on_the_base_in_codes(runs):
@@ -95,28 +96,24 @@ def test_a_merge_into_codes_says_what_it_costs(codes, runs, tmp_path):
     others = ("attn/k", "attn/o", "mlp/up")
     for name in others:  # what no adapter is on is the values of its codes
         part, at = name.split("/")
-        np.testing.assert_allclose(
-            again.params["layers"][part][at]["kernel"],
-            values(model.params["layers"][part][at]["kernel"]),
-            atol=1e-6,
-        )
+        assert_close(again.params["layers"][part][at]["kernel"], values(model.params["layers"][part][at]["kernel"]))
     assert report.matrices == 2 * tiny.LAYERS
     if codes == "dequantize":
-        np.testing.assert_allclose(kernel, exact, atol=1e-6)
+        assert_close(kernel, exact)
         assert report.error < 1e-5
         tokens = np.arange(5, 17, dtype=np.int32)[None]
         live, merged = (run(build(m.config), m.params, tokens, method="__call__") for m in (model, again))
-        np.testing.assert_allclose(live, merged, atol=1e-4)
+        assert_close(live, merged)
     else:
         made = pretrained.load(str(tmp_path / "merged"), quantized=NF4).params["layers"]["attn"]["q"]["kernel"]
-        np.testing.assert_allclose(values(made), kernel, rtol=0.02, atol=2e-3)  # codes of these values again
+        assert_close(values(made), kernel, relative=0.02)  # codes of these values again
         names = [("attn", n) for n in "qv"]
         lost = [np.float64(again.params["layers"][p][n]["kernel"]) for p, n in names]
         whole = [model.params["layers"][p][n]["kernel"] for p, n in names]
         errors = sum(np.sum((k - np.float64(values(w))) ** 2) for k, w in zip(lost, whole, strict=True))
         delta = jax.jit(lambda w: w.delta())
         changes = sum(np.sum(np.float64(delta(w)) ** 2) for w in whole)
-        assert report.error == pytest.approx((errors / changes) ** 0.5, rel=1e-3)
+        assert_close(report.error, (errors / changes) ** 0.5)
 
 
 def test_a_plain_base_cannot_be_requantised(files, tmp_path):

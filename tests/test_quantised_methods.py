@@ -15,6 +15,7 @@ from lowrank.weights.quantized import fake_quantized, lookup_tables, schemes
 from lowrank.weights.quantized.packing import unpack
 from tests import tiny
 from tests.forms import shaken
+from tests.support.close import assert_close
 
 L, IN, OUT = 2, 24, 16
 Q = "layers/attn/q/kernel"
@@ -54,9 +55,9 @@ def test_loftq_alternates_codes_and_the_best_factors_with_alpha_divided_out(step
             u, s, v = np.linalg.svd(kernel - codes)
             update = u[:, :rank] * s[:rank] @ v[:rank]
         one = layer_of(w, layer)
-        np.testing.assert_allclose(values(one.base), codes, atol=1e-5)
-        np.testing.assert_allclose(alpha / rank * np.float64(one.a) @ np.float64(one.b), update, atol=1e-5)
-        np.testing.assert_allclose(values(one), codes + update, atol=1e-5)
+        assert_close(values(one.base), codes)
+        assert_close(alpha / rank * np.float64(one.a) @ np.float64(one.b), update, relative=1e-4)
+        assert_close(values(one), codes + update, relative=1e-5)
 
 
 def test_loftq_starts_nearer_than_qlora():
@@ -73,10 +74,10 @@ def test_qa_lora_pools_its_input_and_is_absorbed_by_the_zeros():
     pooled = x.reshape(5, IN // 8, 8).mean(-1) * 8  # the paper's average, times the group
     base = np.float64(values(one.base))
     expected = x @ base + 6.0 / 2 * pooled @ np.float64(one.a) @ np.float64(one.b)
-    np.testing.assert_allclose(product(np.float32(x), one), expected, atol=1e-4)
+    assert_close(product(np.float32(x), one), expected)
     merged = w.absorbed()
     np.testing.assert_array_equal(merged.codes, w.base.codes)
-    np.testing.assert_allclose(values(merged), values(w), atol=1e-5)
+    assert_close(values(merged), values(w))
 
 
 def test_qa_lora_takes_codes_that_are_there_if_they_have_zeros():
@@ -102,10 +103,10 @@ def test_calibration_finds_the_shift_whose_codes_say_most():
             p = np.bincount(near, minlength=16) / 16
             found[shift] = -np.sum(p[p > 0] * np.log(p[p > 0]))
         p = np.bincount(codes[:, j], minlength=16) / 16
-        assert -np.sum(p[p > 0] * np.log(p[p > 0])) == pytest.approx(max(found.values()), abs=1e-6)
+        assert_close(-np.sum(p[p > 0] * np.log(p[p > 0])), max(found.values()))
         assert min(abs(chosen[j] - shift) for shift in found) < 1e-6
         top = np.abs(v - chosen[j]).max()
-        np.testing.assert_allclose(decoded[:, j], table[codes[:, j]] * top + chosen[j], atol=1e-6)
+        assert_close(decoded[:, j], table[codes[:, j]] * top + chosen[j])
 
 
 def test_the_elastic_connection_is_the_papers():
@@ -121,7 +122,7 @@ def test_the_elastic_connection_is_the_papers():
     inner = x @ one["a"] + one["beta1"] * averaged(x, rank)
     update = inner @ one["b"] + one["beta2"] * averaged(inner, OUT)
     expected = x @ np.float64(values(layer.base)) + alpha / rank * update
-    np.testing.assert_allclose(product(np.float32(x), layer), expected, atol=2e-5)
+    assert_close(product(np.float32(x), layer), expected)
 
 
 def halves(kernel):
@@ -146,26 +147,26 @@ def test_modulora_takes_any_quantiser():
         kernel, layer = np.float64(W[i]), layer_of(w, i)
         step = np.abs(kernel).mean(0) / 2
         expected = np.round(kernel / step) * step + 2.0 * np.float64(layer.a) @ np.float64(layer.b)
-        np.testing.assert_allclose(np.asarray(values(w))[i], expected, atol=1e-5)
-        np.testing.assert_allclose(product(x, layer), x @ expected.astype(np.float32), atol=1e-4)
+        assert_close(np.asarray(values(w))[i], expected)
+        assert_close(product(x, layer), x @ expected.astype(np.float32))
         one = np.asarray(values(layer))
-        np.testing.assert_allclose(gradient(x, layer), np.cos(x @ one) @ one.T, atol=1e-4)
+        assert_close(gradient(x, layer), np.cos(x @ one) @ one.T, relative=1e-5)
 
 
 def test_qat_multiplies_by_the_codes_and_hands_the_gradient_through():
     w = layer_of(attached(name="qat", quantize={"name": "int4", "block": 8}), 0)
     codes = np.asarray(values(jax.jit(schemes.SCHEMES["int4"](block=8))(W[0])))
-    np.testing.assert_allclose(values(w), codes, atol=1e-6)
+    assert_close(values(w), codes)
     x = np.random.default_rng(1).standard_normal((5, IN)).astype(np.float32)
     gradient = jax.jit(jax.grad(wave, argnums=1))(x, w).latent
-    np.testing.assert_allclose(gradient, x.T @ np.cos(x @ codes), atol=1e-4)
+    assert_close(gradient, x.T @ np.cos(x @ codes))
 
 
 def test_activations_are_rounded_to_their_bits_and_the_gradient_is_not():
     x = np.random.default_rng(1).standard_normal((3, 8)).astype(np.float32)
     step, rounded = np.abs(x).max(-1, keepdims=True) / 7, jax.jit(lambda x: fake_quantized.rounded(x, 4))
     found = np.asarray(rounded(x))
-    np.testing.assert_allclose(found, np.round(x / step) * step, atol=1e-6)
+    assert_close(found, np.round(x / step) * step)
     np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: jnp.sum(rounded(x))))(x), np.ones_like(x))
     assert len(np.unique(found[0])) <= 8
 

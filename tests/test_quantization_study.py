@@ -4,7 +4,6 @@ import csv
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from experiments.quantization import bases, table
 from experiments.quantization.rows import BASES, ROWS
@@ -13,6 +12,7 @@ from experiments.study.study import Study
 from experiments.study.tasks import TASKS
 from lowrank.weights.quantized import codebook
 from tests import studies
+from tests.support.close import assert_close
 
 
 def test_bits_are_those_of_codes_and_scales():
@@ -21,14 +21,14 @@ def test_bits_are_those_of_codes_and_scales():
     assert plain["bits_in_memory"] == 32
     assert 32 < plain["bits_on_disk"] < 33
     nf4 = codebook.quantize(kernel, table="nf4", block=64, double=False)
-    assert bases.bits({"layers": {"attn": {"q": {"kernel": nf4}}}})["bits_in_memory"] == pytest.approx(4.5, abs=0.1)
+    assert_close(bases.bits({"layers": {"attn": {"q": {"kernel": nf4}}}})["bits_in_memory"], 4.5)
 
 
 def test_the_nearest_centroid_is_the_class(monkeypatch):
     points = {"train": ([[1, 0], [0.8, 0.6], [0, 1]], [2, 2, 5]), "test": ([[0.9, 0.1], [0.1, 0.9], [1, 0]], [2, 5, 5])}
     found = {split: (np.array(x, float), np.array(y)) for split, (x, y) in points.items()}
     monkeypatch.setattr(bases, "embedded", lambda model, template, split: found[split])
-    assert bases.by_centroid(None) == pytest.approx(2 / 3)
+    assert_close(bases.by_centroid(None), 2 / 3)
 
 
 def test_the_study_has_a_row_for_each_base_untuned_and_tuned(tmp_path, monkeypatch):

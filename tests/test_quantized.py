@@ -14,6 +14,7 @@ from lowrank.weights.quantized import base, double_quantization, lookup_tables, 
 from lowrank.weights.quantized.packing import pack, unpack
 from lowrank.weights.quantized.schemes import SCHEMES
 from tests import large_product
+from tests.support.close import assert_close
 
 IN, OUT = 40, 24
 W = np.random.default_rng(0).standard_normal((IN, OUT)).astype(np.float32)
@@ -75,7 +76,7 @@ FP4 = [sign * m for m in (0, 0.0625, 2, 3, 4, 6, 8, 12) for sign in (1 / 12, -1 
     ],
 )
 def test_values_are_those_of_the_formula(scheme, options, block, formula):
-    np.testing.assert_allclose(values(made(scheme, **options)), by_group(formula, block), atol=2e-6)
+    assert_close(values(made(scheme, **options)), by_group(formula, block))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("e4m3", ml_dtypes.float8_e4m3fn), ("e5m2", ml_dtypes.float8_e5m2)])
@@ -84,12 +85,12 @@ def test_8_bit_floats_are_those_of_ml_dtypes(name, kind):
     expected = np.clip(W / scale, -float(ml_dtypes.finfo(kind).max), float(ml_dtypes.finfo(kind).max)).astype(kind)
     w = made("fp8", format=name)
     assert np.mean(np.asarray(w.codes) != expected) < 0.01  # but for ties
-    np.testing.assert_allclose(values(w), np.float32(expected) * scale, rtol=0.26)
+    assert_close(values(w), np.float32(expected) * scale, relative=0.26, per_element=True)
 
 
 def test_ternary_is_the_mean_magnitude_times_a_sign_or_zero():
     mean = np.abs(np.float64(W)).mean()
-    np.testing.assert_allclose(values(made("ternary")), np.clip(np.round(W / mean), -1, 1) * mean, rtol=1e-6)
+    assert_close(values(made("ternary")), np.clip(np.round(W / mean), -1, 1) * mean)
 
 
 def test_outlying_inputs_stay_in_bfloat16_and_narrow_the_rest():
@@ -110,14 +111,12 @@ def test_double_quantisation_costs_little_and_saves_what_it_says():
     gap = np.abs(np.asarray(values(double)) - np.asarray(values(single))).max()
     assert 0 < gap < 0.03 * np.abs(w).max()
     bits = [8 * sum(x.nbytes for x in jax.tree.leaves(q)) / w.size for q in (single, double)]
-    np.testing.assert_allclose(bits, [4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)], atol=1e-3)
+    assert_close(bits, [4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)], relative=1e-3)
 
 
 def test_the_8_bit_table_can_be_computed():
     codes = np.arange(256, dtype=np.uint8)
-    np.testing.assert_allclose(
-        jax.jit(double_quantization.computed)(codes), double_quantization.dynamic_table(), rtol=1e-6
-    )
+    assert_close(jax.jit(double_quantization.computed)(codes), double_quantization.dynamic_table())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -133,11 +132,11 @@ def test_zeros_and_constants(scheme):
     w = np.zeros((IN, OUT), np.float32)
     np.testing.assert_array_equal(values(made(scheme, w)), w)
     w[:] = -0.37
-    np.testing.assert_allclose(values(made(scheme, w)), w, rtol=4e-3)
+    assert_close(values(made(scheme, w)), w, relative=0.01)
     w[:, ::2] = 0
     if scheme != "ternary":  # whose one scale is for all of the kernel
         options = {"double": False} if scheme == "mixed" else {}  # whose two bits have no code for 0, only a scale
-        np.testing.assert_allclose(values(made(scheme, w, **options)), w, rtol=4e-3)
+        assert_close(values(made(scheme, w, **options)), w, relative=0.01)
 
 
 TILED = {
@@ -162,10 +161,8 @@ def test_the_product_by_tiles_is_the_product(scheme, monkeypatch):
     def value_and_gradient(multiply):
         return jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(multiply(x)))))(x)
 
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
-        value_and_gradient(lambda x: dot(x, w)),
-        value_and_gradient(lambda x: x @ materialize(w)),
+    assert_close(
+        value_and_gradient(lambda x: dot(x, w)), value_and_gradient(lambda x: x @ materialize(w)), relative=2e-5
     )
 
 

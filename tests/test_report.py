@@ -14,6 +14,7 @@ from matplotlib.image import imread
 
 from lowrank.training import report
 from lowrank.training.log import RunLog
+from tests.support.close import assert_close
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,7 +94,7 @@ def test_the_curves_are_labelled_and_the_smoothing_is_stated():
 def test_smoothing_is_the_mean_of_the_window_so_far():
     values = np.array([4.0, 2.0, 6.0, 1.0])
     expected = [np.mean(values[max(0, i - 1) : i + 1]) for i in range(4)]
-    np.testing.assert_allclose(report.smoothed(values, 2), expected, rtol=1e-12)
+    assert_close(report.smoothed(values, 2), expected, relative=1e-12)
     np.testing.assert_array_equal(report.smoothed(values, 1), values)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.weights import stacked_layers
+from tests.support.close import assert_close
 
 PROGRAM = """
 import os
@@ -36,6 +37,6 @@ def test_each_is_the_function_of_each_matrix_and_so_is_its_gradient():
     x = 0.1 * jax.random.normal(jax.random.key(0), (3, 2, 5, 5)) + jnp.broadcast_to(jnp.eye(5), (3, 2, 5, 5))
     y = jax.random.normal(jax.random.key(1), (3, 2, 5, 4))
     solved = jax.jit(lambda x, y: stacked_layers.each(jnp.linalg.solve, x, y))
-    np.testing.assert_allclose(solved(x, y), np.linalg.solve(np.float64(x), np.float64(y)), rtol=2e-5, atol=2e-6)
+    assert_close(solved(x, y), np.linalg.solve(np.float64(x), np.float64(y)))
     ours, theirs = (jax.grad(lambda x: (f(x, y) ** 2).sum())(x) for f in (solved, jnp.linalg.solve))  # noqa: B023
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert_close(ours, theirs)

@@ -20,6 +20,7 @@ from lowrank.training.log import read_metrics
 from lowrank.training.workdir import check_config
 from lowrank.weights.mixture import Gated, Routed
 from tests import tiny
+from tests.support.close import assert_close
 
 LM_METHODS = {
     "full": "method=full",
@@ -124,7 +125,7 @@ def test_every_method_keeps_the_contract_on_a_mesh(name, files, start, tmp_path,
     assert len(found) == config.steps
     assert np.mean(found[-2:]) < np.mean(found[:2]) - 0.02
     if name not in STARTS_ELSEWHERE:
-        assert found[0] == pytest.approx(start, abs=2e-5)
+        assert_close(found[0], start, relative=1e-5)
     [(run, before, after)] = watched
     pairs = zip(tree.named_leaves(before), tree.named_leaves(after), strict=True)
     changed = {leaf for (leaf, x), (_, y) in pairs if not np.array_equal(x, y)}
@@ -135,7 +136,7 @@ def test_every_method_keeps_the_contract_on_a_mesh(name, files, start, tmp_path,
     params = run.job.method.bind(params, None, None) if run.job.method.bind else params
     again = load.load_adapted(tmp_path / "adapter", str(files / "llama")).params
     for (leaf, x), (_, y) in zip(_merged(params), _merged(again), strict=True):
-        np.testing.assert_allclose(y, x, atol=1e-6, err_msg=leaf)
+        assert_close(y, x, name=leaf)
 
 
 def _merged(params):

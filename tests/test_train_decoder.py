@@ -13,6 +13,7 @@ from lowrank.objectives import losses
 from lowrank.training import optimizer as optim
 from lowrank.training import step
 from lowrank.training.optimizer import OptimConfig
+from tests.support.close import assert_close
 
 B, T = 8, 32
 
@@ -92,6 +93,6 @@ def test_a_decoder_has_the_same_gradient_on_every_mesh():
         state, metrics = compiled(state, frozen, batch, np.float32(1))
         gradient = jax.tree.map(lambda a, b: a - b, before, jax.device_get(state.trained))
         want = want or (float(metrics["loss"]), gradient)
-        np.testing.assert_allclose(metrics["loss"], want[0], rtol=1e-5)
+        assert_close(metrics["loss"], want[0])
         for (name, got), (_, expected) in zip(tree.named_leaves(gradient), tree.named_leaves(want[1]), strict=True):
-            np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max(), err_msg=f"{name} on {sizes}")
+            assert_close(got, expected, relative=1e-4, name=f"{name} on {sizes}")

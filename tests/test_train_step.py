@@ -12,6 +12,7 @@ from lowrank.core import sharding, tree, weight
 from lowrank.training import optimizer as optim
 from lowrank.training import step
 from lowrank.training.optimizer import OptimConfig
+from tests.support.close import assert_close
 
 L, D, B = 4, 64, 16  # layers, width, batch
 LR = np.float32(0.01)
@@ -77,9 +78,9 @@ def test_a_step_is_the_gradient_step_by_hand():
     loss, gradient = jax.value_and_grad(mean)(jax.device_put(before))
     state, metrics = compiled(state, frozen, batch, LR)
     want = jax.tree.map(lambda p, g: p - 0.01 * g, before, jax.device_get(gradient))
-    jax.tree.map(lambda got, w: np.testing.assert_allclose(got, w, rtol=1e-4, atol=1e-6), state.trained, want)
-    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-4)
+    assert_close(state.trained, want)
+    assert_close(metrics["loss"], loss)
+    assert_close(metrics["grad_norm"], optax.tree.norm(gradient))
     assert int(state.step) == 1
 
 
@@ -90,8 +91,8 @@ def test_accumulation_equals_the_large_batch(accumulate, sizes):
     compiled, state, frozen, batch, _ = _setup(sizes=sizes, name="sgd", accumulate=accumulate)
     parts, got = compiled(state, frozen, batch, LR)
     for key in ("loss", "grad_norm", "weight"):
-        np.testing.assert_allclose(got[key], want[key], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), parts.trained, whole.trained)
+        assert_close(got[key], want[key])
+    assert_close(parts.trained, whole.trained)
 
 
 def test_training_lowers_the_loss_and_touches_no_frozen_byte():
@@ -127,7 +128,7 @@ def test_the_learning_rate_is_an_argument_of_the_program():
     thrice, _ = compiled(state, frozen, batch, 3 * LR)
     assert metrics["lr"] == LR
     moved = lambda after: jax.tree.map(lambda x, y: np.asarray(x) - y, after.trained, before)  # noqa: E731
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(3 * x, y, atol=1e-7), moved(once), moved(thrice))
+    jax.tree.map(lambda x, y: assert_close(3 * x, y), moved(once), moved(thrice))
 
 
 def test_a_batch_of_another_shape_is_refused_rather_than_compiled():

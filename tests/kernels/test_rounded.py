@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lowrank.kernels import rounded
+from tests.support.close import FLOAT32, assert_close
 
 
 def case(axis, dtype=jnp.bfloat16):
@@ -27,7 +28,7 @@ def test_values_and_gradients_are_those_of_the_plain_product(axis, dtype):
     g = jnp.cos(expected)
     for ours, theirs in zip((y, *pull(g)), (expected, *expected_pull(g)), strict=True):
         assert ours.dtype == theirs.dtype == dtype
-        np.testing.assert_allclose(np.float64(ours), np.float64(theirs), rtol=2 * jnp.finfo(dtype).eps, atol=1e-6)
+        assert_close(ours, theirs, relative=max(FLOAT32, 2 * float(jnp.finfo(dtype).eps)))
 
 
 def test_the_product_is_rounded_once():

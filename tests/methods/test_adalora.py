@@ -12,6 +12,7 @@ from lowrank.core.errors import UserError
 from lowrank.methods.adalora import kept_share
 from lowrank.training import build
 from tests import tiny
+from tests.support.close import assert_close
 from tests.test_methods import base
 from tests.test_train import config_of
 
@@ -89,7 +90,7 @@ def test_the_allocation_is_that_of_the_papers_algorithm():
         updates, state = step(gradient, state, trained)
         trained = optax.apply_updates(trained, updates)
         for name, x in flat(trained).items():
-            np.testing.assert_allclose(x, want[t][name], atol=1e-5, err_msg=f"{name} after step {t + 1}")
+            assert_close(x, want[t][name], name=f"{name} after step {t + 1}")
     ranks = np.count_nonzero(flat(trained)["q/kernel/e"], axis=1)
     assert len(set(ranks.tolist())) > 1  # the layers of a stack differ
 
@@ -106,9 +107,9 @@ def test_the_update_and_its_orthogonality_in_float64():
         for layer in range(len(a)):
             q, p = a[layer].T, b[layer].T  # the paper's Q [r, in] and P [out, r]
             update = 6.0 / RANK * p @ np.diag(e[layer]) @ q
-            np.testing.assert_allclose(w.materialize()[layer], base_[layer] + update.T, atol=1e-5)
+            assert_close(w.materialize()[layer], base_[layer] + update.T)
             rest += np.sum((p.T @ p - np.eye(RANK)) ** 2) + np.sum((q @ q.T - np.eye(RANK)) ** 2)
-    np.testing.assert_allclose(method.penalty(params), 0.1 * rest, rtol=1e-5)
+    assert_close(method.penalty(params), 0.1 * rest)
 
 
 def test_a_run_that_leaves_no_step_to_prune_in_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from optax.contrib import scale_by_galore
 
 from lowrank.core.errors import UserError
 from lowrank.methods.galore import projected
+from tests.support.close import assert_close
 from tests.test_methods import attached
 
 RANK, EVERY, SCALE, LR, STEPS = 2, 3, 0.5, 0.1, 7
@@ -56,9 +57,9 @@ def test_the_updates_are_those_of_the_papers_algorithm():
         for layer in range(2):
             want = expected([np.asarray(g[name]["kernel"][layer], np.float64) for g in gradients])
             for u, w in zip(ours, want, strict=True):
-                np.testing.assert_allclose(u[name]["kernel"][layer], w, atol=1e-5)
+                assert_close(u[name]["kernel"][layer], w, relative=1e-4)
     for u, w in zip(ours, adam([np.asarray(g["norm"], np.float64) for g in gradients]), strict=True):
-        np.testing.assert_allclose(u["norm"], w, atol=1e-5)
+        assert_close(u["norm"], w, relative=1e-4)
 
 
 def test_a_square_kernel_moves_as_in_optax_across_new_projections():
@@ -71,7 +72,7 @@ def test_a_square_kernel_moves_as_in_optax_across_new_projections():
     for gradient in gradients:
         x, a = jax.jit(mine.update)(gradient, a, trained)
         y, b = jax.jit(other.update)(gradient, b, trained)
-        np.testing.assert_allclose(x["kernel"], y["kernel"], atol=1e-5)
+        assert_close(x["kernel"], y["kernel"])
 
 
 def test_moments_are_kept_in_the_projected_space():

@@ -14,16 +14,17 @@ from lowrank.models.rope import RopeScaling, frequencies
 from tests.adapted import adapted
 from tests.models.tiny import GPT2, SIZES, decoder, run, tokens
 from tests.pretrained.files import LLAMA, directory
+from tests.support.close import assert_close
 
 
 def test_positions_are_divided_by_the_factor_in_float64():
     model, params = decoder("llama", position_factor=4.0)
     linear, _ = decoder("llama", rope_scaling=RopeScaling("linear", 4.0))
     ids = tokens(2, 20)
-    np.testing.assert_allclose(run(model, params, ids), run(linear, params, ids), atol=1e-5, rtol=1e-5)
+    assert_close(run(model, params, ids), run(linear, params, ids))
     head, theta = model.config.head_dim, model.config.rope_theta
     expected = [theta ** (-2 * i / head) / 4 for i in range(head // 2)]
-    np.testing.assert_allclose(frequencies(head, theta, RopeScaling("linear", 4.0)), expected, rtol=1e-6)
+    assert_close(frequencies(head, theta, RopeScaling("linear", 4.0)), expected)
 
 
 def test_so_many_times_as_many_positions_fit():

@@ -12,6 +12,7 @@ from lowrank.core.errors import UserError
 from lowrank.core.weight import dot, materialize
 from lowrank.weights import lokr
 from tests.forms import shaken
+from tests.support.close import assert_close
 
 L, IN, OUT = 3, 12, 8
 X = np.random.default_rng(0).standard_normal((5, IN)).astype(np.float32)
@@ -35,8 +36,8 @@ def float64(w):
 
 
 def holds(w, expected):
-    np.testing.assert_allclose(materialize(w), expected, atol=1e-5)
-    np.testing.assert_allclose(dot(jnp.asarray(X), w), X @ expected, atol=1e-4)
+    assert_close(materialize(w), expected)
+    assert_close(dot(jnp.asarray(X), w), X @ expected)
 
 
 @pytest.mark.parametrize("rank", [2, 5])
@@ -93,7 +94,7 @@ def test_hira_keeps_no_kernel_for_the_backward_pass():
 def test_ranks_and_alphas_follow_patterns(name):
     patterns = {"rank_pattern": {r"layers/1/.*": 2, r"layers/2/.*": 0}, "alpha_pattern": {r"layers/1/.*": 5.0}}
     w = attached(name=name, rank=3, alpha=6.0, **patterns)
-    np.testing.assert_allclose(w.scale[:2], [2, 2.5])
+    assert_close(w.scale[:2], [2, 2.5])
     changes = [np.linalg.matrix_rank(np.asarray(materialize(w)[i] - w.base[i]), 1e-4) for i in range(L)]
     assert changes == [8, 4, 0]
 

@@ -15,6 +15,7 @@ from lowrank.methods.relora import restarting
 from lowrank.training import build, loop
 from lowrank.training import optimizer as optim
 from tests.adapted import adapted
+from tests.support.close import assert_close, difference
 from tests.test_methods import base
 from tests.test_train import config_of
 
@@ -33,10 +34,10 @@ def test_a_restart_moves_the_update_into_the_base(init):
         assert np.any(w.b)
     else:
         expected = np.float64(before.base) + 16 / 2 * np.einsum("lir,lro->lio", *map(np.float64, (before.a, before.b)))
-        np.testing.assert_allclose(w.base, expected, atol=1e-4)
+        assert_close(w.base, expected)
         assert not np.any(w.b)
-    assert not np.allclose(w.a, before.a)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), merge(anew), merge(params))
+    assert difference(w.a, before.a) > 1e-3
+    assert_close(merge(anew), merge(params))
 
 
 def test_shares_of_the_run_become_steps(files):
@@ -57,7 +58,7 @@ def test_the_moments_are_forgotten_and_the_rate_rises_again():
         rate = lr * (1 - t / steps) * (min(1, n / warmup) if t >= every else 1)
         expected = -rate * (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8)
         update, state = step(jnp.asarray(g, jnp.float32), state, jnp.zeros(5), lr=jnp.float32(lr * (1 - t / steps)))
-        np.testing.assert_allclose(update, expected, atol=1e-5)
+        assert_close(update, expected, relative=1e-4)
 
 
 def config(files):
@@ -83,7 +84,7 @@ def test_what_is_saved_is_the_trained_model(files, whole):
     for (name, x), (_, y) in zip(tree.named_leaves(loaded), tree.named_leaves(params), strict=True):
         np.testing.assert_array_equal(x, y, err_msg=name)
     start = build.build_run(config(files)).load().params["layers"]["attn"]["q"]["kernel"]
-    assert not np.allclose(params["layers"]["attn"]["q"]["kernel"].base, start)
+    assert difference(params["layers"]["attn"]["q"]["kernel"].base, start) > 1e-3
 
 
 @pytest.mark.parametrize(

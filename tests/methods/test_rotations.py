@@ -11,6 +11,7 @@ from lowrank import methods
 from lowrank.core.errors import UserError
 from lowrank.core.weight import dot, materialize
 from tests.forms import shaken
+from tests.support.close import assert_close
 
 L, IN, OUT = 2, 24, 5
 
@@ -36,8 +37,8 @@ def cayley(q):
 
 
 def holds(w, expected):
-    np.testing.assert_allclose(materialize(w), expected, atol=2e-5)
-    np.testing.assert_allclose(dot(jnp.eye(IN), w), expected, atol=2e-5)
+    assert_close(materialize(w), expected)
+    assert_close(dot(jnp.eye(IN), w), expected)
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -47,7 +48,7 @@ def test_oft_turns_the_inputs_block_by_block(share):
     rotation = np.zeros((IN, IN))
     for k in range(IN // 4):
         rotation[4 * k : 4 * k + 4, 4 * k : 4 * k + 4] = cayley(q[0 if share else k])
-    np.testing.assert_allclose(rotation @ rotation.T, np.eye(IN), atol=1e-12)
+    assert_close(rotation @ rotation.T, np.eye(IN), relative=1e-12)
     holds(w, rotation @ np.asarray(w.base, np.float64))
 
 
@@ -55,9 +56,9 @@ def test_the_series_is_close_to_cayleys_transform_for_small_angles():
     w = attached(name="oft", block=4, terms=6)
     q = skew(np.asarray(w.skew, np.float64), 4)[0] * 0.1
     close = jax.tree.map(lambda x: x, w).__class__(base=w.base, skew=w.skew * 0.1, terms=6).blocks()[0, 0]
-    np.testing.assert_allclose(close, cayley(q), atol=1e-5)
+    assert_close(close, cayley(q), relative=1e-5)
     powers = [np.linalg.matrix_power(q, n) for n in range(6)]
-    np.testing.assert_allclose(close, powers[0] + 2 * sum(powers[1:5]) + powers[5], atol=1e-6)
+    assert_close(close, powers[0] + 2 * sum(powers[1:5]) + powers[5])
 
 
 @pytest.mark.parametrize(("block", "factors"), [(4, 1), (2, 3), (6, 3)])
@@ -75,7 +76,7 @@ def test_boft_is_a_product_of_butterflies_and_a_scale(block, factors):
                 factor[np.ix_(at, at)] = cayley(q[i, k])
                 k += 1
         rotation = factor @ rotation
-    np.testing.assert_allclose(rotation @ rotation.T, np.eye(IN), atol=1e-12)
+    assert_close(rotation @ rotation.T, np.eye(IN), relative=1e-12)
     reach = np.abs(rotation[:, 0]) > 1e-9
     assert reach.sum() == block * 2 ** (factors - 1)  # each input is mixed with the whole wide block
     holds(w, rotation @ np.asarray(w.base, np.float64) * np.asarray(w.s, np.float64))

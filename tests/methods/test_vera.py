@@ -9,6 +9,7 @@ from lowrank import methods
 from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.core.weight import dot, materialize, merge
+from tests.support.close import assert_close
 
 L, RANK = 2, 6
 
@@ -36,8 +37,8 @@ def test_it_keeps_the_formula_of_the_paper_in_float64(name):
         base, d, scale = (np.asarray(x, np.float64) for x in (w.base, w.lambda_d, w.lambda_b))
         n_in, n_out = base.shape
         expected = base + a[:n_in] @ np.diag(d) @ b[:, :n_out] @ np.diag(scale)
-        np.testing.assert_allclose(materialize(w), expected, atol=1e-5)
-        np.testing.assert_allclose(dot(jnp.eye(n_in), w), expected, atol=1e-5)
+        assert_close(materialize(w), expected)
+        assert_close(dot(jnp.eye(n_in), w), expected)
 
 
 def test_what_is_shared_comes_from_the_seed_alone_and_leaves_the_tree_that_the_model_sees():

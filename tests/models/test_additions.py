@@ -10,6 +10,7 @@ from lowrank.core import sharding, tree
 from lowrank.core.errors import UserError
 from lowrank.models import DecoderConfig
 from tests.models.tiny import LLAMA, SIZES, decoder, encoder, run, tokens
+from tests.support.close import assert_close
 
 ACT = {"relu": lambda x: np.maximum(x, 0), "silu": lambda x: x / (1 + np.exp(-x))}
 KINDS = {
@@ -55,7 +56,7 @@ def test_a_decoder_has_the_adapters_of_the_paper(kind):
     ids = tokens(1, 1)
     h = np.asarray(params["embed"]["embedding"], np.float64)[ids[0]]
     want = norm(expected(h, params, 0, kind), params["norm"])
-    np.testing.assert_allclose(run(model, params, ids)[0], want, rtol=2e-4, atol=2e-4)
+    assert_close(run(model, params, ids)[0], want)
 
 
 @pytest.mark.parametrize("make", [lambda **o: decoder("gemma", **o), lambda **o: encoder(num_labels=3, **o)])
@@ -65,7 +66,7 @@ def test_adapters_whose_second_layer_is_zero_change_nothing_and_others_do(make, 
     plain, _ = make()
     zeroed = tree.map_named(lambda n, x: 0 * x if "adapter/up" in n else x, params)
     want = run(plain, params, tokens(2), method="__call__")
-    np.testing.assert_allclose(run(model, zeroed, tokens(2), method="__call__"), want, atol=1e-5)
+    assert_close(run(model, zeroed, tokens(2), method="__call__"), want)
     assert np.abs(run(model, params, tokens(2), method="__call__") - want).max() > 1e-2
 
 

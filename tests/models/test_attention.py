@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lowrank.models.attention import attend, cudnn_fits
+from tests.support.close import assert_close
 
 B, T, N, K, H = 2, 9, 4, 2, 8
 
@@ -34,7 +35,7 @@ def inputs():
 def test_masked_attention_equals_float64_head_by_head(cap, scale):
     q, k, v, mask = inputs()
     ours = jax.jit(lambda *a: attend(*a, scale=scale, softcap=cap))(q, k, v, mask[:, None])
-    np.testing.assert_allclose(ours, reference(q, k, v, mask, scale or H**-0.5, cap), rtol=1e-4, atol=1e-5)
+    assert_close(ours, reference(q, k, v, mask, scale or H**-0.5, cap))
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, T, T + 5])
@@ -43,7 +44,7 @@ def test_causal_attention_sees_its_window(window):
     back = np.arange(T)[:, None] - np.arange(T)[None]
     mask = np.broadcast_to((back >= 0) & (back < (window or T)), (B, T, T))
     ours = jax.jit(lambda *a: attend(*a, causal=True, window=window))(q, k, v)
-    np.testing.assert_allclose(ours, reference(q, k, v, mask, H**-0.5, 0), rtol=1e-4, atol=1e-5)
+    assert_close(ours, reference(q, k, v, mask, H**-0.5, 0))
 
 
 def test_the_softmax_is_float32_in_half_precision():
@@ -52,7 +53,7 @@ def test_the_softmax_is_float32_in_half_precision():
     ours = attend(*half, mask[:, None])
     exact = reference(*half, mask, H**-0.5, 0)
     assert ours.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(ours, np.float64), exact, atol=2**-7 * np.abs(exact).max())
+    assert_close(np.asarray(ours, np.float64), exact, relative=0.02)
 
 
 H100, A100, V100 = (

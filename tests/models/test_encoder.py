@@ -5,12 +5,13 @@ import pytest
 
 from lowrank.core.errors import UserError
 from tests.models.tiny import T, encoder, run, sight, tokens
+from tests.support.close import assert_close
 
 PACKED = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
 
 
 def close(a, b):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert_close(a, b, relative=4e-5)
 
 
 def test_a_token_depends_on_all_of_its_segment_and_nothing_else():

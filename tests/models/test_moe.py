@@ -13,6 +13,7 @@ from lowrank.core.errors import UserError
 from lowrank.models import DecoderConfig, build
 from lowrank.models.moe import MoE, by_expert, route
 from tests.models.tiny import MOE, SIZES, _random, normal, run, tokens
+from tests.support.close import assert_close
 
 B, T, D, E, F, K = 2, 3, 6, 5, 4, 2
 
@@ -53,17 +54,17 @@ def test_the_layer_is_the_weighted_sum_of_each_tokens_experts(normalise, shared)
     params = drawn(layer, x, 0.4)
     y = np.asarray(jax.jit(layer.apply)({"params": params}, x))
     expected = token_by_token(np.asarray(x, np.float64).reshape(-1, D), params, normalise)
-    np.testing.assert_allclose(y.reshape(-1, D), expected, atol=1e-5)
+    assert_close(y.reshape(-1, D), expected)
 
 
 def test_rows_are_sorted_by_expert_and_find_their_way_back():
     routing = jax.jit(lambda logits: route(logits, K, True))(normal(0, 7, E))
     rows = jax.tree.map(np.asarray, jax.jit(lambda routing: by_expert(routing, E))(routing))
-    np.testing.assert_allclose(np.sum(np.asarray(routing.gates), axis=-1), 1, rtol=1e-6)
+    assert_close(np.sum(np.asarray(routing.gates), axis=-1), 1)
     ids = np.asarray(routing.experts).reshape(-1)
     assert np.asarray(rows.sizes).tolist() == np.bincount(ids, minlength=E).tolist()
     np.testing.assert_array_equal(rows.tokens[rows.back], np.arange(7).repeat(K))
-    np.testing.assert_allclose(rows.gates[rows.back], np.asarray(routing.gates).reshape(-1))
+    assert_close(rows.gates[rows.back], np.asarray(routing.gates).reshape(-1))
 
 
 def test_a_sharded_decoder_with_experts_computes_what_one_device_does():
@@ -79,7 +80,7 @@ def test_a_sharded_decoder_with_experts_computes_what_one_device_does():
     parts = run(
         model, jax.device_put(params, where), jax.device_put(ids, jax.sharding.NamedSharding(mesh, sharding.BATCH))
     )
-    np.testing.assert_allclose(parts, whole, atol=1e-4)
+    assert_close(parts, whole)
 
 
 def test_gradients_reach_the_router_and_the_chosen_experts():

@@ -8,13 +8,14 @@ from lowrank.core.errors import UserError
 from lowrank.generation import generate, prompt_batches
 from lowrank.models import init_cache
 from tests.models.tiny import T, decoder, encoder, run, tokens
+from tests.support.close import assert_close
 
 PACKED = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
 P = 3
 
 
 def close(a, b):
-    np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-4, atol=1e-4)
+    assert_close(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
 def as_context(params, ids, keys, values):

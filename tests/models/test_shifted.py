@@ -10,6 +10,7 @@ from lowrank.models import DecoderConfig, after_training, build, init_cache
 from lowrank.models.attention import attend
 from lowrank.models.shifted_sparse_attention import attend_shifted
 from tests.models.tiny import LLAMA, SIZES, decoder, run, tokens
+from tests.support.close import assert_close, difference
 
 B, H = 2, 6
 
@@ -56,7 +57,7 @@ def test_tokens_attend_within_their_group_and_half_of_the_heads_are_shifted(
     mask = jnp.asarray(seen)[:, None] if packed else None
     options = {"group": group, "causal": True, "window": window, "softcap": cap}
     ours = jax.jit(lambda *x: attend_shifted(attend, *x, **options))(q, k, v, mask)
-    np.testing.assert_allclose(ours, reference(q, k, v, segments, group, window, cap), rtol=1e-4, atol=1e-5)
+    assert_close(ours, reference(q, k, v, segments, group, window, cap))
 
 
 def test_the_decoder_trains_in_groups_and_decodes_with_full_attention():
@@ -64,12 +65,12 @@ def test_the_decoder_trains_in_groups_and_decodes_with_full_attention():
     whole = build(after_training(model.config))
     ids = tokens(2, 12)
     near, full = run(model, params, ids), run(whole, params, ids)
-    np.testing.assert_allclose(near[:, :2], full[:, :2], rtol=1e-5, atol=1e-5)  # half a group sees all before it
-    assert not np.allclose(near[:, 2:], full[:, 2:], atol=1e-2)
+    assert_close(near[:, :2], full[:, :2])  # half a group sees all before it
+    assert difference(near[:, 2:], full[:, 2:]) > 1e-2
     cached, _ = run(model, params, ids, cache=init_cache(model.config, 2, 12))
-    np.testing.assert_allclose(cached, full, rtol=1e-4, atol=1e-4)
+    assert_close(cached, full)
     segments = np.ones_like(ids)
-    np.testing.assert_allclose(run(model, params, ids, segments=segments), near, rtol=1e-4, atol=1e-4)
+    assert_close(run(model, params, ids, segments=segments), near)
 
 
 @pytest.mark.parametrize("options", [{"shift_group": 3}, {"shift_group": -2}, {"shift_group": 4, "num_prompt": 2}])

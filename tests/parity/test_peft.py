@@ -11,15 +11,14 @@ from lowrank.adapters import peft as peft_format
 from lowrank.core.errors import UserError
 from tests.adapted import adapted
 from tests.parity.bases import (
-    LIMIT,
     assert_same_weights,
-    gap,
     make,
     our_logits,
     randomize,
     their_logits,
     trained_in,
 )
+from tests.support.close import assert_close, difference
 
 # A missing tensor is only a warning in peft, so warnings stay errors but for those of its own making.
 pytestmark = [
@@ -77,8 +76,8 @@ def test_peft_loads_our_adapter_and_computes_our_logits(case, bases, tmp_path):
     peft_format.save(params, base, tmp_path, trained=trained, method=group, original=plain)
     theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
     mine = our_logits(base, params)
-    assert gap(their_logits(model), theirs) > 0.1  # the adapter does something
-    assert gap(mine, theirs) <= LIMIT
+    assert difference(their_logits(model), theirs) > 0.02  # the adapter does something
+    assert_close(mine, theirs, relative=1e-4)
     assert_same_weights(params, peft_format.load(tmp_path, plain, base))
 
 
@@ -186,8 +185,8 @@ def test_we_load_an_adapter_of_peft_and_compute_its_logits(case, bases, tmp_path
     theirs.save_pretrained(tmp_path)
     mine = peft_format.load(tmp_path, plain, base)
     expected = their_logits(theirs)
-    assert gap(their_logits(model), expected) > 0.1
-    assert gap(our_logits(base, mine), expected) <= LIMIT
+    assert difference(their_logits(model), expected) > 0.02
+    assert_close(our_logits(base, mine), expected, relative=1e-4)
     again = peft_format.save(mine, base, tmp_path / "again", trained=trained_in(theirs, base))
     assert_same_weights(mine, peft_format.load(again, plain, base))
 
@@ -199,7 +198,7 @@ def test_missing_json_keys_take_the_defaults_of_peft(bases, tmp_path):
     theirs.save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]}))
     expected = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
-    assert gap(our_logits(base, peft_format.load(tmp_path, plain, base)), expected) <= LIMIT
+    assert_close(our_logits(base, peft_format.load(tmp_path, plain, base)), expected, relative=1e-4)
 
 
 RESIDUAL = {
@@ -224,9 +223,9 @@ def test_an_adapter_on_what_an_init_left_of_the_base_is_put_on_the_base(case, ba
     theirs.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["init_lora_weights"] in ("pissa", "olora")
     expected = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
-    assert gap(their_logits(model), expected) > 0.1
+    assert difference(their_logits(model), expected) > 0.02
     mine = peft_format.load(tmp_path, plain, base)
-    assert gap(our_logits(base, mine), expected) <= LIMIT
+    assert_close(our_logits(base, mine), expected, relative=1e-4)
     again = peft_format.save(mine, base, tmp_path / "again")
     assert_same_weights(mine, peft_format.load(again, plain, base))
 

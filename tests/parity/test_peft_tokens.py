@@ -11,7 +11,8 @@ from lowrank import methods
 from lowrank.adapters import peft as peft_format
 from lowrank.core import tree
 from lowrank.core.errors import UserError
-from tests.parity.bases import LIMIT, gap, make, our_logits, randomize, their_logits
+from tests.parity.bases import make, our_logits, randomize, their_logits
+from tests.support.close import assert_close, difference
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -43,8 +44,8 @@ def test_peft_loads_our_rows_and_computes_our_logits(name, bases, tmp_path):
     params, trained = moved(plain, {"name": "tokens", "tokens": IDS})
     peft_format.save(params, base, tmp_path, trained=trained)
     theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
-    assert gap(their_logits(model), theirs) > 0.1
-    assert gap(our_logits(base, params), theirs) <= LIMIT
+    assert difference(their_logits(model), theirs) > 0.02
+    assert_close(our_logits(base, params), theirs, relative=1e-4)
     jax.tree.map(np.testing.assert_array_equal, peft_format.load(tmp_path, plain, base), params)
 
 
@@ -54,9 +55,9 @@ def test_we_load_rows_of_peft_and_compute_its_logits(name, bases, tmp_path):
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.TrainableTokensConfig(token_indices=IDS)).eval()
     randomize([(n, p) for n, p in theirs.named_parameters() if p.requires_grad], seed=5)
     theirs.save_pretrained(tmp_path)
-    assert gap(their_logits(model), their_logits(theirs)) > 0.1
+    assert difference(their_logits(model), their_logits(theirs)) > 0.02
     assert peft_format.about(tmp_path).model == {}
-    assert gap(our_logits(base, peft_format.load(tmp_path, plain, base)), their_logits(theirs)) <= LIMIT
+    assert_close(our_logits(base, peft_format.load(tmp_path, plain, base)), their_logits(theirs), relative=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "tied llama"])
@@ -67,14 +68,16 @@ def test_rows_beside_a_lora_go_to_peft_and_come_from_it(name, bases, tmp_path):
     peft_format.save(params, base, tmp_path / "ours", trained=trained, method=group)
     theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours"))
     rowless = {**params, "embed": {"embedding": plain["embed"]["embedding"]}}
-    assert gap(our_logits(base, rowless), theirs) > 0.1
-    assert gap(our_logits(base, params), theirs) <= LIMIT
+    assert difference(our_logits(base, rowless), theirs) > 0.02
+    assert_close(our_logits(base, params), theirs, relative=1e-4)
     jax.tree.map(np.testing.assert_array_equal, peft_format.load(tmp_path / "ours", plain, base), params)
     config = peft.LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj"], trainable_token_indices=IDS)
     theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
     randomize([(n, p) for n, p in theirs.named_parameters() if p.requires_grad], seed=5)
     theirs.save_pretrained(tmp_path / "theirs")
-    assert gap(our_logits(base, peft_format.load(tmp_path / "theirs", plain, base)), their_logits(theirs)) <= LIMIT
+    assert_close(
+        our_logits(base, peft_format.load(tmp_path / "theirs", plain, base)), their_logits(theirs), relative=1e-4
+    )
 
 
 @pytest.mark.parametrize("also", ["norm/scale", "head/kernel", ("embed/embedding", "norm/.*")])
@@ -84,8 +87,8 @@ def test_peft_loads_the_modules_that_a_lora_trains_whole(also, bases, tmp_path):
     params, trained = moved(plain, group)
     peft_format.save(params, base, tmp_path, trained=trained, method=group)
     theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
-    assert gap(their_logits(model), theirs) > 0.1
-    assert gap(our_logits(base, params), theirs) <= LIMIT
+    assert difference(their_logits(model), theirs) > 0.02
+    assert_close(our_logits(base, params), theirs, relative=1e-4)
     jax.tree.map(np.testing.assert_array_equal, peft_format.load(tmp_path, plain, base), params)
 
 

@@ -5,12 +5,8 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from launch import preflight as command
 from lowrank.memory import devices
-
-pytest.importorskip("libtpu", reason="there is one for Linux on x86-64 alone")
 
 
 def test_a_large_product_and_its_gradient_make_no_copy_of_the_kernel():

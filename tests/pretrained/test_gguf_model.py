@@ -10,6 +10,7 @@ from lowrank.pretrained import describe, load
 from tests.pretrained import files
 from tests.pretrained.files import GEMMA3, GPT2, LLAMA
 from tests.pretrained.test_load import assert_same
+from tests.support.close import assert_close
 
 UNTIED = {**LLAMA, "tie_word_embeddings": False}
 TWINS = {
@@ -44,7 +45,7 @@ def test_a_converted_file_is_the_checkpoint_it_came_from(tmp_path, name):
 def close(ours, theirs):
     """Equal, but for the rounding of Gemma's 1 + w."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-7), ours, theirs)
+    assert_close(ours, theirs)
 
 
 def test_heads_that_are_split_over_devices_are_put_back_in_order(tmp_path):

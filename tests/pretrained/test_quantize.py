@@ -16,6 +16,7 @@ from lowrank.pretrained.tensor_reader import finite
 from lowrank.weights.quantized.schemes import SCHEMES
 from tests import tiny
 from tests.pretrained import files
+from tests.support.close import assert_close
 
 values = jax.jit(materialize)
 NF4 = {"name": "nf4", "block": 8, "double": True}
@@ -45,7 +46,7 @@ def test_codes_are_those_of_the_kernel_and_the_rest_is_as_it_was(scheme, folder)
     if scheme == "mixed":  # whose kernels share a budget
         return
     name = "layers/mlp/down/kernel"
-    np.testing.assert_allclose(values(codes[name]), values(made(before[name])), rtol=1e-5, atol=1e-6)
+    assert_close(values(codes[name]), values(made(before[name])))
 
 
 def test_every_device_has_its_own_shard_of_the_codes(folder):
@@ -136,7 +137,7 @@ def test_a_gguf_base_stays_in_its_own_blocks(tmp_path):
     assert own["layers/mlp/up/kernel"].title == "Q8_0"
     for name, kernel in plain.items():
         assert is_stored(own[name]) == (name.startswith("layers/") and name.endswith("kernel"))
-        np.testing.assert_allclose(values(own[name]), kernel, rtol=1e-6, atol=1e-7)
+        assert_close(values(own[name]), kernel)
 
 
 def test_what_is_in_other_blocks_is_named(tmp_path, folder):
