@@ -37,6 +37,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         },
         optim={"name": "adamw", "lr": 2e-3, "schedule": "linear", "warmup": 4, "clip": 1.0},
         eval={"split": "test", "max_examples": 24, "texts": 100, "max_new": 16},
-        loss_rows=128,  # the head leaves out prompts: a step takes five sixths of the time
+        logits_chunk_tokens=128,  # the head leaves out prompts: a step takes five sixths of the time
         log_every=4,
     )

@@ -4,12 +4,11 @@ from lowrank import methods
 from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.core.tree import join, split
-from lowrank.core.weight import Weight, declared_mask, dot, materialize, merge, rewrite
+from lowrank.core.weight import Weight, dot, materialize, merge, rewrite
 
 __all__ = [
     "UserError",
     "Weight",
-    "declared_mask",
     "dot",
     "join",
     "materialize",

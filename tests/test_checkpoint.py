@@ -167,7 +167,7 @@ def test_arrays_may_be_donated_once_save_returns(tmp_path):
 
 KILLED = """
 import sys, threading, jax.numpy as jnp
-from lowrank.checkpoint import Checkpointer
+from lowrank.training.checkpoint import Checkpointer
 saver = Checkpointer(sys.argv[1], keep=1)
 saver.save(1, {"w": jnp.arange(4)}, {"step": 1}, block=True)
 def never(event, args):  # a save ends with the renaming of its folder
@@ -211,8 +211,8 @@ import os, signal, sys, time, jax, numpy as np
 address, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(address, 2, index)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from lowrank.checkpoint import Checkpointer
-from lowrank.stopping import StopSignal
+from lowrank.training.checkpoint import Checkpointer
+from lowrank.training.preemption import StopSignal
 sharding = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), P("x"))
 whole = np.arange(8, dtype=np.float32)
 array = jax.make_array_from_callback((8,), sharding, lambda i: whole[i])

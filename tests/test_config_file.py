@@ -51,6 +51,11 @@ def test_a_bad_override_names_itself(name, text, culprit):
 
 def test_a_changed_copy_leaves_the_config_alone():
     config = {"steps": 1, "method": {"name": "lora", "rank": 8}, "model": {"quantize": "nf4"}}
-    copy = config_file.changed(config, {"method.rank": 4, "loss_rows": 2})
-    assert copy == {"steps": 1, "method": {"name": "lora", "rank": 4}, "loss_rows": 2, "model": {"quantize": "nf4"}}
+    copy = config_file.changed(config, {"method.rank": 4, "logits_chunk_tokens": 2})
+    assert copy == {
+        "steps": 1,
+        "method": {"name": "lora", "rank": 4},
+        "logits_chunk_tokens": 2,
+        "model": {"quantize": "nf4"},
+    }
     assert config["method"]["rank"] == 8

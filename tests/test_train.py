@@ -336,5 +336,5 @@ def test_scores_hold_as_many_logits_a_device_as_a_step(files, monkeypatch):
     seen = []
     monkeypatch.setattr(scores, "perplexity", lambda *_, rows, **__: seen.append(rows) or {})
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    build.build_run(config_of(files, loss_rows=3, mesh=mesh, eval={"split": "train"})).scorer.scores({})
+    build.build_run(config_of(files, logits_chunk_tokens=3, mesh=mesh, eval={"split": "train"})).scorer.scores({})
     assert seen == [3 * 4]

@@ -21,7 +21,7 @@ IGNORED = -100  # the label that torch's loss leaves out
 def main(rows: int, folder: str) -> None:
     """Loads the run, with `rows` tokens of the head at a time; leaves its start for the other side, then serves."""
     config = HEADLINES.config(ROWS["lora"], 1e-4, seed=0)
-    config.loss_rows = rows
+    config.logits_chunk_tokens = rows
     config.optim.update(schedule="constant", warmup=0, clip=0.0)  # as theirs
     job = build.build_run(config)
     base, optimizer = job.load(), job.optimizer()

@@ -16,7 +16,7 @@ SETTINGS = {  # there are many rows and three hours
         "steps": 16,
         "data.batch_size": 4,
         "optim.warmup": 2,
-        "loss_rows": 128,  # prompts carry no loss, so most chunks of the head cost nothing
+        "logits_chunk_tokens": 128,  # prompts carry no loss, so most chunks of the head cost nothing
         "eval.max_examples": 32,
     },
 }

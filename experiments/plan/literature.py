@@ -108,8 +108,8 @@ def _precision() -> list[Figure]:
             Figure(f"13B weights, {scheme['name']} base", said, device_bytes(stored) / 1e9, "GB", source, note)
         )
     c, weights = job.network.config, device_bytes(frozen)
-    cache = 2 * c.layers * c.room * c.kv_heads * c.head_dim * 2
-    note = f"weights and the keys and values of {c.room} tokens, nothing else"
+    cache = 2 * c.layers * c.max_length * c.kv_heads * c.head_dim * 2
+    note = f"weights and the keys and values of {c.max_length} tokens, nothing else"
     return [*found, Figure("13B inference over weights", 1.2, 1 + cache / weights, "x", "Transformer Math 101", note)]
 
 

@@ -75,7 +75,9 @@ class Model:
     @property
     def perplexity(self) -> Callable[..., dict[str, float]]:
         """`evaluate.perplexity` with as many logits at a time as in the run."""
-        return functools.partial(scores.perplexity, rows=self.run.get("loss_rows", RunConfig.loss_rows))
+        return functools.partial(
+            scores.perplexity, rows=self.run.get("logits_chunk_tokens", RunConfig.logits_chunk_tokens)
+        )
 
 
 def found(model: Model) -> float:

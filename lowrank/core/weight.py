@@ -89,7 +89,7 @@ class Weight:
         """Rows of an embedding table `[vocab, width]`."""
         return jnp.take(self.materialize(), ids, axis=0)
 
-    def handed(self, gates: jax.Array) -> "Weight":
+    def with_gates(self, gates: jax.Array) -> "Weight":
         """The weight with its part of what its layer's router says, `gates` `[rows, tokens or 1, K]`."""
         del gates
         return self
@@ -136,7 +136,7 @@ def take(w: Any, ids: jax.Array) -> jax.Array:
 
 def with_gates(params: PyTree, gates: jax.Array) -> PyTree:
     """`params` with the gates of their layer in every form that asks for them."""
-    return jax.tree.map(lambda w: w.handed(gates) if is_weight(w) else w, params, is_leaf=is_weight)
+    return jax.tree.map(lambda w: w.with_gates(gates) if is_weight(w) else w, params, is_leaf=is_weight)
 
 
 def materialize(w: Any) -> jax.Array:

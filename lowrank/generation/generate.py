@@ -68,10 +68,10 @@ def _check_fit(config: Any, lengths_B: np.ndarray, max_new: int) -> None:
         raise UserError(f"max_new={max_new} is below 1")
     if min(lengths_B) < 1:
         raise UserError("a prompt is empty: generation needs at least one token to continue")
-    if max(lengths_B) + max_new + config.virtual > config.room:
-        virtual = f" + {config.virtual} virtual tokens" if config.virtual else ""
+    if max(lengths_B) + max_new + config.num_virtual_tokens > config.max_length:
+        virtual = f" + {config.num_virtual_tokens} virtual tokens" if config.num_virtual_tokens else ""
         total = f"a prompt of {max(lengths_B)} tokens{virtual} + max_new={max_new}"
-        raise UserError(f"{total} exceeds the model's {config.room} positions")
+        raise UserError(f"{total} exceeds the model's {config.max_length} positions")
 
 
 def lowered(
@@ -152,7 +152,9 @@ def texts(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         full = rows + rows[-1:] * (batch_size - len(rows))  # one program a length
-        tokens, segments = left_pad([ids[i] for i in full], tokenizer.pad_id, config.room - config.virtual)
+        tokens, segments = left_pad(
+            [ids[i] for i in full], tokenizer.pad_id, config.max_length - config.num_virtual_tokens
+        )
         settings = {
             "temperature": temperature,
             "top_k": top_k,
@@ -169,7 +171,7 @@ def texts(
 
 def largest_batch(lengths: Sequence[int], config: Any, batch_size: int = BATCH) -> tuple[int, int]:
     """`(rows, prompt positions)` of the largest batch that `texts` makes of prompts of these lengths."""
-    return _even(len(lengths), batch_size), padded(max(lengths), config.max_positions - config.virtual)
+    return _even(len(lengths), batch_size), padded(max(lengths), config.max_positions - config.num_virtual_tokens)
 
 
 def _even(count: int, batch_size: int) -> int:

@@ -30,65 +30,65 @@ class Step(NamedTuple):
     leaves_with_all_before: int
 
 
-def options(job: Run, memory: int) -> Iterator[Option]:
-    """The changes that `job` has left, from those that cost nothing but time to those that cost quality."""
-    c, model = job.config, job.network.config
-    if (parts := _microbatches(job, memory)) > job.optim.accumulate:
+def options(run: Run, memory: int) -> Iterator[Option]:
+    """The changes that `run` has left, from those that cost nothing but time to those that cost quality."""
+    c, model = run.config, run.network.config
+    if (parts := _microbatches(run, memory)) > run.optim.accumulate:
         yield Option({"optim.accumulate": parts}, "same numbers; smaller products are slower")
-    if c.objective == "causal_lm" and (c.loss_rows == 0 or c.loss_rows > 128):
-        yield Option({"loss_rows": 128}, "same numbers; smaller products in the head")
+    if c.objective == "causal_lm" and (c.logits_chunk_tokens == 0 or c.logits_chunk_tokens > 128):
+        yield Option({"logits_chunk_tokens": 128}, "same numbers; smaller products in the head")
     if model.remat not in ("full", "offload"):
         yield Option({"model.remat": "full"}, "same numbers; about a third more to compute")
     if model.remat != "offload":
         yield Option({"model.remat": "offload"}, "as full, and each block's input travels to the host and back")
-    if not job.optim.paged:
+    if not run.optim.paged:
         yield Option({"optim.paged": True}, "same numbers; the optimizer's state travels from the host and back")
-    yield from _meshes(job)
+    yield from _meshes(run)
     if model.dtype == "float32":
         yield Option({"model.dtype": "bfloat16"}, "activations rounded to 8 bits of mantissa; faster on accelerators")
-    if job.model.param_dtype == "float32":
+    if run.model.param_dtype == "float32":
         yield Option({"model.param_dtype": "bfloat16"}, "frozen weights rounded to 8 bits of mantissa")
     if c.method.get("rank", 0) > 1:
         yield Option({"method.rank": c.method["rank"] // 2}, "an adapter that can learn less")
-    if not job.model.quantize:
+    if not run.model.quantize:
         yield Option({"model.quantize": "int8"}, "kernels in 8 bits: a small loss of quality")
         yield Option({"model.quantize": {"name": "nf4", "double": True}}, "kernels in 4 bits: QLoRA's loss of quality")
 
 
-def _microbatches(job: Run, memory: int) -> int:
+def _microbatches(run: Run, memory: int) -> int:
     """Into as few as leave about `memory`, or one row each."""
-    now, before = formulas.memory(job), job.optim.accumulate
-    rows = _rows(job) // sharding.batch_shards(job.mesh)
+    now, before = formulas.memory(run), run.optim.accumulate
+    rows = _rows(run) // sharding.batch_shards(run.mesh)
     fixed = now.resident + now.batch + 2 * now.adapter
     fits = lambda n: fixed + (now.activations + now.temporary) * before / n <= memory  # noqa: E731
     return next((n for n in range(before, rows) if rows % n == 0 and fits(n)), rows)
 
 
-def _rows(job: Run) -> int:
-    return next(iter(formulas.step_inputs(job).batch.values())).shape[0]
+def _rows(run: Run) -> int:
+    return next(iter(formulas.step_inputs(run).batch.values())).shape[0]
 
 
-def _meshes(job: Run) -> Iterator[Option]:
+def _meshes(run: Run) -> Iterator[Option]:
     """The devices that there are, all cutting the weights; then more of them."""
-    size, rows = job.mesh.size, _rows(job)
+    size, rows = run.mesh.size, _rows(run)
     for n in (size, *(size * k for k in (2, 4, 8))):
-        if n > job.mesh.shape["fsdp"] and rows % n == 0:
+        if n > run.mesh.shape["fsdp"] and rows % n == 0:
             where = {"mesh.data": 1, "mesh.fsdp": n, "mesh.tensor": 1, "optim.accumulate": rows // n}
             yield Option(where, "weights travel between devices" if n == size else f"{n} devices", n)
 
 
-def advise(job: Run, memory: int) -> list[Step]:
+def advise(run: Run, memory: int) -> list[Step]:
     """The options that save anything, in order, until all that were listed together leave no more than `memory`.
 
     Options of different kinds add up; of two that change the same key the later one takes the place of the earlier.
     """
-    now, together, left, steps = formulas.memory(job).peak, {}, 0, []
-    for option in options(job, memory):
-        alone = _peak(job, option.changes, option.devices)
+    now, together, left, steps = formulas.memory(run).peak, {}, 0, []
+    for option in options(run, memory):
+        alone = _peak(run, option.changes, option.devices)
         if alone is None or alone >= now:
             continue
         more = together | option.changes
-        both = _peak(job, more, option.devices or left) if together else alone
+        both = _peak(run, more, option.devices or left) if together else alone
         if both is not None and both < (steps[-1].leaves_with_all_before if steps else now):
             together, left = more, option.devices or left
             steps.append(Step(option, now - alone, alone, both))
@@ -97,11 +97,11 @@ def advise(job: Run, memory: int) -> list[Step]:
     return steps
 
 
-def _peak(job: Run, changes: Mapping[str, Any], devices: int) -> int | None:
+def _peak(run: Run, changes: Mapping[str, Any], devices: int) -> int | None:
     """The peak by formula with these changes; None for a run that cannot be."""
     inside = {k: v for k, v in changes.items() if not (devices and k.startswith("mesh."))}
     try:
-        varied = build_run(config_file.changed(vars(job.config), inside), list(job.mesh.devices.flat), like=job)
+        varied = build_run(config_file.changed(vars(run.config), inside), list(run.mesh.devices.flat), like=run)
     except UserError:
         return None
     if devices:

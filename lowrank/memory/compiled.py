@@ -52,19 +52,19 @@ class Compiled:
         return max(self.step.total, writing)
 
 
-def compiled(job: Run, arrays: StepInputs | None = None) -> Compiled:
-    """The training step of `job`, and its writing of texts if it has an evaluation that does, compiled for its mesh."""
-    r = arrays or step_inputs(job)
+def compiled(run: Run, arrays: StepInputs | None = None) -> Compiled:
+    """The training step of `run`, and its writing of texts if it has an evaluation that does, compiled for its mesh."""
+    r = arrays or step_inputs(run)
     parts = {"weights": r.frozen, "adapter": r.state.trained, "moments": r.state.optimizer, "batch": r.batch}
-    optimizer = job.optimizer()
-    train = analysed(lambda: step.compile_step(job.step(optimizer), r.state, r.frozen, r.batch))
-    texts = job.scorer is not None and bool(job.scorer.prompts)
+    optimizer = run.optimizer()
+    train = analysed(lambda: step.compile_step(run.step(optimizer), r.state, r.frozen, r.batch))
+    texts = run.scorer is not None and bool(run.scorer.prompts)
     params = tree.join(r.state.trained, r.frozen)
     return Compiled(
-        platform=job.mesh.devices.flat[0].device_kind,
+        platform=run.mesh.devices.flat[0].device_kind,
         **{name: held(part) for name, part in parts.items()},
         step=train,
-        generation=analysed(lambda: job.scorer.lowered(params).compile()) if texts else None,
+        generation=analysed(lambda: run.scorer.lowered(params).compile()) if texts else None,
     )
 
 

@@ -59,83 +59,83 @@ class Memory:
         return max(self.step, self.generation)
 
 
-def memory(job: Run, arrays: StepInputs | None = None) -> Memory:
-    """What `job` takes on each device."""
-    r = arrays or step_inputs(job)
+def memory(run: Run, arrays: StepInputs | None = None) -> Memory:
+    """What `run` takes on each device."""
+    r = arrays or step_inputs(run)
     adapter = device_bytes(r.state.trained)
     return Memory(
         weights=device_bytes(r.frozen),
         adapter=adapter,
         moments=device_bytes(r.state.optimizer),
         batch=device_bytes(r.batch),
-        gradients=adapter * (2 if job.optim.accumulate > 1 else 1),
-        activations=residuals.activations(job, r),
-        temporary=temporary(job, r),
-        kv_cache=kv_cache(job),
-        host=device_bytes((r.state, r.frozen), HOST) + residuals.activations(job, r, host=True),
+        gradients=adapter * (2 if run.optim.accumulate > 1 else 1),
+        activations=residuals.activations(run, r),
+        temporary=temporary(run, r),
+        kv_cache=kv_cache(run),
+        host=device_bytes((r.state, r.frozen), HOST) + residuals.activations(run, r, host=True),
     )
 
 
-def temporary(job: Run, r: StepInputs) -> int:
+def temporary(run: Run, r: StepInputs) -> int:
     """A step's working set: one block's activations in full, logits, decoded tiles, gathered shards of one block.
 
     To these comes what a paged optimizer brings in at a time.
     """
-    block = residuals.activations(job, r, remat="none") // job.network.config.layers
-    return block + logits(job, r) + decoded(job) + gathered(job, r) + streamed(job, r)
+    block = residuals.activations(run, r, remat="none") // run.network.config.layers
+    return block + logits(run, r) + decoded(run) + gathered(run, r) + streamed(run, r)
 
 
-def streamed(job: Run, r: StepInputs) -> int:
+def streamed(run: Run, r: StepInputs) -> int:
     """The moments of one trained leaf, the largest, that a paged optimizer has on the device at a time."""
-    if not job.paged:
+    if not run.paged:
         return 0
-    owner = jax.tree.leaves(offload.owners(job.optimizer(), r.state.optimizer, r.state.trained))
+    owner = jax.tree.leaves(offload.owners(run.optimizer(), r.state.optimizer, r.state.trained))
     of = collections.defaultdict(list)
     for i, x in zip(owner, jax.tree.leaves(r.state.optimizer), strict=True):
         of[i].append(x)
     return max(device_bytes(moments, HOST) for moments in of.values())
 
 
-def logits(job: Run, r: StepInputs) -> int:
+def logits(run: Run, r: StepInputs) -> int:
     """The logits of as many tokens as exist at a time and their gradient, float32."""
-    if job.config.objective != "causal_lm":
+    if run.config.objective != "causal_lm":
         return 0
     size, length = next(iter(r.batch.values())).shape
-    tokens = size * length // (sharding.batch_shards(job.mesh) * job.optim.accumulate)
-    some = min(tokens, job.config.loss_rows or tokens)
-    return 2 * 4 * some * job.network.config.vocab_size // job.mesh.shape["tensor"]
+    tokens = size * length // (sharding.batch_shards(run.mesh) * run.optim.accumulate)
+    some = min(tokens, run.config.logits_chunk_tokens or tokens)
+    return 2 * 4 * some * run.network.config.vocab_size // run.mesh.shape["tensor"]
 
 
-def decoded(job: Run) -> int:
+def decoded(run: Run) -> int:
     """The tile of a quantised kernel that is decoded at a time, float32: the largest."""
-    forms = [w for _, w in _forms(job.shapes)]
+    forms = [w for _, w in _forms(run.shapes)]
     return 4 * max((min(base.TILE, math.prod(w.shape[-2:])) for w in forms), default=0)
 
 
-def gathered(job: Run, r: StepInputs) -> int:
+def gathered(run: Run, r: StepInputs) -> int:
     """The other devices' shards of one block's leaves, and of the logits', which `fsdp` brings together for a turn."""
-    if job.mesh.shape["fsdp"] == 1:
+    if run.mesh.shape["fsdp"] == 1:
         return 0
     named = [pair for part in (r.state.trained, r.frozen) for pair in tree.named_leaves(part)]
-    read = "embed/embedding" if getattr(job.network.config, "tied", False) else "head/kernel"
-    table = [x for name, x in named if name.startswith(read) and job.config.objective == "causal_lm"]
+    read = "embed/embedding" if getattr(run.network.config, "tied", False) else "head/kernel"
+    table = [x for name, x in named if name.startswith(read) and run.config.objective == "causal_lm"]
     layers = [x for name, x in named if _in_layers(name)]
-    whole = _whole(layers) / job.network.config.layers + _whole(table)
-    shards = device_bytes(layers) / job.network.config.layers + device_bytes(table)
-    return math.ceil(whole / job.mesh.shape["tensor"] - shards)
+    whole = _whole(layers) / run.network.config.layers + _whole(table)
+    shards = device_bytes(layers) / run.network.config.layers + device_bytes(table)
+    return math.ceil(whole / run.mesh.shape["tensor"] - shards)
 
 
 def _whole(leaves: Sequence[Any]) -> float:
     return sum(x.size * parameter_summary.bits(x.dtype) / 8 for x in leaves)
 
 
-def kv_cache(job: Run) -> int:
+def kv_cache(run: Run) -> int:
     """Keys and values of the largest batch of texts, on one device: 2 * layers * rows * slots * heads * width."""
-    c = job.network.config
-    if job.scorer is None or not job.scorer.prompts or not isinstance(c, models.DecoderConfig):
+    c = run.network.config
+    if run.scorer is None or not run.scorer.prompts or not isinstance(c, models.DecoderConfig):
         return 0
-    batch, length = job.scorer.largest
-    slots = length + job.scorer.config.max_new + c.virtual
+    batch, length = run.scorer.largest
+    slots = length + run.scorer.config.max_new + c.num_virtual_tokens
     return 2 * c.layers * batch * slots * c.kv_heads * c.head_dim * parameter_summary.bits(c.dtype) // 8
 
 

@@ -26,7 +26,7 @@ def size(count: float) -> str:
 class Report:
     """A run, what it is planned for, and the figures."""
 
-    job: Run
+    run: Run
     target: Target
     formula: Memory
     compiled: Compiled | None
@@ -74,14 +74,14 @@ NOTES = {"kv_cache": "compiled: all of the program's temporary bytes"}
 
 def text(r: Report) -> str:
     """The table, the verdict and the advice."""
-    c, mesh = r.job.config, ", ".join(f"{axis}={size}" for axis, size in r.job.mesh.shape.items() if size > 1)
-    where = f"{r.job.mesh.size} x {r.target.name}" + (f" ({mesh})" if mesh else "")
-    lines = [f"{c.method['name']} on {r.job.model.name}, {where}: bytes on each device", ""]
+    c, mesh = r.run.config, ", ".join(f"{axis}={size}" for axis, size in r.run.mesh.shape.items() if size > 1)
+    where = f"{r.run.mesh.size} x {r.target.name}" + (f" ({mesh})" if mesh else "")
+    lines = [f"{c.method['name']} on {r.run.model.name}, {where}: bytes on each device", ""]
     by = f"compiled for {r.compiled.platform}" if r.compiled else "not compiled"
     width = max(28, len(by) + 2)
     lines += [f"{'':20}{'formula':>12}{by:>{width}}{'formula / compiled':>22}"]
     lines += [_line(name, formula, compiled, width) for name, formula, compiled in rows(r)]
-    lines += ["", *r.job.notes, *verdict(r)]
+    lines += ["", *r.run.notes, *verdict(r)]
     lines += [f"  {line}" for line in _advice(r)]
     return "\n".join(lines)
 
@@ -130,9 +130,9 @@ def plain(r: Report) -> dict[str, Any]:
     table = rows(r)
     compiled = r.compiled and {"platform": r.compiled.platform, "native": r.native, **dataclasses.asdict(r.compiled)}
     return {
-        "model": r.job.model.name,
-        "method": r.job.config.method["name"],
-        "mesh": dict(r.job.mesh.shape),
+        "model": r.run.model.name,
+        "method": r.run.config.method["name"],
+        "mesh": dict(r.run.mesh.shape),
         "target": r.target.name,
         "memory_bytes": r.target.memory,
         "formula": {name: formula for name, formula, _ in table},
@@ -141,6 +141,6 @@ def plain(r: Report) -> dict[str, Any]:
         "needed_bytes": r.needed,
         "fits": r.fits,
         "missing_bytes": max(0, r.needed - r.target.memory),
-        "notes": list(r.job.notes),
+        "notes": list(r.run.notes),
         "advice": [{**step._asdict(), "option": step.option._asdict()} for step in r.advice],
     }

@@ -12,40 +12,40 @@ from lowrank.memory.shapes import StepInputs, rows
 from lowrank.training.run import Run
 
 
-def activations(job: Run, run: StepInputs, remat: str = "", host: bool = False) -> int:
+def activations(run: Run, inputs: StepInputs, remat: str = "", host: bool = False) -> int:
     """Bytes each device keeps of one microbatch beside the parameters and the batch; `remat` as if it were set so.
 
     `host`: what it keeps in the host's memory instead.
     The mesh cuts the rows by `data` and `fsdp`. By `tensor` it cuts what has the hidden width or heads apart; what
     cannot be told from the residual stream counts whole.
     """
-    now = job.network.config
+    now = run.network.config
     config = dataclasses.replace(now, remat=remat or now.remat, remat_names=() if remat else now.remat_names)
-    size = next(iter(run.batch.values())).shape[0] // (sharding.batch_shards(job.mesh) * job.optim.accumulate)
-    alone = dataclasses.replace(job, network=models.build(config), mesh=sharding.make_mesh(1, 1, 1))
-    cut = job.mesh.shape["tensor"]
-    found = [x for x in _remembered(alone, run, size) if (x.memory_space == jax.memory.Space.Host) == host]
+    size = next(iter(inputs.batch.values())).shape[0] // (sharding.batch_shards(run.mesh) * run.optim.accumulate)
+    alone = dataclasses.replace(run, network=models.build(config), mesh=sharding.make_mesh(1, 1, 1))
+    cut = run.mesh.shape["tensor"]
+    found = [x for x in _remembered(alone, inputs, size) if (x.memory_space == jax.memory.Space.Host) == host]
     return math.ceil(sum(_bytes(x) / (cut if _splits(x.shape, config, cut) else 1) for x in found))
 
 
 _FOUND: dict[Any, list[Any]] = {}  # tracing takes a second, and advice asks for like runs again and again
 
 
-def _remembered(job: Run, run: StepInputs, size: int) -> list[Any]:
-    leaves = tree.named_leaves((run.state.trained, run.frozen, rows(run.batch, size)))
+def _remembered(run: Run, inputs: StepInputs, size: int) -> list[Any]:
+    leaves = tree.named_leaves((inputs.state.trained, inputs.frozen, rows(inputs.batch, size)))
     shapes = tuple((name, x.shape, str(x.dtype)) for name, x in leaves)
-    key = job.network.config, repr(job.config.method), job.config.objective, job.config.loss_rows, shapes
+    key = run.network.config, repr(run.config.method), run.config.objective, run.config.logits_chunk_tokens, shapes
     if key not in _FOUND:
-        _FOUND[key] = _residuals(job, run, size)
+        _FOUND[key] = _residuals(run, inputs, size)
     return _FOUND[key]
 
 
-def _residuals(job: Run, run: StepInputs, size: int) -> list[Any]:
+def _residuals(run: Run, inputs: StepInputs, size: int) -> list[Any]:
     def kept(trained: Any, frozen: Any, batch: Any) -> Any:
-        loss = lambda t: job.loss(tree.join(t, frozen), batch, jax.random.key(0))  # noqa: E731
+        loss = lambda t: run.loss(tree.join(t, frozen), batch, jax.random.key(0))  # noqa: E731
         return jax.vjp(loss, trained, has_aux=True)[1]
 
-    program = jax.make_jaxpr(kept)(run.state.trained, run.frozen, rows(run.batch, size)).jaxpr
+    program = jax.make_jaxpr(kept)(inputs.state.trained, inputs.frozen, rows(inputs.batch, size)).jaxpr
     given = {id(v) for v in (*program.invars, *program.constvars)}
     found = {id(v): v.aval for v in program.outvars if id(v) not in given and not hasattr(v, "val")}
     return list(found.values())

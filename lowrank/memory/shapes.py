@@ -25,14 +25,14 @@ class StepInputs:
     batch: dict[str, jax.ShapeDtypeStruct]
 
 
-def step_inputs(job: Run, batch: dict[str, jax.ShapeDtypeStruct] | None = None) -> StepInputs:
-    """The arrays of `job` as shapes with shardings; a batch is as the data's first one unless it is given."""
-    optimizer, where = job.optimizer(), sharding.shardings(job.shapes, job.mesh)
-    lifted = jax.tree.map(lambda x, learns: _like(x, "float32") if learns else x, job.shapes, job.mask)
-    trained, frozen = tree.split(_placed(lifted, where), job.mask)  # trained in float32, as Plan.attach has it
-    moments = step.moment_shapes(trained, optimizer, job.mesh, job.paged)
-    done = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(job.mesh))
-    return StepInputs(step.State(done, trained, moments), frozen, batch or _batch(job))
+def step_inputs(run: Run, batch: dict[str, jax.ShapeDtypeStruct] | None = None) -> StepInputs:
+    """The arrays of `run` as shapes with shardings; a batch is as the data's first one unless it is given."""
+    optimizer, where = run.optimizer(), sharding.shardings(run.shapes, run.mesh)
+    lifted = jax.tree.map(lambda x, learns: _like(x, "float32") if learns else x, run.shapes, run.mask)
+    trained, frozen = tree.split(_placed(lifted, where), run.mask)  # trained in float32, as Plan.attach has it
+    moments = step.moment_shapes(trained, optimizer, run.mesh, run.paged)
+    done = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(run.mesh))
+    return StepInputs(step.State(done, trained, moments), frozen, batch or _batch(run))
 
 
 def rows(batch: dict[str, jax.ShapeDtypeStruct], size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -48,10 +48,10 @@ def device_bytes(shapes: PyTree, kind: str = "") -> int:
     )
 
 
-def _batch(job: Run) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     """The tokens, even if the method computes features of them once: then the plan is an upper bound."""
-    where = NamedSharding(job.mesh, sharding.BATCH)
-    return {name: jax.ShapeDtypeStruct(*of, sharding=where) for name, of in job.loader.shapes.items()}
+    where = NamedSharding(run.mesh, sharding.BATCH)
+    return {name: jax.ShapeDtypeStruct(*of, sharding=where) for name, of in run.loader.shapes.items()}
 
 
 def _like(x: Any, dtype: str) -> jax.ShapeDtypeStruct:

@@ -37,12 +37,12 @@ class AdapterOptions:
     num_labels: int = 0  # > 0: a classifier
 
     @property
-    def room(self) -> int:
+    def max_length(self) -> int:
         """How many positions a row may have."""
         return int(self.max_positions * self.position_factor)
 
     @property
-    def virtual(self) -> int:
+    def num_virtual_tokens(self) -> int:
         """How many positions stand before the first real token."""
         return self.num_prompt + self.prefix_length
 

@@ -56,7 +56,7 @@ def causal(
     neither segments nor a cache the view has no mask: attention itself knows how to be causal.
     """
     if segments is None and cache is None and not config.needs_mask:
-        positions = _positions(positions, virtual, config.virtual, jnp.arange(length)[None, :])
+        positions = _positions(positions, virtual, config.num_virtual_tokens, jnp.arange(length)[None, :])
         return positions, _layer_views(config, positions, positions, None, None), None
     if segments is None:
         segments = jnp.ones((1 if cache is None else batch, length - virtual), jnp.int32)
@@ -67,7 +67,7 @@ def causal(
         k_segments = caches.put(cache.segments_BxS, segments, start, axis=1)
     seen_BxTxS = seen(segments, k_segments) & _causal(length, k_segments.shape[1], start)[None]
     counted = jnp.sum(seen_BxTxS, axis=-1, dtype=jnp.int32) - 1
-    positions = _positions(positions, virtual, config.virtual, counted)
+    positions = _positions(positions, virtual, config.num_virtual_tokens, counted)
     k_positions = jnp.pad(positions, ((0, 0), (config.prefix_length, 0)))
     if cache is not None:
         positions = jnp.broadcast_to(positions, segments.shape)

@@ -22,7 +22,7 @@ class Cache:
     positions_BxS: jax.Array
     index: jax.Array  # int32 []: the next slot to write
     prompted: bool = dataclasses.field(metadata={"static": True})  # prefix and virtual tokens are in, or there are none
-    virtual: int = dataclasses.field(default=0, metadata={"static": True})  # slots for those
+    num_virtual_tokens: int = dataclasses.field(default=0, metadata={"static": True})  # slots for those
     gates: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # `[L, B, 1, G]` of layers with a router
 
 
@@ -33,14 +33,14 @@ def empty(
     slots = length + virtual
     kv = {name: jnp.zeros((depth, batch, slots, kv_heads, head_dim), dtype) for name, depth in depths.items()}
     marks = jnp.zeros((batch, slots), jnp.int32)
-    return Cache(kv, kv, marks, marks, jnp.int32(0), prompted=not virtual, virtual=virtual)
+    return Cache(kv, kv, marks, marks, jnp.int32(0), prompted=not virtual, num_virtual_tokens=virtual)
 
 
 def check(cache: Cache, length: int, virtual: int) -> None:
     """Raises UserError unless the cache was made for `virtual` tokens before the first, and has slots for `length`."""
     slots = cache.segments_BxS.shape[1]
-    if cache.virtual != virtual:
-        raise UserError(f"the cache has room for {cache.virtual} virtual tokens, the model has {virtual}")
+    if cache.num_virtual_tokens != virtual:
+        raise UserError(f"the cache has room for {cache.num_virtual_tokens} virtual tokens, the model has {virtual}")
     if slots < length + virtual:
         raise UserError(f"the cache has {slots} slots: too few for {length} tokens and {virtual} virtual ones")
 

@@ -37,7 +37,7 @@ def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = None
         config.kv_heads,
         config.head_dim,
         dtype or config.dtype,
-        config.virtual,
+        config.num_virtual_tokens,
     )
 
 
@@ -92,7 +92,7 @@ class Block(nn.Module):
         if not c.experts:
             return MLP(c.hidden, c.activation, c.gated, c.mlp_bias, name="mlp")
         hidden = c.expert_hidden or c.hidden
-        options = c.experts_per_token, hidden, c.activation, c.normalise_gates, c.shared_hidden
+        options = c.experts_per_token, hidden, c.activation, c.normalize_gates, c.shared_hidden
         routed = (c.routed_width, c.routed_experts, c.routed_per_token, c.routed_scale) if c.routed_width else None
         return MoE(c.experts, *options, routed, name="mlp")
 
@@ -154,12 +154,12 @@ class Decoder(nn.Module):
         """
         c = self.config
         T = tokens.shape[1]
-        if T + c.virtual > c.room:
-            virtual = f" and {c.virtual} virtual ones" if c.virtual else ""
-            raise UserError(f"a sequence of {T} tokens{virtual} exceeds the model's {c.room} positions")
+        if T + c.num_virtual_tokens > c.max_length:
+            virtual = f" and {c.num_virtual_tokens} virtual ones" if c.num_virtual_tokens else ""
+            raise UserError(f"a sequence of {T} tokens{virtual} exceeds the model's {c.max_length} positions")
         prefix = by_stack(c, self.prefix()) if c.prefix_length else {}
         if cache is not None:
-            caches.check(cache, T, c.virtual)
+            caches.check(cache, T, c.num_virtual_tokens)
             if prefix and not cache.prompted:
                 cache = caches.begin(cache, prefix, attention_masks.PREFIX)
         h = self.embed(tokens)

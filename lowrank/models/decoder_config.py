@@ -37,7 +37,7 @@ class DecoderConfig(AdapterOptions):
     experts: int = 0  # > 0: a sparse mixture of experts in place of every MLP
     experts_per_token: int = 1
     expert_hidden: int = 0  # 0: hidden
-    normalise_gates: bool = False  # the gates of a token's experts sum to 1
+    normalize_gates: bool = False  # the gates of a token's experts sum to 1
     shared_hidden: int = 0  # of an expert that every token sees; 0: there is none
     learned_positions: bool = False  # a table instead of rope
     rope_theta: float = 10000.0
@@ -64,8 +64,8 @@ class DecoderConfig(AdapterOptions):
             raise UserError(f"{self.heads} query heads cannot share {self.kv_heads} key heads evenly")
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise UserError(f"experts_per_token={self.experts_per_token} is not in 1..{self.experts}")
-        if self.shift_group and (self.shift_group < 2 or self.shift_group % 2 or self.virtual):
-            with_virtual = " without virtual tokens" if self.virtual else ""
+        if self.shift_group and (self.shift_group < 2 or self.shift_group % 2 or self.num_virtual_tokens):
+            with_virtual = " without virtual tokens" if self.num_virtual_tokens else ""
             raise UserError(f"shift_group={self.shift_group} must be a positive even number of tokens{with_virtual}")
         if self.local_layers and len(self.local_layers) != self.layers:
             raise UserError(f"local_layers names {len(self.local_layers)} layers, the model has {self.layers}")

@@ -135,7 +135,7 @@ class Encoder(nn.Module):
         length = tokens.shape[1] + c.num_prompt
         whole = length + c.prefix_length
         if whole > c.max_positions:
-            virtual = f", {c.virtual} of them virtual," if c.virtual else ""
+            virtual = f", {c.num_virtual_tokens} of them virtual," if c.num_virtual_tokens else ""
             raise UserError(f"a sequence of {whole} tokens{virtual} exceeds the model's {c.max_positions} positions")
         h = self.embed(tokens)
         if c.num_prompt:

@@ -153,7 +153,7 @@ def mixtral(hf: HF) -> DecoderConfig:
     hf |= {"rope_parameters": {"rope_theta": 1e6, **_rope_params(hf)}}
     windows = _windows(hf.get("sliding_window"), ["sliding_attention"])
     experts = {"experts": hf["num_local_experts"], "experts_per_token": hf["num_experts_per_tok"]}
-    return DecoderConfig(**_llama_like(hf, {}, normalise_gates=True, **experts, **windows))
+    return DecoderConfig(**_llama_like(hf, {}, normalize_gates=True, **experts, **windows))
 
 
 def _experts(hf: HF, experts: int, per_token: int) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _experts(hf: HF, experts: int, per_token: int) -> dict[str, Any]:
         "experts": hf.get("num_experts") or hf.get("num_local_experts") or experts,
         "experts_per_token": hf.get("num_experts_per_tok", per_token),
         "expert_hidden": hf.get("moe_intermediate_size", 0),
-        "normalise_gates": bool(hf.get("norm_topk_prob")),
+        "normalize_gates": bool(hf.get("norm_topk_prob")),
         "shared_hidden": hf.get("shared_expert_intermediate_size", 0),
     }
 

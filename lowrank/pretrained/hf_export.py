@@ -66,7 +66,7 @@ def _mixtral(c: DecoderConfig) -> dict[str, Any]:
 
 def _sparse(c: DecoderConfig, model_type: str, name: str) -> dict[str, Any]:
     experts = {"num_experts": c.experts, "num_experts_per_tok": c.experts_per_token}
-    return _llama_like(c, model_type, name) | experts | {"norm_topk_prob": c.normalise_gates}
+    return _llama_like(c, model_type, name) | experts | {"norm_topk_prob": c.normalize_gates}
 
 
 def _olmoe(c: DecoderConfig) -> dict[str, Any]:

@@ -45,18 +45,18 @@ class MixedBits(Quantization):
         found = [self.high[n] for n in (name, re.sub("^top/", "layers/", name)) if n in self.high]
         if not found:
             raise UserError(f"it is not known how many groups of {name} are in 4 bits")
-        made = functools.partial(self._made, high=found[0], kind=leaf.dtype.name)
+        made = functools.partial(self._made, high=found[0], dtype_name=leaf.dtype.name)
         return jax.eval_shape(made, leaf)
 
     def layer(self, name: str, part: Stored, read: Callable[[], np.ndarray], like: Any) -> Any:
         """As for all; `like` says how many groups are in 4 bits."""
         del part
         high = 0 if like.high is None else like.high.rows // like.block
-        return self._made(read(), high=high, kind=like.dtype.name)
+        return self._made(read(), high=high, dtype_name=like.dtype.name)
 
-    def _made(self, kernel: Any, high: int, kind: str) -> Quantized:
+    def _made(self, kernel: Any, high: int, dtype_name: str) -> Quantized:
         options = {k: v for k, v in self.options.items() if k != "budget"}
-        return _quantize(kernel, high=high, **options).of_kind(kind)
+        return _quantize(kernel, high=high, **options).with_dtype(dtype_name)
 
 
 _quantize = jax.jit(mixed.quantize, static_argnames=("high", "block", "double"))

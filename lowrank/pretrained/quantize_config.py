@@ -42,7 +42,7 @@ class OwnBlocks(Quantization):
     def layer(self, name: str, part: Stored, read: Callable[[], np.ndarray], like: Quantized) -> Quantized:
         """The blocks of one tensor, whose rows are the kernel's outputs. Raises UserError if they are not finite."""
         del read
-        form = _from_bytes(part.blocks(0, like.shape[-1]), like.format, like.kind)
+        form = _from_bytes(part.blocks(0, like.shape[-1]), like.format, like.dtype_name)
         for field in (form.scale, form.low):
             if field is not None and not np.isfinite(np.asarray(field)).all():
                 raise UserError(f"tensor {name!r} holds NaN or infinite values")

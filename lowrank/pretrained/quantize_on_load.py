@@ -24,9 +24,9 @@ class Quantization:
     target: str
     make: Callable[[jax.Array], Quantized]
 
-    def form(self, kernel: Any, kind: str) -> Quantized:
-        """The codes of one kernel, or of a stack, that decode to the dtype `kind`."""
-        return self.make(kernel).of_kind(kind)
+    def form(self, kernel: Any, dtype_name: str) -> Quantized:
+        """The codes of one kernel, or of a stack, that decode to the dtype `dtype_name`."""
+        return self.make(kernel).with_dtype(dtype_name)
 
     def prepared(self, leaves: Mapping[str, Any], read: Reader) -> Self:
         """The same, knowing all kernels that it is for: `{leaf name: shape and dtype}`, and how to read them."""

@@ -47,7 +47,7 @@ class Upcycling:
         return dataclasses.replace(dense, **self._mixture())
 
     def _mixture(self) -> dict[str, Any]:
-        return {"experts": self.experts, "experts_per_token": self.top_k, "normalise_gates": True}
+        return {"experts": self.experts, "experts_per_token": self.top_k, "normalize_gates": True}
 
     def check(self, model: Mapping[str, Any]) -> None:
         """Raises UserError for options of the model that say something of the mixture, too."""

@@ -67,7 +67,7 @@ def calibrated(base: Pretrained, group: Mapping[str, Any], batches: Sequence[tex
         codes = {}
         for name, (gram, mean) in layers.inputs(stack, i).items():
             kernel = kernels[name][i]
-            codes[name] = fn(kernel, gram, mean, **options).of_kind(kernel.dtype.name)
+            codes[name] = fn(kernel, gram, mean, **options).with_dtype(kernel.dtype.name)
             made[name].append(jax.tree.map(np.asarray, codes[name]))
         layers.advance(stack, i, codes)
     stacked = {name: jax.tree.map(lambda *x: jnp.stack(x), *forms) for name, forms in made.items()}

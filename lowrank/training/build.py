@@ -93,14 +93,16 @@ def _check_model(groups: _Groups, shape: Any) -> None:
     """Raises UserError where the model does not fit the objective, or the sequences not into its positions."""
     if groups.top.objective == "causal_lm" and not isinstance(shape, models.DecoderConfig):
         raise UserError(f"{groups.model.name} is an encoder: it is fine-tuned with objective=classification")
-    if shape.virtual and groups.data.seq_len > shape.room - shape.virtual:
+    if shape.num_virtual_tokens and groups.data.seq_len > shape.max_length - shape.num_virtual_tokens:
         length = f"data.seq_len={groups.data.seq_len}"
-        raise UserError(f"{length} and {shape.virtual} virtual tokens exceed the model's {shape.room} positions")
+        raise UserError(
+            f"{length} and {shape.num_virtual_tokens} virtual tokens exceed the model's {shape.max_length} positions"
+        )
 
 
 def _loader(config: data.DataConfig, tokenizer: Any, shape: Any) -> data.Loader:
     processes = jax.process_index(), jax.process_count()
-    return data.make_loader(config, tokenizer, *processes, shape.room - shape.virtual)
+    return data.make_loader(config, tokenizer, *processes, shape.max_length - shape.num_virtual_tokens)
 
 
 def _plan(groups: _Groups, shape: Any, base: PyTree, tokenizer: Any, loader: data.Loader) -> Run:
@@ -130,7 +132,9 @@ def _scorer(groups: _Groups, plan: Run) -> Evaluator | None:
     if not groups.eval.split:
         return None
     used = models.build(models.after_training(plan.network.config))
-    return Evaluator(groups.eval, groups.data, plan.tokenizer, used, plan.method.bind, plan.mesh, plan.loss_rows)
+    return Evaluator(
+        groups.eval, groups.data, plan.tokenizer, used, plan.method.bind, plan.mesh, plan.logits_chunk_tokens
+    )
 
 
 def _split(method: Method, base: PyTree, labelled: bool) -> tuple[PyTree, PyTree, str]:

@@ -24,12 +24,12 @@ class RunConfig:
     objective: str = "causal_lm"  # a key of losses.OBJECTIVES
     seed: int = 0
     # Tokens a device whose logits exist at a time, chunks of weight 0 alone left out; 0: all of the batch's.
-    loss_rows: int = 1024
+    logits_chunk_tokens: int = 1024
     log_every: int = 10  # steps
     distributed: bool = False  # the launcher calls jax.distributed.initialize() first
 
     def __post_init__(self) -> None:
-        for key, least in (("steps", 1), ("log_every", 1), ("loss_rows", 0), ("seed", 0)):
+        for key, least in (("steps", 1), ("log_every", 1), ("logits_chunk_tokens", 0), ("seed", 0)):
             if getattr(self, key) < least:
                 raise UserError(f"{key} must be at least {least}, not {getattr(self, key)}")
 

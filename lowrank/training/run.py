@@ -54,9 +54,9 @@ class Run:
         return self.optim.paged and has_host(self.mesh)
 
     @property
-    def loss_rows(self) -> int:
+    def logits_chunk_tokens(self) -> int:
         """Tokens of all devices together whose logits exist at a time; 0: all of a batch's."""
-        return self.config.loss_rows * sharding.batch_shards(self.mesh)
+        return self.config.logits_chunk_tokens * sharding.batch_shards(self.mesh)
 
     def load(self) -> pretrained.Pretrained:
         """The base, each leaf where the mesh wants it."""
@@ -150,7 +150,7 @@ class Run:
         A method's penalty adds its gradient in proportion to the weights, and nothing to the sum: losses compare.
         """
         params = self.method.bind(params, batch, rng) if self.method.bind else params
-        total, weight = losses.objective(self.config.objective)(self.network, params, batch, self.loss_rows)
+        total, weight = losses.objective(self.config.objective)(self.network, params, batch, self.logits_chunk_tokens)
         if self.method.penalty:
             added = self.method.penalty(params)
             total += weight * (added - jax.lax.stop_gradient(added))

@@ -26,7 +26,7 @@ def attach(
             root = jnp.sqrt(s[:rank] / scale)
             a, b = u[:, :rank] * root[None, :], root[:, None] * v[:rank]
             update = scale * jnp.matmul(a, b, precision="highest")
-        return dataclasses.replace(codes, kind=w.dtype.name), a, b
+        return dataclasses.replace(codes, dtype_name=w.dtype.name), a, b
 
     over = one
     for _ in w.shape[:-2]:  # one layer at a time

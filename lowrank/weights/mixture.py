@@ -112,7 +112,7 @@ class Gated(LoRA):
 
     materialize = Routed.materialize
 
-    def handed(self, gates: jax.Array) -> "Gated":
+    def with_gates(self, gates: jax.Array) -> "Gated":
         """The LoRA with its gate of `[rows, tokens or 1, members]`."""
         return dataclasses.replace(self, gate=gates[..., self.member])
 

@@ -20,7 +20,7 @@ BIG = {
 }
 STATUS = """
 import ctypes, gc, sys, jax, pathlib
-from lowrank import sharding
+from lowrank.core import sharding
 from lowrank.pretrained import load
 
 def status(key):

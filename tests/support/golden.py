@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from lowrank.train import run as train
 from safetensors import safe_open
 
+from lowrank.training.loop import run as train
 from tests import tiny
 from tests.support.golden_cases import CASES
 

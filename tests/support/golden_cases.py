@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-CHUNK = "loss_rows"  # the tokens per device whose logits exist at a time
+CHUNK = "logits_chunk_tokens"  # the tokens per device whose logits exist at a time
 QV = ".*attn/(q|v)/kernel"
 EXPERTS = {"model": {"upcycle": {"experts": 4, "top_k": 2}}}
 

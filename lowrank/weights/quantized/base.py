@@ -22,7 +22,7 @@ LANES = 128  # columns that a TPU has side by side: tiles are multiples of them
 
 
 class Quantized(Weight):
-    """A frozen kernel `[..., in, out]` in codes. A form has static fields `rows` (in) and `kind` (dtype), and `decode`.
+    """A frozen kernel `[..., in, out]` in codes. A form has static fields `rows` (in) and `dtype_name`, and `decode`.
 
     `layout` says of each array `[..., a, b]` how many kernel rows and columns one element stands for; None is not cut.
     Arrays may hold more rows than the kernel, up to a whole block: what pads them is cut off after decoding.
@@ -39,10 +39,10 @@ class Quantized(Weight):
     @property
     def dtype(self) -> Any:
         """The dtype of the decoded kernel; float64 where the scales were lifted to it, for exact references."""
-        return jnp.dtype("float64" if self.scale.dtype == jnp.float64 else self.kind)
+        return jnp.dtype("float64" if self.scale.dtype == jnp.float64 else self.dtype_name)
 
     @property
-    def grain(self) -> int:
+    def row_multiple(self) -> int:
         """How many rows a tile must be a multiple of."""
         return math.lcm(*(per[0] for per in self.layout.values() if per[0]))
 
@@ -55,25 +55,25 @@ class Quantized(Weight):
         """The kernel with its padding, `[..., padded, out]`, at least float32."""
         raise NotImplementedError(type(self).__name__)
 
-    def opened(self) -> Self:
+    def with_plain_scales(self) -> Self:
         """The same weight with scales that need no decoding of their own."""
         return self
 
-    def of_kind(self, kind: str) -> Self:
-        """The same codes, decoded to the dtype `kind`."""
-        return dataclasses.replace(self, kind=kind)
+    def with_dtype(self, dtype_name: str) -> Self:
+        """The same codes, decoded to the dtype `dtype_name`."""
+        return dataclasses.replace(self, dtype_name=dtype_name)
 
     def materialize(self) -> jax.Array:
         """The kernel that the codes stand for."""
-        return self.opened().decode()[..., : self.rows, :].astype(self.dtype)
+        return self.with_plain_scales().decode()[..., : self.rows, :].astype(self.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`x @ W`, tile by tile."""
         return _product(x, self)
 
-    def steps(self) -> tuple[int, int]:
+    def tile_alignment(self) -> tuple[int, int]:
         """`(run, unit)`: a tile of rows lies within a run of them, and is a multiple of the unit."""
-        return self.padded, self.grain
+        return self.padded, self.row_multiple
 
     def tile(self, axis: int, start: Any, size: int) -> Self:
         """Rows (`axis=0`) or columns (`axis=1`) `start ... start + size` of a kernel without a stack."""
@@ -116,7 +116,7 @@ def _multiplied(tiled: Any, contracted: int, x: jax.Array, w: Quantized) -> jax.
 
     A TPU's compiler knows no operation that divides itself, but decodes inside a product of its own.
     """
-    w = w.opened()
+    w = w.with_plain_scales()
 
     def whole(x: jax.Array, w: Quantized) -> jax.Array:
         return rounded.dot(x, w.materialize(), contracted)
@@ -136,7 +136,7 @@ def _forward(x: jax.Array, w: Quantized) -> jax.Array:
 
 def _transposed(g: jax.Array, w: Quantized) -> jax.Array:
     """`g @ W.T`, by tiles of rows."""
-    run, unit = w.steps()
+    run, unit = w.tile_alignment()
     height = _near(TILE // (w.shape[-1] * unit), run // unit) * unit
     part = lambda start, size: rounded.dot(g, w.tile(0, start, size).materialize(), 1)  # noqa: E731
     return _by_tiles(part, (*g.shape[:-1], w.padded), g.dtype, height, run)[..., : w.rows]

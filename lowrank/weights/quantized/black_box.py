@@ -26,7 +26,7 @@ class BlackBox(Weight):
     decode: Callable[[Any], jax.Array] = static()
     unit: tuple[int, int] = static()
     axes: int = static()  # of the first array of one kernel's state
-    kind: str = static()
+    dtype_name: str = static()
 
     stored: ClassVar[bool] = True
 
@@ -39,7 +39,7 @@ class BlackBox(Weight):
     @property
     def dtype(self) -> Any:
         """That of the kernel it was made from."""
-        return jnp.dtype(self.kind)
+        return jnp.dtype(self.dtype_name)
 
     def materialize(self) -> jax.Array:
         """The decoded kernel, or a stack of them."""
@@ -103,5 +103,5 @@ def attach(w: jax.Array, quantise: Quantise, where: str) -> BlackBox:
     for _ in w.shape[:-2]:  # one layer at a time
         over = (lambda inside: lambda stack: jax.lax.map(inside, stack))(over)
     return BlackBox(
-        state=over(w), decode=decode, unit=inner, axes=jax.tree.leaves(unit)[0].ndim, kind=jnp.dtype(w.dtype).name
+        state=over(w), decode=decode, unit=inner, axes=jax.tree.leaves(unit)[0].ndim, dtype_name=jnp.dtype(w.dtype).name
     )

@@ -36,7 +36,7 @@ class Codebook(Quantized):
     table: str = static()
     block: int = static()
     rows: int = static()
-    kind: str = static()
+    dtype_name: str = static()
 
     @property
     def title(self) -> str:
@@ -53,7 +53,7 @@ class Codebook(Quantized):
         """Rows and columns that each element of a field stands for."""
         return {"codes": (8 // self.bits, 1), "scale": (self.block, 1), "shift": (self.block, 1)}
 
-    def opened(self) -> Self:
+    def with_plain_scales(self) -> Self:
         """With plain magnitudes: a 64th of the kernel's elements."""
         found = {name: getattr(self, name) for name in ("scale", "shift")}
         decoded = {n: x.decode() if isinstance(x, QuantizedScale) else x for n, x in found.items()}
@@ -88,7 +88,7 @@ def quantize(
         table=table,
         block=block,
         rows=w.shape[-2],
-        kind=jnp.dtype(w.dtype).name,
+        dtype_name=jnp.dtype(w.dtype).name,
     )
 
 

@@ -25,7 +25,7 @@ class FakeQuantized(Weight):
     latent: jax.Array = trainable()
     scheme: str = static()
     options: tuple[tuple[str, Any], ...] = static(default=())
-    kind: str = static(default="float32")
+    dtype_name: str = static(default="float32")
     activations: int = static(default=0)
 
     @property
@@ -36,7 +36,7 @@ class FakeQuantized(Weight):
     @property
     def dtype(self) -> Any:
         """That of the kernel it was made from; what is learned is float32."""
-        return jnp.dtype("float64" if self.latent.dtype == jnp.float64 else self.kind)
+        return jnp.dtype("float64" if self.latent.dtype == jnp.float64 else self.dtype_name)
 
     def codes(self) -> Quantized:
         """The codes of what was learned."""
@@ -64,5 +64,5 @@ def rounded(x: jax.Array, bits: int) -> jax.Array:
 def attach(w: jax.Array, *, scheme: str, options: tuple[tuple[str, Any], ...], activations: int) -> FakeQuantized:
     """A kernel that is learned under quantisation, from `w` on."""
     return FakeQuantized(
-        latent=w.astype(jnp.float32), scheme=scheme, options=options, kind=w.dtype.name, activations=activations
+        latent=w.astype(jnp.float32), scheme=scheme, options=options, dtype_name=w.dtype.name, activations=activations
     )

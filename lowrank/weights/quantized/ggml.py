@@ -35,7 +35,7 @@ class GGML(Quantized):
     low_sub: jax.Array | None = frozen(default=None)
     format: str = static()
     rows: int = static()
-    kind: str = static()
+    dtype_name: str = static()
 
     @property
     def title(self) -> str:
@@ -51,11 +51,11 @@ class GGML(Quantized):
         return whole | {"high": (4, 1), "sub": (f.part, 1), "low_sub": (f.part, 1)}
 
     @property
-    def grain(self) -> int:
+    def row_multiple(self) -> int:
         """As for all; codes are unpacked by runs."""
-        return math.lcm(super().grain, FORMATS[self.format].runs)
+        return math.lcm(super().row_multiple, FORMATS[self.format].runs)
 
-    def opened(self) -> Self:
+    def with_plain_scales(self) -> Self:
         """With the scales of blocks and parts multiplied."""
         if self.sub is None:
             return self
@@ -69,7 +69,7 @@ class GGML(Quantized):
 
     def decode(self) -> jax.Array:
         """The values of the blocks."""
-        w, f = self.opened(), FORMATS[self.format]
+        w, f = self.with_plain_scales(), FORMATS[self.format]
         scale = wide(w.scale)
         codes = unpack(w.codes, f.bits, f.runs)
         if w.high is not None:
@@ -95,13 +95,13 @@ class Format:
     read: Callable[[jax.Array], dict[str, jax.Array]]
 
 
-def from_bytes(raw: jax.Array, format: str, kind: str) -> GGML:
+def from_bytes(raw: jax.Array, format: str, dtype_name: str) -> GGML:
     """The form of rows of blocks uint8 `[..., out, bytes]`, as a file has them."""
     f = FORMATS[format]
     *stack, out, size = raw.shape
     fields = f.read(raw.reshape(*stack, out, size // f.bytes, f.bytes))
     columns = {name: jnp.moveaxis(x.reshape(*stack, out, -1), -2, -1) for name, x in fields.items()}
-    return GGML(**columns, format=format, rows=size // f.bytes * f.block, kind=kind)
+    return GGML(**columns, format=format, rows=size // f.bytes * f.block, dtype_name=dtype_name)
 
 
 def _half(pair: jax.Array) -> jax.Array:

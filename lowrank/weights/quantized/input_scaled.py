@@ -32,9 +32,9 @@ class InputScaled(Weight):
         """That of the codes' values."""
         return self.scaled.dtype
 
-    def of_kind(self, kind: str) -> Self:
-        """The same codes, decoded to the dtype `kind`."""
-        return InputScaled(scaled=self.scaled.of_kind(kind), inputs=self.inputs)
+    def with_dtype(self, dtype_name: str) -> Self:
+        """The same codes, decoded to the dtype `dtype_name`."""
+        return InputScaled(scaled=self.scaled.with_dtype(dtype_name), inputs=self.inputs)
 
     def materialize(self) -> jax.Array:
         """The kernel that is multiplied by."""
@@ -50,4 +50,4 @@ class InputScaled(Weight):
 def scale_inputs(w: jax.Array, scale: jax.Array, quantize: Callable[[jax.Array], Quantized]) -> InputScaled:
     """Codes by `quantize` of a kernel `[..., in, out]` whose inputs are multiplied by `scale` `[..., in]`."""
     kernel = w.astype(jnp.float32) * jnp.broadcast_to(scale[..., None], w.shape)
-    return InputScaled(scaled=quantize(kernel).of_kind(jnp.dtype(w.dtype).name), inputs=1 / scale)
+    return InputScaled(scaled=quantize(kernel).with_dtype(jnp.dtype(w.dtype).name), inputs=1 / scale)

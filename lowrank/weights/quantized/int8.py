@@ -22,7 +22,7 @@ class PerChannel(Quantized):
     codes: jax.Array = frozen()
     scale: jax.Array = frozen()
     rows: int = static()
-    kind: str = static()
+    dtype_name: str = static()
 
     @property
     def layout(self) -> Mapping[str, tuple[int | None, int | None]]:
@@ -64,7 +64,7 @@ class WithOutliers(PerChannel):
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`x @ codes * scale + x[index] @ outliers`."""
-        within = PerChannel(codes=self.codes, scale=self.scale, rows=self.rows, kind=self.kind)
+        within = PerChannel(codes=self.codes, scale=self.scale, rows=self.rows, dtype_name=self.dtype_name)
         return within.dot(x) + dot(jnp.take(x, self.index, axis=-1), self.outliers)
 
 
@@ -73,7 +73,7 @@ def int8(w: jax.Array) -> PerChannel:
     kernel = w.astype(jnp.float32)
     absmax = _absmax(kernel)
     codes = jnp.round(kernel * jnp.broadcast_to(per_unit(absmax, 127), kernel.shape)).astype(jnp.int8)
-    return PerChannel(codes=codes, scale=absmax / 127, rows=w.shape[-2], kind=jnp.dtype(w.dtype).name)
+    return PerChannel(codes=codes, scale=absmax / 127, rows=w.shape[-2], dtype_name=jnp.dtype(w.dtype).name)
 
 
 def fp8(w: jax.Array, *, float_: str = "e4m3") -> PerChannel:
@@ -84,7 +84,7 @@ def fp8(w: jax.Array, *, float_: str = "e4m3") -> PerChannel:
     absmax = _absmax(kernel)
     scale = jnp.where(absmax > 0, absmax / top, 1)
     codes = jnp.clip(kernel / jnp.broadcast_to(scale, kernel.shape), -top, top).astype(FLOATS[float_])
-    return PerChannel(codes=codes, scale=scale, rows=w.shape[-2], kind=jnp.dtype(w.dtype).name)
+    return PerChannel(codes=codes, scale=scale, rows=w.shape[-2], dtype_name=jnp.dtype(w.dtype).name)
 
 
 def llm_int8(w: jax.Array, *, outliers: int) -> WithOutliers:

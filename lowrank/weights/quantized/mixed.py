@@ -54,9 +54,9 @@ class Mixed(Weight):
         """That of the values of both."""
         return self.parts[0].dtype
 
-    def of_kind(self, kind: str) -> Self:
-        """The same codes, decoded to the dtype `kind`."""
-        high, low = (part and part.of_kind(kind) for part in (self.high, self.low))
+    def with_dtype(self, dtype_name: str) -> Self:
+        """The same codes, decoded to the dtype `dtype_name`."""
+        high, low = (part and part.with_dtype(dtype_name) for part in (self.high, self.low))
         return Mixed(high=high, low=low, index=self.index, block=self.block, rows=self.rows)
 
     def materialize(self) -> jax.Array:

@@ -48,7 +48,7 @@ def _partition(product: Product, contracted: int, mesh: Mesh, args: Any, result:
     batch = x.sharding.spec[: x.ndim - 1]
     taken = {axis for entry in batch for axis in _axes(entry)}
     axes = [tuple(a for a in _axes(entry) if a not in taken) for entry in w.codes.sharding.spec]
-    if w.padded != w.rows or w.padded % (w.grain * math.prod(mesh.shape[a] for a in axes[0])):
+    if w.padded != w.rows or w.padded % (w.row_multiple * math.prod(mesh.shape[a] for a in axes[0])):
         axes[0] = ()  # a part that is no whole number of blocks
     summed, kept = axes[contracted], axes[1 - contracted]
 

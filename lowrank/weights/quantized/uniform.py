@@ -34,7 +34,7 @@ class Uniform(Quantized):
     bits: int = static()
     block: int = static()
     rows: int = static()
-    kind: str = static()
+    dtype_name: str = static()
 
     @property
     def title(self) -> str:
@@ -46,11 +46,11 @@ class Uniform(Quantized):
         """Rows and columns that each element of a field stands for."""
         return {"codes": (8 // self.bits, 1), "scale": (self.block, 1), "zero": (self.block, 1)}
 
-    def steps(self) -> tuple[int, int]:
+    def tile_alignment(self) -> tuple[int, int]:
         """As for all; a block that is too large for a tile is cut into the runs that `pack` made."""
         run = self.block * self.bits // 8
         fits = self.block * self.shape[-1] <= base.TILE
-        return super().steps() if fits else (run, math.gcd(run, 32))
+        return super().tile_alignment() if fits else (run, math.gcd(run, 32))
 
     def tile(self, axis: int, start: Any, size: int) -> Self:
         """As for all; a part of a run is unpacked: its codes have a byte each."""
@@ -125,5 +125,5 @@ def _grouped(w: jax.Array, bits: int, block: int) -> tuple[int, jax.Array]:
 
 def _made(w: Any, codes: jax.Array, scale: jax.Array, zero: jax.Array | None, bits: int, block: int) -> Uniform:
     packed = pack(codes.astype(jnp.uint8), bits)
-    rows, kind = w.shape[-2], jnp.dtype(w.dtype).name
-    return Uniform(codes=packed, scale=scale, zero=zero, bits=bits, block=block, rows=rows, kind=kind)
+    rows, dtype_name = w.shape[-2], jnp.dtype(w.dtype).name
+    return Uniform(codes=packed, scale=scale, zero=zero, bits=bits, block=block, rows=rows, dtype_name=dtype_name)
