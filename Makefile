@@ -4,16 +4,41 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPU := $(VENV)/gpu
 
-.PHONY: quickstart test parity bench tables lint format clean
+# LLVM optimizes little, which halves the time of these tests. `make numerics` and `make parity` compile as users do.
+FAST := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS=--xla_cpu_parallel_codegen_split_count=1
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+# The folders of tests that have a target of their own: they need more than pip, or no compile option.
+APART := accelerators notebooks numerics parity tools
+
+.PHONY: quickstart test test-all numerics parity tpu docs notebooks test-tools bench tables lint format clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m experiments.quickstart
 
 test: $(VENV)/ready-dev lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/parity
+	$(FAST) $(PYTEST) -m "not all" $(APART:%=--ignore=tests/%)
 
-parity: $(VENV)/ready-parity $(VENV)/ready-gpu
-	PYTHONPATH=$(GPU) $(BIN)/python -m pytest -n 2 --dist worksteal tests/parity
+test-all: $(VENV)/ready-dev
+	$(FAST) $(PYTEST) $(APART:%=--ignore=tests/%)
+
+numerics: $(VENV)/ready-dev
+	$(PYTEST) tests/numerics tests/kernels
+
+parity: $(VENV)/ready-parity
+	$(PYTEST) tests/parity
+
+tpu: $(VENV)/ready-parity $(VENV)/ready-gpu
+	PYTHONPATH=$(GPU) $(PYTEST) tests/accelerators
+
+docs: $(VENV)/ready-docs
+	$(BIN)/python -m mkdocs build --strict
+
+notebooks: $(VENV)/ready-dev
+	$(FAST) $(PYTEST) tests/notebooks
+
+test-tools: docs
+	command -v chromium || (apt-get update -qq && apt-get install -qq --no-install-recommends chromium)
+	$(FAST) $(PYTEST) tests/tools
 
 bench: $(VENV)/ready-parity
 	$(BIN)/python -m experiments.bench.step

@@ -26,7 +26,7 @@ def pytest_collection_finish():
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """A folder with a tiny `llama`, a tiny `bert` and `records.jsonl`. Not to be changed."""
-    from tests import tiny  # after the configuration above
+    from tests.support import tiny_checkpoint as tiny  # after the configuration above
 
     folder = tmp_path_factory.mktemp("tiny")
     tiny.bert(folder / "bert")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lowrank.core.weight import wide_dot
-from tests.forms import FORMS, shaken
 from tests.support.close import assert_close
+from tests.support.weight_forms import FORMS, shaken
 
 
 def inputs(axis):

@@ -11,10 +11,10 @@ from lowrank.adapters import adapter_files, load
 from lowrank.core.errors import UserError
 from lowrank.models import DecoderConfig, EncoderConfig
 from lowrank.models.rope import RopeScaling, frequencies
-from tests.adapted import adapted
-from tests.models.tiny import GPT2, SIZES, decoder, run, tokens
-from tests.pretrained.files import LLAMA, directory
+from tests.support.adapted_model import adapted
+from tests.support.checkpoint_files import LLAMA, directory
 from tests.support.close import assert_close
+from tests.support.tiny_models import GPT2, SIZES, decoder, run, tokens
 
 
 def test_positions_are_divided_by_the_factor_in_float64():

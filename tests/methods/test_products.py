@@ -11,8 +11,8 @@ from lowrank import methods
 from lowrank.core.errors import UserError
 from lowrank.core.weight import dot, materialize
 from lowrank.weights import lokr
-from tests.forms import shaken
 from tests.support.close import assert_close
+from tests.support.weight_forms import shaken
 
 L, IN, OUT = 3, 12, 8
 X = np.random.default_rng(0).standard_normal((5, IN)).astype(np.float32)

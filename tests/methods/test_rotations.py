@@ -10,8 +10,8 @@ import pytest
 from lowrank import methods
 from lowrank.core.errors import UserError
 from lowrank.core.weight import dot, materialize
-from tests.forms import shaken
 from tests.support.close import assert_close
+from tests.support.weight_forms import shaken
 
 L, IN, OUT = 2, 24, 5
 

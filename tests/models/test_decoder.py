@@ -5,8 +5,8 @@ import pytest
 
 from lowrank.core.errors import UserError
 from lowrank.models import DecoderConfig, init_cache
-from tests.models.tiny import DECODERS, SIZES, T, decoder, run, sight, tokens
 from tests.support.close import assert_close
+from tests.support.tiny_models import DECODERS, SIZES, T, decoder, run, sight, tokens
 
 PACKED = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
 BACK = np.arange(T)[:, None] - np.arange(T)[None]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lowrank.core.errors import UserError
-from tests.models.tiny import T, encoder, run, sight, tokens
 from tests.support.close import assert_close
+from tests.support.tiny_models import T, encoder, run, sight, tokens
 
 PACKED = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from lowrank.core import tree, weight
-from tests.forms import FORMS, shaken
-from tests.models.tiny import decoder, encoder, run, tokens
 from tests.support.close import assert_close
+from tests.support.tiny_models import decoder, encoder, run, tokens
+from tests.support.weight_forms import FORMS, shaken
 
 
 def rewritten(params, make):

@@ -12,8 +12,8 @@ from lowrank.core import sharding, tree
 from lowrank.core.errors import UserError
 from lowrank.models import DecoderConfig, build
 from lowrank.models.moe import MoE, by_expert, route
-from tests.models.tiny import MOE, SIZES, _random, normal, run, tokens
 from tests.support.close import assert_close
+from tests.support.tiny_models import MOE, SIZES, _random, normal, run, tokens
 
 B, T, D, E, F, K = 2, 3, 6, 5, 4, 2
 

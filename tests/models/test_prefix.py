@@ -7,8 +7,8 @@ import pytest
 from lowrank.core.errors import UserError
 from lowrank.generation import generate, prompt_batches
 from lowrank.models import init_cache
-from tests.models.tiny import T, decoder, encoder, run, tokens
 from tests.support.close import assert_close
+from tests.support.tiny_models import T, decoder, encoder, run, tokens
 
 PACKED = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
 P = 3

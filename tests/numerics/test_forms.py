@@ -7,8 +7,8 @@ import pytest
 
 from lowrank.core import tree
 from lowrank.core.weight import declared_mask, dot, materialize
-from tests.forms import FORMS, IN, kernel, shaken
 from tests.support.close import assert_close
+from tests.support.weight_forms import FORMS, IN, kernel, shaken
 
 X = np.random.default_rng(0).standard_normal((2, 5, IN)).astype(np.float32)
 

@@ -9,8 +9,9 @@ import torch
 
 from lowrank.adapters import peft as peft_format
 from lowrank.core.errors import UserError
-from tests.adapted import adapted
-from tests.parity.bases import (
+from tests.support.adapted_model import adapted
+from tests.support.close import assert_close, difference
+from tests.support.parity_bases import (
     assert_same_weights,
     make,
     our_logits,
@@ -18,7 +19,6 @@ from tests.parity.bases import (
     their_logits,
     trained_in,
 )
-from tests.support.close import assert_close, difference
 
 # A missing tensor is only a warning in peft, so warnings stay errors but for those of its own making.
 pytestmark = [

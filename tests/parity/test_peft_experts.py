@@ -19,10 +19,10 @@ from lowrank.adapters import peft as peft_format
 from lowrank.core.errors import UserError
 from lowrank.models import build
 from lowrank.pretrained.families import FAMILIES
-from tests.adapted import adapted
-from tests.parity.bases import LLAMA, TOKENS, assert_same_weights, our_logits, randomize, their_logits
-from tests.pretrained.files import VOCAB, tensors, write_directory
+from tests.support.adapted_model import adapted
+from tests.support.checkpoint_files import VOCAB, tensors, write_directory
 from tests.support.close import assert_close, difference
+from tests.support.parity_bases import LLAMA, TOKENS, assert_same_weights, our_logits, randomize, their_logits
 
 pytestmark = [
     # It looks for the keys among modules, and obeys them on parameters all the same.

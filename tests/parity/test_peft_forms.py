@@ -10,9 +10,9 @@ import torch
 
 from lowrank.adapters import peft as peft_format
 from lowrank.core.errors import UserError
-from tests.adapted import adapted
-from tests.parity.bases import assert_same_weights, make, our_logits, randomize, their_logits, trained_in
+from tests.support.adapted_model import adapted
 from tests.support.close import assert_close, difference
+from tests.support.parity_bases import assert_same_weights, make, our_logits, randomize, their_logits, trained_in
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),

@@ -11,8 +11,8 @@ from lowrank import methods
 from lowrank.adapters import peft as peft_format
 from lowrank.core import tree
 from lowrank.core.errors import UserError
-from tests.parity.bases import make, our_logits, randomize, their_logits
 from tests.support.close import assert_close, difference
+from tests.support.parity_bases import make, our_logits, randomize, their_logits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),

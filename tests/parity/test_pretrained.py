@@ -14,7 +14,7 @@ from lowrank.data.sources import open_source
 from lowrank.generation.generate import generate
 from lowrank.models import build
 from lowrank.pretrained import export, load, wheels
-from tests.pretrained.files import write_tokenizer
+from tests.support.checkpoint_files import write_tokenizer
 from tests.support.close import assert_close
 
 TEXTS = [

@@ -6,7 +6,7 @@ import pytest
 
 from lowrank.core.errors import UserError
 from lowrank.pretrained.gguf_file import open_gguf
-from tests.pretrained import files
+from tests.support import checkpoint_files as files
 
 METADATA = {
     "general.architecture": "llama",

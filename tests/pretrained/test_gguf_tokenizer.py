@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from lowrank.pretrained import gguf_tokenizer
 from lowrank.pretrained.gguf_file import open_gguf
-from tests.pretrained import files
+from tests.support import checkpoint_files as files
 
 TEXTS = [
     "the cat sat on the mat, and the cat ran",

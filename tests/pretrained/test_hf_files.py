@@ -8,8 +8,8 @@ from safetensors.numpy import load_file
 
 from lowrank.core.errors import UserError
 from lowrank.pretrained.hf_files import INDEX, SINGLE, open_directory
-from tests.pretrained import files
-from tests.pretrained.files import LLAMA
+from tests.support import checkpoint_files as files
+from tests.support.checkpoint_files import LLAMA
 
 
 @pytest.fixture

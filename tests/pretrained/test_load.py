@@ -14,8 +14,8 @@ from lowrank.core.errors import UserError
 from lowrank.models import build
 from lowrank.pretrained import describe, hf_files, hub, load, load_tensors
 from lowrank.pretrained.families import FAMILIES
-from tests.pretrained import files
-from tests.pretrained.files import BERT, DTYPES, GEMMA3, GPT2, LLAMA
+from tests.support import checkpoint_files as files
+from tests.support.checkpoint_files import BERT, DTYPES, GEMMA3, GPT2, LLAMA
 
 QWEN2 = {**LLAMA, "model_type": "qwen2", "tie_word_embeddings": False}
 ROBERTA = {**BERT, "model_type": "roberta", "pad_token_id": 1}

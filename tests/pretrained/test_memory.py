@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.pretrained import files
+from tests.support import checkpoint_files as files
 
 BIG = {
     **files.LLAMA,

@@ -8,7 +8,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from lowrank.core.errors import UserError
 from lowrank.pretrained.tokenizer import Tokenizer, from_directory
-from tests.pretrained import files
+from tests.support import checkpoint_files as files
 
 CHATML = (
     "{% for m in messages %}{{ bos_token }}{{ m['role'] }}: {{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}"

@@ -15,12 +15,12 @@ from lowrank.core.weight import is_stored, is_weight
 from lowrank.models import build
 from lowrank.training import loop
 from lowrank.training.log import read_metrics
-from tests import tiny
-from tests.adapted import adapted
-from tests.models.tiny import run
-from tests.pretrained.files import BERT, GPT2, LLAMA, directory, gguf_twin, tensors
+from tests.support import tiny_checkpoint as tiny
+from tests.support.adapted_model import adapted
+from tests.support.checkpoint_files import BERT, GPT2, LLAMA, directory, gguf_twin, tensors
 from tests.support.close import assert_close
-from tests.test_train import config_of
+from tests.support.tiny_models import run
+from tests.training.test_loop import config_of
 
 GROUP = {"experts": 4, "top_k": 2}
 IDS = np.arange(2, 22, dtype=np.int32).reshape(2, 10)

@@ -26,7 +26,7 @@ import jax
 from safetensors import safe_open
 
 from lowrank.training.loop import run as train
-from tests import tiny
+from tests.support import tiny_checkpoint as tiny
 from tests.support.golden_cases import CASES
 
 STEPS = 10

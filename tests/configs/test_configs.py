@@ -1,0 +1,77 @@
+import ast
+import dataclasses
+import importlib
+import pathlib
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from lowrank import data, methods
+from lowrank.core import config_schema, sharding
+from lowrank.core.errors import UserError
+from lowrank.evaluation import evaluator
+from lowrank.models import DecoderConfig, EncoderConfig
+from lowrank.training import config, optimizer
+from lowrank.training.checkpoint import Checkpointer
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
+MODEL_OPTIONS = {f.name for c in (DecoderConfig, EncoderConfig, config.ModelConfig) for f in dataclasses.fields(c)}
+
+
+def _config(name: str, arg: str = "") -> ConfigDict:
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def test_there_is_a_config_for_each_main_job():
+    assert {"smollm2_headlines", "minilm_bbc_classify", "llama_sft_jsonl", "tiny"} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_group_of_a_config_fits_what_reads_it(name):
+    top = config_schema.call(config.RunConfig, _config(name), "config")
+    config_schema.call(evaluator.EvalConfig, top.eval, "eval")
+    config_schema.call(config.CheckpointConfig, top.checkpoint, "checkpoint")
+    config_schema.call(data.DataConfig, {**top.data, "objective": top.objective}, "data")
+    optimizer.check_optimizer(config_schema.call(optimizer.OptimConfig, top.optim, "optim"), top.steps)
+    assert methods.build(top.method)
+    assert config_schema.call(sharding.make_mesh, top.mesh, "mesh").size == 8
+    assert set(top.model) <= MODEL_OPTIONS
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_takes_any_method_as_its_argument(name):
+    for method in methods.METHODS:
+        assert methods.build(_config(name, f"method={method}").method)
+    assert dict(_config(name, "method=dora,rank=4").method) == {"name": "dora", "rank": 4}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_says_how_to_run_it(name):
+    path = ROOT / "configs" / f"{name}.py"
+    assert re.search(rf"(python -m|make) .*{name}", ast.get_docstring(ast.parse(path.read_text())))
+
+
+def test_the_argument_is_parsed_as_literals_and_words():
+    assert common.parse("method=lora,rank=4,alpha=0.5,rslora=true,init=pissa") == {
+        "method": "lora",
+        "rank": 4,
+        "alpha": 0.5,
+        "rslora": True,
+        "init": "pissa",
+    }
+    with pytest.raises(UserError, match="'rank' is not KEY=VALUE"):
+        common.parse("rank")
+
+
+def test_options_of_the_default_method_do_not_leak_into_another():
+    assert common.method("alpha=2.0", "lora", rank=8) == {"name": "lora", "rank": 8, "alpha": 2.0}
+    assert common.method("method=bitfit", "lora", rank=8) == {"name": "bitfit"}
+
+
+def test_the_checkpoint_group_is_what_the_checkpointer_takes(tmp_path):
+    group = config_schema.call(config.CheckpointConfig, {"every": 3, "keep": 1}, "checkpoint")
+    with Checkpointer(tmp_path, **dataclasses.asdict(group)) as saver:
+        assert saver.every == 3

@@ -1,0 +1,165 @@
+"""The plan's bytes are those of real arrays and of the compiler, on one device and on a mesh."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from experiments.plan import literature
+from lowrank.core import tree
+from lowrank.memory import compiled, formulas, residuals, shapes
+from lowrank.training import build, step
+from tests.support.tiny_checkpoint import HEADS, HIDDEN, KV_HEADS, LAYERS, WIDTH
+from tests.training.test_loop import config_of
+
+NF4 = {"name": "nf4", "block": 8, "double": True}
+RUNS = {
+    "lora": ("rank=2", "llama", {}),
+    "qdora": ("method=dora,rank=2", "llama", {"model__quantize": NF4}),
+    "full": ("method=full", "llama", {"model__param_dtype": "bfloat16"}),
+    "encoder": ("rank=2", "bert", {"objective": "classification", "data__template": "{text}"}),
+}
+MESHES = ({"data": 1}, {"data": 1, "fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 1})
+
+
+def job_of(files, arg="rank=2", model="llama", mesh=MESHES[0], **changes):
+    config = config_of(files, arg, model, **changes)
+    config.mesh = mesh
+    return build.build_run(config)
+
+
+def on_first_device(arrays):
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(arrays))
+
+
+@pytest.mark.parametrize(("name", "at"), [("lora", 1), ("qdora", 0), ("qdora", 1), ("full", 2), ("encoder", 0)])
+def test_weights_adapter_and_moments_are_what_real_arrays_take_on_a_device(files, name, at):
+    arg, model, changes = RUNS[name]
+    job = job_of(files, arg, model, MESHES[at], **changes)
+    params, _ = job.attach(job.load().params)
+    trained, frozen = tree.split(params, job.mask)
+    run = shapes.step_inputs(job)
+    assert shapes.device_bytes(run.frozen) == on_first_device(frozen)
+    assert shapes.device_bytes(run.state.trained) == on_first_device(trained)
+    learned = sum(x.size for x in jax.tree.leaves(trained))
+    counters = {x.shape: x.dtype for x in jax.tree.leaves(run.state.optimizer) if x.ndim == 0}
+    whole = sum(x.size for x in jax.tree.leaves(run.state.optimizer) if x.ndim)
+    assert counters
+    assert whole == 2 * learned  # Adam's two
+
+
+@pytest.mark.parametrize(("name", "at"), [("lora", 0), ("full", 1)])
+def test_the_compiler_agrees_on_what_stays_and_nearly_on_what_does_not(files, name, at):
+    arg, model, changes = RUNS[name]
+    writes = {"eval__split": "train", "eval__texts": 5, "eval__max_new": 6} if name == "lora" else {}
+    job = job_of(files, arg, model, MESHES[at], **{**changes, **writes, "model__param_dtype": "float32"})
+    run = shapes.step_inputs(job)
+    by_formula, by_compiler = formulas.memory(job, run), compiled.compiled(job, run)
+    for part in ("weights", "adapter", "moments", "batch"):
+        assert getattr(by_formula, part) == getattr(by_compiler, part), part
+    known = by_formula.resident + by_formula.batch + 4  # and the number of steps done
+    assert 0 <= known - by_compiler.step.arguments <= by_formula.batch  # what the loss does not read is left out
+    assert 0.4 < by_formula.working / by_compiler.step.temporary < 2.5
+    assert by_compiler.step.outputs < 4096  # metrics: the state is written over
+    assert bool(by_compiler.generation) == bool(writes) == bool(by_formula.generation)
+    if writes:
+        rows, length = job.scorer.largest
+        assert rows == 5
+        assert by_formula.kv_cache == 2 * LAYERS * 5 * (length + 6) * KV_HEADS * (WIDTH // HEADS) * 4
+        assert by_formula.kv_cache <= by_compiler.generation.temporary < 20 * by_formula.kv_cache
+
+
+def test_codes_take_as_arguments_what_the_formula_says(files):
+    arg, model, changes = RUNS["qdora"]
+    run = shapes.step_inputs(job_of(files, arg, model, MESHES[1], **changes))
+    assert compiled.held(run.frozen) == shapes.device_bytes(run.frozen)
+    assert compiled.held(run.state.trained) == shapes.device_bytes(run.state.trained)
+
+
+def test_activations_follow_what_is_rematerialised(files):
+    job = job_of(files, model__remat="none", data__seq_len=64)
+    run = shapes.step_inputs(job)
+    program = compiled.analysed(lambda: step.compile_step(job.step(job.optimizer()), run.state, run.frozen, run.batch))
+    assert 0.4 < formulas.memory(job, run).working / program.temporary < 2.5
+    kept_by = {r: residuals.activations(job, run, r) for r in ("none", "dots_all", "names", "dots", "full", "offload")}
+    assert kept_by["none"] == residuals.activations(job, run)
+    assert kept_by["none"] > kept_by["dots_all"] > kept_by["dots"] > kept_by["full"] > kept_by["offload"]
+    assert kept_by["names"] > kept_by["full"]
+    away = residuals.activations(job, run, "offload", host=True)
+    assert away == LAYERS * 8 * 64 * WIDTH * 4  # each block's input
+    assert kept_by["full"] - kept_by["offload"] == away
+
+
+@pytest.mark.parametrize(
+    ("adapted", "changes"),
+    [(2, {"model__quantize": NF4}), (7, {"method__target": ".*kernel"}), (2, {"model__dtype": "bfloat16"})],
+)
+def test_dots_keeps_each_product_once_whatever_its_weight_is(files, adapted, changes):
+    job = job_of(files, "rank=2", data__seq_len=64, **changes)
+    run = shapes.step_inputs(job)
+    wide = 2 * WIDTH + 2 * KV_HEADS * (WIDTH // HEADS) + 2 * HIDDEN  # q, o; k, v; gate, up: no gradient asks for down
+    size = 2 if "model__dtype" in changes else 4
+    products = LAYERS * 8 * 64 * (wide + adapted * 2) * size  # and `x @ A`, but not what is added to `x @ W`
+    assert residuals.activations(job, run, "dots") - residuals.activations(job, run, "full") == products
+
+
+def test_a_rematerialised_block_keeps_its_input_alone():
+    job = literature.plan("LLaMA-7B", {"name": "lora", "rank": 8})
+    run = literature.arrays(job, rows=2, length=1024)
+    inputs = 32 * 2 * 1024 * 4096 * 2  # layers, rows, tokens, width, bfloat16
+    assert 1 < residuals.activations(job, run) / inputs < 1.25
+
+
+def test_a_mesh_divides_a_kernel_by_its_axes_and_the_batch_by_data_and_fsdp(files):
+    one, many = (shapes.step_inputs(job_of(files, mesh=mesh)) for mesh in MESHES[:2])
+    kernel = lambda run: run.frozen["layers"]["mlp"]["up"]["kernel"]  # noqa: E731
+    assert shapes.device_bytes(kernel(one)) == LAYERS * WIDTH * HIDDEN * 4
+    assert shapes.device_bytes(kernel(many)) == LAYERS * WIDTH * HIDDEN * 4 // 8
+    assert shapes.device_bytes(one.batch) == 4 * shapes.device_bytes(many.batch)
+
+
+def test_the_mesh_divides_activations_and_gathers_a_block(files):
+    alone, rows, cut = (
+        formulas.memory(job_of(files, mesh=mesh))
+        for mesh in (MESHES[0], {"data": 4, "fsdp": 1, "tensor": 1}, {"data": 1, "fsdp": 4, "tensor": 1})
+    )
+    assert rows.activations == cut.activations
+    assert 3 < alone.activations / cut.activations < 4.01
+    assert cut.temporary > rows.temporary
+    assert cut.weights < rows.weights == alone.weights
+
+
+def test_microbatches_keep_less_and_add_a_sum_of_gradients(files):
+    whole, parts = (formulas.memory(job_of(files, optim__accumulate=n)) for n in (1, 4))
+    assert parts.gradients == 2 * whole.gradients == 2 * whole.adapter
+    assert 3 < whole.activations / parts.activations < 4.01
+
+
+def test_sgd_has_no_moments(files):
+    assert formulas.memory(job_of(files, optim__name="sgd")).moments < 64
+
+
+def test_what_is_on_the_host_is_counted_apart(files):
+    job = job_of(files)
+    run = shapes.step_inputs(job)
+    moved = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("pinned_host"))  # noqa: E731
+    state = dataclasses.replace(run.state, optimizer=jax.tree.map(moved, run.state.optimizer))
+    here, there = formulas.memory(job, run), formulas.memory(job, dataclasses.replace(run, state=state))
+    assert (there.moments, there.host) == (0, here.moments)
+    assert there.step == here.step - here.moments
+
+
+def test_a_program_without_room_is_reported_not_raised():
+    def refuse():
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+            "Used 37.50G of 15.75G hbm. Exceeded hbm capacity by 21.75G."
+        )
+
+    assert compiled.analysed(refuse).total == int(37.5 * 2**30)
+
+    def fail():
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compiled.analysed(fail)

@@ -1,0 +1,44 @@
+"""Temporary bytes of a 4096 x 14336 product of codes as compiled.
+
+As a command, `python -m tests.support.large_product v5e|h100`, for a device that is not there.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from lowrank.core.weight import dot
+from lowrank.memory import gpus
+from lowrank.weights.quantized.schemes import SCHEMES
+
+SHAPE, ROWS = (4096, 14336), 64
+
+
+def temporary(device, scheme, **options):
+    """`[forward, gradient of the inputs]`."""
+
+    def place(tree):
+        at = SingleDeviceSharding(device)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree)
+
+    def back(x, g, w):
+        return jax.vjp(lambda x: dot(x, w), x)[1](g)
+
+    w = place(jax.eval_shape(lambda w: SCHEMES[scheme](**options)(w), jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16)))
+    x, g = (place(jax.ShapeDtypeStruct((ROWS, n), jnp.bfloat16)) for n in SHAPE)
+    lowered = jax.jit(dot).lower(x, w), jax.jit(back).lower(x, g, w)
+    return [program.compile().memory_analysis().temp_size_in_bytes for program in lowered]
+
+
+def elsewhere(name):
+    if name == "h100":
+        return gpus.devices(name, 1, 80 * 2**30)[0]
+    from jax.experimental import topologies  # loads libtpu
+
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices[0]
+
+
+if __name__ == "__main__":
+    print(*temporary(elsewhere(sys.argv[1]), "nf4", double=True))
