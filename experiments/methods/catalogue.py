@@ -11,8 +11,8 @@ from experiments.study.study import Row
 from lowrank import methods, pretrained
 from lowrank.core import parameter_summary, tree, weight
 from lowrank.core.errors import UserError
+from lowrank.core.typing import PyTree
 
-PyTree = Any
 Items = tuple[tuple[str, Any], ...]
 MODEL = "smollm2-135m"
 

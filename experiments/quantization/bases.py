@@ -17,10 +17,9 @@ from experiments.study.tasks import Model, Task, embedded
 from lowrank import methods, pretrained
 from lowrank.adapters.export import innermost
 from lowrank.core import files, tree
+from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
 from lowrank.pretrained.quantize_config import TARGET
-
-PyTree = Any
 
 
 def measured(study: Study, task: Task, name: str) -> dict[str, float]:

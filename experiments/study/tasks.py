@@ -18,12 +18,11 @@ from ml_collections import ConfigDict
 
 from configs import common
 from lowrank import data
+from lowrank.core.typing import Bind, PyTree
 from lowrank.evaluation import scores
 from lowrank.models import build
 from lowrank.training.config import RunConfig
 
-PyTree = Any
-Bind = Callable[[PyTree, Any, Any], PyTree] | None
 ARTICLES = 4  # whose running text tells what was forgotten: about 1,800 tokens, the same for every row
 
 
@@ -53,7 +52,7 @@ class Model:
 
     run: ConfigDict
     base: Any
-    bind: Bind
+    bind: Bind | None
 
     def loader(self, **changes: Any) -> data.Loader:
         """Batches in order, one pass, with the data group of the run changed."""
@@ -97,7 +96,7 @@ def embedded(model: Model, template: str, split: str) -> tuple[np.ndarray, np.nd
 
 
 @functools.partial(jax.jit, static_argnames=("network", "bind"))
-def _pooled(network: Any, bind: Bind, params: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:
+def _pooled(network: Any, bind: Bind | None, params: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:
     params = bind(params, batch, None) if bind else params
     return network.apply({"params": params}, batch["tokens"], batch["segments"], method="pooled").astype(jnp.float32)
 

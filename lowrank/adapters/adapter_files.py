@@ -17,10 +17,10 @@ from safetensors.numpy import save as to_safetensors
 from lowrank.adapters import peft
 from lowrank.core import files, tree
 from lowrank.core.errors import UserError, nearest
+from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_stored, is_weight
 from lowrank.models.adapter_options import AdapterOptions
 
-PyTree = Any
 OPTIONS = {f.name: f.default for f in dataclasses.fields(AdapterOptions)}  # of the model, which decide what it computes
 ARRAYS, ABOUT = "trained.safetensors", "trained.json"
 BASES = {"quantized": "quantized_base.json", "upcycled": "upcycled_base.json"}  # how a base was read, by the field

@@ -13,11 +13,11 @@ import numpy as np
 from lowrank import pretrained
 from lowrank.core import tree
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.typing import PyTree
 from lowrank.core.weight import Weight, is_stored, is_weight, materialize
 from lowrank.pretrained import Pretrained, quantized_checkpoint
 from lowrank.pretrained.load import PARAM_DTYPES
 
-PyTree = Any
 Rounding = Callable[[np.ndarray], np.ndarray]
 CODES = ("dequantize", "requantize")  # a merged kernel on codes: their values and the update, or codes of that again
 

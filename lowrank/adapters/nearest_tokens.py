@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.core.errors import UserError
+from lowrank.core.typing import PyTree
 from lowrank.core.weight import materialize
-
-PyTree = Any
 
 
 def nearest(params: PyTree, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from lowrank.core import tree, weight
+from lowrank.core.typing import PyTree
 
-PyTree = Any
 STACKS = ("layers", "top")  # subtrees whose leaves have a layer axis first
 
 

@@ -15,8 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank.core import tree
 from lowrank.core.errors import UserError
+from lowrank.core.typing import PyTree
 
-PyTree = Any
 P = PartitionSpec
 Rules = Sequence[tuple[str, PartitionSpec]]
 

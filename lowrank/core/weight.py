@@ -16,10 +16,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.core import tree
 from lowrank.core.errors import UserError
+from lowrank.core.typing import PyTree
 from lowrank.kernels import rounded
 from lowrank.kernels.grouped import ragged_dot
 
-PyTree = Any
 PRODUCT = "product"  # what `dot`, `affine` and `grouped` name their results, for remat=dots to save them
 ROUTER = "router"  # the name, beside a layer's modules, of what makes gates of the layer's input
 F = TypeVar("F", bound=type)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from lowrank.core.errors import UserError, nearest
+from lowrank.core.typing import HostArrays
 from lowrank.data.render import Piece, Renderer
 from lowrank.data.templates import Record
 
-Arrays = dict[str, np.ndarray]
 Encoded = tuple[list[int], list[bool]]  # ids, and which of them are to be learned
 _CHARACTERS = 6  # a token is shorter than that on average: of a very long text only so much is encoded
 _WORD = 40  # a cut moves back to the start of a word, if there is one within so many characters
@@ -39,7 +39,7 @@ class Language:
         """Whether no record has an answer of its own."""
         return self.renderer.document
 
-    def __call__(self, record: Record, where: str) -> tuple[list[Arrays], bool]:
+    def __call__(self, record: Record, where: str) -> tuple[list[HostArrays], bool]:
         """`(sequences, whether the text was shortened)`. Raises UserError naming `where`."""
         limit = self.length + 1  # the last token is only predicted
         if self.renderer.document:
@@ -76,7 +76,7 @@ class Language:
             raise UserError(f"{where}: nothing to predict in a single token")
         return ids, learned
 
-    def _shift(self, ids: Sequence[int], learned: Sequence[bool]) -> Arrays:
+    def _shift(self, ids: Sequence[int], learned: Sequence[bool]) -> HostArrays:
         weights = np.where(np.asarray(learned[1:], bool), 1.0, self.prompt_weight)
         return {
             "tokens": np.asarray(ids[:-1], np.int32),
@@ -96,7 +96,7 @@ class Labelled:
     labels: tuple[str, ...]
     document = False
 
-    def __call__(self, record: Record, where: str) -> tuple[list[Arrays], bool]:
+    def __call__(self, record: Record, where: str) -> tuple[list[HostArrays], bool]:
         """`([sequence], whether the text was shortened)`. Raises UserError naming `where`."""
 
         def build(long: str | None) -> Encoded:

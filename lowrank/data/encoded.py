@@ -6,9 +6,10 @@ from typing import Any
 from tqdm import tqdm
 
 from lowrank.core.errors import UserError
+from lowrank.core.typing import HostArrays
 from lowrank.data import templates
 from lowrank.data.config import DataConfig
-from lowrank.data.encode import Arrays, Labelled, Language
+from lowrank.data.encode import Labelled, Language
 from lowrank.data.render import Chat, Plain
 from lowrank.data.sources import Source, open_source
 
@@ -24,7 +25,7 @@ class Examples:
         self.labels = _labels(config, self.source) if config.objective == "classification" else ()
         self.encode = _encoder(config, tokenizer, self.source, self.labels)
         self.size = min(len(self.source), config.max_examples or len(self.source))
-        self._kept: list[tuple[list[Arrays], bool]] = []
+        self._kept: list[tuple[list[HostArrays], bool]] = []
         every = functools.partial(tqdm, range(self.size), delay=5, leave=False, disable=None)
         if self.size <= KEPT:
             self._kept = [self._encoded(i) for i in every(f"encoding {self.source.name}")]
@@ -35,7 +36,7 @@ class Examples:
     def __len__(self) -> int:
         return self.size
 
-    def sequences(self, i: int) -> list[Arrays]:
+    def sequences(self, i: int) -> list[HostArrays]:
         """The sequences of record `i`. Raises UserError naming the record when it cannot be used."""
         return self._encoded(i)[0]
 
@@ -47,7 +48,7 @@ class Examples:
         counts = {"sequences": len(lengths), "tokens": sum(lengths), "truncated": truncated}
         return {"examples": self.size, "measured": len(found), **counts}
 
-    def _encoded(self, i: int) -> tuple[list[Arrays], bool]:
+    def _encoded(self, i: int) -> tuple[list[HostArrays], bool]:
         return self._kept[i] if self._kept else self.encode(self.source[i], self.source.where(i))
 
 

@@ -9,7 +9,7 @@ import grain
 import numpy as np
 
 from lowrank.core.errors import UserError
-from lowrank.data.encode import Arrays
+from lowrank.core.typing import HostArrays
 from lowrank.data.encoded import Examples
 
 
@@ -26,10 +26,10 @@ class Loader:
         self.labels, self.stats = examples.labels, examples.stats()
         self._start()
 
-    def __iter__(self) -> Iterator[Arrays]:
+    def __iter__(self) -> Iterator[HostArrays]:
         return self
 
-    def __next__(self) -> Arrays:
+    def __next__(self) -> HostArrays:
         if not self._live:
             raise StopIteration
         return next(self._live[0])

@@ -10,7 +10,8 @@ import grain
 import numpy as np
 from grain.experimental import BestFitPackIterDataset
 
-Arrays = dict[str, np.ndarray]
+from lowrank.core.typing import HostArrays
+
 LEAST_BINS = 64  # rows that are filled side by side: the more, the less padding
 
 
@@ -29,12 +30,12 @@ def pack(sequences: grain.IterDataset, length: int, rows: int, pad_id: int) -> g
     return packed.map(_named)
 
 
-def _named(row: Arrays) -> Arrays:
+def _named(row: HostArrays) -> HostArrays:
     kept = {name: row[name] for name in ("tokens", "targets", "weights")}
     return kept | {"positions": row["tokens_positions"], "segments": row["tokens_segment_ids"]}
 
 
-def pad(sequence: Arrays, length: int, pad_id: int) -> Arrays:
+def pad(sequence: HostArrays, length: int, pad_id: int) -> HostArrays:
     """One sequence as a row of `length` with `segments` and, for language modelling, `positions`; others stay."""
     size = len(sequence["tokens"])
     filled = {"tokens": pad_id, "targets": pad_id, "weights": 0}
@@ -57,7 +58,7 @@ def batch(rows: grain.IterDataset, size: int) -> grain.IterDataset:
     return rows.batch(size, batch_fn=functools.partial(_stack, size=size))
 
 
-def _stack(rows: Sequence[Arrays], size: int) -> Arrays:
+def _stack(rows: Sequence[HostArrays], size: int) -> HostArrays:
     index = np.minimum(np.arange(size), len(rows) - 1)
     valid = (np.arange(size) < len(rows)).astype(np.int32)
     out = {name: np.stack([row[name] for row in rows])[index] for name in rows[0]}
@@ -68,6 +69,6 @@ def _stack(rows: Sequence[Arrays], size: int) -> Arrays:
     return out | {"valid": valid}
 
 
-def rows_of(batch: Arrays, process_index: int, process_count: int) -> Arrays:
+def rows_of(batch: HostArrays, process_index: int, process_count: int) -> HostArrays:
     """This process's block of the global batch: rows `[index * B / count, (index + 1) * B / count)`."""
     return {name: np.array_split(x, process_count)[process_index] for name, x in batch.items()}

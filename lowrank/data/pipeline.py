@@ -13,9 +13,9 @@ import numpy as np
 from grain.experimental import FlatMapIterDataset, FlatMapTransform, ThreadPrefetchIterDataset
 
 from lowrank.core.errors import UserError
+from lowrank.core.typing import HostArrays
 from lowrank.data import packing
 from lowrank.data.config import DataConfig
-from lowrank.data.encode import Arrays
 from lowrank.data.encoded import Examples
 from lowrank.data.loader import Loader
 
@@ -24,7 +24,7 @@ from lowrank.data.loader import Loader
 class _Sequences(FlatMapTransform):
     examples: Examples
 
-    def flat_map(self, index: int) -> list[Arrays]:
+    def flat_map(self, index: int) -> list[HostArrays]:
         return self.examples.sequences(index)
 
 

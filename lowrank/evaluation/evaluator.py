@@ -11,10 +11,9 @@ from jax.sharding import Mesh
 from lowrank import data
 from lowrank.core import sharding
 from lowrank.core.errors import UserError
+from lowrank.core.typing import PyTree
 from lowrank.evaluation import scores as evaluate
 from lowrank.generation import generate
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ the last one marked by `valid` 0. Sums are taken inside the program, over the ro
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +13,21 @@ import numpy as np
 from flax import linen as nn
 
 from lowrank.core import sharding
+from lowrank.core.typing import Batch, Bind, PyTree, Sums
 from lowrank.metrics import scores
 from lowrank.objectives import losses
 
-PyTree = Any
-Batch = Mapping[str, Any]
-Bind = Callable[[PyTree, Any, Any], PyTree] | None  # a method's `bind`
 Put = Callable[[Batch], Mapping[str, jax.Array]]  # how this host's rows get onto the devices
 
 
 def perplexity(
-    model: nn.Module, params: PyTree, batches: Iterable[Batch], *, bind: Bind = None, put: Put = dict, rows: int = 1024
+    model: nn.Module,
+    params: PyTree,
+    batches: Iterable[Batch],
+    *,
+    bind: Bind | None = None,
+    put: Put = dict,
+    rows: int = 1024,
 ) -> dict[str, float]:
     """`perplexity`, `nll` (nats a token) and `tokens` over language-modelling batches.
 
@@ -39,7 +42,7 @@ def perplexity(
 
 
 def classification(
-    model: nn.Module, params: PyTree, batches: Iterable[Batch], *, bind: Bind = None, put: Put = dict
+    model: nn.Module, params: PyTree, batches: Iterable[Batch], *, bind: Bind | None = None, put: Put = dict
 ) -> dict[str, float]:
     """`accuracy`, `macro_f1` (see `metrics.macro_f1`) and `examples` over classification batches."""
     classes = model.config.num_labels
@@ -65,7 +68,7 @@ def texts(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
 
 
 @partial(jax.jit, static_argnames=("model", "bind", "rows"))
-def _token_sums(model: nn.Module, bind: Bind, rows: int, params: PyTree, batch: Batch) -> losses.Sums:
+def _token_sums(model: nn.Module, bind: Bind | None, rows: int, params: PyTree, batch: Batch) -> Sums:
     """`(summed nll, tokens)` of the targets that weigh 1."""
     params = bind(params, batch, None) if bind else params
     whole_BxT = (batch["weights"] == 1).astype(jnp.float32)
@@ -73,7 +76,7 @@ def _token_sums(model: nn.Module, bind: Bind, rows: int, params: PyTree, batch: 
 
 
 @partial(jax.jit, static_argnames=("model", "bind"))
-def _confusion(model: nn.Module, bind: Bind, params: PyTree, batch: Batch) -> jax.Array:
+def _confusion(model: nn.Module, bind: Bind | None, params: PyTree, batch: Batch) -> jax.Array:
     """Counts `[C, C]` of (label, prediction) over the valid rows."""
     params = bind(params, batch, None) if bind else params
     logits_BxC = model.apply({"params": params}, batch["tokens"], segments=batch["segments"])

@@ -4,7 +4,7 @@ Shapes: B rows, T prompt positions (padded on the left), N new tokens, V vocabul
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,12 @@ from flax import linen as nn
 
 from lowrank.core import sharding
 from lowrank.core.errors import UserError
+from lowrank.core.typing import Bind, PyTree
 from lowrank.data import encode
 from lowrank.generation.prompt_batches import left_pad, padded
 from lowrank.generation.sampling import Sampling, next_token
 from lowrank.models import build, init_cache
 
-PyTree = Any
-Bind = Callable[[PyTree, Any, Any], PyTree] | None  # a method's `bind`
 BATCH = 32  # rows
 
 
@@ -38,7 +37,7 @@ def generate(
     top_p: float = 1.0,
     rng: jax.Array | None = None,
     pad_id: int = 0,
-    bind: Bind = None,
+    bind: Bind | None = None,
 ) -> jax.Array:
     """Continues each prompt by up to `max_new` tokens: `[B, max_new]` int32, with `pad_id` after a row's stop token.
 
@@ -133,7 +132,7 @@ def texts(
     top_k: int = 0,
     top_p: float = 1.0,
     rng: jax.Array | None = None,
-    bind: Bind = None,
+    bind: Bind | None = None,
 ) -> list[str]:
     """The continuation of each prompt (a string, or all its token ids), in the order given, without its stop token.
 

@@ -3,16 +3,15 @@
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from lowrank.core import tree
+from lowrank.core.typing import PyTree
 from lowrank.memory.shapes import StepInputs, step_inputs
 from lowrank.training import step
 from lowrank.training.run import Run
 
-PyTree = Any
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from lowrank.core import parameter_summary, sharding, tree
+from lowrank.core.typing import PyTree
 from lowrank.training import step
 from lowrank.training.offload import HOST
 from lowrank.training.run import Run
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)

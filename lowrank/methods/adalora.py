@@ -12,13 +12,12 @@ import optax
 
 from lowrank.core import weight
 from lowrank.core.errors import UserError
+from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.lora import bind_dropout
 from lowrank.methods.method import Method
 from lowrank.weights import adalora as form
 from lowrank.weights.adalora import AdaLoRA
-
-PyTree = Any
 
 
 def adalora(

@@ -1,7 +1,6 @@
 """What keeps the experts of a mixture in use: a loss that goes into the gradient alone."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,10 +8,7 @@ import jax.numpy as jnp
 
 from lowrank.core import tree, weight
 from lowrank.core.errors import UserError
-from lowrank.methods.method import Bind
-
-PyTree = Any
-Batch = Mapping[str, jax.Array]
+from lowrank.core.typing import Batch, Bind, PyTree
 
 
 def in_balance(kind: type, balance: float) -> Bind:

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import optax
 
 from lowrank.core import config_schema, tree, weight
+from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.dora import dora
 from lowrank.methods.method import Method
 from lowrank.weights.dora import DoRA
 
-PyTree = Any
 MAGNITUDE = r"(.*/)?magnitude"
 
 

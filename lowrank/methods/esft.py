@@ -11,11 +11,11 @@ import numpy as np
 
 from lowrank.core import tree, weight
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.method import Context, Method
 from lowrank.weights import selected_experts
 
-PyTree = Any
 ROUTER = r"(layers|top)/mlp/router/kernel"
 
 

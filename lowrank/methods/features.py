@@ -8,9 +8,8 @@ import numpy as np
 
 from lowrank.core import tree
 from lowrank.core.errors import UserError
-from lowrank.methods.method import Batch, Method
-
-PyTree = Any
+from lowrank.core.typing import Batch, PyTree
+from lowrank.methods.method import Method
 
 
 def features() -> Method:

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from lowrank.core import tree, weight
+from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.method import Method
 from lowrank.weights import lora as form
-
-PyTree = Any
 
 
 def galore(

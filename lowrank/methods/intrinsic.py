@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from lowrank.core import tree, weight
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.typing import PyTree
 from lowrank.methods.method import SHARED, Method
 from lowrank.methods.projections import CHUNK, PROJECTIONS, Shape, project
 
-PyTree = Any
 STACKS = ("layers", "top")  # subtrees whose leaves have a layer axis first
 
 

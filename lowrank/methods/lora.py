@@ -9,11 +9,10 @@ import jax
 
 from lowrank.core import tree, weight
 from lowrank.core.errors import unknown
+from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.method import Method
 from lowrank.weights import lora as form
-
-PyTree = Any
 
 
 def lora(

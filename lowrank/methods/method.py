@@ -9,11 +9,9 @@ import optax
 
 from lowrank.core import tree, weight
 from lowrank.core.errors import UserError
+from lowrank.core.typing import Batch, Bind, PyTree
 from lowrank.methods import targets
 
-PyTree = Any
-Batch = Mapping[str, Any]
-Bind = Callable[[PyTree, Any, jax.Array | None], PyTree]
 SHARED = "shared"  # the root of leaves that no single weight owns
 
 

@@ -1,7 +1,6 @@
 """A mixture of LoRAs, routed by the prompt."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,13 +8,11 @@ import jax.numpy as jnp
 
 from lowrank.core import tree, weight
 from lowrank.core.errors import UserError
+from lowrank.core.typing import Batch, PyTree
 from lowrank.methods import targets
 from lowrank.methods.balance import check_share, counted, mapped
 from lowrank.methods.method import SHARED, Method
 from lowrank.weights import lora, mixture
-
-PyTree = Any
-Batch = Mapping[str, jax.Array]
 
 
 def milora(

@@ -5,10 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.method import SHARED, Method
-
-PyTree = Any
 
 
 def prefix(length: int = 20, reparam: bool = False, hidden: int = 512) -> Method:

@@ -2,16 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lowrank.core import weight
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.typing import PyTree
 from lowrank.methods.method import Context, Method
-
-PyTree = Any
 
 
 def prompt(length: int = 20, init: str = "random", text: str = "") -> Method:

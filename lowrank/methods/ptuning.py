@@ -6,10 +6,9 @@ import jax
 from flax import linen as nn
 
 from lowrank.core.errors import unknown
+from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.method import SHARED, Method
-
-PyTree = Any
 
 
 def ptuning(length: int = 20, encoder: str = "mlp", hidden: int = 128) -> Method:

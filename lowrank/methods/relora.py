@@ -9,13 +9,12 @@ import optax
 
 from lowrank.core import config_schema, tree, weight
 from lowrank.core.errors import UserError
+from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.lora import lora
 from lowrank.methods.method import Method, restart_every
 from lowrank.weights import lora as form
 from lowrank.weights.lora import LoRA
-
-PyTree = Any
 
 
 def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:

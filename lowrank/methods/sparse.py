@@ -24,12 +24,12 @@ import optax
 
 from lowrank.core import tree, weight
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.typing import PyTree
 from lowrank.core.weight import materialize, wide
 from lowrank.methods import targets
 from lowrank.methods.method import Context, Method
 from lowrank.weights import sparse as form
 
-PyTree = Any
 Kernels = dict[str, jax.Array]  # dense, float32, by name
 Gradient = Callable[[Kernels, PyTree, Mapping[str, jax.Array]], Kernels]
 

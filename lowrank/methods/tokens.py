@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
+from lowrank.core.typing import PyTree
 from lowrank.methods.method import Context, Method
 from lowrank.weights import token_embeddings as form
 
-PyTree = Any
 TABLE = "embed/embedding"
 
 

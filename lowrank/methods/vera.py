@@ -6,11 +6,10 @@ import jax
 
 from lowrank.core import tree, weight
 from lowrank.core.errors import UserError
+from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.method import SHARED, Method
 from lowrank.weights import vera as form
-
-PyTree = Any
 
 
 def vera(rank: int = 256, target: str = r".*attn/(q|v)/kernel", d_initial: float = 0.1, seed: int = 0) -> Method:

@@ -4,17 +4,14 @@ Shapes: B batch, T time, D width, V vocabulary, C classes, S chunks of K positio
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import unknown
-
-PyTree = Any
-Batch = Mapping[str, jax.Array]
-Sums = tuple[jax.Array, jax.Array]  # (sum of weighted losses, sum of weights), float32 scalars
+from lowrank.core.typing import Batch, PyTree, Sums
 
 
 def causal_lm(model: Any, params: PyTree, batch: Batch, rows: int = 0) -> Sums:

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from lowrank.core import tree
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_stored
 from lowrank.pretrained import quantized_checkpoint
 from lowrank.pretrained.families import FAMILIES
@@ -23,7 +24,6 @@ from lowrank.pretrained.hf_files import INDEX, SINGLE
 from lowrank.pretrained.hf_tensors import Tensor
 from lowrank.pretrained.load import PARAM_DTYPES, Pretrained
 
-PyTree = Any
 SHARD_BYTES = 5_000_000_000
 RUNTIME = (
     "dtype",

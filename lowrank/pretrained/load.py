@@ -15,6 +15,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from lowrank.core import config_schema, sharding, tree
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
 from lowrank.models import build
 from lowrank.pretrained import hf_files, load_tensors, quantize_config, quantized_checkpoint, upcycle
@@ -26,7 +27,6 @@ from lowrank.pretrained.tokenizer import Tokenizer
 from lowrank.pretrained.upcycle import Upcycling
 from lowrank.weights.quantized.schemes import group_of
 
-PyTree = Any
 PARAM_DTYPES = ("float32", "bfloat16")
 # What training may start from scratch.
 NEW = r"(prompt|prefix|pooler|head)/.*|(layers|top)/((attn|mlp)_adapter|mlp/routed)/.*"

@@ -8,6 +8,7 @@ import numpy as np
 
 from lowrank.core import config_schema, tree
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.typing import PyTree
 from lowrank.pretrained import quantized_checkpoint
 from lowrank.pretrained.mixed_bits import MixedBits
 from lowrank.pretrained.quantize_on_load import TARGET, Quantization, Reader, StoredAs
@@ -15,9 +16,6 @@ from lowrank.pretrained.tensor_reader import Stored
 from lowrank.weights.quantized import ggml
 from lowrank.weights.quantized.base import Quantized
 from lowrank.weights.quantized.schemes import SCHEMES, group_of, jit_quantizer
-
-PyTree = Any
-
 
 OWN = "gguf"  # in place of a scheme: the blocks that the file has
 

@@ -16,11 +16,11 @@ from flax import linen as nn
 from lowrank import models
 from lowrank.core import tree
 from lowrank.core.errors import UserError
+from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
 from lowrank.models.layers import Linear
 from lowrank.models.stack import depths
 
-PyTree = Any
 Seen = dict[str, tuple[jax.Array, jax.Array]]  # by kernel: (sum of x^T x [in, in], sum of |x| [in]), float32
 
 

@@ -11,13 +11,13 @@ import numpy as np
 from lowrank import data, pretrained
 from lowrank.core import tree
 from lowrank.core.errors import UserError
+from lowrank.core.typing import PyTree
 from lowrank.pretrained import Pretrained, quantized_checkpoint
 from lowrank.pretrained.tensor_reader import finite
 from lowrank.quantization import awq, gptq, texts
 from lowrank.quantization.layers import Layers
 from lowrank.weights.quantized.schemes import group_of
 
-PyTree = Any
 CALIBRATORS = {"gptq": gptq.quantize, "awq": awq.quantize}
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from lowrank import data, methods, models, pretrained
 from lowrank.core import config_schema, parameter_summary, sharding
 from lowrank.core.errors import UserError
+from lowrank.core.typing import PyTree
 from lowrank.evaluation.evaluator import EvalConfig, Evaluator
 from lowrank.methods import Method
 from lowrank.objectives import losses
@@ -19,8 +20,6 @@ from lowrank.training.config import CheckpointConfig, Group, ModelConfig, RunCon
 from lowrank.training.offload import HOST, has_host
 from lowrank.training.optimizer import OptimConfig
 from lowrank.training.run import Run
-
-PyTree = Any
 
 
 def build_run(config: Group, devices: Sequence[Any] | None = None, like: Run | None = None) -> Run:

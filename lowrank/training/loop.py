@@ -18,13 +18,13 @@ from lowrank.adapters import adapter_files
 from lowrank.core import files, parameter_summary, sharding, tree
 from lowrank.core.errors import Diverged, UserError
 from lowrank.core.tree import flatten_named, unflatten_named
+from lowrank.core.typing import PyTree
 from lowrank.training import build, report, step, workdir
 from lowrank.training import run as plan
 from lowrank.training.checkpoint import Checkpointer
 from lowrank.training.log import LOSS, METRICS, RunLog, read_metrics
 from lowrank.training.preemption import StopSignal
 
-PyTree = Any
 SUMMARY, BEFORE, ADAPTER = "summary.json", "before.json", "adapter"
 UNKNOWN: dict[str, Any] = {"scores": {}, "texts": []}  # of a model that is not scored
 FROZEN = "frozen"  # the root of the frozen leaves in a checkpoint: those that a method's restarts change

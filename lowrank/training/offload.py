@@ -11,7 +11,8 @@ import jax
 import optax
 from jax.extend.core import ClosedJaxpr, Literal
 
-PyTree = Any
+from lowrank.core.typing import PyTree
+
 HOST = "pinned_host"
 Space = jax.memory.Space
 

@@ -17,8 +17,7 @@ import optax
 
 from lowrank.core import config_schema, tree
 from lowrank.core.errors import UserError, unknown
-
-PyTree = Any
+from lowrank.core.typing import PyTree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-PyTree = Any
+from lowrank.core.typing import PyTree
 
 
 def sources(fn: Callable[..., PyTree], *args: PyTree) -> tuple[PyTree, list[int | None]]:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from lowrank import data, methods, pretrained
 from lowrank.core import sharding, tree, weight
+from lowrank.core.typing import PyTree, Sums
 from lowrank.evaluation.evaluator import Evaluator
 from lowrank.methods import Method
 from lowrank.objectives import losses
@@ -23,8 +24,6 @@ from lowrank.training.config import CheckpointConfig, ModelConfig, RunConfig
 from lowrank.training.offload import has_host
 from lowrank.training.optimizer import OptimConfig
 from lowrank.training.passthrough import jit_passthrough, sources
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +143,7 @@ class Run:
         plain = optim.build_optimizer(self.optim, self.config.steps, tree.split(self.shapes, self.mask)[0])
         return self.method.optimizer(plain, self.config.steps) if self.method.optimizer else plain
 
-    def loss(self, params: PyTree, batch: losses.Batch, rng: jax.Array | None) -> losses.Sums:
+    def loss(self, params: PyTree, batch: losses.Batch, rng: jax.Array | None) -> Sums:
         """`(sum of weighted losses, sum of weights)`.
 
         A method's penalty adds its gradient in proportion to the weights, and nothing to the sum: losses compare.

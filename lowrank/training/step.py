@@ -14,9 +14,9 @@ import optax
 from jax.sharding import Mesh
 
 from lowrank.core import sharding, tree
+from lowrank.core.typing import PyTree
 from lowrank.training import offload
 
-PyTree = Any
 Loss = Callable[[PyTree, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
 
 

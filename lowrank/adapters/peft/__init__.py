@@ -17,8 +17,8 @@ from lowrank.adapters.peft.forms import FORMS
 from lowrank.adapters.peft.modules import Base
 from lowrank.adapters.peft.reading import About
 from lowrank.core import files
+from lowrank.core.typing import PyTree
 
-PyTree = Any
 WHOLE: dict[str, ModuleType] = {
     **dict.fromkeys(prompts.OPTIONS, prompts),
     tokens.TYPE: tokens,

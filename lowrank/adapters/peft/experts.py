@@ -23,11 +23,11 @@ from lowrank.adapters.peft.forms import Form, ranked
 from lowrank.adapters.peft.modules import Base
 from lowrank.core import tree
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
 from lowrank.pretrained.families import FAMILIES
 from lowrank.weights.lora import RESIDUAL, LoRA
 
-PyTree = Any
 KEY = "target_parameters"
 FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # theirs, in the order in which they nest -> ours
 _TENSOR = re.compile(r".*\.experts(\.base_layer)?\.lora_[AB]\.weight")

@@ -20,10 +20,10 @@ from lowrank.adapters.peft.config import Content
 from lowrank.adapters.peft.modules import HEADS, Base, Place, modules
 from lowrank.core import tree
 from lowrank.core.errors import UserError, nearest
+from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
 from lowrank.models import DecoderConfig
 
-PyTree = Any
 PROMPT, PREFIX = "PROMPT_TUNING", "PREFIX_TUNING"
 OPTIONS = {PROMPT: "num_prompt", "P_TUNING": "num_prompt", PREFIX: "prefix_length"}  # of the model, by peft_type
 KEY, ROOT = "prompt_embeddings", "base_model."

@@ -14,10 +14,9 @@ from lowrank.adapters.peft.forms import Form, Layer, Settings
 from lowrank.adapters.peft.modules import HEADS, Base, Module, Place, check_conv1d, check_untied, modules
 from lowrank.core import tree
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
 from lowrank.weights.lora import RESIDUAL
-
-PyTree = Any
 
 
 class About(NamedTuple):

@@ -19,10 +19,10 @@ from lowrank.adapters.peft.config import Content
 from lowrank.adapters.peft.modules import Base, modules
 from lowrank.core import tree
 from lowrank.core.errors import UserError, nearest
+from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_stored, is_weight
 from lowrank.weights.token_embeddings import TrainableTokens
 
-PyTree = Any
 TYPE, TABLE, SUFFIX, HEAD = "TRAINABLE_TOKENS", "embed/embedding", ".trainable_tokens_delta", "lm_head"
 INDICES, INNER = "trainable_token_indices", ".token_adapter"  # beside a LoRA
 _KEYS = ("target_modules", "token_indices", "init_weights")

@@ -12,10 +12,9 @@ from lowrank.adapters.peft.forms import FORMS, Form, Layer
 from lowrank.adapters.peft.modules import HEADS, Base, Module, Place, check_conv1d, check_untied, modules
 from lowrank.core import tree
 from lowrank.core.errors import UserError, nearest
+from lowrank.core.typing import PyTree
 from lowrank.core.weight import Weight, is_stored, is_weight, materialize
 from lowrank.weights.lora import RESIDUAL
-
-PyTree = Any
 
 
 def content(

@@ -11,9 +11,10 @@ import numpy as np
 
 from lowrank.adapters.peft import match
 from lowrank.adapters.peft.forms import ranked
-from lowrank.adapters.peft.forms.form import Arrays, Form, Layer, Part, Settings
+from lowrank.adapters.peft.forms.form import Form, Layer, Part, Settings
 from lowrank.adapters.peft.forms.lora import LORA
 from lowrank.core.errors import UserError
+from lowrank.core.typing import HostArrays
 from lowrank.weights.adalora import AdaLoRA
 
 EPSILON = 1e-5
@@ -49,7 +50,7 @@ def _summary(modules: Mapping[str, Settings], others: Sequence[str], method: Set
     }
 
 
-def _peel(w: AdaLoRA, arrays: Arrays) -> Layer | None:
+def _peel(w: AdaLoRA, arrays: HostArrays) -> Layer | None:
     """The triplets that were not pruned, in their order."""
     kept = arrays["e"] != 0
     settings = {

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lowrank.core.typing import HostArrays
 from lowrank.core.weight import Weight
 
 Settings = Mapping[str, Any]
-Arrays = dict[str, np.ndarray]
 
 
 class Layer(NamedTuple):
     """One adapted module: what the JSON says of it, and its arrays by field, in our layout."""
 
     settings: Settings
-    arrays: Arrays
+    arrays: HostArrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Root:
     shapes: Callable[[Mapping[str, Any], Sequence[tuple[int, int]]], dict[str, tuple[int, ...]]]
     # (JSON, the same sizes, all tensors of the file) -> root tensors by key
     read: Callable[[Mapping[str, Any], Sequence[tuple[int, int]], Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-    hand: Callable[[Mapping[str, np.ndarray], int, int], Arrays]  # (root tensors, in, out) -> a module's further arrays
+    # (root tensors, in, out) -> a module's further arrays
+    hand: Callable[[Mapping[str, np.ndarray], int, int], HostArrays]
     collect: Callable[[Sequence[Weight]], dict[str, Any]]  # (adapted weights) -> array by key, as on disk
 
 
@@ -69,7 +70,7 @@ class Form:
     ignores: tuple[str, ...]  # JSON keys without effect on what the adapter computes
     only: Mapping[str, tuple[Any, ...]]  # JSON keys that change the maths, with the values that are understood
     settings: Callable[[Mapping[str, Any], str], Settings]  # (JSON, path) -> of that module
-    peel: Callable[[Weight, Arrays], Layer | None]  # (weight, one layer of its arrays) -> None: not adapted
+    peel: Callable[[Weight, HostArrays], Layer | None]  # (weight, one layer of its arrays) -> None: not adapted
     grow: Callable[[Any, Sequence[Layer | None]], Weight]  # (base weight, one entry a layer) -> the form
     # (settings of each adapted path, the other paths, the method's settings) -> JSON
     summary: Callable[[Mapping[str, Settings], Sequence[str], Settings], dict[str, Any]]

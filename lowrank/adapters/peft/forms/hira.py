@@ -11,11 +11,12 @@ import numpy as np
 
 from lowrank.adapters.peft import match
 from lowrank.adapters.peft.forms import ranked
-from lowrank.adapters.peft.forms.form import WHERE, Arrays, Form, Layer, Part, Settings
+from lowrank.adapters.peft.forms.form import WHERE, Form, Layer, Part, Settings
+from lowrank.core.typing import HostArrays
 from lowrank.weights.hira import HiRA
 
 
-def _peel(w: HiRA, arrays: Arrays) -> Layer | None:
+def _peel(w: HiRA, arrays: HostArrays) -> Layer | None:
     del w
     live = ranked.live(arrays, (("a", "b"),))
     return Layer({"r": int(live.sum())}, {"a": arrays["a"][:, live], "b": arrays["b"][live]}) if live.any() else None

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.adapters.peft import match
-from lowrank.adapters.peft.forms.form import WHERE, Arrays, Form, Layer, Part, Settings
+from lowrank.adapters.peft.forms.form import WHERE, Form, Layer, Part, Settings
 from lowrank.core.errors import UserError
+from lowrank.core.typing import HostArrays
 from lowrank.weights.scaled import Scaled
 
 
-def _peel_scaled(w: Scaled, arrays: Arrays) -> Layer:
+def _peel_scaled(w: Scaled, arrays: HostArrays) -> Layer:
     return Layer({"feedforward": w.side == "in"}, {"s": arrays["s"]})
 
 

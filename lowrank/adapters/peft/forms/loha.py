@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowrank.adapters.peft.forms import ranked
-from lowrank.adapters.peft.forms.form import WHERE, Arrays, Form, Layer, Part
+from lowrank.adapters.peft.forms.form import WHERE, Form, Layer, Part
+from lowrank.core.typing import HostArrays
 from lowrank.weights.loha import LoHa
 
 _PAIRS = (("a1", "b1"), ("a2", "b2"))
 
 
-def _peel(w: LoHa, arrays: Arrays) -> Layer | None:
+def _peel(w: LoHa, arrays: HostArrays) -> Layer | None:
     del w
     live = ranked.live(arrays, _PAIRS)
     cut = {a: arrays[a][:, live] for a, _ in _PAIRS} | {b: arrays[b][live] for _, b in _PAIRS}

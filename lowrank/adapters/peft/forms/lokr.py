@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from lowrank.adapters.peft.forms import ranked
-from lowrank.adapters.peft.forms.form import WHERE, Arrays, Form, Layer, Part, Settings
+from lowrank.adapters.peft.forms.form import WHERE, Form, Layer, Part, Settings
 from lowrank.core.errors import UserError
+from lowrank.core.typing import HostArrays
 from lowrank.weights.lokr import LoKr, Sizes, sizes
 
 
@@ -22,7 +23,7 @@ def _sizes(n_in: int, n_out: int, s: Settings) -> Sizes:
     return s["sizes"] if "sizes" in s else sizes(n_in, n_out, s["r"], s["factor"], s["both"])
 
 
-def _peel(w: LoKr, arrays: Arrays) -> Layer | None:
+def _peel(w: LoKr, arrays: HostArrays) -> Layer | None:
     """The rank is that of the factors of low rank; where there are none it is found for the JSON."""
     pairs = [(a, b) for a, b in (("a1", "b1"), ("a2", "b2")) if a in arrays]
     live = ranked.live(arrays, pairs) if pairs else None

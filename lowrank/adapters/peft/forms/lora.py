@@ -9,7 +9,8 @@ import numpy as np
 
 from lowrank.adapters.peft import match
 from lowrank.adapters.peft.forms import ranked
-from lowrank.adapters.peft.forms.form import WHERE, Arrays, Form, Layer, Part, Settings
+from lowrank.adapters.peft.forms.form import WHERE, Form, Layer, Part, Settings
+from lowrank.core.typing import HostArrays
 from lowrank.weights import dora
 from lowrank.weights.dora import DoRA
 from lowrank.weights.lora import INITS, RESIDUAL, LoRA, plain
@@ -44,14 +45,14 @@ def _lora_summary(modules: Mapping[str, Settings], others: Sequence[str], method
     }
 
 
-def _peel_lora(w: LoRA, arrays: Arrays) -> Layer | None:
+def _peel_lora(w: LoRA, arrays: HostArrays) -> Layer | None:
     """Strips the padding: what is zero in both A and B adds nothing."""
     live = ranked.live(arrays, (("a", "b"),))
     settings = {"r": int(live.sum()), "scale": float(arrays["scale"]), "dropout": w.dropout}
     return Layer(settings, {"a": arrays["a"][:, live], "b": arrays["b"][live]}) if live.any() else None
 
 
-def _peel_dora(w: DoRA, arrays: Arrays) -> Layer | None:
+def _peel_dora(w: DoRA, arrays: HostArrays) -> Layer | None:
     """A layer of rank 0 is left out as long as its magnitude is that of the base."""
     layer = _peel_lora(w, arrays)
     if layer is None:
@@ -62,7 +63,7 @@ def _peel_dora(w: DoRA, arrays: Arrays) -> Layer | None:
     return Layer(layer.settings, layer.arrays | {"magnitude": arrays["magnitude"]})
 
 
-def _folded(peel: Callable[[Any, Arrays], Layer | None]) -> Callable[[Any, Arrays], Layer | None]:
+def _folded(peel: Callable[[Any, HostArrays], Layer | None]) -> Callable[[Any, HostArrays], Layer | None]:
     return lambda w, arrays: peel(w, {**arrays, "a": arrays["a"] @ arrays["core"]})
 
 

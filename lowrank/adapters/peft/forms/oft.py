@@ -12,8 +12,9 @@ import numpy as np
 
 from lowrank.adapters.peft import match
 from lowrank.adapters.peft.forms import ranked
-from lowrank.adapters.peft.forms.form import WHERE, Arrays, Form, Layer, Part, Settings
+from lowrank.adapters.peft.forms.form import WHERE, Form, Layer, Part, Settings
 from lowrank.core.errors import UserError
+from lowrank.core.typing import HostArrays
 from lowrank.weights.oft import BOFT, OFT
 from lowrank.weights.rotation import block_size
 
@@ -55,7 +56,7 @@ def _oft_shape(n_in: int, n_out: int, s: Settings) -> tuple[int, ...]:
     return (1 if s["share"] else n_in // b, b * (b - 1) // 2)
 
 
-def _peel_oft(w: OFT, arrays: Arrays) -> Layer | None:
+def _peel_oft(w: OFT, arrays: HostArrays) -> Layer | None:
     if not np.any(arrays["skew"]):
         return None
     (rows, _), b = arrays["skew"].shape, block_size(arrays["skew"])
@@ -119,7 +120,7 @@ def _boft_shape(n_in: int, n_out: int, s: Settings) -> tuple[int, ...]:
     return (factors, n_in // b, b, b)
 
 
-def _peel_boft(w: BOFT, arrays: Arrays) -> Layer | None:
+def _peel_boft(w: BOFT, arrays: HostArrays) -> Layer | None:
     skew = arrays["skew"]
     if not np.any(skew) and np.all(arrays["s"] == 1):
         return None

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.adapters.peft import match
-from lowrank.adapters.peft.forms.form import Arrays, Layer, Settings
+from lowrank.adapters.peft.forms.form import Layer, Settings
 from lowrank.core.errors import UserError
+from lowrank.core.typing import HostArrays
 
 READS = {"r": 8, "rank_pattern": {}, "layers_to_transform": None, "layers_pattern": None}
 
@@ -52,7 +53,7 @@ def tidy(x: float) -> float | int:
     return int(x) if x == int(x) else x
 
 
-def live(arrays: Arrays, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+def live(arrays: HostArrays, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
     """Which columns of `a` and rows of `b`, of any pair `(a, b)`, are not padding: what is zero in all adds nothing."""
     return np.any([np.any(arrays[a], axis=0) | np.any(arrays[b], axis=1) for a, b in pairs], axis=0)
 

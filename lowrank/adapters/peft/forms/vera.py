@@ -11,8 +11,9 @@ import numpy as np
 
 from lowrank.adapters.peft import match
 from lowrank.adapters.peft.forms import ranked
-from lowrank.adapters.peft.forms.form import WHERE, Arrays, Form, Layer, Part, Root, Settings
+from lowrank.adapters.peft.forms.form import WHERE, Form, Layer, Part, Root, Settings
 from lowrank.core.errors import UserError
+from lowrank.core.typing import HostArrays
 from lowrank.core.weight import Weight
 from lowrank.weights import vera
 from lowrank.weights.vera import VeRA
@@ -21,7 +22,7 @@ A, B = "base_model.vera_A", "base_model.vera_B"
 Sizes = Sequence[tuple[int, int]]
 
 
-def _peel(w: VeRA, arrays: Arrays) -> Layer | None:
+def _peel(w: VeRA, arrays: HostArrays) -> Layer | None:
     """A layer whose vectors are both zero was never adapted: `lambda_d` starts elsewhere."""
     del w
     return Layer({"r": arrays["lambda_d"].size}, arrays) if any(map(np.any, arrays.values())) else None
@@ -61,7 +62,7 @@ def _drawn(numbers: np.random.RandomState, shape: tuple[int, ...]) -> np.ndarray
     return bits.astype(np.float32) * np.float32(2**-24) * (2 * bound) - bound
 
 
-def _hand(root: Mapping[str, np.ndarray], n_in: int, n_out: int) -> Arrays:
+def _hand(root: Mapping[str, np.ndarray], n_in: int, n_out: int) -> HostArrays:
     return {"a": root[A][:, :n_in].T, "b": root[B][:n_out].T}
 
 
