@@ -8,7 +8,7 @@ fields say what they are: `trainable()` is learned, `frozen()` is kept, `static(
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(trainable, frozen, static))
 def form(cls: F) -> F:
     """Class decorator: a frozen dataclass that is a pytree."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
