@@ -10,7 +10,7 @@ from lowrank.core import sharding
 from lowrank.memory import shapes
 from lowrank.training import build, step
 from tests.support.tiny_checkpoint import HIDDEN
-from tests.training.test_loop import config_of
+from tests.support.tiny_runs import config_of
 
 ROWS, LENGTH = 8, 24
 MESHES = [{"data": 1, "fsdp": 4}, {"data": 2, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]

@@ -10,7 +10,7 @@ import pytest
 from launch import preflight as command
 from lowrank.memory import advice, compiled, devices, gpus
 from lowrank.training import build
-from tests.training.test_loop import config_of
+from tests.support.tiny_runs import config_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
 CONFIG = "--config=configs/tiny.py"

@@ -10,7 +10,7 @@ from lowrank.core import tree
 from lowrank.memory import compiled, formulas, residuals, shapes
 from lowrank.training import build, step
 from tests.support.tiny_checkpoint import HEADS, HIDDEN, KV_HEADS, LAYERS, WIDTH
-from tests.training.test_loop import config_of
+from tests.support.tiny_runs import config_of
 
 NF4 = {"name": "nf4", "block": 8, "double": True}
 RUNS = {

@@ -11,10 +11,10 @@ from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.methods.adalora import kept_share
 from lowrank.training import build
-from tests.methods.test_methods import base
 from tests.support import tiny_checkpoint as tiny
 from tests.support.close import assert_close
-from tests.training.test_loop import config_of
+from tests.support.tiny_parameters import base
+from tests.support.tiny_runs import config_of
 
 STEPS, FIRST, LAST, EVERY, RANK, TARGET = 30, 3, 24, 3, 4, 2
 GROUP = {"name": "adalora", "init_rank": RANK, "target_rank": TARGET, "alpha": 6.0, "target": r".*attn/(q|v)/kernel"}

@@ -11,11 +11,11 @@ from lowrank.core.errors import UserError
 from lowrank.methods.bidora import MAGNITUDE, bilevel
 from lowrank.training import build
 from lowrank.training import optimizer as optim
-from tests.methods.test_methods import Q, base
 from tests.support import tiny_checkpoint as tiny
 from tests.support.adapted_model import adapted
 from tests.support.close import assert_close
-from tests.training.test_loop import config_of
+from tests.support.tiny_parameters import Q, base
+from tests.support.tiny_runs import config_of
 
 
 def test_magnitudes_follow_the_hypergradient_and_each_group_has_adam_of_its_own():

@@ -6,7 +6,7 @@ import pytest
 
 from lowrank.training import loop
 from lowrank.training.checkpoint import Checkpointer
-from tests.training.test_loop import config_of
+from tests.support.tiny_runs import config_of
 
 STEPS = 8
 RUNS = {

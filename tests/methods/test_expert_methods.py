@@ -25,7 +25,7 @@ from tests.support import tiny_checkpoint as tiny
 from tests.support.checkpoint_files import tensors, write_directory
 from tests.support.close import assert_close
 from tests.support.tiny_models import SIZES, decoder, run, tokens
-from tests.training.test_loop import config_of
+from tests.support.tiny_runs import config_of
 
 B, T, D, E, F, K = 2, 3, 6, 4, 5, 2
 

@@ -9,8 +9,8 @@ from optax.contrib import scale_by_galore
 
 from lowrank.core.errors import UserError
 from lowrank.methods.galore import projected
-from tests.methods.test_methods import attached
 from tests.support.close import assert_close
+from tests.support.tiny_parameters import attached
 
 RANK, EVERY, SCALE, LR, STEPS = 2, 3, 0.5, 0.1, 7
 SHAPES = {"wide/kernel": (2, 5, 8), "tall/kernel": (2, 8, 5), "norm": (4,)}

@@ -12,9 +12,9 @@ from lowrank.core.errors import UserError
 from lowrank.methods import projections
 from lowrank.methods.projections import PROJECTIONS, Shape
 from lowrank.weights import scaled
-from tests.methods.test_methods import base
 from tests.support import tiny_checkpoint as tiny
 from tests.support.close import assert_close, difference
+from tests.support.tiny_parameters import base
 
 KEY, SHAPE, D = jax.random.key(3), Shape(301, 1000), 20
 

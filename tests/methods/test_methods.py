@@ -13,23 +13,7 @@ from lowrank.core.weight import Weight, dot, materialize
 from lowrank.models import DecoderConfig, build
 from tests.support.close import assert_close, difference
 from tests.support.tiny_models import LLAMA, SIZES
-
-L, D = 3, 8
-Q = r"layers/attn/q/kernel"
-
-
-def base():
-    key = jax.random.key(0)
-    kernel = lambda i: jax.random.normal(jax.random.fold_in(key, i), (L, D, D))  # noqa: E731
-    attn = {n: {"kernel": kernel(i), "bias": jnp.zeros((L, D))} for i, n in enumerate("qkvo")}
-    mlp = {"down": {"kernel": kernel(9), "bias": jnp.zeros((L, D))}}
-    return {"layers": {"attn": attn, "mlp": mlp}, "head": {"kernel": kernel(10)[0]}}
-
-
-def attached(**group):
-    method = methods.build(group)
-    params = methods.attach(method, base(), jax.random.key(1))
-    return params, tree.names(tree.split(params, methods.trainable_mask(method, params))[0])
+from tests.support.tiny_parameters import D, L, Q, attached, base
 
 
 @pytest.mark.parametrize(

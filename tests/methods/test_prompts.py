@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lowrank import methods
-from lowrank.adapters import load, nearest_tokens
+from lowrank.adapters import nearest_tokens
 from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.evaluation import scores as evaluate
@@ -19,13 +19,7 @@ from lowrank.models import build
 from lowrank.training import build as plan
 from lowrank.training import loop
 from tests.support.close import assert_close
-from tests.training.test_loop import config_of
-
-
-def trained(files, arg, folder, **changes):
-    """`(summary, the model as its adapter gives it back)` of a short run."""
-    config = config_of(files, arg, optim__lr=0.05, mesh__data=1, checkpoint__every=0, steps=3, **changes)
-    return loop.run(config, folder), load.load_adapted(folder / "adapter", str(files / "llama"))
+from tests.support.tiny_runs import config_of, train_shortly
 
 
 def test_the_mlp_of_a_prefix_is_the_papers():
@@ -47,7 +41,7 @@ def test_an_adapter_holds_what_the_mlp_makes_and_not_the_mlp(files, tmp_path, mo
     seen = []
     finished = methods.finished
     monkeypatch.setattr(methods, "finished", lambda *args: seen.append(finished(*args)) or seen[-1])
-    _, loaded = trained(files, "method=mam,length=4,width=4,reparam=True,hidden=16", tmp_path)
+    _, loaded = train_shortly(files, "method=mam,length=4,width=4,reparam=True,hidden=16", tmp_path)
     names = set(load_file(tmp_path / "adapter" / "trained.safetensors"))
     adapters = {f"layers/mlp_adapter/{n}/{f}" for n in ("down", "up") for f in ("kernel", "bias")}
     assert names == {"prefix/k", "prefix/v", *adapters}
@@ -135,7 +129,7 @@ def test_a_prompt_starts_from_the_vocabulary_or_from_a_text(files):
 
 
 def test_the_prompt_command_prints_the_nearest_tokens(files, tmp_path):
-    trained(files, "method=ptuning,length=2,encoder=mlp,hidden=8", tmp_path)
+    train_shortly(files, "method=ptuning,length=2,encoder=mlp,hidden=8", tmp_path)
     command = [sys.executable, "-m", "launch.prompt", f"--workdir={tmp_path}", "--top=2"]  # in a process of its own,
     done = subprocess.run(command, capture_output=True, text=True, check=True)  # for commands share names of flags
     lines = done.stdout.splitlines()

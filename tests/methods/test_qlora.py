@@ -18,7 +18,7 @@ from lowrank.training.log import read_metrics
 from tests.support import tiny_checkpoint as tiny
 from tests.support.close import assert_close
 from tests.support.tiny_models import run
-from tests.training.test_loop import config_of
+from tests.support.tiny_runs import config_of
 
 values = jax.jit(materialize)
 NF4 = {"name": "nf4", "block": 8, "double": True}

@@ -14,10 +14,10 @@ from lowrank.core.weight import merge
 from lowrank.methods.relora import restarting
 from lowrank.training import build, loop
 from lowrank.training import optimizer as optim
-from tests.methods.test_methods import base
 from tests.support.adapted_model import adapted
 from tests.support.close import assert_close, difference
-from tests.training.test_loop import config_of
+from tests.support.tiny_parameters import base
+from tests.support.tiny_runs import config_of
 
 QV = r".*attn/(q|v)/kernel"
 ARG, STEPS = "method=relora,every=3,warmup=2,rank=2,alpha=4.0", 8

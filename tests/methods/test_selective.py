@@ -17,12 +17,11 @@ from lowrank.methods.features import Cache
 from lowrank.methods.sparse import SEEING
 from lowrank.training import loop
 from lowrank.training.log import read_metrics
-from tests.methods.test_prompts import trained
 from tests.support import tiny_checkpoint as tiny
 from tests.support.close import assert_close
+from tests.support.decoder_steps import compile_on_decoder, count_bytes
 from tests.support.tiny_models import decoder, run
-from tests.training.test_loop import config_of
-from tests.training.test_step_on_decoder import _bytes, _compiled
+from tests.support.tiny_runs import config_of, train_shortly
 
 IN, OUT, ROWS, STEPS, LR = 6, 5, 4, 2, 0.1
 
@@ -104,7 +103,7 @@ def test_a_run_that_goes_on_keeps_its_places_and_does_not_choose_again(files, tm
 
 def assert_holds(directory, base, places):
     """The adapter holds the places and their values, and the model that it gives back has them there."""
-    arrays, loaded = load_file(directory / "trained.safetensors"), load.load_adapted(directory, base)
+    arrays, loaded = load_file(directory / "train_shortly.safetensors"), load.load_adapted(directory, base)
     assert {n for n in arrays if n.endswith("indices")} == set(places)
     leaves = dict(tree.named_leaves(loaded.params, weight.is_weight))
     for name in {n.rpartition("/")[0] for n in arrays}:
@@ -117,9 +116,9 @@ def assert_holds(directory, base, places):
 
 def test_a_sparse_step_keeps_no_dense_gradients_or_moments():
     method = methods.build({"name": "sparse", "density": 0.005})
-    compiled, state, frozen, _ = _compiled(method, (1, 1, 1), 32, width=128, layers=8)
-    kernels = _bytes({n: x for n, x in tree.named_leaves(frozen) if n.endswith("base")})
-    assert _bytes(state) < 0.006 * kernels
+    compiled, state, frozen, _ = compile_on_decoder(method, (1, 1, 1), 32, width=128, layers=8)
+    kernels = count_bytes({n: x for n, x in tree.named_leaves(frozen) if n.endswith("base")})
+    assert count_bytes(state) < 0.006 * kernels
     assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * kernels  # dense gradients alone would add one more
 
 
@@ -146,12 +145,12 @@ def test_learned_rows_are_rows_of_the_embedding_and_of_a_head_that_shares_it():
 )
 def test_tokens_that_are_none_are_refused(arg, culprit, files, tmp_path):
     with pytest.raises(UserError) as error:
-        trained(files, f"method=tokens,{arg}", tmp_path)
+        train_shortly(files, f"method=tokens,{arg}", tmp_path)
     assert culprit in str(error.value)
 
 
 def test_a_run_on_chosen_words_learns_their_rows(files, tmp_path):
-    _, loaded = trained(files, "method=tokens,tokens=the", tmp_path)
+    _, loaded = train_shortly(files, "method=tokens,tokens=the", tmp_path)
     table = loaded.params["embed"]["embedding"]
     assert table.ids.tolist() == [loaded.tokenizer.encode("the")[0]]
     assert np.abs(np.asarray(materialize(table) - table.base)).sum(1).nonzero()[0].tolist() == table.ids.tolist()

@@ -12,6 +12,10 @@ from lowrank.core.errors import UserError
 from tests.support.adapted_model import adapted
 from tests.support.close import assert_close, difference
 from tests.support.parity_bases import (
+    ATTN,
+    GPT2_TARGETS,
+    QKVO,
+    QV,
     assert_same_weights,
     make,
     our_logits,
@@ -32,13 +36,11 @@ def bases(tmp_path_factory):
     return make(lambda: tmp_path_factory.mktemp("base"))
 
 
-Q, QV, ATTN = r"layers/attn/q/kernel", r".*attn/(q|v)/kernel", r".*attn/(q|k|v|o)/kernel"
 PATTERNS = {
     "rank_pattern": {r".*attn/k/kernel": 2, r"layers/1/attn/q/kernel": 6},
     "alpha_pattern": {r".*attn/v/kernel": 3.0, r"layers/0/.*": 20.0},
 }
 GONE = {"rank_pattern": {r"layers/0/attn/q/kernel": 0, r"layers/2/attn/v/kernel": 1}}
-GPT2_TARGETS = r".*(attn/qkv|mlp/down)/kernel"
 OURS = {
     "alpha is not r": ("llama", {"name": "lora", "rank": 4, "alpha": 10.0, "target": ATTN}),
     "rslora": ("llama", {"name": "lora", "rank": 4, "alpha": 6.0, "rslora": True, "target": ATTN}),
@@ -81,7 +83,6 @@ def test_peft_loads_our_adapter_and_computes_our_logits(case, bases, tmp_path):
     assert_same_weights(params, peft_format.load(tmp_path, plain, base))
 
 
-QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 THEIR_PATTERNS = {
     "rank_pattern": {"k_proj": 2, "layers.1.self_attn.q_proj": 6},
     "alpha_pattern": {"v_proj": 3, r"layers\.0\..*q_proj": 20},

@@ -12,10 +12,18 @@ import torch
 from lowrank.adapters import peft as peft_format
 from lowrank.core.errors import UserError
 from lowrank.core.weight import is_weight
-from tests.parity.test_peft import ATTN, GPT2_TARGETS, QKVO
 from tests.support.adapted_model import adapted
 from tests.support.close import assert_close, difference
-from tests.support.parity_bases import assert_same_weights, make, our_logits, randomize, their_logits
+from tests.support.parity_bases import (
+    ATTN,
+    GPT2_TARGETS,
+    QKVO,
+    assert_same_weights,
+    make,
+    our_logits,
+    randomize,
+    their_logits,
+)
 
 # peft warns of the pattern that it wrote itself: lora_E is no module
 pytestmark = [

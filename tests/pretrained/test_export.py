@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 from lowrank.core import sharding
 from lowrank.core.errors import UserError
 from lowrank.pretrained import export, load
-from tests.pretrained.test_load import assert_same
 from tests.support import checkpoint_files as files
 from tests.support.checkpoint_files import BERT, GEMMA3, GPT2, LLAMA
+from tests.support.close import assert_same
 
 CONFIGS = {"llama": LLAMA, "gemma3": GEMMA3, "gpt2": GPT2, "bert": BERT}
 

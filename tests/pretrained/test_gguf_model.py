@@ -7,10 +7,9 @@ import pytest
 from lowrank.core import sharding
 from lowrank.core.errors import UserError
 from lowrank.pretrained import describe, load
-from tests.pretrained.test_load import assert_same
 from tests.support import checkpoint_files as files
 from tests.support.checkpoint_files import GEMMA3, GPT2, LLAMA
-from tests.support.close import assert_close
+from tests.support.close import assert_close, assert_same
 
 UNTIED = {**LLAMA, "tie_word_embeddings": False}
 TWINS = {

@@ -16,17 +16,11 @@ from lowrank.pretrained import describe, hf_files, hub, load, load_tensors
 from lowrank.pretrained.families import FAMILIES
 from tests.support import checkpoint_files as files
 from tests.support.checkpoint_files import BERT, DTYPES, GEMMA3, GPT2, LLAMA
+from tests.support.close import assert_same
 
 QWEN2 = {**LLAMA, "model_type": "qwen2", "tie_word_embeddings": False}
 ROBERTA = {**BERT, "model_type": "roberta", "pad_token_id": 1}
 CONFIGS = {"llama": LLAMA, "qwen2": QWEN2, "gemma3": GEMMA3, "gpt2": GPT2, "bert": BERT, "roberta": ROBERTA}
-
-
-def assert_same(ours, theirs):
-    ours, theirs = dict(tree.named_leaves(ours)), dict(tree.named_leaves(theirs))
-    assert ours.keys() == theirs.keys()
-    for name, leaf in ours.items():
-        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(theirs[name]), err_msg=name)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from lowrank.core.errors import UserError
 from lowrank.pretrained import export
 from lowrank.training import loop
 from tests.support import tiny_checkpoint as tiny
-from tests.training.test_loop import config_of
+from tests.support.tiny_runs import config_of
 
 GROUPS = {
     "nf4": {"block": 8, "double": True},

@@ -20,7 +20,7 @@ from tests.support.adapted_model import adapted
 from tests.support.checkpoint_files import BERT, GPT2, LLAMA, directory, gguf_twin, tensors
 from tests.support.close import assert_close
 from tests.support.tiny_models import run
-from tests.training.test_loop import config_of
+from tests.support.tiny_runs import config_of
 
 GROUP = {"experts": 4, "top_k": 2}
 IDS = np.arange(2, 22, dtype=np.int32).reshape(2, 10)

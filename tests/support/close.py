@@ -16,6 +16,8 @@ import sys
 import jax
 import numpy as np
 
+from lowrank.core import tree
+
 FLOAT32 = 5e-6  # forty float32 roundings of the largest value, in whatever order sums are added
 MARGIN = 4  # an allowed difference is at least this many times the largest one that was seen
 
@@ -41,6 +43,14 @@ def assert_close(actual, expected, *, relative: float = FLOAT32, size=None, per_
                 f"{shown} differs by {seen:.3g} of its size {scale:.4g}, and {relative:.3g} is allowed:\n"
                 f"{actual[leaf]}\nexpected\n{want}"
             )
+
+
+def assert_same(actual, expected):
+    """Hold each leaf of `actual` to the same leaf of `expected`, bit for bit."""
+    actual, expected = dict(tree.named_leaves(actual)), dict(tree.named_leaves(expected))
+    assert actual.keys() == expected.keys()
+    for leaf, want in expected.items():
+        np.testing.assert_array_equal(np.asarray(actual[leaf]), np.asarray(want), err_msg=leaf)
 
 
 def difference(actual, expected) -> float:

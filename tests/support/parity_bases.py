@@ -36,6 +36,9 @@ BASES = {
     "llama classifier": (CLASSIFIER, "llama", {**LLAMA, "num_labels": LABELS, "pad_token_id": 0}),
     "roberta classifier": (CLASSIFIER, "roberta", {**ROBERTA, "num_labels": LABELS, "pad_token_id": 1}),
 }
+Q, QV, ATTN = r"layers/attn/q/kernel", r".*attn/(q|v)/kernel", r".*attn/(q|k|v|o)/kernel"
+GPT2_TARGETS = r".*(attn/qkv|mlp/down)/kernel"
+QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TOKENS = np.random.default_rng(0).integers(5, VOCAB, (3, 12)).astype(np.int32)
 
 

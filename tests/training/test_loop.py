@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs import tiny as tiny_config
 from lowrank import methods, pretrained
 from lowrank.adapters import adapter_files, load
 from lowrank.core import sharding, tree
@@ -21,6 +20,7 @@ from lowrank.training.workdir import check_config
 from lowrank.weights.mixture import Gated, Routed
 from tests.support import tiny_checkpoint as tiny
 from tests.support.close import assert_close
+from tests.support.tiny_runs import config_of
 
 LM_METHODS = {
     "full": "method=full",
@@ -65,19 +65,6 @@ LM_METHODS = {
     "milora": "method=milora,rank=2",
     "intrinsic": "method=intrinsic,dim=64,said=True,target=.*attn/(q|v)/kernel",
 }
-
-
-def config_of(files, arg="", model="llama", **changes):
-    """The tiny config on the files of the fixture; `changes` are `group__key=value` or `key=value`."""
-    config = tiny_config.get_config(arg)
-    config.model.name, config.data.source = str(files / model), f"jsonl:{files / 'records.jsonl'}"
-    for path, value in changes.items():
-        *groups, key = path.split("__")
-        group = config
-        for name in groups:
-            group = group[name]
-        group[key] = value
-    return config
 
 
 def _losses(workdir):

@@ -9,8 +9,8 @@ from lowrank.memory import advice, formulas
 from lowrank.memory import shapes as abstract
 from lowrank.training import build, offload
 from lowrank.training.checkpoint import Checkpointer
-from tests.training.test_loop import config_of
-from tests.training.test_step import LR, _setup
+from tests.support.tiny_runs import config_of
+from tests.support.tiny_steps import LR, build_step
 
 
 def same(a, b):
@@ -27,8 +27,8 @@ def kinds(state):
     [((1, 1, 1), {"b_ratio": 4.0}), ((1, 4, 2), {"full": True, "weight_decay": 0.1, "accumulate": 2})],
 )
 def test_a_paged_optimizer_makes_the_same_bits_and_gives_its_old_state_up(sizes, options):
-    plain, there, frozen, batch, _ = _setup(sizes=sizes, **options)
-    paged, here, *_ = _setup(sizes=sizes, paged=True, **options)
+    plain, there, frozen, batch, _ = build_step(sizes=sizes, **options)
+    paged, here, *_ = build_step(sizes=sizes, paged=True, **options)
     assert kinds(here.optimizer) == {"pinned_host"}
     for _ in range(3):
         before = here
@@ -40,7 +40,9 @@ def test_a_paged_optimizer_makes_the_same_bits_and_gives_its_old_state_up(sizes,
 
 
 def test_a_checkpoint_holds_a_paged_state_and_gives_it_back_where_it_lay(tmp_path):
-    program, state, frozen, batch, _ = _setup(sizes=(1, 4, 2), paged=True, full=True, weight_decay=0.1, accumulate=2)
+    program, state, frozen, batch, _ = build_step(
+        sizes=(1, 4, 2), paged=True, full=True, weight_decay=0.1, accumulate=2
+    )
     state, _ = program(state, frozen, batch, LR)
     with Checkpointer(tmp_path) as saver:
         saver.save(1, flatten_named(state), {})
