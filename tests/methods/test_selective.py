@@ -103,7 +103,7 @@ def test_a_run_that_goes_on_keeps_its_places_and_does_not_choose_again(files, tm
 
 def assert_holds(directory, base, places):
     """The adapter holds the places and their values, and the model that it gives back has them there."""
-    arrays, loaded = load_file(directory / "train_shortly.safetensors"), load.load_adapted(directory, base)
+    arrays, loaded = load_file(directory / "trained.safetensors"), load.load_adapted(directory, base)
     assert {n for n in arrays if n.endswith("indices")} == set(places)
     leaves = dict(tree.named_leaves(loaded.params, weight.is_weight))
     for name in {n.rpartition("/")[0] for n in arrays}:
