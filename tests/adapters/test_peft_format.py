@@ -21,6 +21,7 @@ from tests.support import tiny_checkpoint as tiny
 from tests.support.adapted_model import adapted
 from tests.support.close import assert_close
 from tests.support.peft_formulas import PREFIX
+from tests.support.thinning import leave
 
 merge = jax.jit(weight.merge)
 ATTN = r".*attn/(q|k|v|o)/kernel"
@@ -53,6 +54,11 @@ GROUPS = {
     "its bias": {"name": "lora", "bias": "lora_only"},
 }
 
+VARIANTS = (
+    *("rslora", "olora", "edora", "lokr low rank", "lokr both", "oft shared", "oft series", "boft one factor"),
+    "bias",
+)
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -65,7 +71,7 @@ def trees(base):
     return functools.cache(lambda name: adapted(base.params, GROUPS[name]))
 
 
-@pytest.fixture(params=GROUPS)
+@pytest.fixture(params=leave(GROUPS, VARIANTS))
 def case(request, trees):
     return GROUPS[request.param], *trees(request.param)
 

@@ -19,6 +19,7 @@ from tests.support import tiny_checkpoint as tiny
 from tests.support.adapted_model import adapted
 from tests.support.checkpoint_files import BERT, GPT2, LLAMA, directory, gguf_twin, tensors
 from tests.support.close import assert_close
+from tests.support.thinning import leave
 from tests.support.tiny_models import run
 from tests.support.tiny_runs import config_of
 
@@ -122,7 +123,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", leave(METHODS, ("experts",)))
 def test_every_adapter_says_what_its_base_is(name, dense, mixture, tmp_path):
     group = METHODS[name]
     params, _ = adapted(mixture.params, group)

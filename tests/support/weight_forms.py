@@ -155,6 +155,14 @@ FORMS |= {
 }
 
 
+# Forms that differ from another one in an option, or are two of the others in one: their laws are in `make test-all`.
+VARIANTS = (
+    *("rslora gaussian", "lora zero A", "olora", "lora_xs ranks by layer", "lora_xs of ia3", "hira of ia3"),
+    *("lora of ia3", "loha by rank-r^2 factors", "lokr decomposed", "oft one block for all", "oft by a series"),
+    *("nf4 double", "fp4", "int4", "integer 8", "fp8 e5m2", "dora of nf4", "hira of nf4", "oft of nf4"),
+)
+
+
 def kernel(stacked: bool) -> jax.Array:
     """A random base kernel."""
     return jax.random.normal(jax.random.key(0), (L, IN, OUT) if stacked else (IN, OUT))

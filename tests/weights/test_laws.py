@@ -11,7 +11,8 @@ from lowrank.core import tree, weight
 from lowrank.core.tree import flatten_named, unflatten_named
 from lowrank.core.weight import declared_mask
 from tests.support.close import assert_close
-from tests.support.weight_forms import FORMS, IN, OUT, ROUNDED, L, kernel, shaken
+from tests.support.thinning import leave
+from tests.support.weight_forms import FORMS, IN, OUT, ROUNDED, VARIANTS, L, kernel, shaken
 
 # One program each for a form, where its operations one by one are ten.
 materialize, dot, affine, grouped, merge = map(
@@ -19,7 +20,7 @@ materialize, dot, affine, grouped, merge = map(
 )
 KEY = jax.random.key(1)
 X = jax.random.normal(jax.random.key(2), (2, 5, IN))
-each_form = pytest.mark.parametrize("name", FORMS)
+each_form = pytest.mark.parametrize("name", leave(FORMS, VARIANTS))
 
 
 @functools.cache
