@@ -1,4 +1,4 @@
-"""Rewrites the README's tables from result files: `python -m experiments.tables`, or `make tables`.
+"""Rewrites the tables of README.md and docs/ from result files: `python -m experiments.tables`, or `make tables`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of `TABLES`.
 """
@@ -11,9 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from experiments.study.numbers import spelled
+from lowrank.core.files import write_text
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+# Nine methods to start from, each a row of the study, and the reason to take it.
+FIRST_CHOICES = {
+    "lora": "The default: it merges into the base, every tool reads it, and it works on quantized bases.",
+    "dora": "LoRA falls short at a low rank, and a slower step is acceptable.",
+    "rslora": "The rank is above 32, where LoRA's scale would let the update vanish.",
+    "pissa": "The run is short: the adapter starts from the kernels' largest singular vectors.",
+    "vera": "Many adapters are kept or sent: each one is a few vectors per kernel.",
+    "ia3": "There are few examples and little memory: one vector per kernel is trained.",
+    "sparse": "The model should forget little: a few entries of each kernel are trained.",
+    "houlsby": "Capacity matters more than merging: a bottleneck network is added after each sublayer.",
+    "full": "Memory is plentiful, and a bound on what any method can reach is wanted.",
+}
 
 
 def bench_step() -> str:
@@ -40,7 +53,7 @@ def bench_answers() -> str:
 
 def nf4() -> str:
     """NF4 beside bitsandbytes', from `experiments/bench/results/nf4.json`."""
-    head = "| kernel | double | error, ours / bitsandbytes | quantise, ms | dequantise, ms | 512 rows times it, ms |"
+    head = "| kernel | double | error, ours / bitsandbytes | quantize, ms | dequantize, ms | 512 rows times it, ms |"
     both = lambda pair, form: f"{pair['ours']:{form}} / {pair['bitsandbytes']:{form}}"  # noqa: E731
     rows = [
         f"| {r['kernel']}, {r['shape'][0]} x {r['shape'][1]} | {'yes' if r['double'] else 'no'} "
@@ -53,7 +66,7 @@ def nf4() -> str:
 
 
 def quickstart() -> str:
-    """What the quickstart reached, from `experiments/quickstart/results/summary.json`."""
+    """The quickstart's scores, from `experiments/quickstart/results/summary.json`."""
     s = _json("experiments/quickstart/results/summary.json")
     head = "| | ROUGE-L before | ROUGE-L after | trained parameters | of all | seconds on 2 cores |"
     row = (
@@ -74,12 +87,12 @@ def counts() -> str:
 
 
 def plan() -> str:
-    """What the plan says of a run that does not fit, from `experiments/plan/results/t4.txt`."""
+    """The memory report of a run that does not fit, from `experiments/plan/results/t4.txt`."""
     return f"```\n{(ROOT / 'experiments/plan/results/t4.txt').read_text()}```"
 
 
 def methods() -> str:
-    """Every method: what it trains, what it costs, what it reaches; from `experiments/methods/results`."""
+    """Every method's trained parameters, cost and scores, from `experiments/methods/results`."""
     entries = _json("experiments/methods/results/catalogue.json")
     scored = {(row["method"], row["task"]): row for row in _csv("experiments/methods/results/table.csv")}
     head = "| row | config | what it is | family | merges | trained, SmolLM2-135M "
@@ -93,10 +106,22 @@ def methods() -> str:
     return "\n".join([head, "|---|---|---|---|---|---:|---:|---:|---:|---:|", *rows])
 
 
+def first_choices() -> str:
+    """The methods of `FIRST_CHOICES` with their figures, from `experiments/methods/results`."""
+    entries = _json("experiments/methods/results/catalogue.json")
+    scored = {(row["method"], row["task"]): row for row in _csv("experiments/methods/results/table.csv")}
+    rows = [
+        f"| `{entries[name]['config']}` | {reason} | {entries[name]['trained_params']:,} "
+        f"| {_score(scored.get((name, 'topics')))} |"
+        for name, reason in FIRST_CHOICES.items()
+    ]
+    return "\n".join(["| config | take it when | trained | accuracy | s/step |", "|---|---|---:|---:|---:|", *rows])
+
+
 def quantization() -> str:
-    """Every base untuned and with what was tuned on it, from `experiments/quantization/results/table.csv`."""
+    """Every base, untuned and with each method on it, from `experiments/quantization/results/table.csv`."""
     found = {(r["base"], r["method"], r["task"]): r for r in _csv("experiments/quantization/results/table.csv")}
-    head = "| base | tuned by | bits a weight | topics, accuracy | s/step | headlines, perplexity | s/step |"
+    head = "| base | tuned by | bits per weight | topics, accuracy | s/step | headlines, perplexity | s/step |"
     lines = []
     for base, method in dict.fromkeys(key[:2] for key in found):
         topics, headlines = (found.get((base, method, task)) for task in ("topics", "headlines"))
@@ -106,7 +131,7 @@ def quantization() -> str:
 
 
 def _score(row: dict[str, str] | None) -> str:
-    """`mean ± interval | seconds a step`; dashes for what was not run."""
+    """`mean ± interval | seconds per step`; dashes for a cell that was not run."""
     if row is None:
         return "- | -"
     step = "-" if row["step_s"] == "nan" else f"{float(row['step_s']):.2f}"
@@ -119,17 +144,18 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench/step": bench_step,
     "counts": counts,
     "methods": methods,
+    "methods/first_choices": first_choices,
     "plan": plan,
     "quantization": quantization,
     "quickstart": quickstart,
 }
 
 
-def filled(text: str) -> str:
+def with_tables(text: str) -> str:
     """`text` with every marked table made anew. Raises KeyError for a name that is not in TABLES."""
 
-    def table(found: re.Match[str]) -> str:
-        return f"<!-- table: {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->"
+    def table(marked: re.Match[str]) -> str:
+        return f"<!-- table: {marked[1]} -->\n{TABLES[marked[1]]()}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
@@ -143,4 +169,5 @@ def _csv(path: str) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for page in PAGES:
+        write_text(page, with_tables(page.read_text()))

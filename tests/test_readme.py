@@ -1,22 +1,66 @@
+"""README.md, CONTRIBUTING.md and docs/: tables are those of result files, names exist, and the loop trains."""
+
 import re
 
+import pytest
+
 from experiments import tables
+from lowrank.adapters import load
 
-TEXT = tables.README.read_text()
+ROOT = tables.ROOT
+README = (ROOT / "README.md").read_text()
+PAGES = (*tables.PAGES, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md")))
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-def test_every_table_of_the_readme_is_what_its_result_file_says():
-    assert set(re.findall(r"<!-- table: (\S+) -->", TEXT)) == set(tables.TABLES)
-    assert tables.filled(TEXT) == TEXT
+def test_every_table_is_shown():
+    marked = {name for page in PAGES for name in re.findall(r"<!-- table: (\S+) -->", page.read_text())}
+    assert marked == set(tables.TABLES)
 
 
-def test_every_command_and_file_the_readme_names_exists():
-    targets = re.findall(r"^([a-z]+):", (tables.ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    assert set(re.findall(r"make ([a-z]+)", TEXT)) <= set(targets)
-    modules = re.findall(r"python -m ((?:launch|experiments|lowrank)[\w.]*)", TEXT)
-    assert modules
-    for module in modules:
-        path = tables.ROOT / module.replace(".", "/")
+@each_page
+def test_every_table_is_what_its_result_file_says(page):
+    assert tables.with_tables(page.read_text()) == page.read_text()
+
+
+@each_page
+def test_no_figure_stands_in_a_table_that_no_file_fills(page):
+    text = re.sub(r"<!-- table: .*?<!-- end -->|```.*?```", "", page.read_text(), flags=re.DOTALL)
+    cells = [cell.strip() for line in text.splitlines() if line.startswith("|") for cell in line.split("|")]
+    assert not [cell for cell in cells if re.fullmatch(r"[\d.,]+ ?%?", cell)]
+
+
+@each_page
+def test_every_command_and_file_that_is_named_exists(page):
+    text = page.read_text()
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert set(re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.MULTILINE)) <= set(targets)
+    for module in re.findall(r"python -m ((?:launch|experiments|lowrank)[\w.]*)", text):
+        path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
-    for name in re.findall(r"(configs/\w+\.py)", TEXT):
-        assert (tables.ROOT / name).exists(), name
+    shown = re.findall(r'title="([\w/.]+)', text)  # what CONTRIBUTING.md tells to write
+    for name in re.findall(r"\b((?:configs|lowrank|tests|experiments|launch|docs)/[\w/]*(?:\.\w+)?)", text):
+        assert name in shown or (ROOT / name).exists(), name
+
+
+def test_the_readme_is_one_page_whose_links_lead_somewhere():
+    assert len(README.encode()) <= 8000
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_loop_trains_and_saves_an_adapter(files, tmp_path, monkeypatch, capsys):
+    [loop] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    small = {
+        '"smollm2-135m"': repr(str(files / "llama")),
+        '"bbc_news", template="headline", seq_len=128': f"{f'jsonl:{files}/records.jsonl'!r}, seq_len=32",
+    }
+    for shown, used in small.items():
+        assert shown in loop
+        loop = loop.replace(shown, used)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(loop, "README.md", "exec"), {})
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", capsys.readouterr().out)]
+    assert len(losses) == 20
+    assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
+    assert load.load_adapted(tmp_path / "adapter", str(files / "llama")).params

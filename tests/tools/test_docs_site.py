@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.browser import open_page, served
 
-SITE = Path(__file__).parents[2] / "site"
+SITE = Path(__file__).parents[2] / "build" / "site"
 PAGES = sorted(str(path.relative_to(SITE)) for path in SITE.rglob("*.html"))
 
 
