@@ -36,7 +36,7 @@ def main(method_name: str, folder: str) -> None:
     del params, base.params["layers"]
 
     optimizer = optim.build_optimizer(OPTIM, 1000, trained)
-    network = models.build(base.config)
+    network = models.build_model(base.config)
     loss = functools.partial(_loss, network)
     state = step.init(trained, optimizer, mesh)
     serve(stepping(step.make_step(loss, optimizer, seed=0), state, frozen, batch, np.float32(OPTIM.lr)))

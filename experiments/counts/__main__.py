@@ -21,7 +21,7 @@ def shapes(model: Any) -> Any:
     """The parameters of a model as shapes: those its config describes, or one kernel `(in, out)`."""
     if isinstance(model, tuple):
         return {"kernel": jax.ShapeDtypeStruct(model, jnp.float32)}
-    network, tokens = models.build(model), jnp.zeros((1, 4), jnp.int32)
+    network, tokens = models.build_model(model), jnp.zeros((1, 4), jnp.int32)
     return jax.eval_shape(lambda: network.init(jax.random.key(0), tokens))["params"]
 
 

@@ -37,7 +37,7 @@ def plan(name: str, method: Mapping[str, Any], quantized: Any = None, **options:
     """A run of a paper's model that has no data and is never started, with bfloat16 weights."""
     found = methods.build(method)
     config = config_schema.replace(MODELS[name], {"dtype": "bfloat16", **options, **found.model}, "model")
-    network, tokens = models.build(config), jnp.zeros((1, 1), jnp.int32)
+    network, tokens = models.build_model(config), jnp.zeros((1, 1), jnp.int32)
     base = jax.eval_shape(lambda: network.init(jax.random.key(0), tokens))["params"]
     base = cast(base, "bfloat16")
     if quantized:

@@ -20,7 +20,7 @@ from configs import common
 from lowrank import data
 from lowrank.core.typing import Bind, PyTree
 from lowrank.evaluation import scores
-from lowrank.models import build
+from lowrank.models import build_model
 from lowrank.training.config import RunConfig
 
 ARTICLES = 4  # whose running text tells what was forgotten: about 1,800 tokens, the same for every row
@@ -69,7 +69,7 @@ class Model:
         objective = self.run.objective
         score = scores.classification if objective == "classification" else self.perplexity
         loader = self.loader(split=split, objective=objective)
-        return score(build(self.base.config), self.base.params, loader, bind=self.bind)
+        return score(build_model(self.base.config), self.base.params, loader, bind=self.bind)
 
     @property
     def perplexity(self) -> Callable[..., dict[str, float]]:
@@ -87,7 +87,8 @@ def found(model: Model) -> float:
 
 def embedded(model: Model, template: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors `[N, D]` of the articles of a split, and their labels `[N]`."""
-    loader, network = model.loader(split=split, objective="classification", template=template), build(model.base.config)
+    loader = model.loader(split=split, objective="classification", template=template)
+    network = build_model(model.base.config)
     batches = list(loader)
     rows = [np.asarray(_pooled(network, model.bind, model.base.params, dict(batch))) for batch in batches]
     vectors = np.concatenate(rows)[: loader.stats["examples"]]
@@ -105,7 +106,7 @@ def fluency(model: Model) -> float:
     """Minus the perplexity of the running text of the first test articles."""
     few = {"max_examples": min(model.examples or ARTICLES, ARTICLES)}
     loader = model.loader(split="test", objective="causal_lm", template="text", completion="", **few)
-    return -model.perplexity(build(model.base.config), model.base.params, loader, bind=model.bind)["perplexity"]
+    return -model.perplexity(build_model(model.base.config), model.base.params, loader, bind=model.bind)["perplexity"]
 
 
 TOPICS = Task(

@@ -1,11 +1,11 @@
-"""One error type for what a user can put right, and the nearest valid name to suggest."""
+"""The errors that a user can put right, and helpers for their texts: the nearest valid name, and plurals."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input: one line that names the culprit. The launchers print it without a traceback."""
+    """Bad input. Its text is one line: the culprit, the allowed values, the remedy. Commands print no traceback."""
 
 
 class Diverged(UserError):
@@ -19,6 +19,17 @@ def nearest(word: str, options: Iterable[str]) -> str:
 
 
 def unknown(kind: str, word: str, options: Iterable[str]) -> UserError:
-    """An error for a name that is not one of `options`; it lists them and suggests the nearest."""
+    """The error for a name that is not one of `options`: it lists them and suggests the nearest."""
     options = sorted(str(o) for o in options)
     return UserError(f"unknown {kind} {word!r}{nearest(word, options)}; known: {', '.join(options) or 'none'}")
+
+
+def plural(count: int, noun: str) -> str:
+    """`"1 token"`, `"2048 tokens"`: a count with its noun in the number that agrees."""
+    return f"{count} {noun if count == 1 else _plural_of(noun)}"
+
+
+def _plural_of(noun: str) -> str:
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{noun[:-1]}ies"
+    return f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"

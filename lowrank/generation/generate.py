@@ -19,7 +19,7 @@ from lowrank.core.typing import Bind, PyTree
 from lowrank.data import encode
 from lowrank.generation.prompt_batches import left_pad, padded
 from lowrank.generation.sampling import Sampling, next_token
-from lowrank.models import build, init_cache
+from lowrank.models import build_model, init_cache
 
 BATCH = 32  # rows
 
@@ -141,7 +141,7 @@ def texts(
     `generate` does.
     """
     tokenizer, config = pretrained.tokenizer, pretrained.config
-    model = build(config)
+    model = build_model(config)
     stops = set(tokenizer.stop_ids if stop_ids is None else stop_ids)
     ids = [encode.start(tokenizer, [(p, False)])[0] if isinstance(p, str) else list(p) for p in prompts]
     keys = None if rng is None else row_keys(rng, len(ids))

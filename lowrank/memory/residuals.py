@@ -22,7 +22,7 @@ def activations(run: Run, inputs: StepInputs, remat: str = "", host: bool = Fals
     now = run.network.config
     config = dataclasses.replace(now, remat=remat or now.remat, remat_names=() if remat else now.remat_names)
     size = next(iter(inputs.batch.values())).shape[0] // (sharding.batch_shards(run.mesh) * run.optim.accumulate)
-    alone = dataclasses.replace(run, network=models.build(config), mesh=sharding.make_mesh(1, 1, 1))
+    alone = dataclasses.replace(run, network=models.build_model(config), mesh=sharding.make_mesh(1, 1, 1))
     cut = run.mesh.shape["tensor"]
     found = [x for x in _remembered(alone, inputs, size) if (x.memory_space == jax.memory.Space.Host) == host]
     return math.ceil(sum(_bytes(x) / (cut if _splits(x.shape, config, cut) else 1) for x in found))

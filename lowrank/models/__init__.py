@@ -1,6 +1,7 @@
-"""Decoder and encoder models, driven by their configs: they call `dot` on their weights and know no method."""
+"""The models: one decoder and one encoder, driven by configs. They call `dot` on their weights and know no method."""
 
 import dataclasses
+from typing import TypeVar
 
 from flax import linen as nn
 
@@ -9,19 +10,31 @@ from lowrank.models.decoder import Decoder, init_cache
 from lowrank.models.decoder_config import DecoderConfig
 from lowrank.models.encoder import Encoder, EncoderConfig
 
-__all__ = ["Decoder", "DecoderConfig", "Encoder", "EncoderConfig", "after_training", "block", "build", "init_cache"]
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "build_block",
+    "build_model",
+    "inference_config",
+    "init_cache",
+]
+ModelConfig = TypeVar("ModelConfig", DecoderConfig, EncoderConfig)
 
 
-def build(config: DecoderConfig | EncoderConfig) -> nn.Module:
+def build_model(config: DecoderConfig | EncoderConfig) -> nn.Module:
     """The model that `config` describes."""
     return Decoder(config) if isinstance(config, DecoderConfig) else Encoder(config)
 
 
-def block(config: DecoderConfig | EncoderConfig) -> nn.Module:
-    """One layer of that model."""
-    return (decoder if isinstance(config, DecoderConfig) else encoder).Block(config)
+def build_block(config: DecoderConfig | EncoderConfig) -> nn.Module:
+    """One layer of the model that `config` describes."""
+    return decoder.Block(config) if isinstance(config, DecoderConfig) else encoder.Block(config)
 
 
-def after_training(config: DecoderConfig | EncoderConfig) -> DecoderConfig | EncoderConfig:
-    """`config` as the model is used once it is trained: with full attention."""
-    return dataclasses.replace(config, shift_group=0) if getattr(config, "shift_group", 0) else config
+def inference_config(config: ModelConfig) -> ModelConfig:
+    """The config of the trained model: shifted sparse attention, which only training uses, becomes full attention."""
+    if isinstance(config, DecoderConfig) and config.shift_group:
+        return dataclasses.replace(config, shift_group=0)
+    return config

@@ -1,4 +1,4 @@
-"""What a fine-tuning run may add to any model: options that both configs share, and the bottleneck adapter.
+"""The options that a fine-tuning run may add to any model, and the bottleneck adapter that one of them inserts.
 
 Shapes: B rows, T tokens, D width, W bottleneck width.
 """
@@ -10,65 +10,75 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lowrank.core.errors import UserError, unknown
+from lowrank.core.errors import UserError, plural, unknown
 from lowrank.models.layers import ACTIVATIONS, Linear
 
 SUBLAYERS = ("attn", "mlp")
+COUNTS = ("num_prompt", "prefix_length", "adapter_width", "routed_width", "routed_experts", "num_labels")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
-    """Options that a run sets on top of a checkpoint's own; the defaults add nothing."""
+    """The options that a run sets beside a checkpoint's own; the defaults add nothing to the model."""
 
     num_prompt: int = 0  # virtual tokens before every sequence
     prefix_length: int = 0  # learned keys and values in every layer, before those of the sequence
-    adapter_width: int = 0  # > 0: bottleneck adapters of that width in every layer
-    adapter_after: tuple[str, ...] = SUBLAYERS  # the sublayers that have one
-    adapter_parallel: bool = False  # reads the sublayer's input, not its output
+    adapter_width: int = 0  # > 0: a bottleneck adapter of this width in every layer
+    adapter_after: tuple[str, ...] = SUBLAYERS  # the sublayers that have an adapter
+    adapter_parallel: bool = False  # the adapter reads the sublayer's input, not its output
     adapter_activation: str = "gelu"
-    adapter_scale: float = 1.0  # of what an adapter adds
-    routed_width: int = 0  # > 0: low-rank experts of that width beside every mixture of experts
-    routed_experts: int = 0  # how many, with a router of their own; 0: one beside each expert, and its gates
-    routed_per_token: int = 1  # of those with a router of their own
-    routed_scale: float = 1.0  # of what they add
-    position_factor: float = 1.0  # > 1: rope's positions are divided by it, and so many times as many fit
-    biases: bool = False  # on every kernel of attention and MLP, zero where the checkpoint has none
+    adapter_scale: float = 1.0  # the factor of the adapter's output
+    routed_width: int = 0  # > 0: low-rank experts of this width beside every mixture of experts
+    routed_experts: int = 0  # their number, with a router of their own; 0: one beside each expert, with its gates
+    routed_per_token: int = 1  # how many of the experts with a router of their own each token uses
+    routed_scale: float = 1.0  # the factor of the low-rank experts' output
+    position_factor: float = 1.0  # > 1: rope's positions are divided by it, and the context is as many times longer
+    biases: bool = False  # a bias on every kernel of attention and MLP, zero where the checkpoint has none
     top_layers: int = 0  # how many of the last layers are a stack of their own; -k: all but the first k
-    num_labels: int = 0  # > 0: a classifier
+    num_labels: int = 0  # > 0: a classifier with this many classes
 
     @property
     def max_length(self) -> int:
-        """How many positions a row may have."""
-        return int(self.max_positions * self.position_factor)
+        """The context length in tokens: the number of positions that a row may have."""
+        return int(self.max_positions * self.position_factor)  # type: ignore[attr-defined]  # a model config's field
 
     @property
     def num_virtual_tokens(self) -> int:
-        """How many positions stand before the first real token."""
+        """The number of positions before the first real token."""
         return self.num_prompt + self.prefix_length
 
 
-def check(config: Any) -> None:
-    """Raises UserError for additions that no model can have."""
-    for name in ("num_prompt", "prefix_length", "adapter_width", "routed_width", "routed_experts", "num_labels"):
+def check_adapter_options(config: Any) -> None:
+    """Raises UserError for options that the model of `config` cannot have."""
+    for name in COUNTS:
         if getattr(config, name) < 0:
-            raise UserError(f"{name}={getattr(config, name)} is below 0")
+            raise UserError(f"{name}={getattr(config, name)} is below 0: it must be 0 or more")
     if abs(config.top_layers) > config.layers:
-        raise UserError(f"top_layers={config.top_layers} is not between 0 and the model's {config.layers} layers")
+        allowed = f"-{config.layers}..{config.layers}: the model has {plural(config.layers, 'layer')}"
+        raise UserError(f"top_layers={config.top_layers} is not in {allowed}")
     if config.routed_width and not getattr(config, "experts", 0):
-        raise UserError("routed_width: the model has no mixture of experts that routed modules could stand beside")
-    if config.position_factor < 1:
-        raise UserError(f"position_factor={config.position_factor} is below 1")
-    if config.position_factor > 1 and getattr(config, "learned_positions", True):
-        raise UserError(f"position_factor={config.position_factor}: the model has no rope whose positions it divides")
+        raise UserError("routed_width needs a mixture of experts, and the model has none: set routed_width=0")
+    _check_positions(config)
     if config.routed_experts and not 1 <= config.routed_per_token <= config.routed_experts:
-        raise UserError(f"routed_per_token={config.routed_per_token} is not in 1..{config.routed_experts}")
+        allowed = f"1..{config.routed_experts}, the number of routed experts"
+        raise UserError(f"routed_per_token={config.routed_per_token} is not in {allowed}")
     for name in config.adapter_after:
         if name not in SUBLAYERS:
             raise unknown("sublayer in adapter_after", name, SUBLAYERS)
     if config.adapter_width and not config.adapter_after:
-        raise UserError("adapter_after is empty: no layer has an adapter")
+        raise UserError(f"adapter_after is empty, so that no layer has an adapter: name some of {', '.join(SUBLAYERS)}")
     if config.adapter_activation not in ACTIVATIONS:
         raise unknown("adapter_activation", config.adapter_activation, ACTIVATIONS)
+
+
+def _check_positions(config: Any) -> None:
+    factor = config.position_factor
+    if factor < 1:
+        raise UserError(f"position_factor={factor} is below 1: it must be 1 or more")
+    if factor > 1 and getattr(config, "learned_positions", True):
+        raise UserError(
+            f"position_factor={factor} divides rope's positions, but the model has learned ones: leave it 1"
+        )
 
 
 class Bottleneck(nn.Module):
@@ -90,10 +100,11 @@ DOWN_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # as L
 
 
 def add_adapter(config: Any, sublayer: str, x_BxTxD: jax.Array, y_BxTxD: jax.Array) -> jax.Array:
-    """What `sublayer`, which made `y` out of `x`, adds to the stream: `y`, plus what its adapter makes of `x` or `y`.
+    """The output `[B, T, D]` of `sublayer` with its adapter's output added, if the config gives it an adapter.
 
-    Sequential (after the sublayer, before the residual sum) or parallel (He et al. 2022, arXiv:2110.04366). To be
-    called within a compact module: the adapter is its child `attn_adapter` or `mlp_adapter`.
+    `x` is the sublayer's input and `y` its output. A sequential adapter reads `y` before the residual sum; a parallel
+    one reads `x` (He et al. 2022, arXiv:2110.04366). The caller is a compact module, of which the adapter becomes the
+    child `attn_adapter` or `mlp_adapter`.
     """
     if not config.adapter_width or sublayer not in config.adapter_after:
         return y_BxTxD

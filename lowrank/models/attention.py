@@ -1,4 +1,4 @@
-"""Attention: which keys a token sees, and grouped-query attention through `jax.nn.dot_product_attention`.
+"""Grouped-query attention: the projections, and the product through `jax.nn.dot_product_attention`.
 
 Shapes: B rows, T queries, S keys, N query heads, K key heads, H head width, D width.
 """
@@ -12,10 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.models import rope
 from lowrank.models.attention_masks import AttentionInputs
-from lowrank.models.cache import put
+from lowrank.models.kv_cache import update_slots
 from lowrank.models.layers import Linear, Norm
-from lowrank.models.prefix import KeysValues, before
 from lowrank.models.shifted_sparse_attention import attend_shifted
+from lowrank.models.virtual_tokens import KeysValues, prepend_prefix
 
 
 class Attention(nn.Module):
@@ -26,47 +26,48 @@ class Attention(nn.Module):
     head_dim: int
     qkv_bias: bool = False
     o_bias: bool = False
-    fused_qkv: bool = False  # one kernel `qkv` instead of three
+    fused_qkv: bool = False  # one kernel `qkv` instead of three kernels
     qk_norm: bool = False
-    wide_qk_norm: bool = False  # one norm over all heads
+    wide_qk_norm: bool = False  # one norm over all heads, not one per head
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
-    causal: bool = False  # where the view has no mask
-    window: int = 0  # where the view has no mask
+    causal: bool = False  # used where the inputs have no mask
+    window: int = 0  # used where the inputs have no mask
     scale: float | None = None
     softcap: float = 0.0
-    fused: bool = True  # cuDNN's kernel where it fits
-    shift_group: int = 0  # > 0: shifted sparse attention in groups of so many tokens, but not with a cache
-    clip: float = 0.0  # > 0: queries, keys and values are cut to -clip..clip before rope
+    fused: bool = True  # cuDNN's kernel where it accepts the shapes
+    shift_group: int = 0  # > 0: shifted sparse attention in groups of this many tokens, except with a cache
+    clip: float = 0.0  # > 0: queries, keys and values are clipped to -clip..clip before rope
 
     @nn.compact
     def __call__(
         self,
         x_BxTxD: jax.Array,
-        view: AttentionInputs,
+        inputs: AttentionInputs,
         past: KeysValues | None = None,
         index: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
-        """`[B, T, D]`, and the keys and values of these tokens if they are written into a cache.
+        """`[B, T, D]`, and the keys and values of these tokens if they are written into a cache, else None.
 
-        `past` are keys and values: with an `index`, the slots `[B, S, K, H]` of a cache, into which those of these
-        tokens are written from there on; without one, a prefix `[P, K, H]` that stands before them in every row.
+        `past` are keys and values: with an `index`, the slots `[B, S, K, H]` of a cache, in which the new keys and
+        values are written from `index` on; without one, a prefix `[P, K, H]` before the keys of every row.
         """
         q, k, v = self._project(x_BxTxD)
-        if view.cos is not None:
-            q, k = rope.rotate(q, view.cos, view.sin), rope.rotate(k, view.cos, view.sin)
+        if inputs.cos is not None:
+            q, k = rope.apply_rope(q, inputs.cos, inputs.sin), rope.apply_rope(k, inputs.cos, inputs.sin)
         q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), ("query", "key", "value"), strict=True))
         new = None
         if index is not None:
+            assert past is not None  # a cache has slots
             new = k, v
-            k, v = (put(slots, x, index, axis=1).astype(q.dtype) for slots, x in zip(past, new, strict=True))
+            k, v = (update_slots(slots, x, index, axis=1).astype(q.dtype) for slots, x in zip(past, new, strict=True))
         elif past is not None:
-            k, v = (before(prefix, x) for prefix, x in zip(past, (k, v), strict=True))
+            k, v = (prepend_prefix(prefix, x) for prefix, x in zip(past, (k, v), strict=True))
         options = {name: getattr(self, name) for name in ("causal", "window", "scale", "softcap", "fused")}
         if self.shift_group and index is None:
-            out = attend_shifted(attend, q, k, v, view.mask_Bx1xTxS, group=self.shift_group, **options)
+            out = attend_shifted(attend, q, k, v, inputs.mask_Bx1xTxS, group=self.shift_group, **options)
         else:
-            out = attend(q, k, v, view.mask_Bx1xTxS, **options)
+            out = attend(q, k, v, inputs.mask_Bx1xTxS, **options)
         out = checkpoint_name(out.reshape(*out.shape[:2], self.heads * self.head_dim), "context")
         return Linear(x_BxTxD.shape[-1], self.o_bias, name="o")(out), new
 
@@ -103,10 +104,10 @@ def attend(
     softcap: float = 0.0,
     fused: bool = True,
 ) -> jax.Array:
-    """`softmax(scale * q k) v`, `[B, T, N, H]`; the softmax in float32. `fused`: by cuDNN where it can.
+    """`softmax(scale * q k) v`, `[B, T, N, H]`; the softmax in float32. `fused`: by cuDNN where `cudnn_fits`.
 
-    A mask says all there is to say; without one, `causal` and `window` (a token sees itself and the window - 1
-    before it; 0: no window) apply. `softcap` squashes the scores to `cap * tanh(score / cap)` and needs a mask.
+    With a mask, `causal` and `window` are ignored; without one they apply (a token sees itself and the window - 1
+    tokens before it; 0: no window). `softcap` maps a score to `cap * tanh(score / cap)` and needs a mask.
     """
     if softcap:
         return _softcapped(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_Bx1xTxS, scale, softcap)
@@ -126,7 +127,7 @@ def attend(
 def cudnn_fits(q_BxTxNxH: Any, keys: int, device: Any) -> bool:
     """Whether cuDNN's fused attention takes these queries (shape and dtype) and `keys` keys on `device`.
 
-    It wants half precision, even lengths, heads of a multiple of 8 up to 128 (256 from Hopper on), Ampere or later.
+    It needs half precision, even lengths, heads of a multiple of 8 up to 128 (256 from Hopper on), Ampere or later.
     """
     _, T, _, H = q_BxTxNxH.shape
     nvidia = device.platform == "gpu" and "NVIDIA" in device.device_kind

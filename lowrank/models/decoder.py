@@ -1,4 +1,4 @@
-"""One causal decoder, driven by its config: Llama, SmolLM2, Mistral, Mixtral, OLMoE, Qwen, GPT-2, Gemma.
+"""The causal decoder, driven by its config: Llama, SmolLM2, Mistral, Mixtral, OLMoE, Qwen, GPT-2, Gemma.
 
 Shapes: B rows, T tokens, S keys, D width, V vocabulary, C labels, L layers. Parameter names:
 `embed/embedding` `[V, D]`, `layers/attn/{q,k,v,o}/kernel` `[L, in, out]`, `layers/mlp/{gate,up,down}/kernel`,
@@ -13,25 +13,25 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.core import sharding
-from lowrank.core.errors import UserError
-from lowrank.models import attention_masks, routing
-from lowrank.models import cache as caches
+from lowrank.core.errors import UserError, plural
+from lowrank.models import attention_masks, kv_cache
 from lowrank.models.adapter_options import add_adapter
 from lowrank.models.attention import Attention
 from lowrank.models.attention_masks import AttentionInputs
-from lowrank.models.cache import Cache
 from lowrank.models.decoder_config import DecoderConfig
-from lowrank.models.embed import Embed, Prompt
+from lowrank.models.embeddings import Embeddings
+from lowrank.models.kv_cache import Cache
+from lowrank.models.layer_router import apply_with_gates, layer_gates
+from lowrank.models.layer_stack import scan_layers, split_by_stack, stack_depths
 from lowrank.models.layers import MLP, LMHead, Norm
 from lowrank.models.moe import MoE
-from lowrank.models.prefix import Prefix
-from lowrank.models.stack import by_stack, depths, stack
+from lowrank.models.virtual_tokens import Prefix, Prompt
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = None) -> Cache:
-    """An empty cache for `batch` rows of `length` tokens, and the prefix and virtual tokens before them."""
-    return caches.empty(
-        depths(config),
+    """An empty cache for `batch` rows of `length` tokens and the virtual tokens and the prefix before them."""
+    return kv_cache.empty_cache(
+        stack_depths(config),
         batch,
         length,
         config.kv_heads,
@@ -42,23 +42,25 @@ def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = None
 
 
 class Block(nn.Module):
-    """A pre-norm layer: attention, then MLP, each added to the stream."""
+    """A pre-norm layer: attention, then the MLP, each added to the residual stream."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, h: jax.Array, view: AttentionInputs, local: Any, past: Any, index: Any) -> tuple[jax.Array, Any]:
-        """`(h [B, T, D], what a cache takes up or None)`; `local` picks one of two views if there are two.
+    def __call__(
+        self, h: jax.Array, inputs: AttentionInputs, local: Any, past: Any, index: Any
+    ) -> tuple[jax.Array, Any]:
+        """`(h [B, T, D], new entries of the cache or None)`; `local` selects one of two inputs if both are given.
 
-        With an `index`, `past` and what is taken up are keys, values and gates (None without a router).
+        With an `index`, `past` and the new entries are keys, values and gates (None without a router).
         """
         c, h = self.config, checkpoint_name(sharding.shard_batch_axis(h), "input")
-        kept = None
+        cached_gates = None
         if index is not None:
-            *past, kept = past
-        gates = routing.gates(self, h, kept)
+            *past, cached_gates = past
+        gates = layer_gates(self, h, cached_gates)
         if local is not None:
-            view = jax.tree.map(lambda x: x[local], view)
+            inputs = jax.tree.map(lambda x: x[local], inputs)
         attention = Attention(
             c.heads,
             c.kv_heads,
@@ -80,11 +82,11 @@ class Block(nn.Module):
             name="attn",
         )
         x = self._norm("attn_norm", h)
-        y, new = routing.call(attention, gates, x, view, past, index)
+        y, new = apply_with_gates(attention, gates, x, inputs, past, index)
         y = add_adapter(c, "attn", x, checkpoint_name(y, "attn"))
         h = h + (self._norm("post_attn_norm", y) if c.post_norms else y)
         x = self._norm("mlp_norm", h)
-        y = add_adapter(c, "mlp", x, checkpoint_name(routing.call(self._mlp(), gates, x), "mlp"))
+        y = add_adapter(c, "mlp", x, checkpoint_name(apply_with_gates(self._mlp(), gates, x), "mlp"))
         return h + (self._norm("post_mlp_norm", y) if c.post_norms else y), new and (*new, gates)
 
     def _mlp(self) -> nn.Module:
@@ -103,25 +105,25 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A causal language model, or a classifier when `num_labels` is set.
 
-    `segments` are int32 `[B, T]`: tokens see their own segment only, and 0 is padding, on either side; None means
-    that all tokens of a row are one segment. `positions` default to a token's place in its segment.
+    `segments` are int32 `[B, T]`: tokens see only their own segment, and 0 is padding, on either side; None means
+    that all tokens of a row are one segment. `positions` default to a token's index in its segment.
     """
 
     config: DecoderConfig
 
     def setup(self) -> None:
-        """Names the parts."""
+        """Creates the submodules."""
         c = self.config
-        places = c.max_positions if c.learned_positions else 0
-        self.embed = Embed(c.vocab_size, c.width, c.dtype, c.embed_scale, places)
+        table_size = c.max_positions if c.learned_positions else 0
+        self.embed = Embeddings(c.vocab_size, c.width, c.dtype, c.embed_scale, table_size)
         if c.num_prompt:
             self.prompt = Prompt(c.num_prompt, c.width, c.embed_scale)
         if c.prefix_length:
             self.prefix = Prefix(c.layers, c.prefix_length, c.kv_heads, c.head_dim)
-        if "layers" in depths(c):
-            self.layers = stack(Block, c, depths(c)["layers"])
-        if "top" in depths(c):
-            self.top = stack(Block, c, depths(c)["top"])
+        if "layers" in stack_depths(c):
+            self.layers = scan_layers(Block, c, stack_depths(c)["layers"])
+        if "top" in stack_depths(c):
+            self.top = scan_layers(Block, c, stack_depths(c)["top"])
         self.norm = Norm(c.norm, c.norm_eps, c.norm_offset)
         if c.num_labels or not c.tied:
             self.head = LMHead(c.num_labels or c.vocab_size)
@@ -148,52 +150,54 @@ class Decoder(nn.Module):
         segments: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> Any:
-        """What the head reads, `[B, T, D]`; with a cache `(features, cache)`, and these tokens follow those in it.
+        """The head's input, `[B, T, D]`; with a cache `(features, cache)`, and these tokens follow the cached ones.
 
         Raises UserError when the sequence is longer than the model's positions.
         """
         c = self.config
         T = tokens.shape[1]
         if T + c.num_virtual_tokens > c.max_length:
-            virtual = f" and {c.num_virtual_tokens} virtual ones" if c.num_virtual_tokens else ""
-            raise UserError(f"a sequence of {T} tokens{virtual} exceeds the model's {c.max_length} positions")
-        prefix = by_stack(c, self.prefix()) if c.prefix_length else {}
+            virtual = f" and {plural(c.num_virtual_tokens, 'virtual token')}" if c.num_virtual_tokens else ""
+            length = f"a sequence of {plural(T, 'token')}{virtual}"
+            raise UserError(f"{length} is longer than the model's {plural(c.max_length, 'position')}: shorten it")
+        prefix = split_by_stack(c, self.prefix()) if c.prefix_length else {}
         if cache is not None:
-            caches.check(cache, T, c.num_virtual_tokens)
+            kv_cache.check_cache(cache, T, c.num_virtual_tokens)
             if prefix and not cache.prompted:
-                cache = caches.begin(cache, prefix, attention_masks.PREFIX)
+                cache = kv_cache.insert_prefix(cache, prefix, attention_masks.PREFIX_SEGMENT)
         h = self.embed(tokens)
-        virtual = 0 if cache is not None and cache.prompted else c.num_prompt
-        if virtual:
+        num_prompt = 0 if cache is not None and cache.prompted else c.num_prompt
+        if num_prompt:
             h = self.prompt(h)
-        positions, view, cache = attention_masks.causal(c, *h.shape[:2], virtual, positions, segments, cache)
-        h = sharding.shard_batch_axis(self.embed.place(h, positions))
-        h, new = self._run(h, view, cache, prefix)
-        h = sharding.shard_batch_axis(self.norm(h[:, virtual:]))
-        return h if cache is None else (h, caches.advance(cache, new))
+        B, length = h.shape[:2]
+        positions, inputs, cache = attention_masks.causal_inputs(c, B, length, num_prompt, positions, segments, cache)
+        h = sharding.shard_batch_axis(self.embed.add_positions(h, positions))
+        h, new = self._run_stacks(h, inputs, cache, prefix)
+        h = sharding.shard_batch_axis(self.norm(h[:, num_prompt:]))
+        return h if cache is None else (h, kv_cache.append_tokens(cache, new))
 
-    def _run(self, h, view, cache, prefix):
+    def _run_stacks(self, h, inputs, cache, prefix):
         c, new, first = self.config, {}, 0
-        for name, depth in depths(c).items():
+        for name, depth in stack_depths(c).items():
             local = jnp.array(c.local_layers[first : first + depth], jnp.int32) if c.mixed else None
-            past = prefix.get(name) if cache is None else caches.of(cache, name)
+            past = prefix.get(name) if cache is None else kv_cache.read_stack(cache, name)
             index = None if cache is None else cache.index
-            h, new[name] = getattr(self, name)(h, view, local, past, index)
+            h, new[name] = getattr(self, name)(h, inputs, local, past, index)
             first += depth
         return h, new
 
     def logits(self, h_BxTxD: jax.Array) -> jax.Array:
-        """Features to logits, float32 `[B, T, V]`."""
+        """The logits of features `[B, T, D]`, float32 `[B, T, V]`."""
         c = self.config
-        y = self.embed.attend(h_BxTxD) if c.tied else self.head(h_BxTxD)
+        y = self.embed.to_logits(h_BxTxD) if c.tied else self.head(h_BxTxD)
         return c.final_logit_softcap * jnp.tanh(y / c.final_logit_softcap) if c.final_logit_softcap else y
 
     def classify(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
-        """Label logits, float32 `[B, C]`, read off each row's last real token."""
-        return self.labels(self.pooled(tokens, segments))
+        """Label logits, float32 `[B, C]`, from the features of each row's last real token."""
+        return self.label_logits(self.pooled(tokens, segments))
 
-    def labels(self, pooled_BxD: jax.Array) -> jax.Array:
-        """What stands for a row to label logits, float32 `[B, C]`."""
+    def label_logits(self, pooled_BxD: jax.Array) -> jax.Array:
+        """The label logits of pooled features `[B, D]`, float32 `[B, C]`."""
         return self.head(pooled_BxD)
 
     def pooled(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
@@ -201,6 +205,6 @@ class Decoder(nn.Module):
         h_BxTxD = self.features(tokens, segments=segments)
         if segments is None:
             return h_BxTxD[:, -1]
-        places_T = jnp.arange(tokens.shape[1])
-        last_B = jnp.max(jnp.where(segments > 0, places_T[None, :], 0), axis=1)
+        indices_T = jnp.arange(tokens.shape[1])
+        last_B = jnp.max(jnp.where(segments > 0, indices_T[None, :], 0), axis=1)
         return jnp.take_along_axis(h_BxTxD, last_B[:, None, None], axis=1)[:, 0]

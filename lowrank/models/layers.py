@@ -1,4 +1,4 @@
-"""What decoders and encoders are made of: Linear, Norm, MLP, and reading a parameter that may be a form.
+"""The building blocks of decoders and encoders: Linear, Norm, MLP, and reading a parameter that may be a form.
 
 Kernels are 2-D `[in, out]`. Shapes: B rows, T tokens, D width.
 """
@@ -20,18 +20,19 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
 }
 
-NAMES = ("input", "query", "key", "value", "context", "attn", "gate", "up", "mlp")  # activations that remat can choose
+# The activations that a rematerialization policy can name.
+SAVEABLE = ("input", "query", "key", "value", "context", "attn", "gate", "up", "mlp")
 kernel_init = nn.initializers.normal(0.02)
 
 
-def stored(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> Any:
-    """The parameter `name` of `module`: an array or a form as it is stored, or `init(key, shape)` at initialisation.
+def read_parameter(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> Any:
+    """The parameter `name` of `module`: the stored array or form, or `init(key, shape)` at initialization.
 
-    `Module.param` would look at a form's first leaf only. Raises ValueError when the stored shape is another.
+    `Module.param` compares only the first leaf of a form. Raises ValueError when the stored shape is not `shape`.
     """
     if not module.has_variable("params", name):
         return module.param(name, init, shape)
-    value = module.get_variable("params", name)
+    value: Any = module.get_variable("params", name)
     if value.shape != shape:
         raise ValueError(f"{'/'.join((*module.path, name))} has shape {value.shape}, the model needs {shape}")
     return value
@@ -42,20 +43,20 @@ class Linear(nn.Module):
 
     features: int
     bias: bool = False
-    init: Callable[..., jax.Array] = kernel_init
+    initializer: Callable[..., jax.Array] = kernel_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in] -> [..., features]`."""
-        kernel = stored(self, "kernel", self.init, (x.shape[-1], self.features))
-        bias = stored(self, "bias", nn.initializers.zeros, (self.features,)) if self.bias else None
+        kernel = read_parameter(self, "kernel", self.initializer, (x.shape[-1], self.features))
+        bias = read_parameter(self, "bias", nn.initializers.zeros, (self.features,)) if self.bias else None
         return weight.affine(x, kernel, bias)
 
 
 class Norm(nn.Module):
-    """RMSNorm, or LayerNorm with a bias, over the last axis; in float32, returned in the dtype of the input.
+    """RMSNorm, or LayerNorm with a bias, over the last axis; computed in float32, returned in the input's dtype.
 
-    The stored scale has `offset` added to it: Gemma stores `scale - 1`.
+    `offset` is added to the stored scale: Gemma stores `scale - 1`.
     """
 
     kind: str = "rms"
@@ -69,10 +70,10 @@ class Norm(nn.Module):
         if self.kind == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        scale = stored(self, "scale", nn.initializers.constant(1 - self.offset), x.shape[-1:])
+        scale = read_parameter(self, "scale", nn.initializers.constant(1 - self.offset), x.shape[-1:])
         y = y * jnp.broadcast_to(scale.astype(jnp.float32) + self.offset, y.shape)
         if self.kind == "layer":
-            bias = stored(self, "bias", nn.initializers.zeros, x.shape[-1:])
+            bias = read_parameter(self, "bias", nn.initializers.zeros, x.shape[-1:])
             y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
         return y.astype(x.dtype)
 
@@ -103,4 +104,4 @@ class LMHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in] -> [..., features]`."""
-        return weight.wide_dot(x, stored(self, "kernel", kernel_init, (x.shape[-1], self.features)))
+        return weight.wide_dot(x, read_parameter(self, "kernel", kernel_init, (x.shape[-1], self.features)))

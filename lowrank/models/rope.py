@@ -1,4 +1,7 @@
-"""Rotary positions (Su et al. 2021, arXiv:2104.09864) in the half-split layout of transformers, and their scaling."""
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) in the half-split layout of transformers.
+
+Shapes: B rows, T tokens, N heads, H head width, F = H / 2 frequencies.
+"""
 
 import dataclasses
 import math
@@ -12,8 +15,8 @@ import numpy as np
 class RopeScaling:
     """How frequencies are stretched for long contexts: `linear` divides all by `factor`; `llama3` only the low ones.
 
-    `low`, `high` and `original_positions` say where `llama3` starts and stops: wavelengths above
-    `original_positions / low` are divided, those below `original_positions / high` stay, between them it is smooth.
+    `low`, `high` and `original_positions` set the limits of `llama3`: frequencies with wavelengths above
+    `original_positions / low` are divided, those below `original_positions / high` stay, with a smooth step between.
     """
 
     kind: str
@@ -23,10 +26,11 @@ class RopeScaling:
     original_positions: int = 8192
 
 
-def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-    """The angle per position of each pair of dimensions, float32 `[head_dim / 2]`.
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+    """The angle per position of each pair of dimensions, float32 `[F]`.
 
-    Rounded to float32 where transformers rounds: a last bit here is, hundreds of positions on, a wrong angle.
+    It is rounded to float32 where transformers rounds: an error in the last bit becomes a wrong angle hundreds of
+    positions later.
     """
     powers = theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim).astype(np.float64)
     f = 1 / powers.astype(np.float32)
@@ -41,13 +45,13 @@ def _llama3(f: np.ndarray, s: RopeScaling) -> np.ndarray:
     return keep * f + (1 - keep) * f / s.factor
 
 
-def tables(positions_BxT: jax.Array, frequencies_F: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """`(cos, sin)` of every position's angles, float32 `[B, T, 1, F]`, ready to meet `[B, T, heads, 2F]`."""
+def rope_tables(positions_BxT: jax.Array, frequencies_F: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """`(cos, sin)` of every position's angles, float32 `[B, T, 1, F]`, for queries and keys `[B, T, N, 2F]`."""
     angles = positions_BxT.astype(jnp.float32)[..., None, None] * frequencies_F[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x_BxTxNxH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns dimension i with i + H/2 by their angle, in float32; the result has the dtype of `x`."""
+def apply_rope(x_BxTxNxH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates dimension i with dimension i + H/2 by their angle, in float32; the result has the dtype of `x`."""
     a, b = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxNxH.dtype)

@@ -1,9 +1,10 @@
-"""Shifted sparse attention: tokens see their group only, and half of the heads have groups shifted by half of one.
+"""Shifted sparse attention: tokens see only their group, and half of the heads have groups shifted by half a group.
 
-LongLoRA (Chen et al. 2024, arXiv:2309.12307) trains with it, for a cost linear in the length, and decodes without. The
-paper rolls the tokens; here the first and the last shifted group are half as long instead: nothing leaks around.
+LongLoRA (Chen et al. 2024, arXiv:2309.12307) trains with it, at a cost linear in the length, and decodes with full
+attention. The paper rolls the tokens; here the first and the last shifted group are half as long instead, so that the
+end of a row never sees its start.
 
-Shapes: B rows, T tokens, N query heads, K key heads, H head width, G tokens a group, C groups a row.
+Shapes: B rows, T tokens, N query heads, K key heads, H head width, G tokens per group, C groups per row.
 """
 
 from collections.abc import Callable
@@ -27,8 +28,8 @@ def attend_shifted(
 ) -> jax.Array:
     """`attend(q, k, v, mask, **options)`, `[B, T, N, H]`, within groups of `group` tokens.
 
-    For the first half of the heads these are `[0, G), [G, 2G), ...`, for the second half `[0, G/2), [G/2, 3G/2), ...`;
-    the last one may be shorter. Without a mask `causal` and `window` apply, as in `attention.attend`.
+    The first half of the heads has groups `[0, G), [G, 2G), ...`, the second half `[0, G/2), [G/2, 3G/2), ...`;
+    the last group may be shorter. Without a mask `causal` and `window` apply, as in `attention.attend`.
     """
     N, K = q_BxTxNxH.shape[2], k_BxTxKxH.shape[2]
     if K % 2:  # key heads that cannot be halved are repeated for each of their query heads
@@ -64,9 +65,9 @@ def _grouped(attend, q, k, v, mask_Bx1xTxT, G, before, options) -> jax.Array:
 
 
 def _blocks(mask_Bx1xTxT: jax.Array, B: int, C: int, G: int, pad: tuple[int, int]) -> jax.Array:
-    """The mask's blocks on the diagonal, `[B * C, 1, G, G]`. What only fills up a group sees itself."""
+    """The mask's diagonal blocks, `[B * C, 1, G, G]`. Padding sees itself, so that no softmax is empty."""
     rows = mask_Bx1xTxT.shape[0]
     padded = jnp.pad(mask_Bx1xTxT[:, 0], ((0, 0), pad, pad)).reshape(rows, C, G, C, G)
-    each = jnp.arange(C)
-    blocks_CxBxGxG = padded[:, each, :, each, :] | jnp.eye(G, dtype=bool)[None, None]
+    groups_C = jnp.arange(C)
+    blocks_CxBxGxG = padded[:, groups_C, :, groups_C, :] | jnp.eye(G, dtype=bool)[None, None]
     return jnp.broadcast_to(jnp.moveaxis(blocks_CxBxGxG, 0, 1), (B, C, G, G)).reshape(B * C, 1, G, G)

@@ -38,7 +38,7 @@ def classification(model: Any, params: PyTree, batch: Batch, rows: int = 0) -> S
     """
     del rows
     if "pooled" in batch:
-        logits_BxC = model.apply({"params": params}, batch["pooled"], method="labels")
+        logits_BxC = model.apply({"params": params}, batch["pooled"], method="label_logits")
     else:
         logits_BxC = model.apply({"params": params}, batch["tokens"], segments=batch["segments"])
     weights_B = batch["valid"].astype(jnp.float32)

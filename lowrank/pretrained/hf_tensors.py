@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lowrank.models.stack import depths
+from lowrank.models.layer_stack import stack_depths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def norm(leaf: str, hf: str, bias: bool = False) -> list[Row]:
 
 def _stacked(config: Any, prefix: str, rows: Iterable[Row]) -> Iterator[Tensor]:
     first = 0
-    for stack, depth in depths(config).items():
+    for stack, depth in stack_depths(config).items():
         for leaf, hf, transpose in rows:
             experts = config.experts if "{e}" in hf else 0
             yield Tensor(f"{stack}/{leaf}", f"{prefix}.{{i}}.{hf}", transpose, first, depth, experts)

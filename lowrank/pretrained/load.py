@@ -17,7 +17,7 @@ from lowrank.core import config_schema, sharding, tree
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
-from lowrank.models import build
+from lowrank.models import build_model
 from lowrank.pretrained import hf_files, load_tensors, quantize_config, quantized_checkpoint, upcycle
 from lowrank.pretrained.families import FAMILIES, Config
 from lowrank.pretrained.hf_tensors import Tensor
@@ -221,7 +221,7 @@ def _shapes(config: Config) -> PyTree:
 
 
 def _init(config: Config, key: jax.Array) -> PyTree:
-    return build(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return build_model(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def _fresh(config: Config, leaves: dict[str, jax.ShapeDtypeStruct], seed: int) -> dict[str, jax.Array]:

@@ -18,8 +18,8 @@ from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
+from lowrank.models.layer_stack import stack_depths
 from lowrank.models.layers import Linear
-from lowrank.models.stack import depths
 
 Seen = dict[str, tuple[jax.Array, jax.Array]]  # by kernel: (sum of x^T x [in, in], sum of |x| [in]), float32
 
@@ -32,7 +32,7 @@ class Layers:
 
     def __init__(self, config: Any, params: PyTree, names: Iterable[str], batches: Sequence[Any]) -> None:
         self._config, self._params = config, params
-        self.order = [(stack, i) for stack, depth in depths(config).items() for i in range(depth)]
+        self.order = [(stack, i) for stack, depth in stack_depths(config).items() for i in range(depth)]
         starts = [_start(config, params, *batch) for batch in batches]
         self._streams, self._views = [h for h, _ in starts], [view for _, view in starts]
         self._real = [jnp.asarray(segments > 0) for _, segments in batches]
@@ -66,7 +66,7 @@ class Layers:
     def _found(self) -> set[str]:
         """The kernels that layers multiply by in a Linear."""
         found = set()
-        for stack in depths(self._config):
+        for stack in stack_depths(self._config):
             seen = functools.partial(_observed, self._config)
             found |= {f"{stack}/{n}" for n in jax.eval_shape(seen, self._layer(stack, 0)[1], *self._rest(stack, 0)[0])}
         return found
@@ -84,12 +84,12 @@ def _start(config: Any, params: PyTree, tokens: jax.Array, segments: jax.Array) 
         return (args[0], {}) if isinstance(config, models.DecoderConfig) else args[0]
 
     with nn.intercept_methods(cut):
-        models.build(config).apply({"params": params}, tokens, segments=segments, method="features")
+        models.build_model(config).apply({"params": params}, tokens, segments=segments, method="features")
     return tuple(given)
 
 
 def _called(config: Any, layer: PyTree, h: jax.Array, view: Any, kind: Any) -> jax.Array:
-    return models.block(config).apply({"params": layer}, h, view, kind, None, None)[0]
+    return models.build_block(config).apply({"params": layer}, h, view, kind, None, None)[0]
 
 
 _run = jax.jit(_called, static_argnums=0)

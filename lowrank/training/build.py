@@ -113,7 +113,7 @@ def _plan(groups: _Groups, shape: Any, base: PyTree, tokenizer: Any, loader: dat
         method=groups.method,
         model=groups.model,
         options=groups.options,
-        network=models.build(_offloading(shape, groups.mesh)),
+        network=models.build_model(_offloading(shape, groups.mesh)),
         optim=groups.optim,
         checkpoint=groups.checkpoint,
         loader=loader,
@@ -130,7 +130,7 @@ def _plan(groups: _Groups, shape: Any, base: PyTree, tokenizer: Any, loader: dat
 def _scorer(groups: _Groups, plan: Run) -> Evaluator | None:
     if not groups.eval.split:
         return None
-    used = models.build(models.after_training(plan.network.config))
+    used = models.build_model(models.inference_config(plan.network.config))
     return Evaluator(
         groups.eval, groups.data, plan.tokenizer, used, plan.method.bind, plan.mesh, plan.logits_chunk_tokens
     )

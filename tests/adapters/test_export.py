@@ -15,7 +15,7 @@ from lowrank.adapters import adapter_files, export, load, peft
 from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.core.weight import declared_mask, is_weight
-from lowrank.models import build
+from lowrank.models import build_model
 from tests.support import tiny_checkpoint as tiny
 from tests.support.adapted_model import adapted
 from tests.support.close import assert_close
@@ -79,7 +79,7 @@ def test_the_checkpoint_is_read_back_as_the_live_model(base, name, tmp_path):
     params = adapted(base.params, GROUPS[name])[0]
     export.merge_to_hf(params, base, tmp_path / "merged")
     again = pretrained.load(str(tmp_path / "merged"))
-    live, merged = (build(base.config).apply({"params": p}, TOKENS) for p in (params, again.params))
+    live, merged = (build_model(base.config).apply({"params": p}, TOKENS) for p in (params, again.params))
     assert float(jnp.abs(live).max()) > 0.1
     assert_close(merged, live)
 

@@ -9,7 +9,7 @@ from lowrank.core import sharding
 from lowrank.core.errors import UserError
 from lowrank.evaluation import scores as evaluate
 from lowrank.metrics import scores as metrics
-from lowrank.models import DecoderConfig, build
+from lowrank.models import DecoderConfig, build_model
 from tests.support.close import assert_close
 
 V, C, B, T = 31, 3, 4, 8
@@ -18,7 +18,7 @@ SIZES = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8, "hi
 
 @functools.cache
 def _model(**options):
-    model = build(DecoderConfig(vocab_size=V, max_positions=T, **SIZES, **options))
+    model = build_model(DecoderConfig(vocab_size=V, max_positions=T, **SIZES, **options))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, T), jnp.int32))["params"]
     rng = np.random.default_rng(1)
     return model, jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), params)

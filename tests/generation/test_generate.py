@@ -8,7 +8,7 @@ import pytest
 
 from lowrank.core.errors import UserError
 from lowrank.generation import generate, prompt_batches, sampling
-from lowrank.models import DecoderConfig, build
+from lowrank.models import DecoderConfig, build_model
 from tests.support.close import assert_close
 
 V, LIMIT = 61, 64
@@ -18,7 +18,7 @@ LENGTHS = (3, 11, 7, 5)
 
 @functools.cache
 def _model(**options):
-    model = build(DecoderConfig(vocab_size=V, max_positions=LIMIT, **SIZES, **options))
+    model = build_model(DecoderConfig(vocab_size=V, max_positions=LIMIT, **SIZES, **options))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
     rng = np.random.default_rng(1)
     return model, jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), params)

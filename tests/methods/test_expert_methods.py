@@ -201,7 +201,7 @@ def test_a_mixture_learns_on_a_mesh_and_its_adapter_comes_back(name, files, tmp_
 @pytest.mark.parametrize(
     ("arg", "message"),
     [
-        ("method=perft", "the model has no mixture of experts that routed modules could stand beside"),
+        ("method=perft", "routed_width needs a mixture of experts, and the model has none"),
         ("method=esft", r"target '\(layers\|top\)/mlp/experts/.* matches no leaf"),
         ("method=esft,target=layers/mlp/up/kernel", "layers/mlp/up/kernel holds no experts"),
     ],

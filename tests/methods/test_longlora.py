@@ -10,7 +10,7 @@ from lowrank import methods, pretrained
 from lowrank.adapters import adapter_files, load
 from lowrank.core.errors import UserError
 from lowrank.models import DecoderConfig, EncoderConfig
-from lowrank.models.rope import RopeScaling, frequencies
+from lowrank.models.rope import RopeScaling, rope_frequencies
 from tests.support.adapted_model import adapted
 from tests.support.checkpoint_files import LLAMA, directory
 from tests.support.close import assert_close
@@ -24,13 +24,13 @@ def test_positions_are_divided_by_the_factor_in_float64():
     assert_close(run(model, params, ids), run(linear, params, ids))
     head, theta = model.config.head_dim, model.config.rope_theta
     expected = [theta ** (-2 * i / head) / 4 for i in range(head // 2)]
-    assert_close(frequencies(head, theta, RopeScaling("linear", 4.0)), expected)
+    assert_close(rope_frequencies(head, theta, RopeScaling("linear", 4.0)), expected)
 
 
 def test_so_many_times_as_many_positions_fit():
     model, params = decoder("llama", position_factor=1.5)
     assert run(model, params, tokens(1, 48)).shape[1] == 48
-    with pytest.raises(UserError, match="a sequence of 49 tokens exceeds the model's 48 positions"):
+    with pytest.raises(UserError, match="a sequence of 49 tokens is longer than the model's 48 positions"):
         run(model, params, tokens(1, 49))
 
 
@@ -50,8 +50,8 @@ def test_the_adapter_brings_the_factor(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (DecoderConfig, {**GPT2, "position_factor": 2.0}, "position_factor=2.0: the model has no rope"),
-        (EncoderConfig, {"layers": 1, "position_factor": 2.0}, "position_factor=2.0: the model has no rope"),
+        (DecoderConfig, {**GPT2, "position_factor": 2.0}, "position_factor=2.0 divides rope's positions"),
+        (EncoderConfig, {"layers": 1, "position_factor": 2.0}, "position_factor=2.0 divides rope's positions"),
         (DecoderConfig, {**GPT2, "position_factor": 0.5}, "position_factor=0.5 is below 1"),
     ],
 )

@@ -10,7 +10,7 @@ from lowrank import methods
 from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.core.weight import Weight, dot, materialize
-from lowrank.models import DecoderConfig, build
+from lowrank.models import DecoderConfig, build_model
 from tests.support.close import assert_close, difference
 from tests.support.tiny_models import LLAMA, SIZES
 from tests.support.tiny_parameters import D, L, Q, attached, base
@@ -71,7 +71,7 @@ def test_a_method_trains_exactly_what_it_names(group, trained):
 
 
 def test_longlora_trains_norms_and_embeddings_beside_its_lora():
-    model = build(DecoderConfig(**SIZES, **LLAMA))
+    model = build_model(DecoderConfig(**SIZES, **LLAMA))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
     method = methods.build({"name": "longlora", "rank": 2, "target": Q, "group": 8})
     adapted = jax.eval_shape(lambda p: methods.attach(method, p, jax.random.key(1)), shapes)
@@ -122,7 +122,7 @@ def adapters(*sublayers):
 )
 def test_a_method_trains_exactly_what_it_adds_to_a_model(group, trained):
     method = methods.build(group)
-    model = build(DecoderConfig(**{**SIZES, **LLAMA, **method.model}))
+    model = build_model(DecoderConfig(**{**SIZES, **LLAMA, **method.model}))
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"])
     shapes = jax.eval_shape(lambda p: methods.attach(method, p, jax.random.key(1)), params)
     mask = methods.trainable_mask(method, shapes)

@@ -15,7 +15,7 @@ from lowrank.adapters import nearest_tokens
 from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.evaluation import scores as evaluate
-from lowrank.models import build
+from lowrank.models import build_model
 from lowrank.training import build as plan
 from lowrank.training import loop
 from tests.support.close import assert_close
@@ -54,7 +54,7 @@ def test_an_adapter_holds_what_the_mlp_makes_and_not_the_mlp(files, tmp_path, mo
     assert method.bind(loaded.params, None, None) is loaded.params
     batch = {n: np.ones((1, 4), np.int32) for n in ("tokens", "targets", "positions", "segments")}
     scores = evaluate.perplexity(
-        build(loaded.config), loaded.params, [{**batch, "weights": np.ones((1, 4), np.float32)}], bind=method.bind
+        build_model(loaded.config), loaded.params, [{**batch, "weights": np.ones((1, 4), np.float32)}], bind=method.bind
     )
     assert scores["tokens"] == 4
 
@@ -62,8 +62,8 @@ def test_an_adapter_holds_what_the_mlp_makes_and_not_the_mlp(files, tmp_path, mo
 @pytest.mark.parametrize(
     ("arg", "culprit"),
     [
-        ("method=prompt,length=64", "1 tokens and 64 virtual ones exceeds the model's 64 positions"),
-        ("method=prefix,length=70", "1 tokens and 70 virtual ones exceeds the model's 64 positions"),
+        ("method=prompt,length=64", "1 token and 64 virtual tokens is longer than the model's 64 positions"),
+        ("method=prefix,length=70", "1 token and 70 virtual tokens is longer than the model's 64 positions"),
         ("method=prefix,length=40", "data.seq_len=32 and 40 virtual tokens exceed the model's 64 positions"),
         ("method=mam,lenght=4", "method.length"),
         ("method=prompt,init=txt", "unknown prompt init 'txt' (did you mean 'text'?)"),

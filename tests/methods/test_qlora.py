@@ -12,7 +12,7 @@ from lowrank import pretrained
 from lowrank.adapters import export, load
 from lowrank.core.errors import UserError
 from lowrank.core.weight import is_stored, materialize
-from lowrank.models import build
+from lowrank.models import build_model
 from lowrank.training import loop
 from lowrank.training.log import read_metrics
 from tests.support import tiny_checkpoint as tiny
@@ -103,7 +103,7 @@ def test_a_merge_into_codes_says_what_it_costs(codes, runs, tmp_path):
         assert_close(kernel, exact)
         assert report.error < 1e-5
         tokens = np.arange(5, 17, dtype=np.int32)[None]
-        live, merged = (run(build(m.config), m.params, tokens, method="__call__") for m in (model, again))
+        live, merged = (run(build_model(m.config), m.params, tokens, method="__call__") for m in (model, again))
         assert_close(live, merged)
     else:
         made = pretrained.load(str(tmp_path / "merged"), quantized=NF4).params["layers"]["attn"]["q"]["kernel"]

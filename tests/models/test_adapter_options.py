@@ -87,7 +87,7 @@ def test_adapters_start_as_zero_and_have_a_place_on_every_mesh():
         ({"adapter_after": ("mpl",)}, "unknown sublayer in adapter_after 'mpl' .did you mean 'mlp'"),
         ({"adapter_width": 2, "adapter_after": ()}, "no layer has an adapter"),
         ({"adapter_activation": "relo"}, "did you mean 'relu'"),
-        ({"top_layers": -3}, "top_layers=-3 is not between 0 and the model's 2 layers"),
+        ({"top_layers": -3}, "top_layers=-3 is not in -2..2: the model has 2 layers"),
     ],
 )
 def test_additions_that_no_model_can_have_are_refused(changes, message):

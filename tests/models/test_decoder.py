@@ -159,12 +159,12 @@ def test_a_classifier_reads_the_last_real_token():
     [
         ({"remat": "dot"}, "unknown remat policy 'dot' .did you mean 'dots'"),
         ({"remat": "names", "remat_names": ("quiery",)}, "in remat_names 'quiery' .did you mean 'query'"),
-        ({"remat": "full", "remat_names": ("query",)}, "remat_names go with remat=names or remat=offload"),
+        ({"remat": "full", "remat_names": ("query",)}, "remat_names needs remat=names or remat=offload"),
         ({"dtype": "float23"}, "unknown compute dtype 'float23'"),
-        ({"top_layers": 3}, "top_layers=3 is not between 0 and the model's 2 layers"),
+        ({"top_layers": 3}, "top_layers=3 is not in -2..2: the model has 2 layers"),
         ({"num_prompt": -1}, "num_prompt=-1 is below 0"),
-        ({"kv_heads": 3}, "4 query heads cannot share 3 key heads"),
-        ({"window": 4, "local_layers": (True,)}, "local_layers names 1 layers, the model has 2"),
+        ({"kv_heads": 3}, "heads=4 must be a multiple of kv_heads=3"),
+        ({"window": 4, "local_layers": (True,)}, "local_layers has 1 value for layers=2"),
     ],
 )
 def test_an_impossible_config_names_the_culprit(options, message):
@@ -174,5 +174,5 @@ def test_an_impossible_config_names_the_culprit(options, message):
 
 def test_a_sequence_beyond_the_positions_is_refused():
     model, params = decoder("gpt2", num_prompt=3)
-    with pytest.raises(UserError, match="30 tokens and 3 virtual ones exceeds the model's 32 positions"):
+    with pytest.raises(UserError, match="30 tokens and 3 virtual tokens is longer than the model's 32 positions"):
         model.apply({"params": params}, tokens(1, 30))

@@ -80,5 +80,5 @@ def test_impossible_input_names_the_culprit():
     with pytest.raises(UserError, match="unknown pooling 'max'"):
         encoder(pooling="max")
     model, params = encoder(num_prompt=3)
-    with pytest.raises(UserError, match="33 tokens, 3 of them virtual, exceeds the model's 32 positions"):
+    with pytest.raises(UserError, match="30 tokens and 3 virtual tokens is longer than the model's 32 positions"):
         model.apply({"params": params}, tokens(1, 30))

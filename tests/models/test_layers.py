@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lowrank.models.layers import MLP, Linear, Norm
-from lowrank.models.rope import RopeScaling, frequencies, rotate, tables
+from lowrank.models.rope import RopeScaling, apply_rope, rope_frequencies, rope_tables
 from tests.support.close import assert_close
 
 
@@ -41,16 +41,16 @@ def test_rope_scores_depend_on_the_distance_alone():
     near, far = np.array([[5, 3]]), np.array([[25, 23]])
 
     def score(positions):
-        cos, sin = tables(positions, frequencies(8, 100.0))
-        return jnp.vdot(rotate(q, cos[:, :1], sin[:, :1]), rotate(k, cos[:, 1:], sin[:, 1:]))
+        cos, sin = rope_tables(positions, rope_frequencies(8, 100.0))
+        return jnp.vdot(apply_rope(q, cos[:, :1], sin[:, :1]), apply_rope(k, cos[:, 1:], sin[:, 1:]))
 
     assert_close(score(near), score(far))
     assert abs(score(near) - score(np.array([[5, 4]]))) > 1e-2
 
 
 def test_llama3_scaling_keeps_high_frequencies_and_divides_low_ones():
-    plain = frequencies(64, 500000.0)
-    scaled = frequencies(64, 500000.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192))
+    plain = rope_frequencies(64, 500000.0)
+    scaled = rope_frequencies(64, 500000.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192))
     ratio, turns = plain / scaled, 8192 * plain / (2 * np.pi)
     assert_close(ratio[turns > 4], 1)
     assert_close(ratio[turns < 1], 8)

@@ -10,8 +10,8 @@ import pytest
 
 from lowrank.core import sharding, tree
 from lowrank.core.errors import UserError
-from lowrank.models import DecoderConfig, build
-from lowrank.models.moe import MoE, by_expert, route
+from lowrank.models import DecoderConfig, build_model
+from lowrank.models.moe import MoE, route_tokens, sort_by_expert
 from tests.support.close import assert_close
 from tests.support.tiny_models import MOE, SIZES, _random, normal, run, tokens
 
@@ -33,7 +33,7 @@ def mlp(x, p, e=...):
     return (silu(x @ gate) * (x @ up)) @ down
 
 
-def token_by_token(x, p, normalise):
+def token_by_token(x, p, normalize):
     """Each token's experts one after another, as the papers have them."""
     y = np.zeros_like(x)
     for n, token in enumerate(x):
@@ -41,25 +41,25 @@ def token_by_token(x, p, normalise):
         probs = np.exp(logits - logits.max())
         probs /= probs.sum()
         chosen = np.argsort(-probs)[:K]
-        total = probs[chosen].sum() if normalise else 1.0
+        total = probs[chosen].sum() if normalize else 1.0
         y[n] = sum(probs[e] / total * mlp(token, p["experts"], e) for e in chosen)
         if "shared" in p:
             y[n] += mlp(token, p["shared"]) / (1 + np.exp(-token @ np.asarray(p["shared_gate"]["kernel"], np.float64)))
     return y
 
 
-@pytest.mark.parametrize(("normalise", "shared"), [(False, 0), (True, 0), (False, 7)])
-def test_the_layer_is_the_weighted_sum_of_each_tokens_experts(normalise, shared):
-    layer, x = MoE(E, K, F, "silu", normalise, shared), normal(0, B, T, D)
+@pytest.mark.parametrize(("normalize", "shared"), [(False, 0), (True, 0), (False, 7)])
+def test_the_layer_is_the_weighted_sum_of_each_tokens_experts(normalize, shared):
+    layer, x = MoE(E, K, F, "silu", normalize, shared), normal(0, B, T, D)
     params = drawn(layer, x, 0.4)
     y = np.asarray(jax.jit(layer.apply)({"params": params}, x))
-    expected = token_by_token(np.asarray(x, np.float64).reshape(-1, D), params, normalise)
+    expected = token_by_token(np.asarray(x, np.float64).reshape(-1, D), params, normalize)
     assert_close(y.reshape(-1, D), expected)
 
 
 def test_rows_are_sorted_by_expert_and_find_their_way_back():
-    routing = jax.jit(lambda logits: route(logits, K, True))(normal(0, 7, E))
-    rows = jax.tree.map(np.asarray, jax.jit(lambda routing: by_expert(routing, E))(routing))
+    routing = jax.jit(lambda logits: route_tokens(logits, K, True))(normal(0, 7, E))
+    rows = jax.tree.map(np.asarray, jax.jit(lambda routing: sort_by_expert(routing, E))(routing))
     assert_close(np.sum(np.asarray(routing.gates), axis=-1), 1)
     ids = np.asarray(routing.experts).reshape(-1)
     assert np.asarray(rows.sizes).tolist() == np.bincount(ids, minlength=E).tolist()
@@ -69,7 +69,7 @@ def test_rows_are_sorted_by_expert_and_find_their_way_back():
 
 def test_a_sharded_decoder_with_experts_computes_what_one_device_does():
     config = DecoderConfig(**{**SIZES, **MOE, "expert_hidden": 12})
-    model, params = _random(build(config))
+    model, params = _random(build_model(config))
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     where = sharding.shardings(params, mesh)
     specs = {name: s.spec for name, s in tree.named_leaves(where)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lowrank.core.errors import UserError
-from lowrank.models import DecoderConfig, after_training, build, init_cache
+from lowrank.models import DecoderConfig, build_model, inference_config, init_cache
 from lowrank.models.attention import attend
 from lowrank.models.shifted_sparse_attention import attend_shifted
 from tests.support.close import assert_close, difference
@@ -62,7 +62,7 @@ def test_tokens_attend_within_their_group_and_half_of_the_heads_are_shifted(
 
 def test_the_decoder_trains_in_groups_and_decodes_with_full_attention():
     model, params = decoder("llama", shift_group=4)
-    whole = build(after_training(model.config))
+    whole = build_model(inference_config(model.config))
     ids = tokens(2, 12)
     near, full = run(model, params, ids), run(whole, params, ids)
     assert_close(near[:, :2], full[:, :2])  # half a group sees all before it

@@ -11,7 +11,7 @@ import transformers
 from lowrank import pretrained
 from lowrank.adapters import export
 from lowrank.adapters import peft as peft_format
-from lowrank.models import build
+from lowrank.models import build_model
 from tests.support import tiny_checkpoint as tiny
 from tests.support.adapted_model import adapted
 from tests.support.close import assert_close, difference
@@ -41,10 +41,10 @@ def test_transformers_loads_a_merged_checkpoint_and_computes_the_live_logits(fol
     base = pretrained.load(str(folder))
     params = adapted(base.params, GROUPS[name])[0]
     export.merge_to_hf(params, base, tmp_path / "merged")
-    live = build(base.config).apply({"params": params}, TOKENS)
+    live = build_model(base.config).apply({"params": params}, TOKENS)
     theirs = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     assert_close(theirs, live, relative=1e-4)
-    assert difference(live, build(base.config).apply({"params": base.params}, TOKENS)) > 0.02
+    assert difference(live, build_model(base.config).apply({"params": base.params}, TOKENS)) > 0.02
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -81,4 +81,4 @@ def test_a_checkpoint_in_bfloat16_holds_what_was_reported(folder, tmp_path):
     assert_close(report.error, (lost / size) ** 0.5, relative=1e-4)
     print(report)
     rounded = jax.tree.map(lambda x: x.astype(jnp.float32), export.merged(params, "bfloat16")[0])
-    assert_close(logits(model.float()), build(base.config).apply({"params": rounded}, TOKENS), relative=1e-4)
+    assert_close(logits(model.float()), build_model(base.config).apply({"params": rounded}, TOKENS), relative=1e-4)

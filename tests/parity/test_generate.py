@@ -9,7 +9,7 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 
 from lowrank import pretrained
 from lowrank.generation import generate, prompt_batches, sampling
-from lowrank.models import build
+from lowrank.models import build_model
 from lowrank.pretrained import wheels
 
 NEW = 16
@@ -45,7 +45,7 @@ def test_greedy_tokens_of_smollm2_are_those_of_transformers_also_left_padded(our
     stops = (*ours.tokenizer.stop_ids, ours.tokenizer.encode("\n")[0])
     tokens, segments = prompt_batches.left_pad([ours.tokenizer.encode(p) for p in PROMPTS], ours.tokenizer.pad_id, 8192)
     assert len(set(segments.sum(1))) == len(PROMPTS)  # so two rows are padded at the least
-    model, options = build(ours.config), {"max_new": NEW, "stop_ids": stops, "pad_id": 2}
+    model, options = build_model(ours.config), {"max_new": NEW, "stop_ids": stops, "pad_id": 2}
     out = np.asarray(generate.generate(model, ours.params, tokens, segments, **options))
     np.testing.assert_array_equal(out, expected(theirs, tokens, segments, stops))
     for row, mask, together in zip(tokens, segments, out, strict=True):

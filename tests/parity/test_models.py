@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from lowrank.models import build
+from lowrank.models import build_model
 from lowrank.pretrained.families import FAMILIES, family_of
 from tests.support.close import assert_close
 
@@ -125,7 +125,7 @@ def converted(model, config, family):
         node[last] = np.reshape(arrays, tensor.stack + arrays[0].shape)
         used |= set(tensor.names)
     assert used == set(state)
-    like = jax.eval_shape(build(config).init, jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    like = jax.eval_shape(build_model(config).init, jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, like)
     return params
 
@@ -164,7 +164,7 @@ def decoder(request):
 
 def test_every_decoder_family_computes_the_logits_of_transformers(decoder):
     model, config, params = decoder
-    apply = jax.jit(lambda tokens, segments: build(config).apply({"params": params}, tokens, segments=segments))
+    apply = jax.jit(lambda tokens, segments: build_model(config).apply({"params": params}, tokens, segments=segments))
     for side in (None, "right", "left"):
         tokens, segments = batch(side)
         theirs = model(**as_torch(tokens, segments)).logits
@@ -194,7 +194,7 @@ def test_a_decoder_classifies_by_its_last_token_as_transformers_does(name):
         tokens, segments = batch(side)
         tokens = tokens if segments is None else np.where(segments > 0, tokens, 0)
         theirs = model(**as_torch(tokens, segments)).logits
-        ours = build(config).apply({"params": params}, tokens, segments=segments)
+        ours = build_model(config).apply({"params": params}, tokens, segments=segments)
         assert_same(ours, theirs, name=side or "plain")
 
 
@@ -211,8 +211,8 @@ def test_every_encoder_family_computes_the_features_of_transformers(name):
         inputs = as_torch(tokens, segments)
         inputs.pop("position_ids", None)
         theirs = model(**inputs)
-        ours = build(config).apply({"params": params}, tokens, segments=segments)
-        pooled = build(config).apply({"params": params}, tokens, segments=segments, method="pooled")
+        ours = build_model(config).apply({"params": params}, tokens, segments=segments)
+        pooled = build_model(config).apply({"params": params}, tokens, segments=segments, method="pooled")
         assert_same(ours, theirs.last_hidden_state, segments, name=side or "plain")
         assert_same(pooled, theirs.pooler_output, name=side or "plain")
 
@@ -230,5 +230,5 @@ def test_every_encoder_family_classifies_as_transformers_does(name):
         inputs = as_torch(tokens, segments) | {"token_type_ids": torch.tensor(types, dtype=torch.long)}
         inputs.pop("position_ids", None)
         theirs = model(**inputs).logits
-        ours = build(config).apply({"params": params}, tokens, segments, types.astype(np.int32))
+        ours = build_model(config).apply({"params": params}, tokens, segments, types.astype(np.int32))
         assert_same(ours, theirs, name=side or "plain")

@@ -17,7 +17,7 @@ from lowrank import pretrained
 from lowrank.adapters import export
 from lowrank.adapters import peft as peft_format
 from lowrank.core.errors import UserError
-from lowrank.models import build
+from lowrank.models import build_model
 from lowrank.pretrained.families import FAMILIES
 from tests.support.adapted_model import adapted
 from tests.support.checkpoint_files import VOCAB, tensors, write_directory
@@ -138,5 +138,5 @@ def test_transformers_loads_the_merged_experts_and_computes_the_live_logits(name
     ids = TOKENS % VOCAB
     with torch.no_grad():
         expected = theirs(torch.tensor(ids, dtype=torch.long)).logits.numpy()
-    live = build(base.config).apply({"params": params}, ids)
+    live = build_model(base.config).apply({"params": params}, ids)
     assert_close(live, expected, relative=1e-4)

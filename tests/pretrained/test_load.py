@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from lowrank.core import sharding, tree
 from lowrank.core.errors import UserError
-from lowrank.models import build
+from lowrank.models import build_model
 from lowrank.pretrained import describe, hf_files, hub, load, load_tensors
 from lowrank.pretrained.families import FAMILIES
 from tests.support import checkpoint_files as files
@@ -48,7 +48,7 @@ def test_every_tensor_lands_in_its_leaf_and_layer(tmp_path, name):
 
 def test_the_model_runs_on_what_was_read(llama):
     read = load(str(llama))
-    logits = build(read.config).apply({"params": read.params}, np.arange(6)[None])
+    logits = build_model(read.config).apply({"params": read.params}, np.arange(6)[None])
     assert logits.shape == (1, 6, LLAMA["vocab_size"])
     assert np.isfinite(logits).all()
 

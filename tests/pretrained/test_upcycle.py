@@ -12,7 +12,7 @@ from lowrank.adapters import adapter_files, load
 from lowrank.core import sharding, tree
 from lowrank.core.errors import UserError
 from lowrank.core.weight import is_stored, is_weight
-from lowrank.models import build
+from lowrank.models import build_model
 from lowrank.training import loop
 from lowrank.training.log import read_metrics
 from tests.support import tiny_checkpoint as tiny
@@ -28,7 +28,7 @@ IDS = np.arange(2, 22, dtype=np.int32).reshape(2, 10)
 
 
 def logits(read):
-    return run(build(read.config), read.params, IDS, method="__call__")
+    return run(build_model(read.config), read.params, IDS, method="__call__")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lowrank.core import tree
-from lowrank.models import build
+from lowrank.models import build_model
 from lowrank.pretrained.families import family_of
 
 VOCAB = 32
@@ -40,7 +40,9 @@ def shapes(hf_config: dict) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a checkpoint, by its Hugging Face name."""
     family = family_of(hf_config)
     config = family.config(hf_config)
-    tree_of = jax.eval_shape(lambda: build(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    tree_of = jax.eval_shape(
+        lambda: build_model(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    )
     leaves, out = {name: leaf.shape for name, leaf in tree.named_leaves(tree_of)}, {}
     for tensor in family.tensors(config):
         shape = leaves[tensor.leaf][len(tensor.stack) :]

@@ -8,7 +8,7 @@ import numpy as np
 
 from lowrank import methods
 from lowrank.core import sharding, tree, weight
-from lowrank.models import DecoderConfig, build
+from lowrank.models import DecoderConfig, build_model
 from lowrank.objectives import losses
 from lowrank.training import optimizer as optim
 from lowrank.training import step
@@ -29,7 +29,7 @@ def tiny_decoder(width=64, layers=2, vocab=64):
         head_dim=width // 4,
         hidden=2 * width,
     )
-    model = build(config)
+    model = build_model(config)
     return model, model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 

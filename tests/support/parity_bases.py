@@ -10,7 +10,7 @@ import transformers
 
 from lowrank.core import tree
 from lowrank.core.weight import merge
-from lowrank.models import build
+from lowrank.models import build_model
 from lowrank.pretrained.families import FAMILIES
 from tests.support.close import assert_close
 
@@ -84,7 +84,7 @@ def ours(model, family):
 
 
 def our_logits(base, params):
-    model = build(base.config)
+    model = build_model(base.config)
     apply = jax.jit(lambda p: model.apply({"params": p}, TOKENS, segments=np.ones_like(TOKENS)))
     return np.asarray(apply(params))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.core import tree
-from lowrank.models import DecoderConfig, EncoderConfig, build
+from lowrank.models import DecoderConfig, EncoderConfig, build_model
 
 V, T = 43, 12
 SIZES = {"vocab_size": V, "max_positions": 32, "width": 16, "heads": 4, "hidden": 24}
@@ -48,12 +48,12 @@ DECODERS = {"llama": LLAMA, "windowed": WINDOWED, "gpt2": GPT2, "gemma": GEMMA, 
 
 def decoder(kind, **options):
     """`(model, params)`."""
-    return _random(build(DecoderConfig(**{**SIZES, "remat": "none", **DECODERS[kind], **options})))
+    return _random(build_model(DecoderConfig(**{**SIZES, "remat": "none", **DECODERS[kind], **options})))
 
 
 def encoder(**options):
     """`(model, params)`."""
-    return _random(build(EncoderConfig(**{**SIZES, "layers": 2, "remat": "none", **options})))
+    return _random(build_model(EncoderConfig(**{**SIZES, "layers": 2, "remat": "none", **options})))
 
 
 def _random(model):

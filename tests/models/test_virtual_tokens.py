@@ -100,11 +100,11 @@ def test_every_layers_prefix_gets_a_gradient_from_every_segment():
 def test_a_prefix_that_does_not_fit_is_refused():
     model, params = decoder("gpt2", prefix_length=P)
     apply = lambda ids, **kw: model.apply({"params": params}, ids, **kw)  # noqa: E731
-    with pytest.raises(UserError, match="30 tokens and 3 virtual ones exceeds the model's 32 positions"):
+    with pytest.raises(UserError, match="30 tokens and 3 virtual tokens is longer than the model's 32 positions"):
         apply(tokens(1, 30))
-    with pytest.raises(UserError, match="the cache has room for 0 virtual tokens, the model has 3"):
+    with pytest.raises(UserError, match="the cache has slots for 0 virtual tokens, and the model has 3 virtual tokens"):
         apply(tokens(1, 4), cache=init_cache(decoder("gpt2")[0].config, 1, 8))
-    with pytest.raises(UserError, match="the cache has 7 slots: too few for 5 tokens and 3 virtual ones"):
+    with pytest.raises(UserError, match="the cache has only 7 slots for 5 tokens and 3 virtual tokens"):
         apply(tokens(1, 5), cache=init_cache(model.config, 1, 4))
     with pytest.raises(UserError, match="prefix_length=-1 is below 0"):
         decoder("gpt2", prefix_length=-1)
