@@ -78,7 +78,7 @@ def _start(config: Any, params: PyTree, tokens: jax.Array, segments: jax.Array) 
     given: list[Any] = []
 
     def cut(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if context.method_name != "_run":
+        if context.method_name != "_run_stacks":
             return call(*args, **kwargs)
         given.extend(args[:2])
         return (args[0], {}) if isinstance(config, models.DecoderConfig) else args[0]
