@@ -37,8 +37,8 @@ notebooks: $(VENV)/ready-dev
 	$(FAST) $(PYTEST) tests/notebooks
 
 test-tools: docs
-	command -v chromium || (apt-get update -qq && apt-get install -qq --no-install-recommends chromium)
-	$(FAST) $(PYTEST) tests/tools
+	command -v chromedriver || (apt-get update -qq && apt-get install -qq --no-install-recommends chromium chromium-driver)
+	$(FAST) $(BIN)/python -m pytest tests/tools
 
 bench: $(VENV)/ready-parity
 	$(BIN)/python -m experiments.bench.step

@@ -1,29 +1,30 @@
-"""Pages in headless Chromium: what a reader sees after the scripts have run, and what the console said."""
+"""Pages in headless Chromium, driven by ChromeDriver: what a reader sees once the scripts have run."""
 
 import contextlib
 import functools
 import http.server
+import json
+import shutil
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-
-SLOW = "/slow.png"  # an image that comes late: a page that holds it is dumped only then
-SECONDS = 6
+from typing import Any
 
 OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"),
-    "--dump-dom",
+    *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
 )
+SECONDS = 60  # the longest wait for a page, on a machine with other work
 
 
 @contextlib.contextmanager
-def served(folder: Path, pages: Mapping[str, str] | None = None):
-    """The address at which the files of `folder` are served while the block runs, and `pages`: `{path: HTML}`."""
-    handler = functools.partial(_Handler, pages or {}, directory=str(folder))
+def serve(folder: Path) -> Iterator[str]:
+    """The address at which the files of `folder` are served while the block runs."""
+    handler = functools.partial(_Quiet, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
@@ -32,32 +33,58 @@ def served(folder: Path, pages: Mapping[str, str] | None = None):
             server.shutdown()
 
 
-class _Handler(http.server.SimpleHTTPRequestHandler):
-    def __init__(self, pages, *args, **kwargs):
-        self.pages = pages
-        super().__init__(*args, **kwargs)
-
+class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def do_GET(self):
-        if self.path == SLOW:
-            time.sleep(SECONDS)
-        if self.path not in (SLOW, *self.pages):
-            return super().do_GET()
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html")
-        self.end_headers()
-        self.wfile.write(self.pages.get(self.path, "").encode())
+
+class Browser:
+    """One tab."""
+
+    def __init__(self, session: str):
+        self.session = session
+
+    def open(self, address: str) -> list[str]:
+        """Load the page; returns what its console complains of."""
+        _send(f"{self.session}/url", {"url": address})
+        lines = _send(f"{self.session}/se/log", {"type": "browser"})
+        return [line["message"] for line in lines if line["level"] in ("WARNING", "SEVERE")]
+
+    def run(self, script: str) -> Any:
+        """The value that `script`, the body of a function in JavaScript, returns."""
+        return _send(f"{self.session}/execute/sync", {"script": script, "args": []})
+
+    def wait(self, script: str) -> Any:
+        """The first value of `script` that JavaScript takes for true."""
+        give_up = time.monotonic() + SECONDS
+        while not (value := self.run(script)):
+            assert time.monotonic() < give_up, f"{script!r} stayed {value!r} for {SECONDS} s"
+            time.sleep(0.1)
+        return value
 
 
-def open_page(address: str, real_time: bool = False) -> tuple[str, list[str]]:
-    """The page's HTML after its scripts have run, and the lines of its console.
-
-    Ten seconds of its clock pass at once; a worker has a clock of its own, and needs `real_time` and an image SLOW.
-    """
-    clock = [] if real_time else ["--virtual-time-budget=10000"]
+@contextlib.contextmanager
+def start_browser() -> Iterator[Browser]:
+    """A browser with an empty profile, closed after the block."""
     with tempfile.TemporaryDirectory() as profile:
-        words = ["chromium", *OPTIONS, *clock, f"--user-data-dir={profile}", address]
-        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        words = [shutil.which("chromedriver") or "chromedriver", "--port=0"]
+        driver = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            started = next(line for line in driver.stdout if "started successfully on port" in line)
+            address = f"http://127.0.0.1:{started.split()[-1].rstrip('.')}"
+            chromium = {"binary": shutil.which("chromium"), "args": [*OPTIONS, f"--user-data-dir={profile}"]}
+            wanted = {"goog:chromeOptions": chromium, "goog:loggingPrefs": {"browser": "ALL"}}
+            session = _send(f"{address}/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+            yield Browser(f"{address}/session/{session}")
+            _send(f"{address}/session/{session}", None, "DELETE")
+        finally:
+            driver.terminate()
+            driver.wait()
+            driver.stdout.close()
+
+
+def _send(address: str, body: Any, method: str = "POST") -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"}, method=method)
+    with urllib.request.urlopen(request, timeout=2 * SECONDS) as answer:
+        return json.load(answer)["value"]
