@@ -24,11 +24,11 @@ OPTIM = optim.OptimConfig(lr=1e-4, clip=0.0)
 
 def main(method_name: str, folder: str) -> None:
     """Loads the model, leaves `batch.npz` and the initial adapter for the other side, then serves steps."""
-    method = methods.build({"name": method_name, "rank": 8, "alpha": 16})
+    method = methods.build_method({"name": method_name, "rank": 8, "alpha": 16})
     mesh = sharding.make_mesh()
     base = pretrained.load(MODEL, mesh=mesh, rules=sharding.DEFAULT_RULES, model={"remat": "dots"})
     params = methods.attach(method, base.params, jax.random.key(0))
-    trained, frozen = tree.split(params, weight.declared_mask(params, method.train))
+    trained, frozen = tree.split(params, weight.declared_mask(params, method.trainable))
     trained, frozen = (jax.device_put(t, sharding.shardings(t, mesh)) for t in (trained, frozen))
     group = {"name": method_name, "rank": 8, "alpha": 16}
     peft.save(params, base, Path(folder) / method_name, method=group)

@@ -35,9 +35,9 @@ def entry(row: Row, model: str = MODEL) -> dict[str, Any]:
         "trained_params": None,
     }
     try:
-        method = methods.build(group)
+        method = methods.build_method(group)
         upcycled = tuple(row.model.get("upcycle", {}).items())
-        base, plain = _shapes(model, tuple(method.model.items()), upcycled), _shapes(model, upcycled=upcycled)
+        base, plain = _shapes(model, tuple(method.model_options.items()), upcycled), _shapes(model, upcycled=upcycled)
         adapted = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), base)
         mask = methods.trainable_mask(method, adapted)
     except UserError as e:

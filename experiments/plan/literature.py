@@ -35,8 +35,8 @@ class Figure(NamedTuple):
 
 def plan(name: str, method: Mapping[str, Any], quantized: Any = None, **options: Any) -> Run:
     """A run of a paper's model that has no data and is never started, with bfloat16 weights."""
-    found = methods.build(method)
-    config = config_schema.replace(MODELS[name], {"dtype": "bfloat16", **options, **found.model}, "model")
+    found = methods.build_method(method)
+    config = config_schema.replace(MODELS[name], {"dtype": "bfloat16", **options, **found.model_options}, "model")
     network, tokens = models.build_model(config), jnp.zeros((1, 1), jnp.int32)
     base = jax.eval_shape(lambda: network.init(jax.random.key(0), tokens))["params"]
     base = cast(base, "bfloat16")
@@ -143,7 +143,7 @@ def _adapters() -> list[Figure]:
         return sum(x.size * parameter_summary.bits(x.dtype) / 8 for x in jax.tree.leaves(trained) if x.ndim == 3) / 1e6
 
     kernel = {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}
-    method = methods.build({"name": "lora", "rank": 8, "target": "kernel"})
+    method = methods.build_method({"name": "lora", "rank": 8, "target": "kernel"})
     shapes = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), kernel)
     sums = parameter_summary.totals(shapes, methods.trainable_mask(method, shapes))
     own, base = sums["trained_params"], sums["total_params"] - sums["trained_params"]

@@ -65,7 +65,7 @@ def bits_under(row: Row, name: str, model: Mapping[str, Any]) -> float:
     """Bits a weight in memory of what the row's method has in place of the quantised kernels, from shapes alone."""
     options, read = _read({**model, **row.model})
     shapes = pretrained.describe(name, options, **read)[2]
-    shapes = jax.eval_shape(lambda p: methods.attach(methods.build(row.method), p, jax.random.key(0)), shapes)
+    shapes = jax.eval_shape(lambda p: methods.attach(methods.build_method(row.method), p, jax.random.key(0)), shapes)
     weights = dict(tree.named_leaves(shapes, is_weight))
     kernels = [innermost(weights[name]) for name in tree.matching(TARGET, weights)]
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kernels))

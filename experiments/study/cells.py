@@ -81,7 +81,7 @@ class Cell:
         name, dtype = options.pop("name"), options.pop("param_dtype", "float32")
         options = {k: v for k, v in options.items() if k not in ("quantize", "upcycle")}  # an adapter knows its base
         base = load.load_adapted(self.folder / loop.ADAPTER, name, model=options, param_dtype=dtype)
-        model = Model(self.config, base, methods.build(self.row.method).bind)
+        model = Model(self.config, base, methods.build_method(self.row.method).bind)
         numbers["test"] = model.score("test")[self.task.metric]
         if self.study.forgetting:
             numbers["known"] = self.task.known(model)

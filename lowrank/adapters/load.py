@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from lowrank import methods, pretrained
 from lowrank.adapters import adapter_files, peft
 from lowrank.core.errors import UserError
@@ -58,7 +56,7 @@ def _with_leaves(directory: Path, spec: str | None, model: Mapping[str, Any], re
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"cannot read {directory / adapter_files.ABOUT}: {e}") from None
     base = _base(spec, recorded, directory, model={**model, **options}, **read)
-    method = methods.stripped(methods.build(group))
-    params = methods.attach(method, base.params, jax.random.key(0))
+    method = methods.build_method(group)
+    params = methods.attach_for_loading(method, base.params)
     params = adapter_files.load_leaves(directory, params, base.name)
     return dataclasses.replace(base, params=method.bind(params, None, None) if method.bind else params)

@@ -8,6 +8,7 @@ from typing import Any
 from lowrank.core import config_schema
 from lowrank.core.errors import unknown
 from lowrank.methods.adalora import adalora
+from lowrank.methods.attachment import attach, attach_for_loading, exported_leaves, matches, trainable_mask
 from lowrank.methods.bidora import bidora
 from lowrank.methods.bitfit import bitfit
 from lowrank.methods.boft import boft
@@ -32,17 +33,7 @@ from lowrank.methods.lora import lora
 from lowrank.methods.lora_fa import lora_fa
 from lowrank.methods.lora_xs import lora_xs
 from lowrank.methods.mam import mam
-from lowrank.methods.method import (
-    SHARED,
-    Context,
-    Method,
-    attach,
-    finished,
-    matches,
-    restart_every,
-    stripped,
-    trainable_mask,
-)
+from lowrank.methods.method import SHARED, Context, EveryNSteps, Export, Hooks, Method
 from lowrank.methods.milora import milora
 from lowrank.methods.modulora import modulora
 from lowrank.methods.more import more
@@ -61,7 +52,7 @@ from lowrank.methods.relora import relora
 from lowrank.methods.scaled_parallel import scaled_parallel
 from lowrank.methods.smore import smore
 from lowrank.methods.sparse import sparse
-from lowrank.methods.tokens import beside, tokens
+from lowrank.methods.tokens import tokens, with_tokens
 from lowrank.methods.vera import vera
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -113,7 +104,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 
 
-def build(group: Mapping[str, Any]) -> Method:
+def build_method(group: Mapping[str, Any]) -> Method:
     """The method of a config group `{'name': 'lora', 'rank': 8, ...}`; UserError for an unknown name or key.
 
     With any method, `also_train`, a regex or several, names further leaves to train whole (PEFT's modules_to_save),
@@ -124,28 +115,30 @@ def build(group: Mapping[str, Any]) -> Method:
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     return config_schema.call(
-        functools.partial(_with, config_schema.call(METHODS[name], group, "method")), also, "method"
+        functools.partial(_with_also, config_schema.call(METHODS[name], group, "method")), also, "method"
     )
 
 
-def _with(
+def _with_also(
     method: Method, also_train: str | Sequence[str] = (), also_tokens: int | str | Sequence[int | str] = ()
 ) -> Method:
     also = (also_train,) if isinstance(also_train, str) else tuple(also_train)
-    method = beside(method, also_tokens) if also_tokens != () else method
-    return dataclasses.replace(method, train=(*method.train, *also)) if also else method
+    method = with_tokens(method, also_tokens) if also_tokens != () else method
+    return dataclasses.replace(method, trainable=(*method.trainable, *also)) if also else method
 
 
 __all__ = [
     "METHODS",
     "SHARED",
     "Context",
+    "EveryNSteps",
+    "Export",
+    "Hooks",
     "Method",
     "attach",
-    "build",
-    "finished",
+    "attach_for_loading",
+    "build_method",
+    "exported_leaves",
     "matches",
-    "restart_every",
-    "stripped",
     "trainable_mask",
 ]

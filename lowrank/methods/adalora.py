@@ -15,7 +15,7 @@ from lowrank.core.errors import UserError
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.lora import bind_dropout
-from lowrank.methods.method import Method
+from lowrank.methods.method import Hooks, Method
 from lowrank.weights import adalora as form
 from lowrank.weights.adalora import AdaLoRA
 
@@ -55,17 +55,16 @@ def adalora(
         return form.attach(key, w, rank=init_rank, alpha=alpha, dropout=dropout)
 
     def optimizer(plain: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
-        first, last = targets.steps(tinit, steps), steps - targets.steps(tfinal, steps)
+        first, last = targets.count_steps(tinit, steps), steps - targets.count_steps(tfinal, steps)
         if not first < last:
             raise UserError(f"method.tinit {tinit} and method.tfinal {tfinal} leave none of {steps} steps to prune in")
         share = functools.partial(kept_share, first=first, last=last, ratio=target_rank / init_rank)
-        return allocating(plain, share, first, last, deltaT, beta1, beta2)
+        return allocate_budget(plain, share, first, last, deltaT, beta1, beta2)
 
     return Method(
-        rewrite=((target, adapt),),
+        rules=((target, adapt),),
         bind=bind_dropout if dropout else None,
-        penalty=functools.partial(_penalty, orthogonal) if orthogonal else None,
-        optimizer=optimizer,
+        hooks=Hooks(regularizer=functools.partial(_penalty, orthogonal) if orthogonal else None, optimizer=optimizer),
     )
 
 
@@ -90,7 +89,7 @@ class AllocationState(NamedTuple):
     kept: PyTree  # bool for each entry of E
 
 
-def allocating(
+def allocate_budget(
     plain: optax.GradientTransformation,
     share: Callable[[int], float],
     first: int,

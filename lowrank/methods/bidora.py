@@ -39,9 +39,12 @@ def bidora(holdout: float = 0.2, retrain: float = 0.25, orthogonal: float = 0.00
     method = config_schema.call(dora, kwargs, "method")
     return dataclasses.replace(
         method,
-        holdout=holdout,
-        penalty=functools.partial(_penalty, orthogonal) if orthogonal else None,
-        optimizer=lambda plain, steps: bilevel(plain, MAGNITUDE, steps - round(retrain * steps)),
+        hooks=dataclasses.replace(
+            method.hooks,
+            holdout=holdout,
+            regularizer=functools.partial(_penalty, orthogonal) if orthogonal else None,
+            optimizer=lambda plain, steps: bilevel(plain, MAGNITUDE, steps - round(retrain * steps)),
+        ),
     )
 
 

@@ -8,4 +8,4 @@ def bitfit() -> Method:
 
     A decoder whose kernels have none (Llama, Mistral, Qwen) gets zero ones, on every kernel of attention and MLP.
     """
-    return Method(model={"biases": True}, train=(r"(.*/)?bias",))
+    return Method(model_options={"biases": True}, trainable=(r"(.*/)?bias",))

@@ -2,7 +2,7 @@
 
 from lowrank.methods import targets
 from lowrank.methods.method import Method
-from lowrank.methods.oft import named
+from lowrank.methods.oft import kernel_rule
 from lowrank.weights import oft as form
 
 
@@ -13,4 +13,4 @@ def boft(block: int = 8, factors: int = 2, target: str = r".*attn/(q|v)/kernel")
     `lowrank.weights.oft`.
     """
     targets.check_positive(block=block, factors=factors)
-    return Method(rewrite=((target, named(lambda w: form.attach_butterfly(w, block=block, factors=factors))),))
+    return Method(rules=((target, kernel_rule(lambda w: form.attach_butterfly(w, block=block, factors=factors))),))

@@ -14,9 +14,9 @@ PLACES = {"both": ("attn", "mlp"), "attn": ("attn",), "mlp": ("mlp",)}
 
 
 def adapters(
-    width: int, activation: str, scale: float, after: str, parallel: bool, train: tuple[str, ...] = ()
+    width: int, activation: str, scale: float, after: str, parallel: bool, trainable: tuple[str, ...] = ()
 ) -> Method:
-    """Adapters of `width` beside the sublayers (`parallel`) or behind them; `train` names what else is trained."""
+    """Adapters of `width` beside the sublayers (`parallel`) or behind them; `trainable` adds leaves to train."""
     targets.check_positive(width=width, scale=scale)
     if after not in PLACES:
         raise unknown("place in method.after", after, PLACES)
@@ -27,4 +27,4 @@ def adapters(
         "adapter_activation": activation,
         "adapter_scale": scale,
     }
-    return Method(model=options, train=(ADAPTERS, *train))
+    return Method(model_options=options, trainable=(ADAPTERS, *trainable))

@@ -9,4 +9,4 @@ def chosen(leaves: str | tuple[str, ...] = r".*attn/(q|v)/kernel") -> Method:
     patterns = (leaves,) if isinstance(leaves, str) else tuple(leaves)
     if not all(patterns) or not patterns:
         raise UserError("method.leaves is empty: it names the leaves to train, such as '.*attn/q/kernel'")
-    return Method(train=patterns)
+    return Method(trainable=patterns)

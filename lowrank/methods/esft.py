@@ -13,7 +13,7 @@ from lowrank.core import tree, weight
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
-from lowrank.methods.method import Context, Method
+from lowrank.methods.method import Context, Export, Hooks, Method
 from lowrank.weights import selected_experts
 
 ROUTER = r"(layers|top)/mlp/router/kernel"
@@ -48,7 +48,7 @@ def esft(
             raise UserError(f"{name} holds no experts: ESFT trains the kernels [layers, experts, in, out] of a mixture")
         return selected_experts.attach(w, math.ceil(capacity * w.shape[-3]))
 
-    def prepare(params: PyTree, context: Context) -> PyTree:
+    def calibrate(params: PyTree, context: Context) -> PyTree:
         used = relevance(params, context, score, batches)
 
         def filled(name: str, w: Any) -> Any:
@@ -59,7 +59,11 @@ def esft(
 
         return tree.map_named(filled, params, is_leaf=weight.is_weight)
 
-    return Method(rewrite=((target, adapt),), prepare=prepare, holds=(rf"({target})/rows",))
+    return Method(
+        rules=((target, adapt),),
+        export=Export(frozen=(rf"({target})/rows",)),
+        hooks=Hooks(calibrate=calibrate),
+    )
 
 
 def relevance(params: PyTree, context: Context, score: str, batches: int) -> Mapping[str, np.ndarray]:

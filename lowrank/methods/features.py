@@ -9,7 +9,7 @@ import numpy as np
 from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.core.typing import Batch, PyTree
-from lowrank.methods.method import Method
+from lowrank.methods.method import Hooks, Method
 
 
 def features() -> Method:
@@ -19,10 +19,10 @@ def features() -> Method:
     2019, arXiv:1903.05987. The same numbers as `head`, without the backbone's forward pass from the second epoch on.
     The cache is in host memory: D float32 numbers an example.
     """
-    return Method(train=("head/.*",), inputs=Cache)
+    return Method(trainable=("head/.*",), hooks=Hooks(map_batch=FeatureCache))
 
 
-class Cache:
+class FeatureCache:
     """Batches of tokens into batches of features `{pooled, labels, valid}`, kept by the tokens of each example."""
 
     def __init__(self, network: Any, frozen: PyTree) -> None:

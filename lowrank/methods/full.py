@@ -5,4 +5,4 @@ from lowrank.methods.method import Method
 
 def full() -> Method:
     """Full fine-tuning: every parameter is trained."""
-    return Method(train=(".*",))
+    return Method(trainable=(".*",))

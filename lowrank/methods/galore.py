@@ -14,7 +14,7 @@ import optax
 from lowrank.core import tree, weight
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
-from lowrank.methods.method import Method
+from lowrank.methods.method import Hooks, Method
 from lowrank.weights import lora as form
 
 
@@ -37,9 +37,9 @@ def galore(
         return w
 
     return Method(
-        rewrite=((target, check),),
-        train=(target, train),
-        optimizer=lambda plain, steps: projected(plain, rank, every, scale, target),
+        rules=((target, check),),
+        trainable=(target, train),
+        hooks=Hooks(optimizer=lambda plain, steps: project_gradients(plain, rank, every, scale, target)),
     )
 
 
@@ -51,7 +51,7 @@ class ProjectedState(NamedTuple):
     projectors: PyTree
 
 
-def projected(
+def project_gradients(
     plain: optax.GradientTransformation, rank: int, every: int, scale: float, target: str
 ) -> optax.GradientTransformationExtraArgs:
     """`plain` in the space that the leading singular vectors of each targeted gradient `[..., in, out]` span."""

@@ -5,4 +5,4 @@ from lowrank.methods.method import Method
 
 def head() -> Method:
     """Linear probing: only the head is trained."""
-    return Method(train=("head/.*",))
+    return Method(trainable=("head/.*",))

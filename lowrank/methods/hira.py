@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from lowrank.methods import targets
-from lowrank.methods.method import Method
+from lowrank.methods.method import Hooks, Method
 from lowrank.weights import hira as form
 
 
@@ -21,4 +21,4 @@ def hira(rank: int = 32, target: str = r".*attn/(q|v)/kernel", rank_pattern: Map
     def adapt(key: jax.Array, w: Any, name: str) -> form.HiRA:
         return form.attach(key, w, ranks=targets.ranks(name, w.shape, rank, rank_pattern))
 
-    return Method(rewrite=((target, adapt),), by_layer=tuple((target, p) for p in rank_pattern))
+    return Method(rules=((target, adapt),), hooks=Hooks(by_layer=tuple((target, p) for p in rank_pattern)))

@@ -12,4 +12,4 @@ def houlsby(width: int = 64, activation: str = "gelu", scale: float = 1.0, norms
     `h + A(y)`, `A(y) = y + up(act(down(y)))`, for what the sublayer returns, `y`. As in the paper the blocks' norms
     are trained too, unless `norms` is off.
     """
-    return adapters(width, activation, scale, "both", parallel=False, train=(NORMS,) if norms else ())
+    return adapters(width, activation, scale, "both", parallel=False, trainable=(NORMS,) if norms else ())

@@ -11,4 +11,4 @@ def ia3(target: str = r".*attn/(k|v)/kernel", feedforward: str = r".*mlp/down/ke
     `lowrank.weights.scaled`. Raises UserError for a weight that both match.
     """
     sides = ((target, "out"), (feedforward, "in"))
-    return Method(rewrite=tuple((p, lambda key, w, name, s=side: scaled.attach(w, s)) for p, side in sides if p))
+    return Method(rules=tuple((p, lambda key, w, name, s=side: scaled.attach(w, s)) for p, side in sides if p))

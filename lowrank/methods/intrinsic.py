@@ -30,7 +30,7 @@ def intrinsic(
     if dim < 1:
         raise UserError(f"method.dim must be at least 1, not {dim}")
 
-    def share(base: PyTree, key: jax.Array) -> PyTree:
+    def init_shared(base: PyTree, key: jax.Array) -> PyTree:
         del key
         leaves = _targets(base, target)
         total, scales = sum(math.prod(w.shape) for w in leaves.values()), _scales(leaves) if said else {}
@@ -61,7 +61,7 @@ def intrinsic(
 
         return tree.map_named(moved, params, is_leaf=weight.is_weight)
 
-    return Method(train=(f"{SHARED}/.*",), share=share, bind=bind)
+    return Method(trainable=(f"{SHARED}/.*",), init_shared=init_shared, bind=bind)
 
 
 def _projected(projection: str, key: jax.Array, z: jax.Array, leaves: dict[str, Any]) -> dict[str, jax.Array]:

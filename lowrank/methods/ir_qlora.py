@@ -37,4 +37,4 @@ def ir_qlora(
         base = w if is_weight(w) else jax.lax.map(make, w) if len(w.shape) == 3 else make(w)
         return form.attach(lora_form.attach_even(key, base, rank=rank, alpha=alpha, dropout=dropout))
 
-    return Method(rewrite=((target, adapt),), bind=bind_dropout if dropout else None)
+    return Method(rules=((target, adapt),), bind=bind_dropout if dropout else None)

@@ -7,7 +7,7 @@ import jax
 
 from lowrank.methods import targets
 from lowrank.methods.lora import bind_dropout
-from lowrank.methods.method import Method
+from lowrank.methods.method import Export, Method
 from lowrank.methods.quantized_base import LINEAR, check_plain, quantizer
 from lowrank.weights import loftq as form
 
@@ -36,5 +36,5 @@ def loftq(
         return form.attach(w, rank=rank, scale=alpha / rank, steps=steps, dropout=dropout, quantize=make)
 
     # After several steps the codes depend on a decomposition's last places: the adapter holds them.
-    holds = (rf"{target}/base/.*",) if steps > 1 else ()
-    return Method(rewrite=((target, adapt),), bind=bind_dropout if dropout else None, holds=holds)
+    codes = (rf"{target}/base/.*",) if steps > 1 else ()
+    return Method(rules=((target, adapt),), bind=bind_dropout if dropout else None, export=Export(frozen=codes))

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from lowrank.methods import targets
-from lowrank.methods.method import Method
+from lowrank.methods.method import Hooks, Method
 from lowrank.weights import loha as form
 
 
@@ -28,4 +28,5 @@ def loha(
         ranks = targets.ranks(name, w.shape, rank, rank_pattern)
         return form.attach(key, w, ranks=ranks, alphas=targets.per_layer(name, w.shape, alpha, alpha_pattern))
 
-    return Method(rewrite=((target, adapt),), by_layer=tuple((target, p) for p in (*rank_pattern, *alpha_pattern)))
+    patterns = tuple((target, p) for p in (*rank_pattern, *alpha_pattern))
+    return Method(rules=((target, adapt),), hooks=Hooks(by_layer=patterns))

@@ -7,7 +7,7 @@ import jax
 
 from lowrank.core.errors import UserError
 from lowrank.methods import targets
-from lowrank.methods.method import Method
+from lowrank.methods.method import Hooks, Method
 from lowrank.weights import lokr as form
 
 
@@ -39,4 +39,5 @@ def lokr(
         except UserError as e:
             raise UserError(f"{name}: {e}") from None
 
-    return Method(rewrite=((target, adapt),), by_layer=tuple((target, p) for p in (*rank_pattern, *alpha_pattern)))
+    patterns = tuple((target, p) for p in (*rank_pattern, *alpha_pattern))
+    return Method(rules=((target, adapt),), hooks=Hooks(by_layer=patterns))

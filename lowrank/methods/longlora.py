@@ -34,4 +34,4 @@ def longlora(
     method = config_schema.call(lora, {"target": target, **kwargs}, "method")
     train = (*((NORMS,) if norms else ()), *((EMBEDDINGS,) if embeddings else ()))
     model = {"shift_group": group} | ({"position_factor": factor} if factor > 1 else {})
-    return dataclasses.replace(method, model=model, train=(*method.train, *train))
+    return dataclasses.replace(method, model_options=model, trainable=(*method.trainable, *train))

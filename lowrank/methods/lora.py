@@ -11,7 +11,7 @@ from lowrank.core import tree, weight
 from lowrank.core.errors import unknown
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
-from lowrank.methods.method import Method
+from lowrank.methods.method import Hooks, Method
 from lowrank.weights import lora as form
 
 
@@ -47,10 +47,10 @@ def lora(
         return form.attach(key, w, ranks=ranks, alphas=alphas, rslora=rslora, dropout=dropout, init=init)
 
     return Method(
-        rewrite=((target, adapt),),
-        train=biases[bias],
+        rules=((target, adapt),),
+        trainable=biases[bias],
         bind=bind_dropout if dropout else None,
-        by_layer=tuple((target, p) for p in (*rank_pattern, *alpha_pattern)),
+        hooks=Hooks(by_layer=tuple((target, p) for p in (*rank_pattern, *alpha_pattern))),
     )
 
 

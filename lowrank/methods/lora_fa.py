@@ -6,7 +6,7 @@ from typing import Any
 from lowrank.core import config_schema
 from lowrank.core.errors import UserError
 from lowrank.methods.lora import lora
-from lowrank.methods.method import Method
+from lowrank.methods.method import Export, Method
 
 
 def lora_fa(**kwargs: Any) -> Method:
@@ -18,6 +18,7 @@ def lora_fa(**kwargs: Any) -> Method:
     if kwargs.get("init") == "zero_a":
         raise UserError("LoRA-FA freezes A: with init=zero_a nothing would ever be learned")
     method = config_schema.call(lora, kwargs, "method")
-    [(target, _)] = method.rewrite
+    [(target, _)] = method.rules
     kept = (f"(?:{target})/a",)
-    return dataclasses.replace(method, freeze=kept, holds=kept)
+    hooks = dataclasses.replace(method.hooks, freeze=kept)
+    return dataclasses.replace(method, export=Export(frozen=kept), hooks=hooks)

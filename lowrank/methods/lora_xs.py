@@ -7,7 +7,7 @@ from typing import Any
 from lowrank.core import config_schema
 from lowrank.core.errors import UserError
 from lowrank.methods.lora import lora
-from lowrank.methods.method import Method
+from lowrank.methods.method import Export, Method
 from lowrank.weights import lora_xs as form
 from lowrank.weights.lora import LoRA
 
@@ -22,7 +22,7 @@ def around_core(attach: Callable[[LoRA], LoRA], rank: int, kwargs: dict[str, Any
     if "init" in kwargs:
         raise UserError("method.init: the factors of LoRA-XS and EDoRA are the base's singular vectors")
     method = config_schema.call(lora, {"rank": rank, **kwargs}, "method")
-    [(target, adapt)] = method.rewrite
+    [(target, adapt)] = method.rules
     around = ((target, lambda key, w, name: attach(adapt(key, w, name))),)
     # an adapter holds the singular vectors too: another machine may find them with other signs
-    return dataclasses.replace(method, rewrite=around, holds=(f"(?:{target})/(a|b)",))
+    return dataclasses.replace(method, rules=around, export=Export(frozen=(f"(?:{target})/(a|b)",)))

@@ -40,7 +40,7 @@ def milora(
         made = lora.attach_even(key, w, rank=rank, alpha=alpha)
         return mixture.Gated(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
 
-    def share(base: PyTree, key: jax.Array) -> PyTree:
+    def init_shared(base: PyTree, key: jax.Array) -> PyTree:
         routers = {}
         for stack, names in _by_stack(tree.matching(target, tree.names(base, weight.is_weight), "target")).items():
             if per_prompt > len(names):
@@ -69,7 +69,7 @@ def milora(
             member |= {name: i for i, name in enumerate(members)}
         return mapped(bound, mixture.Gated, lambda name, w: dataclasses.replace(w, member=member[name]))
 
-    return Method(rewrite=((target, adapt),), train=(f"{SHARED}/router/.*",), share=share, bind=bind)
+    return Method(rules=((target, adapt),), trainable=(f"{SHARED}/router/.*",), init_shared=init_shared, bind=bind)
 
 
 def _by_stack(names: list[str]) -> dict[str, list[str]]:

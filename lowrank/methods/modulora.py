@@ -36,7 +36,7 @@ def modulora(
         base = black_box.attach(w, quantise, quantizer)
         return lora_form.attach_even(key, base, rank=rank, alpha=alpha, dropout=dropout)
 
-    return Method(rewrite=((target, adapt),), bind=bind_dropout if dropout else None)
+    return Method(rules=((target, adapt),), bind=bind_dropout if dropout else None)
 
 
 def _imported(path: str) -> Any:

@@ -31,4 +31,4 @@ def more(
         targets.check_rank(name, w.shape, rank)
         return mixture.attach(key, w, rank=rank, experts=experts, alpha=alpha, per_token=per_token)
 
-    return Method(rewrite=((target, adapt),), bind=in_balance(mixture.Mixture, balance))
+    return Method(rules=((target, adapt),), bind=in_balance(mixture.Mixture, balance))

@@ -20,10 +20,10 @@ def oft(block: int = 32, target: str = r".*attn/(q|v)/kernel", share: bool = Fal
     targets.check_positive(block=block)
     if terms and terms < 4:
         raise UserError(f"method.terms must be 0 (exact) or at least 4, not {terms}")
-    return Method(rewrite=((target, named(lambda w: form.attach(w, block=block, share=share, terms=terms))),))
+    return Method(rules=((target, kernel_rule(lambda w: form.attach(w, block=block, share=share, terms=terms))),))
 
 
-def named(attach: Callable[[Any], Any]) -> Callable[[jax.Array, Any, str], Any]:
+def kernel_rule(attach: Callable[[Any], Any]) -> Callable[[jax.Array, Any, str], Any]:
     """The rewrite of a method whose start is not random; what is wrong with a kernel is told with its name."""
 
     def adapt(key: jax.Array, w: Any, name: str) -> Any:

@@ -12,5 +12,5 @@ def partial(layers: int = 2, first: bool = False) -> Method:
     if layers < 1:
         raise UserError(f"method.layers must be at least 1, not {layers}")
     if first:
-        return Method(model={"top_layers": -layers}, train=("layers/.*",))
-    return Method(model={"top_layers": layers}, train=("top/.*",))
+        return Method(model_options={"top_layers": -layers}, trainable=("layers/.*",))
+    return Method(model_options={"top_layers": layers}, trainable=("top/.*",))

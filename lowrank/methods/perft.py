@@ -19,4 +19,4 @@ def perft(width: int = 8, experts: int = 4, per_token: int = 2, scale: float = 1
     if experts and not 1 <= per_token <= experts:
         raise UserError(f"method.per_token={per_token} is not in 1..{experts}")
     model = {"routed_width": width, "routed_experts": experts, "routed_per_token": per_token, "routed_scale": scale}
-    return Method(model=model, train=(r"(layers|top)/mlp/routed/.*",))
+    return Method(model_options=model, trainable=(r"(layers|top)/mlp/routed/.*",))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
-from lowrank.methods.method import SHARED, Method
+from lowrank.methods.method import SHARED, Export, Method
 
 
 def prefix(length: int = 20, reparam: bool = False, hidden: int = 512) -> Method:
@@ -20,14 +20,13 @@ def prefix(length: int = 20, reparam: bool = False, hidden: int = 512) -> Method
     targets.check_positive(length=length, hidden=hidden)
     model = {"prefix_length": length}
     if not reparam:
-        return Method(model=model, train=("prefix/(k|v)",))
+        return Method(model_options=model, trainable=("prefix/(k|v)",))
     return Method(
-        model=model,
-        train=(rf"{SHARED}/prefix/.*",),
-        share=lambda params, key: {"prefix": _mlp(params["prefix"]["k"].shape, hidden, key)},
-        bind=expand,
-        holds=("prefix/(k|v)",),
-        expands=True,
+        model_options=model,
+        trainable=(rf"{SHARED}/prefix/.*",),
+        init_shared=lambda params, key: {"prefix": _mlp(params["prefix"]["k"].shape, hidden, key)},
+        bind=bind_prefix,
+        export=Export(frozen=("prefix/(k|v)",), bound=True),
     )
 
 
@@ -46,7 +45,7 @@ def _linear(key: jax.Array, n_in: int, n_out: int) -> dict[str, jax.Array]:
     return {"kernel": kernel, "bias": jnp.zeros(n_out)}
 
 
-def expand(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
+def bind_prefix(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
     """`params` with the prefix that the MLP makes; without the MLP, as an adapter holds them, they stay."""
     del batch, rng
     if SHARED not in params:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lowrank.core import weight
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
-from lowrank.methods.method import Context, Method
+from lowrank.methods.method import Context, Hooks, Method
 
 
 def prompt(length: int = 20, init: str = "random", text: str = "") -> Method:
@@ -26,8 +26,8 @@ def prompt(length: int = 20, init: str = "random", text: str = "") -> Method:
     if bool(text) != (init == "text"):
         raise UserError("method.text is the text that init='text' starts from: give both or neither")
     choose = INITS[init]
-    prepare = functools.partial(_from_tokens, choose=functools.partial(choose, text=text)) if choose else None
-    return Method(model={"num_prompt": length}, train=("prompt/.*",), prepare=prepare)
+    calibrate = functools.partial(_from_tokens, choose=functools.partial(choose, text=text)) if choose else None
+    return Method(model_options={"num_prompt": length}, trainable=("prompt/.*",), hooks=Hooks(calibrate=calibrate))
 
 
 def _from_tokens(params: PyTree, context: Context, choose: Callable[..., jax.Array]) -> PyTree:

@@ -8,7 +8,7 @@ from flax import linen as nn
 from lowrank.core.errors import unknown
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
-from lowrank.methods.method import SHARED, Method
+from lowrank.methods.method import SHARED, Export, Method
 
 
 def ptuning(length: int = 20, encoder: str = "mlp", hidden: int = 128) -> Method:
@@ -25,7 +25,7 @@ def ptuning(length: int = 20, encoder: str = "mlp", hidden: int = 128) -> Method
     def network(params: PyTree) -> nn.Module:
         return ENCODERS[encoder](*params["prompt"]["embedding"].shape, hidden)
 
-    def expand(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
+    def bind_prompt(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
         """`params` with the prompt that the encoder makes; without the encoder it stays as it is."""
         del batch, rng
         if SHARED not in params:
@@ -33,12 +33,11 @@ def ptuning(length: int = 20, encoder: str = "mlp", hidden: int = 128) -> Method
         return {**params, "prompt": {"embedding": network(params).apply({"params": params[SHARED]["prompt"]})}}
 
     return Method(
-        model={"num_prompt": length},
-        train=(rf"{SHARED}/prompt/.*",),
-        share=lambda params, key: {"prompt": network(params).init(key)["params"]},
-        bind=expand,
-        holds=("prompt/embedding",),
-        expands=True,
+        model_options={"num_prompt": length},
+        trainable=(rf"{SHARED}/prompt/.*",),
+        init_shared=lambda params, key: {"prompt": network(params).init(key)["params"]},
+        bind=bind_prompt,
+        export=Export(frozen=("prompt/embedding",), bound=True),
     )
 
 

@@ -31,4 +31,4 @@ def qa_lora(rank: int = 8, alpha: float = 16.0, target: str = LINEAR, block: int
             raise UserError(f"rank {rank} is larger than min(groups, out) of {name}, in groups of {block} inputs")
         return form.attach(key, w, rank=rank, alpha=alpha, block=block, quantize=make)
 
-    return Method(rewrite=((target, adapt),))
+    return Method(rules=((target, adapt),))

@@ -30,4 +30,4 @@ def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activa
         check_plain("QAT", name, w)
         return fake_quantized.attach(w, scheme=scheme, options=options, activations=activations)
 
-    return Method(rewrite=((target, adapt),))
+    return Method(rules=((target, adapt),))

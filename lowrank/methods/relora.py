@@ -12,7 +12,7 @@ from lowrank.core.errors import UserError
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.lora import lora
-from lowrank.methods.method import Method, restart_every
+from lowrank.methods.method import EveryNSteps, Method
 from lowrank.weights import lora as form
 from lowrank.weights.lora import LoRA
 
@@ -27,7 +27,7 @@ def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:
     """
     targets.check_positive(every=every, warmup=warmup)
     method = config_schema.call(lora, kwargs, "method")
-    [(target, adapt)] = method.rewrite
+    [(target, adapt)] = method.rules
 
     def on_kernel(key: jax.Array, w: Any, name: str) -> LoRA:
         form.plain("ReLoRA", w)
@@ -42,16 +42,19 @@ def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:
 
         return tree.map_named(anew, params, is_leaf=weight.is_weight)
 
+    restarts = EveryNSteps(every, again)
+
     def optimizer(plain: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
-        between = restart_every(every, steps)
-        rise = max(1, targets.steps(warmup, between))
+        between = restarts.interval(steps)
+        rise = max(1, targets.count_steps(warmup, between))
         if between >= steps:
             raise UserError(f"method.every {every} is no less than the run's {steps} steps: it would never restart")
         if rise > between:
             raise UserError(f"method.warmup {warmup} is longer than method.every {every}")
-        return restarting(plain, between, rise)
+        return restart_optimizer(plain, between, rise)
 
-    return dataclasses.replace(method, rewrite=((target, on_kernel),), restart=(every, again), optimizer=optimizer)
+    hooks = dataclasses.replace(method.hooks, every_n_steps=restarts, optimizer=optimizer)
+    return dataclasses.replace(method, rules=((target, on_kernel),), hooks=hooks)
 
 
 class RestartingState(NamedTuple):
@@ -61,7 +64,9 @@ class RestartingState(NamedTuple):
     count: jax.Array
 
 
-def restarting(plain: optax.GradientTransformation, every: int, warmup: int) -> optax.GradientTransformationExtraArgs:
+def restart_optimizer(
+    plain: optax.GradientTransformation, every: int, warmup: int
+) -> optax.GradientTransformationExtraArgs:
     """`plain`, which forgets its state before updates `every`, `2 every`, ... (from 0).
 
     After each of these, updates rise from `1 / warmup` to all of their size within `warmup` of them.

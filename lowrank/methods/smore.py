@@ -41,4 +41,4 @@ def smore(
         shape = {"rank": rank, "experts": experts, "fanout": fanout, "gate": gate}
         return forest.attach(key, w, **shape, scale=scale, activation=activation)
 
-    return Method(rewrite=((target, adapt),), bind=in_balance(forest.SMoRE, balance))
+    return Method(rules=((target, adapt),), bind=in_balance(forest.SMoRE, balance))

@@ -27,7 +27,7 @@ from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import materialize, wide
 from lowrank.methods import targets
-from lowrank.methods.method import Context, Method
+from lowrank.methods.method import Context, Export, Hooks, Method
 from lowrank.weights import sparse as form
 
 Kernels = dict[str, jax.Array]  # dense, float32, by name
@@ -55,9 +55,9 @@ def sparse(
 
     score = functools.partial(SEEING[choose], batches=batches, lr=warm_lr) if choose in SEEING else None
     return Method(
-        rewrite=((target, adapt),),
-        holds=(rf"(?:{target})/indices",),
-        prepare=functools.partial(_choose, score=score) if score else None,
+        rules=((target, adapt),),
+        export=Export(frozen=(rf"(?:{target})/indices",)),
+        hooks=Hooks(calibrate=functools.partial(_choose, score=score) if score else None),
     )
 
 

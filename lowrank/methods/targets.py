@@ -21,7 +21,7 @@ def check_fraction(**values: float) -> None:
             raise UserError(f"method.{name} must be in [0, 1), not {value}")
 
 
-def steps(given: float, whole: int) -> int:
+def count_steps(given: float, whole: int) -> int:
     """A number of steps that is given as such, or, below 1, as a share of `whole`."""
     return round(given * whole if given < 1 else given)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
 from lowrank.core.typing import PyTree
-from lowrank.methods.method import Context, Method
+from lowrank.methods.method import Context, Export, Hooks, Method
 from lowrank.weights import token_embeddings as form
 
 TABLE = "embed/embedding"
@@ -20,27 +20,28 @@ def tokens(tokens: Sequence[int | str] | int | str = tuple(range(-16, 0))) -> Me
 
     Ids below 0 count from the end of the table, where tokens are added: by default its last 16 rows.
     """
-    return learned(tokens, "method.tokens")
+    return token_method(tokens, "method.tokens")
 
 
-def beside(method: Method, tokens: Sequence[int | str] | int | str) -> Method:
+def with_tokens(method: Method, tokens: Sequence[int | str] | int | str) -> Method:
     """`method`, with the embeddings of `tokens` trained too."""
-    rows = learned(tokens, "method.also_tokens")
+    rows = token_method(tokens, "method.also_tokens")
+    calibrations = [hook for hook in (rows.hooks.calibrate, method.hooks.calibrate) if hook]
 
-    def prepare(params: PyTree, context: Context) -> PyTree:
-        for each in (rows.prepare, method.prepare):
-            params = each(params, context) if each else params
+    def calibrate(params: PyTree, context: Context) -> PyTree:
+        for hook in calibrations:
+            params = hook(params, context)
         return params
 
     return dataclasses.replace(
         method,
-        rewrite=(*rows.rewrite, *method.rewrite),
-        holds=(*rows.holds, *method.holds),
-        prepare=prepare if rows.prepare or method.prepare else None,
+        rules=(*rows.rules, *method.rules),
+        export=dataclasses.replace(method.export, frozen=(*rows.export.frozen, *method.export.frozen)),
+        hooks=dataclasses.replace(method.hooks, calibrate=calibrate if calibrations else None),
     )
 
 
-def learned(tokens: Sequence[int | str] | int | str, setting: str) -> Method:
+def token_method(tokens: Sequence[int | str] | int | str, setting: str) -> Method:
     """The method of these tokens; `setting` is what errors call them."""
     wanted = (tokens,) if isinstance(tokens, int | str) else tuple(tokens)
     if not wanted:
@@ -65,7 +66,8 @@ def learned(tokens: Sequence[int | str] | int | str, setting: str) -> Method:
         table = form.attach(table, jnp.array(_counted(ids, table.shape[-2], setting), jnp.int32))
         return {**params, "embed": {**params["embed"], "embedding": table}}
 
-    return Method(rewrite=((TABLE, adapt),), holds=(f"{TABLE}/ids",), prepare=look_up if words else None)
+    hooks = Hooks(calibrate=look_up if words else None)
+    return Method(rules=((TABLE, adapt),), export=Export(frozen=(f"{TABLE}/ids",)), hooks=hooks)
 
 
 def _check_distinct(wanted: Sequence[Any], setting: str) -> None:

@@ -27,16 +27,16 @@ def vera(rank: int = 256, target: str = r".*attn/(q|v)/kernel", d_initial: float
         targets.check_kernel(name)
         return form.attach(w, rank, d_initial)
 
-    def share(base: PyTree, key: jax.Array) -> PyTree:
+    def init_shared(base: PyTree, key: jax.Array) -> PyTree:
         del key
         weights = dict(tree.named_leaves(base, weight.is_weight))
         shapes = [weights[name].shape[-2:] for name in tree.matching(target, weights, "target")]
         return form.projections(jax.random.key(seed), rank, *map(max, zip(*shapes, strict=True)))
 
-    return Method(rewrite=((target, adapt),), share=share, bind=bind)
+    return Method(rules=((target, adapt),), init_shared=init_shared, bind=bind_vera)
 
 
-def bind(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
+def bind_vera(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
     """Hands every VeRA its part of the shared matrices, which then leave the root."""
     del batch, rng
     if SHARED not in params:

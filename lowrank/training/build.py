@@ -59,8 +59,8 @@ class _Groups:
 def _groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
     top = config_schema.call(RunConfig, config, "config")
     losses.objective(top.objective)
-    method = methods.build(top.method)
-    asked = {"objective": top.objective} | ({"holdout": method.holdout} if method.holdout else {})
+    method = methods.build_method(top.method)
+    asked = {"objective": top.objective} | ({"holdout": method.hooks.holdout} if method.hooks.holdout else {})
     make_mesh = sharding.make_mesh if devices is None else functools.partial(sharding.mesh_of, devices)
     own, others = _parted(top.model, {f.name for f in dataclasses.fields(ModelConfig)})
     groups = _Groups(
@@ -72,7 +72,7 @@ def _groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
         eval=config_schema.call(EvalConfig, top.eval, "eval"),
         mesh=config_schema.call(make_mesh, top.mesh, "mesh"),
         model=config_schema.call(ModelConfig, own, "model"),
-        options=others | dict(method.model),
+        options=others | dict(method.model_options),
     )
     optimizer.check_optimizer(groups.optim, top.steps)
     sharding.check_batch_size(groups.data.batch_size, groups.optim.accumulate, groups.mesh)
@@ -138,7 +138,7 @@ def _scorer(groups: _Groups, plan: Run) -> Evaluator | None:
 
 def _split(method: Method, base: PyTree, labelled: bool) -> tuple[PyTree, PyTree, str]:
     """`(shapes, mask, table)` of the adapted parameters; a classifier's head is new, so it is always trained."""
-    method = dataclasses.replace(method, train=(*method.train, *(("head/.*",) if labelled else ())))
+    method = dataclasses.replace(method, trainable=(*method.trainable, *(("head/.*",) if labelled else ())))
     shapes = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), base)
     mask = methods.trainable_mask(method, shapes)
     if not any(jax.tree.leaves(mask)):

@@ -75,7 +75,8 @@ class Trainer:
         self.base = dataclasses.replace(base, params=None)
         self.optimizer = job.optimizer()
         self.state, self.frozen, self.original = job.start(base.params, self.optimizer)
-        self.inputs = job.method.inputs(job.network, self.frozen) if job.method.inputs else lambda batch: batch
+        init_map = job.method.hooks.map_batch
+        self.map_batch = init_map(job.network, self.frozen) if init_map else lambda batch: batch
         self.metrics: Mapping[str, jax.Array] | None = None  # of the last step done
         self.compile_seconds = 0.0
         if saver.latest() is not None:
@@ -130,7 +131,7 @@ class Trainer:
         batch = next(self.job.loader, None)
         if batch is None:
             raise UserError(f"the data ended after step {done} of {self.job.config.steps}: raise data.epochs")
-        return sharding.global_batch(self.inputs(batch), self.job.mesh)
+        return sharding.global_batch(self.map_batch(batch), self.job.mesh)
 
     def _compile(self, batch: Mapping[str, jax.Array]) -> jax.stages.Compiled:
         started = time.monotonic()
@@ -183,7 +184,7 @@ class Trainer:
     def _finish(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
         c, texts = self.job.config, (before["texts"], after["texts"])
         saved = tree.map_named(lambda name, learns: learns or name in self.job.changing, self.job.mask)
-        params, mask = methods.finished(self.job.method, self._params(), saved)
+        params, mask = methods.exported_leaves(self.job.method, self._params(), saved)
         kind = adapter_files.save(
             params,
             self.base,
@@ -236,6 +237,6 @@ class Trainer:
 
 def _check_new(new: Sequence[str], frozen: Collection[str], method: methods.Method) -> None:
     """Raises UserError for a leaf that no checkpoint holds and nothing trains: it would stay as it was drawn."""
-    made = {n for p in method.holds for n in new if re.fullmatch(p, n)}
+    made = {n for p in method.export.frozen for n in new if re.fullmatch(p, n)}
     for name in sorted((set(new) - made) & set(frozen)):
         raise UserError(f"{name} is in no checkpoint and the method does not train it: it would stay random")

@@ -92,17 +92,18 @@ class Run:
 
     def prepare(self, params: PyTree) -> PyTree:
         """The adapted parameters after the method has looked at the data; each leaf keeps its shape and place."""
-        if not self.method.prepare:
+        calibrate = self.method.hooks.calibrate
+        if not calibrate:
             return params
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
         loss = functools.partial(self.loss, rng=None)
         context = methods.Context(key, self.tokenizer, self._first_batches, loss, self.mask, self.network.config)
-        return jax.device_put(self.method.prepare(params, context), sharding.shardings(self.shapes, self.mesh))
+        return jax.device_put(calibrate(params, context), sharding.shardings(self.shapes, self.mesh))
 
     def restarts_at(self, done: int) -> bool:
         """Whether the method restarts before step `done` (from 0)."""
-        every = methods.restart_every(self.method.restart[0], self.config.steps) if self.method.restart else 0
-        return bool(every) and done > 0 and done % every == 0
+        restarts = self.method.hooks.every_n_steps
+        return restarts is not None and done > 0 and done % restarts.interval(self.config.steps) == 0
 
     def restart(self, params: PyTree, done: int) -> PyTree:
         """The parameters that step `done` (from 0) starts from where the method restarts."""
@@ -111,7 +112,8 @@ class Run:
 
     @functools.cached_property
     def _restarted(self) -> Callable[[PyTree, jax.Array], PyTree]:
-        return jit_passthrough(self.method.restart[1], sharding.shardings(self.shapes, self.mesh), self.shapes, _key())
+        change = self.method.hooks.every_n_steps.change
+        return jit_passthrough(change, sharding.shardings(self.shapes, self.mesh), self.shapes, _key())
 
     @functools.cached_property
     def frozen(self) -> frozenset[str]:
@@ -121,13 +123,13 @@ class Run:
     @functools.cached_property
     def changing(self) -> frozenset[str]:
         """The names of the frozen leaves that a checkpoint holds: `prepare` has chosen, or restarts change them."""
-        patterns = self.method.holds if self.method.prepare else ()
+        patterns = self.method.export.frozen if self.method.hooks.calibrate else ()
         return self._changed_by_restarts() | {n for p in patterns for n in self.frozen if re.fullmatch(p, n)}
 
     def _changed_by_restarts(self) -> frozenset[str]:
-        if not self.method.restart:
+        if not self.method.hooks.every_n_steps:
             return frozenset()
-        _, origins = sources(self.method.restart[1], self.shapes, _key())
+        _, origins = sources(self.method.hooks.every_n_steps.change, self.shapes, _key())
         learns = jax.tree.leaves(self.mask)
         names = enumerate(tree.names(self.shapes))
         return frozenset(name for i, name in names if origins[i] != i and not learns[i])
@@ -141,7 +143,8 @@ class Run:
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer of the trained leaves."""
         plain = optim.build_optimizer(self.optim, self.config.steps, tree.split(self.shapes, self.mask)[0])
-        return self.method.optimizer(plain, self.config.steps) if self.method.optimizer else plain
+        wrap = self.method.hooks.optimizer
+        return wrap(plain, self.config.steps) if wrap else plain
 
     def loss(self, params: PyTree, batch: losses.Batch, rng: jax.Array | None) -> Sums:
         """`(sum of weighted losses, sum of weights)`.
@@ -150,8 +153,8 @@ class Run:
         """
         params = self.method.bind(params, batch, rng) if self.method.bind else params
         total, weight = losses.objective(self.config.objective)(self.network, params, batch, self.logits_chunk_tokens)
-        if self.method.penalty:
-            added = self.method.penalty(params)
+        if self.method.hooks.regularizer:
+            added = self.method.hooks.regularizer(params)
             total += weight * (added - jax.lax.stop_gradient(added))
         return total, weight
 

@@ -86,7 +86,7 @@ def test_the_checkpoint_is_read_back_as_the_live_model(base, name, tmp_path):
 
 def test_layers_without_an_update_are_not_counted(base):
     group = {"name": "dora", "rank": 3, "rank_pattern": {"layers/1/.*": 0}}
-    params = methods.attach(methods.build(group), base.params, jax.random.key(1))
+    params = methods.attach(methods.build_method(group), base.params, jax.random.key(1))
     params["layers"]["attn"]["q"]["kernel"] = shaken(params["layers"]["attn"]["q"]["kernel"], jax.random.key(2))
     assert export.merged(params, "bfloat16")[1].matrices == 3  # of q; v still stands where it was attached
 
@@ -103,9 +103,9 @@ def test_an_unchanged_model_has_no_error_and_a_full_folder_is_left_alone(base, t
 
 @pytest.mark.parametrize("group", [{"name": "bitfit"}, {"name": "partial", "layers": 1}, {"name": "head"}])
 def test_leaves_saved_by_name_are_merged_too(tmp_path, group):
-    folder, method = str(tiny.llama(tmp_path / "tiny-llama")), methods.build(group)
-    base = pretrained.load(folder, model=method.model)
-    mask = declared_mask(base.params, method.train)
+    folder, method = str(tiny.llama(tmp_path / "tiny-llama")), methods.build_method(group)
+    base = pretrained.load(folder, model=method.model_options)
+    mask = declared_mask(base.params, method.trainable)
     params = jax.tree.map(lambda x, learns: x + 0.5 if learns else x, base.params, mask)
     adapter_files.save(params, base, tmp_path / "adapter", mask=mask, method=group)
     model = load.load_adapted(tmp_path / "adapter", folder)

@@ -135,7 +135,7 @@ def test_the_files_are_what_peft_expects(saved):
 
 
 def test_what_weights_share_is_written_from_the_root_of_the_tree(base, tmp_path):
-    method = methods.build(GROUPS["vera"])
+    method = methods.build_method(GROUPS["vera"])
     params = methods.attach(method, base.params, jax.random.key(0))
     peft.save(params, base, tmp_path, method=GROUPS["vera"])
     tensors = read(tmp_path)[1]
@@ -168,7 +168,7 @@ def test_a_classifier_brings_its_head_along_and_says_how_many_labels_it_has(tmp_
     folder = tiny.bert(tmp_path / "bert")
     first = pretrained.load(str(folder), model={"num_labels": 3}, seed=1)
     other = pretrained.load(str(folder), model={"num_labels": 3}, seed=2)
-    params = methods.attach(methods.build({"name": "lora"}), first.params, jax.random.key(0))
+    params = methods.attach(methods.build_method({"name": "lora"}), first.params, jax.random.key(0))
     peft.save(params, first, tmp_path / "adapter", trained=["head/kernel", "head/bias"])
     assert peft.about(tmp_path / "adapter") == ("LORA", "bert", {"num_labels": 3})
     head = peft.load(tmp_path / "adapter", other.params, other)["head"]["kernel"]
@@ -285,10 +285,10 @@ def test_what_the_format_cannot_hold_is_not_written(base, trees, tmp_path):
         peft.save(lora, base, tmp_path, method=GROUPS["pissa"])
     with pytest.raises(UserError, match="no adapter to write"):
         peft.save(base.params, base, tmp_path)
-    both = methods.attach(methods.build({"name": "ia3", "target": ATTN}), lora, jax.random.key(0))
+    both = methods.attach(methods.build_method({"name": "ia3", "target": ATTN}), lora, jax.random.key(0))
     with pytest.raises(UserError, match="Scaled on a LoRA"):
         peft.save(both, base, tmp_path)
-    mixed = methods.attach(methods.build({"name": "ia3", "target": r".*mlp/up/kernel"}), lora, jax.random.key(0))
+    mixed = methods.attach(methods.build_method({"name": "ia3", "target": r".*mlp/up/kernel"}), lora, jax.random.key(0))
     with pytest.raises(UserError, match="one form, not LoRA and Scaled"):
         peft.save(mixed, base, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -36,7 +36,7 @@ def test_every_group_of_a_config_fits_what_reads_it(name):
     config_schema.call(config.CheckpointConfig, top.checkpoint, "checkpoint")
     config_schema.call(data.DataConfig, {**top.data, "objective": top.objective}, "data")
     optimizer.check_optimizer(config_schema.call(optimizer.OptimConfig, top.optim, "optim"), top.steps)
-    assert methods.build(top.method)
+    assert methods.build_method(top.method)
     assert config_schema.call(sharding.make_mesh, top.mesh, "mesh").size == 8
     assert set(top.model) <= MODEL_OPTIONS
 
@@ -44,7 +44,7 @@ def test_every_group_of_a_config_fits_what_reads_it(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_takes_any_method_as_its_argument(name):
     for method in methods.METHODS:
-        assert methods.build(_config(name, f"method={method}").method)
+        assert methods.build_method(_config(name, f"method={method}").method)
     assert dict(_config(name, "method=dora,rank=4").method) == {"name": "dora", "rank": 4}
 
 

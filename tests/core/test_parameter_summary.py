@@ -23,9 +23,9 @@ ADAPTERS = 2 * (3 * 2 * 16 * 4) + 2 * 2 * 16 * 4  # rank 4 on q and v of three l
 
 def attached(**group):
     """The rules, shapes and mask of a method on `params`: shapes are all that counting needs."""
-    method = methods.build(group)
+    method = methods.build_method(group)
     tree = jax.eval_shape(lambda: methods.attach(method, params(), jax.random.key(0)))
-    return methods.matches(method, params()), tree, weight.declared_mask(tree, method.train)
+    return methods.matches(method, params()), tree, weight.declared_mask(tree, method.trainable)
 
 
 def rows(table):
@@ -68,8 +68,8 @@ def test_training_everything_is_a_hundred_percent():
 
 
 def test_a_rule_without_layers_has_none():
-    method = methods.Method(train=("embed/.*",))
-    mask = weight.declared_mask(params(), method.train)
+    method = methods.Method(trainable=("embed/.*",))
+    mask = weight.declared_mask(params(), method.trainable)
     assert rows(rule_table(methods.matches(method, params()), params(), mask)) == [
         ["embed/.*", "train", "1", "0", "1,600", "1,600"]
     ]

@@ -150,7 +150,7 @@ def test_every_method_has_a_row_and_every_row_a_rate_to_start_from():
     assert {entry.method["name"] for entry in rows} == set(methods.METHODS)
     for name, entry in ROWS.items():
         assert isinstance(entry, Row)
-        assert methods.build(entry.method), name
+        assert methods.build_method(entry.method), name
         assert len(entry.rates) == 1
         assert set(entry.rates) <= set(GRID)
         assert set(entry.tasks) <= set(tasks.TASKS)

@@ -38,12 +38,12 @@ def test_the_budget_falls_as_a_cube(n):
 
 def attached():
     """`(optimizer of a run, trained leaves, gradients of each step)`; plain SGD, so that the expectation is simple."""
-    method = methods.build({**GROUP, **SCHEDULE, "orthogonal": 0.0})
+    method = methods.build_method({**GROUP, **SCHEDULE, "orthogonal": 0.0})
     params = methods.attach(method, base(), jax.random.key(1))
     trained = tree.split(params, methods.trainable_mask(method, params))[0]
     rng = np.random.default_rng(0)
     noise = lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32)  # noqa: E731
-    return method.optimizer(optax.sgd(0.05), STEPS), trained, [jax.tree.map(noise, trained) for _ in range(STEPS)]
+    return method.hooks.optimizer(optax.sgd(0.05), STEPS), trained, [jax.tree.map(noise, trained) for _ in range(STEPS)]
 
 
 def flat(tree_):
@@ -96,7 +96,7 @@ def test_the_allocation_is_that_of_the_papers_algorithm():
 
 
 def test_the_update_and_its_orthogonality_in_float64():
-    method = methods.build({**GROUP, "orthogonal": 0.1})
+    method = methods.build_method({**GROUP, "orthogonal": 0.1})
     params = methods.attach(method, base(), jax.random.key(1))
     layers = params["layers"]["attn"]
     rest = 0.0
@@ -109,7 +109,7 @@ def test_the_update_and_its_orthogonality_in_float64():
             update = 6.0 / RANK * p @ np.diag(e[layer]) @ q
             assert_close(w.materialize()[layer], base_[layer] + update.T)
             rest += np.sum((p.T @ p - np.eye(RANK)) ** 2) + np.sum((q @ q.T - np.eye(RANK)) ** 2)
-    assert_close(method.penalty(params), 0.1 * rest)
+    assert_close(method.hooks.regularizer(params), 0.1 * rest)
 
 
 def test_a_run_that_leaves_no_step_to_prune_in_is_refused(tmp_path):

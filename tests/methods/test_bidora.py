@@ -72,7 +72,7 @@ def test_the_regulariser_is_the_mean_distance_of_directions_from_orthogonal(shap
         v = base_ + 4 / 2 * a @ b
         d = v / np.linalg.norm(v, axis=0)
         distances.append(np.linalg.norm(d.T @ d - np.eye(shape[-1])))
-    assert_close(methods.build(group).penalty(params), 0.3 * np.mean(distances))
+    assert_close(methods.build_method(group).hooks.regularizer(params), 0.3 * np.mean(distances))
 
 
 def test_the_plan_holds_records_out_and_evaluation_does_not(tmp_path):
@@ -96,4 +96,4 @@ def test_the_plan_holds_records_out_and_evaluation_does_not(tmp_path):
 )
 def test_bad_settings_are_refused(group, message):
     with pytest.raises(UserError, match=message):
-        methods.attach(methods.build({"name": "bidora", **group}), base(), jax.random.key(0))
+        methods.attach(methods.build_method({"name": "bidora", **group}), base(), jax.random.key(0))

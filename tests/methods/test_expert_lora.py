@@ -27,7 +27,7 @@ def test_routed_rows_meet_the_update_of_their_own_expert_in_float64():
 
 def attached(**group):
     _, params = decoder("moe")
-    return methods.attach(methods.build({"name": "lora", "target": UP, **group}), params, jax.random.key(0))
+    return methods.attach(methods.build_method({"name": "lora", "target": UP, **group}), params, jax.random.key(0))
 
 
 def test_every_expert_of_a_layer_has_the_rank_and_scale_of_the_layer():
@@ -41,7 +41,7 @@ def test_every_expert_of_a_layer_has_the_rank_and_scale_of_the_layer():
 @pytest.mark.parametrize("name", ["lora", "dora"])
 def test_the_adapted_model_is_the_merged_model(name):
     model, params = decoder("moe")
-    method = methods.build({"name": name, "rank": 2, "target": r"layers/mlp/(experts|shared)/.*kernel"})
+    method = methods.build_method({"name": name, "rank": 2, "target": r"layers/mlp/(experts|shared)/.*kernel"})
     params = methods.attach(method, params, jax.random.key(0))
     names = {n for n, learns in tree.named_leaves(methods.trainable_mask(method, params)) if learns}
     params = tree.map_named(lambda n, x: np.asarray(x) + np.float32(0.1) if n in names else x, params)
@@ -51,7 +51,7 @@ def test_the_adapted_model_is_the_merged_model(name):
 
 def test_dropout_has_a_key_for_each_layer():
     params = attached(rank=2, dropout=0.5, init="zero_a")
-    method = methods.build({"name": "lora", "rank": 2, "target": UP, "dropout": 0.5})
+    method = methods.build_method({"name": "lora", "rank": 2, "target": UP, "dropout": 0.5})
     w = method.bind(params, None, jax.random.key(5))["layers"]["mlp"]["experts"]["up"]["kernel"]
     x, sizes = np.ones((8, 16), np.float32), np.int32([8, 0, 0, 0])
 

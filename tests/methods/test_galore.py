@@ -8,7 +8,7 @@ import pytest
 from optax.contrib import scale_by_galore
 
 from lowrank.core.errors import UserError
-from lowrank.methods.galore import projected
+from lowrank.methods.galore import project_gradients
 from tests.support.close import assert_close
 from tests.support.tiny_parameters import attached
 
@@ -48,7 +48,7 @@ def expected(gradients):
 def test_the_updates_are_those_of_the_papers_algorithm():
     rng = np.random.default_rng(0)
     trained, gradients = leaves(rng, SHAPES), [leaves(rng, SHAPES) for _ in range(EVERY)]
-    optimizer = projected(optax.adam(LR), RANK, EVERY, SCALE, ".*kernel")
+    optimizer = project_gradients(optax.adam(LR), RANK, EVERY, SCALE, ".*kernel")
     state, step, ours = optimizer.init(trained), jax.jit(optimizer.update), []
     for gradient in gradients:
         updates, state = step(gradient, state, trained)
@@ -65,7 +65,7 @@ def test_the_updates_are_those_of_the_papers_algorithm():
 def test_a_square_kernel_moves_as_in_optax_across_new_projections():
     rng = np.random.default_rng(1)
     gradients = [{"kernel": jnp.asarray(rng.standard_normal((6, 6)), jnp.float32)} for _ in range(STEPS)]
-    mine = projected(optax.scale_by_adam(), RANK, EVERY, SCALE, "kernel")
+    mine = project_gradients(optax.scale_by_adam(), RANK, EVERY, SCALE, "kernel")
     other = scale_by_galore(RANK, EVERY, SCALE, optax.scale_by_adam())
     trained = jax.tree.map(jnp.zeros_like, gradients[0])
     a, b = mine.init(trained), other.init(trained)
@@ -77,7 +77,7 @@ def test_a_square_kernel_moves_as_in_optax_across_new_projections():
 
 def test_moments_are_kept_in_the_projected_space():
     trained = leaves(np.random.default_rng(0), SHAPES)
-    state = projected(optax.scale_by_adam(), RANK, EVERY, SCALE, ".*kernel").init(trained)
+    state = project_gradients(optax.scale_by_adam(), RANK, EVERY, SCALE, ".*kernel").init(trained)
     assert state.inner.mu["wide"]["kernel"].shape == (2, RANK, 8)
     assert state.inner.mu["tall"]["kernel"].shape == (2, 8, RANK)
     assert state.inner.mu["norm"].shape == (4,)

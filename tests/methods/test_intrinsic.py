@@ -85,7 +85,7 @@ def test_chunks_of_rows_and_columns_change_nothing(monkeypatch):
 
 def moving(**group):
     """`(shared, bound)`: what the method starts from, and the base that such leaves give, as one program."""
-    method = methods.build({"name": "intrinsic", **group})
+    method = methods.build_method({"name": "intrinsic", **group})
     start = methods.attach(method, base(), jax.random.key(7))
     return start["shared"], jax.jit(lambda shared: method.bind({**start, "shared": shared}, None, None))
 
@@ -122,13 +122,13 @@ def test_a_target_that_is_a_form_is_named():
     params = base()
     params["layers"]["attn"]["q"]["kernel"] = scaled.attach(params["layers"]["attn"]["q"]["kernel"], "out")
     with pytest.raises(UserError, match="layers/attn/q/kernel is Scaled: a projection moves plain arrays only"):
-        methods.attach(methods.build({"name": "intrinsic", "dim": 9}), params, jax.random.key(0))
+        methods.attach(methods.build_method({"name": "intrinsic", "dim": 9}), params, jax.random.key(0))
 
 
 @pytest.mark.parametrize("kind", PROJECTIONS)
 def test_memory_is_that_of_the_parameters_never_of_the_matrix(kind):
     d, size = 512, 1 << 20  # P is 2 GiB in float32, the parameters 4 MiB
-    method = methods.build({"name": "intrinsic", "dim": d, "projection": kind})
+    method = methods.build_method({"name": "intrinsic", "dim": d, "projection": kind})
     params = {"layers": {"kernel": jax.ShapeDtypeStruct((4, 512, 512), jnp.float32)}}
     shapes = jax.eval_shape(lambda p: methods.attach(method, p, jax.random.key(0)), params)
 
@@ -143,7 +143,7 @@ def test_memory_is_that_of_the_parameters_never_of_the_matrix(kind):
 def test_a_saved_vector_gives_back_exactly_the_weights(tmp_path):
     group = {"name": "intrinsic", "dim": 40, "said": True, "target": r"(layers/attn/q/kernel|norm/scale)"}
     model = pretrained.load(str(tiny.llama(tmp_path / "llama")))
-    method = methods.build(group)
+    method = methods.build_method(group)
     params = methods.attach(method, model.params, jax.random.key(5))
     params["shared"] = jax.tree.map(lambda x: x + jnp.linspace(1, 2, x.size).reshape(x.shape), params["shared"])
     mask = methods.trainable_mask(method, params)

@@ -37,8 +37,8 @@ def test_so_many_times_as_many_positions_fit():
 def test_the_adapter_brings_the_factor(tmp_path):
     folder = str(directory(tmp_path / "llama", {**LLAMA, "tie_word_embeddings": False}))
     group = {"name": "longlora", "rank": 2, "group": 4, "factor": 2.0}
-    method = methods.build(group)
-    base = pretrained.load(folder, model=method.model)
+    method = methods.build_method(group)
+    base = pretrained.load(folder, model=method.model_options)
     params, _ = adapted(base.params, group)
     mask = methods.trainable_mask(method, params)
     assert adapter_files.save(params, base, tmp_path / "out", mask=mask, method=group) == "trained leaves by name"

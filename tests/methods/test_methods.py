@@ -73,17 +73,17 @@ def test_a_method_trains_exactly_what_it_names(group, trained):
 def test_longlora_trains_norms_and_embeddings_beside_its_lora():
     model = build_model(DecoderConfig(**SIZES, **LLAMA))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
-    method = methods.build({"name": "longlora", "rank": 2, "target": Q, "group": 8})
+    method = methods.build_method({"name": "longlora", "rank": 2, "target": Q, "group": 8})
     adapted = jax.eval_shape(lambda p: methods.attach(method, p, jax.random.key(1)), shapes)
     trained = [name for name, learns in tree.named_leaves(methods.trainable_mask(method, adapted)) if learns]
     norms = [f"{name}/scale" for name in ("layers/attn_norm", "layers/mlp_norm", "norm")]
     assert sorted(trained) == sorted([f"{Q}/a", f"{Q}/b", "embed/embedding", *norms])
-    assert method.model == {"shift_group": 8}
+    assert method.model_options == {"shift_group": 8}
 
 
 def test_model_options_come_with_their_labels():
-    assert methods.build({"name": "prompt", "length": 5}).model == {"num_prompt": 5}
-    assert methods.build({"name": "partial", "layers": 1}).train == ("top/.*",)
+    assert methods.build_method({"name": "prompt", "length": 5}).model_options == {"num_prompt": 5}
+    assert methods.build_method({"name": "partial", "layers": 1}).trainable == ("top/.*",)
 
 
 LAYER = [f"layers/{n}/kernel" for n in (*(f"attn/{m}" for m in "qkvo"), "mlp/gate", "mlp/up", "mlp/down")]
@@ -121,8 +121,8 @@ def adapters(*sublayers):
     ],
 )
 def test_a_method_trains_exactly_what_it_adds_to_a_model(group, trained):
-    method = methods.build(group)
-    model = build_model(DecoderConfig(**{**SIZES, **LLAMA, **method.model}))
+    method = methods.build_method(group)
+    model = build_model(DecoderConfig(**{**SIZES, **LLAMA, **method.model_options}))
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"])
     shapes = jax.eval_shape(lambda p: methods.attach(method, p, jax.random.key(1)), params)
     mask = methods.trainable_mask(method, shapes)
@@ -178,9 +178,9 @@ def test_olora_takes_the_qr_factors_of_the_papers_kernel():
 
 @pytest.mark.parametrize(("name", "fields"), [("lora_fa", "ab"), ("lora_xs", ("a", "b", "core"))])
 def test_an_adapter_holds_the_factors_that_were_frozen(name, fields):
-    method = methods.build({"name": name, "rank": 4, "target": Q})
+    method = methods.build_method({"name": name, "rank": 4, "target": Q})
     params = methods.attach(method, base(), jax.random.key(1))
-    _, mask = methods.finished(method, params, methods.trainable_mask(method, params))
+    _, mask = methods.exported_leaves(method, params, methods.trainable_mask(method, params))
     assert [name for name, held in tree.named_leaves(mask) if held] == [f"{Q}/{f}" for f in fields]
 
 
@@ -209,9 +209,11 @@ def test_a_core_is_trained_between_the_leading_singular_vectors(name):
     ],
 )
 def test_what_decomposes_or_changes_a_base_asks_for_a_plain_one(group, what):
-    scaled = methods.attach(methods.build({"name": "ia3", "target": Q, "feedforward": ""}), base(), jax.random.key(0))
+    scaled = methods.attach(
+        methods.build_method({"name": "ia3", "target": Q, "feedforward": ""}), base(), jax.random.key(0)
+    )
     with pytest.raises(UserError, match=f"{what} starts from a plain kernel, not from Scaled"):
-        methods.attach(methods.build({**group, "target": Q}), scaled, jax.random.key(0))
+        methods.attach(methods.build_method({**group, "target": Q}), scaled, jax.random.key(0))
 
 
 def test_dora_keeps_the_formula_of_the_paper_in_float64():
@@ -235,14 +237,14 @@ def test_dora_makes_nothing_of_the_kernels_size_forward_or_back(base):
         program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(trained, jnp.ones((5, 24), base), w)
         return re.findall(r"(?:->|:) tensor<(?:24x40|40x24)x(?:bf16|f32)>$", program.as_text(), re.MULTILINE)
 
-    method = methods.build({"name": "dora", "rank": 2, "target": "kernel"})
+    method = methods.build_method({"name": "dora", "rank": 2, "target": "kernel"})
     w = methods.attach(method, {"kernel": jnp.ones((24, 40), base)}, jax.random.key(0))["kernel"]
     assert not made(lambda w, x: w.dot(x))
     assert made(lambda w, x: Weight.dot(w, x))
 
 
 def test_the_column_norm_on_a_bfloat16_base_is_float32s():
-    method = methods.build({"name": "dora", "rank": 4, "target": "kernel"})
+    method = methods.build_method({"name": "dora", "rank": 4, "target": "kernel"})
     kernel = jax.random.normal(jax.random.key(0), (256, 64)).astype(jnp.bfloat16)
     w = methods.attach(method, {"kernel": kernel}, jax.random.key(1))["kernel"]
     w = dataclasses.replace(w, b=jax.random.normal(jax.random.key(2), w.b.shape))
@@ -252,10 +254,10 @@ def test_the_column_norm_on_a_bfloat16_base_is_float32s():
 
 
 def test_dropout_follows_its_key_and_is_off_without_one():
-    method = methods.build({"name": "lora", "dropout": 0.5, "init": "zero_a", "target": Q})
+    method = methods.build_method({"name": "lora", "dropout": 0.5, "init": "zero_a", "target": Q})
     params = methods.attach(method, base(), jax.random.key(1))
     w = params["layers"]["attn"]["q"]["kernel"]
-    assert methods.build({"name": "lora"}).bind is None
+    assert methods.build_method({"name": "lora"}).bind is None
     assert method.bind(params, None, None) is params
     bound = method.bind(params, None, jax.random.key(5))["layers"]["attn"]["q"]["kernel"]
     bound = bound.__class__(**{**vars(bound), "a": w.a + 1.0})

@@ -22,7 +22,7 @@ def attached(**group):
     """The trained-looking form on a random stack `[L, IN, OUT]`."""
     base = jax.random.normal(jax.random.key(0), (L, IN, OUT))
     params = {"layers": {"attn": {"q": {"kernel": base}}}}
-    method = methods.build({"target": r".*q/kernel", **group})
+    method = methods.build_method({"target": r".*q/kernel", **group})
     return shaken(methods.attach(method, params, jax.random.key(1))["layers"]["attn"]["q"]["kernel"], jax.random.key(2))
 
 

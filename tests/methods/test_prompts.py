@@ -24,7 +24,7 @@ from tests.support.tiny_runs import config_of, train_shortly
 
 def test_the_mlp_of_a_prefix_is_the_papers():
     L, P, W, H = 3, 2, 4, 5
-    method = methods.build({"name": "prefix", "length": P, "reparam": True, "hidden": H})
+    method = methods.build_method({"name": "prefix", "length": P, "reparam": True, "hidden": H})
     params = {"prefix": {n: np.zeros((L, P, W), np.float32) for n in "kv"}}
     params = methods.attach(method, params, jax.random.key(0))
     params = tree.map_named(lambda n, x: x + 0.1 if n.endswith("bias") else x, params)
@@ -39,8 +39,8 @@ def test_the_mlp_of_a_prefix_is_the_papers():
 
 def test_an_adapter_holds_what_the_mlp_makes_and_not_the_mlp(files, tmp_path, monkeypatch):
     seen = []
-    finished = methods.finished
-    monkeypatch.setattr(methods, "finished", lambda *args: seen.append(finished(*args)) or seen[-1])
+    exported = methods.exported_leaves
+    monkeypatch.setattr(methods, "exported_leaves", lambda *args: seen.append(exported(*args)) or seen[-1])
     _, loaded = train_shortly(files, "method=mam,length=4,width=4,reparam=True,hidden=16", tmp_path)
     names = set(load_file(tmp_path / "adapter" / "trained.safetensors"))
     adapters = {f"layers/mlp_adapter/{n}/{f}" for n in ("down", "up") for f in ("kernel", "bias")}
@@ -50,7 +50,7 @@ def test_an_adapter_holds_what_the_mlp_makes_and_not_the_mlp(files, tmp_path, mo
     [(params, _)] = seen
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
     # A run's `bind` leaves them as they are, so that a finished run can be scored.
-    method = methods.build({"name": "mam", "length": 4, "width": 4, "reparam": True})
+    method = methods.build_method({"name": "mam", "length": 4, "width": 4, "reparam": True})
     assert method.bind(loaded.params, None, None) is loaded.params
     batch = {n: np.ones((1, 4), np.int32) for n in ("tokens", "targets", "positions", "segments")}
     scores = evaluate.perplexity(
@@ -98,7 +98,7 @@ def lstm(x, cell):
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])
 def test_the_encoders_of_p_tuning_are_the_papers(encoder):
-    method = methods.build({"name": "ptuning", "length": 3, "encoder": encoder, "hidden": 4})
+    method = methods.build_method({"name": "ptuning", "length": 3, "encoder": encoder, "hidden": 4})
     params = methods.attach(method, {"prompt": {"embedding": np.zeros((3, 6), np.float32)}}, jax.random.key(0))
     params = tree.map_named(lambda n, x: x + 0.3 if n.endswith("bias") else x, params)
     s = jax.tree.map(lambda x: np.asarray(x, np.float64), params["shared"]["prompt"])

@@ -26,7 +26,7 @@ wave = lambda x, w: jnp.sum(jnp.sin(dot(x, w)))  # noqa: E731
 
 def attached(kernel=W, **group):
     params = {"layers": {"attn": {"q": {"kernel": kernel}}}}
-    attach = lambda p: methods.attach(methods.build({"target": Q, **group}), p, jax.random.key(1))  # noqa: E731
+    attach = lambda p: methods.attach(methods.build_method({"target": Q, **group}), p, jax.random.key(1))  # noqa: E731
     return jax.jit(attach)(params)["layers"]["attn"]["q"]["kernel"]
 
 
@@ -174,9 +174,9 @@ def test_activations_are_rounded_to_their_bits_and_the_gradient_is_not():
 def test_the_adapter_of_loftq_is_not_one_of_peft_and_comes_back(tmp_path):
     base = pretrained.load(str(tiny.llama(tmp_path / "tiny-llama")))
     group = {"name": "loftq", "rank": 2, "steps": 2, "target": ".*attn/q/kernel", "quantize": "nf4"}
-    method = methods.build(group)
+    method = methods.build_method(group)
     params = jax.jit(lambda p: methods.attach(method, p, jax.random.key(0)))(base.params)
-    params, mask = methods.finished(method, params, methods.trainable_mask(method, params))
+    params, mask = methods.exported_leaves(method, params, methods.trainable_mask(method, params))
     assert adapter_files.save(params, base, tmp_path / "adapter", mask=mask, method=group) == "trained leaves by name"
     loaded = load.load_adapted(tmp_path / "adapter", str(tmp_path / "tiny-llama")).params
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
@@ -213,4 +213,4 @@ def test_a_kernel_that_is_not_finite_is_named(name):
     params["mlp"]["kernel"][3, 2] = np.nan
     options = {} if name == "qat" else {"rank": 1}
     with pytest.raises(UserError, match="mlp/kernel holds NaN or infinite"):
-        methods.attach(methods.build({"name": name, "target": ".*kernel", **options}), params, jax.random.key(0))
+        methods.attach(methods.build_method({"name": name, "target": ".*kernel", **options}), params, jax.random.key(0))

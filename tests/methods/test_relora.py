@@ -11,7 +11,7 @@ from lowrank.adapters import load
 from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.core.weight import merge
-from lowrank.methods.relora import restarting
+from lowrank.methods.relora import restart_optimizer
 from lowrank.training import build, loop
 from lowrank.training import optimizer as optim
 from tests.support.adapted_model import adapted
@@ -27,7 +27,7 @@ ARG, STEPS = "method=relora,every=3,warmup=2,rank=2,alpha=4.0", 8
 def test_a_restart_moves_the_update_into_the_base(init):
     group = {"name": "relora", "rank": 2, "target": QV, "init": init}
     params, _ = adapted(base(), group)
-    _, again = methods.build(group).restart
+    again = methods.build_method(group).hooks.every_n_steps.change
     anew = jax.jit(again)(params, jax.random.key(7))
     before, w = params["layers"]["attn"]["q"]["kernel"], anew["layers"]["attn"]["q"]["kernel"]
     if init == "pissa":
@@ -47,7 +47,7 @@ def test_shares_of_the_run_become_steps(files):
 
 def test_the_moments_are_forgotten_and_the_rate_rises_again():
     every, warmup, lr, steps = 4, 3, 0.1, 11
-    optimizer = restarting(optax.chain(optax.scale_by_adam(), optim.at_rate()), every, warmup)
+    optimizer = restart_optimizer(optax.chain(optax.scale_by_adam(), optim.at_rate()), every, warmup)
     gradients = np.random.default_rng(0).standard_normal((steps, 5))
     state, step = optimizer.init(jnp.zeros(5)), jax.jit(optimizer.update)
     for t, g in enumerate(gradients):

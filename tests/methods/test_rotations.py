@@ -19,7 +19,7 @@ L, IN, OUT = 2, 24, 5
 def attached(**group):
     """One trained-looking layer of a random stack `[L, IN, OUT]`."""
     params = {"layers": {"attn": {"q": {"kernel": jax.random.normal(jax.random.key(0), (L, IN, OUT))}}}}
-    method = methods.build({"target": ".*q/kernel", **group})
+    method = methods.build_method({"target": ".*q/kernel", **group})
     w = shaken(methods.attach(method, params, jax.random.key(1))["layers"]["attn"]["q"]["kernel"], jax.random.key(2))
     return jax.tree.map(lambda leaf: leaf[1], w)
 

@@ -13,7 +13,7 @@ from lowrank.adapters import load
 from lowrank.core import tree, weight
 from lowrank.core.errors import UserError
 from lowrank.core.weight import materialize
-from lowrank.methods.features import Cache
+from lowrank.methods.features import FeatureCache
 from lowrank.methods.sparse import SEEING
 from lowrank.training import loop
 from lowrank.training.log import read_metrics
@@ -59,12 +59,12 @@ def expected(choose, w, batches):
 def test_the_places_have_the_largest_scores_of_the_paper(choose):
     w, batches = regression()
     group = {"name": "sparse", "density": 0.3, "choose": choose, "batches": STEPS, "warm_lr": LR}
-    method = methods.build(group)
+    method = methods.build_method(group)
     params = methods.attach(method, {"attn": {"q": {"kernel": jnp.asarray(w, jnp.float32)}}}, jax.random.key(0))
-    if method.prepare:
+    if method.hooks.calibrate:
         arrays = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), b) for b in batches]
         context = types.SimpleNamespace(batches=lambda n: arrays[:n], loss=squares)
-        params = method.prepare(params, context)
+        params = method.hooks.calibrate(params, context)
     found = params["attn"]["q"]["kernel"]
     assert found.indices.shape == (9,)
     assert set(found.indices.tolist()) == set(np.argsort(-expected(choose, w, batches).ravel())[:9].tolist())
@@ -72,7 +72,7 @@ def test_the_places_have_the_largest_scores_of_the_paper(choose):
 
 
 def test_random_places_are_distinct_and_differ_from_layer_to_layer():
-    method = methods.build({"name": "sparse", "density": 0.5, "choose": "random"})
+    method = methods.build_method({"name": "sparse", "density": 0.5, "choose": "random"})
     base = {"layers": {"mlp": {"up": {"kernel": jnp.ones((3, IN, OUT))}}}}
     found = methods.attach(method, base, jax.random.key(0))["layers"]["mlp"]["up"]["kernel"].indices
     assert [len(set(row.tolist())) for row in found] == [15] * 3
@@ -115,7 +115,7 @@ def assert_holds(directory, base, places):
 
 
 def test_a_sparse_step_keeps_no_dense_gradients_or_moments():
-    method = methods.build({"name": "sparse", "density": 0.005})
+    method = methods.build_method({"name": "sparse", "density": 0.005})
     compiled, state, frozen, _ = compile_on_decoder(method, (1, 1, 1), 32, width=128, layers=8)
     kernels = count_bytes({n: x for n, x in tree.named_leaves(frozen) if n.endswith("base")})
     assert count_bytes(state) < 0.006 * kernels
@@ -124,7 +124,7 @@ def test_a_sparse_step_keeps_no_dense_gradients_or_moments():
 
 def test_learned_rows_are_rows_of_the_embedding_and_of_a_head_that_shares_it():
     model, params = decoder("windowed")  # tied
-    method = methods.build({"name": "tokens", "tokens": (3, 1)})
+    method = methods.build_method({"name": "tokens", "tokens": (3, 1)})
     adapted = methods.attach(method, params, jax.random.key(0))
     table = adapted["embed"]["embedding"]
     moved = table.__class__(**{**vars(table), "rows": table.rows + 0.5})
@@ -177,7 +177,7 @@ def test_features_are_computed_once_an_example():
         return jnp.sum(ids * segments, axis=1, keepdims=True) * variables["params"]
 
     network.apply = apply
-    cache = Cache(network, jnp.float32(2.0))
+    cache = FeatureCache(network, jnp.float32(2.0))
     batch = {"tokens": np.array([[1, 2, 9], [3, 0, 0]], np.int32), "labels": np.array([0, 1])}
     batch["segments"] = np.array([[1, 1, 0], [1, 0, 0]], np.int32)
     for order in ([0, 1], [1, 0], [0, 0]):
@@ -188,7 +188,7 @@ def test_features_are_computed_once_an_example():
     jax.effects_barrier()
     assert network.calls == 1
     with pytest.raises(UserError, match="it cannot train norm/scale"):
-        Cache(network, {"head": {"kernel": None}, "norm": {"scale": None}})
+        FeatureCache(network, {"head": {"kernel": None}, "norm": {"scale": None}})
     network.config.num_labels = 0
     with pytest.raises(UserError, match="objective=classification"):
-        Cache(network, None)
+        FeatureCache(network, None)

@@ -20,7 +20,7 @@ def params():
 
 
 def attached(**group):
-    method = methods.build({"name": "vera", "rank": RANK, "target": ".*/kernel", **group})
+    method = methods.build_method({"name": "vera", "rank": RANK, "target": ".*/kernel", **group})
     start = methods.attach(method, params(), jax.random.key(1))
     move = lambda name, x: x + (0.5 * jnp.sin(jnp.arange(x.size) + 1.0)).reshape(x.shape) if "lambda" in name else x  # noqa: E731
     return method, tree.map_named(move, start)
@@ -50,7 +50,7 @@ def test_what_is_shared_comes_from_the_seed_alone_and_leaves_the_tree_that_the_m
 
 
 def test_it_starts_as_the_base():
-    method = methods.build({"name": "vera", "rank": RANK, "target": ".*/kernel"})
+    method = methods.build_method({"name": "vera", "rank": RANK, "target": ".*/kernel"})
     start = method.bind(methods.attach(method, params(), jax.random.key(1)), None, None)
     jax.tree.map(np.testing.assert_array_equal, merge(start), params())
 

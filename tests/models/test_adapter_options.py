@@ -22,7 +22,7 @@ KINDS = {
 
 
 def options(kind):
-    return dict(methods.build(KINDS[kind]).model)
+    return dict(methods.build_method(KINDS[kind]).model_options)
 
 
 def norm(x, p):

@@ -65,10 +65,10 @@ def cases(table):
 @pytest.mark.parametrize(("case", "name"), cases(OURS))
 def test_peft_loads_our_prompt_and_computes_our_logits(case, name, bases, tmp_path):
     model, base, plain = bases[name]
-    method = methods.build(OURS[case])
-    base, params = opened(base, plain, method.model)
+    method = methods.build_method(OURS[case])
+    base, params = opened(base, plain, method.model_options)
     params = methods.attach(method, params, jax.random.key(0))
-    params, mask = methods.finished(method, params, methods.trainable_mask(method, params))
+    params, mask = methods.exported_leaves(method, params, methods.trainable_mask(method, params))
     trained = [n for n, learns in tree.named_leaves(mask) if learns]
     peft_format.save(params, base, tmp_path, trained=trained, method=OURS[case])
     theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))[:, -12:]
@@ -78,7 +78,7 @@ def test_peft_loads_our_prompt_and_computes_our_logits(case, name, bases, tmp_pa
     jax.tree.map(
         np.testing.assert_array_equal, again[part := next(iter({"prompt", "prefix"} & set(again)))], params[part]
     )
-    assert peft_format.about(tmp_path).model.items() >= method.model.items()
+    assert peft_format.about(tmp_path).model.items() >= method.model_options.items()
 
 
 @pytest.mark.parametrize(("case", "name"), cases(THEIRS))

@@ -27,14 +27,14 @@ def bases(tmp_path_factory):
 
 def moved(params, group):
     """`(params with what the method trains moved, names of it)`."""
-    method = methods.build(group)
+    method = methods.build_method(group)
     params = methods.attach(method, params, jax.random.key(0))
     mask = methods.trainable_mask(method, params)
     noise = np.random.default_rng(3)
     params = jax.tree.map(
         lambda x, m: x + 0.3 * noise.normal(size=x.shape).astype(np.float32) if m else x, params, mask
     )
-    params, mask = methods.finished(method, params, mask)
+    params, mask = methods.exported_leaves(method, params, mask)
     return params, [n for n, learns in tree.named_leaves(mask) if learns]
 
 

@@ -127,7 +127,7 @@ METHODS = {
 def test_every_adapter_says_what_its_base_is(name, dense, mixture, tmp_path):
     group = METHODS[name]
     params, _ = adapted(mixture.params, group)
-    mask = methods.trainable_mask(methods.build(group), params)
+    mask = methods.trainable_mask(methods.build_method(group), params)
     kind = adapter_files.save(params, mixture, tmp_path, mask=mask, method=group)
     assert ("PEFT" in kind) == (name == "attention")
     again = load.load_adapted(tmp_path, dense)

@@ -13,9 +13,11 @@ def adapted(params, group, size=1.0, train=()):
 
     What pads a smaller rank stays zero, and what weights share is bound. `train` are patterns beside the method's own.
     """
-    method = methods.build(group)  # no program: each would hold a random generator of its own, a second to compile
+    method = methods.build_method(
+        group
+    )  # no program: each would hold a random generator of its own, a second to compile
     start = methods.attach(method, params, jax.random.key(1))
-    mask = declared_mask(start, (*method.train, *train))
+    mask = declared_mask(start, (*method.trainable, *train))
     moved = tree.map_named(_moved, start, is_leaf=is_weight)
     moved = jax.tree.map(lambda x, y, learns: x + size * (y - x) if learns else x, start, moved, mask)
     names = [name for name, learns in tree.named_leaves(mask) if learns]

@@ -51,7 +51,7 @@ def compile_on_decoder(method, sizes, rows, **shape):
     # B starts at zero, and A would have no gradient.
     params = tree.map_named(lambda n, x: x + 0.1 if n.endswith("/b") else x, params)
     params = jax.device_put(params, sharding.shardings(params, mesh))
-    trained, frozen = tree.split(params, weight.declared_mask(params, method.train))
+    trained, frozen = tree.split(params, weight.declared_mask(params, method.trainable))
     config = OptimConfig(name="sgd", clip=0)
     optimizer = optim.build_optimizer(config, 10, trained)
     state, batch = step.init(trained, optimizer, mesh), decoder_batch(mesh, model.config.vocab_size)

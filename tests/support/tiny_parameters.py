@@ -21,6 +21,6 @@ def base():
 
 
 def attached(**group):
-    method = methods.build(group)
+    method = methods.build_method(group)
     params = methods.attach(method, base(), jax.random.key(1))
     return params, tree.names(tree.split(params, methods.trainable_mask(method, params))[0])

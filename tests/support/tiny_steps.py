@@ -49,7 +49,7 @@ def compiled_step(full=False, sizes=(1, 1, 1), width=D, layers=L, loss=squared_e
     method = methods.full() if full else methods.lora(rank=4)
     params = methods.attach(method, stack_params(width, layers), jax.random.key(1))
     params = jax.device_put(params, sharding.shardings(params, mesh))
-    trained, frozen = tree.split(params, weight.declared_mask(params, method.train))
+    trained, frozen = tree.split(params, weight.declared_mask(params, method.trainable))
     config = OptimConfig(**options)
     optimizer = optim.build_optimizer(config, 10, trained)
     state, batch = step.init(trained, optimizer, mesh, config.paged), stack_batch(mesh, width)

@@ -123,10 +123,10 @@ def test_every_method_keeps_the_contract_on_a_mesh(name, files, start, tmp_path,
     [(run, before, after)] = watched
     pairs = zip(tree.named_leaves(before), tree.named_leaves(after), strict=True)
     changed = {leaf for (leaf, x), (_, y) in pairs if not np.array_equal(x, y)}
-    assert changed == (run.job.changing if run.job.method.restart else set())
+    assert changed == (run.job.changing if run.job.method.hooks.every_n_steps else set())
     assert 0 < summary["trained_params"] <= summary["total_params"]
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    params, _ = methods.finished(run.job.method, run._params(), run.job.mask)
+    params, _ = methods.exported_leaves(run.job.method, run._params(), run.job.mask)
     params = run.job.method.bind(params, None, None) if run.job.method.bind else params
     again = load.load_adapted(tmp_path / "adapter", str(files / "llama")).params
     for (leaf, x), (_, y) in zip(_merged(params), _merged(again), strict=True):

@@ -127,7 +127,7 @@ def test_balance_adds_exactly_the_gradient_of_its_loss():
 
 def test_balance_is_bound_for_training_alone_and_grows_with_the_batchs_weight():
     _, params = decoder("llama")
-    method = methods.build({"name": "more", "balance": 0.5})
+    method = methods.build_method({"name": "more", "balance": 0.5})
     params = methods.attach(method, params, jax.random.key(0))
     batch = {"segments": np.int32([[1, 1, 0]]), "weights": np.float32([[0, 1, 0]])}
     assert method.bind(params, batch, None) is params
@@ -150,7 +150,7 @@ TARGET = r"layers/attn/(q|k|v)/kernel"
 @functools.cache
 def prompted():
     model, params = decoder("llama")
-    method = methods.build({"name": "milora", "rank": 2, "per_prompt": 2, "target": TARGET})
+    method = methods.build_method({"name": "milora", "rank": 2, "per_prompt": 2, "target": TARGET})
     params = methods.attach(method, params, jax.random.key(0))
     shaken = lambda n, x: x + 0.3 * normal(len(n), *x.shape) if n.endswith("/b") else x  # noqa: E731
     return model, method, tree.map_named(shaken, params)
