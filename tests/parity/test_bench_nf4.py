@@ -14,7 +14,7 @@ def test_both_sides_agree_and_are_timed(double):
     assert 0.05 < found["error"]["ours"] < 0.15
     for operation in nf4.OPERATIONS:
         times = found[operation]
-        assert_close(times["ratio"], times["bitsandbytes"] / times["ours"], relative=1e-4)
+        assert_close(times["ratio"], times["bitsandbytes"] / times["ours"])
         assert times["ours"] > 0
 
 

@@ -52,8 +52,8 @@ def test_double_quantisation(scheme):
     mine = ours(w, scheme, double=True)
     np.testing.assert_array_equal(double_quantization.dynamic_table(), state.state2.code)
     np.testing.assert_array_equal(unpack(mine.codes, 4, 64).reshape(IN, OUT).T, nibbles(packed))
-    assert_close(mine.scale.offset, state.offset, relative=1e-4)  # a mean, which nobody sums in one order
-    assert_close(mine.scale.second, state.state2.absmax, relative=1e-4)
+    assert_close(mine.scale.offset, state.offset)  # a mean, which nobody sums in one order
+    assert_close(mine.scale.second, state.state2.absmax)
     gap = np.asarray(mine.scale.codes).T.ravel().astype(int) - state.absmax.numpy()
     assert np.abs(gap).max() <= 1
     assert np.count_nonzero(gap) <= 1  # on the edge between two, where the mean's last place decides
@@ -62,14 +62,14 @@ def test_double_quantisation(scheme):
     second, offset = jnp.asarray(state.state2.absmax.numpy()), jnp.asarray(state.offset.numpy())
     scale = double_quantization.QuantizedScale(codes=codes, second=second, offset=offset)
     same = codebook.Codebook(**{**vars(mine), "scale": scale})
-    assert_close(same.materialize().T, bnb.dequantize_4bit(packed, state), relative=1e-4)
+    assert_close(same.materialize().T, bnb.dequantize_4bit(packed, state))
 
 
 def test_int8_by_output():
     w = weight()
     codes, absmax, _ = bnb.int8_vectorwise_quant(w.half())
     mine = ours(w.half().float(), "int8")
-    assert_close(mine.scale[0] * 127, absmax, relative=1e-4)
+    assert_close(mine.scale[0] * 127, absmax)
     gap = np.asarray(mine.codes).T.astype(int) - codes.numpy()
     assert np.abs(gap).max() <= 1
     assert np.mean(gap != 0) < 1e-3  # halves, which float32 and float16 round apart

@@ -43,7 +43,7 @@ def test_transformers_loads_a_merged_checkpoint_and_computes_the_live_logits(fol
     export.merge_to_hf(params, base, tmp_path / "merged")
     live = build_model(base.config).apply({"params": params}, TOKENS)
     theirs = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
-    assert_close(theirs, live, relative=1e-4)
+    assert_close(theirs, live, relative=2e-4)
     assert difference(live, build_model(base.config).apply({"params": base.params}, TOKENS)) > 0.02
 
 
@@ -57,7 +57,7 @@ def test_peft_merges_our_adapter_into_the_same_tensors(folder, name, tmp_path):
     ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
-        assert_close(tensor, theirs[key], relative=1e-4, name=key)
+        assert_close(tensor, theirs[key], name=key)
 
 
 def _plain(folder):
@@ -78,7 +78,7 @@ def test_a_checkpoint_in_bfloat16_holds_what_was_reported(folder, tmp_path):
             lost += np.sum((stored.detach().double().numpy().T - w.base - update) ** 2)
             size += np.sum(update**2)
     assert stored.dtype == torch.bfloat16
-    assert_close(report.error, (lost / size) ** 0.5, relative=1e-4)
+    assert_close(report.error, (lost / size) ** 0.5)
     print(report)
     rounded = jax.tree.map(lambda x: x.astype(jnp.float32), export.merged(params, "bfloat16")[0])
-    assert_close(logits(model.float()), build_model(base.config).apply({"params": rounded}, TOKENS), relative=1e-4)
+    assert_close(logits(model.float()), build_model(base.config).apply({"params": rounded}, TOKENS), relative=2e-4)

@@ -79,7 +79,7 @@ def test_peft_loads_our_adapter_and_computes_our_logits(case, bases, tmp_path):
     theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
     mine = our_logits(base, params)
     assert difference(their_logits(model), theirs) > 0.02  # the adapter does something
-    assert_close(mine, theirs, relative=1e-4)
+    assert_close(mine, theirs, relative=2e-4)
     assert_same_weights(params, peft_format.load(tmp_path, plain, base))
 
 
@@ -187,7 +187,7 @@ def test_we_load_an_adapter_of_peft_and_compute_its_logits(case, bases, tmp_path
     mine = peft_format.load(tmp_path, plain, base)
     expected = their_logits(theirs)
     assert difference(their_logits(model), expected) > 0.02
-    assert_close(our_logits(base, mine), expected, relative=1e-4)
+    assert_close(our_logits(base, mine), expected, relative=2e-4)
     again = peft_format.save(mine, base, tmp_path / "again", trained=trained_in(theirs, base))
     assert_same_weights(mine, peft_format.load(again, plain, base))
 
@@ -199,7 +199,7 @@ def test_missing_json_keys_take_the_defaults_of_peft(bases, tmp_path):
     theirs.save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]}))
     expected = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
-    assert_close(our_logits(base, peft_format.load(tmp_path, plain, base)), expected, relative=1e-4)
+    assert_close(our_logits(base, peft_format.load(tmp_path, plain, base)), expected, relative=2e-5)
 
 
 RESIDUAL = {
@@ -226,7 +226,7 @@ def test_an_adapter_on_what_an_init_left_of_the_base_is_put_on_the_base(case, ba
     expected = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
     assert difference(their_logits(model), expected) > 0.02
     mine = peft_format.load(tmp_path, plain, base)
-    assert_close(our_logits(base, mine), expected, relative=1e-4)
+    assert_close(our_logits(base, mine), expected, relative=2e-4)
     again = peft_format.save(mine, base, tmp_path / "again")
     assert_same_weights(mine, peft_format.load(again, plain, base))
 

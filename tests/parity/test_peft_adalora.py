@@ -59,7 +59,7 @@ def test_peft_loads_our_pruned_adapter_and_computes_our_logits(name, target, bas
     peft_format.save(params, base, tmp_path, trained=trained, method=GROUP, original=plain)
     theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
     assert difference(their_logits(model), theirs) > 0.02
-    assert_close(our_logits(base, params), theirs, relative=1e-4)
+    assert_close(our_logits(base, params), theirs, relative=2e-5)
     back = peft_format.load(tmp_path, plain, base)
     assert_same_weights(params, back)
     said = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -92,7 +92,7 @@ def test_we_load_a_pruned_adapter_of_peft_and_compute_its_logits(bases, tmp_path
     theirs.save_pretrained(tmp_path)
     mine = peft_format.load(tmp_path, plain, base)
     assert difference(their_logits(model), expected) > 0.02
-    assert_close(our_logits(base, mine), expected, relative=1e-4)
+    assert_close(our_logits(base, mine), expected, relative=2e-5)
     again = peft_format.save(mine, base, tmp_path / "again")
     assert_same_weights(mine, peft_format.load(again, plain, base))
     assert json.loads((again / "adapter_config.json").read_text())["lora_alpha"] == ALPHA

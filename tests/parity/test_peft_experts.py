@@ -88,7 +88,7 @@ def test_peft_loads_our_experts_and_computes_our_logits(case, bases, tmp_path):
     peft_format.save(params, base, tmp_path, trained=trained, method=group, original=plain)
     theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
     assert difference(their_logits(model), theirs) > 0.01
-    assert_close(our_logits(base, params), theirs, relative=1e-4)
+    assert_close(our_logits(base, params), theirs, relative=5e-5)
     again = peft_format.load(tmp_path, plain, base)
     assert_same_weights(params, again)
 
@@ -112,7 +112,7 @@ def test_we_load_experts_of_peft_and_compute_its_logits(case, bases, tmp_path):
     mine = peft_format.load(tmp_path, plain, base)
     expected = their_logits(theirs)
     assert difference(their_logits(model), expected) > 0.01
-    assert_close(our_logits(base, mine), expected, relative=1e-4)
+    assert_close(our_logits(base, mine), expected, relative=2e-5)
     again = peft_format.save(mine, base, tmp_path / "again")
     assert_same_weights(mine, peft_format.load(again, plain, base))
 
@@ -139,4 +139,4 @@ def test_transformers_loads_the_merged_experts_and_computes_the_live_logits(name
     with torch.no_grad():
         expected = theirs(torch.tensor(ids, dtype=torch.long)).logits.numpy()
     live = build_model(base.config).apply({"params": params}, ids)
-    assert_close(live, expected, relative=1e-4)
+    assert_close(live, expected, relative=5e-5)

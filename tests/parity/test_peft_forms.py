@@ -64,7 +64,7 @@ def test_peft_loads_our_adapter_and_computes_our_logits(case, bases, tmp_path):
     back = peft_format.load(tmp_path, plain, base)
     theirs = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
     assert difference(their_logits(model), theirs) > 0.02  # the adapter does something
-    assert_close(our_logits(base, back), theirs, relative=1e-4)
+    assert_close(our_logits(base, back), theirs, relative=5e-5)
     assert_same_weights(params, back)
 
 
@@ -153,7 +153,7 @@ def test_we_load_an_adapter_of_peft_and_compute_its_logits(case, bases, tmp_path
     mine = peft_format.load(tmp_path, plain, base)
     expected = their_logits(theirs)
     assert difference(their_logits(model), expected) > 0.02
-    assert_close(our_logits(base, mine), expected, relative=1e-4)
+    assert_close(our_logits(base, mine), expected, relative=2e-4)
     again = peft_format.save(mine, base, tmp_path / "again", trained=trained_in(theirs, base))
     assert_same_weights(mine, peft_format.load(again, plain, base))
 

@@ -96,7 +96,7 @@ def their_logits(model):
 
 def assert_same_weights(params, others):
     for (name, x), (_, y) in zip(tree.named_leaves(merge(params)), tree.named_leaves(merge(others)), strict=True):
-        assert_close(x, y, relative=1e-4, name=name)
+        assert_close(x, y, name=name)
 
 
 def trained_in(theirs, base):
