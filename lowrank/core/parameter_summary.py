@@ -10,8 +10,6 @@ from tqdm import tqdm
 from lowrank.core import tree, weight
 from lowrank.core.typing import PyTree
 
-STACKS = ("layers", "top")  # subtrees whose leaves have a layer axis first
-
 
 def rule_table(rules: Sequence[tuple[str, Sequence[str]]], params: PyTree, mask: PyTree) -> str:
     """A text table of what each rule matched, then what is trained in all, in parameters and bytes.
@@ -69,7 +67,7 @@ def _items(params: PyTree, mask: PyTree) -> Iterator[tuple[str, dict[str, Any]]]
 def _count(name: str, makes: str, params: int, leaves: list[Any], trained: list[Any]) -> dict[str, Any]:
     return {
         "makes": makes,
-        "layers": leaves[0].shape[0] if name.split("/")[0] in STACKS else 0,
+        "layers": leaves[0].shape[0] if name.split("/")[0] in tree.STACKS else 0,
         "params": params,
         "trained": sum(leaf.size for leaf in trained),
         "bytes": sum(map(_bytes, leaves)),

@@ -1,6 +1,7 @@
 """The mesh, and ordered `(regex, PartitionSpec)` rules from leaf names to shardings.
 
 A spec lines up with a leaf's last dimensions, so one rule serves a kernel `[in, out]` and a stack `[layers, in, out]`.
+Rules name the leaves of models; what a form adds to its kernel declares its own layout.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lowrank.core import tree
+from lowrank.core import tree, weight
 from lowrank.core.errors import UserError
 from lowrank.core.typing import PyTree
 
@@ -23,33 +24,21 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-_OUT = r"(layers|top)/(attn|mlp|mlp/experts|mlp/shared)/(q|k|v|qkv|gate|up)/kernel"  # split over its outputs
-_IN = (
-    r"(layers|top)/(attn|mlp|mlp/experts|mlp/shared)/(o|down)/kernel"  # split over its inputs, which those outputs are
-)
-
-# A form's fields keep the kernel's layout at any depth (`kernel/base/base/codes`); factors and vectors come first.
+_SUBLAYER = r"(layers|top)/(attn|mlp|mlp/experts|mlp/shared)"
+# The names of plain leaves and of whole weights. A form's own arrays lie as its fields declare, beside their kernel.
 DEFAULT_RULES: Rules = (
-    (r"(.*/)?(second|offset|beta[12]|index|indices|inputs|values|ids|rows)", P()),
-    (r"(.*/)?(key|magnitude|lambda_[bd]|skew|base_sq|s|e|core|bias)", P()),
-    (r"(.*/)?router", P()),
-    (r".*/kernel/(.*/)?(narrow|up|(hidden|queries|keys|downs|ups|mixes)/\d+)", P()),
-    (rf"{_OUT}/(.*/)?a[12]?", P("fsdp", None)),
-    (rf"{_OUT}/(.*/)?b[12]?", P(None, "tensor")),
-    (rf"{_IN}/(.*/)?a[12]?", P("tensor", None)),
-    (rf"{_IN}/(.*/)?b[12]?", P(None, "fsdp")),
-    (rf"{_OUT}(/.*)?", P("fsdp", "tensor")),
-    (rf"{_IN}(/.*)?", P("tensor", "fsdp")),
-    (r"(layers|top)/mlp/(router|shared_gate|routed/router)/kernel(/.*)?", P()),
-    (r"(layers|top)/mlp/routed/down/kernel(/.*)?", P("fsdp", None)),
-    (r"(layers|top)/mlp/routed/up/kernel(/.*)?", P(None, "fsdp")),
-    (r"embed/embedding(/.*)?", P("tensor", "fsdp")),
-    (r"(layers|top)/(attn|mlp)_adapter/down/kernel(/.*)?", P("fsdp", None)),
-    (r"(layers|top)/(attn|mlp)_adapter/up/kernel(/.*)?", P(None, "fsdp")),
-    (r"(pooler|head/dense|head/out)/kernel(/.*)?", P()),
-    (r"head/kernel(/.*)?", P("fsdp", "tensor")),
+    (r"(.*/)?(bias|scale)", P()),
+    (rf"{_SUBLAYER}/(q|k|v|qkv|gate|up)/kernel", P("fsdp", "tensor")),  # sharded over its outputs
+    (rf"{_SUBLAYER}/(o|down)/kernel", P("tensor", "fsdp")),  # sharded over its inputs, which those outputs are
+    (r"(layers|top)/mlp/(router|shared_gate|routed/router)/kernel", P()),
+    (r"(layers|top)/mlp/routed/down/kernel", P("fsdp", None)),
+    (r"(layers|top)/mlp/routed/up/kernel", P(None, "fsdp")),
+    (r"(layers|top)/(attn|mlp)_adapter/down/kernel", P("fsdp", None)),
+    (r"(layers|top)/(attn|mlp)_adapter/up/kernel", P(None, "fsdp")),
+    (r"embed/embedding", P("tensor", "fsdp")),
     (r"embed/(positions|types)", P(None, "fsdp")),
-    (r"(.*/)?scale", P()),
+    (r"head/kernel", P("fsdp", "tensor")),
+    (r"(pooler|head/dense|head/out)/kernel", P()),
     (r"prompt/embedding|prefix/(k|v)|shared/.*", P()),
 )
 
@@ -79,12 +68,38 @@ def mesh_of(devices: Sequence[Any], data: int = -1, fsdp: int = 1, tensor: int =
 
 
 def shardings(params: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PyTree:
-    """A NamedSharding for each leaf (array or shape) by the first rule that matches its name.
+    """A NamedSharding for each leaf (array or shape), by the first rule that matches the name of its weight.
 
-    A leaf that no rule matches raises UserError. A dimension that its mesh axes do not divide is replicated, and
-    so is a leaf with fewer dimensions than its spec.
+    The arrays of a form lie as its fields declare (`weight.trainable`): along the kernel's inputs and outputs as the
+    kernel's rule says. A field that runs along one of these alone, as a low-rank factor does, is sharded over `fsdp`
+    too where the kernel is: each device then holds its part of adapter and moments, and the factors of a layer are
+    gathered for a turn, as the kernel is. A leaf that no rule matches raises UserError. A dimension that its mesh axes
+    do not divide is replicated over the last of these, and so is a leaf with fewer dimensions than its spec.
     """
-    return tree.map_named(lambda name, leaf: _fit(tree.first_match(rules, name), leaf, mesh), params)
+
+    def place(name: str, w: Any) -> Any:
+        spec = tree.first_match(rules, name)
+        if not weight.is_weight(w):
+            return _fit(spec, w, mesh)
+        return weight.map_fields(lambda field, x: _fit(_field_spec(field.metadata["axes"], spec), x, mesh), w)
+
+    return tree.map_named(place, params, is_leaf=weight.is_weight)
+
+
+def _field_spec(axes: weight.Axes, kernel: PartitionSpec) -> PartitionSpec:
+    """The spec of a form's field whose last dimensions run along `axes`, where the kernel's own is `kernel`."""
+    along = dict(zip(weight.KERNEL, (None, None, *kernel)[-2:], strict=True)) | {None: None}
+    spec = [_names(along[axis]) for axis in axes]
+    if "fsdp" in _names(tuple(kernel)) and not any("fsdp" in names for names in spec):
+        spec = [(*names, "fsdp") if axis else names for names, axis in zip(spec, axes, strict=True)]
+    return P(*(names or None for names in spec))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in an entry of a spec, or in several of them."""
+    if entry is None or isinstance(entry, str):
+        return (entry,) if entry else ()
+    return tuple(name for part in entry for name in _names(part))
 
 
 def _fit(spec: PartitionSpec, leaf: Any, mesh: Mesh) -> NamedSharding:
@@ -92,12 +107,14 @@ def _fit(spec: PartitionSpec, leaf: Any, mesh: Mesh) -> NamedSharding:
     if missing < 0:
         return NamedSharding(mesh, P())
     aligned = zip((None,) * missing + tuple(spec), leaf.shape, strict=True)
-    return NamedSharding(mesh, P(*(axis if _divides(axis, size, mesh) else None for axis, size in aligned)))
+    return NamedSharding(mesh, P(*(_dividing(_names(entry), size, mesh) for entry, size in aligned)))
 
 
-def _divides(axis: Any, size: int, mesh: Mesh) -> bool:
-    axes = (axis,) if isinstance(axis, str) else axis or ()
-    return size % math.prod(mesh.shape[a] for a in axes) == 0
+def _dividing(axes: tuple[str, ...], size: int, mesh: Mesh) -> Any:
+    """As many of the mesh axes, from the first on, as divide a dimension of this size; None if none do."""
+    while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes[0] if len(axes) == 1 else axes or None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -13,11 +13,19 @@ from lowrank.core.errors import UserError, nearest
 from lowrank.core.typing import Arrays, PyTree
 
 IsLeaf = Callable[[Any], bool] | None
+STACKS = ("layers", "top")  # the subtrees whose leaves have a layer axis first
 
 
 def path_name(path: Sequence[Any]) -> str:
     """The slash-joined name of a key path as `jax.tree_util` gives it."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def stack_depth(name: str) -> int:
+    """How many leading axes of a leaf count layers and experts, before the axes of one vector or kernel."""
+    root, *parts = name.split("/")
+    experts = parts[:2] == ["mlp", "experts"] or (parts[:2] == ["mlp", "routed"] and parts[2:3] != ["router"])
+    return (root in STACKS) * (1 + experts)
 
 
 def named_leaves(tree: PyTree, is_leaf: IsLeaf = None) -> list[tuple[str, Any]]:

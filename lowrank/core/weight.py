@@ -2,10 +2,12 @@
 
 A `Weight` stands where a kernel `[..., in, out]` stood. Models call `dot`, `affine`, `take` and, for experts,
 `grouped`, and know no method; plain arrays are weights too. A form is a frozen dataclass registered as a pytree; its
-fields say what they are: `trainable()` is learned, `frozen()` is kept, `static()` is not an array.
+fields say what they are: `trainable()` is learned, `frozen()` is kept, `static()` is not an array; and how they lie
+beside the kernel (`axes`), for sharding, and whether weight decay acts on them (`decay`).
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar, dataclass_transform
@@ -22,17 +24,24 @@ from lowrank.kernels.grouped import ragged_dot
 
 PRODUCT = "product"  # what `dot`, `affine` and `grouped` name their results, for remat=dots to save them
 ROUTER = "router"  # the name, beside a layer's modules, of what makes gates of the layer's input
+Axes = tuple[str | None, ...]  # what each of the last dimensions of a field runs along: "in", "out" or None
+KERNEL: Axes = ("in", "out")  # the axes of a field that is laid out as the kernel is
 F = TypeVar("F", bound=type)
 
 
-def trainable(**kwargs: Any) -> Any:
-    """A field that is learned."""
-    return dataclasses.field(metadata={"trainable": True}, **kwargs)
+def trainable(*, axes: Axes = (), decay: bool = True, **kwargs: Any) -> Any:
+    """A field that is learned; `axes` name its last dimensions, and weight decay acts on it unless `decay` is off.
+
+    An axis is `"in"` or `"out"`, a dimension that runs along the kernel's inputs or outputs and is sharded as those
+    are, or None, such as a rank. A field without axes is replicated. A field that is a form itself, such as a base,
+    declares its own fields. Vectors (magnitudes, gains) do not decay: they say so.
+    """
+    return dataclasses.field(metadata={"trainable": True, "axes": axes, "decay": decay}, **kwargs)
 
 
-def frozen(**kwargs: Any) -> Any:
-    """A field that is kept as it is: a base weight, codes, a scale."""
-    return dataclasses.field(metadata={"trainable": False}, **kwargs)
+def frozen(*, axes: Axes = (), **kwargs: Any) -> Any:
+    """A field that stays as it is: a base weight, codes, a scale. `axes` are as for `trainable`."""
+    return dataclasses.field(metadata={"trainable": False, "axes": axes, "decay": False}, **kwargs)
 
 
 def static(**kwargs: Any) -> Any:
@@ -200,7 +209,8 @@ def declared_mask(params: PyTree, train: Sequence[str] = ()) -> PyTree:
     Raises UserError for a leaf that `train` matches and that holds integers, or that its form declares frozen.
     """
     chosen = {n: p for p in train for n in tree.matching(p, tree.names(params), "train pattern")}
-    declared = jax.tree.map(lambda w: _declared(w) if is_weight(w) else None, params, is_leaf=is_weight)
+    learned = functools.partial(map_fields, lambda field, _: field.metadata["trainable"])
+    declared = jax.tree.map(lambda w: learned(w) if is_weight(w) else None, params, is_leaf=is_weight)
     declared = dict(tree.named_leaves(declared))
     mask = tree.map_named(lambda n, _: declared.get(n, False) or n in chosen, params)
     for (name, leaf), learns in zip(tree.named_leaves(params), jax.tree.leaves(mask), strict=True):
@@ -212,13 +222,13 @@ def declared_mask(params: PyTree, train: Sequence[str] = ()) -> PyTree:
     return mask
 
 
-def _declared(w: Weight) -> Weight:
-    """The same form with a bool in place of each array: what its fields declare, at every depth."""
+def map_fields(fn: Callable[[dataclasses.Field[Any], Any], Any], w: Any) -> Any:
+    """The form `w` with `fn(field, array)` in place of each array, at every depth of nested forms."""
     values = {}
     for field in dataclasses.fields(w):
-        value = getattr(w, field.name)
         if field.metadata.get("static"):
             continue
-        learns = field.metadata.get("trainable", False)
-        values[field.name] = _declared(value) if is_weight(value) else jax.tree.map(lambda _, t=learns: t, value)
+        value = getattr(w, field.name)
+        nested = dataclasses.is_dataclass(value)
+        values[field.name] = map_fields(fn, value) if nested else jax.tree.map(functools.partial(fn, field), value)
     return dataclasses.replace(w, **values)

@@ -152,4 +152,4 @@ def _forms(shapes: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _in_layers(name: str) -> bool:
-    return name.split("/")[0] in parameter_summary.STACKS
+    return name.split("/")[0] in tree.STACKS

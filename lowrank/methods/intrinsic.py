@@ -12,8 +12,6 @@ from lowrank.core.typing import PyTree
 from lowrank.methods.method import SHARED, Method
 from lowrank.methods.projections import CHUNK, PROJECTIONS, Shape, project
 
-STACKS = ("layers", "top")  # subtrees whose leaves have a layer axis first
-
 
 def intrinsic(
     dim: int = 1000, target: str = r"(?!head/).*", projection: str = "fastfood", said: bool = False, seed: int = 0
@@ -90,4 +88,4 @@ def _targets(params: PyTree, target: str) -> dict[str, Any]:
 def _scales(leaves: dict[str, Any]) -> dict[str, jax.Array]:
     """Ones, one a layer of a stack, and one for each part of the model that is no stack."""
     parts = {name.split("/")[0]: w for name, w in leaves.items()}
-    return {part: jnp.ones(w.shape[:1] if part in STACKS else (), jnp.float32) for part, w in parts.items()}
+    return {part: jnp.ones(w.shape[:1] if part in tree.STACKS else (), jnp.float32) for part, w in parts.items()}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank.core import config_schema, tree
+from lowrank.core import config_schema, tree, weight
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
 
@@ -30,8 +30,8 @@ class OptimConfig:
     warmup: int = 0  # steps of linear warmup from 0
     final: float = 0.0  # where linear and cosine end, as a fraction of lr
     weight_decay: float = 0.0  # decoupled, times the learning rate
-    # leaves without decay; 0-D and 1-D leaves never decay
-    no_decay: str = r"(.*/)?(bias|scale|magnitude|s|lambda_[bd]|e|embedding)"
+    # leaves of the model without decay; vectors, one per layer in a stack, never decay, and a form's fields say it
+    no_decay: str = r"(.*/)?(bias|scale|embedding)"
     clip: float = 1.0  # largest global norm of the trained tree's gradient; 0 does not clip
     b_ratio: float = 1.0  # LoRA+: learning rate of the leaves named b over that of the others (arXiv:2402.12354)
     lr_ratios: tuple[tuple[str, float], ...] = ()  # (regex, ratio), first match wins; 0 freezes a trained leaf
@@ -119,12 +119,25 @@ def labels(config: OptimConfig, trained: PyTree) -> PyTree:
     for pattern, _ in ratios:
         tree.matching(pattern, names, "learning rate pattern")
 
-    def label(name: str, leaf: Any) -> str:
+    declared = dict(tree.named_leaves(_decay_mask(trained)))
+
+    def label(name: str, _: Any) -> str:
         ratio = next((ratio for pattern, ratio in ratios if re.fullmatch(pattern, name)), 1.0)
-        exempt = leaf.ndim < 2 or re.fullmatch(config.no_decay, name)
-        return f"{float(ratio)}:{0.0 if exempt else config.weight_decay}"
+        decays = declared[name] and not re.fullmatch(config.no_decay, name)
+        return f"{float(ratio)}:{config.weight_decay if decays else 0.0}"
 
     return tree.map_named(label, trained)
+
+
+def _decay_mask(trained: PyTree) -> PyTree:
+    """A tree of bools: the decay that the fields of forms declare; of plain leaves, all but vectors decay."""
+
+    def decay(name: str, w: Any) -> Any:
+        if weight.is_weight(w):
+            return weight.map_fields(lambda field, _: field.metadata["decay"], w)
+        return w.ndim - tree.stack_depth(name) >= 2
+
+    return tree.map_named(decay, trained, is_leaf=weight.is_weight)
 
 
 def build_optimizer(config: OptimConfig, steps: int, trained: PyTree) -> optax.GradientTransformationExtraArgs:

@@ -17,7 +17,7 @@ from lowrank.weights.lora import LoRA, widen
 class AdaLoRA(LoRA):
     """A LoRA with `e` `[..., r]` between its factors; `scale` is alpha / (initial rank), whatever was pruned."""
 
-    e: jax.Array = trainable()
+    e: jax.Array = trainable(decay=False)
 
     def delta(self) -> jax.Array:
         """The update `scale * A @ diag(E) @ B`, `[..., in, out]` in float32 or wider."""

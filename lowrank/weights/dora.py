@@ -18,7 +18,7 @@ from lowrank.weights.lora import LoRA
 class DoRA(LoRA):
     """A LoRA with `magnitude` `[..., out]` and the cached `base_sq = sum_in W^2` `[..., out]`, both float32."""
 
-    magnitude: jax.Array = trainable()
+    magnitude: jax.Array = trainable(decay=False)
     base_sq: jax.Array = frozen()
 
     def materialize(self) -> jax.Array:

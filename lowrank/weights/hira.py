@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, materialize, trainable, wide
 from lowrank.weights import stacked_layers
 
 
@@ -17,9 +17,9 @@ from lowrank.weights import stacked_layers
 class HiRA(Weight):
     """`base` `[..., in, out]`, `a` `[..., in, r]`, `b` `[..., r, out]`."""
 
-    base: Any = frozen()
-    a: jax.Array = trainable()
-    b: jax.Array = trainable()
+    base: Any = frozen(axes=KERNEL)
+    a: jax.Array = trainable(axes=("in", None))
+    b: jax.Array = trainable(axes=(None, "out"))
 
     def materialize(self) -> jax.Array:
         """`W * (1 + A @ B)`, in float32 and rounded once to the base's dtype."""

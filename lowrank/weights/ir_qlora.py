@@ -19,8 +19,8 @@ from lowrank.weights.lora import LoRA, widen
 class IRLoRA(LoRA):
     """A LoRA with `beta1` and `beta2` `[...]`, which start at 0."""
 
-    beta1: jax.Array = trainable()
-    beta2: jax.Array = trainable()
+    beta1: jax.Array = trainable(decay=False)
+    beta2: jax.Array = trainable(decay=False)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """`(A + beta1 P, B + beta2 Q)`."""

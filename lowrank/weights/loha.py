@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, materialize, trainable, wide
 from lowrank.weights import stacked_layers
 from lowrank.weights.lora import widen
 
@@ -19,11 +19,11 @@ from lowrank.weights.lora import widen
 class LoHa(Weight):
     """`base` `[..., in, out]`, `a1`, `a2` `[..., in, r]`, `b1`, `b2` `[..., r, out]`, `scale` `[...]`."""
 
-    base: Any = frozen()
-    a1: jax.Array = trainable()
-    b1: jax.Array = trainable()
-    a2: jax.Array = trainable()
-    b2: jax.Array = trainable()
+    base: Any = frozen(axes=KERNEL)
+    a1: jax.Array = trainable(axes=("in", None))
+    b1: jax.Array = trainable(axes=(None, "out"))
+    a2: jax.Array = trainable(axes=("in", None))
+    b2: jax.Array = trainable(axes=(None, "out"))
     scale: jax.Array = frozen()
 
     def materialize(self) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, materialize, trainable, wide
 from lowrank.weights import stacked_layers
 
 
@@ -21,13 +21,13 @@ from lowrank.weights import stacked_layers
 class LoKr(Weight):
     """`base` `[..., in, out]`, `w1` `[..., m, l]` or `a1`, `b1`, `w2` `[..., n, k]` or `a2`, `b2`, `scale` `[...]`."""
 
-    base: Any = frozen()
-    w1: jax.Array | None = trainable(default=None)
-    a1: jax.Array | None = trainable(default=None)
-    b1: jax.Array | None = trainable(default=None)
-    w2: jax.Array | None = trainable(default=None)
-    a2: jax.Array | None = trainable(default=None)
-    b2: jax.Array | None = trainable(default=None)
+    base: Any = frozen(axes=KERNEL)
+    w1: jax.Array | None = trainable(axes=KERNEL, default=None)
+    a1: jax.Array | None = trainable(axes=("in", None), default=None)
+    b1: jax.Array | None = trainable(axes=(None, "out"), default=None)
+    w2: jax.Array | None = trainable(axes=KERNEL, default=None)
+    a2: jax.Array | None = trainable(axes=("in", None), default=None)
+    b2: jax.Array | None = trainable(axes=(None, "out"), default=None)
     scale: jax.Array = frozen()
 
     def factors(self) -> tuple[list[jax.Array], list[jax.Array]]:

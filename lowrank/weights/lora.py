@@ -15,7 +15,19 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError, unknown
-from lowrank.core.weight import Weight, dot, form, frozen, grouped, is_weight, materialize, static, trainable, wide
+from lowrank.core.weight import (
+    KERNEL,
+    Weight,
+    dot,
+    form,
+    frozen,
+    grouped,
+    is_weight,
+    materialize,
+    static,
+    trainable,
+    wide,
+)
 from lowrank.weights import stacked_layers
 
 
@@ -23,9 +35,9 @@ from lowrank.weights import stacked_layers
 class LoRA(Weight):
     """`base` `[..., in, out]`, `a` `[..., in, r]`, `b` `[..., r, out]`, `scale` `[...]`, `key` `[...]` or None."""
 
-    base: Any = frozen()
-    a: jax.Array = trainable()
-    b: jax.Array = trainable()
+    base: Any = frozen(axes=KERNEL)
+    a: jax.Array = trainable(axes=("in", None))
+    b: jax.Array = trainable(axes=(None, "out"))
     scale: jax.Array = frozen()  # alpha / r or alpha / sqrt(r), one a layer: a leaf, so that checkpoints hold it
     key: jax.Array | None = frozen(default=None)  # dropout key, bound for one training step
     dropout: float = static(default=0.0)

@@ -22,8 +22,8 @@ from lowrank.weights.lora import LoRA, widen
 class LoRAXS(LoRA):
     """A LoRA with frozen `a` `[..., in, r]` and `b` `[..., r, out]`, and a trained `core` `[..., r, r]` between."""
 
-    a: jax.Array = frozen()
-    b: jax.Array = frozen()
+    a: jax.Array = frozen(axes=("in", None))
+    b: jax.Array = frozen(axes=(None, "out"))
     core: jax.Array = trainable()
 
     def delta(self) -> jax.Array:

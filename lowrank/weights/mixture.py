@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import Weight, dot, form, frozen, static, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, static, trainable, wide
 from lowrank.weights.lora import LoRA, widen
 
 
@@ -72,9 +72,9 @@ class Routed(Weight):
 class Mixture(Routed):
     """`x @ W + scale * sum_e g_e(x) x @ A_e @ B_e`, g the top-k softmax of `x @ router`, `router` `[..., in, E]`."""
 
-    base: Any = frozen()
-    a: jax.Array = trainable()
-    b: jax.Array = trainable()
+    base: Any = frozen(axes=KERNEL)
+    a: jax.Array = trainable(axes=("in", None))
+    b: jax.Array = trainable(axes=(None, "out"))
     router: jax.Array = trainable()
     scale: jax.Array = frozen()
     mask: jax.Array | None = frozen(default=None)  # which tokens count for the balance, bound for one training step

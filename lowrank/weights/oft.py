@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import Weight, dot, form, frozen, materialize, static, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, materialize, static, trainable, wide
 from lowrank.weights.rotation import cayley, rotate
 
 
@@ -22,7 +22,7 @@ class OFT(Weight):
     `terms` 0 is Cayley's transform; else that many terms of its Neumann series stand for it.
     """
 
-    base: Any = frozen()
+    base: Any = frozen(axes=KERNEL)
     skew: jax.Array = trainable()
     terms: int = static(default=0)
 
@@ -50,7 +50,7 @@ class OFT(Weight):
 class BOFT(OFT):
     """An OFT of f butterfly factors: `skew` `[..., f, in / b, b (b - 1) / 2]`, and `s` `[..., out]` for the outputs."""
 
-    s: jax.Array = trainable()
+    s: jax.Array = trainable(decay=False)
 
     def blocks(self) -> jax.Array:
         """The factors of R, `[..., f, in / b, b, b]`."""

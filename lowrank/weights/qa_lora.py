@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import Weight, dot, form, frozen, is_weight, materialize, static, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, is_weight, materialize, static, trainable, wide
 from lowrank.weights.quantized.uniform import Uniform
 
 
@@ -20,9 +20,9 @@ from lowrank.weights.quantized.uniform import Uniform
 class QALoRA(Weight):
     """`base` with a zero for each group, `a` `[..., groups, r]`, `b` `[..., r, out]`, `scale` `[...]`."""
 
-    base: Any = frozen()
-    a: jax.Array = trainable()
-    b: jax.Array = trainable()
+    base: Any = frozen(axes=KERNEL)
+    a: jax.Array = trainable(axes=("in", None))
+    b: jax.Array = trainable(axes=(None, "out"))
     scale: jax.Array = frozen()
     block: int = static()
 

@@ -5,15 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import Weight, dot, form, frozen, materialize, static, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, materialize, static, trainable, wide
 
 
 @form
 class Scaled(Weight):
     """`W * s` by columns (`side='out'`, `s` `[..., out]`) or by rows (`side='in'`, `s` `[..., in]`)."""
 
-    base: Any = frozen()
-    s: jax.Array = trainable()
+    base: Any = frozen(axes=KERNEL)
+    s: jax.Array = trainable(decay=False)
     side: str = static(default="out")
 
     def materialize(self) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import Weight, dot, form, frozen, grouped, materialize, static, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, grouped, materialize, static, trainable, wide
 from lowrank.weights.mixture import top
 
 
@@ -19,8 +19,8 @@ class SelectedExperts(Weight):
     `base` `[..., E, in, out]`, `delta` `[..., S, in, out]`: training W itself from W is training a change from 0.
     """
 
-    base: Any = frozen()
-    delta: jax.Array = trainable()
+    base: Any = frozen(axes=KERNEL)
+    delta: jax.Array = trainable(axes=KERNEL)
     rows: jax.Array = frozen()
 
     def materialize(self) -> jax.Array:
@@ -58,8 +58,8 @@ class ExpertUsageProbe(Weight):
     their shares of `per_token` choices (`'token'`).
     """
 
-    base: Any = frozen()
-    tally: jax.Array = trainable()
+    base: Any = frozen(axes=KERNEL)
+    tally: jax.Array = trainable(decay=False)
     mask: jax.Array = frozen()
     per_token: int = static(default=1)
     score: str = static(default="gate")

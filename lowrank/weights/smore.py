@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import dot, form, frozen, static, trainable, wide
+from lowrank.core.weight import KERNEL, dot, form, frozen, static, trainable, wide
 from lowrank.weights.mixture import Routed, top, with_balance_loss
 
 ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "identity": lambda x: x}
@@ -24,7 +24,7 @@ ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "identity": lambda x: x}
 class SMoRE(Routed):
     """`x @ W + scale * x_L @ up`; in every tuple the leaves' level comes first."""
 
-    base: Any = frozen()
+    base: Any = frozen(axes=KERNEL)
     narrow: jax.Array = trainable()  # [..., in, g]: the token as routers see it
     hidden: tuple[jax.Array, ...] = trainable()  # [..., g * (L - l), g]: the first layer of the queries
     queries: tuple[jax.Array, ...] = trainable()  # [..., g, g]: the second

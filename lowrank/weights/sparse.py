@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import Weight, form, frozen, materialize, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, form, frozen, materialize, trainable, wide
 
 
 @form
 class Sparse(Weight):
     """`base` `[..., in, out]`; `values` `[..., k]` are added at the places `indices` `[..., k]` of `in * out`."""
 
-    base: Any = frozen()
+    base: Any = frozen(axes=KERNEL)
     indices: jax.Array = frozen()  # int32, row-major and distinct
     values: jax.Array = trainable()
 

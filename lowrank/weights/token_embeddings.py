@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core import weight
-from lowrank.core.weight import Weight, form, frozen, materialize, trainable
+from lowrank.core.weight import KERNEL, Weight, form, frozen, materialize, trainable
 
 
 @form
 class TrainableTokens(Weight):
     """`base` `[..., V, D]` with the rows `ids` `[..., n]` replaced by `rows` `[..., n, D]`."""
 
-    base: Any = frozen()
+    base: Any = frozen(axes=KERNEL)
     ids: jax.Array = frozen()  # int32, distinct
-    rows: jax.Array = trainable()
+    rows: jax.Array = trainable(decay=False)
 
     def materialize(self) -> jax.Array:
         """The whole table; what a tied head multiplies by."""

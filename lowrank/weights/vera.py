@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, materialize, trainable, wide
 
 
 @form
@@ -20,9 +20,9 @@ class VeRA(Weight):
     A and B are None until `bound` hands them over.
     """
 
-    base: Any = frozen()
-    lambda_d: jax.Array = trainable()
-    lambda_b: jax.Array = trainable()
+    base: Any = frozen(axes=KERNEL)
+    lambda_d: jax.Array = trainable(decay=False)
+    lambda_b: jax.Array = trainable(decay=False)
     a: jax.Array | None = frozen(default=None)
     b: jax.Array | None = frozen(default=None)
 

@@ -14,24 +14,15 @@ L, D, F, V = 3, 8, 16, 24
 SHAPES = {
     "embed/embedding": ((V, D), P("tensor", "fsdp")),
     "layers/attn/q/kernel": ((L, D, D), P(None, "fsdp", "tensor")),
-    "layers/attn/qkv/kernel/base": ((L, D, 3 * D), P(None, "fsdp", "tensor")),
-    "layers/attn/v/kernel/base/base/codes": ((L, D, D), P(None, "fsdp", "tensor")),
-    "layers/attn/v/kernel/a": ((L, D, 5), P(None, "fsdp", None)),
-    "layers/attn/v/kernel/b": ((L, 5, D), P(None, None, "tensor")),
-    "layers/attn/v/kernel/base/a": ((L, D, 5), P(None, "fsdp", None)),
-    "layers/attn/v/kernel/scale": ((L,), P()),
-    "layers/attn/v/kernel/base/scale": ((L, 4, D), P(None, "fsdp", "tensor")),
-    "layers/attn/v/kernel/magnitude": ((L, D), P()),
+    "layers/attn/qkv/kernel": ((L, D, 3 * D), P(None, "fsdp", "tensor")),
     "layers/attn/o/kernel": ((L, D, D), P(None, "tensor", "fsdp")),
     "layers/attn/o/bias": ((L, D), P()),
     "layers/attn_norm/scale": ((L, D), P()),
-    "layers/mlp/up/kernel/base": ((L, D, F), P(None, "fsdp", "tensor")),
-    "layers/mlp/down/kernel/a": ((L, F, 5), P(None, "tensor", None)),
-    "layers/mlp/down/kernel/s": ((L, F), P()),
-    "top/mlp/down/kernel/b": ((L, 5, D), P(None, None, "fsdp")),
+    "layers/mlp/experts/up/kernel": ((L, 4, D, F), P(None, None, "fsdp", "tensor")),
+    "layers/mlp/router/kernel": ((L, D, 4), P()),
+    "top/mlp/down/kernel": ((L, F, D), P(None, "tensor", "fsdp")),
     "norm/scale": ((D,), P()),
     "head/kernel": ((D, V), P("fsdp", "tensor")),
-    "head/kernel/base": ((D, V), P("fsdp", "tensor")),
     "head/dense/kernel": ((D, D), P()),
     "pooler/kernel": ((D, D), P()),
     "prompt/embedding": ((4, D), P()),
@@ -42,7 +33,7 @@ def _leaves(shapes):
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
 
 
-def test_every_leaf_gets_the_spec_of_its_kind_at_any_depth():
+def test_every_plain_leaf_gets_the_spec_of_its_name():
     mesh = sharding.make_mesh(2, 2, 2)
     got = sharding.shardings(_leaves({k: shape for k, (shape, _) in SHAPES.items()}), mesh)
     assert {name: s.spec for name, s in got.items() if s.spec != SHAPES[name][1] and any(s.spec)} == {}
@@ -97,18 +88,18 @@ def test_a_global_batch_is_split_over_data_and_fsdp():
     "config",
     [
         OptimConfig(),
-        OptimConfig(weight_decay=0.1, lr_ratios=((".*/a", 2.0),)),
+        OptimConfig(weight_decay=0.1, lr_ratios=((".*/kernel", 2.0),)),
         OptimConfig(name="adafactor", args={"min_dim_size_to_factor": 4}),
     ],
 )
 def test_the_optimizer_state_follows_its_parameters(config):
     mesh = sharding.make_mesh(1, 4, 2)
-    shapes = _leaves({"layers/attn/q/kernel/a": (L, 8, 4), "norm/scale": (D,)}) | {"frozen": None}
+    shapes = _leaves({"layers/attn/q/kernel": (L, 8, 4), "norm/scale": (D,)}) | {"frozen": None}
     where = sharding.shardings(shapes, mesh)
     trained = jax.tree.map(lambda x, s: jax.device_put(jnp.ones(x.shape), s), shapes, where)
     optimizer = optim.build_optimizer(config, 10, trained)
     state = jax.eval_shape(optimizer.init, trained)
     got = sharding.optimizer_shardings(optimizer, state, trained, mesh)
     pairs = list(zip(jax.tree.leaves(state), jax.tree.leaves(got), strict=True))
-    assert all(s.spec == P(None, "fsdp", None) for x, s in pairs if x.shape == (L, 8, 4))
+    assert all(s.spec == P(None, "fsdp", "tensor") for x, s in pairs if x.shape == (L, 8, 4))
     assert all(not any(s.spec) for x, s in pairs if x.shape != (L, 8, 4))

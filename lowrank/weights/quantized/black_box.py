@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import Weight, form, frozen, static
+from lowrank.core.weight import KERNEL, Weight, form, frozen, static
 from lowrank.kernels import rounded
 
 Quantise = Callable[[jax.Array], tuple[Any, Callable[[Any], jax.Array]]]
@@ -22,7 +22,7 @@ Quantise = Callable[[jax.Array], tuple[Any, Callable[[Any], jax.Array]]]
 class BlackBox(Weight):
     """`state` is the quantiser's arrays, `unit` the `(in, out)` of one kernel."""
 
-    state: Any = frozen()
+    state: Any = frozen(axes=KERNEL)
     decode: Callable[[Any], jax.Array] = static()
     unit: tuple[int, int] = static()
     axes: int = static()  # of the first array of one kernel's state

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.core.weight import form, frozen, static, wide
+from lowrank.core.weight import KERNEL, form, frozen, static, wide
 from lowrank.weights.quantized.base import Quantized
 from lowrank.weights.quantized.double_quantization import QuantizedScale, double_quantize
 from lowrank.weights.quantized.lookup_tables import TABLES, bits_of, edges, looked_up, nearest
@@ -30,9 +30,9 @@ class Codebook(Quantized):
     A calibrated one has a `shift` like the scale, what its table's zero stands for.
     """
 
-    codes: jax.Array = frozen()
-    scale: Any = frozen()
-    shift: Any = frozen(default=None)
+    codes: jax.Array = frozen(axes=KERNEL)
+    scale: Any = frozen(axes=KERNEL)
+    shift: Any = frozen(axes=KERNEL, default=None)
     table: str = static()
     block: int = static()
     rows: int = static()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.core.weight import form, frozen
+from lowrank.core.weight import KERNEL, form, frozen
 from lowrank.weights.quantized.lookup_tables import edges, looked_up
 
 SECOND_BLOCK = 256
@@ -49,7 +49,7 @@ class QuantizedScale:
     Blocks of 256 run along the magnitudes of one output, then of the next: `second` is `[..., ceil(n * out / 256)]`.
     """
 
-    codes: jax.Array = frozen()
+    codes: jax.Array = frozen(axes=KERNEL)
     second: jax.Array = frozen()
     offset: jax.Array = frozen()
 

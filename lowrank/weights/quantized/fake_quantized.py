@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import Weight, form, static, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, form, static, trainable, wide
 from lowrank.kernels.rounded import dot
 from lowrank.weights.quantized.base import Quantized
 from lowrank.weights.quantized.schemes import SCHEMES
@@ -22,7 +22,7 @@ class FakeQuantized(Weight):
     With `activations` bits the inputs are rounded too, by each token's largest magnitude.
     """
 
-    latent: jax.Array = trainable()
+    latent: jax.Array = trainable(axes=KERNEL)
     scheme: str = static()
     options: tuple[tuple[str, Any], ...] = static(default=())
     dtype_name: str = static(default="float32")

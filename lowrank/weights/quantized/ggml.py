@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.core.weight import form, frozen, static, wide
+from lowrank.core.weight import KERNEL, form, frozen, static, wide
 from lowrank.weights.quantized.base import Quantized
 from lowrank.weights.quantized.packing import unpack
 
@@ -27,12 +27,12 @@ class GGML(Quantized):
     each `block` rows, `sub` and `low_sub` 8-bit integers one for each `part`.
     """
 
-    codes: jax.Array = frozen()
-    scale: jax.Array = frozen()
-    high: jax.Array | None = frozen(default=None)
-    sub: jax.Array | None = frozen(default=None)
-    low: jax.Array | None = frozen(default=None)
-    low_sub: jax.Array | None = frozen(default=None)
+    codes: jax.Array = frozen(axes=KERNEL)
+    scale: jax.Array = frozen(axes=KERNEL)
+    high: jax.Array | None = frozen(axes=KERNEL, default=None)
+    sub: jax.Array | None = frozen(axes=KERNEL, default=None)
+    low: jax.Array | None = frozen(axes=KERNEL, default=None)
+    low_sub: jax.Array | None = frozen(axes=KERNEL, default=None)
     format: str = static()
     rows: int = static()
     dtype_name: str = static()

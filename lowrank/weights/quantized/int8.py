@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError, unknown
-from lowrank.core.weight import dot, form, frozen, static, wide
+from lowrank.core.weight import KERNEL, dot, form, frozen, static, wide
 from lowrank.weights.quantized.base import Quantized
 from lowrank.weights.quantized.packing import per_unit
 
@@ -19,8 +19,8 @@ FLOATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 class PerChannel(Quantized):
     """`W = codes * scale`: `codes` int8 or an 8-bit float `[..., in, out]`, `scale` `[..., 1, out]`."""
 
-    codes: jax.Array = frozen()
-    scale: jax.Array = frozen()
+    codes: jax.Array = frozen(axes=KERNEL)
+    scale: jax.Array = frozen(axes=KERNEL)
     rows: int = static()
     dtype_name: str = static()
 
@@ -53,7 +53,7 @@ class WithOutliers(PerChannel):
     the weights, so that every step multiplies by the same kernel.
     """
 
-    outliers: jax.Array = frozen()
+    outliers: jax.Array = frozen(axes=KERNEL)
     index: jax.Array = frozen()
 
     def materialize(self) -> jax.Array:

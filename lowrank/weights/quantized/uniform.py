@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import form, frozen, static, wide
+from lowrank.core.weight import KERNEL, form, frozen, static, wide
 from lowrank.weights.quantized import base
 from lowrank.weights.quantized.base import Quantized, sliced
 from lowrank.weights.quantized.packing import blocks, pack, per_unit, unpack, whole_block
@@ -28,9 +28,9 @@ class Uniform(Quantized):
     Without a `zero` the middle code, `2 ** (bits - 1)`, means 0.
     """
 
-    codes: jax.Array = frozen()
-    scale: jax.Array = frozen()
-    zero: jax.Array | None = frozen(default=None)
+    codes: jax.Array = frozen(axes=KERNEL)
+    scale: jax.Array = frozen(axes=KERNEL)
+    zero: jax.Array | None = frozen(axes=KERNEL, default=None)
     bits: int = static()
     block: int = static()
     rows: int = static()
