@@ -18,8 +18,8 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 # Nine methods to start from, each a row of the study, and the reason to take it.
 FIRST_CHOICES = {
     "lora": "The default: it merges into the base, every tool reads it, and it works on quantized bases.",
-    "dora": "LoRA falls short at a low rank, and a slower step is acceptable.",
-    "rslora": "The rank is above 32, where LoRA's scale would let the update vanish.",
+    "dora": "LoRA falls short at a low rank: magnitude and direction are learned apart.",
+    "rslora": "The rank is large: the scale falls with its square root, and the update does not vanish.",
     "pissa": "The run is short: the adapter starts from the kernels' largest singular vectors.",
     "vera": "Many adapters are kept or sent: each one is a few vectors per kernel.",
     "ia3": "There are few examples and little memory: one vector per kernel is trained.",
