@@ -108,7 +108,7 @@ def test_the_adapter_of_an_8b_model_takes_a_sixteenth_on_each_of_16_chips():
     for name, (n_in, n_out) in sizes.items():
         room, part = name.split("/")
         shape = jax.ShapeDtypeStruct((layers, n_in, n_out), jnp.bfloat16)
-        method = methods.build({"name": "lora", "rank": rank, "target": ".*"})
+        method = methods.build_method({"name": "lora", "rank": rank, "target": ".*"})
         base = {"layers": {room: {part: {"kernel": shape}}}}
         params = jax.eval_shape(lambda p, m=method: methods.attach(m, p, jax.random.key(0)), base)
         w = params["layers"][room][part]["kernel"]
