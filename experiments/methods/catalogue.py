@@ -1,7 +1,11 @@
-"""What each row of the study is: family, what it trains, whether it merges, how many parameters on SmolLM2-135M."""
+"""Each row's family, summary and trained parameters on SmolLM2-135M, and whether it merges.
+
+`python -m experiments.methods.catalogue` writes `results/catalogue.json`.
+"""
 
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,12 +13,13 @@ import jax
 from experiments.methods.rows import ROWS
 from experiments.study.study import Row
 from lowrank import methods, pretrained
-from lowrank.core import parameter_summary, tree, weight
+from lowrank.core import files, parameter_summary, tree, weight
 from lowrank.core.errors import UserError
 from lowrank.core.typing import PyTree
 
 Items = tuple[tuple[str, Any], ...]
 MODEL = "smollm2-135m"
+RESULTS = Path(__file__).parent / "results" / "catalogue.json"
 
 
 @functools.cache
@@ -69,3 +74,7 @@ def merges(method: methods.Method, adapted: PyTree, plain: PyTree) -> bool:
     names = {name.replace("top/", "layers/") for name in tree.names(merged) if not name.startswith(methods.SHARED)}
     own = set(tree.names(plain))
     return own <= names and all(name.endswith("/bias") for name in names - own)
+
+
+if __name__ == "__main__":
+    files.write_json(RESULTS, catalogue())
