@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> None:
         group = {"name": name, **config_schema.parse(options)}
         about = {"source": _DATA.value, "split": _SPLIT.value, "template": _TEMPLATE.value, "seq_len": _LENGTH.value}
         text = data.DataConfig(**about) if _DATA.value else None
-        print(quantization.write(_MODEL.value, group, _OUT.value, dtype=_DTYPE.value, text=text, rows=_ROWS.value))
+        model, out, options = _MODEL.value, _OUT.value, {"dtype": _DTYPE.value, "rows": _ROWS.value}
+        print(quantization.write_quantized(model, group, out, text=text, **options))
     except UserError as e:
         command.fail(e)
 

@@ -41,8 +41,8 @@ def plan(name: str, method: Mapping[str, Any], quantized: Any = None, **options:
     base = jax.eval_shape(lambda: network.init(jax.random.key(0), tokens))["params"]
     base = cast(base, "bfloat16")
     if quantized:
-        base = quantize_config.shapes(
-            quantize_config.build(quantized), base, lambda _: False, lambda _: (), lambda _: iter(())
+        base = quantize_config.quantized_shapes(
+            quantize_config.build_quantizer(quantized), base, lambda _: False, lambda _: (), lambda _: iter(())
         )
     shapes = jax.eval_shape(lambda params: methods.attach(found, params, jax.random.key(0)), base)
     return Run(

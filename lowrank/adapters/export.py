@@ -15,8 +15,9 @@ from lowrank.core import tree
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import Weight, is_stored, is_weight, materialize
-from lowrank.pretrained import Pretrained, quantized_checkpoint
+from lowrank.pretrained import Pretrained
 from lowrank.pretrained.load import PARAM_DTYPES
+from lowrank.pretrained.quantize_config import build_rounding
 
 Rounding = Callable[[np.ndarray], np.ndarray]
 CODES = ("dequantize", "requantize")  # a merged kernel on codes: their values and the update, or codes of that again
@@ -75,7 +76,7 @@ def check_codes(codes: str) -> str:
 def _requantised(base: Pretrained) -> Rounding:
     if not base.quantized:
         raise UserError(f"{base.name} was not quantised as it was read: there is no scheme to quantise the merge by")
-    again = quantized_checkpoint.rounding({k: v for k, v in base.quantized.items() if k != "param_dtype"})
+    again = build_rounding({k: v for k, v in base.quantized.items() if k != "param_dtype"})
     return lambda kernel: np.asarray(again.form(jnp.asarray(kernel, jnp.float32), "float32").materialize())
 
 

@@ -64,8 +64,8 @@ def export(
     leaves = dict(tree.named_leaves(params, is_stored if scheme else None))
     tensors = _checked(leaves, base)
     if scheme:
-        config["quantization_config"] = quantized_checkpoint.about(scheme, leaves)
-        tensors, leaves = quantized_checkpoint.expanded(tensors, leaves)
+        config["quantization_config"] = quantized_checkpoint.quantization_config(scheme, leaves)
+        tensors, leaves = quantized_checkpoint.expand_forms(tensors, leaves)
     shards = _shards(tensors, leaves, jax.numpy.dtype(dtype).itemsize, shard_bytes)
     if jax.process_index():
         for shard in shards:

@@ -7,7 +7,7 @@ Mixtral's names differ too: its published checkpoints call the layer `block_spar
 import re
 from collections.abc import Iterable, Mapping
 
-from lowrank.pretrained.tensor_reader import Stored, matrix
+from lowrank.pretrained.tensor_reader import StoredTensor, slice_flat_rows
 
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _NAME = re.compile(rf"(.*\.experts)\.({'|'.join(FUSED)})")
@@ -19,7 +19,7 @@ _MIXTRAL = (
 )
 
 
-def separated(stored: Mapping[str, Stored], wanted: Iterable[str]) -> dict[str, Stored]:
+def split_fused_experts(stored: Mapping[str, StoredTensor], wanted: Iterable[str]) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint, those of fused experts one by one under the names that are `wanted`."""
     if not any(_NAME.fullmatch(name) for name in stored):
         return dict(stored)
@@ -33,14 +33,14 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _parts(name: str, tensor: Stored) -> dict[str, Stored]:
+def _parts(name: str, tensor: StoredTensor) -> dict[str, StoredTensor]:
     found = _NAME.fullmatch(name)
     if not found or tensor.flat is None:
         return {name: tensor}
     parts = FUSED[found[2]]
     experts, rows = tensor.shape[0], tensor.shape[1] // len(parts)
     return {
-        f"{found[1]}.{e}.{part}.weight": matrix(tensor, (e * len(parts) + i) * rows, rows)
+        f"{found[1]}.{e}.{part}.weight": slice_flat_rows(tensor, (e * len(parts) + i) * rows, rows)
         for e in range(experts)
         for i, part in enumerate(parts)
     }

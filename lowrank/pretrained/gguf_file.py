@@ -1,4 +1,4 @@
-"""A GGUF file: its metadata, and its tensors as `Stored` ones, dequantised a few rows at a time.
+"""A GGUF file: its metadata, and its tensors as `StoredTensor` ones, dequantized a few rows at a time.
 
 The `gguf` package knows the block formats; its reader is not used because it keeps one array object for each token
 of the vocabulary (seconds, and hundreds of megabytes). The format: a header, key-value pairs, the tensors' table,
@@ -18,7 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantiz
 from gguf.constants import GGUFValueType as Kind
 
 from lowrank.core.errors import UserError
-from lowrank.pretrained.tensor_reader import Stored, read_array
+from lowrank.pretrained.tensor_reader import StoredTensor, read_array
 
 SCALARS = {
     Kind.UINT8: "B",
@@ -42,7 +42,7 @@ class GGUF:
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
 
     def get(self, key: str, default: Any = None) -> Any:
         """`metadata[key]`; without a default, raises UserError when it is not there."""
@@ -118,7 +118,7 @@ def _table_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, kind, offset
 
 
-def _stored(path: Path, size: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Stored:
+def _stored(path: Path, size: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> StoredTensor:
     kind = GGMLQuantizationType(kind)
     per_block, block_bytes = GGML_QUANT_SIZES[kind]
     row = shape[-1] if shape else 1
@@ -128,7 +128,7 @@ def _stored(path: Path, size: int, name: str, shape: tuple[int, ...], kind: int,
     row_bytes = row // per_block * block_bytes
     read = functools.partial(_read, path, offset, kind, shape, row_bytes)
     blocks = functools.partial(_blocks, path, offset, row_bytes) if len(shape) == 2 else None
-    return Stored(shape, kind.name, read, readable=_readable(kind, block_bytes), blocks=blocks)
+    return StoredTensor(shape, kind.name, read, readable=_readable(kind, block_bytes), blocks=blocks)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from lowrank.core.errors import UserError, unknown
 from lowrank.pretrained import gguf_tokenizer, hf_files
 from lowrank.pretrained.families import FAMILIES
 from lowrank.pretrained.gguf_file import GGUF, open_gguf
-from lowrank.pretrained.tensor_reader import Stored, grouped, shifted
+from lowrank.pretrained.tensor_reader import StoredTensor, add_constant, deinterleave_heads
 from lowrank.pretrained.tokenizer import Tokenizer
 
 LLAMA_LIKE = {
@@ -55,13 +55,13 @@ class GGUFSource:
         if self.arch not in MODEL_TYPES:
             raise unknown("GGUF architecture", self.arch, MODEL_TYPES)
         stated = _hf_config(self.file, self.arch)
-        self.hf_config = stated | FAMILIES[stated["model_type"]].hf_config(hf_files.config_of(self.where, stated))
+        self.hf_config = stated | FAMILIES[stated["model_type"]].hf_config(hf_files.parse_config(self.where, stated))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer rebuilt from the file's vocabulary and merges or scores."""
-        return gguf_tokenizer.build(self.file)
+        return gguf_tokenizer.build_tokenizer(self.file)
 
-    def tensors(self, wanted: list[str]) -> dict[str, Stored]:
+    def tensors(self, wanted: list[str]) -> dict[str, StoredTensor]:
         """All tensors; those that are `wanted` under their Hugging Face names, the rest under their own."""
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
         names = gguf.get_tensor_name_map(arch, self.file.get(f"{self.arch}.block_count"))
@@ -74,12 +74,12 @@ class GGUFSource:
                 found[name] = self._restored(theirs, stored.pop(theirs))
         return found | stored
 
-    def _restored(self, name: str, tensor: Stored) -> Stored:
+    def _restored(self, name: str, tensor: StoredTensor) -> StoredTensor:
         part = name.split(".")[-2]
         if self.arch == "llama" and part in ("attn_q", "attn_k"):
-            return grouped(tensor, self.hf_config["head_dim"])
+            return deinterleave_heads(tensor, self.hf_config["head_dim"])
         if self.arch.startswith("gemma") and part.endswith("norm"):
-            return shifted(tensor, -1.0)
+            return add_constant(tensor, -1.0)
         if self.arch == "gpt2" and len(tensor.shape) == 2 and name.startswith("blk."):
             return dataclasses.replace(tensor, shape=tensor.shape[::-1], flipped=True)
         return tensor

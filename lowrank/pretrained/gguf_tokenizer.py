@@ -50,7 +50,7 @@ SPLITS = {
 }
 
 
-def build(file: GGUF) -> tokenizer.Tokenizer:
+def build_tokenizer(file: GGUF) -> tokenizer.Tokenizer:
     """The file's tokenizer. Raises UserError for a kind that is not known and for inconsistent metadata."""
     kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = file.get(f"{K}model")

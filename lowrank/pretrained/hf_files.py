@@ -1,4 +1,4 @@
-"""The files of a Hugging Face directory: config.json, and safetensors, whole or in shards, as `Stored` tensors."""
+"""The files of a Hugging Face directory: config.json, and the tensors of its safetensors files."""
 
 import functools
 import json
@@ -13,12 +13,12 @@ import safetensors
 
 from lowrank.core.errors import UserError
 from lowrank.pretrained.families import Config, family_of
-from lowrank.pretrained.tensor_reader import Stored, read_array
+from lowrank.pretrained.tensor_reader import StoredTensor, read_array
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-# What quantised kernels are stored in.
+# What quantized kernels are stored in.
 CODES = {"U8": np.uint8, "I8": np.int8, "I32": np.int32, "F32": np.float32, "BF16": ml_dtypes.bfloat16}
 CODES |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 
@@ -36,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def config_of(where: str, hf_config: Mapping[str, Any]) -> Config:
+def parse_config(where: str, hf_config: Mapping[str, Any]) -> Config:
     """A `config.json` as our config. Raises UserError naming `where` for whatever cannot be used."""
     try:
         return family_of(hf_config).config(hf_config)
@@ -45,7 +45,7 @@ def config_of(where: str, hf_config: Mapping[str, Any]) -> Config:
         raise UserError(f"{where}: {reason}") from None
 
 
-def open_directory(directory: Path) -> dict[str, Stored]:
+def open_directory(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint directory by name; only headers are read.
 
     Raises UserError for a missing, truncated or corrupt file, and for a checkpoint that is only there as a pickle.
@@ -62,8 +62,8 @@ def open_directory(directory: Path) -> dict[str, Stored]:
     return _open_shards(directory, weight_map)
 
 
-def _open_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, Stored]:
-    tensors: dict[str, Stored] = {}
+def _open_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
             raise UserError(f"{directory / INDEX} names {name!r}, which is not a file beside it")
@@ -77,7 +77,7 @@ def _open_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, Store
     return tensors
 
 
-def _open_file(path: Path) -> dict[str, Stored]:
+def _open_file(path: Path) -> dict[str, StoredTensor]:
     try:
         with safetensors.safe_open(path, framework="np"):  # checks that the header is sound and covers the file
             pass
@@ -91,12 +91,12 @@ def _open_file(path: Path) -> dict[str, Stored]:
     return {name: _stored(path, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
 
 
-def _stored(path: Path, start: int, entry: dict[str, Any]) -> Stored:
+def _stored(path: Path, start: int, entry: dict[str, Any]) -> StoredTensor:
     shape = tuple(entry["shape"])
     # Read by hand rather than through the library: pages of its memory map would count as the process's memory.
     read = functools.partial(_read, path, start + entry["data_offsets"][0], entry["dtype"])
     flat = functools.partial(read, (shape[0] * shape[1], shape[2])) if len(shape) == 3 else None
-    return Stored(shape, entry["dtype"], functools.partial(read, shape), entry["dtype"] in DTYPES, flat=flat)
+    return StoredTensor(shape, entry["dtype"], functools.partial(read, shape), entry["dtype"] in DTYPES, flat=flat)
 
 
 def _read(path: Path, offset: int, dtype: str, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Leaves filled from a checkpoint, straight into their sharded layout.
+"""Loading leaves from a checkpoint straight into their sharded layout, without a copy of the model on the host.
 
-One host buffer at a time, of the size of one shard of one leaf, is filled a few megabytes at a time, and the largest
-leaves come first: the model is never in memory twice. A kernel that is to be quantised is read whole, one layer's at a
-time, so that the host holds the codes, and one tensor.
+The host fills one buffer at a time, of the size of one shard of one leaf, a few megabytes at a time, and the largest
+leaves come first. A kernel to be quantized is read whole, one layer at a time: the host then holds its codes and one
+tensor.
 """
 
 import functools
@@ -12,21 +12,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import DTypeLike
 
 from lowrank.core.errors import UserError, nearest
 from lowrank.core.weight import is_weight
 from lowrank.pretrained.hf_tensors import Tensor
-from lowrank.pretrained.quantize_config import Quantization
-from lowrank.pretrained.tensor_reader import Stored, finite
-from lowrank.weights.quantized.base import Quantized
+from lowrank.pretrained.quantize_on_load import LoadQuantizer
+from lowrank.pretrained.tensor_reader import StoredTensor, check_finite
 
 CHUNK_BYTES = 2 << 20
+Index = tuple[tuple[int, int], ...]  # start and stop per axis
 
 
-def check(
-    where: str, tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]
+def check_tensors(
+    where: str, tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]
 ) -> None:
-    """Raises UserError naming the first tensor that is missing, or whose shape is not what its leaf needs."""
+    """Raises UserError naming the first tensor that is missing, or whose shape or dtype does not suit its leaf."""
     used = {name for tensor in tensors for name in tensor.names}
     for tensor in tensors:
         for name in tensor.names:
@@ -42,108 +43,111 @@ def check(
                 raise UserError(f"{where}: tensor {name!r} has shape {stored[name].shape}, the config needs {needed}")
 
 
-def fill(
+def load_leaves(
     tensors: Sequence[Tensor],
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     leaves: Mapping[str, Any],
-    codes: Quantization | None = None,
+    quantizer: LoadQuantizer | None = None,
 ) -> dict[str, Any]:
-    """`{leaf name: array or form}`; `leaves` give each array's shape, dtype and sharding; `codes` makes the forms.
+    """`{leaf name: array or form}`; `leaves` give shapes, dtypes and shardings, and `quantizer` makes the forms.
 
     Raises UserError for a tensor that is not finite.
     """
     by_size = sorted(tensors, key=lambda t: -math.prod(leaves[t.leaf].shape))
     kernels = [math.prod(leaf.shape[-2:]) for leaf in leaves.values() if is_weight(leaf)]
-    room = _aligned([max(kernels, default=0)], np.dtype(np.float32))  # each kernel in turn: its codes are then done
-    return {t.leaf: _filled(t, [stored[name] for name in t.names], leaves[t.leaf], codes, room) for t in by_size}
+    scratch = _aligned([max(kernels, default=0)], np.float32)  # one kernel: its codes exist before the next is read
+
+    def load_leaf(tensor: Tensor) -> Any:
+        parts, leaf = [stored[name] for name in tensor.names], leaves[tensor.leaf]
+        if not is_weight(leaf):
+            return _load_array(tensor, parts, leaf)
+        assert quantizer is not None
+        return _load_form(tensor, parts, leaf, quantizer, scratch)
+
+    return {tensor.leaf: load_leaf(tensor) for tensor in by_size}
 
 
-def _filled(tensor: Tensor, parts: Sequence[Stored], leaf: Any, codes: Quantization | None, room: np.ndarray) -> Any:
-    if is_weight(leaf):
-        return _quantised(tensor, parts, leaf, codes, room)
+def read_kernel(name: str, part: StoredTensor, transpose: bool, shape: Sequence[int]) -> np.ndarray:
+    """One tensor as a kernel `[in, out]` in float32. Raises UserError for a tensor that is not finite."""
+    return _read_into(_aligned(shape, np.float32), name, part, transpose)
+
+
+def _load_array(tensor: Tensor, parts: Sequence[StoredTensor], leaf: jax.ShapeDtypeStruct) -> jax.Array:
     shards = []
-    for index, devices in _holders(leaf).items():
+    for index, devices in _local_shards(leaf).items():
         buffer = _buffer(leaf, index)
-        _read(tensor, parts, index, buffer)
+        _read_shard(tensor, parts, index, buffer)
         shards += jax.block_until_ready([jax.device_put(buffer, device) for device in devices])
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 
-Index = tuple[tuple[int, int], ...]  # start and stop for each axis
+def _load_form(
+    tensor: Tensor, parts: Sequence[StoredTensor], form: Any, quantizer: LoadQuantizer, scratch: np.ndarray
+) -> Any:
+    """The codes of a leaf, one layer after another; a host reads whole tensors and keeps the shards of its devices."""
+    leaves, structure = jax.tree.flatten(form)
+    buffers = [{index: _buffer(leaf, index) for index in _local_shards(leaf)} for leaf in leaves]
+    kernel = scratch[: math.prod(form.shape[-2:])].reshape(form.shape[-2:])
+    for place, name, part in zip(tensor.places, tensor.names, parts, strict=True):
+        read = functools.partial(_read_into, kernel, name, part, tensor.transpose != part.flipped)
+        arrays = jax.tree.leaves(quantizer.quantize_layer(name, part, read, form))
+        for array, shards in zip(arrays, buffers, strict=True):
+            _copy_layer(np.asarray(array), place, shards)
+    return jax.tree.unflatten(structure, map(_put_shards, leaves, buffers))
 
 
-def _holders(leaf: jax.ShapeDtypeStruct) -> dict[Index, list[jax.Device]]:
-    """Each distinct shard of a leaf that this host has devices for, and these."""
-    holders: dict[Index, list[jax.Device]] = {}
+def _local_shards(leaf: Any) -> dict[Index, list[jax.Device]]:
+    """Each distinct shard of a leaf on the devices of this host, and these devices."""
+    shards: dict[Index, list[jax.Device]] = {}
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
         key = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
-        holders.setdefault(key, []).append(device)
-    return holders
+        shards.setdefault(key, []).append(device)
+    return shards
 
 
-def _buffer(leaf: jax.ShapeDtypeStruct, index: Index) -> np.ndarray:
+def _buffer(leaf: Any, index: Index) -> np.ndarray:
     return _aligned([stop - start for start, stop in index], leaf.dtype)
 
 
-def _quantised(
-    tensor: Tensor, parts: Sequence[Stored], form: Quantized, codes: Quantization, room: np.ndarray
-) -> Quantized:
-    """The codes of a leaf, one layer after another; a host reads whole tensors, and keeps its own shards of them."""
-    leaves, structure = jax.tree.flatten(form)
-    buffers = [{index: _buffer(leaf, index) for index in _holders(leaf)} for leaf in leaves]
-    kernel = room[: math.prod(form.shape[-2:])].reshape(form.shape[-2:])
-    for place, name, part in zip(tensor.places, tensor.names, parts, strict=True):
-        one = functools.partial(_read_whole, name, part, tensor.transpose != part.flipped, kernel)
-        made = jax.tree.leaves(codes.layer(name, part, one, form))
-        for array, pieces in zip(made, buffers, strict=True):
-            _keep(np.asarray(array), place, pieces)
-    return structure.unflatten(_placed(leaf, pieces) for leaf, pieces in zip(leaves, buffers, strict=True))
-
-
-def whole(name: str, part: Stored, transpose: bool, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor as a kernel `[in, out]` in float32."""
-    return _read_whole(name, part, transpose, _aligned(shape, np.dtype(np.float32)))
-
-
-def _read_whole(name: str, part: Stored, transpose: bool, out: np.ndarray) -> np.ndarray:
-    _read_one(name, part, transpose, tuple((0, size) for size in out.shape), out)
-    return out
-
-
-def _keep(array: np.ndarray, place: tuple[int, ...], buffers: Mapping[Index, np.ndarray]) -> None:
-    """Copies each shard's part of one layer's array into its buffer; `place` is where in the stack the layer is."""
-    for index, buffer in buffers.items():
-        outer, inner = index[: len(place)], tuple(slice(*pair) for pair in index[len(place) :])
-        if all(start <= i < stop for i, (start, stop) in zip(place, outer, strict=True)):
-            buffer[tuple(i - start for i, (start, _) in zip(place, outer, strict=True))] = array[inner]
-
-
-def _placed(leaf: jax.ShapeDtypeStruct, buffers: Mapping[Index, np.ndarray]) -> jax.Array:
-    holders = _holders(leaf)
-    arrays = [jax.device_put(buffer, device) for index, buffer in buffers.items() for device in holders[index]]
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, jax.block_until_ready(arrays))
-
-
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An empty array that starts at a multiple of 64 bytes: a CPU device then takes it over without a copy."""
+def _aligned(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
+    """An empty array that starts at a multiple of 64 bytes: a CPU device then uses it without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _read(tensor: Tensor, parts: Sequence[Stored], index: tuple, out: np.ndarray) -> None:
-    """Fills `out` with the part of the leaf that `index`, a (start, stop) for each axis, selects."""
+def _copy_layer(array: np.ndarray, place: tuple[int, ...], buffers: Mapping[Index, np.ndarray]) -> None:
+    """Copies each shard's part of one layer's array into its buffer; `place` is the layer's index in the stack."""
+    for index, buffer in buffers.items():
+        outer, inner = index[: len(place)], tuple(slice(*pair) for pair in index[len(place) :])
+        if all(start <= i < stop for i, (start, stop) in zip(place, outer, strict=True)):
+            buffer[tuple(i - start for i, (start, _) in zip(place, outer, strict=True))] = array[inner]
+
+
+def _put_shards(leaf: Any, buffers: Mapping[Index, np.ndarray]) -> jax.Array:
+    devices = _local_shards(leaf)
+    arrays = [jax.device_put(buffer, device) for index, buffer in buffers.items() for device in devices[index]]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, jax.block_until_ready(arrays))
+
+
+def _read_shard(tensor: Tensor, parts: Sequence[StoredTensor], index: Index, out: np.ndarray) -> None:
+    """Fills `out` with the part of the leaf that `index` selects."""
     depth = len(tensor.stack)
     for place, name, part in zip(tensor.places, tensor.names, parts, strict=True):
         if all(start <= i < stop for i, (start, stop) in zip(place, index, strict=False)):
             here = tuple(i - start for i, (start, _) in zip(place, index, strict=False))
-            _read_one(name, part, tensor.transpose != part.flipped, index[depth:], out[(*here, ...)])
+            _read_part(name, part, tensor.transpose != part.flipped, index[depth:], out[(*here, ...)])
 
 
-def _read_one(name: str, part: Stored, transpose: bool, index: tuple, out: np.ndarray) -> None:
+def _read_into(out: np.ndarray, name: str, part: StoredTensor, transpose: bool) -> np.ndarray:
+    _read_part(name, part, transpose, tuple((0, size) for size in out.shape), out)
+    return out
+
+
+def _read_part(name: str, part: StoredTensor, transpose: bool, index: Index, out: np.ndarray) -> None:
     if not index:
-        out[...] = finite(name, part.read(0, 1))[0]
+        out[...] = check_finite(name, part.read(0, 1))[0]
         return
     if transpose:
         index, out = index[::-1], out.T
@@ -152,4 +156,4 @@ def _read_one(name: str, part: Stored, transpose: bool, index: tuple, out: np.nd
     step = max(1, CHUNK_BYTES // (4 * math.prod(shape[1:])))
     for start in range(first, last, step):
         stop = min(start + step, last)
-        out[start - first : stop - first] = finite(name, part.read(start, stop)[:, *rest])
+        out[start - first : stop - first] = check_finite(name, part.read(start, stop)[:, *rest])

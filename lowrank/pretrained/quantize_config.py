@@ -1,93 +1,125 @@
-"""The `model.quantize` group of a config: which kernels become codes as a checkpoint is read, and by which scheme."""
+"""The `model.quantize` group of a config: which kernels are quantized as a checkpoint is read, and by which scheme."""
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from lowrank.core import config_schema, tree
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
-from lowrank.pretrained import quantized_checkpoint
-from lowrank.pretrained.mixed_bits import MixedBits
-from lowrank.pretrained.quantize_on_load import TARGET, Quantization, Reader, StoredAs
-from lowrank.pretrained.tensor_reader import Stored
-from lowrank.weights.quantized import ggml
-from lowrank.weights.quantized.base import Quantized
-from lowrank.weights.quantized.schemes import SCHEMES, group_of, jit_quantizer
+from lowrank.pretrained.quantize_on_load import (
+    DEFAULT_TARGET,
+    GGUFBlocks,
+    KernelSources,
+    LoadQuantizer,
+    MixedBits,
+    StoredParts,
+)
+from lowrank.weights.quantized import input_scaled
+from lowrank.weights.quantized.schemes import SCHEMES, Quantizer, group_of, integer, jit_quantizer
 
-OWN = "gguf"  # in place of a scheme: the blocks that the file has
-
-
-class OwnBlocks(Quantization):
-    """The blocks of a GGUF file, as they are. All layers of a leaf must have the same."""
-
-    def shape(self, name: str, leaf: Any, parts: Sequence[Stored]) -> Quantized:
-        """As for all; raises UserError for a leaf that the file does not keep in blocks of one known format."""
-        formats = sorted({part.dtype for part in parts})
-        if not parts or not all(part.blocks for part in parts) or not set(formats) <= ggml.FORMATS.keys():
-            found = f"in {' and '.join(formats)}" if parts else "in no GGUF file"
-            known = ", ".join(ggml.FORMATS)
-            raise UserError(f"{name} is {found}, and model.quantize=gguf keeps {known}: leave it out of the target")
-        if len(formats) > 1:
-            raise UserError(f"{name} has layers in {' and '.join(formats)}: leave it out of model.quantize.target")
-        f = ggml.FORMATS[formats[0]]
-        size = (*leaf.shape[:-2], leaf.shape[-1], leaf.shape[-2] // f.block * f.bytes)
-        raw = jax.ShapeDtypeStruct(size, "uint8")
-        return jax.eval_shape(lambda b: ggml.from_bytes(b, formats[0], leaf.dtype.name), raw)
-
-    def layer(self, name: str, part: Stored, read: Callable[[], np.ndarray], like: Quantized) -> Quantized:
-        """The blocks of one tensor, whose rows are the kernel's outputs. Raises UserError if they are not finite."""
-        del read
-        form = _from_bytes(part.blocks(0, like.shape[-1]), like.format, like.dtype_name)
-        for field in (form.scale, form.low):
-            if field is not None and not np.isfinite(np.asarray(field)).all():
-                raise UserError(f"tensor {name!r} holds NaN or infinite values")
-        return form
+GGUF_BLOCKS = "gguf"  # the name that stands for the blocks of the file
 
 
-_from_bytes = jax.jit(ggml.from_bytes, static_argnums=(1, 2))
+def _gptq(
+    bits: int = 4, block: int = 64, symmetric: bool = True, act_order: bool = False, damping: float = 0.01
+) -> Quantizer:
+    if damping <= 0:
+        raise UserError(f"quantize.damping must be above 0, not {damping}")
+    del act_order
+    return integer(bits, block, symmetric)
 
 
-def shapes(codes: Quantization, params: PyTree, new: Callable[[str], bool], stored: StoredAs, read: Reader) -> PyTree:
-    """Shapes of parameters, with forms where kernels are quantised; `new` leaves are in no checkpoint and stay.
+def _awq(bits: int = 4, block: int = 64, symmetric: bool = False, grid: int = 20) -> Quantizer:
+    if grid < 1:
+        raise UserError(f"quantize.grid must be at least 1, not {grid}")
+    quantize = integer(bits, block, symmetric)
+    return lambda w: input_scaled.scale_inputs(w, jnp.ones(w.shape[:-1]), quantize)
 
-    `stored` gives what each leaf is read from, `read` its kernels. Raises UserError for a target that matches none.
+
+# The schemes that data calibrate, as plain rounding: it gives their codes' shapes, and the codes of a merged kernel.
+CALIBRATED: dict[str, Callable[..., Quantizer]] = {"gptq": _gptq, "awq": _awq}
+ALL_SCHEMES = {**SCHEMES, **CALIBRATED}
+
+
+def calibration_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a calibrated scheme's group, with the defaults of those that it leaves out."""
+    defaults = {k: p.default for k, p in inspect.signature(CALIBRATED[group["name"]]).parameters.items()}
+    return {name: group.get(name, default) for name, default in defaults.items()}
+
+
+def build_quantizer(given: Mapping[str, Any] | str | None) -> LoadQuantizer | None:
+    """The quantizer of a `model.quantize` group `{"name": "nf4", "target": regex, ...}`; None without a group.
+
+    Raises UserError for an unknown scheme or option, and for a scheme that needs calibration data.
     """
-    hits = tree.matching(codes.target, tree.names(params), "model.quantize target")
-    for name in hits:
-        if not name.endswith("kernel"):
-            raise UserError(f"{name} is no kernel: only kernels [..., in, out] are quantised")
-    found = {name for name in hits if not new(name)}
-    codes = codes.prepared({n: leaf for n, leaf in tree.named_leaves(params) if n in found}, read)
-    form = lambda name, leaf: codes.shape(name, leaf, stored(name))  # noqa: E731
-    return tree.map_named(lambda n, leaf: form(n, leaf) if n in found else leaf, params)
-
-
-def build(given: Mapping[str, Any] | str | None) -> Quantization | None:
-    """The `model.quantize` group `{"name": "nf4", "target": regex, ...}`; None without one. Raises UserError."""
-    options = group_of(given)
-    if not options:
+    group = group_of(given)
+    if not group:
         return None
-    name, target = options.pop("name", None), options.pop("target", TARGET)
-    if name == OWN and not options:
-        return OwnBlocks(target, lambda kernel: kernel)
-    if name in quantized_checkpoint.CALIBRATED:
-        raise UserError(
-            f"{name} needs data: write a base with python -m launch.quantize --scheme={name}, and name that"
-        )
+    name = group.get("name")
+    if name == GGUF_BLOCKS:
+        return _gguf_blocks(group)
+    if name in CALIBRATED:
+        command = f"python -m launch.quantize --scheme={name}"
+        raise UserError(f"{name} needs data: write a base with {command}, and set model.name to its folder")
     if name not in SCHEMES:
-        raise unknown("model.quantize.name", name, [*SCHEMES, OWN])
-    make = config_schema.call(SCHEMES[name], options, "model.quantize")
+        raise unknown("model.quantize.name", str(name), [*SCHEMES, GGUF_BLOCKS])
+    return build_rounding(group, "model.quantize")
+
+
+def _gguf_blocks(group: Mapping[str, Any]) -> GGUFBlocks:
+    for key in group.keys() - {"name", "target"}:
+        raise unknown("config key", f"model.quantize.{key}", ["model.quantize.name", "model.quantize.target"])
+    return GGUFBlocks(group.get("target", DEFAULT_TARGET), lambda kernel: kernel)
+
+
+def build_rounding(
+    given: Mapping[str, Any] | str, where: str = "scheme", high: Mapping[str, int] | None = None
+) -> LoadQuantizer:
+    """The quantizer of any scheme's group; a calibrated scheme becomes plain rounding.
+
+    `high` is the number of 4-bit groups of each leaf, for the scheme "mixed". Raises UserError naming `where`.
+    """
+    options = group_of(given)
+    name, target = options.pop("name", None), options.pop("target", DEFAULT_TARGET)
+    if name not in ALL_SCHEMES:
+        raise unknown(f"quantization scheme in {where}", str(name), ALL_SCHEMES)
+    quantize: Any = config_schema.call(ALL_SCHEMES[name], options, where)
     if name == "mixed":
-        return MixedBits(target, make, make.keywords)
-    return Quantization(target, jit_quantizer(make))
+        return MixedBits(target, quantize, quantize.keywords, high)
+    return LoadQuantizer(target, jit_quantizer(quantize))
 
 
-def refuse_quantised(where: str, hf_config: Mapping[str, Any]) -> None:
-    """Raises UserError for a checkpoint whose tensors another tool has quantised."""
-    about = hf_config.get("quantization_config")
-    if about and not (isinstance(about, Mapping) and about.get("quant_method") == "lowrank"):
-        kind = about.get("quant_method", "an unnamed scheme") if isinstance(about, Mapping) else about
-        raise UserError(f"{where} is quantised by {kind}: name the original checkpoint, and quantise it as it is read")
+def quantized_shapes(
+    quantizer: LoadQuantizer,
+    params: PyTree,
+    is_new: Callable[[str], bool],
+    parts: StoredParts,
+    sources: KernelSources,
+) -> PyTree:
+    """The shapes of parameters, with forms for the kernels that `quantizer` targets.
+
+    Leaves that are new, in no checkpoint, stay plain. Raises UserError for a target that matches no kernel.
+    """
+    matches = tree.matching(quantizer.target, tree.names(params), "model.quantize target")
+    for name in matches:
+        if not name.endswith("kernel"):
+            raise UserError(f"{name} is not a kernel: only kernels [..., in, out] can be quantized, change the target")
+    stored = {name for name in matches if not is_new(name)}
+    quantizer = quantizer.prepare({n: leaf for n, leaf in tree.named_leaves(params) if n in stored}, sources)
+
+    def shape(name: str, leaf: jax.ShapeDtypeStruct) -> Any:
+        return quantizer.leaf_shape(name, leaf, parts(name)) if name in stored else leaf
+
+    return tree.map_named(shape, params)
+
+
+def refuse_other_quantization(where: str, hf_config: Mapping[str, Any]) -> None:
+    """Raises UserError for a checkpoint whose tensors another tool has quantized."""
+    config = hf_config.get("quantization_config")
+    if config and not (isinstance(config, Mapping) and config.get("quant_method") == "lowrank"):
+        tool = config.get("quant_method", "an unnamed scheme") if isinstance(config, Mapping) else config
+        raise UserError(f"{where} is quantized by {tool}: name the original checkpoint, and set model.quantize")

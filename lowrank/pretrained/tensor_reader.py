@@ -1,52 +1,55 @@
-"""Tensors on disk: read a few rows at a time, so that a model is never in memory twice."""
+"""The tensors of a checkpoint on disk, read a few rows at a time, so that the host never holds a whole model."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from lowrank.core.errors import UserError
 
-Rows = Callable[[int, int], np.ndarray]
-EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00}  # all of whose bits are set in what is not finite
+ReadRows = Callable[[int, int], np.ndarray]  # (start, stop) -> those rows
+EXPONENT_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00}  # all of them are set in NaN and in infinities
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor of a checkpoint.
 
-    `read(start, stop)` returns those rows (of axis 0) in a floating-point dtype; `dtype` names what is stored, and
-    only what is `readable` may be read. `flipped`: the file keeps a matrix `[a, b]` where the Hugging Face checkpoint
-    has `[b, a]`. `flat` reads a tensor of three axes as a matrix, the first two axes as one.
+    `read(start, stop)` returns rows (of axis 0) in a floating-point dtype; `dtype` names the stored dtype, and only a
+    `readable` tensor may be read. `flipped`: the file stores a matrix `[a, b]` where the Hugging Face checkpoint has
+    `[b, a]`. `blocks` reads the rows of a GGUF matrix as bytes; `flat` reads a tensor of three axes as a matrix, its
+    first two axes as one.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    read: Rows
+    read: ReadRows
     readable: bool = True
     flipped: bool = False
-    blocks: Rows | None = None
-    flat: Rows | None = None
+    blocks: ReadRows | None = None
+    flat: ReadRows | None = None
 
 
-class Source(Protocol):
-    """A checkpoint that has been found: what it says of itself, and its tensors."""
+class CheckpointSource(Protocol):
+    """A pretrained checkpoint in any format: its config, tokenizer and tensors."""
 
     name: str
     where: str
-    hf_config: dict
+    hf_config: dict[str, Any]
 
-    def tokenizer(self) -> object:
-        """The tokenizer that came with it."""
+    def tokenizer(self) -> Any:
+        """The tokenizer of the checkpoint, a `pretrained.Tokenizer`."""
 
-    def tensors(self, wanted: list[str]) -> dict[str, Stored]:
-        """All its tensors, under their Hugging Face names where they are `wanted`."""
+    def tensors(self, wanted: Sequence[str]) -> dict[str, StoredTensor]:
+        """All its tensors, under their Hugging Face names where these are `wanted`."""
+        ...
 
 
-def read_array(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    """An array that starts `offset` bytes into a file. Raises UserError when the file ends before it does."""
+def read_array(path: Path, dtype: DTypeLike, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    """An array that starts `offset` bytes into a file. Raises UserError when the file ends too early."""
     count = int(np.prod(shape, dtype=np.int64))
     array = np.fromfile(path, dtype, count, offset=offset)
     if array.size != count:
@@ -54,41 +57,49 @@ def read_array(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...])
     return array.reshape(shape)
 
 
-def finite(name: str, values: np.ndarray) -> np.ndarray:
-    """The values of a tensor. Raises UserError if one is NaN or infinite."""
-    if values.dtype.name in EXPONENT:  # by their bits: NumPy takes seven times as long to look at 16-bit floats
-        mask = np.uint16(EXPONENT[values.dtype.name])
+def check_finite(name: str, values: np.ndarray) -> np.ndarray:
+    """The values of the tensor `name`. Raises UserError if one of them is NaN or infinite."""
+    if values.dtype.name in EXPONENT_BITS:  # NumPy's isfinite takes seven times as long for 16-bit floats
+        mask = np.uint16(EXPONENT_BITS[values.dtype.name])
         bad = bool(((values.view(np.uint16) & mask) == mask).any())
     else:
         bad = not np.isfinite(values).all()
     if bad:
-        raise UserError(f"tensor {name!r} holds NaN or infinite values")
+        raise UserError(f"tensor {name!r} holds NaN or infinite values: the checkpoint is broken")
     return values
 
 
-def grouped(tensor: Stored, group: int) -> Stored:
-    """Undoes how llama.cpp reorders the rows of q and k: in each head of `group` rows it interleaves the halves."""
+def deinterleave_heads(tensor: StoredTensor, head_dim: int) -> StoredTensor:
+    """Undoes llama.cpp's order of the rows of q and k, which interleaves the halves of each head of `head_dim` rows."""
 
-    def restored(of: Rows) -> Rows:
+    def reordered(read_rows: ReadRows) -> ReadRows:
         def read(start: int, stop: int) -> np.ndarray:
-            low, high = start // group * group, -(-stop // group) * group
-            rows = of(low, high)
-            halves = rows.reshape(-1, group // 2, 2, *rows.shape[1:])
+            low, high = start // head_dim * head_dim, -(-stop // head_dim) * head_dim
+            rows = read_rows(low, high)
+            halves = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
             return halves.swapaxes(1, 2).reshape(rows.shape)[start - low : stop - low]
 
         return read
 
-    blocks = restored(tensor.blocks) if tensor.blocks else None
-    return dataclasses.replace(tensor, read=restored(tensor.read), blocks=blocks)
+    blocks = reordered(tensor.blocks) if tensor.blocks else None
+    return dataclasses.replace(tensor, read=reordered(tensor.read), blocks=blocks)
 
 
-def matrix(tensor: Stored, first: int, rows: int) -> Stored:
+def slice_flat_rows(tensor: StoredTensor, first: int, rows: int) -> StoredTensor:
     """`rows` rows, from `first` on, of a tensor that can be read `flat`."""
-    read = lambda start, stop: tensor.flat(first + start, first + stop)  # noqa: E731
-    return Stored((rows, tensor.shape[-1]), tensor.dtype, read, tensor.readable)
+    flat = tensor.flat
+    assert flat is not None
+
+    def read(start: int, stop: int) -> np.ndarray:
+        return flat(first + start, first + stop)
+
+    return StoredTensor((rows, tensor.shape[-1]), tensor.dtype, read, tensor.readable)
 
 
-def shifted(tensor: Stored, by: float) -> Stored:
-    """The tensor plus a number."""
-    read = lambda start, stop: tensor.read(start, stop) + np.float32(by)  # noqa: E731
+def add_constant(tensor: StoredTensor, constant: float) -> StoredTensor:
+    """The tensor plus a constant, added in float32."""
+
+    def read(start: int, stop: int) -> np.ndarray:
+        return tensor.read(start, stop) + np.float32(constant)
+
     return dataclasses.replace(tensor, read=read, blocks=None)

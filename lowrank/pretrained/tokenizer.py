@@ -49,7 +49,7 @@ class Tokenizer:
         return token["content"] if isinstance(token, Mapping) else token
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without special tokens around it; those that it spells out are recognised."""
+        """The ids of `text`, without special tokens around it; those that it spells out are recognized."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -91,7 +91,7 @@ class Tokenizer:
         (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def from_directory(directory: Path, hf_config: Mapping[str, Any]) -> Tokenizer:
+def load_tokenizer(directory: Path, hf_config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a Hugging Face directory. Raises UserError for a missing or corrupt file, naming it."""
     path = directory / "tokenizer.json"
     if not path.exists():

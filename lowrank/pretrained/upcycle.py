@@ -33,7 +33,7 @@ class Upcycling:
         if not 1 <= self.top_k <= self.experts:
             raise UserError(f"model.upcycle.top_k={self.top_k} is not in 1..{self.experts}, the number of experts")
 
-    def config(self, where: str, dense: Any) -> DecoderConfig:
+    def mixture_config(self, where: str, dense: Any) -> DecoderConfig:
         """The config of the mixture. Raises UserError for what cannot become one."""
         reasons = {
             "an encoder": not isinstance(dense, DecoderConfig),
@@ -49,19 +49,19 @@ class Upcycling:
     def _mixture(self) -> dict[str, Any]:
         return {"experts": self.experts, "experts_per_token": self.top_k, "normalize_gates": True}
 
-    def check(self, model: Mapping[str, Any]) -> None:
+    def check_options(self, model: Mapping[str, Any]) -> None:
         """Raises UserError for options of the model that say something of the mixture, too."""
         for name in self._mixture().keys() & model.keys():
             raise UserError(f"model.{name} and model.upcycle both say what the mixture is: leave out model.{name}")
 
-    def tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def expert_tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What the mixture's leaves are made of: each expert of the MLP of its layer; nothing for the routers."""
         return [self._of_experts(t) if re.fullmatch(r"\w+/mlp/\w+/kernel", t.leaf) else t for t in tensors]
 
     def _of_experts(self, tensor: Tensor) -> Tensor:
         return dataclasses.replace(tensor, leaf=tensor.leaf.replace("/mlp/", "/mlp/experts/"), experts=self.experts)
 
-    def routers(self, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    def init_routers(self, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """The routers among `leaves`, each drawn by its name and placed as its leaf is."""
         found = {name: leaf for name, leaf in leaves.items() if re.fullmatch(ROUTER, name)}
 
@@ -71,6 +71,6 @@ class Upcycling:
         return jax.jit(drawn, out_shardings={n: x.sharding for n, x in found.items()})(jax.random.key(self.seed))
 
 
-def build(given: Mapping[str, Any] | None) -> Upcycling | None:
+def build_upcycling(given: Mapping[str, Any] | None) -> Upcycling | None:
     """The `model.upcycle` group `{"experts": E, "top_k": K, "seed": 0}`; None without one. Raises UserError."""
     return config_schema.call(Upcycling, given, "model.upcycle") if given else None

@@ -1,5 +1,5 @@
-"""Post-training quantisation: a model read, quantised, by data where the scheme needs them, and written in codes."""
+"""Post-training quantization: a model is read, quantized, with calibration data if its scheme needs them, and written."""
 
-from lowrank.quantization.write import calibrated, write
+from lowrank.quantization.quantized_model import quantize_calibrated, write_quantized
 
-__all__ = ["calibrated", "write"]
+__all__ = ["quantize_calibrated", "write_quantized"]

@@ -1,9 +1,9 @@
-"""GPTQ: inputs are quantised one after another, and each one's error is made good by those that follow.
+"""GPTQ: inputs are quantized one after another, and the later inputs compensate for each one's error.
 
 With `H = X^T X` and `U` upper triangular, `U^T U = H^-1`: input i becomes codes, and its error over `U[i, i]`, times
-`U[i, j]`, is taken from every input j > i (Frantar et al. 2022, arXiv:2210.17323, section 3.3). Ours and not qwix's:
-that has no order by activation, gives a group that starts inside a block the grid of weights from before it, and
-unrolls every input into the program.
+`U[i, j]`, is taken from every input j > i (Frantar et al. 2022, arXiv:2210.17323, section 3.3). qwix's version has no
+order by activation, gives a group that starts inside a block the grid of the weights before it, and unrolls every input
+into the program.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from lowrank.weights.quantized.packing import pack
 from lowrank.weights.quantized.schemes import integer
 from lowrank.weights.quantized.uniform import Uniform
 
-CHUNK = 128  # inputs whose errors reach those after them at once, where groups do not say how many
+CHUNK = 128  # inputs whose errors are applied to the later ones at once, where there are no groups
 
 
-def quantize(
+def quantize_gptq(
     kernel: np.ndarray,
     gram: np.ndarray,
     mean: np.ndarray,
@@ -35,15 +35,15 @@ def quantize(
 ) -> Uniform:
     """The codes of a kernel `[in, out]` whose inputs have `x^T x = gram` `[in, in]`.
 
-    `damping`: what is added to the diagonal of `H`, as a share of its mean. A group's grid is that of its weights when
-    its turn comes; with `act_order` inputs with the largest `H[i, i]` come first, and grids are those of the kernel.
-    An input that was never other than 0 is rounded, and moves no other.
+    `damping` times the mean of the diagonal of `H` is added to the diagonal. A group's grid fits its weights when the
+    group is reached; with `act_order` the inputs with the largest `H[i, i]` come first, and grids fit the kernel. An
+    input that was always 0 is rounded, and changes no other.
     """
     del mean
     form, chunk = integer(bits, block, symmetric)(jnp.asarray(kernel)), block or CHUNK
     size = -(-form.padded // chunk) * chunk
     w = np.pad(np.float32(kernel), ((0, size - len(kernel)), (0, 0)))
-    hessian = damped(gram, damping, size)
+    hessian = damped_hessian(gram, damping, size)
     order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(size)
     u = jnp.asarray(inverse_factor(hessian[np.ix_(order, order)]), jnp.float32)
     grids = _by_input(form, order) if act_order or not block else None
@@ -53,14 +53,14 @@ def quantize(
     return form if grids else dataclasses.replace(form, scale=scale, zero=None if symmetric else zero)
 
 
-def damped(gram: np.ndarray, damping: float, size: int) -> np.ndarray:
-    """`H` in float64, `[size, size]`; an input that was always 0, or that pads the kernel, is independent of all."""
+def damped_hessian(gram: np.ndarray, damping: float, size: int) -> np.ndarray:
+    """`H` in float64, `[size, size]`; an input that was always 0, or that is padding, is independent of the others."""
     n = len(gram)
     hessian = np.eye(size)
     hessian[:n, :n] = gram
     diagonal = np.diag(hessian)
-    shifted = np.where(diagonal > 0, diagonal + damping * np.mean(np.diag(gram)), 1.0)
-    np.fill_diagonal(hessian, shifted)
+    damped = np.where(diagonal > 0, diagonal + damping * np.mean(np.diag(gram)), 1.0)
+    np.fill_diagonal(hessian, damped)
     return hessian
 
 
@@ -71,7 +71,7 @@ def inverse_factor(hessian: np.ndarray) -> np.ndarray:
 
 
 def _by_input(form: Uniform, order: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero of each input, `[in, out]`, in their order; what pads the last group has its grid."""
+    """Scale and zero of each input, `[in, out]`, in the given order; the padding of the last group has its grid."""
     groups = jnp.asarray(np.minimum(order // form.block, len(form.scale) - 1))
     zero = _middle(form.scale, form.bits) if form.zero is None else form.zero
     return form.scale[groups], zero[groups]
@@ -95,7 +95,7 @@ def _solve(
         zero = _middle(scale, bits) if zero is None else zero
         return tuple(jnp.broadcast_to(x[None], rows.shape) for x in (scale, zero))
 
-    def one(w: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def solve_chunk(w: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         start = k * chunk
         rows, reach = (jax.lax.dynamic_slice_in_dim(x, start, chunk) for x in (w, u))
         scale, zero = grid(rows, start)
@@ -104,7 +104,7 @@ def _solve(
         later = jnp.where(jnp.arange(len(w))[None] >= start + chunk, reach, 0)
         return w - jnp.matmul(later.T, errors, precision="highest"), (codes, scale[0], zero[0])
 
-    _, (codes, scale, zero) = jax.lax.scan(one, w, jnp.arange(len(w) // chunk))
+    _, (codes, scale, zero) = jax.lax.scan(solve_chunk, w, jnp.arange(len(w) // chunk))
     return codes.reshape(w.shape).astype(jnp.uint8), scale, zero
 
 
@@ -114,8 +114,8 @@ def _within(
     """Codes, and errors over `U[i, i]`, both `[chunk, out]`, of the inputs of one chunk."""
 
     def step(rows: jax.Array, i: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        per = jnp.where(scale[i] > 0, 1 / jnp.where(scale[i] > 0, scale[i], 1), 0)
-        code = jnp.clip(jnp.round(rows[i] * per) + zero[i], least, most)
+        inverse = jnp.where(scale[i] > 0, 1 / jnp.where(scale[i] > 0, scale[i], 1), 0)
+        code = jnp.clip(jnp.round(rows[i] * inverse) + zero[i], least, most)
         error = (rows[i] - (code - zero[i]) * scale[i]) / u[i, i]
         return rows - u[i][:, None] * error[None], (code, error)
 

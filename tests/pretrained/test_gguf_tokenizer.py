@@ -29,7 +29,9 @@ CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 def rebuilt(tmp_path, tokens, **metadata):
     keys = {f"tokenizer.{k}" if k == "chat_template" else f"tokenizer.ggml.{k}": v for k, v in metadata.items()}
     full = {"general.architecture": "llama", "tokenizer.ggml.tokens": tokens, **keys}
-    return gguf_tokenizer.build(open_gguf(files.write_gguf(tmp_path / "t.gguf", full, {"x": np.ones(3, np.float32)})))
+    return gguf_tokenizer.build_tokenizer(
+        open_gguf(files.write_gguf(tmp_path / "t.gguf", full, {"x": np.ones(3, np.float32)}))
+    )
 
 
 LLAMA3 = (

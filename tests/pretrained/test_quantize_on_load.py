@@ -12,7 +12,7 @@ from lowrank import pretrained
 from lowrank.core import sharding, tree
 from lowrank.core.errors import UserError
 from lowrank.core.weight import is_stored, is_weight, materialize
-from lowrank.pretrained.tensor_reader import finite
+from lowrank.pretrained.tensor_reader import check_finite
 from lowrank.weights.quantized.schemes import SCHEMES
 from tests.support import checkpoint_files as files
 from tests.support import tiny_checkpoint as tiny
@@ -99,9 +99,9 @@ def test_a_tensor_that_is_not_finite_is_named(group, dtype, tmp_path):
 
 def test_large_values_are_finite():
     values = np.array([[3e38, -0.0], [1e-40, 1]]).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(finite("w", values[:, ::-1]), values[:, ::-1])
+    np.testing.assert_array_equal(check_finite("w", values[:, ::-1]), values[:, ::-1])
     with pytest.raises(UserError, match="tensor 'w' holds NaN"):
-        finite("w", np.append(values, np.array(np.nan, jnp.bfloat16)))
+        check_finite("w", np.append(values, np.array(np.nan, jnp.bfloat16)))
 
 
 def test_a_checkpoint_that_was_quantised_elsewhere_is_refused(tmp_path):
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_was_quantised_elsewhere_is_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="is quantised by gptq"):
+    with pytest.raises(UserError, match="is quantized by gptq"):
         pretrained.describe(str(folder))
 
 
@@ -142,7 +142,7 @@ def test_a_gguf_base_stays_in_its_own_blocks(tmp_path):
 
 def test_what_is_in_other_blocks_is_named(tmp_path, folder):
     path = in_blocks(tmp_path / "part.gguf", {"_q": "Q4_0"})
-    with pytest.raises(UserError, match=r"layers/attn/k/kernel is in F32, and model.quantize=gguf keeps Q4_0"):
+    with pytest.raises(UserError, match=r"layers/attn/k/kernel is stored in F32, and model.quantize=gguf keeps Q4_0"):
         pretrained.describe(path, quantized="gguf")
     own = pretrained.describe(path, quantized={"name": "gguf", "target": ".*attn/q/kernel"})[2]
     assert is_stored(own["layers"]["attn"]["q"]["kernel"])

@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_named(change, message, tmp_path):
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        ({"name": "nf5"}, r"unknown .*: quantisation scheme 'nf5' \(did you mean 'nf4'\?\)"),
+        ({"name": "nf5"}, r"unknown quantization scheme in .* 'nf5' \(did you mean 'nf4'\?\)"),
         ({"name": "nf4", "blok": 8}, r"out\.blok.*did you mean"),
         ({"name": "mixed"}, "no 'high'"),
         (4, "has no scheme"),
@@ -113,4 +113,4 @@ def test_the_command_writes_a_base_that_trains(files, tmp_path):
     merging.merge_to_hf(adapted.params, adapted, tmp_path / "merged", codes="requantize")
     assert not pretrained.load(str(tmp_path / "merged")).quantized
     with pytest.raises(UserError, match=r"'nf5' \(did you mean 'nf4'\?\)"):
-        quantization.write(str(files / "llama"), "nf5", tmp_path / "other")
+        quantization.write_quantized(str(files / "llama"), "nf5", tmp_path / "other")

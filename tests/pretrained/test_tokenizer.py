@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
 from lowrank.core.errors import UserError
-from lowrank.pretrained.tokenizer import Tokenizer, from_directory
+from lowrank.pretrained.tokenizer import Tokenizer, load_tokenizer
 from tests.support import checkpoint_files as files
 
 CHATML = (
@@ -29,7 +29,7 @@ def configure(folder, **changes):
 
 
 def test_ids_and_text_and_ends(folder):
-    tokenizer = from_directory(folder, {})
+    tokenizer = load_tokenizer(folder, {})
     assert tokenizer.encode("w4 w7 </s>") == [4, 7, 2]
     assert tokenizer.encode_batch(["w4", "w5 w6"]) == [[4], [5, 6]]
     assert tokenizer.decode([4, 7]) == "w4 w7"
@@ -42,7 +42,7 @@ def test_padding_and_truncation_that_the_file_asks_for_are_off(folder):
     backend.enable_truncation(2)
     backend.enable_padding(length=8)
     backend.save(str(folder / "tokenizer.json"))
-    assert from_directory(folder, {}).encode("w4 w5 w6 w7") == [4, 5, 6, 7]
+    assert load_tokenizer(folder, {}).encode("w4 w5 w6 w7") == [4, 5, 6, 7]
 
 
 def test_what_surrounds_a_text_is_added_on_request_only(folder):
@@ -57,27 +57,27 @@ def test_what_surrounds_a_text_is_added_on_request_only(folder):
 
 def test_special_tokens_may_be_objects_or_ids_of_the_model(folder):
     configure(folder, eos_token={"content": "w5"}, bos_token=None, pad_token=None)
-    tokenizer = from_directory(folder, {"bos_token_id": 6, "pad_token_id": 7, "eos_token_id": [8, 5]})
+    tokenizer = load_tokenizer(folder, {"bos_token_id": 6, "pad_token_id": 7, "eos_token_id": [8, 5]})
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (6, 5, 7)
     assert tokenizer.stop_ids == (5, 8)
 
 
 def test_generation_stops_where_its_config_says(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 2, 99]}))
-    assert from_directory(folder, {"eos_token_id": 4}).stop_ids == (2, 9)
+    assert load_tokenizer(folder, {"eos_token_id": 4}).stop_ids == (2, 9)
 
 
 def test_a_tokenizer_without_an_end_is_refused(folder):
     configure(folder, eos_token=None)
     with pytest.raises(UserError, match="neither an 'eos_token' nor a 'sep_token'"):
-        from_directory(folder, {})
+        load_tokenizer(folder, {})
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, r"has no tokenizer\.json"), ("{}", r"tokenizer\.json is not a")])
 def test_a_missing_or_corrupt_file_is_named(folder, text, message):
     (folder / "tokenizer.json").unlink() if text is None else (folder / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        from_directory(folder, {})
+        load_tokenizer(folder, {})
     assert "\n" not in str(error.value)
 
 
@@ -88,7 +88,7 @@ def test_a_chat_template_renders_wherever_it_is_kept(folder, place):
     else:
         named = [{"name": "tools", "template": "no"}, {"name": "default", "template": CHATML}]
         configure(folder, chat_template=CHATML if place == "config" else named)
-    tokenizer = from_directory(folder, {})
+    tokenizer = load_tokenizer(folder, {})
     assert tokenizer.chat(USER) == "<s>user: hi</s>\n"
     assert tokenizer.chat(USER, add_generation_prompt=True) == "<s>user: hi</s>\n<s>assistant:"
 
@@ -105,16 +105,16 @@ def test_a_chat_template_renders_wherever_it_is_kept(folder, place):
 def test_a_template_that_objects_is_one_line(folder, template, message):
     configure(folder, chat_template=template)
     with pytest.raises(UserError, match=message) as error:
-        from_directory(folder, {}).chat(USER)
+        load_tokenizer(folder, {}).chat(USER)
     assert "\n" not in str(error.value)
 
 
 def test_what_is_saved_is_the_same_tokenizer(folder, tmp_path):
     (folder / "chat_template.jinja").write_text(CHATML)
-    before = from_directory(folder, {"eos_token_id": 5})
+    before = load_tokenizer(folder, {"eos_token_id": 5})
     (tmp_path / "copy").mkdir()
     before.save(tmp_path / "copy")
-    after = from_directory(tmp_path / "copy", {"eos_token_id": 5})
+    after = load_tokenizer(tmp_path / "copy", {"eos_token_id": 5})
     assert after.backend.to_str() == before.backend.to_str()
     assert after.chat(USER) == before.chat(USER)
     assert (after.bos_id, after.eos_id, after.pad_id, after.stop_ids) == (1, 2, 0, (2, 5))

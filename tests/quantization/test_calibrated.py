@@ -14,7 +14,7 @@ from lowrank.core.errors import UserError
 from lowrank.core.weight import is_weight, materialize
 from lowrank.models.layers import Norm
 from lowrank.quantization import awq, gptq
-from lowrank.quantization.layers import Layers
+from lowrank.quantization.layer_runner import LayerRunner
 from lowrank.weights.quantized.input_scaled import InputScaled
 from lowrank.weights.quantized.schemes import SCHEMES, integer
 from tests.support import tiny_models as models
@@ -76,7 +76,7 @@ def test_gptq_is_the_papers_loop(bits, block, symmetric, act_order, problem):
     x, w = problem
     gram = x.T @ x
     options = {"bits": bits, "block": block, "symmetric": symmetric}
-    form = gptq.quantize(np.float32(w), gram, None, **options, act_order=act_order, damping=0.05)
+    form = gptq.quantize_gptq(np.float32(w), gram, None, **options, act_order=act_order, damping=0.05)
     order = np.argsort(-np.diag(gram), kind="stable") if act_order else np.arange(IN)
     expected = optimal_brain(x, w, bits, block, symmetric, 0.05, order)
     assert_close(values(form), expected)
@@ -86,7 +86,7 @@ def test_gptq_is_the_papers_loop(bits, block, symmetric, act_order, problem):
 
 def test_gptq_takes_kernels_that_no_block_divides(problem):
     x, w = problem
-    form = gptq.quantize(
+    form = gptq.quantize_gptq(
         np.float32(w[:22]), (x.T @ x)[:22, :22], None, bits=4, block=8, symmetric=True, act_order=False, damping=0.05
     )
     assert_close(values(form), optimal_brain(x[:, :22], w[:22], 4, 8, True, 0.05, range(22)))
@@ -112,9 +112,9 @@ def test_awq_is_the_papers_search(symmetric, problem):
         kernel = rounded(w * s[:, None], 8, symmetric) / s[:, None]
         found[np.linalg.norm(x @ (w - kernel))] = kernel
     options = {"bits": 4, "block": 8, "symmetric": symmetric}
-    form = awq.quantize(np.float32(w), x.T @ x, mean, **options, grid=11)
+    form = awq.quantize_awq(np.float32(w), x.T @ x, mean, **options, grid=11)
     assert_close(values(form), found[min(found)])
-    once = awq.quantize(np.float32(w), x.T @ x, mean, **options, grid=1)  # the exponent 0
+    once = awq.quantize_awq(np.float32(w), x.T @ x, mean, **options, grid=1)  # the exponent 0
     assert_close(values(once), rounded(w, 8, symmetric))
 
 
@@ -123,8 +123,8 @@ def test_both_err_less_than_rounding_on_correlated_inputs(problem):
     options = {"bits": 4, "block": 8, "symmetric": False}
     made = {
         "rounded": jax.jit(SCHEMES["int4"](8, symmetric=False))(np.float32(w)),
-        "gptq": gptq.quantize(np.float32(w), x.T @ x, None, **options, act_order=False, damping=0.01),
-        "awq": awq.quantize(np.float32(w), x.T @ x, np.abs(x).mean(0), **options, grid=20),
+        "gptq": gptq.quantize_gptq(np.float32(w), x.T @ x, None, **options, act_order=False, damping=0.01),
+        "awq": awq.quantize_awq(np.float32(w), x.T @ x, np.abs(x).mean(0), **options, grid=20),
     }
     error = {name: np.linalg.norm(x @ (w - np.float64(values(form)))) for name, form in made.items()}
     assert error["gptq"] < 0.6 * error["rounded"]
@@ -143,7 +143,7 @@ KINDS = {
 def test_layers_one_by_one_are_the_model(kind):
     model, params = models.encoder() if kind == "encoder" else models.decoder(kind, **KINDS[kind])
     c, tokens = model.config, models.tokens(2)
-    layers = Layers(c, params, ["layers/mlp/down/kernel"], [(tokens, SEGMENTS), (tokens[:1], SEGMENTS[:1])])
+    layers = LayerRunner(c, params, ["layers/mlp/down/kernel"], [(tokens, SEGMENTS), (tokens[:1], SEGMENTS[:1])])
     for stack, i in layers.order:
         layers.advance(stack, i, {})
     h, first = map(np.asarray, layers._streams)
@@ -157,20 +157,20 @@ def test_layers_one_by_one_are_the_model(kind):
 def test_inputs_are_those_of_real_tokens_behind_quantised_layers():
     model, params = models.decoder("llama")
     tokens, names = models.tokens(2), [f"layers/attn/{n}/kernel" for n in "qo"]
-    layers = Layers(model.config, params, names, [(tokens, SEGMENTS), (tokens[1:], SEGMENTS[1:])])
+    layers = LayerRunner(model.config, params, names, [(tokens, SEGMENTS), (tokens[1:], SEGMENTS[1:])])
     h = np.float64(params["embed"]["embedding"])[np.concatenate([tokens[SEGMENTS > 0], tokens[1][SEGMENTS[1] > 0]])]
     x = h / np.sqrt((h**2).mean(-1, keepdims=True) + model.config.norm_eps)
     x *= np.float64(params["layers"]["attn_norm"]["scale"][0])
-    found = layers.inputs("layers", 0)
+    found = layers.kernel_inputs("layers", 0)
     assert sorted(found) == sorted(names)
     gram, mean = found["layers/attn/q/kernel"]
     assert_close(gram, x.T @ x)
     assert_close(mean, np.abs(x).mean(0))
     layers.advance("layers", 0, {"layers/attn/o/kernel": jnp.zeros((24, 16))})
     zeroed = tree.map_named(lambda n, w: w.at[0].set(0) if n == "layers/attn/o/kernel" else w, params)
-    other = Layers(model.config, zeroed, names, [(tokens, SEGMENTS), (tokens[1:], SEGMENTS[1:])])
+    other = LayerRunner(model.config, zeroed, names, [(tokens, SEGMENTS), (tokens[1:], SEGMENTS[1:])])
     other.advance("layers", 0, {})
-    for a, b in zip(layers.inputs("layers", 1).values(), other.inputs("layers", 1).values(), strict=True):
+    for a, b in zip(layers.kernel_inputs("layers", 1).values(), other.kernel_inputs("layers", 1).values(), strict=True):
         assert_close(a, b)
 
 
@@ -186,7 +186,7 @@ def text_of(files, **options):
     ],
 )
 def test_a_calibrated_base_is_written_and_read(model, group, files, tmp_path):
-    out = quantization.write(str(files / model), group, tmp_path / "out", text=text_of(files), rows=6)
+    out = quantization.write_quantized(str(files / model), group, tmp_path / "out", text=text_of(files), rows=6)
     base, plain = pretrained.load(str(out)), pretrained.load(str(files / model))
     assert base.quantized == {**group, "param_dtype": "float32"}
     forms = {n: w for n, w in tree.named_leaves(base.params, is_weight) if is_weight(w)}
@@ -196,32 +196,32 @@ def test_a_calibrated_base_is_written_and_read(model, group, files, tmp_path):
         assert isinstance(w, InputScaled) == (group["name"] == "awq")
         assert 0 < np.linalg.norm(values(w) - np.asarray(kernels[name])) < 0.3 * np.linalg.norm(kernels[name])
     with pytest.raises(UserError, match="in codes already"):
-        quantization.write(str(out), group, tmp_path / "again", text=text_of(files))
+        quantization.write_quantized(str(out), group, tmp_path / "again", text=text_of(files))
 
 
 def test_what_cannot_be_calibrated_is_named(files, tmp_path):
     model, out = str(files / "llama"), tmp_path / "out"
     with pytest.raises(UserError, match="gptq needs data to calibrate by"):
-        quantization.write(model, "gptq", out)
+        quantization.write_quantized(model, "gptq", out)
     with pytest.raises(UserError, match=r"gptq needs data: .*launch\.quantize --scheme=gptq"):
         pretrained.describe(model, quantized="gptq")
     with pytest.raises(UserError, match=r"'gptk' \(did you mean 'gptq'\?\)"):
-        quantization.write(model, "gptk", out)
+        quantization.write_quantized(model, "gptk", out)
     for options, message in (({"damping": 0.0}, "damping must be above 0"), ({"actorder": True}, "'scheme.act_order'")):
         with pytest.raises(UserError, match=message):
-            quantization.write(model, {"name": "gptq", **options}, out)
+            quantization.write_quantized(model, {"name": "gptq", **options}, out)
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "the cat"}) + "\n")
     text = data.DataConfig(source=f"jsonl:{tmp_path / 'short.jsonl'}", seq_len=16)
-    with pytest.raises(UserError, match="2 tokens to calibrate by are less than one row of 16"):
-        quantization.write(model, "gptq", out, text=text)
-    with pytest.raises(UserError, match="0 rows to calibrate by"):
-        quantization.write(model, "gptq", out, text=text, rows=0)
+    with pytest.raises(UserError, match="has only 2 calibration tokens, less than one row of 16"):
+        quantization.write_quantized(model, "gptq", out, text=text)
+    with pytest.raises(UserError, match="rows=0 is below 1"):
+        quantization.write_quantized(model, "gptq", out, text=text, rows=0)
     base, rows = pretrained.load(model), [(models.tokens(1) % 20, np.ones((1, models.T), np.int32))]
-    with pytest.raises(UserError, match="head/kernel is the kernel of no Linear in a layer"):
-        quantization.calibrated(base, {"name": "awq", "target": ".*kernel"}, rows)
+    with pytest.raises(UserError, match="head/kernel is not the kernel of a Linear in a layer"):
+        quantization.quantize_calibrated(base, {"name": "awq", "target": ".*kernel"}, rows)
     broken = tree.map_named(lambda n, w: w.at[1, 2, 3].set(jnp.nan) if n == "layers/mlp/up/kernel" else w, base.params)
     with pytest.raises(UserError, match="'layers/mlp/up/kernel' holds NaN"):
-        quantization.calibrated(dataclasses.replace(base, params=broken), {"name": "awq"}, rows)
+        quantization.quantize_calibrated(dataclasses.replace(base, params=broken), {"name": "awq"}, rows)
     moe, params = models.decoder("moe")
-    with pytest.raises(UserError, match="layers/mlp/experts/up/kernel is the kernel of no Linear"):
-        Layers(moe.config, params, ["layers/mlp/experts/up/kernel"], rows)
+    with pytest.raises(UserError, match="layers/mlp/experts/up/kernel is not the kernel of a Linear"):
+        LayerRunner(moe.config, params, ["layers/mlp/experts/up/kernel"], rows)

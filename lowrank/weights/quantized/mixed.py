@@ -1,8 +1,8 @@
 """2 and 4 bits in one kernel, as far as a budget of bits a weight goes.
 
 A group of `block` inputs is in NF4 or in two bits: those groups of a layer have four that two would hurt most. How many
-there are is the same for all layers of a stack, whose shapes must agree; `lowrank.pretrained.mixed_bits` divides one
-budget among the stacks of a model.
+there are is the same for all layers of a stack, whose shapes must agree; `lowrank.pretrained.quantize_on_load` divides
+one budget among the stacks of a model.
 """
 
 import heapq

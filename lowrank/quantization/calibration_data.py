@@ -1,4 +1,4 @@
-"""Calibration data: what a model reads of some records.
+"""Calibration data: the token ids that a model reads from some records.
 
 Shapes: B rows, T tokens.
 """
@@ -11,47 +11,48 @@ from typing import Any
 import numpy as np
 
 from lowrank import data
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.data import sources, templates
 from lowrank.data.encode import fit
 from lowrank.data.render import Plain
 from lowrank.models import EncoderConfig
 
-Rows = tuple[np.ndarray, np.ndarray]
+TokenRows = tuple[np.ndarray, np.ndarray]  # (tokens int32 [B, T], segments int32 [B, T])
 
 
-def batches(text: data.DataConfig, tokenizer: Any, config: Any, rows: int) -> list[Rows]:
+def calibration_batches(text: data.DataConfig, tokenizer: Any, config: Any, rows: int) -> list[TokenRows]:
     """`[(tokens int32 [B, T], segments int32 [B, T])]` of at most `rows` rows, 0 is padding.
 
-    A decoder reads rows as it is trained on, an encoder one record a row; records are shuffled by `text.seed`. Raises
-    UserError for data that cannot be read, and for less than one row of tokens.
+    A decoder reads packed rows, as in training; an encoder reads one record per row. Records are shuffled by
+    `text.seed`. Raises UserError for data that cannot be read, and for less than one row of tokens.
     """
     if rows < 1:
-        raise UserError(f"{rows} rows to calibrate by: there must be at least 1")
+        raise UserError(f"rows={rows} is below 1: calibration needs at least one row")
     length = min(text.seq_len, config.max_positions)
     text = dataclasses.replace(text, seq_len=length, batch_size=min(text.batch_size, rows), epochs=1, prefetch=0)
     read = _records if isinstance(config, EncoderConfig) else _packed
-    found = [
+    batches = [
         (tokens, segments * (np.arange(first, first + len(tokens)) < rows)[:, None])
         for first, (tokens, segments) in zip(range(0, rows, text.batch_size), read(text, tokenizer), strict=False)
     ]
-    count = sum(int((segments > 0).sum()) for _, segments in found)
+    count = sum(int((segments > 0).sum()) for _, segments in batches)
     if count < length:
-        raise UserError(f"{text.source}: {count} tokens to calibrate by are less than one row of {length}")
-    return found
+        tokens = plural(count, "calibration token")
+        raise UserError(f"{text.source} has only {tokens}, less than one row of {length}: name more data")
+    return batches
 
 
-def _packed(text: data.DataConfig, tokenizer: Any) -> Iterator[Rows]:
+def _packed(text: data.DataConfig, tokenizer: Any) -> Iterator[TokenRows]:
     for batch in data.make_loader(text, tokenizer):
         yield batch["tokens"], batch["segments"] * batch["valid"][:, None]
 
 
-def _records(text: data.DataConfig, tokenizer: Any) -> Iterator[Rows]:
+def _records(text: data.DataConfig, tokenizer: Any) -> Iterator[TokenRows]:
     source = sources.open_source(text.source, text.split, text.data_dir)
     name = "text" if text.template == templates.AUTO else text.template
     template = templates.resolve(name, text.completion, text.truncate, False, source.fields, source.name)
     if template is None:
-        raise UserError(f"template {name!r} is of conversations, which an encoder does not read")
+        raise UserError(f"template {name!r} is for conversations, which an encoder cannot read: name another template")
     order = np.random.default_rng(text.seed).permutation(len(source))
     for first in range(0, len(order), text.batch_size):
         tokens = np.full((text.batch_size, text.seq_len), tokenizer.pad_id, np.int32)
@@ -63,7 +64,7 @@ def _records(text: data.DataConfig, tokenizer: Any) -> Iterator[Rows]:
 
 
 def _special(renderer: Plain, tokenizer: Any, length: int, record: templates.Record, where: str) -> list[int]:
-    """The ids of a record's text with what the model puts around it, the text shortened to fit."""
+    """The ids of a record's text with the special tokens around it; the text is shortened to fit."""
 
     def build(long: str | None) -> tuple[list[int], list[bool]]:
         text = "".join(text for text, _ in renderer.pieces(record, where, long))
