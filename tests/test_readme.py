@@ -1,15 +1,31 @@
 """README.md, CONTRIBUTING.md and docs/: tables are those of result files, names exist, and the loop trains."""
 
+import dataclasses
+import inspect
 import re
 
 import pytest
 
 from experiments import tables
+from lowrank import data, models
 from lowrank.adapters import load
+from lowrank.core import sharding
+from lowrank.evaluation.evaluator import EvalConfig
+from lowrank.training.config import CheckpointConfig, ModelConfig
+from lowrank.training.optimizer import OptimConfig
 
 ROOT = tables.ROOT
 README = (ROOT / "README.md").read_text()
 PAGES = (*tables.PAGES, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md")))
+GROUPS = {  # the keys of a config's groups
+    "model": (ModelConfig, models.DecoderConfig, models.EncoderConfig),
+    "data": (data.DataConfig,),
+    "optim": (OptimConfig,),
+    "eval": (EvalConfig,),
+    "checkpoint": (CheckpointConfig,),
+}
+KEYS = {name: {f.name for cls in classes for f in dataclasses.fields(cls)} for name, classes in GROUPS.items()}
+KEYS |= {"mesh": set(inspect.signature(sharding.make_mesh).parameters)}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -41,6 +57,13 @@ def test_every_command_and_file_that_is_named_exists(page):
     shown = re.findall(r'title="([\w/.]+)', text)  # what CONTRIBUTING.md tells to write
     for name in re.findall(r"\b((?:configs|lowrank|tests|experiments|launch|docs)/[\w/]*(?:\.\w+)?)", text):
         assert name in shown or (ROOT / name).exists(), name
+
+
+@each_page
+def test_every_key_of_a_config_that_is_named_exists(page):
+    text = re.sub(r"```python.*?```", "", page.read_text(), flags=re.DOTALL)
+    for group, key in re.findall(rf"(?<![\w.])(?:--config\.)?({'|'.join(KEYS)})\.(\w+)(?![\w(])", text):
+        assert key in KEYS[group], f"{group}.{key}"
 
 
 def test_the_readme_is_one_page_whose_links_lead_somewhere():
