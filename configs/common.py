@@ -4,7 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lowrank.core.config_schema import parse
+from lowrank.core.config_schema import parse_argument
 
 GROUPS = ("model", "method", "data", "optim", "eval", "mesh", "checkpoint")
 
@@ -19,6 +19,6 @@ def method(arg: str | None, default: str, **options: Any) -> dict[str, Any]:
 
     `options` are those of the `default` method, and hold for no other.
     """
-    items = parse(arg)
+    items = parse_argument(arg)
     name = items.pop("method", default)
     return {"name": name, **(options if name == default else {}), **items}

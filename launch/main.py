@@ -61,7 +61,7 @@ def _check_groups(argv: Sequence[str]) -> None:
     if "config" not in names:
         return
     at = names.index("config")
-    config = config_file.load(words[at][2] or "".join(argv[at + 2 : at + 3]))  # --config=FILE or --config FILE
+    config = config_file.load_config(words[at][2] or "".join(argv[at + 2 : at + 3]))  # --config=FILE or --config FILE
     for name in names:
         if name.startswith("config."):
             config_file.check_group(config, name)

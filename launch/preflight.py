@@ -90,12 +90,12 @@ def _plan(args: argparse.Namespace, changes: Sequence[str], argv: Sequence[str])
 
 
 def _config(spec: str, changes: Sequence[str]) -> Any:
-    config = config_file.load(spec)
+    config = config_file.load_config(spec)
     for word in changes:
         name, equals, value = word.removeprefix("--").partition("=")
         if not equals:
             raise UserError(f"{word} is not --config.KEY=VALUE")
-        config_file.override(config, name, value)
+        config_file.override_value(config, name, value)
     return config
 
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
         if not (_MODEL.value and _OUT.value):
             raise UserError("--model=MODEL and --out=DIR are both required")
         name, _, options = _SCHEME.value.partition(":")
-        group = {"name": name, **config_schema.parse(options)}
+        group = {"name": name, **config_schema.parse_argument(options)}
         about = {"source": _DATA.value, "split": _SPLIT.value, "template": _TEMPLATE.value, "seq_len": _LENGTH.value}
         text = data.DataConfig(**about) if _DATA.value else None
         model, out, options = _MODEL.value, _OUT.value, {"dtype": _DTYPE.value, "rows": _ROWS.value}

@@ -36,7 +36,9 @@ class Figure(NamedTuple):
 def plan(name: str, method: Mapping[str, Any], quantized: Any = None, **options: Any) -> Run:
     """A run of a paper's model that has no data and is never started, with bfloat16 weights."""
     found = methods.build_method(method)
-    config = config_schema.replace(MODELS[name], {"dtype": "bfloat16", **options, **found.model_options}, "model")
+    config = config_schema.replace_fields(
+        MODELS[name], {"dtype": "bfloat16", **options, **found.model_options}, "model"
+    )
     network, tokens = models.build_model(config), jnp.zeros((1, 1), jnp.int32)
     base = jax.eval_shape(lambda: network.init(jax.random.key(0), tokens))["params"]
     base = cast(base, "bfloat16")

@@ -1,4 +1,4 @@
-"""A config file and what a command line changes in it: `FILE.py:ARG` and `config.group.key=value`."""
+"""A config file, `FILE.py:ARG`, and the changes that a command line makes to it, `config.group.key=value`."""
 
 import ast
 from collections.abc import Mapping
@@ -10,18 +10,18 @@ from ml_collections.config_flags import config_flags
 from lowrank.core.errors import UserError, unknown
 
 
-def load(spec: str) -> ConfigDict:
-    """`get_config(ARG)` of `FILE.py:ARG`. Raises UserError for a file that cannot be read, or that refuses ARG."""
+def load_config(spec: str) -> ConfigDict:
+    """`get_config(ARG)` of `FILE.py:ARG`. Raises UserError for a file that cannot be read or refuses ARG."""
     try:
         config = config_flags.ConfigFileFlagParser("config").parse(spec)
-        config.items()  # the parser puts its errors off until something is read
+        config.items()  # the parser raises its errors only when an item is read
         return config
     except OSError:
         raise UserError(f"config file {spec.partition(':')[0]!r} cannot be read") from None
     except (ValueError, TypeError) as e:
         raise UserError(f"{spec}: {e.__context__ or e}") from None  # the parser wraps it in a traceback's text
     except (SyntaxError, AttributeError, NameError, ImportError) as e:
-        raise UserError(f"config file {spec.partition(':')[0]!r} is no config: {e}") from None
+        raise UserError(f"config file {spec.partition(':')[0]!r} is not a config: {e}") from None
 
 
 def check_group(config: Mapping[str, Any], name: str) -> None:
@@ -36,8 +36,11 @@ def check_group(config: Mapping[str, Any], name: str) -> None:
             raise UserError(f"unknown config key {name!r}: config.{'.'.join(groups[: depth + 1])} is not a group")
 
 
-def override(config: ConfigDict, name: str, text: str) -> None:
-    """Sets `config.a.b.key` to what `text` means for its type, or to the literal that it is if the key is new."""
+def override_value(config: ConfigDict, name: str, text: str) -> None:
+    """Sets `config.a.b.key` to the value of `text` in the key's type; a new key takes the Python literal or string.
+
+    Raises UserError for a group that does not exist, and for a text that does not have the key's type.
+    """
     check_group(config, name)
     _, *groups, key = name.split(".")
     for group in groups:
@@ -49,12 +52,12 @@ def override(config: ConfigDict, name: str, text: str) -> None:
         with config.unlocked():
             config[key] = value
     except TypeError:
-        raise UserError(f"--{name}={text}: not a {old.__name__}") from None
+        raise UserError(f"--{name}={text} is not of type {old.__name__}") from None
 
 
-def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of nested groups with `{"group.key": value}` changed."""
-    copy = {k: changed(v, {}) if isinstance(v, Mapping) or hasattr(v, "items") else v for k, v in config.items()}
+def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested groups with the changes `{"group.key": value}`."""
+    copy = {k: with_changes(v, {}) if isinstance(v, Mapping) or hasattr(v, "items") else v for k, v in config.items()}
     for name, value in changes.items():
         *groups, key = name.split(".")
         group = copy

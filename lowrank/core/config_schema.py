@@ -1,4 +1,4 @@
-"""Config groups become dataclasses or keyword arguments here, so that a misspelt key is an error."""
+"""Config groups as dataclasses and keyword arguments: a misspelt key or a value of the wrong type is an error."""
 
 import ast
 import dataclasses
@@ -7,7 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lowrank.core.errors import UserError, unknown
 
@@ -16,14 +16,14 @@ UNIONS = (typing.Union, types.UnionType)
 ANYTHING = (Any, inspect.Parameter.empty)
 
 
-def call(fn: Callable[..., T], group: Mapping[str, Any], where: str) -> T:
+def call_with_group(fn: Callable[..., T], group: Mapping[str, Any], where: str) -> T:
     """`fn(**group)`; an unknown, missing or mistyped key raises UserError naming it and the nearest valid one.
 
-    A function that takes `**kwargs` hands them on to one that does not, and that one checks them.
+    A function that takes `**kwargs` passes them to a function without, which checks them.
     """
-    parameters = inspect.signature(fn).parameters
-    passes_on = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    parameters = {k: p for k, p in parameters.items() if p.kind != p.VAR_KEYWORD}
+    signature = inspect.signature(fn).parameters
+    passes_on = any(p.kind == p.VAR_KEYWORD for p in signature.values())
+    parameters = {k: p for k, p in signature.items() if p.kind != p.VAR_KEYWORD}
     for key in group:
         if key not in parameters and not passes_on:
             raise unknown("config key", f"{where}.{key}", [f"{where}.{k}" for k in parameters])
@@ -31,12 +31,12 @@ def call(fn: Callable[..., T], group: Mapping[str, Any], where: str) -> T:
             _check_type(parameters[key].annotation, group[key], f"{where}.{key}")
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in group]
     if missing:
-        raise UserError(f"{where}.{missing[0]} is required")
+        raise UserError(f"{where}.{missing[0]} is missing: the config must set it")
     return fn(**{k: _plain(v) for k, v in group.items()})
 
 
 def _check_type(kind: Any, value: Any, where: str) -> None:
-    """Raises UserError for a value that is not what its annotation declares; an int will do for a float."""
+    """Raises UserError for a value that is not of the annotated type; an int is accepted for a float."""
     if not _fits(kind, value):
         raise UserError(f"{where} must be {_spell(kind)}, not {_plain(value)!r}")
 
@@ -55,7 +55,7 @@ def _fits(kind: Any, value: Any) -> bool:
 
 
 def _items_fit(kinds: tuple[Any, ...], values: Sequence[Any]) -> bool:
-    if len(kinds) < 2 or kinds[1] is ...:  # `tuple`, `Sequence[a]`, `tuple[a, ...]`: all are alike
+    if len(kinds) < 2 or kinds[1] is ...:  # `tuple`, `Sequence[a]`, `tuple[a, ...]`: one type for all items
         return all(_fits(kinds[0] if kinds else Any, value) for value in values)
     return len(kinds) == len(values) and all(map(_fits, kinds, values))
 
@@ -79,23 +79,23 @@ def _plain(value: Any) -> Any:
     return tuple(_plain(v) for v in value) if isinstance(value, list | tuple) else value
 
 
-def replace(instance: T, group: Mapping[str, Any], where: str) -> T:
-    """`dataclasses.replace(instance, **group)` with the same checks."""
-    fields = {f.name: f.type for f in dataclasses.fields(instance)}
+def replace_fields(instance: T, group: Mapping[str, Any], where: str) -> T:
+    """`dataclasses.replace(instance, **group)` of a dataclass, with the checks of `call_with_group`."""
+    fields = {f.name: f.type for f in dataclasses.fields(cast(Any, instance))}
     for key in group:
         if key not in fields:
             raise unknown("config key", f"{where}.{key}", [f"{where}.{k}" for k in fields])
         _check_type(fields[key], group[key], f"{where}.{key}")
-    return dataclasses.replace(instance, **{k: _plain(v) for k, v in group.items()})
+    return dataclasses.replace(cast(Any, instance), **{k: _plain(v) for k, v in group.items()})
 
 
-def parse(arg: str | None) -> dict[str, Any]:
-    """`'method=dora,rank=4'` -> `{'method': 'dora', 'rank': 4}`. Values are Python literals, else strings."""
+def parse_argument(arg: str | None) -> dict[str, Any]:
+    """`'method=dora,rank=4'` -> `{'method': 'dora', 'rank': 4}`. Values are Python literals or strings."""
     items = {}
     for item in filter(None, (arg or "").split(",")):
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"config argument {item!r} is not KEY=VALUE")
+            raise UserError(f"config argument {item!r} is not of the form KEY=VALUE")
         items[key.strip()] = _literal(value.strip())
     return items
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and values as JSON holds them."""
+"""Atomic writes, which leave a complete file or none, and the conversion of values to JSON."""
 
 import json
 import os
@@ -11,12 +11,15 @@ from lowrank.core.errors import UserError
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Writes `path` beside itself and renames: readers see the old text or the new, never half of it."""
+    """Writes a file beside `path` and renames it: readers see the old text or the new text, never a part.
+
+    Raises UserError naming the file, which keeps its old content, when the disk refuses the write.
+    """
     return write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """`write_text` for bytes. A disk that refuses raises UserError naming the file, which keeps its old content."""
+    """`write_text` for bytes, with the same errors."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,15 +38,15 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
-    """Writes `value` as indented JSON, beside then renamed. NaN and infinities become strings."""
+    """`write_text` of `value` as indented JSON. NaN and infinities become strings, as in `to_json`."""
     return write_text(path, json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
 
 
 def to_json(value: Any, where: str = "value") -> Any:
-    """`value` in what JSON has: mappings -> dict, sequences -> list, NumPy and JAX scalars -> numbers.
+    """`value` in the types of JSON: mappings -> dict, sequences -> list, NumPy and JAX scalars -> numbers.
 
-    Non-finite floats become "NaN", "Infinity" and "-Infinity", which `float` reads back. Anything else raises
-    UserError naming its place.
+    Non-finite floats become "NaN", "Infinity" and "-Infinity", which `float` reads back. A value of
+    any other type raises UserError naming its place.
     """
     if value is None or isinstance(value, str | bool | int):
         return value

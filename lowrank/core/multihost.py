@@ -1,4 +1,4 @@
-"""What each process of a run gives to all, and gets back."""
+"""Values that each process of a run shares with all others, and the recovery of its own."""
 
 import json
 from typing import Any
@@ -7,14 +7,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 
 
-def gather(host: Any) -> list[Any]:
-    """What each process gave as `host`, in process order, on every process."""
+def gather_values(value: Any) -> list[Any]:
+    """The JSON values of all processes, in process order, on every process."""
     if jax.process_count() == 1:
-        return [host]
-    text = np.frombuffer(json.dumps(host).encode(), np.uint8)
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = np.ravel(multihost_utils.process_allgather(np.int32(text.size)))
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: text.size] = text
@@ -22,10 +22,14 @@ def gather(host: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
-def own(hosts: list[Any]) -> Any:
-    """This process's entry. With another number of processes only an entry that all shared has a meaning."""
-    if len(hosts) == jax.process_count():
-        return hosts[jax.process_index()]
-    if any(host != hosts[0] for host in hosts):
-        raise UserError(f"the checkpoint has data states of {len(hosts)} processes, this run has {jax.process_count()}")
-    return hosts[0]
+def own_value(values: list[Any]) -> Any:
+    """The value of this process among those that `gather_values` returned, perhaps to another number of processes.
+
+    Raises UserError if the numbers differ and the values are not all the same.
+    """
+    if len(values) == jax.process_count():
+        return values[jax.process_index()]
+    if any(value != values[0] for value in values):
+        saved, ours = (plural(n, "process") for n in (len(values), jax.process_count()))
+        raise UserError(f"the checkpoint has data states of {saved}, and this run has {ours}: start as many")
+    return values[0]

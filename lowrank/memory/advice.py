@@ -101,7 +101,7 @@ def _peak(run: Run, changes: Mapping[str, Any], devices: int) -> int | None:
     """The peak by formula with these changes; None for a run that cannot be."""
     inside = {k: v for k, v in changes.items() if not (devices and k.startswith("mesh."))}
     try:
-        varied = build_run(config_file.changed(vars(run.config), inside), list(run.mesh.devices.flat), like=run)
+        varied = build_run(config_file.with_changes(vars(run.config), inside), list(run.mesh.devices.flat), like=run)
     except UserError:
         return None
     if devices:

@@ -114,8 +114,8 @@ def build_method(group: Mapping[str, Any]) -> Method:
     name, also = group.pop("name", None), {k: group.pop(k) for k in ("also_train", "also_tokens") if k in group}
     if name not in METHODS:
         raise unknown("method", name, METHODS)
-    return config_schema.call(
-        functools.partial(_with_also, config_schema.call(METHODS[name], group, "method")), also, "method"
+    return config_schema.call_with_group(
+        functools.partial(_with_also, config_schema.call_with_group(METHODS[name], group, "method")), also, "method"
     )
 
 

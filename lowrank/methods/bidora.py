@@ -36,7 +36,7 @@ def bidora(holdout: float = 0.2, retrain: float = 0.25, orthogonal: float = 0.00
     targets.check_fraction(holdout=holdout, retrain=retrain)
     if orthogonal:
         targets.check_positive(orthogonal=orthogonal)
-    method = config_schema.call(dora, kwargs, "method")
+    method = config_schema.call_with_group(dora, kwargs, "method")
     return dataclasses.replace(
         method,
         hooks=dataclasses.replace(

@@ -11,7 +11,7 @@ from lowrank.weights import dora as form
 
 def dora(**kwargs: Any) -> Method:
     """DoRA: LoRA's options, with a learned magnitude for each output; see `lowrank.weights.dora`."""
-    method = config_schema.call(lora, kwargs, "method")
+    method = config_schema.call_with_group(lora, kwargs, "method")
     return dataclasses.replace(method, rules=tuple((p, _with_magnitude(fn)) for p, fn in method.rules))
 
 

@@ -31,7 +31,7 @@ def longlora(
         raise UserError(f"method.group must be a positive even number of tokens, not {group}")
     if factor < 1:
         raise UserError(f"method.factor must be at least 1, not {factor}")
-    method = config_schema.call(lora, {"target": target, **kwargs}, "method")
+    method = config_schema.call_with_group(lora, {"target": target, **kwargs}, "method")
     train = (*((NORMS,) if norms else ()), *((EMBEDDINGS,) if embeddings else ()))
     model = {"shift_group": group} | ({"position_factor": factor} if factor > 1 else {})
     return dataclasses.replace(method, model_options=model, trainable=(*method.trainable, *train))

@@ -17,7 +17,7 @@ def lora_fa(**kwargs: Any) -> Method:
     """
     if kwargs.get("init") == "zero_a":
         raise UserError("LoRA-FA freezes A: with init=zero_a nothing would ever be learned")
-    method = config_schema.call(lora, kwargs, "method")
+    method = config_schema.call_with_group(lora, kwargs, "method")
     [(target, _)] = method.rules
     kept = (f"(?:{target})/a",)
     hooks = dataclasses.replace(method.hooks, freeze=kept)

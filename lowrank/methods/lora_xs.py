@@ -21,7 +21,7 @@ def around_core(attach: Callable[[LoRA], LoRA], rank: int, kwargs: dict[str, Any
     """LoRA whose weights `attach` turns into factors frozen around a core of `rank`; UserError for an `init`."""
     if "init" in kwargs:
         raise UserError("method.init: the factors of LoRA-XS and EDoRA are the base's singular vectors")
-    method = config_schema.call(lora, {"rank": rank, **kwargs}, "method")
+    method = config_schema.call_with_group(lora, {"rank": rank, **kwargs}, "method")
     [(target, adapt)] = method.rules
     around = ((target, lambda key, w, name: attach(adapt(key, w, name))),)
     # an adapter holds the singular vectors too: another machine may find them with other signs

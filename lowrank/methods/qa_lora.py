@@ -21,7 +21,7 @@ def qa_lora(rank: int = 8, alpha: float = 16.0, target: str = LINEAR, block: int
     """
     targets.check_positive(rank=rank, alpha=alpha)
     make = jit_quantizer(
-        config_schema.call(SCHEMES["integer"], {"bits": bits, "block": block, "symmetric": False}, "method")
+        config_schema.call_with_group(SCHEMES["integer"], {"bits": bits, "block": block, "symmetric": False}, "method")
     )
 
     def adapt(key: jax.Array, w: Any, name: str) -> Any:

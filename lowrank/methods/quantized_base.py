@@ -19,7 +19,7 @@ def quantizer(group: Mapping[str, Any] | str) -> Quantizer:
     name = options.pop("name", None)
     if name not in SCHEMES:
         raise unknown("method.quantize", name, SCHEMES)
-    return jit_quantizer(config_schema.call(SCHEMES[name], options, "method.quantize"))
+    return jit_quantizer(config_schema.call_with_group(SCHEMES[name], options, "method.quantize"))
 
 
 def check_plain(method: str, name: str, w: Any) -> None:

@@ -26,7 +26,7 @@ def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:
     holds it.
     """
     targets.check_positive(every=every, warmup=warmup)
-    method = config_schema.call(lora, kwargs, "method")
+    method = config_schema.call_with_group(lora, kwargs, "method")
     [(target, adapt)] = method.rules
 
     def on_kernel(key: jax.Array, w: Any, name: str) -> LoRA:

@@ -120,7 +120,7 @@ class _Conversion(NamedTuple):
         if self.upcycling:
             self.upcycling.check_options(model)
             config = self.upcycling.mixture_config(source.where, config)
-        return config_schema.replace(config, model, "model")
+        return config_schema.replace_fields(config, model, "model")
 
     def tensors(self, source: CheckpointSource, config: Config) -> list[Tensor]:
         tensors = FAMILIES[source.hf_config["model_type"]].tensors(config)

@@ -87,7 +87,7 @@ def build_rounding(
     name, target = options.pop("name", None), options.pop("target", DEFAULT_TARGET)
     if name not in ALL_SCHEMES:
         raise unknown(f"quantization scheme in {where}", str(name), ALL_SCHEMES)
-    quantize: Any = config_schema.call(ALL_SCHEMES[name], options, where)
+    quantize: Any = config_schema.call_with_group(ALL_SCHEMES[name], options, where)
     if name == "mixed":
         return MixedBits(target, quantize, quantize.keywords, high)
     return LoadQuantizer(target, jit_quantizer(quantize))

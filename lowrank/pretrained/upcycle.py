@@ -73,4 +73,4 @@ class Upcycling:
 
 def build_upcycling(given: Mapping[str, Any] | None) -> Upcycling | None:
     """The `model.upcycle` group `{"experts": E, "top_k": K, "seed": 0}`; None without one. Raises UserError."""
-    return config_schema.call(Upcycling, given, "model.upcycle") if given else None
+    return config_schema.call_with_group(Upcycling, given, "model.upcycle") if given else None

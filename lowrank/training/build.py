@@ -57,7 +57,7 @@ class _Groups:
 
 
 def _groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
-    top = config_schema.call(RunConfig, config, "config")
+    top = config_schema.call_with_group(RunConfig, config, "config")
     losses.objective(top.objective)
     method = methods.build_method(top.method)
     asked = {"objective": top.objective} | ({"holdout": method.hooks.holdout} if method.hooks.holdout else {})
@@ -66,12 +66,12 @@ def _groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
     groups = _Groups(
         top=top,
         method=method,
-        optim=config_schema.call(OptimConfig, top.optim, "optim"),
-        checkpoint=config_schema.call(CheckpointConfig, top.checkpoint, "checkpoint"),
-        data=config_schema.call(data.DataConfig, {**top.data, **asked}, "data"),
-        eval=config_schema.call(EvalConfig, top.eval, "eval"),
-        mesh=config_schema.call(make_mesh, top.mesh, "mesh"),
-        model=config_schema.call(ModelConfig, own, "model"),
+        optim=config_schema.call_with_group(OptimConfig, top.optim, "optim"),
+        checkpoint=config_schema.call_with_group(CheckpointConfig, top.checkpoint, "checkpoint"),
+        data=config_schema.call_with_group(data.DataConfig, {**top.data, **asked}, "data"),
+        eval=config_schema.call_with_group(EvalConfig, top.eval, "eval"),
+        mesh=config_schema.call_with_group(make_mesh, top.mesh, "mesh"),
+        model=config_schema.call_with_group(ModelConfig, own, "model"),
         options=others | dict(method.model_options),
     )
     optimizer.check_optimizer(groups.optim, top.steps)

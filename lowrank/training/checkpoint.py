@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 
 from lowrank.core.errors import UserError
-from lowrank.core.multihost import gather, own
+from lowrank.core.multihost import gather_values, own_value
 from lowrank.core.tree import same_names
 from lowrank.core.typing import Arrays
 
@@ -112,7 +112,9 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return self.wait() if block else None
         _storable(arrays)
-        document = json.loads(json.dumps({"meta": dict(meta), "hosts": gather(host)}))  # fails here, not in a thread
+        document = json.loads(
+            json.dumps({"meta": dict(meta), "hosts": gather_values(host)})
+        )  # fails here, not in a thread
         items = ocp.args.Composite(arrays=ocp.args.PyTreeSave(dict(arrays)), meta=ocp.args.JsonSave(document))
         try:
             self._manager.save(step, args=items, force=True)
@@ -136,7 +138,7 @@ class Checkpointer:
         """The `meta` of a step; its key `host` has what this process gave as `host`."""
         self._exists(step)
         document = self._read(step, meta=ocp.args.JsonRestore())["meta"]
-        return {**document["meta"], "host": own(document["hosts"])}
+        return {**document["meta"], "host": own_value(document["hosts"])}
 
     def restore(self, step: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[Arrays, dict[str, Any]]:
         """`(arrays, meta)` of a step, each array in the sharding that `like` gives it, on whatever mesh that is.

@@ -99,7 +99,7 @@ def check_optimizer(config: OptimConfig, steps: int) -> None:
     """Raises UserError for a name, key or value that cannot work."""
     if config.name not in OPTIMIZERS:
         raise unknown("optimizer", config.name, OPTIMIZERS)
-    config_schema.call(OPTIMIZERS[config.name], config.args, "optim.args")
+    config_schema.call_with_group(OPTIMIZERS[config.name], config.args, "optim.args")
     schedule(config, steps)
     for key in ("lr", "warmup", "final", "weight_decay", "clip", "b_ratio"):
         if not 0 <= getattr(config, key) < math.inf:
@@ -157,7 +157,7 @@ def _group(config: OptimConfig, label: str) -> optax.GradientTransformation:
     if not ratio:
         return optax.set_to_zero()
     return optax.chain(
-        config_schema.call(OPTIMIZERS[config.name], config.args, "optim.args"),
+        config_schema.call_with_group(OPTIMIZERS[config.name], config.args, "optim.args"),
         optax.add_decayed_weights(decay) if decay else optax.identity(),
         at_rate(ratio),
     )

@@ -31,13 +31,13 @@ def test_there_is_a_config_for_each_main_job():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_group_of_a_config_fits_what_reads_it(name):
-    top = config_schema.call(config.RunConfig, _config(name), "config")
-    config_schema.call(evaluator.EvalConfig, top.eval, "eval")
-    config_schema.call(config.CheckpointConfig, top.checkpoint, "checkpoint")
-    config_schema.call(data.DataConfig, {**top.data, "objective": top.objective}, "data")
-    optimizer.check_optimizer(config_schema.call(optimizer.OptimConfig, top.optim, "optim"), top.steps)
+    top = config_schema.call_with_group(config.RunConfig, _config(name), "config")
+    config_schema.call_with_group(evaluator.EvalConfig, top.eval, "eval")
+    config_schema.call_with_group(config.CheckpointConfig, top.checkpoint, "checkpoint")
+    config_schema.call_with_group(data.DataConfig, {**top.data, "objective": top.objective}, "data")
+    optimizer.check_optimizer(config_schema.call_with_group(optimizer.OptimConfig, top.optim, "optim"), top.steps)
     assert methods.build_method(top.method)
-    assert config_schema.call(sharding.make_mesh, top.mesh, "mesh").size == 8
+    assert config_schema.call_with_group(sharding.make_mesh, top.mesh, "mesh").size == 8
     assert set(top.model) <= MODEL_OPTIONS
 
 
@@ -62,7 +62,7 @@ def test_the_argument_is_parsed_as_literals_and_words():
         "rslora": True,
         "init": "pissa",
     }
-    with pytest.raises(UserError, match="'rank' is not KEY=VALUE"):
+    with pytest.raises(UserError, match="'rank' is not of the form KEY=VALUE"):
         common.parse("rank")
 
 
@@ -72,6 +72,6 @@ def test_options_of_the_default_method_do_not_leak_into_another():
 
 
 def test_the_checkpoint_group_is_what_the_checkpointer_takes(tmp_path):
-    group = config_schema.call(config.CheckpointConfig, {"every": 3, "keep": 1}, "checkpoint")
+    group = config_schema.call_with_group(config.CheckpointConfig, {"every": 3, "keep": 1}, "checkpoint")
     with Checkpointer(tmp_path, **dataclasses.asdict(group)) as saver:
         assert saver.every == 3

@@ -28,9 +28,9 @@ def test_overrides_are_those_of_the_launcher():
     options = {"flag_values": own, "sys_argv": words, "lock_config": False, "accept_new_attributes": True}
     theirs = config_flags.DEFINE_config_file("config", None, "", **options)  # as launch.main has it
     own(words)
-    ours = config_file.load(CONFIG)
+    ours = config_file.load_config(CONFIG)
     for word in WORDS:
-        config_file.override(ours, *word.split("=", 1))
+        config_file.override_value(ours, *word.split("=", 1))
     assert ours.to_dict() == theirs.value.to_dict()
     assert isinstance(ours.optim.lr, float)
 
@@ -40,18 +40,18 @@ def test_overrides_are_those_of_the_launcher():
     [
         ("config.methd.rank", "3", "'config.methd.rank' (did you mean 'config.method'?)"),
         ("config.steps.x", "3", "config.steps is not a group"),
-        ("config.steps", "many", "config.steps=many: not a int"),
+        ("config.steps", "many", "config.steps=many is not of type int"),
     ],
 )
 def test_a_bad_override_names_itself(name, text, culprit):
     with pytest.raises(UserError) as error:
-        config_file.override(config_file.load(CONFIG), name, text)
+        config_file.override_value(config_file.load_config(CONFIG), name, text)
     assert culprit in str(error.value)
 
 
 def test_a_changed_copy_leaves_the_config_alone():
     config = {"steps": 1, "method": {"name": "lora", "rank": 8}, "model": {"quantize": "nf4"}}
-    copy = config_file.changed(config, {"method.rank": 4, "logits_chunk_tokens": 2})
+    copy = config_file.with_changes(config, {"method.rank": 4, "logits_chunk_tokens": 2})
     assert copy == {
         "steps": 1,
         "method": {"name": "lora", "rank": 4},

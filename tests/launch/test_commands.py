@@ -21,8 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
         ([CONFIG, "--wrkdir=w"], "Did you mean: workdir"),
         ([CONFIG], "--workdir=DIR are both required"),
         (["--config=configs/tony.py", "--workdir=w"], "'configs/tony.py' cannot be read"),
-        (["--config=README.md", "--workdir=w"], "'README.md' is no config: invalid"),
-        (["--config", "configs/tiny.py:rank", "--workdir=w"], "'rank' is not KEY=VALUE"),
+        (["--config=README.md", "--workdir=w"], "'README.md' is not a config: invalid"),
+        (["--config", "configs/tiny.py:rank", "--workdir=w"], "'rank' is not of the form KEY=VALUE"),
     ],
 )
 def test_a_bad_command_line_is_one_line_and_exit_code_2(words, culprit, capsys, monkeypatch):

@@ -94,7 +94,7 @@ def test_experts_may_be_codes_and_come_from_a_gguf_file(dense, mixture, tmp_path
         ({**LLAMA, "model_type": "mixtral"}, GROUP, {}, "is a mixture of experts already"),
         (LLAMA, {"experts": 2, "top_k": 3}, {}, r"model\.upcycle\.top_k=3 is not in 1\.\.2, the number of experts"),
         (LLAMA, {"experts": 0, "top_k": 0}, {}, r"top_k=0 is not in 1\.\.0"),
-        (LLAMA, {"experts": 2}, {}, r"model\.upcycle\.top_k is required"),
+        (LLAMA, {"experts": 2}, {}, r"model\.upcycle\.top_k is missing"),
         (LLAMA, {**GROUP, "topk": 1}, {}, r"'model\.upcycle\.topk' \(did you mean 'model\.upcycle\.top_k'\?\)"),
         (LLAMA, GROUP, {"experts": 8}, r"model\.experts and model\.upcycle both say what the mixture is"),
     ],
