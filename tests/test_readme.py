@@ -8,7 +8,6 @@ import pytest
 
 from experiments import tables
 from lowrank import data, models
-from lowrank.adapters import load
 from lowrank.core import sharding
 from lowrank.evaluation.evaluator import EvalConfig
 from lowrank.training.config import CheckpointConfig, ModelConfig
@@ -72,18 +71,25 @@ def test_the_readme_is_one_page_whose_links_lead_somewhere():
         assert (ROOT / target).exists(), target
 
 
-def test_the_loop_trains_and_saves_an_adapter(files, tmp_path, monkeypatch, capsys):
-    [loop] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    small = {
-        '"smollm2-135m"': repr(str(files / "llama")),
-        '"bbc_news", template="headline", seq_len=128': f"{f'jsonl:{files}/records.jsonl'!r}, seq_len=32",
-    }
-    for shown, used in small.items():
-        assert shown in loop
-        loop = loop.replace(shown, used)
+def run_code(page: str, replaced: dict[str, str]) -> None:
+    """Runs the Python of a page, its names of models and data replaced by tiny ones."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    for shown, used in replaced.items():
+        assert shown in code
+        code = code.replace(shown, used)
+    exec(compile(code, page, "exec"), {})
+
+
+def test_the_loop_trains_and_saves_an_adapter_that_the_guides_read(files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(compile(loop, "README.md", "exec"), {})
+    model = {'"smollm2-135m"': repr(str(files / "llama"))}
+    records = f"{f'jsonl:{files}/records.jsonl'!r}, seq_len=32"
+    run_code("README.md", model | {'"bbc_news", template="headline", seq_len=128': records})
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", capsys.readouterr().out)]
     assert len(losses) == 20
     assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
-    assert load.load_adapted(tmp_path / "adapter", str(files / "llama")).params
+    here = {'"runs/headlines/adapter")': '"adapter", "smollm2-135m")', '"runs/headlines/adapter"': '"adapter"'}
+    run_code("docs/guides/adapters.md", here | model)  # a folder's name alone does not say where it is
+    assert "(3, 16, 8)" in capsys.readouterr().out
+    run_code("docs/guides/models.md", model | {"The weather in London": "the cat"})
+    assert "['" in capsys.readouterr().out
