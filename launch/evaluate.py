@@ -24,15 +24,15 @@ from lowrank.training import build, loop
 
 def evaluate(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> dict[str, float]:
     """The scores of the adapter in the run's folder. Raises UserError if there is none, or it fits another model."""
-    job = build.build_run(config)
-    if job.scorer is None:
+    run = build.build_run(config)
+    if run.scorer is None:
         raise UserError("eval.split is not set: it names what to score on")
     found = Path(directory) / loop.ADAPTER
     if not found.is_dir():
         raise UserError(f"{directory} holds no finished run: there is no {found}")
-    model = load.load_adapted(found, job.model.name, model=job.options, param_dtype=job.model.param_dtype)
-    params = jax.device_put(model.params, sharding.shardings(model.params, job.mesh))
-    return job.scorer.scores(params) | job.scorer.texts(params)[0]
+    model = load.load_adapted(found, run.model.name, model=run.options, param_dtype=run.model.param_dtype)
+    params = jax.device_put(model.params, sharding.shardings(model.params, run.mesh))
+    return run.scorer.scores(params) | run.scorer.texts(params)[0]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -23,18 +23,18 @@ def main(rows: int, folder: str) -> None:
     config = HEADLINES.config(ROWS["lora"], 1e-4, seed=0)
     config.logits_chunk_tokens = rows
     config.optim.update(schedule="constant", warmup=0, clip=0.0)  # as theirs
-    job = build.build_run(config)
-    base, optimizer = job.load(), job.optimizer()
-    state, frozen, _ = job.start(base.params, optimizer)
-    batch = dict(next(job.loader))
+    run = build.build_run(config)
+    base, optimizer = run.load(), run.optimizer()
+    state, frozen, _ = run.start(base.params, optimizer)
+    batch = dict(next(run.loader))
     batch["weights"] = np.array(batch["weights"])
     batch["weights"][:, -1] = 0  # the token after the row's last one is not among their labels
     adapted = tree.join(state.trained, frozen)
-    adapter_files.save(adapted, base, Path(folder) / "lora", mask=job.mask, method=config.method.to_dict())
+    adapter_files.save(adapted, base, Path(folder) / "lora", mask=run.mask, method=config.method.to_dict())
     np.savez(Path(folder) / "batch.npz", **_theirs(batch))
     del base, adapted
-    batch = sharding.global_batch(batch, job.mesh)
-    serve(stepping(job.step(optimizer), state, frozen, batch, job.rates[0]))
+    batch = sharding.global_batch(batch, run.mesh)
+    serve(stepping(run.step(optimizer), state, frozen, batch, run.rates[0]))
 
 
 def _theirs(batch: losses.Batch) -> dict[str, np.ndarray]:

@@ -66,12 +66,12 @@ def plan(name: str, method: Mapping[str, Any], quantized: Any = None, **options:
     )
 
 
-def arrays(job: Run, rows: int = 1, length: int = 512) -> StepInputs:
+def arrays(run: Run, rows: int = 1, length: int = 512) -> StepInputs:
     """Its arrays, and a batch of text."""
-    where = sharding.replicated(job.mesh)
+    where = sharding.replicated(run.mesh)
     whole = dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32) | {"weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=where) for name, kind in whole.items()}
-    return step_inputs(job, batch)
+    return step_inputs(run, batch)
 
 
 def cast(shapes: Any, dtype: Any) -> Any:
@@ -91,8 +91,8 @@ def figures() -> list[Figure]:
 
 def _precision() -> list[Figure]:
     source = "bits x parameters, as lectures have it"
-    job = plan("Llama-2-13B", {"name": "lora", "rank": 2})
-    frozen = arrays(job).frozen
+    run = plan("Llama-2-13B", {"name": "lora", "rank": 2})
+    frozen = arrays(run).frozen
     kinds = (
         ("float32", 52, jnp.float32),
         ("16 bits", 26, jnp.bfloat16),
@@ -109,7 +109,7 @@ def _precision() -> list[Figure]:
         found.append(
             Figure(f"13B weights, {scheme['name']} base", said, device_bytes(stored) / 1e9, "GB", source, note)
         )
-    c, weights = job.network.config, device_bytes(frozen)
+    c, weights = run.network.config, device_bytes(frozen)
     cache = 2 * c.layers * c.max_length * c.kv_heads * c.head_dim * 2
     note = f"weights and the keys and values of {c.max_length} tokens, nothing else"
     return [*found, Figure("13B inference over weights", 1.2, 1 + cache / weights, "x", "Transformer Math 101", note)]
@@ -160,16 +160,16 @@ def _adapters() -> list[Figure]:
 
 def _qlora() -> list[Figure]:
     method = {"name": "lora", "rank": 64, "target": LINEAR}
-    job = plan("LLaMA-65B", method, {"name": "nf4", "double": True})
-    paged = dataclasses.replace(job, optim=OptimConfig(paged=True))
+    run = plan("LLaMA-65B", method, {"name": "nf4", "double": True})
+    paged = dataclasses.replace(run, optim=OptimConfig(paged=True))
     source = "arXiv:2305.14314: fits one 48 GB device"
     note = "rank 64 everywhere, one row of 512 tokens; float32 adapter and gradients"
 
-    def figure(where: str, job: Run) -> Figure:
-        needed = formulas.memory(job, arrays(job)).step / 1e9
+    def figure(where: str, run: Run) -> Figure:
+        needed = formulas.memory(run, arrays(run)).step / 1e9
         return Figure(f"65B QLoRA, moments on the {where}", 48, needed, "GB at most", source, note)
 
-    return [figure("host", paged), figure("device", job)]
+    return [figure("host", paged), figure("device", run)]
 
 
 def rows() -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ FILES = {
 
 
 def run(directory: str | Path) -> dict[str, Any]:
-    """Runs or continues the job in `directory`; returns what `summary.json` there holds."""
+    """Runs or continues the run in `directory`; returns what `summary.json` there holds."""
     started = time.monotonic()
     summary = loop.run(quickstart.get_config(), directory, command="make quickstart")
     if "after" in summary and "rougeL_after" not in summary:  # a run that had ended before is shown as it was
@@ -34,7 +34,7 @@ def run(directory: str | Path) -> dict[str, Any]:
 
 
 def shown(summary: dict[str, Any], directory: str | Path) -> str:
-    """What the job prints at the end."""
+    """What the run prints at the end."""
     part, total = summary["trained_params"], summary["total_params"]
     headlines = [
         f"  reference  {s['reference']}\n  before     {s['before'].strip()}\n  after      {s['after'].strip()}\n"
@@ -53,7 +53,7 @@ def shown(summary: dict[str, Any], directory: str | Path) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """The exit code: 0 when the job is done, 2 for bad input, 1 when SIGTERM stopped it."""
+    """The exit code: 0 when the run is done, 2 for bad input, 1 when SIGTERM stopped it."""
     directory = argv[1] if len(argv) > 1 else WORKDIR
     try:
         summary = run(directory)

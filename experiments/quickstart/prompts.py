@@ -40,9 +40,9 @@ def main() -> None:
     for name, prompt in WORDINGS.items():
         config = quickstart.get_config()
         config.data.template, config.eval.split = prompt, "validation"
-        job = build.build_run(config)
-        base = base or job.load()
-        scores[name] = {"prompt": prompt, "rougeL": job.scorer.texts(base.params)[0]["rougeL"]}
+        run = build.build_run(config)
+        base = base or run.load()
+        scores[name] = {"prompt": prompt, "rougeL": run.scorer.texts(base.params)[0]["rougeL"]}
         print(f"{scores[name]['rougeL']:.3f}  {name}", flush=True)
     files.write_json(RESULTS, dict(sorted(scores.items(), key=lambda item: -item[1]["rougeL"])))
 

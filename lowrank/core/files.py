@@ -42,6 +42,14 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     return write_text(path, json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value of a JSON file. Raises UserError when it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from None
+
+
 def to_json(value: Any, where: str = "value") -> Any:
     """`value` in the types of JSON: mappings -> dict, sequences -> list, NumPy and JAX scalars -> numbers.
 

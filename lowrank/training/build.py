@@ -75,8 +75,16 @@ def _groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
         options=others | dict(method.model_options),
     )
     optimizer.check_optimizer(groups.optim, top.steps)
+    _check_best(groups)
     sharding.check_batch_size(groups.data.batch_size, groups.optim.accumulate, groups.mesh)
     return groups
+
+
+def _check_best(groups: _Groups) -> None:
+    """Raises UserError where a best checkpoint is asked for and no evaluation would find it."""
+    if groups.checkpoint.best and not (groups.eval.split and groups.eval.every):
+        asked = f"checkpoint.best={groups.checkpoint.best} compares periodic evaluations"
+        raise UserError(f"{asked}: set eval.split to the held-out data and eval.every to the steps between two of them")
 
 
 def _parted(group: Group, keys: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,11 +1,11 @@
-"""What a run says while it trains: `metrics.jsonl`, TensorBoard and a progress bar."""
+"""The log of a run: `metrics.jsonl`, a progress bar, and loggers such as TensorBoard."""
 
 import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,8 +13,8 @@ import jax
 
 from lowrank.core.errors import UserError
 from lowrank.core.files import to_json, write_text
+from lowrank.training.loggers import LOGGERS, LoggedRun
 from lowrank.training.progress import Clock, Progress
-from lowrank.training.tensorboard import TensorBoard
 
 METRICS = "metrics.jsonl"
 LOSS = "train/loss"  # a line that holds it moves the progress bar
@@ -32,16 +32,20 @@ class RunLog:
         tokens_per_step: float = 0,
         every_seconds: float = 30.0,
         stream: TextIO | None = None,
+        loggers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
     ):
         """Opens the log of a run that goes on after step `start`; what was logged beyond that step is dropped.
 
         Args:
-          workdir: holds `metrics.jsonl` and the folder `tensorboard`.
+          workdir: the folder of the run, which holds `metrics.jsonl` and the files of the loggers.
           total_steps: the step the run ends at.
           start: the step it resumes from; 0 starts over.
           tokens_per_step: of all processes together; 0 leaves tokens/s out.
           every_seconds: how often a line is printed where `stream` is not a terminal.
           stream: where progress goes; standard error by default.
+          loggers: names of `LOGGERS`.
+          config: the config of the run, for loggers that keep it.
 
         Raises:
           UserError: the folder cannot be written, or `metrics.jsonl` has a line that is not JSON.
@@ -55,7 +59,8 @@ class RunLog:
         self._progress = Progress(total_steps, start, every_seconds, stream or sys.stderr)
         with _one_line(workdir):
             self._lines = open(workdir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
-            self._board = TensorBoard(workdir / "tensorboard", start)
+            facts = LoggedRun(workdir, start, to_json(config or {}))
+            self._loggers = [LOGGERS[name](facts) for name in loggers]
 
     def __enter__(self) -> "RunLog":
         return self
@@ -75,7 +80,7 @@ class RunLog:
         return self._clock.mean
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends `{step, seconds, **values}` to `metrics.jsonl` and the values to TensorBoard.
+        """Appends `{step, seconds, **values}` to `metrics.jsonl`, and the values to the loggers.
 
         Values are Python, NumPy or JAX scalars; reading a JAX one waits for it. A line with `train/loss` moves the
         progress bar and gets `train/tokens_per_s`, measured since the last such line. NaN and infinities are
@@ -92,13 +97,15 @@ class RunLog:
         with _one_line(Path(self._lines.name)):
             self._lines.write(json.dumps(to_json(line), allow_nan=False) + "\n")
             self._lines.flush()
-            self._board.scalars(step, values)
+            for logger in self._loggers:
+                logger.scalars(step, values)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
-        """Shows Markdown under `tag` in TensorBoard: the config, samples."""
+        """Sends Markdown to the loggers under `tag`: the config, samples."""
         if self._writes:
             with _one_line(Path(self._lines.name)):
-                self._board.text(step, tag, text)
+                for logger in self._loggers:
+                    logger.text(step, tag, text)
 
     def say(self, text: str) -> None:
         """Prints `text` without breaking the progress bar."""
@@ -118,7 +125,8 @@ class RunLog:
         """Writes to the files what is still in memory."""
         if self._writes:
             with _one_line(Path(self._lines.name)):
-                self._board.flush()
+                for logger in self._loggers:
+                    logger.flush()
 
     def close(self) -> None:
         """Flushes and closes the files and the bar; more than once does no harm."""
@@ -127,7 +135,8 @@ class RunLog:
             with _one_line(Path(self._lines.name)), contextlib.ExitStack() as stack:
                 stack.callback(self._progress.close)
                 stack.callback(self._lines.close)
-                self._board.close()
+                for logger in self._loggers:
+                    stack.callback(logger.close)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

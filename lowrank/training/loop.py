@@ -1,4 +1,4 @@
-"""The training run: plan, load, split, step, save. Everything else lives in the file that its name says."""
+"""The training loop: load, split, step, score, save, and finish with the adapter and the report."""
 
 import dataclasses
 import json
@@ -19,13 +19,15 @@ from lowrank.core import files, parameter_summary, sharding, tree
 from lowrank.core.errors import Diverged, UserError
 from lowrank.core.tree import flatten_named, unflatten_named
 from lowrank.core.typing import PyTree
-from lowrank.training import build, report, step, workdir
-from lowrank.training import run as plan
+from lowrank.training import report, step, workdir
+from lowrank.training.best import Best
+from lowrank.training.build import build_run
 from lowrank.training.checkpoint import Checkpointer
 from lowrank.training.log import LOSS, METRICS, RunLog, read_metrics
 from lowrank.training.preemption import StopSignal
+from lowrank.training.run import Run
 
-SUMMARY, BEFORE, ADAPTER = "summary.json", "before.json", "adapter"
+SUMMARY, BEFORE, ADAPTER, BEST = "summary.json", "before.json", "adapter", "best"
 UNKNOWN: dict[str, Any] = {"scores": {}, "texts": []}  # of a model that is not scored
 FROZEN = "frozen"  # the root of the frozen leaves in a checkpoint: those that a method's restarts change
 
@@ -47,38 +49,50 @@ def run(
       UserError: a bad config, before anything is computed; a disk that refuses.
       Diverged: a loss that is not finite.
     """
-    job = build.build_run(config)
+    run = build_run(config)
     folder = Path(directory)
     workdir.check_config(folder, config)
-    every, keep = job.checkpoint.every, job.checkpoint.keep
+    every, keep = run.checkpoint.every, run.checkpoint.keep
     with workdir.lock(folder), StopSignal() as stop, Checkpointer(folder / "checkpoints", every, keep) as saver:
         start = saver.latest() or 0
-        if start == job.config.steps and (folder / SUMMARY).exists():
-            if jax.process_index() == 0:
-                print(f"finished already; report: {folder / 'report.md'}", file=sys.stderr)
-            return json.loads((folder / SUMMARY).read_text())
-        with RunLog(folder, job.config.steps, start=start, tokens_per_step=job.tokens_per_step) as log:
-            log.say(job.table)
-            ready = Trainer(job, folder, saver, log, stop, command)
+        if (finished := _finished_summary(folder, start)) is not None:
+            return finished
+        settings = {"loggers": run.config.loggers, "config": files.to_json(config)}
+        with RunLog(folder, run.config.steps, start=start, tokens_per_step=run.tokens_per_step, **settings) as log:
+            log.say(run.table)
+            ready = Trainer(run, folder, saver, log, stop, command)
             workdir.claim(folder, config)
             return ready.go(before, after)
 
 
-class Trainer:
-    """One run of a plan, from its last checkpoint on."""
+def _finished_summary(folder: Path, last: int) -> dict[str, Any] | None:
+    """The summary of a run whose last checkpoint is of step `last` and that has ended there; else None."""
+    path = folder / SUMMARY
+    summary = files.read_json(path) if last and path.exists() else {}
+    if summary.get("steps_done", summary.get("steps")) != last:
+        return None
+    if jax.process_index() == 0:
+        print(f"the run has finished already; report: {folder / 'report.md'}", file=sys.stderr)
+    return summary
 
-    def __init__(self, job: plan.Run, folder: Path, saver: Checkpointer, log: RunLog, stop: StopSignal, command: str):
+
+class Trainer:
+    """The training of one run, from its last checkpoint on."""
+
+    def __init__(self, run: Run, folder: Path, saver: Checkpointer, log: RunLog, stop: StopSignal, command: str):
         """Loads the base, attaches the method and restores what a checkpoint holds."""
-        self.job, self.folder, self.saver, self.log, self.stop, self.command = job, folder, saver, log, stop, command
-        base = job.load()
-        _check_new(base.new, job.frozen, job.method)
+        self.run, self.folder, self.saver, self.log, self.stop, self.command = run, folder, saver, log, stop, command
+        base = run.load()
+        _check_new(base.new, run.frozen, run.method)
         self.base = dataclasses.replace(base, params=None)
-        self.optimizer = job.optimizer()
-        self.state, self.frozen, self.original = job.start(base.params, self.optimizer)
-        init_map = job.method.hooks.map_batch
-        self.map_batch = init_map(job.network, self.frozen) if init_map else lambda batch: batch
+        self.optimizer = run.optimizer()
+        self.state, self.frozen, self.original = run.start(base.params, self.optimizer)
+        init_map = run.method.hooks.map_batch
+        self.map_batch = init_map(run.network, self.frozen) if init_map else lambda batch: batch
         self.metrics: Mapping[str, jax.Array] | None = None  # of the last step done
         self.compile_seconds = 0.0
+        self.best = Best(run.checkpoint)
+        self.scores: dict[int, dict[str, float]] = {}  # by step, of the evaluations in this process
         if saver.latest() is not None:
             self._restore(saver.latest())
 
@@ -86,56 +100,66 @@ class Trainer:
         """Trains, and leaves the adapter and the report, scored as asked; or stops where SIGTERM came."""
         found = self._before() if before else UNKNOWN
         done = self._train()
-        if done < self.job.config.steps:
+        if done < self.run.config.steps and not self.best.exhausted:
             self.log.say(f"stopped after step {done}; the same command continues")
             return {"stopped_at": done}
-        return self._finish(found, self._judge() if after else UNKNOWN)
+        if self.best.config.best:
+            self._return_to_best(done)
+        return self._finish(found, self._judge() if after else UNKNOWN, done)
 
     def _restore(self, last: int) -> None:
-        like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in self._arrays().items()}
-        arrays, meta = self.saver.restore(last, like)
-        frozen = {name: arrays.pop(f"{FROZEN}/{name}") for name in self.job.changing}
-        self.state = unflatten_named(self.state, arrays)
-        self.frozen = tree.map_named(lambda name, x: frozen.get(name, x), self.frozen)
-        self.job.loader.set_state(meta["host"])
+        arrays, meta = self.saver.restore(last, self._like())
+        self._place(arrays)
+        self.run.loader.set_state(meta["host"])
+        self.best.restore(meta["best"])
         self.log.say(f"continuing after step {last}")
 
+    def _like(self) -> dict[str, jax.ShapeDtypeStruct]:
+        arrays = self._arrays()
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in arrays.items()}
+
+    def _place(self, arrays: dict[str, jax.Array]) -> None:
+        """Puts the arrays of a checkpoint in place of the state, and of the frozen leaves that restarts change."""
+        frozen = {name: arrays.pop(f"{FROZEN}/{name}") for name in self.run.changing}
+        self.state = unflatten_named(self.state, arrays)
+        self.frozen = tree.map_named(lambda name, x: frozen.get(name, x), self.frozen)
+
     def _train(self) -> int:
-        """Trains to the end or to SIGTERM and saves; returns the number of steps done."""
-        c, start, program = self.job.config, int(self.state.step), None
+        """Trains to the end, to SIGTERM or to the last of `patience`, and saves; returns the number of steps done."""
+        c, start, program = self.run.config, int(self.state.step), None
         done = start
-        while done < c.steps and not self.stop.requested(done):
-            if self.job.restarts_at(done):
+        while done < c.steps and not self.best.exhausted and not self.stop.requested(done):
+            if self.run.restarts_at(done):
                 self._restart(done)
             batch = self._batch(done)
             program = program or self._compile(batch)
             previous = self.metrics
-            self.state, self.metrics = program(self.state, self.frozen, batch, self.job.rates[done])
+            self.state, self.metrics = program(self.state, self.frozen, batch, self.run.rates[done])
             self._check_finite(done, previous)  # one step behind, so that the device does not wait for the host
             done += 1
             if done % c.log_every == 0 or done == c.steps:
                 self.log.scalars(done, {f"train/{name}": value for name, value in self.metrics.items()})
+            if self.run.scorer and self.run.scorer.due(done) and done < c.steps:
+                self._note_best(done, self._score(done))
             if self.saver.due(done):
                 self._save(done)
-            if self.job.scorer and self.job.scorer.due(done) and done < c.steps:
-                self._score(done)
         if done > start:
             self._save(done, block=True)
         return done
 
     def _restart(self, done: int) -> None:
-        trained, self.frozen = tree.split(self.job.restart(self._params(), done), self.job.mask)
+        trained, self.frozen = tree.split(self.run.restart(self._params(), done), self.run.mask)
         self.state = dataclasses.replace(self.state, trained=trained)
 
     def _batch(self, done: int) -> dict[str, jax.Array]:
-        batch = next(self.job.loader, None)
+        batch = next(self.run.loader, None)
         if batch is None:
-            raise UserError(f"the data ended after step {done} of {self.job.config.steps}: raise data.epochs")
-        return sharding.global_batch(self.map_batch(batch), self.job.mesh)
+            raise UserError(f"the data ended after step {done} of {self.run.config.steps}: raise data.epochs")
+        return sharding.global_batch(self.map_batch(batch), self.run.mesh)
 
     def _compile(self, batch: Mapping[str, jax.Array]) -> jax.stages.Compiled:
         started = time.monotonic()
-        program = step.compile_step(self.job.step(self.optimizer), self.state, self.frozen, batch)
+        program = step.compile_step(self.run.step(self.optimizer), self.state, self.frozen, batch)
         self.compile_seconds = time.monotonic() - started
         return program
 
@@ -149,29 +173,53 @@ class Trainer:
 
     def _save(self, done: int, block: bool = False) -> None:
         self._check_finite(done, self.metrics)
-        meta = {"step": done, "config": files.to_json(vars(self.job.config))}
-        self.saver.save(done, self._arrays(), meta, block=block, host=self.job.loader.get_state())
+        self.saver.save(done, self._arrays(), self._meta(done), block=block, host=self.run.loader.get_state())
+
+    def _meta(self, done: int) -> dict[str, Any]:
+        return {"step": done, "config": files.to_json(vars(self.run.config)), "best": self.best.to_meta()}
+
+    def _note_best(self, done: int, scores: Mapping[str, float]) -> None:
+        """Keeps the leaves of step `done` beside the newest checkpoints where its scores are the best so far."""
+        if self.best.update(done, scores):
+            with self._best_saver() as saver:
+                saver.save(done, self._arrays(), self._meta(done), block=True, host=self.run.loader.get_state())
+
+    def _best_saver(self) -> Checkpointer:
+        return Checkpointer(self.folder / BEST, keep=2)  # two, as a run that was killed repeats steps before the last
+
+    def _return_to_best(self, done: int) -> None:
+        """Puts the leaves of the best evaluation in place of those of step `done`, whose scores count as well."""
+        if done == self.run.config.steps:
+            self._note_best(done, self._score(done))
+        if self.best.step is None or self.best.step == done:
+            return
+        with self._best_saver() as saver:
+            arrays, _ = saver.restore(self.best.step, self._like())
+        self._place(arrays)
+        self.log.say(f"the adapter is that of step {self.best.step}: {self.best.config.best} {self.best.score:.4g}")
 
     def _arrays(self) -> dict[str, jax.Array]:
-        changing = {n: x for n, x in tree.named_leaves(self.frozen) if n in self.job.changing}
+        changing = {n: x for n, x in tree.named_leaves(self.frozen) if n in self.run.changing}
         return flatten_named(self.state) | {f"{FROZEN}/{name}": x for name, x in changing.items()}
 
     def _params(self) -> PyTree:
         return tree.join(self.state.trained, self.frozen)
 
     def _score(self, done: int) -> dict[str, float]:
-        with self.log.paused():
-            scores = self.job.scorer.scores(self._params())
-        self.log.scalars(done, {f"eval/{'loss' if name == 'nll' else name}": v for name, v in scores.items()})
-        return scores
+        """The scores of the parameters of step `done`, which are computed and logged once."""
+        if done not in self.scores:
+            with self.log.paused():
+                self.scores[done] = scores = self.run.scorer.scores(self._params())
+            self.log.scalars(done, {f"eval/{'loss' if name == 'nll' else name}": v for name, v in scores.items()})
+        return self.scores[done]
 
     def _judge(self) -> dict[str, Any]:
         """`{scores, texts}` of the parameters as they are; nothing without an `eval` group."""
-        if not self.job.scorer:
+        if not self.run.scorer:
             return UNKNOWN
         scores = self._score(int(self.state.step))
         with self.log.paused():
-            more, texts = self.job.scorer.texts(self._params())
+            more, texts = self.run.scorer.texts(self._params())
         return {"scores": scores | more, "texts": texts}
 
     def _before(self) -> dict[str, Any]:
@@ -181,10 +229,10 @@ class Trainer:
             files.write_json(path, self._judge())
         return json.loads(path.read_text())
 
-    def _finish(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-        c, texts = self.job.config, (before["texts"], after["texts"])
-        saved = tree.map_named(lambda name, learns: learns or name in self.job.changing, self.job.mask)
-        params, mask = methods.exported_leaves(self.job.method, self._params(), saved)
+    def _finish(self, before: Mapping[str, Any], after: Mapping[str, Any], done: int) -> dict[str, Any]:
+        c, texts = self.run.config, (before["texts"], after["texts"])
+        saved = tree.map_named(lambda name, learns: learns or name in self.run.changing, self.run.mask)
+        params, mask = methods.exported_leaves(self.run.method, self._params(), saved)
         kind = adapter_files.save(
             params,
             self.base,
@@ -194,23 +242,30 @@ class Trainer:
             original=self.original,
         )
         summary = {
-            "model": self.job.model.name,
+            "model": self.run.model.name,
             "method": c.method["name"],
             "steps": c.steps,
+            "steps_done": done,
+            **self._best_facts(),
             "final_loss": self._final_loss(),
-            **parameter_summary.totals(self.job.shapes, self.job.mask),
+            **parameter_summary.totals(self.run.shapes, self.run.mask),
             **report.peak_memory(),
             "seconds": self.log.seconds,
             "compile_seconds": self.compile_seconds,
             "tokens_per_s": self.log.tokens_per_s,
             "before": before["scores"],
             "after": after["scores"],
-            "samples": self.job.scorer.samples(*texts) if all(texts) else [],
+            "samples": self.run.scorer.samples(*texts) if all(texts) else [],
         }
         if jax.process_index() == 0:
             self._report(summary, kind)
         self.log.say(f"{kind}: {self.folder / ADAPTER}; report: {self.folder / 'report.md'}")
         return summary
+
+    def _best_facts(self) -> dict[str, Any]:
+        if self.best.step is None:
+            return {}
+        return {"best_step": self.best.step, f"best_{self.best.config.best}": self.best.score}
 
     def _final_loss(self) -> float | None:
         """The loss of the last step, which may have been done, and logged, before a restart."""
@@ -225,10 +280,10 @@ class Trainer:
         report.write(
             self.folder,
             summary,
-            self.job.table,
+            self.run.table,
             title=f"{summary['method']} on {summary['model']}",
             command=self.command,
-            config=files.to_json(vars(self.job.config)),
+            config=files.to_json(vars(self.run.config)),
             samples=summary["samples"],
             files={ADAPTER: kind, "checkpoints": "trained leaves, optimizer, data position"},
         )

@@ -1,10 +1,10 @@
-"""The optimizer's state in the host's memory, brought to the device a leaf at a time (QLoRA, arXiv:2305.14314).
+"""Offloads the optimizer's state to the host's memory and streams it to the device leaf by leaf (arXiv:2305.14314).
 
-QLoRA pages by unified memory, which one vendor has. Here a leaf of the state lies in pinned host memory by its
-sharding, and the compiled step copies it in for the update and out again.
+QLoRA pages the state with unified memory, which one vendor offers. Here the sharding of a leaf of the state places it
+in pinned host memory, and the compiled step copies it to the device for the update and back.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,22 +15,23 @@ from lowrank.core.typing import PyTree
 
 HOST = "pinned_host"
 Space = jax.memory.Space
+Update = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]  # (gradient, state, trained) -> (trained, state)
 
 
 def has_host(mesh: Any) -> bool:
-    """Whether the devices of `mesh` reach pinned host memory; an abstract mesh's are taken to."""
+    """Whether the devices of `mesh` address pinned host memory; those of an abstract mesh are assumed to."""
     if isinstance(mesh, jax.sharding.AbstractMesh):
         return True
-    return all(HOST in kinds(device) for device in mesh.devices.flat)
+    return all(HOST in memory_kinds(device) for device in mesh.devices.flat)
 
 
-def kinds(device: Any) -> list[str]:
+def memory_kinds(device: Any) -> list[str]:
     """The memory kinds that `device` can address."""
     return [memory.kind for memory in device.addressable_memories()]
 
 
 def owners(optimizer: optax.GradientTransformation, state: PyTree, trained: PyTree) -> PyTree:
-    """For each leaf of a state the index of the trained leaf that it belongs to; -1 for numbers and what all share."""
+    """The index of the trained leaf that each leaf of a state belongs to; -1 for scalars and shared leaves."""
     indices = jax.tree.unflatten(jax.tree.structure(trained), range(len(jax.tree.leaves(trained))))
 
     def masked(leaf: Any) -> bool:  # the place of a parameter that another label group has
@@ -42,22 +43,19 @@ def owners(optimizer: optax.GradientTransformation, state: PyTree, trained: PyTr
     return optax.tree.map_params(optimizer, index, state, indices, transform_non_params=lambda _: -1, is_leaf=masked)
 
 
-def paged(where: PyTree, owner: PyTree) -> PyTree:
-    """The shardings `where` of a state, with what belongs to a trained leaf on the host."""
+def offload_shardings(where: PyTree, owner: PyTree) -> PyTree:
+    """The shardings `where` of a state, with the leaves that belong to a trained leaf on the host."""
     return jax.tree.map(lambda s, i: s if i < 0 else s.with_memory_kind(HOST), where, owner)
 
 
-def apply(
-    optimizer: optax.GradientTransformation, gradient: PyTree, state: PyTree, trained: PyTree, **extra: Any
-) -> tuple[PyTree, PyTree]:
-    """`(trained, state)` after an update, inside jit; a state on the host is brought in and sent back leaf by leaf.
+def stream_state(update: Update, optimizer: Any, gradient: PyTree, state: PyTree, trained: PyTree) -> Any:
+    """`update(gradient, state, trained)`, inside jit, where a part of the state may lie on the host.
 
-    `extra` are arguments for an optimizer that takes them.
-
-    Barriers keep the leaves in a row: without them the compiler fetches the whole state at once, and nothing is won.
+    Without such a part it is `update` itself. Else each leaf of the state is copied to the device for its turn and back
+    to the host after it. Barriers keep the leaves in order: without them the compiler fetches the whole state at once,
+    and no memory is saved. `optimizer` tells which leaf of the state belongs to which trained leaf.
     """
-    update, args = functools.partial(_update, optimizer, extra), (gradient, state, trained)
-    states = jax.tree.leaves(state)
+    args, states = (gradient, state, trained), jax.tree.leaves(state)
     if not any(_on_host(x) for x in states):
         return update(*args)
     program, shapes = jax.make_jaxpr(update, return_shape=True)(*jax.tree.map(_on_device, args))
@@ -65,18 +63,13 @@ def apply(
     n, found = len(jax.tree.leaves(trained)), {}
     owner = dict(enumerate(jax.tree.leaves(owners(optimizer, state, trained)), n))  # of each output of the program
     for i in range(n):
-        mine = [i, *(j for j, of in owner.items() if of == i)]
-        values = dict(zip(mine, pieces.outputs(mine, after=found.get(i - 1)), strict=True))
+        outputs = [i, *(j for j, of in owner.items() if of == i)]
+        values = dict(zip(outputs, pieces.outputs(outputs, after=found.get(i - 1)), strict=True))
         sent = {j: jax.device_put(x, Space.Host) for j, x in values.items() if j >= n and _on_host(states[j - n])}
         found |= jax.lax.optimization_barrier(values | sent)
     shared = [j for j, of in owner.items() if of < 0]
     found |= dict(zip(shared, pieces.outputs(shared), strict=True))
     return jax.tree.unflatten(jax.tree.structure(shapes), [found[j] for j in range(len(found))])
-
-
-def _update(optimizer: Any, extra: dict[str, Any], gradient: PyTree, state: PyTree, trained: PyTree) -> Any:
-    updates, state = optax.with_extra_args_support(optimizer).update(gradient, state, trained, **extra)
-    return optax.apply_updates(trained, updates), state
 
 
 def _on_host(x: jax.Array) -> bool:
@@ -88,7 +81,7 @@ def _on_device(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 class _Pieces:
-    """A program evaluated piece by piece, each equation once; an argument on the host is brought in when needed."""
+    """A program that is evaluated piece by piece, each equation once; an argument on the host is copied when needed."""
 
     def __init__(self, program: ClosedJaxpr, args: list[jax.Array]):
         self._jaxpr = program.jaxpr
@@ -98,7 +91,7 @@ class _Pieces:
         self._known |= {v: x for v, x in given.items() if v not in self._far}
 
     def outputs(self, indices: list[int], after: jax.Array | None = None) -> list[jax.Array]:
-        """Some outputs; what they need from the host is not fetched before `after` is there."""
+        """The outputs of these indices; their arguments on the host are not fetched before `after` is computed."""
         wanted = [self._jaxpr.outvars[i] for i in indices]
         needed, missing = {v for v in wanted if not isinstance(v, Literal)}, []
         for equation in reversed(self._jaxpr.eqns):

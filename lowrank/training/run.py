@@ -19,7 +19,7 @@ from lowrank.evaluation.evaluator import Evaluator
 from lowrank.methods import Method
 from lowrank.objectives import losses
 from lowrank.training import optimizer as optim
-from lowrank.training import step
+from lowrank.training import random_streams, step
 from lowrank.training.config import CheckpointConfig, ModelConfig, RunConfig
 from lowrank.training.offload import has_host
 from lowrank.training.optimizer import OptimConfig
@@ -76,7 +76,7 @@ class Run:
         The ones before are None unless a rewrite changed a base (PiSSA); else they are the same arrays.
         """
         where = sharding.shardings(self.shapes, self.mesh)
-        attach = functools.partial(methods.attach, self.method, key=jax.random.key(self.config.seed))
+        attach = functools.partial(methods.attach, self.method, key=random_streams.attach_key(self.config.seed))
         adapted = jit_passthrough(attach, where, params)(params)
         changed = _bases_changed(params, adapted)
         adapted = jax.tree.map(lambda x, learns: x.astype("float32") if learns else x, adapted, self.mask)
@@ -95,7 +95,7 @@ class Run:
         calibrate = self.method.hooks.calibrate
         if not calibrate:
             return params
-        key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
+        key = random_streams.calibrate_key(self.config.seed)
         loss = functools.partial(self.loss, rng=None)
         context = methods.Context(key, self.tokenizer, self._first_batches, loss, self.mask, self.network.config)
         return jax.device_put(calibrate(params, context), sharding.shardings(self.shapes, self.mesh))
@@ -107,8 +107,7 @@ class Run:
 
     def restart(self, params: PyTree, done: int) -> PyTree:
         """The parameters that step `done` (from 0) starts from where the method restarts."""
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), 2), done)
-        return self._restarted(params, key)
+        return self._restarted(params, random_streams.restart_key(self.config.seed, done))
 
     @functools.cached_property
     def _restarted(self) -> Callable[[PyTree, jax.Array], PyTree]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from lowrank.core import sharding, tree
 from lowrank.core.typing import PyTree
-from lowrank.training import offload
+from lowrank.training import offload, random_streams
 
 Loss = Callable[[PyTree, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -45,7 +45,7 @@ def moment_shapes(trained: PyTree, optimizer: optax.GradientTransformation, mesh
     shapes = jax.eval_shape(optimizer.init, trained)
     where = sharding.optimizer_shardings(optimizer, shapes, trained, mesh)
     if paged:
-        where = offload.paged(where, offload.owners(optimizer, shapes, trained))
+        where = offload.offload_shardings(where, offload.owners(optimizer, shapes, trained))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
@@ -66,7 +66,7 @@ def make_step(
     def step(
         state: State, frozen: PyTree, batch: Mapping[str, jax.Array], lr: jax.Array
     ) -> tuple[State, dict[str, jax.Array]]:
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)  # from the step alone, so that a resume is exact
+        rng = random_streams.step_key(seed, state.step)
 
         def sums(trained: PyTree, part: Mapping[str, jax.Array], index: jax.Array) -> tuple[jax.Array, jax.Array]:
             return loss(tree.join(trained, frozen), part, jax.random.fold_in(rng, index))
@@ -76,8 +76,13 @@ def make_step(
             return (total, weight), jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), gradient)
 
         (total, weight), gradient = gradient_at(state.trained)
-        extra = {"lr": lr, "gradient_at": lambda trained: gradient_at(trained)[1]}
-        trained, moments = offload.apply(optimizer, gradient, state.optimizer, state.trained, **extra)
+
+        def update(gradient: PyTree, moments: PyTree, trained: PyTree) -> tuple[PyTree, PyTree]:
+            extra = {"lr": lr, "gradient_at": lambda trained: gradient_at(trained)[1]}
+            updates, moments = optax.with_extra_args_support(optimizer).update(gradient, moments, trained, **extra)
+            return optax.apply_updates(trained, updates), moments
+
+        trained, moments = offload.stream_state(update, optimizer, gradient, state.optimizer, state.trained)
         metrics = {
             "loss": total / jnp.maximum(weight, 1e-8),
             "grad_norm": optax.tree.norm(gradient),

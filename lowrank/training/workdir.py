@@ -14,7 +14,7 @@ from lowrank.core.errors import UserError
 from lowrank.core.files import to_json, write_json
 
 CONFIG = "config.json"
-MAY_CHANGE = ("mesh", "checkpoint", "log_every", "distributed")  # what a restart may do differently
+MAY_CHANGE = ("mesh", "checkpoint", "log_every", "loggers", "distributed")  # what a restart may do differently
 _ABSENT = object()
 
 

@@ -19,9 +19,9 @@ MESHES = [{"data": 1, "fsdp": 4}, {"data": 2, "fsdp": 2}, {"data": 2, "fsdp": 2,
 def compiled(files, mesh, model="llama", **changes):
     config = config_of(files, "rank=2", model, data__seq_len=LENGTH, data__batch_size=ROWS, **changes)
     config.mesh = {"tensor": 1, **mesh}
-    job = build.build_run(config)
-    run = shapes.step_inputs(job)
-    return step.compile_step(job.step(job.optimizer()), run.state, run.frozen, run.batch).as_text()
+    run = build.build_run(config)
+    inputs = shapes.step_inputs(run)
+    return step.compile_step(run.step(run.optimizer()), inputs.state, inputs.frozen, inputs.batch).as_text()
 
 
 def largest(text):

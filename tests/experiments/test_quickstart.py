@@ -3,7 +3,7 @@ import json
 import pytest
 
 from configs import common, quickstart
-from experiments.quickstart import __main__ as job
+from experiments.quickstart import __main__ as command
 from launch.evaluate import evaluate
 from lowrank.core.errors import UserError
 from lowrank.training import build
@@ -28,7 +28,7 @@ def config(tmp_path_factory):
 
 def test_the_job_shows_and_keeps_what_it_reached_and_its_adapter_scores_the_same(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "get_config", lambda: config)
-    assert job.main(["quickstart", str(tmp_path / "run")]) == 0
+    assert command.main(["quickstart", str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["rougeL_before"] == summary["before"]["rougeL"]
     assert summary["rougeL_after"] == summary["after"]["rougeL"]
@@ -45,14 +45,14 @@ def test_the_job_shows_and_keeps_what_it_reached_and_its_adapter_scores_the_same
 
     assert_close(evaluate(config, tmp_path / "run"), summary["after"])
 
-    assert job.main(["quickstart", str(tmp_path / "run")]) == 0  # a finished run is shown again, not repeated
+    assert command.main(["quickstart", str(tmp_path / "run")]) == 0  # a finished run is shown again, not repeated
     assert capsys.readouterr().out.strip().endswith(shown.strip())
 
 
 def test_a_run_of_another_config_is_left_alone(config, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.json").write_text('{"steps": 1}')
     monkeypatch.setattr(quickstart, "get_config", lambda: config)
-    assert job.main(["quickstart", str(tmp_path)]) == 2
+    assert command.main(["quickstart", str(tmp_path)]) == 2
     assert "another config" in capsys.readouterr().err
 
 

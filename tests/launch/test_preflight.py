@@ -42,7 +42,7 @@ def no_cuda_plugin(monkeypatch):
 def no_compiler(monkeypatch):
     """The formula alone: the programs are not compiled."""
     none = compiled.Compiled("cpu", 0, 0, 0, 0, compiled.Program(temporary=1), None)
-    monkeypatch.setattr(compiled, "compiled", lambda job, arrays: none)
+    monkeypatch.setattr(compiled, "compiled", lambda run, arrays: none)
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_what_does_not_fit_is_told_by_how_much_and_what_to_change(files, capsys,
 
 
 def test_advice_goes_from_cheap_to_dear_and_adds_up(files):
-    job = build.build_run(config_of(files, "rank=4", mesh__data=1, model__remat="none", data__seq_len=64))
-    steps = advice.advise(job, memory=0)
+    run = build.build_run(config_of(files, "rank=4", mesh__data=1, model__remat="none", data__seq_len=64))
+    steps = advice.advise(run, memory=0)
     keys = [next((k for k in s.option.changes if k in COSTS), "model.quantize") for s in steps]
     order = [*COSTS, "model.quantize"]
     assert keys == sorted(keys, key=order.index)
@@ -166,4 +166,4 @@ def test_advice_goes_from_cheap_to_dear_and_adds_up(files):
     remat = next(s for s in steps if "model.remat" in s.option.changes)
     block = build.build_run(config_of(files, "rank=4", mesh__data=1, model__remat="full", data__seq_len=64))
     assert remat.leaves == advice.formulas.memory(block).peak
-    assert [s.option.changes for s in advice.advise(job, memory=left[0])] == [steps[0].option.changes]
+    assert [s.option.changes for s in advice.advise(run, memory=left[0])] == [steps[0].option.changes]

@@ -35,15 +35,15 @@ def on_first_device(arrays):
 @pytest.mark.parametrize(("name", "at"), [("lora", 1), ("qdora", 0), ("qdora", 1), ("full", 2), ("encoder", 0)])
 def test_weights_adapter_and_moments_are_what_real_arrays_take_on_a_device(files, name, at):
     arg, model, changes = RUNS[name]
-    job = job_of(files, arg, model, MESHES[at], **changes)
-    params, _ = job.attach(job.load().params)
-    trained, frozen = tree.split(params, job.mask)
-    run = shapes.step_inputs(job)
-    assert shapes.device_bytes(run.frozen) == on_first_device(frozen)
-    assert shapes.device_bytes(run.state.trained) == on_first_device(trained)
+    run = job_of(files, arg, model, MESHES[at], **changes)
+    params, _ = run.attach(run.load().params)
+    trained, frozen = tree.split(params, run.mask)
+    inputs = shapes.step_inputs(run)
+    assert shapes.device_bytes(inputs.frozen) == on_first_device(frozen)
+    assert shapes.device_bytes(inputs.state.trained) == on_first_device(trained)
     learned = sum(x.size for x in jax.tree.leaves(trained))
-    counters = {x.shape: x.dtype for x in jax.tree.leaves(run.state.optimizer) if x.ndim == 0}
-    whole = sum(x.size for x in jax.tree.leaves(run.state.optimizer) if x.ndim)
+    counters = {x.shape: x.dtype for x in jax.tree.leaves(inputs.state.optimizer) if x.ndim == 0}
+    whole = sum(x.size for x in jax.tree.leaves(inputs.state.optimizer) if x.ndim)
     assert counters
     assert whole == 2 * learned  # Adam's two
 
@@ -52,9 +52,9 @@ def test_weights_adapter_and_moments_are_what_real_arrays_take_on_a_device(files
 def test_the_compiler_agrees_on_what_stays_and_nearly_on_what_does_not(files, name, at):
     arg, model, changes = RUNS[name]
     writes = {"eval__split": "train", "eval__texts": 5, "eval__max_new": 6} if name == "lora" else {}
-    job = job_of(files, arg, model, MESHES[at], **{**changes, **writes, "model__param_dtype": "float32"})
-    run = shapes.step_inputs(job)
-    by_formula, by_compiler = formulas.memory(job, run), compiled.compiled(job, run)
+    run = job_of(files, arg, model, MESHES[at], **{**changes, **writes, "model__param_dtype": "float32"})
+    inputs = shapes.step_inputs(run)
+    by_formula, by_compiler = formulas.memory(run, inputs), compiled.compiled(run, inputs)
     for part in ("weights", "adapter", "moments", "batch"):
         assert getattr(by_formula, part) == getattr(by_compiler, part), part
     known = by_formula.resident + by_formula.batch + 4  # and the number of steps done
@@ -63,7 +63,7 @@ def test_the_compiler_agrees_on_what_stays_and_nearly_on_what_does_not(files, na
     assert by_compiler.step.outputs < 4096  # metrics: the state is written over
     assert bool(by_compiler.generation) == bool(writes) == bool(by_formula.generation)
     if writes:
-        rows, length = job.scorer.largest
+        rows, length = run.scorer.largest
         assert rows == 5
         assert by_formula.kv_cache == 2 * LAYERS * 5 * (length + 6) * KV_HEADS * (WIDTH // HEADS) * 4
         assert by_formula.kv_cache <= by_compiler.generation.temporary < 20 * by_formula.kv_cache
@@ -71,21 +71,25 @@ def test_the_compiler_agrees_on_what_stays_and_nearly_on_what_does_not(files, na
 
 def test_codes_take_as_arguments_what_the_formula_says(files):
     arg, model, changes = RUNS["qdora"]
-    run = shapes.step_inputs(job_of(files, arg, model, MESHES[1], **changes))
-    assert compiled.held(run.frozen) == shapes.device_bytes(run.frozen)
-    assert compiled.held(run.state.trained) == shapes.device_bytes(run.state.trained)
+    inputs = shapes.step_inputs(job_of(files, arg, model, MESHES[1], **changes))
+    assert compiled.held(inputs.frozen) == shapes.device_bytes(inputs.frozen)
+    assert compiled.held(inputs.state.trained) == shapes.device_bytes(inputs.state.trained)
 
 
 def test_activations_follow_what_is_rematerialised(files):
-    job = job_of(files, model__remat="none", data__seq_len=64)
-    run = shapes.step_inputs(job)
-    program = compiled.analysed(lambda: step.compile_step(job.step(job.optimizer()), run.state, run.frozen, run.batch))
-    assert 0.4 < formulas.memory(job, run).working / program.temporary < 2.5
-    kept_by = {r: residuals.activations(job, run, r) for r in ("none", "dots_all", "names", "dots", "full", "offload")}
-    assert kept_by["none"] == residuals.activations(job, run)
+    run = job_of(files, model__remat="none", data__seq_len=64)
+    inputs = shapes.step_inputs(run)
+    program = compiled.analysed(
+        lambda: step.compile_step(run.step(run.optimizer()), inputs.state, inputs.frozen, inputs.batch)
+    )
+    assert 0.4 < formulas.memory(run, inputs).working / program.temporary < 2.5
+    kept_by = {
+        r: residuals.activations(run, inputs, r) for r in ("none", "dots_all", "names", "dots", "full", "offload")
+    }
+    assert kept_by["none"] == residuals.activations(run, inputs)
     assert kept_by["none"] > kept_by["dots_all"] > kept_by["dots"] > kept_by["full"] > kept_by["offload"]
     assert kept_by["names"] > kept_by["full"]
-    away = residuals.activations(job, run, "offload", host=True)
+    away = residuals.activations(run, inputs, "offload", host=True)
     assert away == LAYERS * 8 * 64 * WIDTH * 4  # each block's input
     assert kept_by["full"] - kept_by["offload"] == away
 
@@ -95,24 +99,24 @@ def test_activations_follow_what_is_rematerialised(files):
     [(2, {"model__quantize": NF4}), (7, {"method__target": ".*kernel"}), (2, {"model__dtype": "bfloat16"})],
 )
 def test_dots_keeps_each_product_once_whatever_its_weight_is(files, adapted, changes):
-    job = job_of(files, "rank=2", data__seq_len=64, **changes)
-    run = shapes.step_inputs(job)
+    run = job_of(files, "rank=2", data__seq_len=64, **changes)
+    inputs = shapes.step_inputs(run)
     wide = 2 * WIDTH + 2 * KV_HEADS * (WIDTH // HEADS) + 2 * HIDDEN  # q, o; k, v; gate, up: no gradient asks for down
     size = 2 if "model__dtype" in changes else 4
     products = LAYERS * 8 * 64 * (wide + adapted * 2) * size  # and `x @ A`, but not what is added to `x @ W`
-    assert residuals.activations(job, run, "dots") - residuals.activations(job, run, "full") == products
+    assert residuals.activations(run, inputs, "dots") - residuals.activations(run, inputs, "full") == products
 
 
 def test_a_rematerialised_block_keeps_its_input_alone():
-    job = literature.plan("LLaMA-7B", {"name": "lora", "rank": 8})
-    run = literature.arrays(job, rows=2, length=1024)
+    run = literature.plan("LLaMA-7B", {"name": "lora", "rank": 8})
+    found = literature.arrays(run, rows=2, length=1024)
     inputs = 32 * 2 * 1024 * 4096 * 2  # layers, rows, tokens, width, bfloat16
-    assert 1 < residuals.activations(job, run) / inputs < 1.25
+    assert 1 < residuals.activations(run, found) / inputs < 1.25
 
 
 def test_a_mesh_divides_a_kernel_by_its_axes_and_the_batch_by_data_and_fsdp(files):
     one, many = (shapes.step_inputs(job_of(files, mesh=mesh)) for mesh in MESHES[:2])
-    kernel = lambda run: run.frozen["layers"]["mlp"]["up"]["kernel"]  # noqa: E731
+    kernel = lambda inputs: inputs.frozen["layers"]["mlp"]["up"]["kernel"]  # noqa: E731
     assert shapes.device_bytes(kernel(one)) == LAYERS * WIDTH * HIDDEN * 4
     assert shapes.device_bytes(kernel(many)) == LAYERS * WIDTH * HIDDEN * 4 // 8
     assert shapes.device_bytes(one.batch) == 4 * shapes.device_bytes(many.batch)
@@ -140,11 +144,11 @@ def test_sgd_has_no_moments(files):
 
 
 def test_what_is_on_the_host_is_counted_apart(files):
-    job = job_of(files)
-    run = shapes.step_inputs(job)
+    run = job_of(files)
+    inputs = shapes.step_inputs(run)
     moved = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("pinned_host"))  # noqa: E731
-    state = dataclasses.replace(run.state, optimizer=jax.tree.map(moved, run.state.optimizer))
-    here, there = formulas.memory(job, run), formulas.memory(job, dataclasses.replace(run, state=state))
+    state = dataclasses.replace(inputs.state, optimizer=jax.tree.map(moved, inputs.state.optimizer))
+    here, there = formulas.memory(run, inputs), formulas.memory(run, dataclasses.replace(inputs, state=state))
     assert (there.moments, there.host) == (0, here.moments)
     assert there.step == here.step - here.moments
 

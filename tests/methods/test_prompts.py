@@ -118,10 +118,10 @@ def test_a_prompt_starts_from_the_vocabulary_or_from_a_text(files):
         "length=5,init=text,text=the red cat",
         "length=2,init=text,text=the red cat",
     ):
-        job = plan.build_run(config_of(files, f"method=prompt,{arg}", mesh__data=1))
-        params, _ = job.attach(job.load().params)
-        starts[arg] = job.prepare(params)["prompt"]["embedding"]
-    table, ids = np.asarray(params["embed"]["embedding"]), job.tokenizer.encode("the red cat the red")
+        run = plan.build_run(config_of(files, f"method=prompt,{arg}", mesh__data=1))
+        params, _ = run.attach(run.load().params)
+        starts[arg] = run.prepare(params)["prompt"]["embedding"]
+    table, ids = np.asarray(params["embed"]["embedding"]), run.tokenizer.encode("the red cat the red")
     drawn, text, short = starts.values()
     assert all(np.any(np.all(table == row, axis=1)) for row in np.asarray(drawn))
     np.testing.assert_array_equal(text, table[ids])

@@ -43,10 +43,10 @@ def runs(files, tmp_path_factory):
             config.checkpoint.every, config.eval = 0, {"split": "train" if name == "qlora" else ""}
             seen, go, folder = [], loop.Trainer.go, tmp_path_factory.mktemp("run")
 
-            def watched(job, *args):
-                before = jax.device_get(job.frozen)
-                summary = go(job, *args)
-                seen.extend([before, jax.device_get(job.frozen)])
+            def watched(run, *args):
+                before = jax.device_get(run.frozen)
+                summary = go(run, *args)
+                seen.extend([before, jax.device_get(run.frozen)])
                 return summary
 
             with pytest.MonkeyPatch.context() as patch:

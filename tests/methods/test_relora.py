@@ -41,8 +41,8 @@ def test_a_restart_moves_the_update_into_the_base(init):
 
 
 def test_shares_of_the_run_become_steps(files):
-    job = build.build_run(config_of(files, "method=relora,rank=2,every=0.25", steps=10))
-    assert [step for step in range(10) if job.restarts_at(step)] == [2, 4, 6, 8]
+    run = build.build_run(config_of(files, "method=relora,rank=2,every=0.25", steps=10))
+    assert [step for step in range(10) if run.restarts_at(step)] == [2, 4, 6, 8]
 
 
 def test_the_moments_are_forgotten_and_the_rate_rises_again():

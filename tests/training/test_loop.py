@@ -103,9 +103,9 @@ STARTS_ELSEWHERE = (
 @pytest.fixture(scope="module")
 def start(files):
     """The loss of the base on the first batch."""
-    job = build.build_run(config_of(files, mesh__data=1))
-    batch = sharding.global_batch(next(job.loader), job.mesh)
-    total, weight = jax.jit(functools.partial(job.loss, rng=None))(job.load().params, batch)
+    run = build.build_run(config_of(files, mesh__data=1))
+    batch = sharding.global_batch(next(run.loader), run.mesh)
+    total, weight = jax.jit(functools.partial(run.loss, rng=None))(run.load().params, batch)
     return float(total / weight)
 
 
@@ -123,11 +123,11 @@ def test_every_method_keeps_the_contract_on_a_mesh(name, files, start, tmp_path,
     [(run, before, after)] = watched
     pairs = zip(tree.named_leaves(before), tree.named_leaves(after), strict=True)
     changed = {leaf for (leaf, x), (_, y) in pairs if not np.array_equal(x, y)}
-    assert changed == (run.job.changing if run.job.method.hooks.every_n_steps else set())
+    assert changed == (run.run.changing if run.run.method.hooks.every_n_steps else set())
     assert 0 < summary["trained_params"] <= summary["total_params"]
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    params, _ = methods.exported_leaves(run.job.method, run._params(), run.job.mask)
-    params = run.job.method.bind(params, None, None) if run.job.method.bind else params
+    params, _ = methods.exported_leaves(run.run.method, run._params(), run.run.mask)
+    params = run.run.method.bind(params, None, None) if run.run.method.bind else params
     again = load.load_adapted(tmp_path / "adapter", str(files / "llama")).params
     for (leaf, x), (_, y) in zip(_merged(params), _merged(again), strict=True):
         assert_close(y, x, name=leaf)
@@ -290,9 +290,9 @@ def test_the_data_may_not_end_before_the_run(files, tmp_path):
 
 
 def test_what_a_rewrite_leaves_alone_is_not_copied(files):
-    job = build.build_run(config_of(files, "rank=2", mesh__data=1))
-    base = job.load()
-    adapted, original = job.attach(base.params)
+    run = build.build_run(config_of(files, "rank=2", mesh__data=1))
+    base = run.load()
+    adapted, original = run.attach(base.params)
     before = {name: leaf.unsafe_buffer_pointer() for name, leaf in tree.named_leaves(base.params)}
     after = {name: leaf.unsafe_buffer_pointer() for name, leaf in tree.named_leaves(adapted)}
     assert original is None
@@ -301,16 +301,16 @@ def test_what_a_rewrite_leaves_alone_is_not_copied(files):
 
 
 def test_pissa_keeps_the_original_for_its_adapter(files):
-    job = build.build_run(config_of(files, "rank=2,init=pissa", mesh__data=1))
-    base = job.load()
-    _, original = job.attach(base.params)
+    run = build.build_run(config_of(files, "rank=2,init=pissa", mesh__data=1))
+    base = run.load()
+    _, original = run.attach(base.params)
     assert original is base.params
 
 
 def test_what_is_trained_is_float32_on_a_bfloat16_base(files):
-    job = build.build_run(config_of(files, "method=bitfit", model__param_dtype="bfloat16", mesh__data=1))
-    adapted, _ = job.attach(job.load().params)
-    trained, frozen = tree.split(adapted, job.mask)
+    run = build.build_run(config_of(files, "method=bitfit", model__param_dtype="bfloat16", mesh__data=1))
+    adapted, _ = run.attach(run.load().params)
+    trained, frozen = tree.split(adapted, run.mask)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(trained)} == {"float32"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(frozen)} == {"bfloat16"}
 

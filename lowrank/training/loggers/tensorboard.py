@@ -1,19 +1,20 @@
-"""TensorBoard's event files, written without TensorFlow or torch."""
+"""TensorBoard: event files in the folder `tensorboard` of the run, written without TensorFlow or torch."""
 
 import contextlib
-import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
+
+from lowrank.training.loggers.logger import LoggedRun, finite
 
 
 class TensorBoard:
     """Event files through tensorboardX, written in this thread: its queue would hang for ever on a full disk."""
 
-    def __init__(self, directory: Path, start: int):
+    def __init__(self, run: LoggedRun):
+        directory, start = run.folder / "tensorboard", run.start
         with _hidden("torch"):
             from tensorboardX import event_file_writer, summary
             from tensorboardX.proto import event_pb2
@@ -26,9 +27,8 @@ class TensorBoard:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the finite ones of `values`."""
-        for name, value in values.items():
-            if math.isfinite(value):  # else tensorboardX warns, and nothing could be drawn
-                self._event(step, summary=self._summary.scalar(name, value))
+        for name, value in finite(values).items():  # of others tensorboardX warns
+            self._event(step, summary=self._summary.scalar(name, value))
         if time.monotonic() - self._flushed > 10:
             self.flush()
 

@@ -1,0 +1,46 @@
+"""MLflow: a run of the active experiment, which a resumed run continues.
+
+The tracking server is the one that MLflow is configured for; without one, the records go to `mlflow.db` in the folder
+of the run.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank.core.files import read_json, write_json
+from lowrank.training.loggers.logger import LoggedRun, finite, import_extra
+
+FILE = "mlflow_run.json"  # in the run's folder: the id of the MLflow run
+
+
+class MLflow:
+    """An MLflow run that is written through a client, without MLflow's global state."""
+
+    def __init__(self, run: LoggedRun):
+        mlflow = import_extra("mlflow")
+        uri = None if mlflow.is_tracking_uri_set() else f"sqlite:///{run.folder.absolute() / 'mlflow.db'}"
+        self._client: Any = mlflow.MlflowClient(tracking_uri=uri)
+        self._metric = mlflow.entities.Metric
+        path = run.folder / FILE
+        known = read_json(path)["id"] if run.start and path.exists() else None
+        self._id = known or self._client.create_run("0", run_name=run.folder.name).info.run_id
+        write_json(path, {"id": self._id})
+        if not known:
+            self._client.log_dict(self._id, dict(run.config), "config.json")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the finite values of a step in one request."""
+        now = int(time.time() * 1000)
+        self._client.log_batch(self._id, [self._metric(k, v, now, int(step)) for k, v in finite(values).items()])
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Logs Markdown as a file of the run."""
+        self._client.log_text(self._id, text, f"{tag}/{step}.md")
+
+    def flush(self) -> None:
+        """Does nothing: each request is written when it is made."""
+
+    def close(self) -> None:
+        """Marks the run as finished."""
+        self._client.set_terminated(self._id)

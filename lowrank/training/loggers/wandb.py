@@ -1,0 +1,38 @@
+"""Weights & Biases: a run of its own, which a resumed run continues. Project and mode are those of its environment."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank.core.files import read_json, write_json
+from lowrank.training.loggers.logger import LoggedRun, finite, import_extra
+
+FILE = "wandb_run.json"  # in the run's folder: the id of the W&B run
+
+
+class WandB:
+    """A W&B run whose horizontal axis is the training step, so that the steps after a resume may be logged again."""
+
+    def __init__(self, run: LoggedRun):
+        self._wandb: Any = import_extra("wandb")
+        path = run.folder / FILE
+        known = read_json(path)["id"] if run.start and path.exists() else None
+        self._run = self._wandb.init(
+            id=known, resume="allow" if known else None, name=run.folder.name, dir=run.folder, config=dict(run.config)
+        )
+        write_json(path, {"id": self._run.id})
+        self._run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the finite values of a step."""
+        self._run.log({"step": step, **finite(values)})
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Logs Markdown as an HTML panel."""
+        self._run.log({"step": step, tag: self._wandb.Html(f"<pre>{text}</pre>")})
+
+    def flush(self) -> None:
+        """Does nothing: W&B sends its records in a process of its own."""
+
+    def close(self) -> None:
+        """Sends the last records and ends the run."""
+        self._run.finish()
