@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lowrank.core import tree
-from lowrank.core.errors import UserError, unknown
+from lowrank.core.errors import UserError, plural, unknown
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_stored
 from lowrank.pretrained import quantized_checkpoint
@@ -34,8 +34,8 @@ RUNTIME = (
     "top_layers",
     "num_labels",
     "biases",
-)  # what a checkpoint does not depend on, or says itself
-BIASES = ("attention_bias", "mlp_bias")  # keys that say what `biases` adds, in the families that have them
+)  # fields that config.json does not record, or that the weights determine
+BIASES = ("attention_bias", "mlp_bias")  # the keys of `biases` in config.json, in the families that have them
 
 
 def export(
@@ -50,19 +50,19 @@ def export(
 ) -> Path:
     """Writes `params`, plain arrays in the tree of `base`, so that transformers loads them; every process must call it.
 
-    With a `scheme`, the group that made them, `params` may hold codes, which `pretrained.load` alone reads
-    (`lowrank.pretrained.quantized_checkpoint`). `dtype` is what the other tensors are stored in; `labels` name the
-    classes; a file holds at most `shard_bytes`. The directory is written beside and renamed, and must not hold
-    anything before. Raises UserError for that, and for what a Hugging Face checkpoint has no place for.
+    With a `scheme`, the group that quantized them, `params` may hold codes, which only `pretrained.load` reads
+    (`lowrank.pretrained.quantized_checkpoint`). `dtype` is the stored dtype of the other tensors; `labels` name the
+    classes; a file holds at most `shard_bytes`. The directory is written beside its place and renamed. Raises UserError
+    for a directory that is not empty, and for a leaf or an option that a Hugging Face checkpoint cannot hold.
     """
     directory = Path(directory)
     if dtype not in PARAM_DTYPES:
         raise unknown("dtype", dtype, PARAM_DTYPES)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists and is not an empty directory")
+        raise UserError(f"{directory} exists and is not an empty directory: name another one")
     config = _hf_config(base, dtype, labels)
     leaves = dict(tree.named_leaves(params, is_stored if scheme else None))
-    tensors = _checked(leaves, base)
+    tensors = _check_leaves(leaves, base)
     if scheme:
         config["quantization_config"] = quantized_checkpoint.quantization_config(scheme, leaves)
         tensors, leaves = quantized_checkpoint.expand_forms(tensors, leaves)
@@ -86,23 +86,23 @@ def export(
     return directory
 
 
-Part = tuple[str, Tensor, tuple[int, ...]]  # a tensor's name, its leaf, and where it is in there
+Part = tuple[str, Tensor, tuple[int, ...]]  # a tensor's name, its leaf, and its index in the leaf
 
 
 def _hf_config(base: Pretrained, dtype: str, labels: Sequence[str]) -> dict[str, Any]:
     family, config = FAMILIES[base.family], base.config
-    untold = RUNTIME if config.num_labels else (*RUNTIME, "pooling")
+    unrecorded = RUNTIME if config.num_labels else (*RUNTIME, "pooling")
     ours = family.hf_config(config)
     added = {name: ours[name] for name in BIASES if name in ours} if config.biases else {}
-    told = {**base.hf_config, **added}
-    source = family.config(told)
+    recorded = {**base.hf_config, **added}
+    source = family.config(recorded)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in untold and value != getattr(source, field.name):
-            raise UserError(f"model.{field.name}={value!r} cannot be told in a {base.family} config.json")
+        if field.name not in unrecorded and value != getattr(source, field.name):
+            raise UserError(f"model.{field.name}={value!r} cannot be written to a {base.family} config.json")
     if labels and len(labels) != config.num_labels:
-        raise UserError(f"{len(labels)} labels for a model with {config.num_labels}")
-    merged = {**told, "architectures": ours["architectures"], "torch_dtype": dtype}
+        raise UserError(f"{plural(len(labels), 'label')} cannot name the {config.num_labels} classes of the model")
+    merged = {**recorded, "architectures": ours["architectures"], "torch_dtype": dtype}
     merged.setdefault("pad_token_id", base.tokenizer.pad_id)
     if config.num_labels:
         names = list(labels) or [f"LABEL_{i}" for i in range(config.num_labels)]
@@ -112,7 +112,7 @@ def _hf_config(base: Pretrained, dtype: str, labels: Sequence[str]) -> dict[str,
     return merged
 
 
-def _checked(leaves: Mapping[str, Any], base: Pretrained) -> list[Tensor]:
+def _check_leaves(leaves: Mapping[str, Any], base: Pretrained) -> list[Tensor]:
     tensors = FAMILIES[base.family].tensors(base.config)
     names, places = set(leaves), {t.leaf for t in tensors}
     for name in sorted(names ^ places):
@@ -123,15 +123,15 @@ def _checked(leaves: Mapping[str, Any], base: Pretrained) -> list[Tensor]:
 
 def _shards(tensors: Sequence[Tensor], leaves: Mapping[str, Any], itemsize: int, limit: int) -> list[list[Part]]:
     shards: list[list[Part]] = [[]]
-    room = limit
+    space = limit
     for part in _parts(tensors):
         leaf = leaves[part[1].leaf]
         size = leaf.size * (leaf.dtype.itemsize if part[1].dtype else itemsize) // len(part[1].places)
-        if size > room and shards[-1]:
+        if size > space and shards[-1]:
             shards.append([])
-            room = limit
+            space = limit
         shards[-1].append(part)
-        room -= size
+        space -= size
     return shards
 
 
@@ -142,7 +142,7 @@ def _parts(tensors: Sequence[Tensor]) -> Iterator[Part]:
 
 
 def _arrays(shard: Sequence[Part], leaves: Mapping[str, Any], dtype: str) -> dict[str, np.ndarray]:
-    """One file's tensors on the host."""
+    """The tensors of one file, on the host."""
     arrays = {}
     for name, tensor, place in shard:
         leaf = leaves[tensor.leaf][place]
@@ -155,7 +155,8 @@ def _arrays(shard: Sequence[Part], leaves: Mapping[str, Any], dtype: str) -> dic
 
 
 def _write_shards(directory: Path, shards: Sequence[Sequence[Part]], leaves: Mapping[str, Any], dtype: str) -> None:
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for i, shard in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         arrays = _arrays(shard, leaves, dtype)

@@ -1,4 +1,4 @@
-"""The table of model families: how each one's `config.json` and tensors map to ours."""
+"""The table of model families: how the `config.json` and the tensors of each map to this package's."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,15 +14,15 @@ Config = DecoderConfig | EncoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One row of the table.
+    """One model family.
 
-    `prefix` is what a checkpoint of the bare model leaves off its tensors' names. `ignored` are regexes of tensors
-    that carry nothing the model needs.
+    `prefix` is the start of tensor names that a checkpoint of the bare model omits. `ignored` are regexes of tensors
+    that the model does not need.
     """
 
-    config: Callable[[Mapping[str, Any]], Config]  # config.json -> ours; raises UserError for what we do not compute
-    tensors: Callable[[Config], list[Tensor]]  # every leaf, and the tensors it is made of
-    hf_config: Callable[[Config], dict[str, Any]]  # ours -> config.json, for checkpoints that came without one
+    config: Callable[[Mapping[str, Any]], Config]  # config.json -> our config; raises UserError for unsupported options
+    tensors: Callable[[Config], list[Tensor]]  # every leaf, and the tensors that it is read from
+    hf_config: Callable[[Config], dict[str, Any]]  # our config -> config.json, for formats without one
     prefix: str
     ignored: tuple[str, ...] = ()
 
@@ -60,7 +60,7 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
     """The family of a `config.json`. Raises UserError for a `model_type` that is not in the table."""
     name = hf_config.get("model_type")
     if name is None:
-        raise UserError("config.json has no 'model_type'")
+        raise UserError("config.json has no 'model_type': it must name one of the known families")
     if name not in FAMILIES:
         raise unknown("model type", name, FAMILIES)
     return FAMILIES[name]

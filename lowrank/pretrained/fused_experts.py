@@ -1,4 +1,4 @@
-"""Experts that transformers 5 keeps in two tensors a layer, as one tensor an expert.
+"""The fused experts of transformers 5, two tensors per layer, split into one tensor per expert.
 
 `experts.gate_up_proj` `[E, 2F, D]` holds each expert's gate above its up, `experts.down_proj` `[E, D, F]` its down.
 Mixtral's names differ too: its published checkpoints call the layer `block_sparse_moe`, and the kernels w1, w2, w3.
@@ -20,7 +20,7 @@ _MIXTRAL = (
 
 
 def split_fused_experts(stored: Mapping[str, StoredTensor], wanted: Iterable[str]) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint, those of fused experts one by one under the names that are `wanted`."""
+    """The tensors of a checkpoint, in which fused experts are split into tensors with the `wanted` names."""
     if not any(_NAME.fullmatch(name) for name in stored):
         return dict(stored)
     old = any(".block_sparse_moe." in name for name in wanted)
@@ -34,13 +34,13 @@ def _renamed(name: str) -> str:
 
 
 def _parts(name: str, tensor: StoredTensor) -> dict[str, StoredTensor]:
-    found = _NAME.fullmatch(name)
-    if not found or tensor.flat is None:
+    match = _NAME.fullmatch(name)
+    if not match or tensor.flat is None:
         return {name: tensor}
-    parts = FUSED[found[2]]
+    parts = FUSED[match[2]]
     experts, rows = tensor.shape[0], tensor.shape[1] // len(parts)
     return {
-        f"{found[1]}.{e}.{part}.weight": slice_flat_rows(tensor, (e * len(parts) + i) * rows, rows)
+        f"{match[1]}.{e}.{part}.weight": slice_flat_rows(tensor, (e * len(parts) + i) * rows, rows)
         for e in range(experts)
         for i, part in enumerate(parts)
     }

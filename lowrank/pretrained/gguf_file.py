@@ -1,6 +1,6 @@
-"""A GGUF file: its metadata, and its tensors as `StoredTensor` ones, dequantized a few rows at a time.
+"""A GGUF file: its metadata, and its tensors, which are dequantized a few rows at a time.
 
-The `gguf` package knows the block formats; its reader is not used because it keeps one array object for each token
+The `gguf` package knows the block formats; its reader is not used because it makes one array object per token
 of the vocabulary (seconds, and hundreds of megabytes). The format: a header, key-value pairs, the tensors' table,
 and the data, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -38,22 +38,22 @@ _CORRUPT = (OSError, ValueError, LookupError, ArithmeticError, TypeError, Memory
 
 @dataclasses.dataclass(frozen=True)
 class GGUF:
-    """What is in a file; no tensor has been read. `metadata` holds numbers, strings, and lists of them."""
+    """The content of a file, without the tensors' values. `metadata` holds numbers, strings, and lists of these."""
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """`metadata[key]`; without a default, raises UserError when it is not there."""
+        """`metadata[key]`, or the default. Raises UserError when both are missing."""
         value = self.metadata.get(key, default)
         if value is None:
-            raise UserError(f"{self.path} has no metadata {key!r}")
+            raise UserError(f"{self.path} has no metadata {key!r}: it is not a complete model")
         return value
 
 
 class _Cursor:
-    """Walks a byte buffer; whatever does not fit in it raises ValueError."""
+    """A reading position in a byte buffer; a read past its end raises ValueError."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.at = data, 0
@@ -143,7 +143,7 @@ def _readable(kind: GGMLQuantizationType, block_bytes: int) -> bool:
 def _read(
     path: Path, offset: int, kind: GGMLQuantizationType, shape: tuple[int, ...], row_bytes: int, start: int, stop: int
 ) -> np.ndarray:
-    if len(shape) < 2:  # the one row of a vector is read whole
+    if len(shape) < 2:  # a vector is one row of blocks, which is decoded whole
         return gguf.quants.dequantize(read_array(path, np.uint8, offset, (row_bytes,)), kind)[start:stop]
     inner = int(np.prod(shape[1:-1], dtype=np.int64))
     packed = read_array(path, np.uint8, offset + start * inner * row_bytes, ((stop - start) * inner, row_bytes))

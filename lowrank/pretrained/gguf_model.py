@@ -1,10 +1,11 @@
-"""A GGUF file as if it were a Hugging Face checkpoint: its config, and its tensors by their Hugging Face names.
+"""A GGUF file in the form of a Hugging Face checkpoint: its config, and its tensors by their Hugging Face names.
 
-What llama.cpp's converter did to the tensors is undone: the rows of Llama's q and k were reordered for its rope,
-Gemma's norms have 1 added, GPT-2's kernels are transposed.
+The changes of llama.cpp's converter are undone: it reorders the rows of Llama's q and k for its rope, adds 1 to Gemma's
+norms, and transposes GPT-2's kernels.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ GPT2 = {
     "n_head": "attention.head_count",
     "layer_norm_epsilon": "attention.layer_norm_epsilon",
 }
-# Which layer count marks the 27B model, whose attention scale llama.cpp takes from the width: nothing else tells.
+# The layer count of the 27B model, whose attention scale llama.cpp takes from the width; the metadata do not tell.
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 MODEL_TYPES = {
     "llama": "llama",
@@ -47,32 +48,32 @@ MODEL_TYPES = {
 
 
 class GGUFSource:
-    """A GGUF file as a `Source`. Raises UserError when it is corrupt or of an architecture that is not known."""
+    """A GGUF file as a `CheckpointSource`. Raises UserError for a corrupt file and an unknown architecture."""
 
     def __init__(self, path: Path, name: str):
         self.file, self.name, self.where = open_gguf(path), name, str(path)
         self.arch = self.file.get("general.architecture")
         if self.arch not in MODEL_TYPES:
             raise unknown("GGUF architecture", self.arch, MODEL_TYPES)
-        stated = _hf_config(self.file, self.arch)
-        self.hf_config = stated | FAMILIES[stated["model_type"]].hf_config(hf_files.parse_config(self.where, stated))
+        config = _hf_config(self.file, self.arch)
+        self.hf_config = config | FAMILIES[config["model_type"]].hf_config(hf_files.parse_config(self.where, config))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer rebuilt from the file's vocabulary and merges or scores."""
         return gguf_tokenizer.build_tokenizer(self.file)
 
-    def tensors(self, wanted: list[str]) -> dict[str, StoredTensor]:
+    def tensors(self, wanted: Sequence[str]) -> dict[str, StoredTensor]:
         """All tensors; those that are `wanted` under their Hugging Face names, the rest under their own."""
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
         names = gguf.get_tensor_name_map(arch, self.file.get(f"{self.arch}.block_count"))
         stored = {k: v for k, v in self.file.tensors.items() if k != "rope_freqs.weight"}
-        found = {}
+        tensors = {}
         for name in [*wanted, "lm_head.weight"]:
             stem, _, suffix = name.rpartition(".")
             theirs = f"{names.get_name(stem)}.{suffix}"
             if theirs in stored:
-                found[name] = self._restored(theirs, stored.pop(theirs))
-        return found | stored
+                tensors[name] = self._restored(theirs, stored.pop(theirs))
+        return tensors | stored
 
     def _restored(self, name: str, tensor: StoredTensor) -> StoredTensor:
         part = name.split(".")[-2]
@@ -87,22 +88,22 @@ class GGUFSource:
 
 def _hf_config(file: GGUF, arch: str) -> dict[str, Any]:
     if "token_embd.weight" not in file.tensors:
-        raise UserError(f"{file.path}: tensor 'token_embd.weight' is missing")
+        raise UserError(f"{file.path}: tensor 'token_embd.weight' is missing: the file is not a complete model")
     fields = GPT2 if arch == "gpt2" else LLAMA_LIKE
     config = {"model_type": MODEL_TYPES[arch]} | {hf: _number(file, f"{arch}.{ours}") for hf, ours in fields.items()}
     config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
-    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    ids = {hf: file.get(f"tokenizer.ggml.{ours}_token_id", -1) for hf, ours in ids.items()}
+    keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    ids = {hf: file.get(f"tokenizer.ggml.{key}_token_id", -1) for hf, key in keys.items()}
     config |= {hf: token for hf, token in ids.items() if token >= 0}
     return config if arch == "gpt2" else config | _attention(file, arch, config) | _rope(file, arch)
 
 
 def _number(file: GGUF, key: str, default: float | None = None) -> float:
-    """A number; a float32 becomes the shortest decimal that is the same float32."""
+    """A number; a float32 becomes the shortest decimal that rounds to it."""
     value = file.get(key, default)
     if not isinstance(value, int | float):
-        raise UserError(f"{file.path}: metadata {key!r} is {value!r}: only models whose layers are alike are read")
+        raise UserError(f"{file.path}: metadata {key!r} is {value!r}: it must be one number, the same for all layers")
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -138,7 +139,7 @@ def _rope(file: GGUF, arch: str) -> dict[str, Any]:
 
 
 def _llama3_scaling(file: GGUF, theta: float) -> dict[str, Any]:
-    """Llama 3's rope scaling, of which GGUF keeps only what each frequency is divided by."""
+    """Llama 3's rope scaling, of which GGUF stores only the divisor of each frequency."""
     tensor = file.tensors["rope_freqs.weight"]
     factors = tensor.read(0, tensor.shape[0])
     factor, low, high, positions = float(factors.max()), 1.0, 4.0, 8192

@@ -8,25 +8,25 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from lowrank.core.errors import UserError, unknown
+from lowrank.core.errors import UserError, plural, unknown
 from lowrank.pretrained import tokenizer
 from lowrank.pretrained.gguf_file import GGUF
 
 K = "tokenizer.ggml."
 UNKNOWN, CONTROL, USER, BYTE = 2, 3, 4, 6  # token types
-# Tokens that end a turn or a text, whatever the metadata calls the end; llama.cpp knows them by their text, too.
+# Tokens that end a turn or a text, whatever the metadata declare; llama.cpp finds them by their text, too.
 ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<eos>", "</s>")
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How text is cut before byte-level BPE. `regex` None: GPT-2's own."""
+    """How text is split before byte-level BPE. `regex` None: GPT-2's own split."""
 
     regex: str | None = None
-    digits: bool = False  # every digit is a piece of its own
+    digits: bool = False  # every digit is a separate piece
     nfc: bool = False
-    whole_words: bool = False  # a piece that is in the vocabulary is not merged up to it
-    bos: bool = False  # whether a text starts with <bos> where the file does not say
+    whole_words: bool = False  # a piece that is in the vocabulary is not built by merges
+    bos: bool = False  # whether a text starts with <bos> if the file does not declare it
 
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -51,7 +51,7 @@ SPLITS = {
 
 
 def build_tokenizer(file: GGUF) -> tokenizer.Tokenizer:
-    """The file's tokenizer. Raises UserError for a kind that is not known and for inconsistent metadata."""
+    """The tokenizer of a GGUF file. Raises UserError for an unknown kind and for inconsistent metadata."""
     kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = file.get(f"{K}model")
     if kind not in kinds:
@@ -59,7 +59,8 @@ def build_tokenizer(file: GGUF) -> tokenizer.Tokenizer:
     tokens = file.get(f"{K}tokens")
     types = file.get(f"{K}token_type", [1] * len(tokens))
     if len(types) != len(tokens):
-        raise UserError(f"{file.path}: {len(types)} token types for {len(tokens)} tokens")
+        sizes = f"{plural(len(types), 'token type')} for {plural(len(tokens), 'token')}"
+        raise UserError(f"{file.path} has {sizes}: the file is corrupt")
     if len(set(tokens)) != len(tokens):
         raise UserError(f"{file.path}: a token is in the vocabulary twice")
     try:
@@ -78,7 +79,7 @@ def build_tokenizer(file: GGUF) -> tokenizer.Tokenizer:
 
 
 def _config(file: GGUF, tokens: list[str]) -> dict[str, Any]:
-    """What `tokenizer_config.json` would say."""
+    """The fields of the `tokenizer_config.json` that the file stands for."""
     config = {}
     for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         index = file.get(f"{K}{key}_token_id", -1)
@@ -99,7 +100,7 @@ def _byte_level(file: GGUF, tokens: list[str], types: list[int]) -> tuple[Tokeni
     merges = [tuple(merge.split(" ", 1)) for merge in file.get(f"{K}merges")]
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=split.whole_words))
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
     steps += [pre_tokenizers.Split(Regex(split.regex), "isolated")] if split.regex else []
     steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.regex is None)]
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
@@ -112,8 +113,8 @@ def _byte_level(file: GGUF, tokens: list[str], types: list[int]) -> tuple[Tokeni
 def _sentencepiece(file: GGUF, tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = _merges(tokens, file.get(f"{K}scores"), types)
-    unknown_token = next((t for t, type_ in zip(tokens, types, strict=True) if type_ == UNKNOWN), None)
-    unknown_token = tokens[file.get(f"{K}unknown_token_id", vocab.get(unknown_token, 0))]
+    first_unknown = next((i for i, type_ in enumerate(types) if type_ == UNKNOWN), 0)
+    unknown_token = tokens[file.get(f"{K}unknown_token_id", first_unknown)]
     backend = Tokenizer(
         models.BPE(vocab=vocab, merges=merges, unk_token=unknown_token, fuse_unk=True, byte_fallback=BYTE in types)
     )
@@ -126,7 +127,7 @@ def _sentencepiece(file: GGUF, tokens: list[str], types: list[int]) -> tuple[Tok
 
 
 def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
-    """Every way to put a token together from two others, best score first: what SentencePiece's BPE does."""
+    """All pairs of tokens that join to a token, the best score first: the merges of SentencePiece's BPE."""
     pieces = {t: s for t, s, type_ in zip(tokens, scores, types, strict=True) if type_ not in (CONTROL, USER, BYTE)}
     pairs = []
     for token, score in pieces.items():
@@ -137,7 +138,7 @@ def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[tu
 
 
 def _add_whole_tokens(backend: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Tokens that are matched in the text as a whole, before anything else."""
+    """Adds the tokens that are matched whole, before the text is split."""
     for type_, special in ((CONTROL, True), (USER, False)):
         whole = [
             AddedToken(t, normalized=False, special=special) for t, ty in zip(tokens, types, strict=True) if ty == type_

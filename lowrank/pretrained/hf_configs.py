@@ -1,6 +1,6 @@
-"""A Hugging Face `config.json` as our config, and back, family by family.
+"""A Hugging Face `config.json` as our config, family by family.
 
-Each family is a table of fields that only change their names, and what is left to say in code.
+Each family is a table of the fields that only change their names, and a function for the others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ BERT = {**LLAMA, "norm_eps": "layer_norm_eps", "types": "type_vocab_size"}
 def _renamed(hf: HF, fields: dict[str, str]) -> dict[str, Any]:
     for name in fields.values():
         if hf.get(name) is None:
-            raise UserError(f"config.json has no {name!r}")
+            raise UserError(f"config.json has no {name!r}, which its model_type needs")
     return {ours: hf[theirs] for ours, theirs in fields.items()}
 
 
@@ -66,7 +66,7 @@ def _activation(hf: HF, key: str, default: str) -> str:
 
 
 def _refuse(hf: HF, **unsupported: Any) -> None:
-    """Raises UserError for options that would silently compute something else."""
+    """Raises UserError for options whose values change the model in a way that is not supported."""
     for key, fine in unsupported.items():
         if hf.get(key, fine) not in (fine, None):
             raise UserError(f"config.json's {key}={hf[key]!r} is not supported (only {fine!r})")
@@ -88,13 +88,13 @@ def _rope(params: HF, theta: float) -> tuple[float, RopeScaling | None]:
 
 
 def _rope_params(hf: HF) -> HF:
-    """Old configs have `rope_theta` and `rope_scaling`, new ones `rope_parameters`."""
+    """The rope parameters: old configs have `rope_theta` and `rope_scaling`, new ones `rope_parameters`."""
     old = {**(hf.get("rope_scaling") or {}), **({"rope_theta": hf["rope_theta"]} if hf.get("rope_theta") else {})}
     return hf.get("rope_parameters") or old
 
 
 def _windows(window: int | None, kinds: Sequence[str]) -> dict[str, Any]:
-    """The sliding window, and which layers have it when not all do."""
+    """The config's sliding window, and its local layers if not all layers are local."""
     local = tuple(kind == "sliding_attention" for kind in kinds)
     if not window or not any(local):
         return {}
@@ -157,7 +157,7 @@ def mixtral(hf: HF) -> DecoderConfig:
 
 
 def _experts(hf: HF, experts: int, per_token: int) -> dict[str, Any]:
-    """What OLMoE and the Qwen MoE models say of their experts; `experts` and `per_token` where they leave it out."""
+    """The experts of OLMoE and the Qwen MoE models; `experts` and `per_token` are the defaults of the family."""
     return {
         "experts": hf.get("num_experts") or hf.get("num_local_experts") or experts,
         "experts_per_token": hf.get("num_experts_per_tok", per_token),
@@ -168,21 +168,21 @@ def _experts(hf: HF, experts: int, per_token: int) -> dict[str, Any]:
 
 
 def olmoe(hf: HF) -> DecoderConfig:
-    """OLMoE: norms over the whole of q and k, which may be clipped with v, and a mixture of experts."""
+    """OLMoE: one norm over all heads of q and k, clipping of q, k and v, and a mixture of experts."""
     bias, clip = bool(hf.get("attention_bias")), float(hf.get("clip_qkv") or 0)
     fixed = {"wide_qk_norm": True, "clip_qkv": clip, "qkv_bias": bias, "o_bias": bias, **_experts(hf, 64, 8)}
     return DecoderConfig(**_llama_like(hf, {"rms_norm_eps": 1e-5}, **fixed))
 
 
 def _every_layer_sparse(hf: HF) -> None:
-    """Raises UserError for models that keep a dense MLP in some layers."""
+    """Raises UserError for models with a dense MLP in some layers."""
     _refuse(hf, decoder_sparse_step=1)
     if hf.get("mlp_only_layers"):
         raise UserError(f"config.json's mlp_only_layers={hf['mlp_only_layers']!r} is not supported (only [])")
 
 
 def qwen2_moe(hf: HF) -> DecoderConfig:
-    """Qwen1.5 and Qwen2 MoE: Qwen2 with a mixture of experts, and an expert that every token sees."""
+    """Qwen1.5 and Qwen2 MoE: Qwen2 with a mixture of experts, and an expert that every token uses."""
     _every_layer_sparse(hf)
     hf = {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, **hf}
     layers = range(hf.get("num_hidden_layers", 0)) if hf.get("use_sliding_window") else ()
@@ -203,7 +203,7 @@ def qwen3_moe(hf: HF) -> DecoderConfig:
 
 
 def _gemma(hf: HF, pattern: int, caps: tuple[float, float], **fixed: Any) -> DecoderConfig:
-    """`caps`: the soft caps of attention and logits where config.json leaves them out."""
+    """`caps` are the default soft caps of attention and logits."""
     _refuse(hf, use_bidirectional_attention=False)
     layers, bias = hf.get("num_hidden_layers", 0), bool(hf.get("attention_bias"))
     kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
@@ -224,19 +224,19 @@ def _gemma(hf: HF, pattern: int, caps: tuple[float, float], **fixed: Any) -> Dec
 
 
 def gemma2(hf: HF) -> DecoderConfig:
-    """Gemma 2: local and global layers in turn, soft caps."""
+    """Gemma 2: alternating local and global layers, and soft caps."""
     return _gemma(hf, 2, (50.0, 30.0))
 
 
 def gemma3(hf: HF) -> DecoderConfig:
-    """Gemma 3 text: five local layers to a global one, each kind with its own rope, norms on q and k."""
+    """Gemma 3 text: five local layers per global one, each kind with its own rope, and norms on q and k."""
     nested, old = hf.get("rope_parameters") or {}, _rope_params({**hf, "rope_parameters": None})
     theta, scaling = _rope(nested.get("full_attention") or old, 1_000_000.0)
     local_theta, local_scaling = _rope(
         nested.get("sliding_attention") or {"rope_theta": hf.get("rope_local_base_freq")}, 10000.0
     )
     if local_scaling is not None:
-        raise UserError(f"config.json scales the rope of local layers ({local_scaling.kind}): not supported")
+        raise UserError(f"config.json's rope scaling of local layers ({local_scaling.kind!r}) is not supported")
     ropes = {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta}
     hf = {k: v for k, v in hf.items() if k not in ("rope_parameters", "rope_scaling")}
     return _gemma(hf, hf.get("sliding_window_pattern", 6), (0.0, 0.0), qk_norm=True, **ropes)
@@ -275,7 +275,7 @@ def _encoder(hf: HF, offset: int, **fixed: Any) -> EncoderConfig:
 
 
 def bert(hf: HF) -> EncoderConfig:
-    """BERT, and the sentence encoders made from it."""
+    """BERT, and the sentence encoders derived from it."""
     return _encoder(hf, 0, pooling="pooler")
 
 

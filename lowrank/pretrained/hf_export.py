@@ -23,7 +23,7 @@ def _hf(c: Any, model_type: str, fields: dict[str, str], lm: str, classifier: st
 
 
 def _rope(theta: float, s: RopeScaling | None) -> dict[str, Any]:
-    """`rope_theta`, and `rope_scaling` if there is any: the form that all versions of transformers read."""
+    """`rope_theta`, and `rope_scaling` if rope is scaled: the form that all versions of transformers read."""
     if s is None:
         return {"rope_theta": theta}
     scaling = {theirs: getattr(s, ours) for ours, theirs in SCALINGS[s.kind].items()}
@@ -131,5 +131,5 @@ def bert(c: EncoderConfig) -> dict[str, Any]:
 
 
 def roberta(c: EncoderConfig) -> dict[str, Any]:
-    """RoBERTa's `config.json`; its padding id says where the position table starts."""
+    """RoBERTa's `config.json`; its padding id gives the start of the position table."""
     return _encoder(c, "roberta", "Roberta") | {"pad_token_id": c.position_offset - 1}

