@@ -31,7 +31,7 @@ def evaluate(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> di
     if not found.is_dir():
         raise UserError(f"{directory} holds no finished run: there is no {found}")
     model = load.load_adapted(found, run.model.name, model=run.options, param_dtype=run.model.param_dtype)
-    params = jax.device_put(model.params, sharding.shardings(model.params, run.mesh))
+    params = jax.device_put(model.params, sharding.parameter_shardings(model.params, run.mesh))
     return run.scorer.scores(params) | run.scorer.texts(params)[0]
 
 

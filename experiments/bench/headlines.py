@@ -33,7 +33,7 @@ def main(rows: int, folder: str) -> None:
     adapter_files.save(adapted, base, Path(folder) / "lora", mask=run.mask, method=config.method.to_dict())
     np.savez(Path(folder) / "batch.npz", **_theirs(batch))
     del base, adapted
-    batch = sharding.global_batch(batch, run.mesh)
+    batch = sharding.make_global_batch(batch, run.mesh)
     serve(stepping(run.step(optimizer), state, frozen, batch, run.rates[0]))
 
 

@@ -29,10 +29,10 @@ def main(method_name: str, folder: str) -> None:
     base = pretrained.load(MODEL, mesh=mesh, rules=sharding.DEFAULT_RULES, model={"remat": "dots"})
     params = methods.attach(method, base.params, jax.random.key(0))
     trained, frozen = tree.split(params, weight.declared_mask(params, method.trainable))
-    trained, frozen = (jax.device_put(t, sharding.shardings(t, mesh)) for t in (trained, frozen))
+    trained, frozen = (jax.device_put(t, sharding.parameter_shardings(t, mesh)) for t in (trained, frozen))
     group = {"name": method_name, "rank": 8, "alpha": 16}
     peft.save(params, base, Path(folder) / method_name, method=group)
-    batch = sharding.global_batch(_batch(base.tokenizer, Path(folder)), mesh)
+    batch = sharding.make_global_batch(_batch(base.tokenizer, Path(folder)), mesh)
     del params, base.params["layers"]
 
     optimizer = optim.build_optimizer(OPTIM, 1000, trained)

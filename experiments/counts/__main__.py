@@ -26,11 +26,11 @@ def shapes(model: Any) -> Any:
 
 
 def count(model: Any, group: dict[str, Any]) -> dict[str, float]:
-    """`lowrank.core.parameter_summary.totals` of a method on a model, on shapes."""
+    """`lowrank.core.parameter_summary.count_parameters` of a method on a model, on shapes."""
     method = methods.build_method(group)
     base = shapes(config_schema.replace_fields(model, method.model_options, "model") if method.model_options else model)
     adapted = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), base)
-    return parameter_summary.totals(adapted, methods.trainable_mask(method, adapted))
+    return parameter_summary.count_parameters(adapted, methods.trainable_mask(method, adapted))
 
 
 def rows() -> list[dict[str, Any]]:

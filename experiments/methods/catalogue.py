@@ -47,7 +47,7 @@ def entry(row: Row, model: str = MODEL) -> dict[str, Any]:
         mask = methods.trainable_mask(method, adapted)
     except UserError as e:
         return out | {"why": str(e)}
-    trained = parameter_summary.totals(adapted, mask)["trained_params"]
+    trained = parameter_summary.count_parameters(adapted, mask)["trained_params"]
     return out | {"merges": merges(method, adapted, plain), "trained_params": trained}
 
 
@@ -71,8 +71,8 @@ def merges(method: methods.Method, adapted: PyTree, plain: PyTree) -> bool:
         merged = jax.eval_shape(lambda p: weight.merge(method.bind(p, None, None) if method.bind else p), adapted)
     except (UserError, NotImplementedError):
         return False
-    names = {name.replace("top/", "layers/") for name in tree.names(merged) if not name.startswith(methods.SHARED)}
-    own = set(tree.names(plain))
+    names = {name.replace("top/", "layers/") for name in tree.leaf_names(merged) if not name.startswith(methods.SHARED)}
+    own = set(tree.leaf_names(plain))
     return own <= names and all(name.endswith("/bias") for name in names - own)
 
 

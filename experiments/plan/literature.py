@@ -68,7 +68,7 @@ def plan(name: str, method: Mapping[str, Any], quantized: Any = None, **options:
 
 def arrays(run: Run, rows: int = 1, length: int = 512) -> StepInputs:
     """Its arrays, and a batch of text."""
-    where = sharding.replicated(run.mesh)
+    where = sharding.replicated_sharding(run.mesh)
     whole = dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32) | {"weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=where) for name, kind in whole.items()}
     return step_inputs(run, batch)
@@ -142,12 +142,19 @@ def _adapters() -> list[Figure]:
     def held(name: str) -> float:
         method = {"name": "lora", "rank": 2, "target": "layers/attn/(q|k|v|o)/kernel"}
         trained = cast(arrays(plan(name, method)).state.trained, "bfloat16")
-        return sum(x.size * parameter_summary.bits(x.dtype) / 8 for x in jax.tree.leaves(trained) if x.ndim == 3) / 1e6
+        return (
+            sum(
+                x.size * parameter_summary.bits_per_element(x.dtype) / 8
+                for x in jax.tree.leaves(trained)
+                if x.ndim == 3
+            )
+            / 1e6
+        )
 
     kernel = {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}
     method = methods.build_method({"name": "lora", "rank": 8, "target": "kernel"})
     shapes = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), kernel)
-    sums = parameter_summary.totals(shapes, methods.trainable_mask(method, shapes))
+    sums = parameter_summary.count_parameters(shapes, methods.trainable_mask(method, shapes))
     own, base = sums["trained_params"], sums["total_params"] - sums["trained_params"]
     lecture = "lecture notes"
     return [

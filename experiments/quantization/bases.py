@@ -50,7 +50,7 @@ def _read(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def bits(params: PyTree) -> dict[str, float]:
     """Bits a weight of the kernels that are quantised: of the arrays in memory, and of the file that holds them."""
     weights = dict(tree.named_leaves(params, is_weight))
-    named = {name: weights[name] for name in tree.matching(DEFAULT_TARGET, weights)}
+    named = {name: weights[name] for name in tree.match_names(DEFAULT_TARGET, weights)}
     count = sum(math.prod(w.shape) for w in named.values())
     arrays = {f"{n}/{part}": np.asarray(x) for n, w in named.items() for part, x in tree.named_leaves(w)}
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def bits_under(row: Row, name: str, model: Mapping[str, Any]) -> float:
     shapes = pretrained.describe(name, options, **read)[2]
     shapes = jax.eval_shape(lambda p: methods.attach(methods.build_method(row.method), p, jax.random.key(0)), shapes)
     weights = dict(tree.named_leaves(shapes, is_weight))
-    kernels = [innermost(weights[name]) for name in tree.matching(DEFAULT_TARGET, weights)]
+    kernels = [innermost(weights[name]) for name in tree.match_names(DEFAULT_TARGET, weights)]
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kernels))
     return 8 * held / sum(math.prod(w.shape) for w in kernels)
 

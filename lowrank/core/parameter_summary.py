@@ -29,15 +29,15 @@ def rule_table(rules: Sequence[tuple[str, Sequence[str]]], params: PyTree, mask:
         stacks = {name.split("/")[0]: item["layers"] for name, item in zip(names, hits, strict=True)}
         numbers = [len(names), sum(stacks.values()), *(sum(h[k] for h in hits) for k in ("params", "trained"))]
         rows.append((pattern, ", ".join(sorted({h["makes"] for h in hits})), *(f"{n:,}" for n in numbers)))
-    sums = totals(params, mask)
+    sums = count_parameters(params, mask)
     share = f"{sums['trained_params']:,} of {sums['total_params']:,} parameters ({sums['trained_percent']:.4g} %)"
     size = f"{_size(sums['trained_bytes'])} of {_size(sums['total_bytes'])}"
     return "\n".join(_aligned(rows)) + f"\n\ntrained: {share}, {size}"
 
 
-def totals(params: PyTree, mask: PyTree) -> dict[str, float]:
+def count_parameters(params: PyTree, mask: PyTree) -> dict[str, float]:
     """Counted as `rule_table` does: `{trained,total}_params`, `{trained,total}_bytes`, `trained_percent`."""
-    whole = set(tree.names(params, weight.is_weight))
+    whole = set(tree.leaf_names(params, weight.is_weight))
     items = [item for name, item in _items(params, mask) if name in whole]
     trained, total = sum(i["trained"] for i in items), sum(i["params"] for i in items)
     return {
@@ -81,7 +81,7 @@ def _form(w: Any) -> str:
     return f"{w.title}({_form(base)})" if weight.is_weight(base) else w.title
 
 
-def bits(dtype: Any) -> int:
+def bits_per_element(dtype: Any) -> int:
     """Of one number: int4 takes half a byte, which its itemsize does not say."""
     if isinstance(dtype, str):
         dtype = jnp.dtype(dtype)
@@ -89,7 +89,7 @@ def bits(dtype: Any) -> int:
 
 
 def _bytes(leaf: Any) -> float:
-    return leaf.size * bits(leaf.dtype) / 8
+    return leaf.size * bits_per_element(leaf.dtype) / 8
 
 
 def _size(count: float) -> str:

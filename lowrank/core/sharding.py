@@ -48,10 +48,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
     Raises UserError when the sizes do not fit the devices. In one process a smaller mesh takes the first devices.
     """
-    return mesh_of(jax.devices(), data, fsdp, tensor)
+    return make_mesh_of_devices(jax.devices(), data, fsdp, tensor)
 
 
-def mesh_of(devices: Sequence[Any], data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh_of_devices(devices: Sequence[Any], data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """As `make_mesh`, of the given devices; they need not be here, as long as programs are only compiled for them."""
     sizes = [data, fsdp, tensor]
     where = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
@@ -67,7 +67,7 @@ def mesh_of(devices: Sequence[Any], data: int = -1, fsdp: int = 1, tensor: int =
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:total])
 
 
-def shardings(params: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PyTree:
+def parameter_shardings(params: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PyTree:
     """A NamedSharding for each leaf (array or shape), by the first rule that matches the name of its weight.
 
     The arrays of a form lie as its fields declare (`weight.trainable`): along the kernel's inputs and outputs as the
@@ -117,12 +117,12 @@ def _dividing(axes: tuple[str, ...], size: int, mesh: Mesh) -> Any:
     return axes[0] if len(axes) == 1 else axes or None
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a value that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
-def around(arrays: PyTree) -> contextlib.AbstractContextManager:
+def mesh_context(arrays: PyTree) -> contextlib.AbstractContextManager:
     """A context in which programs are traced for the mesh that `arrays` lie on, if it is one."""
     placed = (getattr(x, "sharding", None) for x in jax.tree.leaves(arrays))
     mesh = next((s.mesh.abstract_mesh for s in placed if isinstance(s, NamedSharding)), None)
@@ -136,21 +136,21 @@ def optimizer_shardings(optimizer: Any, state: PyTree, trained: PyTree, mesh: Me
         return isinstance(leaf, optax.MaskedNode)
 
     def follow(leaf: Any, param: Any) -> Any:
-        return leaf if masked(leaf) else param.sharding if leaf.shape == param.shape else replicated(mesh)
+        return leaf if masked(leaf) else param.sharding if leaf.shape == param.shape else replicated_sharding(mesh)
 
     return optax.tree.map_params(
-        optimizer, follow, state, trained, transform_non_params=lambda _: replicated(mesh), is_leaf=masked
+        optimizer, follow, state, trained, transform_non_params=lambda _: replicated_sharding(mesh), is_leaf=masked
     )
 
 
-def batch_shards(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
     """How many parts the rows of a batch are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch_size(size: int, accumulate: int, mesh: Mesh) -> None:
     """Raises UserError when a global batch does not divide into microbatches over the mesh, or over the hosts."""
-    shards = batch_shards(mesh)
+    shards = num_batch_shards(mesh)
     if size % (shards * accumulate):
         raise UserError(
             f"data.batch_size {size} is not divisible by the mesh: data {mesh.shape['data']} x fsdp "
@@ -162,7 +162,7 @@ def check_batch_size(size: int, accumulate: int, mesh: Mesh) -> None:
         raise UserError("mesh.tensor must stay within a host: each host feeds its own part of the batch")
 
 
-def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's rows of a batch as global arrays, split over `data` and `fsdp`."""
     sharding = NamedSharding(mesh, BATCH)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

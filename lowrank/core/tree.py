@@ -33,7 +33,7 @@ def named_leaves(tree: PyTree, is_leaf: IsLeaf = None) -> list[tuple[str, Any]]:
     return [(path_name(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
 
 
-def names(tree: PyTree, is_leaf: IsLeaf = None) -> list[str]:
+def leaf_names(tree: PyTree, is_leaf: IsLeaf = None) -> list[str]:
     """The leaf names in leaf order."""
     return [name for name, _ in named_leaves(tree, is_leaf)]
 
@@ -43,7 +43,7 @@ def map_named(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, is_leaf: IsLe
     return jax.tree_util.tree_map_with_path(lambda p, *leaves: fn(path_name(p), *leaves), tree, *rest, is_leaf=is_leaf)
 
 
-def matching(pattern: str, candidates: Iterable[str], what: str = "pattern") -> list[str]:
+def match_names(pattern: str, candidates: Iterable[str], what: str = "pattern") -> list[str]:
     """The names that `pattern` matches in full. None, or a broken regex, raises UserError with the nearest name."""
     candidates, regex = list(candidates), compile_regex(pattern, what)
     hits = [name for name in candidates if regex.fullmatch(name)]
@@ -68,10 +68,10 @@ def first_match(rules: Sequence[tuple[str, Any]], name: str) -> Any:
     raise UserError(f"no rule covers leaf {name!r}{nearest(name, [p for p, _ in rules])}")
 
 
-def mask(tree: PyTree, patterns: Iterable[str], what: str = "pattern") -> PyTree:
+def pattern_mask(tree: PyTree, patterns: Iterable[str], what: str = "pattern") -> PyTree:
     """A tree of bools: True where some pattern matches the leaf's name. Every pattern must match something."""
-    everything = names(tree)
-    chosen = {name for pattern in patterns for name in matching(pattern, everything, what)}
+    everything = leaf_names(tree)
+    chosen = {name for pattern in patterns for name in match_names(pattern, everything, what)}
     return map_named(lambda name, _: name in chosen, tree)
 
 
@@ -100,11 +100,11 @@ def flatten_named(values: PyTree) -> Arrays:
 def unflatten_named(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
     """The tree of `like`'s structure with the leaves of `flat`: the inverse of `flatten_named`, strict about names."""
     wanted = flatten_named(like)
-    same_names(wanted, flat, "the tree")
+    check_same_names(wanted, flat, "the tree")
     return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in wanted])
 
 
-def same_names(wanted: Mapping[str, Any], found: Iterable[str], where: str) -> None:
+def check_same_names(wanted: Mapping[str, Any], found: Iterable[str], where: str) -> None:
     """Raises UserError, with the nearest name, where `found` lacks a name of `wanted` or has another one."""
     found = list(found)
     for name in wanted:

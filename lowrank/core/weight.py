@@ -117,10 +117,10 @@ def is_stored(x: Any) -> bool:
 
 def dot(x: jax.Array, w: Any) -> jax.Array:
     """`x[..., in] @ w[in, out]` in the dtype of `x`, for a form or a plain array."""
-    return product(w.dot(x) if is_weight(w) else rounded.dot(x, w))
+    return name_product(w.dot(x) if is_weight(w) else rounded.dot(x, w))
 
 
-def wide_dot(x: jax.Array, w: Any, axis: int = 0) -> jax.Array:
+def dot_to_float32(x: jax.Array, w: Any, axis: int = 0) -> jax.Array:
     """`dot(x, w)` in float32; `axis` is the one of `w` that is summed over, 1 for an embedding `[vocab, width]`."""
     if is_weight(w) and axis == 0:
         return dot(x, w).astype(jnp.float32)
@@ -131,12 +131,12 @@ def affine(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
     """`dot(x, w) + bias`; `bias` may be None."""
     if bias is None:
         return dot(x, w)
-    return product(w.affine(x, bias)) if is_weight(w) else _add_bias(dot(x, w), bias)
+    return name_product(w.affine(x, bias)) if is_weight(w) else _add_bias(dot(x, w), bias)
 
 
 def grouped(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
     """`x[i] @ w[g]` for rows `x: [rows, in]` sorted by group, `sizes: [G]` of them in each, and `w: [G, in, out]`."""
-    return product(w.grouped(x, sizes) if is_weight(w) else ragged_dot(x, w.astype(x.dtype), sizes))
+    return name_product(w.grouped(x, sizes) if is_weight(w) else ragged_dot(x, w.astype(x.dtype), sizes))
 
 
 def take(w: Any, ids: jax.Array) -> jax.Array:
@@ -154,12 +154,12 @@ def materialize(w: Any) -> jax.Array:
     return w.materialize() if is_weight(w) else w
 
 
-def wide(x: jax.Array) -> jax.Array:
+def at_least_float32(x: jax.Array) -> jax.Array:
     """At least float32, which updates and norms are computed in; float64 stays, for exact references."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def product(y: jax.Array) -> jax.Array:
+def name_product(y: jax.Array) -> jax.Array:
     """`y` by the name by which remat=dots saves it; of values in a row, it keeps those that gradients ask for."""
     return checkpoint_name(y, PRODUCT)
 
@@ -188,7 +188,7 @@ def rewrite(params: PyTree, rules: Sequence[tuple[str, Rewrite]], key: jax.Array
     weight's key depends on its name alone: adding a rule leaves the others' initial values as they were.
     """
     for i, (pattern, fn) in enumerate(rules):
-        hits = set(tree.matching(pattern, tree.names(params, is_weight), "target"))
+        hits = set(tree.match_names(pattern, tree.leaf_names(params, is_weight), "target"))
         rule_key = jax.random.fold_in(key, i)
         params = tree.map_named(
             lambda n, w, fn=fn, k=rule_key, hits=hits: fn(name_key(k, n), w, n) if n in hits else w,
@@ -208,7 +208,7 @@ def declared_mask(params: PyTree, train: Sequence[str] = ()) -> PyTree:
 
     Raises UserError for a leaf that `train` matches and that holds integers, or that its form declares frozen.
     """
-    chosen = {n: p for p in train for n in tree.matching(p, tree.names(params), "train pattern")}
+    chosen = {n: p for p in train for n in tree.match_names(p, tree.leaf_names(params), "train pattern")}
     learned = functools.partial(map_fields, lambda field, _: field.metadata["trainable"])
     declared = jax.tree.map(lambda w: learned(w) if is_weight(w) else None, params, is_leaf=is_weight)
     declared = dict(tree.named_leaves(declared))

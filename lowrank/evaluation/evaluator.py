@@ -86,7 +86,7 @@ class Evaluator:
         self._loader.set_state(self._first)
         perplexity = functools.partial(evaluate.perplexity, rows=self._rows)
         score = evaluate.classification if self._loader.labels else perplexity
-        put = functools.partial(sharding.global_batch, mesh=self._mesh)
+        put = functools.partial(sharding.make_global_batch, mesh=self._mesh)
         return score(self._network, params, self._loader, bind=self._bind, put=put)
 
     def texts(self, params: PyTree) -> tuple[dict[str, float], list[str]]:

@@ -35,7 +35,7 @@ def perplexity(
     included; else every token. `rows` tokens at a time have their logits in memory; 0: all of a batch's. Raises
     UserError without tokens.
     """
-    with sharding.around(params):
+    with sharding.mesh_context(params):
         sums = [_token_sums(model, bind, rows, params, put(batch)) for batch in batches]
     nll, tokens = np.sum(np.asarray(sums, np.float64).reshape(-1, 2), axis=0)
     return {"perplexity": scores.perplexity(nll, tokens), "nll": float(nll / tokens), "tokens": float(tokens)}
@@ -47,7 +47,7 @@ def classification(
     """`accuracy`, `macro_f1` (see `metrics.macro_f1`) and `examples` over classification batches."""
     classes = model.config.num_labels
     counts_CxC = np.zeros((classes, classes), np.int64)
-    with sharding.around(params):
+    with sharding.mesh_context(params):
         for batch in batches:
             counts_CxC += np.asarray(_confusion(model, bind, params, put(batch)))
     return {

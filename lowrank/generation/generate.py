@@ -53,7 +53,7 @@ def generate(
         raise UserError(f"temperature={temperature} samples, so it needs rng, a key from jax.random.key")
     keys_B = row_keys(jax.random.key(0) if rng is None else rng, len(tokens_BxT))
     stops = tuple(sorted({int(i) for i in stop_ids}))
-    with sharding.around(params):
+    with sharding.mesh_context(params):
         return _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, sampling, pad_id, bind)[0]
 
 
@@ -79,7 +79,7 @@ def lowered(
     """The program of `generate` for `rows` prompts of `length` positions, ready to compile: `params` may be shapes."""
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     keys = jax.eval_shape(lambda: row_keys(jax.random.key(0), rows))
-    with sharding.around(params):
+    with sharding.mesh_context(params):
         return _generate.lower(model, params, tokens, tokens, keys, max_new, stops, Sampling(), **options)
 
 

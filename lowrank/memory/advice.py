@@ -58,7 +58,7 @@ def options(run: Run, memory: int) -> Iterator[Option]:
 def _microbatches(run: Run, memory: int) -> int:
     """Into as few as leave about `memory`, or one row each."""
     now, before = formulas.memory(run), run.optim.accumulate
-    rows = _rows(run) // sharding.batch_shards(run.mesh)
+    rows = _rows(run) // sharding.num_batch_shards(run.mesh)
     fixed = now.resident + now.batch + 2 * now.adapter
     fits = lambda n: fixed + (now.activations + now.temporary) * before / n <= memory  # noqa: E731
     return next((n for n in range(before, rows) if rows % n == 0 and fits(n)), rows)

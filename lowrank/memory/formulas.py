@@ -101,7 +101,7 @@ def logits(run: Run, r: StepInputs) -> int:
     if run.config.objective != "causal_lm":
         return 0
     size, length = next(iter(r.batch.values())).shape
-    tokens = size * length // (sharding.batch_shards(run.mesh) * run.optim.accumulate)
+    tokens = size * length // (sharding.num_batch_shards(run.mesh) * run.optim.accumulate)
     some = min(tokens, run.config.logits_chunk_tokens or tokens)
     return 2 * 4 * some * run.network.config.vocab_size // run.mesh.shape["tensor"]
 
@@ -109,7 +109,7 @@ def logits(run: Run, r: StepInputs) -> int:
 def decoded(run: Run) -> int:
     """The tile of a quantised kernel that is decoded at a time, float32: the largest."""
     forms = [w for _, w in _forms(run.shapes)]
-    return 4 * max((min(base.TILE, math.prod(w.shape[-2:])) for w in forms), default=0)
+    return 4 * max((min(base.TILE_ELEMENTS, math.prod(w.shape[-2:])) for w in forms), default=0)
 
 
 def gathered(run: Run, r: StepInputs) -> int:
@@ -126,7 +126,7 @@ def gathered(run: Run, r: StepInputs) -> int:
 
 
 def _whole(leaves: Sequence[Any]) -> float:
-    return sum(x.size * parameter_summary.bits(x.dtype) / 8 for x in leaves)
+    return sum(x.size * parameter_summary.bits_per_element(x.dtype) / 8 for x in leaves)
 
 
 def kv_cache(run: Run) -> int:
@@ -136,7 +136,7 @@ def kv_cache(run: Run) -> int:
         return 0
     batch, length = run.scorer.largest
     slots = length + run.scorer.config.max_new + c.num_virtual_tokens
-    return 2 * c.layers * batch * slots * c.kv_heads * c.head_dim * parameter_summary.bits(c.dtype) // 8
+    return 2 * c.layers * batch * slots * c.kv_heads * c.head_dim * parameter_summary.bits_per_element(c.dtype) // 8
 
 
 def _forms(shapes: Mapping[str, Any]) -> list[tuple[str, Any]]:

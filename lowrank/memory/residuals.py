@@ -21,7 +21,7 @@ def activations(run: Run, inputs: StepInputs, remat: str = "", host: bool = Fals
     """
     now = run.network.config
     config = dataclasses.replace(now, remat=remat or now.remat, remat_names=() if remat else now.remat_names)
-    size = next(iter(inputs.batch.values())).shape[0] // (sharding.batch_shards(run.mesh) * run.optim.accumulate)
+    size = next(iter(inputs.batch.values())).shape[0] // (sharding.num_batch_shards(run.mesh) * run.optim.accumulate)
     alone = dataclasses.replace(run, network=models.build_model(config), mesh=sharding.make_mesh(1, 1, 1))
     cut = run.mesh.shape["tensor"]
     found = [x for x in _remembered(alone, inputs, size) if (x.memory_space == jax.memory.Space.Host) == host]
@@ -52,7 +52,7 @@ def _residuals(run: Run, inputs: StepInputs, size: int) -> list[Any]:
 
 
 def _bytes(x: Any) -> float:
-    return math.prod(x.shape) * parameter_summary.bits(x.dtype) / 8
+    return math.prod(x.shape) * parameter_summary.bits_per_element(x.dtype) / 8
 
 
 def _splits(shape: tuple[int, ...], config: Any, cut: int) -> bool:

@@ -26,11 +26,11 @@ class StepInputs:
 
 def step_inputs(run: Run, batch: dict[str, jax.ShapeDtypeStruct] | None = None) -> StepInputs:
     """The arrays of `run` as shapes with shardings; a batch is as the data's first one unless it is given."""
-    optimizer, where = run.optimizer(), sharding.shardings(run.shapes, run.mesh)
+    optimizer, where = run.optimizer(), sharding.parameter_shardings(run.shapes, run.mesh)
     lifted = jax.tree.map(lambda x, learns: _like(x, "float32") if learns else x, run.shapes, run.mask)
     trained, frozen = tree.split(_placed(lifted, where), run.mask)  # trained in float32, as Plan.attach has it
     moments = step.moment_shapes(trained, optimizer, run.mesh, run.paged)
-    done = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(run.mesh))
+    done = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated_sharding(run.mesh))
     return StepInputs(step.State(done, trained, moments), frozen, batch or _batch(run))
 
 
@@ -43,7 +43,9 @@ def device_bytes(shapes: PyTree, kind: str = "") -> int:
     """Bytes that each device holds of arrays with shardings: those in host memory, or all others."""
     leaves = [x for x in jax.tree.leaves(shapes) if (x.sharding.memory_kind == HOST) == (kind == HOST)]
     return math.ceil(
-        sum(math.prod(x.sharding.shard_shape(x.shape)) * parameter_summary.bits(x.dtype) / 8 for x in leaves)
+        sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * parameter_summary.bits_per_element(x.dtype) / 8 for x in leaves
+        )
     )
 
 

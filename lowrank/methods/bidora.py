@@ -64,7 +64,7 @@ def _distance(w: DoRA) -> jax.Array:
 
     Columns have unit length, so `||D^T D - I||^2 = ||D^T D||^2 - out`.
     """
-    direction = weight.wide(weight.materialize(w.base)) + w.delta()
+    direction = weight.at_least_float32(weight.materialize(w.base)) + w.delta()
     d = direction / jnp.linalg.norm(direction, axis=0, keepdims=True)
     n_in, n_out = d.shape
     gram = d.T @ d if n_out <= n_in else d @ d.T

@@ -69,7 +69,7 @@ def esft(
 def relevance(params: PyTree, context: Context, score: str, batches: int) -> Mapping[str, np.ndarray]:
     """How much each expert was used, `[layers, experts]` of each stack, its sum over experts 1."""
     named = dict(tree.named_leaves(params, weight.is_weight))
-    routers = {name: named[name] for name in tree.matching(ROUTER, named, "router")}
+    routers = {name: named[name] for name in tree.match_names(ROUTER, named, "router")}
     options = {"per_token": context.model.experts_per_token, "normalise": context.model.normalize_gates}
 
     @functools.partial(jax.jit)

@@ -32,7 +32,7 @@ def galore(
 
     def check(key: jax.Array, w: Any, name: str) -> Any:
         del key
-        form.plain("GaLore", w)
+        form.require_plain_kernel("GaLore", w)
         targets.check_rank(name, w.shape, rank)
         return w
 
@@ -91,7 +91,7 @@ def _wide(shape: tuple[int, ...]) -> bool:
 
 def _leading(gradient: jax.Array, rank: int) -> jax.Array:
     """The leading singular vectors of the shorter side, `[..., min(in, out), rank]`."""
-    u, _, v = jnp.linalg.svd(weight.wide(gradient), full_matrices=False)
+    u, _, v = jnp.linalg.svd(weight.at_least_float32(gradient), full_matrices=False)
     return u[..., :, :rank] if _wide(gradient.shape) else jnp.swapaxes(v[..., :rank, :], -1, -2)
 
 

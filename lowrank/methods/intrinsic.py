@@ -55,7 +55,7 @@ def intrinsic(
             if said:
                 scale = shared["said"][name.split("/")[0]]
                 step = step * jnp.broadcast_to(scale.reshape(scale.shape + (1,) * (w.ndim - scale.ndim)), w.shape)
-            return (weight.wide(w) + step).astype(w.dtype)
+            return (weight.at_least_float32(w) + step).astype(w.dtype)
 
         return tree.map_named(moved, params, is_leaf=weight.is_weight)
 
@@ -78,7 +78,7 @@ def _projected(projection: str, key: jax.Array, z: jax.Array, leaves: dict[str, 
 def _targets(params: PyTree, target: str) -> dict[str, Any]:
     """The plain parameters that are projected into."""
     named = dict(tree.named_leaves(params, weight.is_weight))
-    leaves = {name: named[name] for name in tree.matching(target, named, "target")}
+    leaves = {name: named[name] for name in tree.match_names(target, named, "target")}
     for name, w in leaves.items():
         if weight.is_weight(w):
             raise UserError(f"{name} is {type(w).__name__}: a projection moves plain arrays only")

@@ -35,6 +35,6 @@ def ir_qlora(
         targets.check_rank(name, w.shape, rank)
         check_finite(name, w)
         base = w if is_weight(w) else jax.lax.map(make, w) if len(w.shape) == 3 else make(w)
-        return form.attach(lora_form.attach_even(key, base, rank=rank, alpha=alpha, dropout=dropout))
+        return form.attach(lora_form.attach_equal_ranks(key, base, rank=rank, alpha=alpha, dropout=dropout))
 
     return Method(rules=((target, adapt),), bind=bind_dropout if dropout else None)

@@ -37,12 +37,14 @@ def milora(
         targets.check_rank(name, w.shape, rank)
         if len(w.shape) != 3:
             raise UserError(f"{name} is in no stack of layers: MiLoRA routes within a layer")
-        made = lora.attach_even(key, w, rank=rank, alpha=alpha)
+        made = lora.attach_equal_ranks(key, w, rank=rank, alpha=alpha)
         return mixture.Gated(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
 
     def init_shared(base: PyTree, key: jax.Array) -> PyTree:
         routers = {}
-        for stack, names in _by_stack(tree.matching(target, tree.names(base, weight.is_weight), "target")).items():
+        for stack, names in _by_stack(
+            tree.match_names(target, tree.leaf_names(base, weight.is_weight), "target")
+        ).items():
             if per_prompt > len(names):
                 raise UserError(f"method.per_prompt={per_prompt}, but {target!r} matches {len(names)} weights a layer")
             layers = _leaf(base, names[0]).shape[0]

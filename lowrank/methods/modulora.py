@@ -34,7 +34,7 @@ def modulora(
         targets.check_rank(name, w.shape, rank)
         check_plain("ModuLoRA", name, w)
         base = black_box.attach(w, quantise, quantizer)
-        return lora_form.attach_even(key, base, rank=rank, alpha=alpha, dropout=dropout)
+        return lora_form.attach_equal_ranks(key, base, rank=rank, alpha=alpha, dropout=dropout)
 
     return Method(rules=((target, adapt),), bind=bind_dropout if dropout else None)
 

@@ -10,7 +10,7 @@ from lowrank.methods import targets
 from lowrank.methods.method import Method
 from lowrank.methods.quantized_base import LINEAR, check_plain, quantizer
 from lowrank.weights.quantized import fake_quantized
-from lowrank.weights.quantized.schemes import group_of
+from lowrank.weights.quantized.schemes import scheme_group
 
 
 def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activations: int = 0) -> Method:
@@ -21,7 +21,7 @@ def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activa
     quantizer(quantize)
     if activations and not 2 <= activations <= 8:
         raise UserError(f"method.activations must be 0 or 2 to 8 bits, not {activations}")
-    group = group_of(quantize)
+    group = scheme_group(quantize)
     scheme, options = group.pop("name"), tuple(sorted(group.items()))
 
     def adapt(key: jax.Array, w: Any, name: str) -> Any:

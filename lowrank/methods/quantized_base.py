@@ -8,14 +8,14 @@ import jax
 from lowrank.core import config_schema
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.weight import is_weight
-from lowrank.weights.quantized.schemes import SCHEMES, Quantizer, group_of, jit_quantizer
+from lowrank.weights.quantized.schemes import SCHEMES, Quantizer, jit_quantizer, scheme_group
 
 LINEAR = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|o|gate|up|down)/kernel"
 
 
 def quantizer(group: Mapping[str, Any] | str) -> Quantizer:
     """The quantiser of a scheme `{'name': 'nf4', ...}` or its name; UserError for an unknown name or key."""
-    options = group_of(group)
+    options = scheme_group(group)
     name = options.pop("name", None)
     if name not in SCHEMES:
         raise unknown("method.quantize", name, SCHEMES)

@@ -30,7 +30,7 @@ def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:
     [(target, adapt)] = method.rules
 
     def on_kernel(key: jax.Array, w: Any, name: str) -> LoRA:
-        form.plain("ReLoRA", w)
+        form.require_plain_kernel("ReLoRA", w)
         return adapt(key, w, name)
 
     def again(params: PyTree, key: jax.Array) -> PyTree:

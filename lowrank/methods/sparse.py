@@ -25,7 +25,7 @@ import optax
 from lowrank.core import tree, weight
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
-from lowrank.core.weight import materialize, wide
+from lowrank.core.weight import at_least_float32, materialize
 from lowrank.methods import targets
 from lowrank.methods.method import Context, Export, Hooks, Method
 from lowrank.weights import sparse as form
@@ -51,7 +51,7 @@ def sparse(
     def adapt(key: jax.Array, w: Any, name: str) -> form.Sparse:
         targets.check_kernel(name)
         scores = BLIND.get(choose, BLIND["random"])(key, w)
-        return form.attach(w, form.largest(scores, form.places(w, density)))
+        return form.attach(w, form.top_indices(scores, form.count_places(w, density)))
 
     score = functools.partial(SEEING[choose], batches=batches, lr=warm_lr) if choose in SEEING else None
     return Method(
@@ -63,13 +63,13 @@ def sparse(
 
 BLIND: dict[str, Callable[[jax.Array, Any], jax.Array]] = {
     "random": lambda key, w: jax.random.uniform(key, w.shape),
-    "magnitude": lambda key, w: jnp.abs(wide(materialize(w))),
+    "magnitude": lambda key, w: jnp.abs(at_least_float32(materialize(w))),
 }
 
 
 def _choose(params: PyTree, context: Context, score: Callable[..., Kernels]) -> PyTree:
     forms = {n: w for n, w in tree.named_leaves(params, weight.is_weight) if isinstance(w, form.Sparse)}
-    kernels = {name: wide(materialize(w.base)) for name, w in forms.items()}
+    kernels = {name: at_least_float32(materialize(w.base)) for name, w in forms.items()}
 
     @jax.jit
     def gradient(kernels: Kernels, params: PyTree, batch: Mapping[str, jax.Array]) -> Kernels:
@@ -81,7 +81,9 @@ def _choose(params: PyTree, context: Context, score: Callable[..., Kernels]) -> 
         return jax.grad(loss)(kernels)
 
     scores = score(kernels, gradient, params, context)
-    chosen = {n: dataclasses.replace(w, indices=form.largest(scores[n], w.indices.shape[-1])) for n, w in forms.items()}
+    chosen = {
+        n: dataclasses.replace(w, indices=form.top_indices(scores[n], w.indices.shape[-1])) for n, w in forms.items()
+    }
     return tree.map_named(lambda n, w: chosen.get(n, w), params, is_leaf=weight.is_weight)
 
 

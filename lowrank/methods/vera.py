@@ -30,8 +30,8 @@ def vera(rank: int = 256, target: str = r".*attn/(q|v)/kernel", d_initial: float
     def init_shared(base: PyTree, key: jax.Array) -> PyTree:
         del key
         weights = dict(tree.named_leaves(base, weight.is_weight))
-        shapes = [weights[name].shape[-2:] for name in tree.matching(target, weights, "target")]
-        return form.projections(jax.random.key(seed), rank, *map(max, zip(*shapes, strict=True)))
+        shapes = [weights[name].shape[-2:] for name in tree.match_names(target, weights, "target")]
+        return form.random_projections(jax.random.key(seed), rank, *map(max, zip(*shapes, strict=True)))
 
     return Method(rules=((target, adapt),), init_shared=init_shared, bind=bind_vera)
 
@@ -44,6 +44,6 @@ def bind_vera(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
     rest = {name: child for name, child in params.items() if name != SHARED}
 
     def handed(w: Any) -> Any:
-        return form.bound(w, **params[SHARED]) if isinstance(w, form.VeRA) else w
+        return form.with_projections(w, **params[SHARED]) if isinstance(w, form.VeRA) else w
 
     return jax.tree.map(handed, rest, is_leaf=weight.is_weight)

@@ -53,4 +53,4 @@ class Embeddings(nn.Module):
 
     def to_logits(self, h_BxTxD: jax.Array) -> jax.Array:
         """Logits float32 `[B, T, V]` of a model whose head is the embedding table."""
-        return weight.wide_dot(h_BxTxD, self.embedding, 1)
+        return weight.dot_to_float32(h_BxTxD, self.embedding, 1)

@@ -104,4 +104,4 @@ class LMHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in] -> [..., features]`."""
-        return weight.wide_dot(x, read_parameter(self, "kernel", kernel_init, (x.shape[-1], self.features)))
+        return weight.dot_to_float32(x, read_parameter(self, "kernel", kernel_init, (x.shape[-1], self.features)))

@@ -25,7 +25,7 @@ from lowrank.pretrained.resolve import resolve_checkpoint
 from lowrank.pretrained.tensor_reader import CheckpointSource, StoredTensor
 from lowrank.pretrained.tokenizer import Tokenizer
 from lowrank.pretrained.upcycle import Upcycling
-from lowrank.weights.quantized.schemes import group_of
+from lowrank.weights.quantized.schemes import scheme_group
 
 PARAM_DTYPES = ("float32", "bfloat16")
 # The leaves that training may start from random values, where a checkpoint lacks them.
@@ -94,7 +94,7 @@ def load(
     conversion = _conversion(source, quantized, upcycled)
     config, tokenizer, shapes = _describe(source, model or {}, param_dtype, conversion)
     params, new = _read(source, config, _with_shardings(shapes, mesh, rules), seed, conversion)
-    group = group_of(quantized) or quantized_checkpoint.stored_scheme(source.where, source.hf_config)
+    group = scheme_group(quantized) or quantized_checkpoint.stored_scheme(source.where, source.hf_config)
     return Pretrained(
         config,
         traverse_util.unflatten_dict(params, sep="/"),
@@ -136,7 +136,7 @@ def _conversion(
     upcycling = upcycle.build_upcycling(upcycled)
     if not scheme:
         return _Conversion(quantize_config.build_quantizer(quantized), upcycling)
-    if upcycling or group_of(quantized) not in ({}, scheme):
+    if upcycling or scheme_group(quantized) not in ({}, scheme):
         codes = f"in codes of {scheme.get('name')} already"
         raise UserError(f"{source.where} is {codes}: leave out model.quantize and model.upcycle")
     quantizer = quantized_checkpoint.stored_quantizer(source.where, source.hf_config)
@@ -165,7 +165,7 @@ def _with_shardings(shapes: PyTree, mesh: Mesh | None, rules: sharding.Rules) ->
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     else:
-        shardings = sharding.shardings(shapes, mesh, rules)
+        shardings = sharding.parameter_shardings(shapes, mesh, rules)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return dict(tree.named_leaves(placed, is_weight))
 

@@ -19,7 +19,7 @@ from lowrank.pretrained.quantize_on_load import (
     StoredParts,
 )
 from lowrank.weights.quantized import input_scaled
-from lowrank.weights.quantized.schemes import SCHEMES, Quantizer, group_of, integer, jit_quantizer
+from lowrank.weights.quantized.schemes import SCHEMES, Quantizer, integer, jit_quantizer, scheme_group
 
 GGUF_BLOCKS = "gguf"  # the name that stands for the blocks of the file
 
@@ -56,7 +56,7 @@ def build_quantizer(given: Mapping[str, Any] | str | None) -> LoadQuantizer | No
 
     Raises UserError for an unknown scheme or option, and for a scheme that needs calibration data.
     """
-    group = group_of(given)
+    group = scheme_group(given)
     if not group:
         return None
     name = group.get("name")
@@ -83,7 +83,7 @@ def build_rounding(
 
     `high` is the number of 4-bit groups of each leaf, for the scheme "mixed". Raises UserError naming `where`.
     """
-    options = group_of(given)
+    options = scheme_group(given)
     name, target = options.pop("name", None), options.pop("target", DEFAULT_TARGET)
     if name not in ALL_SCHEMES:
         raise unknown(f"quantization scheme in {where}", str(name), ALL_SCHEMES)
@@ -104,7 +104,7 @@ def quantized_shapes(
 
     Leaves that are new, in no checkpoint, stay plain. Raises UserError for a target that matches no kernel.
     """
-    matches = tree.matching(quantizer.target, tree.names(params), "model.quantize target")
+    matches = tree.match_names(quantizer.target, tree.leaf_names(params), "model.quantize target")
     for name in matches:
         if not name.endswith("kernel"):
             raise UserError(f"{name} is not a kernel: only kernels [..., in, out] can be quantized, change the target")

@@ -77,7 +77,7 @@ class GGUFBlocks(LoadQuantizer):
         f = ggml.FORMATS[formats[0]]
         size = (*leaf.shape[:-2], leaf.shape[-1], leaf.shape[-2] // f.block * f.bytes)
         raw = jax.ShapeDtypeStruct(size, "uint8")
-        return jax.eval_shape(lambda b: ggml.from_bytes(b, formats[0], leaf.dtype.name), raw)
+        return jax.eval_shape(lambda b: ggml.from_file_blocks(b, formats[0], leaf.dtype.name), raw)
 
     def quantize_layer(self, name: str, part: StoredTensor, read: ReadKernel, like: GGML) -> GGML:
         """The blocks of one tensor, whose rows are the kernel's outputs. Raises UserError if a scale is not finite."""
@@ -90,7 +90,7 @@ class GGUFBlocks(LoadQuantizer):
         return form
 
 
-_from_bytes = jax.jit(ggml.from_bytes, static_argnums=(1, 2))
+_from_bytes = jax.jit(ggml.from_file_blocks, static_argnums=(1, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class MixedBits(LoadQuantizer):
         block = self.options["block"]
         gain = {name: np.stack([_cached_gains(source, block) for source in sources(name)]) for name in leaves}
         shapes = {name: leaf.shape for name, leaf in leaves.items()}
-        return dataclasses.replace(self, high=mixed.divided(gain, shapes, **self.options))
+        return dataclasses.replace(self, high=mixed.allocate_groups(gain, shapes, **self.options))
 
     def leaf_shape(self, name: str, leaf: Any, parts: Sequence[StoredTensor]) -> Mixed:
         """The form, in shapes, of a leaf. Raises UserError if `high` does not have it."""
@@ -135,7 +135,7 @@ class MixedBits(LoadQuantizer):
 
 
 _quantize_mixed = jax.jit(mixed.quantize, static_argnames=("high", "block", "double"))
-_gains = jax.jit(mixed.gains, static_argnums=1)
+_gains = jax.jit(mixed.error_reductions, static_argnums=1)
 _CACHE: dict[tuple[Any, ...], np.ndarray] = {}  # (key of a kernel, block) -> its gains
 _CACHE_SIZE = 100_000
 

@@ -77,6 +77,6 @@ def collect_forms(leaves: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[
     def collect(name: str, leaf: Any) -> Any:
         if not is_weight(leaf):
             return arrays[name]
-        return jax.tree.unflatten(jax.tree.structure(leaf), [arrays[f"{name}/{f}"] for f in tree.names(leaf)])
+        return jax.tree.unflatten(jax.tree.structure(leaf), [arrays[f"{name}/{f}"] for f in tree.leaf_names(leaf)])
 
     return {name: collect(name, leaf) for name, leaf in leaves.items()}

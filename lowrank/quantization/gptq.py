@@ -91,7 +91,7 @@ def _solve(
     def grid(rows: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         if grids is not None:
             return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, chunk), grids)
-        scale, zero = uniform.grid(rows, bits, symmetric)
+        scale, zero = uniform.scale_and_zero(rows, bits, symmetric)
         zero = _middle(scale, bits) if zero is None else zero
         return tuple(jnp.broadcast_to(x[None], rows.shape) for x in (scale, zero))
 

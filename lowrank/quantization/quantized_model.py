@@ -18,7 +18,7 @@ from lowrank.pretrained.tensor_reader import check_finite
 from lowrank.quantization import awq, gptq
 from lowrank.quantization.calibration_data import TokenRows, calibration_batches
 from lowrank.quantization.layer_runner import LayerRunner
-from lowrank.weights.quantized.schemes import group_of
+from lowrank.weights.quantized.schemes import scheme_group
 
 CALIBRATORS = {"gptq": gptq.quantize_gptq, "awq": awq.quantize_awq}
 
@@ -38,7 +38,7 @@ def write_quantized(
     of `text.seq_len` tokens. Raises UserError for these schemes without data or with too few, and for all that
     `pretrained.load` and `pretrained.export` raise it for.
     """
-    group = group_of(scheme)
+    group = scheme_group(scheme)
     build_rounding(group)
     if group["name"] not in CALIBRATORS:
         base = pretrained.load(model, quantized=group, param_dtype=dtype)
@@ -62,7 +62,7 @@ def quantize_calibrated(base: Pretrained, group: Mapping[str, Any], batches: Seq
     if base.quantized:
         raise UserError(f"{base.name} is in codes already: name the original checkpoint")
     options, quantize = calibration_options(group), CALIBRATORS[group["name"]]
-    names = tree.matching(build_rounding(group).target, tree.names(base.params), "target")
+    names = tree.match_names(build_rounding(group).target, tree.leaf_names(base.params), "target")
     runner = LayerRunner(base.config, base.params, names, batches)
     forms: dict[str, list[Any]] = {name: [] for name in names}
     kernels = {n: check_finite(n, np.asarray(x)) for n, x in tree.named_leaves(base.params) if n in forms}

@@ -61,7 +61,7 @@ def _groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
     losses.objective(top.objective)
     method = methods.build_method(top.method)
     asked = {"objective": top.objective} | ({"holdout": method.hooks.holdout} if method.hooks.holdout else {})
-    make_mesh = sharding.make_mesh if devices is None else functools.partial(sharding.mesh_of, devices)
+    make_mesh = sharding.make_mesh if devices is None else functools.partial(sharding.make_mesh_of_devices, devices)
     own, others = _parted(top.model, {f.name for f in dataclasses.fields(ModelConfig)})
     groups = _Groups(
         top=top,
@@ -114,7 +114,7 @@ def _loader(config: data.DataConfig, tokenizer: Any, shape: Any) -> data.Loader:
 
 def _plan(groups: _Groups, shape: Any, base: PyTree, tokenizer: Any, loader: data.Loader) -> Run:
     shapes, mask, table = _split(groups.method, base, bool(loader.labels))
-    sharding.shardings(shapes, groups.mesh)
+    sharding.parameter_shardings(shapes, groups.mesh)
     notes = _notes(groups.optim, shape, groups.mesh)
     return Run(
         config=groups.top,

@@ -21,7 +21,7 @@ from etils import epath
 
 from lowrank.core.errors import UserError
 from lowrank.core.multihost import gather_values, own_value
-from lowrank.core.tree import same_names
+from lowrank.core.tree import check_same_names
 from lowrank.core.typing import Arrays
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -148,7 +148,7 @@ class Checkpointer:
         """
         meta, found = self.meta(step), self._stored(step)
         where = f"checkpoint {self.directory / str(step)}"
-        same_names(like, found, where)
+        check_same_names(like, found, where)
         for name, want in like.items():
             if (have := _spell(found[name])) != _spell(want):
                 raise UserError(f"leaf {name!r} is {have} in {where} but {_spell(want)} in this run")

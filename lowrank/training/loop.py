@@ -155,7 +155,7 @@ class Trainer:
         batch = next(self.run.loader, None)
         if batch is None:
             raise UserError(f"the data ended after step {done} of {self.run.config.steps}: raise data.epochs")
-        return sharding.global_batch(self.map_batch(batch), self.run.mesh)
+        return sharding.make_global_batch(self.map_batch(batch), self.run.mesh)
 
     def _compile(self, batch: Mapping[str, jax.Array]) -> jax.stages.Compiled:
         started = time.monotonic()
@@ -248,7 +248,7 @@ class Trainer:
             "steps_done": done,
             **self._best_facts(),
             "final_loss": self._final_loss(),
-            **parameter_summary.totals(self.run.shapes, self.run.mask),
+            **parameter_summary.count_parameters(self.run.shapes, self.run.mask),
             **report.peak_memory(),
             "seconds": self.log.seconds,
             "compile_seconds": self.compile_seconds,

@@ -70,7 +70,7 @@ SCHEDULES: dict[str, Callable[[float, int, float], optax.Schedule]] = {
 }
 
 
-def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+def learning_rate_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """The learning rate at each step of a run of `steps`: `warmup` steps from 0 to `lr`, then the schedule."""
     if config.schedule not in SCHEDULES:
         raise unknown("schedule", config.schedule, SCHEDULES)
@@ -80,13 +80,13 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, config.lr, config.warmup), decay], [config.warmup])
 
 
-def rates(config: OptimConfig, steps: int) -> np.ndarray:
+def learning_rates(config: OptimConfig, steps: int) -> np.ndarray:
     """`[steps]` float32: the learning rate of each step of a run."""
-    values = np.asarray(schedule(config, steps)(jnp.arange(steps)), np.float32)
+    values = np.asarray(learning_rate_schedule(config, steps)(jnp.arange(steps)), np.float32)
     return np.broadcast_to(values, (steps,))
 
 
-def at_rate(ratio: float = 1.0) -> optax.GradientTransformationExtraArgs:
+def scale_by_given_rate(ratio: float = 1.0) -> optax.GradientTransformationExtraArgs:
     """Updates times `-lr * ratio`, for the `lr` that each of them is given."""
 
     def update(updates: PyTree, state: PyTree, trained: PyTree = None, *, lr: jax.Array, **_: Any) -> tuple:
@@ -100,7 +100,7 @@ def check_optimizer(config: OptimConfig, steps: int) -> None:
     if config.name not in OPTIMIZERS:
         raise unknown("optimizer", config.name, OPTIMIZERS)
     config_schema.call_with_group(OPTIMIZERS[config.name], config.args, "optim.args")
-    schedule(config, steps)
+    learning_rate_schedule(config, steps)
     for key in ("lr", "warmup", "final", "weight_decay", "clip", "b_ratio"):
         if not 0 <= getattr(config, key) < math.inf:
             raise UserError(f"optim.{key} must be a number from 0 up, not {getattr(config, key)}")
@@ -112,12 +112,12 @@ def check_optimizer(config: OptimConfig, steps: int) -> None:
         raise UserError(f"optim.warmup {config.warmup} is longer than the run of {steps} steps")
 
 
-def labels(config: OptimConfig, trained: PyTree) -> PyTree:
+def optimizer_labels(config: OptimConfig, trained: PyTree) -> PyTree:
     """`ratio:decay` for each trained leaf (`16.0:0.0`): leaves that share a label share an optimizer."""
-    names = tree.names(trained)
+    names = tree.leaf_names(trained)
     ratios = (*config.lr_ratios, *(((r"(.*/)?b", config.b_ratio),) if config.b_ratio != 1 else ()))
     for pattern, _ in ratios:
-        tree.matching(pattern, names, "learning rate pattern")
+        tree.match_names(pattern, names, "learning rate pattern")
 
     declared = dict(tree.named_leaves(_decay_mask(trained)))
 
@@ -146,7 +146,7 @@ def build_optimizer(config: OptimConfig, steps: int, trained: PyTree) -> optax.G
     Its updates need `lr`, which `rates` gives for each step.
     """
     check_optimizer(config, steps)
-    of_leaf = labels(config, trained)
+    of_leaf = optimizer_labels(config, trained)
     groups = {label: _group(config, label) for label in sorted({v for _, v in tree.named_leaves(of_leaf)})}
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, optax.multi_transform(groups, of_leaf))
@@ -159,5 +159,5 @@ def _group(config: OptimConfig, label: str) -> optax.GradientTransformation:
     return optax.chain(
         config_schema.call_with_group(OPTIMIZERS[config.name], config.args, "optim.args"),
         optax.add_decayed_weights(decay) if decay else optax.identity(),
-        at_rate(ratio),
+        scale_by_given_rate(ratio),
     )

@@ -55,7 +55,7 @@ class Run:
     @property
     def logits_chunk_tokens(self) -> int:
         """Tokens of all devices together whose logits exist at a time; 0: all of a batch's."""
-        return self.config.logits_chunk_tokens * sharding.batch_shards(self.mesh)
+        return self.config.logits_chunk_tokens * sharding.num_batch_shards(self.mesh)
 
     def load(self) -> pretrained.Pretrained:
         """The base, each leaf where the mesh wants it."""
@@ -75,7 +75,7 @@ class Run:
 
         The ones before are None unless a rewrite changed a base (PiSSA); else they are the same arrays.
         """
-        where = sharding.shardings(self.shapes, self.mesh)
+        where = sharding.parameter_shardings(self.shapes, self.mesh)
         attach = functools.partial(methods.attach, self.method, key=random_streams.attach_key(self.config.seed))
         adapted = jit_passthrough(attach, where, params)(params)
         changed = _bases_changed(params, adapted)
@@ -98,7 +98,7 @@ class Run:
         key = random_streams.calibrate_key(self.config.seed)
         loss = functools.partial(self.loss, rng=None)
         context = methods.Context(key, self.tokenizer, self._first_batches, loss, self.mask, self.network.config)
-        return jax.device_put(calibrate(params, context), sharding.shardings(self.shapes, self.mesh))
+        return jax.device_put(calibrate(params, context), sharding.parameter_shardings(self.shapes, self.mesh))
 
     def restarts_at(self, done: int) -> bool:
         """Whether the method restarts before step `done` (from 0)."""
@@ -112,12 +112,12 @@ class Run:
     @functools.cached_property
     def _restarted(self) -> Callable[[PyTree, jax.Array], PyTree]:
         change = self.method.hooks.every_n_steps.change
-        return jit_passthrough(change, sharding.shardings(self.shapes, self.mesh), self.shapes, _key())
+        return jit_passthrough(change, sharding.parameter_shardings(self.shapes, self.mesh), self.shapes, _key())
 
     @functools.cached_property
     def frozen(self) -> frozenset[str]:
         """The names of the leaves that are not trained."""
-        return frozenset(tree.names(tree.split(self.shapes, self.mask)[1]))
+        return frozenset(tree.leaf_names(tree.split(self.shapes, self.mask)[1]))
 
     @functools.cached_property
     def changing(self) -> frozenset[str]:
@@ -130,12 +130,12 @@ class Run:
             return frozenset()
         _, origins = sources(self.method.hooks.every_n_steps.change, self.shapes, _key())
         learns = jax.tree.leaves(self.mask)
-        names = enumerate(tree.names(self.shapes))
+        names = enumerate(tree.leaf_names(self.shapes))
         return frozenset(name for i, name in names if origins[i] != i and not learns[i])
 
     def _first_batches(self, n: int) -> list[losses.Batch]:
         start = self.loader.get_state()
-        batches = [sharding.global_batch(batch, self.mesh) for batch in itertools.islice(self.loader, n)]
+        batches = [sharding.make_global_batch(batch, self.mesh) for batch in itertools.islice(self.loader, n)]
         self.loader.set_state(start)
         return batches
 
@@ -164,7 +164,7 @@ class Run:
     @functools.cached_property
     def rates(self) -> np.ndarray:
         """`[steps]`: the learning rate of each step."""
-        return optim.rates(self.optim, self.config.steps)
+        return optim.learning_rates(self.optim, self.config.steps)
 
 
 def _key() -> jax.Array:

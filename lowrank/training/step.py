@@ -37,7 +37,7 @@ def init(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh, p
     """
     where = moment_shapes(trained, optimizer, mesh, paged)
     moments = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, where))(trained)
-    return State(jax.device_put(jnp.int32(0), sharding.replicated(mesh)), trained, moments)
+    return State(jax.device_put(jnp.int32(0), sharding.replicated_sharding(mesh)), trained, moments)
 
 
 def moment_shapes(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh, paged: bool = False) -> PyTree:
@@ -103,7 +103,7 @@ def compile_step(step: Callable, state: State, frozen: PyTree, batch: Mapping[st
     where = jax.tree.map(lambda x: x.sharding, state)
     program = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
     lr = jax.ShapeDtypeStruct((), jnp.float32, sharding=where.step)
-    with sharding.around(state):
+    with sharding.mesh_context(state):
         return program.lower(state, frozen, batch, lr).compile()
 
 

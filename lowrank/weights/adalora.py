@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import dot, form, trainable, wide
-from lowrank.weights.lora import LoRA, widen
+from lowrank.core.weight import at_least_float32, dot, form, trainable
+from lowrank.weights.lora import LoRA, project_up
 
 
 @form
@@ -21,22 +21,22 @@ class AdaLoRA(LoRA):
 
     def delta(self) -> jax.Array:
         """The update `scale * A @ diag(E) @ B`, `[..., in, out]` in float32 or wider."""
-        a = wide(self.a) * wide(self.e)[..., None, :]
-        return jnp.matmul(a, wide(self.b), precision="highest") * self.scale[..., None, None]
+        a = at_least_float32(self.a) * at_least_float32(self.e)[..., None, :]
+        return jnp.matmul(a, at_least_float32(self.b), precision="highest") * self.scale[..., None, None]
 
     def low_rank(self, x: jax.Array) -> jax.Array:
         """`scale * (drop(x) @ A) * E @ B` for `x: [..., in]`."""
-        gain = (wide(self.e) * self.scale).astype(x.dtype)
+        gain = (at_least_float32(self.e) * self.scale).astype(x.dtype)
         t = dot(self._dropped(x), self.a)
-        return widen(t * jnp.broadcast_to(gain, t.shape), self.b)
+        return project_up(t * jnp.broadcast_to(gain, t.shape), self.b)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """`(A @ diag(E), B)`."""
-        return wide(self.a) * wide(self.e)[..., None, :], self.b
+        return at_least_float32(self.a) * at_least_float32(self.e)[..., None, :], self.b
 
     def orthogonality(self) -> jax.Array:
         """`||A^T A - I||^2 + ||B B^T - I||^2` (Frobenius), summed over the stack: 0 for a true decomposition."""
-        a, b = wide(self.a), wide(self.b)
+        a, b = at_least_float32(self.a), at_least_float32(self.b)
         return _distance(jnp.swapaxes(a, -1, -2) @ a) + _distance(b @ jnp.swapaxes(b, -1, -2))
 
 

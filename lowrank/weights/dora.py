@@ -10,7 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import Weight, dot, form, frozen, is_stored, is_weight, materialize, product, trainable, wide
+from lowrank.core.weight import (
+    Weight,
+    at_least_float32,
+    dot,
+    form,
+    frozen,
+    is_stored,
+    is_weight,
+    materialize,
+    name_product,
+    trainable,
+)
 from lowrank.weights.lora import LoRA
 
 
@@ -24,14 +35,14 @@ class DoRA(LoRA):
     def materialize(self) -> jax.Array:
         """`magnitude * V / ||V||` with `V = W + scale * A @ B`, in the base's dtype."""
         base = materialize(self.base)
-        direction = wide(base) + self.delta()
+        direction = at_least_float32(base) + self.delta()
         norm = jax.lax.stop_gradient(jnp.linalg.norm(direction, axis=-2))
         return (direction * (self.magnitude / norm)[..., None, :]).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`(x @ W + scale * drop(x) @ A @ B) * magnitude / norm`, with no `in x out` temporary."""
         gain = self.magnitude / jax.lax.stop_gradient(self.column_norm())
-        y = product(dot(x, self.base) + self.low_rank(x))  # the magnitude's gradient asks for the sum alone
+        y = name_product(dot(x, self.base) + self.low_rank(x))  # the magnitude's gradient asks for the sum alone
         return y * jnp.broadcast_to(gain.astype(y.dtype), y.shape)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:

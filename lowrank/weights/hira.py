@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, frozen, materialize, trainable
 from lowrank.weights import stacked_layers
 
 
@@ -35,7 +35,9 @@ class HiRA(Weight):
 
 def _fused(base: Any, a: jax.Array, b: jax.Array, precision: str | None = None) -> jax.Array:
     w = materialize(base)
-    return (wide(w) * (1 + jnp.matmul(wide(a), wide(b), precision=precision))).astype(w.dtype)
+    return (
+        at_least_float32(w) * (1 + jnp.matmul(at_least_float32(a), at_least_float32(b), precision=precision))
+    ).astype(w.dtype)
 
 
 @jax.checkpoint
@@ -49,5 +51,8 @@ def attach(key: jax.Array, w: Any, *, ranks: Sequence[int]) -> HiRA:
     One rank for each layer of the stack (one if unstacked); the rank 0 leaves a layer unadapted.
     """
     stack, (n_in, n_out), rank = w.shape[:-2], w.shape[-2:], max(ranks)
-    a = stacked_layers.kaiming(key, (*stack, n_in, rank), n_in) * stacked_layers.live(ranks, stack)[..., None, :]
+    a = (
+        stacked_layers.kaiming_uniform(key, (*stack, n_in, rank), n_in)
+        * stacked_layers.rank_mask(ranks, stack)[..., None, :]
+    )
     return HiRA(base=w, a=a, b=jnp.zeros((*stack, rank, n_out), jnp.float32))

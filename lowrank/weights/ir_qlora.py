@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.core.weight import dot, form, trainable, wide
-from lowrank.weights.lora import LoRA, widen
+from lowrank.core.weight import at_least_float32, dot, form, trainable
+from lowrank.weights.lora import LoRA, project_up
 
 
 @form
@@ -25,7 +25,7 @@ class IRLoRA(LoRA):
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """`(A + beta1 P, B + beta2 Q)`."""
         return tuple(
-            wide(x) + jnp.broadcast_to(pooling(*x.shape[-2:]), x.shape) * beta[..., None, None]
+            at_least_float32(x) + jnp.broadcast_to(pooling_matrix(*x.shape[-2:]), x.shape) * beta[..., None, None]
             for x, beta in ((self.a, self.beta1), (self.b, self.beta2))
         )
 
@@ -36,10 +36,10 @@ class IRLoRA(LoRA):
     def low_rank(self, x: jax.Array) -> jax.Array:
         """The update times `drop(x)` for `x: [..., in]`."""
         a, b = self.factors()
-        return widen(dot(self._dropped(x), a) * self.scale.astype(x.dtype), b)
+        return project_up(dot(self._dropped(x), a) * self.scale.astype(x.dtype), b)
 
 
-def pooling(n: int, m: int) -> np.ndarray:
+def pooling_matrix(n: int, m: int) -> np.ndarray:
     """`[n, m]`: the average over `n / g` runs of `g = gcd(n, m)`, repeated `m / g` times."""
     g = math.gcd(n, m)
     return np.tile(np.eye(g, dtype=np.float32), (n // g, m // g)) * np.float32(g / n)

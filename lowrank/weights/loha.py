@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, frozen, materialize, trainable
 from lowrank.weights import stacked_layers
-from lowrank.weights.lora import widen
+from lowrank.weights.lora import project_up
 
 
 @form
@@ -30,8 +30,8 @@ class LoHa(Weight):
         """`W + scale * (A1 @ B1) * (A2 @ B2)`, summed in float32 and rounded once to the base's dtype."""
         base = materialize(self.base)
         pairs = ((self.a1, self.b1), (self.a2, self.b2))
-        first, second = (jnp.matmul(wide(a), wide(b), precision="highest") for a, b in pairs)
-        return (wide(base) + first * second * self.scale[..., None, None]).astype(base.dtype)
+        first, second = (jnp.matmul(at_least_float32(a), at_least_float32(b), precision="highest") for a, b in pairs)
+        return (at_least_float32(base) + first * second * self.scale[..., None, None]).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`x @ W` plus the update, which is one of rank r^2: never `in x out` unless r^2 is the larger.
@@ -44,7 +44,7 @@ class LoHa(Weight):
             return dot(x, self.base) + _product(x, self.a1, self.b1, self.a2, self.b2) * scale
         a = jnp.einsum("ip,iq->ipq", self.a1, self.a2).reshape(n_in, rank**2)
         b = jnp.einsum("po,qo->pqo", self.b1, self.b2).reshape(rank**2, n_out)
-        return dot(x, self.base) + widen(dot(x, a) * scale, b)
+        return dot(x, self.base) + project_up(dot(x, a) * scale, b)
 
 
 @jax.checkpoint
@@ -58,12 +58,12 @@ def attach(key: jax.Array, w: Any, *, ranks: Sequence[int], alphas: Sequence[flo
     One rank and alpha for each layer of the stack (one if unstacked); the rank 0 leaves a layer unadapted.
     """
     stack, (n_in, n_out), rank = w.shape[:-2], w.shape[-2:], max(ranks)
-    live, (key_a, key_1, key_2) = stacked_layers.live(ranks, stack), jax.random.split(key, 3)
+    live, (key_a, key_1, key_2) = stacked_layers.rank_mask(ranks, stack), jax.random.split(key, 3)
     return LoHa(
         base=w,
-        a1=stacked_layers.kaiming(key_a, (*stack, n_in, rank), n_in) * live[..., None, :],
-        b1=stacked_layers.kaiming(key_1, (*stack, rank, n_out), rank) * live[..., :, None],
+        a1=stacked_layers.kaiming_uniform(key_a, (*stack, n_in, rank), n_in) * live[..., None, :],
+        b1=stacked_layers.kaiming_uniform(key_1, (*stack, rank, n_out), rank) * live[..., :, None],
         a2=jnp.zeros((*stack, n_in, rank), jnp.float32),
-        b2=stacked_layers.kaiming(key_2, (*stack, rank, n_out), rank) * live[..., :, None],
-        scale=stacked_layers.scales(ranks, alphas, stack),
+        b2=stacked_layers.kaiming_uniform(key_2, (*stack, rank, n_out), rank) * live[..., :, None],
+        scale=stacked_layers.lora_scales(ranks, alphas, stack),
     )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, frozen, materialize, trainable
 from lowrank.weights import stacked_layers
 
 
@@ -39,10 +39,10 @@ class LoKr(Weight):
         """`W + scale * kron(W1, W2)`, summed in float32 and rounded once to the base's dtype."""
         base, whole = materialize(self.base), []
         for parts in self.factors():
-            parts = [wide(part) for part in parts]
+            parts = [at_least_float32(part) for part in parts]
             whole.append(jnp.matmul(*parts, precision="highest") if len(parts) == 2 else parts[0])
         update = jnp.einsum("...ml,...nk->...mnlk", *whole, precision="highest").reshape(base.shape)
-        return (wide(base) + update * self.scale[..., None, None]).astype(base.dtype)
+        return (at_least_float32(base) + update * self.scale[..., None, None]).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`x @ W` plus the update by reshapes: x as a matrix `[m, n]`, W1 from its left and W2 from its right."""
@@ -54,7 +54,7 @@ class LoKr(Weight):
         return dot(x, self.base) + update.reshape(*x.shape[:-1], -1) * self.scale.astype(x.dtype)
 
 
-class Sizes(NamedTuple):
+class FactorSizes(NamedTuple):
     """How a kernel `[m n, l k]` is divided, and which of its factors `[m, l]` and `[n, k]` are whole."""
 
     m: int
@@ -65,7 +65,7 @@ class Sizes(NamedTuple):
     whole2: bool
 
 
-def divided(size: int, factor: int) -> tuple[int, int]:
+def split_dimension(size: int, factor: int) -> tuple[int, int]:
     """`size` as a product: `factor` times the rest where it divides, else the divisors nearest to the root.
 
     The smaller of those is at most `factor`; -1 sets no bound.
@@ -76,10 +76,10 @@ def divided(size: int, factor: int) -> tuple[int, int]:
     return small, size // small
 
 
-def sizes(n_in: int, n_out: int, rank: int, factor: int, both: bool) -> Sizes:
+def factor_sizes(n_in: int, n_out: int, rank: int, factor: int, both: bool) -> FactorSizes:
     """LyCORIS's rule: a factor is of low rank where that is below half its larger side; W1 only with `both`."""
-    (m, n), (l, k) = divided(n_in, factor), divided(n_out, factor)  # noqa: E741
-    return Sizes(m, n, l, k, whole1=not (both and 2 * rank < max(m, l)), whole2=2 * rank >= max(n, k))
+    (m, n), (l, k) = split_dimension(n_in, factor), split_dimension(n_out, factor)  # noqa: E741
+    return FactorSizes(m, n, l, k, whole1=not (both and 2 * rank < max(m, l)), whole2=2 * rank >= max(n, k))
 
 
 def attach(
@@ -90,8 +90,8 @@ def attach(
     One rank and alpha for each layer of the stack (one if unstacked); the rank 0 leaves a layer unadapted. Raises
     UserError for ranks of which only some leave a factor whole.
     """
-    stack, live, rank = w.shape[:-2], stacked_layers.live(ranks, w.shape[:-2]), max(ranks)
-    shapes = {sizes(*w.shape[-2:], r, factor, both) for r in ranks if r}
+    stack, live, rank = w.shape[:-2], stacked_layers.rank_mask(ranks, w.shape[:-2]), max(ranks)
+    shapes = {factor_sizes(*w.shape[-2:], r, factor, both) for r in ranks if r}
     if len(shapes) > 1:
         raise UserError(
             f"ranks {min(r for r in ranks if r)} to {rank} in one stack: LoKr would decompose only some layers"
@@ -102,11 +102,11 @@ def attach(
     if s.whole1:
         first = {"w1": jnp.zeros((*stack, s.m, s.l), jnp.float32)}
     else:
-        a1 = stacked_layers.kaiming(key_1, (*stack, s.m, rank), s.m) * of_a
+        a1 = stacked_layers.kaiming_uniform(key_1, (*stack, s.m, rank), s.m) * of_a
         first = {"a1": a1, "b1": jnp.zeros((*stack, rank, s.l), jnp.float32)}
     if s.whole2:
-        second = {"w2": stacked_layers.kaiming(key_a, (*stack, s.n, s.k), s.n) * of_w}
+        second = {"w2": stacked_layers.kaiming_uniform(key_a, (*stack, s.n, s.k), s.n) * of_w}
     else:
-        a2 = stacked_layers.kaiming(key_a, (*stack, s.n, rank), s.n) * of_a
-        second = {"a2": a2, "b2": stacked_layers.kaiming(key_b, (*stack, rank, s.k), rank) * of_b}
-    return LoKr(base=w, **first, **second, scale=stacked_layers.scales(ranks, alphas, stack))
+        a2 = stacked_layers.kaiming_uniform(key_a, (*stack, s.n, rank), s.n) * of_a
+        second = {"a2": a2, "b2": stacked_layers.kaiming_uniform(key_b, (*stack, rank, s.k), rank) * of_b}
+    return LoKr(base=w, **first, **second, scale=stacked_layers.lora_scales(ranks, alphas, stack))

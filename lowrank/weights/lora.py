@@ -18,6 +18,7 @@ from lowrank.core.errors import UserError, unknown
 from lowrank.core.weight import (
     KERNEL,
     Weight,
+    at_least_float32,
     dot,
     form,
     frozen,
@@ -26,7 +27,6 @@ from lowrank.core.weight import (
     materialize,
     static,
     trainable,
-    wide,
 )
 from lowrank.weights import stacked_layers
 
@@ -44,13 +44,13 @@ class LoRA(Weight):
 
     def delta(self) -> jax.Array:
         """The update `scale * A @ B`, `[..., in, out]` in float32 or wider."""
-        product = jnp.matmul(wide(self.a), wide(self.b), precision="highest")
+        product = jnp.matmul(at_least_float32(self.a), at_least_float32(self.b), precision="highest")
         return product * self.scale[..., None, None]
 
     def materialize(self) -> jax.Array:
         """`W + scale * A @ B`, summed in float32 and rounded once to the base's dtype."""
         base = materialize(self.base)
-        return (wide(base) + self.delta()).astype(base.dtype)
+        return (at_least_float32(base) + self.delta()).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`x @ W + scale * drop(x) @ A @ B` without forming `A @ B`."""
@@ -58,7 +58,7 @@ class LoRA(Weight):
 
     def low_rank(self, x: jax.Array) -> jax.Array:
         """`scale * drop(x) @ A @ B` for `x: [..., in]`."""
-        return widen(dot(self._dropped(x), self.a) * self.scale.astype(x.dtype), self.b)
+        return project_up(dot(self._dropped(x), self.a) * self.scale.astype(x.dtype), self.b)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """`x W_g + scale_g * drop(x) A_g B_g` for rows sorted by group; no group's `A B` is formed.
@@ -82,7 +82,7 @@ class LoRA(Weight):
 
 
 @jax.custom_vjp
-def widen(t: jax.Array, b: jax.Array) -> jax.Array:
+def project_up(t: jax.Array, b: jax.Array) -> jax.Array:
     """`t @ b` for `t: [..., r]`, `b: [r, out]`, in the dtype of `t`.
 
     Its gradient of `b` is `t.T @ g`. Autodiff would write `(g.T @ t).T`, for which XLA copies the wide `g` transposed
@@ -103,7 +103,7 @@ def _widen_bwd(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Ar
     return dot(g, b.T), db.astype(b.dtype)
 
 
-widen.defvjp(_widen_fwd, _widen_bwd)
+project_up.defvjp(_widen_fwd, _widen_bwd)
 
 
 def attach(
@@ -133,7 +133,7 @@ def attach(
     return _residual(lora) if init in RESIDUAL else lora
 
 
-def attach_even(key: jax.Array, w: Any, *, rank: int, alpha: float, dropout: float = 0.0) -> LoRA:
+def attach_equal_ranks(key: jax.Array, w: Any, *, rank: int, alpha: float, dropout: float = 0.0) -> LoRA:
     """`attach` with one rank and alpha for all layers, scaled by alpha / rank, A Kaiming uniform."""
     layers = w.shape[0] if len(w.shape) > 2 else 1
     each = {"ranks": (rank,) * layers, "alphas": (alpha,) * layers}
@@ -157,7 +157,7 @@ def _gaussian(key: jax.Array, lora: LoRA) -> LoRA:
 
 
 def _kaiming(key: jax.Array, lora: LoRA) -> LoRA:
-    return dataclasses.replace(lora, a=stacked_layers.kaiming(key, lora.a.shape, lora.a.shape[-2]))
+    return dataclasses.replace(lora, a=stacked_layers.kaiming_uniform(key, lora.a.shape, lora.a.shape[-2]))
 
 
 def _zero_a(key: jax.Array, lora: LoRA) -> LoRA:
@@ -167,7 +167,7 @@ def _zero_a(key: jax.Array, lora: LoRA) -> LoRA:
 def _pissa(key: jax.Array, lora: LoRA) -> LoRA:
     """The leading singular triples of W, shared evenly: `A = U sqrt(S / scale)`, `B = sqrt(S / scale) V`."""
     del key
-    u, s, v = jnp.linalg.svd(plain("PiSSA", lora.base), full_matrices=False)
+    u, s, v = jnp.linalg.svd(require_plain_kernel("PiSSA", lora.base), full_matrices=False)
     rank = lora.a.shape[-1]
     root = jnp.sqrt(s[..., :rank] / lora.scale[..., None])
     return dataclasses.replace(lora, a=u[..., :, :rank] * root[..., None, :], b=root[..., :, None] * v[..., :rank, :])
@@ -176,12 +176,14 @@ def _pissa(key: jax.Array, lora: LoRA) -> LoRA:
 def _olora(key: jax.Array, lora: LoRA) -> LoRA:
     """With the paper's `[out, in]` kernel `W = Q R`: `B = Q[:, :r]` and `A = R[:r]`, each transposed to our layout."""
     del key
-    q, r = stacked_layers.each(jnp.linalg.qr, jnp.swapaxes(plain("OLoRA", lora.base), -1, -2))
+    q, r = stacked_layers.apply_per_matrix(
+        jnp.linalg.qr, jnp.swapaxes(require_plain_kernel("OLoRA", lora.base), -1, -2)
+    )
     rank = lora.a.shape[-1]
     return dataclasses.replace(lora, a=jnp.swapaxes(r[..., :rank, :], -1, -2), b=jnp.swapaxes(q[..., :, :rank], -1, -2))
 
 
-def plain(what: str, base: Any) -> jax.Array:
+def require_plain_kernel(what: str, base: Any) -> jax.Array:
     """The float32 kernel that a decomposition starts from; UserError for a form, named by `what` it was for."""
     if is_weight(base):
         raise UserError(f"{what} starts from a plain kernel, not from {type(base).__name__}")

@@ -12,10 +12,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import dot, form, frozen, materialize, trainable, wide
+from lowrank.core.weight import at_least_float32, dot, form, frozen, materialize, trainable
 from lowrank.weights import dora
 from lowrank.weights.dora import DoRA
-from lowrank.weights.lora import LoRA, widen
+from lowrank.weights.lora import LoRA, project_up
 
 
 @form
@@ -28,17 +28,17 @@ class LoRAXS(LoRA):
 
     def delta(self) -> jax.Array:
         """The update `scale * A @ R @ B`, `[..., in, out]` in float32 or wider."""
-        left, b = (wide(x) for x in self.factors())
+        left, b = (at_least_float32(x) for x in self.factors())
         return jnp.matmul(left, b, precision="highest") * self.scale[..., None, None]
 
     def low_rank(self, x: jax.Array) -> jax.Array:
         """`scale * drop(x) @ A @ R @ B` for `x: [..., in]`."""
         t = dot(dot(self._dropped(x), self.a) * self.scale.astype(x.dtype), self.core)
-        return widen(t, self.b)
+        return project_up(t, self.b)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """`(A @ R, B)`."""
-        return jnp.matmul(wide(self.a), wide(self.core), precision="highest"), self.b
+        return jnp.matmul(at_least_float32(self.a), at_least_float32(self.core), precision="highest"), self.b
 
 
 @form

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, static, trainable, wide
-from lowrank.weights.lora import LoRA, widen
+from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, frozen, static, trainable
+from lowrank.weights.lora import LoRA, project_up
 
 
 @jax.custom_vjp
@@ -44,16 +44,18 @@ def _balanced_bwd(saved: Any, g: jax.Array) -> tuple[jax.Array, None, None, None
 with_balance_loss.defvjp(_balanced_fwd, _balanced_bwd)
 
 
-def top(probs: jax.Array, k: int) -> jax.Array:
+def top_k_mask(probs: jax.Array, k: int) -> jax.Array:
     """`[..., E]` bool: the k largest of each row, of equal ones the first."""
     places = jax.lax.top_k(probs, k)[1]
     return jnp.any(jax.nn.one_hot(places, probs.shape[-1], dtype=bool), axis=-2)
 
 
-def gates(logits: jax.Array, k: int, mask: jax.Array | None = None, strength: jax.Array | None = None) -> jax.Array:
+def top_k_gates(
+    logits: jax.Array, k: int, mask: jax.Array | None = None, strength: jax.Array | None = None
+) -> jax.Array:
     """The softmax of `logits` over the k largest of each row, 0 elsewhere; balanced where `strength` is given."""
-    probs = jax.nn.softmax(wide(logits), axis=-1)
-    kept = jax.lax.stop_gradient(top(probs, k))
+    probs = jax.nn.softmax(at_least_float32(logits), axis=-1)
+    kept = jax.lax.stop_gradient(top_k_mask(probs, k))
     if strength is not None:
         probs = with_balance_loss(probs, kept / k, mask, strength)
     probs = jnp.where(kept, probs, 0)
@@ -83,9 +85,9 @@ class Mixture(Routed):
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`[..., in] -> [..., out]`; all experts' narrow products are formed, those not chosen are weighed with 0."""
-        g = gates(dot(x, self.router), self.per_token, self.mask, self.strength) * self.scale
+        g = top_k_gates(dot(x, self.router), self.per_token, self.mask, self.strength) * self.scale
         low = dot(x, self.a).reshape(*x.shape[:-1], g.shape[-1], -1) * g[..., None].astype(x.dtype)
-        return dot(x, self.base) + widen(low.reshape(*x.shape[:-1], -1), self.b)
+        return dot(x, self.base) + project_up(low.reshape(*x.shape[:-1], -1), self.b)
 
 
 def attach(key: jax.Array, w: Any, *, rank: int, experts: int, alpha: float, per_token: int) -> Mixture:
@@ -149,10 +151,10 @@ class PromptRouter(Weight):
 
     def gates(self, h: jax.Array) -> jax.Array:
         """`[rows, tokens or 1, members]` of `h: [rows, tokens, D]`, in float32."""
-        pooled = self._pooled(wide(h))
+        pooled = self._pooled(at_least_float32(h))
         mask = (self.segments > 0)[:, : pooled.shape[1]]
         logits = dot(jax.nn.gelu(pooled), self.kernel)
-        return gates(logits, self.per_prompt, mask, self.strength) * self.per_prompt
+        return top_k_gates(logits, self.per_prompt, mask, self.strength) * self.per_prompt
 
     def _pooled(self, h: jax.Array) -> jax.Array:
         """The mean of `h` over the prompt of each token's sequence."""

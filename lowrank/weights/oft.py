@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, materialize, static, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, frozen, materialize, static, trainable
 from lowrank.weights.rotation import cayley, rotate
 
 
@@ -35,7 +35,7 @@ class OFT(Weight):
     def materialize(self) -> jax.Array:
         """`R @ W`, in float32 and rounded once to the base's dtype."""
         base = materialize(self.base)
-        return self._rotated(wide(base)).astype(base.dtype)
+        return self._rotated(at_least_float32(base)).astype(base.dtype)
 
     def _rotated(self, w: jax.Array) -> jax.Array:
         columns = jnp.vectorize(lambda w, r: rotate(w.T, r, True, "highest").T, signature="(i,o),(f,k,a,b)->(i,o)")
@@ -59,7 +59,7 @@ class BOFT(OFT):
     def materialize(self) -> jax.Array:
         """`(R @ W) * s`, in float32 and rounded once to the base's dtype."""
         base = materialize(self.base)
-        return (self._rotated(wide(base)) * self.s[..., None, :]).astype(base.dtype)
+        return (self._rotated(at_least_float32(base)) * self.s[..., None, :]).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`((x @ R) @ W) * s`; a bias is not scaled."""

@@ -12,7 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, is_weight, materialize, static, trainable, wide
+from lowrank.core.weight import (
+    KERNEL,
+    Weight,
+    at_least_float32,
+    dot,
+    form,
+    frozen,
+    is_weight,
+    materialize,
+    static,
+    trainable,
+)
 from lowrank.weights.quantized.uniform import Uniform
 
 
@@ -28,14 +39,14 @@ class QALoRA(Weight):
 
     def delta(self) -> jax.Array:
         """What every row of a group is moved by, `[..., groups, out]` in float32 or wider."""
-        product = jnp.matmul(wide(self.a), wide(self.b), precision="highest")
+        product = jnp.matmul(at_least_float32(self.a), at_least_float32(self.b), precision="highest")
         return product * self.scale[..., None, None]
 
     def materialize(self) -> jax.Array:
         """The base and the update of each row's group, in the base's dtype."""
         base = materialize(self.base)
         rows = jnp.repeat(self.delta(), self.block, axis=-2)[..., : base.shape[-2], :]
-        return (wide(base) + rows).astype(base.dtype)
+        return (at_least_float32(base) + rows).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`x @ W + scale * (sums of x over the groups) @ A @ B`."""

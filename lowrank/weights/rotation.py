@@ -34,7 +34,7 @@ def cayley(skew: jax.Array, terms: int = 0) -> jax.Array:
     q = skew_matrix(skew.astype(jnp.promote_types(skew.dtype, jnp.float32)))
     eye = jnp.broadcast_to(jnp.eye(q.shape[-1], dtype=q.dtype), q.shape)
     if not terms:
-        return stacked_layers.each(jnp.linalg.solve, eye - q, eye + q)
+        return stacked_layers.apply_per_matrix(jnp.linalg.solve, eye - q, eye + q)
     total, power = eye, q
     for _ in range(terms - 2):
         total, power = total + 2 * power, jnp.matmul(power, q, precision="highest")

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, materialize, static, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, frozen, materialize, static, trainable
 
 
 @form
@@ -20,7 +20,7 @@ class Scaled(Weight):
         """The rescaled kernel, in the base's dtype."""
         base = materialize(self.base)
         s = self.s[..., None, :] if self.side == "out" else self.s[..., :, None]
-        return (wide(base) * s).astype(base.dtype)
+        return (at_least_float32(base) * s).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`(x @ W) * s` or `(x * s) @ W`."""

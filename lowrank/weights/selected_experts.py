@@ -8,8 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, grouped, materialize, static, trainable, wide
-from lowrank.weights.mixture import top
+from lowrank.core.weight import (
+    KERNEL,
+    Weight,
+    at_least_float32,
+    dot,
+    form,
+    frozen,
+    grouped,
+    materialize,
+    static,
+    trainable,
+)
+from lowrank.weights.mixture import top_k_mask
 
 
 @form
@@ -29,7 +40,7 @@ class SelectedExperts(Weight):
         add = lambda w, rows, delta: w.at[rows].add(delta, mode="drop")  # noqa: E731
         for _ in base.shape[:-3]:
             add = jax.vmap(add)
-        return add(wide(base), self.rows, wide(self.delta)).astype(base.dtype)
+        return add(at_least_float32(base), self.rows, at_least_float32(self.delta)).astype(base.dtype)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """`x[i] @ W_g` and, for the rows of experts that have one, `x[i] @ delta`; only these meet a delta."""
@@ -75,8 +86,8 @@ class ExpertUsageProbe(Weight):
         return _told(logits, self.tally, jax.lax.stop_gradient(self._use(logits)))
 
     def _use(self, logits: jax.Array) -> jax.Array:
-        probs = jax.nn.softmax(wide(logits), axis=-1)
-        kept = top(probs, self.per_token)
+        probs = jax.nn.softmax(at_least_float32(logits), axis=-1)
+        kept = top_k_mask(probs, self.per_token)
         gates = jnp.where(kept, probs, 0)
         if self.normalise:
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True)

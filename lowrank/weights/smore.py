@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import KERNEL, dot, form, frozen, static, trainable, wide
-from lowrank.weights.mixture import Routed, top, with_balance_loss
+from lowrank.core.weight import KERNEL, at_least_float32, dot, form, frozen, static, trainable
+from lowrank.weights.mixture import Routed, top_k_mask, with_balance_loss
 
 ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "identity": lambda x: x}
 
@@ -64,9 +64,9 @@ class SMoRE(Routed):
 
     def _route(self, logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         """`(gates, children)`, both `[..., P, k]`: a softmax over the k best."""
-        probs = jax.nn.softmax(wide(logits), axis=-1)
+        probs = jax.nn.softmax(at_least_float32(logits), axis=-1)
         if self.strength is not None:
-            kept = jax.lax.stop_gradient(top(probs, k))
+            kept = jax.lax.stop_gradient(top_k_mask(probs, k))
             probs = with_balance_loss(probs, kept / k, self.mask[..., None], self.strength)
         gates, children = jax.lax.top_k(probs, k)
         return gates / jnp.sum(gates, axis=-1, keepdims=True), children

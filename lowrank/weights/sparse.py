@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import KERNEL, Weight, form, frozen, materialize, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, at_least_float32, form, frozen, materialize, trainable
 
 
 @form
@@ -26,7 +26,7 @@ class Sparse(Weight):
         """The kernel with the values added, summed in float32 and rounded once to the base's dtype."""
         base = materialize(self.base)
         flat = base.reshape(*base.shape[:-2], -1)
-        moved = wide(jnp.take_along_axis(flat, self.indices, axis=-1)) + self.values
+        moved = at_least_float32(jnp.take_along_axis(flat, self.indices, axis=-1)) + self.values
         flat = jnp.put_along_axis(flat, self.indices, moved.astype(flat.dtype), axis=-1, inplace=False)
         return flat.reshape(base.shape)
 
@@ -36,7 +36,7 @@ def attach(w: Any, indices: jax.Array) -> Sparse:
     return Sparse(base=w, indices=indices, values=jnp.zeros(indices.shape, jnp.float32))
 
 
-def places(w: Any, density: float) -> int:
+def count_places(w: Any, density: float) -> int:
     """How many of a kernel's in x out places are `density` of them; at least one. UserError where int32 ends."""
     size = w.shape[-2] * w.shape[-1]
     if size >= 2**31:
@@ -45,7 +45,7 @@ def places(w: Any, density: float) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def largest(scores: jax.Array, count: int) -> jax.Array:
+def top_indices(scores: jax.Array, count: int) -> jax.Array:
     """The places int32 `[..., count]` of the largest scores `[..., in, out]`, one layer of a stack at a time."""
     flat = scores.reshape(-1, scores.shape[-2] * scores.shape[-1])
     chosen = jax.lax.map(lambda row: jnp.sort(jax.lax.top_k(row, count)[1]), flat)

@@ -10,22 +10,22 @@ import jax
 import jax.numpy as jnp
 
 
-def live(ranks: Sequence[int], stack: tuple[int, ...]) -> jax.Array:
+def rank_mask(ranks: Sequence[int], stack: tuple[int, ...]) -> jax.Array:
     """`[..., r]` bool: which of the largest rank's columns each layer has; `stack` is `()` or `(layers,)`."""
     return (jnp.arange(max(ranks))[None, :] < jnp.array(ranks)[:, None]).reshape(*stack, max(ranks))
 
 
-def scales(ranks: Sequence[int], alphas: Sequence[float], stack: tuple[int, ...]) -> jax.Array:
+def lora_scales(ranks: Sequence[int], alphas: Sequence[float], stack: tuple[int, ...]) -> jax.Array:
     """`alpha / rank` of each layer, float32 `[...]`."""
     return jnp.array([a / max(r, 1) for r, a in zip(ranks, alphas, strict=True)], jnp.float32).reshape(stack)
 
 
-def kaiming(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
     """Uniform within `1 / sqrt(fan_in)`: Kaiming with negative slope sqrt(5), as nn.Linear and PEFT have it."""
     return jax.random.uniform(key, shape, minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
 
 
-def each(fn: Callable[..., Any], *matrices: jax.Array) -> Any:
+def apply_per_matrix(fn: Callable[..., Any], *matrices: jax.Array) -> Any:
     """`fn` of matrices `[..., m, n]` with equal leading axes; on a CPU, one matrix at a time.
 
     jaxlib's batched QR, eigh and solve wait in the CPU's thread pool for threads of that pool: two of them in one

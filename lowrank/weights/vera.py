@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import KERNEL, Weight, dot, form, frozen, materialize, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, frozen, materialize, trainable
 
 
 @form
@@ -30,8 +30,8 @@ class VeRA(Weight):
         """`W + A diag(lambda_d) B diag(lambda_b)`, summed in float32 and rounded once to the base's dtype."""
         a, b = self._shared()
         base = materialize(self.base)
-        update = jnp.matmul(wide(a) * self.lambda_d[..., None, :], wide(b), precision="highest")
-        return (wide(base) + update * self.lambda_b[..., None, :]).astype(base.dtype)
+        update = jnp.matmul(at_least_float32(a) * self.lambda_d[..., None, :], at_least_float32(b), precision="highest")
+        return (at_least_float32(base) + update * self.lambda_b[..., None, :]).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`x @ W + (((x @ A) * lambda_d) @ B) * lambda_b`."""
@@ -54,7 +54,7 @@ def attach(w: Any, rank: int, d_initial: float) -> VeRA:
     return VeRA(base=w, lambda_d=lambda_d, lambda_b=jnp.zeros((*w.shape[:-2], w.shape[-1]), jnp.float32))
 
 
-def projections(key: jax.Array, rank: int, n_in: int, n_out: int) -> dict[str, jax.Array]:
+def random_projections(key: jax.Array, rank: int, n_in: int, n_out: int) -> dict[str, jax.Array]:
     """Random `{a: [in, r], b: [r, out]}`, Kaiming uniform."""
     key_a, key_b = jax.random.split(key)
     bound_a, bound_b = (6 / n_in) ** 0.5, (6 / rank) ** 0.5
@@ -64,7 +64,7 @@ def projections(key: jax.Array, rank: int, n_in: int, n_out: int) -> dict[str, j
     }
 
 
-def bound(w: VeRA, a: jax.Array, b: jax.Array) -> VeRA:
+def with_projections(w: VeRA, a: jax.Array, b: jax.Array) -> VeRA:
     """`w` with its rows of A and columns of B. A stack gets them once a layer: a scan has nothing else to slice."""
     n_in, n_out = w.shape[-2:]
     each = [jnp.broadcast_to(x, (*w.shape[:-2], *x.shape)) for x in (a[:n_in], b[:, :n_out])]

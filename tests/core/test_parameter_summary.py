@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lowrank import methods
 from lowrank.core import weight
-from lowrank.core.parameter_summary import rule_table, totals
+from lowrank.core.parameter_summary import count_parameters, rule_table
 from tests.support.close import assert_close
 
 
@@ -46,7 +46,7 @@ def test_lora_counts_its_factors_and_the_kernels_they_stand_on():
 
 def test_totals_count_scales_and_caches_as_bytes_only():
     _, tree, mask = attached(name="dora", rank=4)
-    sums = totals(tree, mask)
+    sums = count_parameters(tree, mask)
     trained = ADAPTERS + 16 * (3 + 3 + 2)  # and a magnitude for each output
     assert sums["trained_params"] == trained
     assert sums["total_params"] == BASE + trained
@@ -57,12 +57,12 @@ def test_totals_count_scales_and_caches_as_bytes_only():
 
 def test_padded_ranks_count_as_stored():
     _, tree, mask = attached(name="lora", rank=2, target="layers/attn/q/kernel", rank_pattern={"layers/1/.*": 4})
-    assert totals(tree, mask)["trained_params"] == 3 * 2 * 16 * 4
+    assert count_parameters(tree, mask)["trained_params"] == 3 * 2 * 16 * 4
 
 
 def test_training_everything_is_a_hundred_percent():
     rules, tree, mask = attached(name="full")
-    sums = totals(tree, mask)
+    sums = count_parameters(tree, mask)
     assert (sums["trained_params"], sums["total_params"], sums["trained_percent"]) == (BASE, BASE, 100.0)
     assert rows(rule_table(rules, tree, mask)) == [[".*", "train", "9", "5", f"{BASE:,}", f"{BASE:,}"]]
 
@@ -97,5 +97,5 @@ def test_forms_that_wrap_forms_are_spelt_out_and_codes_take_half_a_byte():
     mask = weight.declared_mask(tree)
     (row,) = rows(rule_table(rules, tree, mask))
     assert row[1] == "LoRA(Codes)"
-    assert totals(tree, mask)["total_params"] == 3 * 256 + 3 * 2 * 16 * 4
-    assert totals(tree, mask)["total_bytes"] == 3 * 128 + 3 * 16 * 4 + 3 * 2 * 16 * 4 * 4 + 3 * 4
+    assert count_parameters(tree, mask)["total_params"] == 3 * 256 + 3 * 2 * 16 * 4
+    assert count_parameters(tree, mask)["total_bytes"] == 3 * 128 + 3 * 16 * 4 + 3 * 2 * 16 * 4 * 4 + 3 * 4

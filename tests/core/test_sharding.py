@@ -35,19 +35,19 @@ def _leaves(shapes):
 
 def test_every_plain_leaf_gets_the_spec_of_its_name():
     mesh = sharding.make_mesh(2, 2, 2)
-    got = sharding.shardings(_leaves({k: shape for k, (shape, _) in SHAPES.items()}), mesh)
+    got = sharding.parameter_shardings(_leaves({k: shape for k, (shape, _) in SHAPES.items()}), mesh)
     assert {name: s.spec for name, s in got.items() if s.spec != SHAPES[name][1] and any(s.spec)} == {}
     assert {name for name, s in got.items() if any(s.spec)} == {n for n, (_, spec) in SHAPES.items() if any(spec)}
 
 
 def test_a_leaf_without_a_rule_is_an_error():
     with pytest.raises(UserError, match="'layers/router/w'"):
-        sharding.shardings(_leaves({"layers/router/w": (L, D)}), sharding.make_mesh(8, 1, 1))
+        sharding.parameter_shardings(_leaves({"layers/router/w": (L, D)}), sharding.make_mesh(8, 1, 1))
 
 
 def test_a_dimension_that_does_not_divide_is_replicated():
     mesh = sharding.make_mesh(1, 4, 2)
-    got = sharding.shardings(_leaves({"layers/attn/q/kernel": (L, 6, 4), "head/kernel": (4, 7)}), mesh)
+    got = sharding.parameter_shardings(_leaves({"layers/attn/q/kernel": (L, 6, 4), "head/kernel": (4, 7)}), mesh)
     assert got["layers/attn/q/kernel"].spec == P(None, None, "tensor")
     assert got["head/kernel"].spec == P("fsdp", None)
 
@@ -79,7 +79,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 def test_a_global_batch_is_split_over_data_and_fsdp():
-    batch = sharding.global_batch({"tokens": np.arange(32).reshape(8, 4)}, sharding.make_mesh(2, 2, 2))
+    batch = sharding.make_global_batch({"tokens": np.arange(32).reshape(8, 4)}, sharding.make_mesh(2, 2, 2))
     assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(2, 4)}
     np.testing.assert_array_equal(batch["tokens"], np.arange(32).reshape(8, 4))
 
@@ -95,7 +95,7 @@ def test_a_global_batch_is_split_over_data_and_fsdp():
 def test_the_optimizer_state_follows_its_parameters(config):
     mesh = sharding.make_mesh(1, 4, 2)
     shapes = _leaves({"layers/attn/q/kernel": (L, 8, 4), "norm/scale": (D,)}) | {"frozen": None}
-    where = sharding.shardings(shapes, mesh)
+    where = sharding.parameter_shardings(shapes, mesh)
     trained = jax.tree.map(lambda x, s: jax.device_put(jnp.ones(x.shape), s), shapes, where)
     optimizer = optim.build_optimizer(config, 10, trained)
     state = jax.eval_shape(optimizer.init, trained)

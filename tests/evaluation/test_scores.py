@@ -88,7 +88,7 @@ def test_classification_equals_row_by_row_on_any_mesh():
     assert len(set(np.argmax(logits, -1).tolist())) > 1
     want = {"accuracy": metrics.accuracy(counts), "macro_f1": metrics.macro_f1(counts), "examples": 10.0}
     assert evaluate.classification(model, params, _batches(rows)) == want
-    put = functools.partial(sharding.global_batch, mesh=sharding.make_mesh(4, 1, 1))
+    put = functools.partial(sharding.make_global_batch, mesh=sharding.make_mesh(4, 1, 1))
     assert evaluate.classification(model, params, _batches(rows), put=put) == want
 
 

@@ -22,7 +22,7 @@ def test_magnitudes_follow_the_hypergradient_and_each_group_has_adam_of_its_own(
     """Losses are `m^T C_t v + g_t . (v, m)`, so that the second derivative is C_t and the difference is exact."""
     steps, until, lr = 9, 6, 0.1
     schedule = optax.linear_schedule(lr, 0.0, steps)
-    plain = optax.chain(optax.scale_by_adam(), optim.at_rate())
+    plain = optax.chain(optax.scale_by_adam(), optim.scale_by_given_rate())
     optimizer, rng = bilevel(plain, MAGNITUDE, until), np.random.default_rng(0)
     leaves = {"a": jnp.asarray(rng.standard_normal((2, 3)), jnp.float32), "magnitude": jnp.ones(4)}
     state, moments, held = optimizer.init({"kernel": leaves}), dict.fromkeys(leaves, (0.0, 0.0, 0)), None

@@ -229,7 +229,7 @@ def test_bad_settings_are_refused_by_name(group, message):
 def test_perft_trains_what_it_adds():
     model, params = decoder("moe", routed_width=2, routed_experts=3)
     method = methods.build_method({"name": "perft", "width": 2, "experts": 3})
-    trained = tree.names(tree.split(params, methods.trainable_mask(method, params))[0])
+    trained = tree.leaf_names(tree.split(params, methods.trainable_mask(method, params))[0])
     assert sorted(trained) == [f"layers/mlp/routed/{n}/kernel" for n in ("down", "router", "up")]
     assert DecoderConfig(**SIZES, layers=1, kv_heads=4, head_dim=4, experts=2, routed_width=1).routed_experts == 0
     assert run(model, params, tokens(1)).shape == (1, 12, 16)

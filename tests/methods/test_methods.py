@@ -19,7 +19,7 @@ from tests.support.tiny_parameters import D, L, Q, attached, base
 @pytest.mark.parametrize(
     ("group", "trained"),
     [
-        ({"name": "full"}, tree.names(base())),
+        ({"name": "full"}, tree.leaf_names(base())),
         ({"name": "head"}, ["head/kernel"]),
         ({"name": "chosen", "leaves": (Q, "head/.*")}, [Q, "head/kernel"]),
         (
@@ -27,7 +27,7 @@ from tests.support.tiny_parameters import D, L, Q, attached, base
             [f"layers/{m}/kernel/values" for m in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/down")],
         ),
         ({"name": "sparse", "target": Q, "choose": "fisher"}, [f"{Q}/values"]),
-        ({"name": "bitfit"}, [n for n in tree.names(base()) if n.endswith("bias")]),
+        ({"name": "bitfit"}, [n for n in tree.leaf_names(base()) if n.endswith("bias")]),
         ({"name": "lora"}, [f"layers/attn/{m}/kernel/{f}" for m in "qv" for f in "ab"]),
         ({"name": "lora", "target": Q, "bias": "lora_only"}, ["layers/attn/q/bias", f"{Q}/a", f"{Q}/b"]),
         ({"name": "dora", "target": Q}, [f"{Q}/{f}" for f in ("a", "b", "magnitude")]),
@@ -47,7 +47,7 @@ from tests.support.tiny_parameters import D, L, Q, attached, base
         ({"name": "adalora", "target": Q, "init_rank": 4, "target_rank": 2}, [f"{Q}/{f}" for f in ("a", "b", "e")]),
         ({"name": "bidora", "target": Q}, [f"{Q}/{f}" for f in ("a", "b", "magnitude")]),
         ({"name": "relora", "target": Q, "rank": 2}, [f"{Q}/a", f"{Q}/b"]),
-        ({"name": "galore", "rank": 2, "target": Q}, tree.names(base())),
+        ({"name": "galore", "rank": 2, "target": Q}, tree.leaf_names(base())),
         ({"name": "lokr", "target": Q}, [f"{Q}/w1", f"{Q}/w2"]),
         ({"name": "lokr", "rank": 1, "target": Q}, [f"{Q}/{f}" for f in ("w1", "a2", "b2")]),
         (

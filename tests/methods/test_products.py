@@ -75,7 +75,7 @@ def test_lokr_keeps_the_kronecker_product_in_float64(options, fields):
     [(12, -1, (3, 4)), (12, 6, (6, 2)), (12, 5, (3, 4)), (12, 8, (3, 4)), (30, 4, (3, 10)), (7, -1, (1, 7))],
 )
 def test_lokr_divides_a_side_at_the_factor_or_at_the_root(size, factor, parts):
-    assert lokr.divided(size, factor) == parts
+    assert lokr.split_dimension(size, factor) == parts
 
 
 def test_hira_keeps_the_formula_of_its_paper_in_float64():

@@ -164,7 +164,7 @@ def test_qat_multiplies_by_the_codes_and_hands_the_gradient_through():
 
 def test_activations_are_rounded_to_their_bits_and_the_gradient_is_not():
     x = np.random.default_rng(1).standard_normal((3, 8)).astype(np.float32)
-    step, rounded = np.abs(x).max(-1, keepdims=True) / 7, jax.jit(lambda x: fake_quantized.rounded(x, 4))
+    step, rounded = np.abs(x).max(-1, keepdims=True) / 7, jax.jit(lambda x: fake_quantized.round_activations(x, 4))
     found = np.asarray(rounded(x))
     assert_close(found, np.round(x / step) * step)
     np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: jnp.sum(rounded(x))))(x), np.ones_like(x))

@@ -47,7 +47,7 @@ def test_shares_of_the_run_become_steps(files):
 
 def test_the_moments_are_forgotten_and_the_rate_rises_again():
     every, warmup, lr, steps = 4, 3, 0.1, 11
-    optimizer = restart_optimizer(optax.chain(optax.scale_by_adam(), optim.at_rate()), every, warmup)
+    optimizer = restart_optimizer(optax.chain(optax.scale_by_adam(), optim.scale_by_given_rate()), every, warmup)
     gradients = np.random.default_rng(0).standard_normal((steps, 5))
     state, step = optimizer.init(jnp.zeros(5)), jax.jit(optimizer.update)
     for t, g in enumerate(gradients):

@@ -46,7 +46,7 @@ def test_what_is_shared_comes_from_the_seed_alone_and_leaves_the_tree_that_the_m
     method, other = attached(seed=3)
     np.testing.assert_array_equal(one["shared"]["a"], other["shared"]["a"])
     assert not np.array_equal(one["shared"]["a"], attached(seed=4)[1]["shared"]["a"])
-    assert tree.names(merge(method.bind(other, None, None))) == tree.names(params())
+    assert tree.leaf_names(merge(method.bind(other, None, None))) == tree.leaf_names(params())
 
 
 def test_it_starts_as_the_base():

@@ -77,7 +77,7 @@ def test_adapters_start_as_zero_and_have_a_place_on_every_mesh():
     adapters = {n: x for n, x in tree.named_leaves(params) if "adapter" in n}
     assert sum(x.size for x in adapters.values()) == 2 * 2 * (2 * 16 * 5 + 5 + 16)
     assert all(np.any(x) == n.endswith("down/kernel") for n, x in adapters.items())
-    sharding.shardings(params, sharding.make_mesh(1, 2, 4))
+    sharding.parameter_shardings(params, sharding.make_mesh(1, 2, 4))
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_a_sharded_decoder_with_experts_computes_what_one_device_does():
     config = DecoderConfig(**{**SIZES, **MOE, "expert_hidden": 12})
     model, params = _random(build_model(config))
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    where = sharding.shardings(params, mesh)
+    where = sharding.parameter_shardings(params, mesh)
     specs = {name: s.spec for name, s in tree.named_leaves(where)}
     assert specs["layers/mlp/experts/up/kernel"] == jax.sharding.PartitionSpec(None, None, "fsdp", "tensor")
     assert specs["layers/mlp/experts/down/kernel"] == jax.sharding.PartitionSpec(None, None, "tensor", "fsdp")

@@ -43,7 +43,7 @@ def test_a_step_of_the_head_is_that_of_float64(name, files):
     run = build.build_run(config)
     optimizer = run.optimizer()
     state, frozen, _ = run.start(run.load().params, optimizer)
-    batch = sharding.global_batch(next(run.loader), run.mesh)
+    batch = sharding.make_global_batch(next(run.loader), run.mesh)
     params = run.attach(run.load().params)[0]
     features, targets, weights = (np.asarray(x) for x in jax.device_get(read(run.network, params, batch)))
     head = {name: np.float64(x) for name, x in params["head"].items()}

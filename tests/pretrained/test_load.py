@@ -80,7 +80,7 @@ def test_a_mesh_changes_where_values_are_and_not_what_they_are(tmp_path, name, a
     mesh = sharding.make_mesh(*axes)
     whole, spread = load(folder), load(folder, mesh=mesh)
     assert_same(whole.params, spread.params)
-    wanted = sharding.shardings(spread.params, mesh)
+    wanted = sharding.parameter_shardings(spread.params, mesh)
     assert jax.tree.map(lambda x: x.sharding, spread.params) == wanted
 
 

@@ -40,7 +40,7 @@ def decoder_batch(mesh, vocab):
     positions = np.repeat(np.arange(T)[None] % 20, B, 0).astype(np.int32)
     weights = rng.uniform(size=(B, T)).astype(np.float32)
     rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segments": segments}
-    return sharding.global_batch({**rows, "weights": weights}, mesh)
+    return sharding.make_global_batch({**rows, "weights": weights}, mesh)
 
 
 def compile_on_decoder(method, sizes, rows, **shape):
@@ -50,7 +50,7 @@ def compile_on_decoder(method, sizes, rows, **shape):
     params = methods.attach(method, params, jax.random.key(1))
     # B starts at zero, and A would have no gradient.
     params = tree.map_named(lambda n, x: x + 0.1 if n.endswith("/b") else x, params)
-    params = jax.device_put(params, sharding.shardings(params, mesh))
+    params = jax.device_put(params, sharding.parameter_shardings(params, mesh))
     trained, frozen = tree.split(params, weight.declared_mask(params, method.trainable))
     config = OptimConfig(name="sgd", clip=0)
     optimizer = optim.build_optimizer(config, 10, trained)

@@ -23,4 +23,4 @@ def base():
 def attached(**group):
     method = methods.build_method(group)
     params = methods.attach(method, base(), jax.random.key(1))
-    return params, tree.names(tree.split(params, methods.trainable_mask(method, params))[0])
+    return params, tree.leaf_names(tree.split(params, methods.trainable_mask(method, params))[0])

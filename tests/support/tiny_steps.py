@@ -40,7 +40,7 @@ def stack_batch(mesh, width=D, seed=0):
     rng = np.random.default_rng(seed)
     weights = rng.uniform(size=B).astype(np.float32)  # uneven: a mean of microbatch means would be wrong
     rows = {"x": rng.normal(size=(B, width)), "y": rng.normal(size=(B, width)), "weights": weights}
-    return sharding.global_batch({k: v.astype(np.float32) for k, v in rows.items()}, mesh)
+    return sharding.make_global_batch({k: v.astype(np.float32) for k, v in rows.items()}, mesh)
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def compiled_step(full=False, sizes=(1, 1, 1), width=D, layers=L, loss=squared_e
     mesh = sharding.make_mesh(*sizes)
     method = methods.full() if full else methods.lora(rank=4)
     params = methods.attach(method, stack_params(width, layers), jax.random.key(1))
-    params = jax.device_put(params, sharding.shardings(params, mesh))
+    params = jax.device_put(params, sharding.parameter_shardings(params, mesh))
     trained, frozen = tree.split(params, weight.declared_mask(params, method.trainable))
     config = OptimConfig(**options)
     optimizer = optim.build_optimizer(config, 10, trained)

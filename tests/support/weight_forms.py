@@ -63,7 +63,7 @@ FORMS: dict[str, Callable[[jax.Array, Any], Any]] = {
     "lora_xs of ia3": lambda key, w: lora_xs.attach(lora_on(key, scaled.attach(w, "out"), _even(w))),
     "edora": lambda key, w: lora_xs.attach_edora(lora_on(key, w, _even(w))),
     "adalora": lambda key, w: adalora.attach(key, w, rank=RANK, alpha=6.0),
-    "sparse": lambda key, w: sparse.attach(w, sparse.largest(jax.random.uniform(key, w.shape), 7)),
+    "sparse": lambda key, w: sparse.attach(w, sparse.top_indices(jax.random.uniform(key, w.shape), 7)),
     "rows": lambda key, w: token_embeddings.attach(w, jnp.broadcast_to(jnp.array([7, 2]), (*w.shape[:-2], 2))),
     "dora": lambda key, w: dora.attach(lora_on(key, w, _even(w))),
     "ia3 out": lambda key, w: scaled.attach(w, "out"),
@@ -75,8 +75,8 @@ FORMS: dict[str, Callable[[jax.Array, Any], Any]] = {
     "lokr both decomposed": lambda key, w: lokr.attach(key, w, **ranked(w, (1, 1, 0)), both=True),
     "hira": lambda key, w: hira.attach(key, w, ranks=_ranks(w)),
     "hira of ia3": lambda key, w: hira.attach(key, scaled.attach(w, "out"), ranks=_even(w)),
-    "vera": lambda key, w: vera.bound(
-        vera.attach(w, 2 * RANK, 0.1), **vera.projections(key, 2 * RANK, IN + 3, OUT + 5)
+    "vera": lambda key, w: vera.with_projections(
+        vera.attach(w, 2 * RANK, 0.1), **vera.random_projections(key, 2 * RANK, IN + 3, OUT + 5)
     ),
     "oft": lambda key, w: oft.attach(w, block=4),
     "oft one block for all": lambda key, w: oft.attach(w, block=3, share=True),

@@ -104,7 +104,7 @@ STARTS_ELSEWHERE = (
 def start(files):
     """The loss of the base on the first batch."""
     run = build.build_run(config_of(files, mesh__data=1))
-    batch = sharding.global_batch(next(run.loader), run.mesh)
+    batch = sharding.make_global_batch(next(run.loader), run.mesh)
     total, weight = jax.jit(functools.partial(run.loss, rng=None))(run.load().params, batch)
     return float(total / weight)
 
@@ -222,12 +222,12 @@ def test_a_workdir_of_another_config_is_refused(finished, files):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(files, tmp_path, monkeypatch):
     weights = iter([1.0] * 4 + [np.nan] * 10)
-    batches = loop.sharding.global_batch
+    batches = loop.sharding.make_global_batch
 
     def poisoned(batch, mesh):
         return batches({**batch, "weights": batch["weights"] * np.float32(next(weights))}, mesh)
 
-    monkeypatch.setattr(loop.sharding, "global_batch", poisoned)
+    monkeypatch.setattr(loop.sharding, "make_global_batch", poisoned)
     with pytest.raises(UserError, match=r"loss is nan at step 5; the checkpoint of step 4 is intact"):
         loop.run(config_of(files, "rank=2", mesh__data=1), tmp_path)
     with Checkpointer(tmp_path / "checkpoints") as saver:

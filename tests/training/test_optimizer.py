@@ -21,7 +21,7 @@ TRAINED = {
 def _updates(config, trained=TRAINED, steps=3):
     optimizer = optim.build_optimizer(config, STEPS, trained)
     state, gradient = optimizer.init(trained), jax.tree.map(lambda x: x * 0.1 + 0.3, trained)
-    for lr in optim.rates(config, STEPS)[:steps]:
+    for lr in optim.learning_rates(config, STEPS)[:steps]:
         update, state = optimizer.update(gradient, state, trained, lr=lr)
     return update
 
@@ -93,7 +93,7 @@ def test_the_clip_sees_the_trained_tree_whole():
     ("name", "middle", "end"), [("constant", 1.0, 1.0), ("linear", 0.55, 0.1), ("cosine", 0.55, 0.1)]
 )
 def test_schedules_warm_up_and_then_follow_their_curve(name, middle, end):
-    rate = optim.schedule(OptimConfig(lr=2.0, schedule=name, warmup=4, final=0.1), 24)
+    rate = optim.learning_rate_schedule(OptimConfig(lr=2.0, schedule=name, warmup=4, final=0.1), 24)
     assert_close([rate(0), rate(2), rate(4)], [0.0, 1.0, 2.0])
     assert_close([rate(14), rate(24)], [2 * middle, 2 * end])
 

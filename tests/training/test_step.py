@@ -78,7 +78,7 @@ def test_the_learning_rate_is_an_argument_of_the_program():
 
 def test_a_batch_of_another_shape_is_refused_rather_than_compiled():
     compiled, state, frozen, _, mesh = build_step()
-    half = sharding.global_batch({"x": np.ones((8, D), np.float32), "y": np.ones((8, D), np.float32)}, mesh)
+    half = sharding.make_global_batch({"x": np.ones((8, D), np.float32), "y": np.ones((8, D), np.float32)}, mesh)
     with pytest.raises(TypeError):
         compiled(state, frozen, half | {"weights": jnp.ones(8)}, LR)
 
@@ -112,7 +112,7 @@ def test_randomness_depends_on_the_seed_and_the_step_alone():
         state, metrics = compiled(state, frozen, batch, np.float32(0))
         first.append(float(metrics["loss"]))
     compiled, state, frozen, batch, _ = build_step(loss=loss, name="sgd")
-    state = dataclasses.replace(state, step=jax.device_put(jnp.int32(2), sharding.replicated(mesh)))
+    state = dataclasses.replace(state, step=jax.device_put(jnp.int32(2), sharding.replicated_sharding(mesh)))
     _, metrics = compiled(state, frozen, batch, np.float32(0))
     assert len(set(first)) == 3
     assert float(metrics["loss"]) == first[2]

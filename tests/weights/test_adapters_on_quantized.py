@@ -20,7 +20,7 @@ ROWS, T = 8, 5
 
 
 def gated(key, w):
-    made = lora.attach_even(key, w, rank=2, alpha=3.0)
+    made = lora.attach_equal_ranks(key, w, rank=2, alpha=3.0)
     gate = jax.random.uniform(key, (L, ROWS, 1))
     return mixture.Gated(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)}, gate=gate)
 
@@ -49,9 +49,9 @@ def on(base, w):
 def gradients(w, x, mesh):
     """`(sum, gradients of what is trained and of x)` of a scan over the stack, on the mesh."""
     params = {"layers": {"attn": {"q": {"kernel": w}}}}
-    params = jax.device_put(params, sharding.shardings(params, mesh))
+    params = jax.device_put(params, sharding.parameter_shardings(params, mesh))
     trained, frozen = tree.split(params, declared_mask(params))
-    x = sharding.global_batch({"x": x}, mesh)["x"]
+    x = sharding.make_global_batch({"x": x}, mesh)["x"]
 
     @jax.jit
     def both(trained, frozen, x):

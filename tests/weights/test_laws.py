@@ -116,7 +116,7 @@ def test_frozen_and_trained_leaves_split_and_join(name):
     mask = declared_mask({"kernel": w}, [])["kernel"]
     trained, frozen = tree.split(w, mask)
     assert len(jax.tree.leaves(trained)) + len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(w))
-    assert all(not n.endswith("base") for n in tree.names(trained))
+    assert all(not n.endswith("base") for n in tree.leaf_names(trained))
     jax.tree.map(np.testing.assert_array_equal, tree.join(trained, frozen), w)
     arrays = flatten_named(w)  # as a checkpoint holds it, which has no uint4 and nothing empty
     assert all(x.size and x.dtype.name != "uint4" for x in arrays.values())

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from lowrank import methods
 from lowrank.core import sharding, tree
 from lowrank.core.weight import KERNEL, Weight, form, frozen, materialize, trainable
-from lowrank.training.optimizer import OptimConfig, labels
+from lowrank.training.optimizer import OptimConfig, optimizer_labels
 from tests.support.weight_forms import FORMS
 
 L, IN, OUT, RANK = 3, 12, 10, 4
@@ -25,12 +25,12 @@ def mesh_of(**sizes):
 
 def specs(params, **sizes):
     """The spec of each leaf; empty where it is replicated."""
-    got = tree.named_leaves(sharding.shardings(params, mesh_of(**sizes)))
+    got = tree.named_leaves(sharding.parameter_shardings(params, mesh_of(**sizes)))
     return {name: tuple(where.spec) if any(where.spec) else () for name, where in got}
 
 
 def decays(trained, **config):
-    labeled = labels(OptimConfig(weight_decay=0.1, **config), trained)
+    labeled = optimizer_labels(OptimConfig(weight_decay=0.1, **config), trained)
     return {name: not label.endswith(":0.0") for name, label in tree.named_leaves(labeled)}
 
 
@@ -94,7 +94,7 @@ def test_a_low_rank_factor_is_divided_over_fsdp_wherever_its_kernel_is(kernel, s
 def test_every_form_lies_within_its_arrays_dimensions():
     for name, make in FORMS.items():
         kernel = {"layers": {"mlp": {"up": {"kernel": make(jax.random.key(0), jnp.ones((L, IN, OUT)))}}}}
-        where = sharding.shardings(kernel, mesh_of(fsdp=2, tensor=2))
+        where = sharding.parameter_shardings(kernel, mesh_of(fsdp=2, tensor=2))
         for (leaf, x), (_, s) in zip(tree.named_leaves(kernel), tree.named_leaves(where), strict=True):
             assert isinstance(s, NamedSharding), (name, leaf)
             assert len(s.spec) in (0, x.ndim), (name, leaf)
@@ -112,7 +112,7 @@ def test_the_adapter_of_an_8b_model_takes_a_sixteenth_on_each_of_16_chips():
         base = {"layers": {room: {part: {"kernel": shape}}}}
         params = jax.eval_shape(lambda p, m=method: methods.attach(m, p, jax.random.key(0)), base)
         w = params["layers"][room][part]["kernel"]
-        where = sharding.shardings(params, mesh_of(fsdp=16))["layers"][room][part]["kernel"]
+        where = sharding.parameter_shardings(params, mesh_of(fsdp=16))["layers"][room][part]["kernel"]
         for x, s in ((w.a, where.a), (w.b, where.b)):
             held += 4 * math.prod(s.shard_shape(x.shape))
             whole += 4 * x.size
@@ -148,4 +148,4 @@ def test_a_pattern_of_the_config_exempts_leaves_of_forms_too():
 
 def test_a_replicated_kernel_has_an_empty_spec():
     assert specs({"pooler": {"kernel": jnp.ones((4, 4))}}, fsdp=2) == {"pooler/kernel": ()}
-    assert P() == sharding.replicated(mesh_of()).spec
+    assert P() == sharding.replicated_sharding(mesh_of()).spec

@@ -110,14 +110,14 @@ def test_balance_adds_exactly_the_gradient_of_its_loss():
 
     @jax.jit
     def routed(logits, strength):
-        return jnp.sum(jnp.sin(mixture.gates(logits, k, mask, strength)))
+        return jnp.sum(jnp.sin(mixture.top_k_gates(logits, k, mask, strength)))
 
     gradient = jax.jit(jax.grad(routed))
     found = np.asarray(gradient(logits, strength)) - gradient(logits, None)
 
     def loss(logits):
         probs = jax.nn.softmax(logits)
-        share = jax.lax.stop_gradient(mixture.top(probs, k)) / k
+        share = jax.lax.stop_gradient(mixture.top_k_mask(probs, k)) / k
         mean = lambda v: jnp.sum(v * jnp.broadcast_to(mask[..., None], v.shape), axis=(0, 1)) / 4  # noqa: E731
         return 0.7 * E * jnp.sum(mean(share) * mean(probs))
 
@@ -225,7 +225,7 @@ def test_generation_routes_once_by_the_prompt_whatever_its_padding():
 
 def test_milora_trains_the_experts_and_a_router_a_layer():
     _, method, params = prompted()
-    trained = tree.names(tree.split(params, methods.trainable_mask(method, params))[0])
+    trained = tree.leaf_names(tree.split(params, methods.trainable_mask(method, params))[0])
     assert sorted(trained) == sorted(
         [*(f"layers/attn/{m}/kernel/{f}" for m in "qkv" for f in "ab"), "shared/router/layers"]
     )

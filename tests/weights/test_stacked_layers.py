@@ -15,9 +15,9 @@ PROGRAM = """
 import os
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # the size of the thread pool
 import jax, jax.numpy as jnp
-from lowrank.weights import stacks
+from lowrank.weights import stacked_layers as stacks
 def all(x, y):
-    return [stacks.each(jnp.linalg.qr, v) for v in (x, y, x + y)]
+    return [stacks.apply_per_matrix(jnp.linalg.qr, v) for v in (x, y, x + y)]
 x = jax.random.normal(jax.random.key(0), (6, 384, 384))
 for i in range(2):
     jax.block_until_ready(jax.jit(all)(x + i, x + 1))
@@ -36,7 +36,7 @@ def test_several_batched_decompositions_in_one_program_end():
 def test_each_is_the_function_of_each_matrix_and_so_is_its_gradient():
     x = 0.1 * jax.random.normal(jax.random.key(0), (3, 2, 5, 5)) + jnp.broadcast_to(jnp.eye(5), (3, 2, 5, 5))
     y = jax.random.normal(jax.random.key(1), (3, 2, 5, 4))
-    solved = jax.jit(lambda x, y: stacked_layers.each(jnp.linalg.solve, x, y))
+    solved = jax.jit(lambda x, y: stacked_layers.apply_per_matrix(jnp.linalg.solve, x, y))
     assert_close(solved(x, y), np.linalg.solve(np.float64(x), np.float64(y)))
     ours, theirs = (jax.grad(lambda x: (f(x, y) ** 2).sum())(x) for f in (solved, jnp.linalg.solve))  # noqa: B023
     assert_close(ours, theirs)

@@ -17,7 +17,7 @@ from lowrank.core.weight import Weight
 from lowrank.kernels import rounded
 from lowrank.weights.quantized.partitioned_matmul import is_partitioned, partition_matmul
 
-TILE = 1 << 20  # about how many decoded values exist at a time: 4 MB in float32
+TILE_ELEMENTS = 1 << 20  # about how many decoded values exist at a time: 4 MB in float32
 LANES = 128  # columns that a TPU has side by side: tiles are multiples of them
 
 
@@ -82,11 +82,11 @@ class Quantized(Weight):
         for name, per in self.layout.items():
             value = getattr(self, name)
             if value is not None and per[axis]:
-                cut[name] = sliced(value, start // per[axis], size // per[axis], axis, whole % size == 0)
+                cut[name] = slice_axis(value, start // per[axis], size // per[axis], axis, whole % size == 0)
         return dataclasses.replace(self, **cut)
 
 
-def sliced(x: jax.Array, start: Any, size: int, axis: int, aligned: bool) -> jax.Array:
+def slice_axis(x: jax.Array, start: Any, size: int, axis: int, aligned: bool) -> jax.Array:
     """`size` rows or columns of `x` `[a, b]`; `aligned`: `size` divides them all, and `start`."""
     if axis == 0 and aligned:  # whole runs of rows: a TPU's compiler would move all of them to cut out others
         return jax.lax.dynamic_index_in_dim(x.reshape(-1, size, x.shape[1]), start // size, keepdims=False)
@@ -129,7 +129,7 @@ def _multiplied(tiled: Any, contracted: int, x: jax.Array, w: Quantized) -> jax.
 def _forward(x: jax.Array, w: Quantized) -> jax.Array:
     """`x @ W`, by tiles of columns."""
     unit = min(LANES, w.shape[-1])
-    width = _near(TILE // (w.padded * unit), -(-w.shape[-1] // unit)) * unit
+    width = _near(TILE_ELEMENTS // (w.padded * unit), -(-w.shape[-1] // unit)) * unit
     part = lambda start, size: rounded.dot(x, w.tile(1, start, size).materialize())  # noqa: E731
     return _by_tiles(part, (*x.shape[:-1], w.shape[-1]), x.dtype, width, w.shape[-1])
 
@@ -137,7 +137,7 @@ def _forward(x: jax.Array, w: Quantized) -> jax.Array:
 def _transposed(g: jax.Array, w: Quantized) -> jax.Array:
     """`g @ W.T`, by tiles of rows."""
     run, unit = w.tile_alignment()
-    height = _near(TILE // (w.shape[-1] * unit), run // unit) * unit
+    height = _near(TILE_ELEMENTS // (w.shape[-1] * unit), run // unit) * unit
     part = lambda start, size: rounded.dot(g, w.tile(0, start, size).materialize(), 1)  # noqa: E731
     return _by_tiles(part, (*g.shape[:-1], w.padded), g.dtype, height, run)[..., : w.rows]
 

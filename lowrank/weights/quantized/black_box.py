@@ -15,7 +15,7 @@ from lowrank.core.errors import UserError
 from lowrank.core.weight import KERNEL, Weight, form, frozen, static
 from lowrank.kernels import rounded
 
-Quantise = Callable[[jax.Array], tuple[Any, Callable[[Any], jax.Array]]]
+BlackBoxQuantizer = Callable[[jax.Array], tuple[Any, Callable[[Any], jax.Array]]]
 
 
 @form
@@ -83,7 +83,7 @@ def _times(state: Any) -> jax.Array:
     return codes * jnp.broadcast_to(scale, codes.shape)
 
 
-def attach(w: jax.Array, quantise: Quantise, where: str) -> BlackBox:
+def attach(w: jax.Array, quantise: BlackBoxQuantizer, where: str) -> BlackBox:
     """What `quantise` makes of a kernel `[..., in, out]`. Raises UserError if it does not decode to that shape."""
     decoders, inner = [], w.shape[-2:]
 

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.core.weight import KERNEL, form, frozen, static, wide
+from lowrank.core.weight import KERNEL, at_least_float32, form, frozen, static
 from lowrank.weights.quantized.base import Quantized
 from lowrank.weights.quantized.double_quantization import QuantizedScale, double_quantize
-from lowrank.weights.quantized.lookup_tables import TABLES, bits_of, edges, looked_up, nearest
-from lowrank.weights.quantized.packing import blocks, pack, per_unit, unpack
+from lowrank.weights.quantized.lookup_tables import TABLES, bits_per_code, decision_boundaries, lookup, nearest_code
+from lowrank.weights.quantized.packing import pack, reciprocal_scale, split_blocks, unpack
 
 # Of its largest magnitude: what a two-bit block's outer level may be.
-SHRUNK = np.linspace(0.4, 1, 31, dtype=np.float32)
+OUTER_LEVELS = np.linspace(0.4, 1, 31, dtype=np.float32)
 
 
 @form
@@ -46,7 +46,7 @@ class Codebook(Quantized):
     @property
     def bits(self) -> int:
         """Of a code."""
-        return bits_of(self.table)
+        return bits_per_code(self.table)
 
     @property
     def layout(self) -> Mapping[str, tuple[int | None, int | None]]:
@@ -61,8 +61,8 @@ class Codebook(Quantized):
 
     def decode(self) -> jax.Array:
         """`table[codes] * scale + shift`."""
-        spread = lambda x: jnp.broadcast_to(wide(x)[..., None, :], values.shape)  # noqa: E731
-        values = looked_up(unpack(self.codes, self.bits, self.block), TABLES[self.table])
+        spread = lambda x: jnp.broadcast_to(at_least_float32(x)[..., None, :], values.shape)  # noqa: E731
+        values = lookup(unpack(self.codes, self.bits, self.block), TABLES[self.table])
         values = values * spread(self.scale)
         values = values if self.shift is None else values + spread(self.shift)
         return values.reshape(*self.codes.shape[:-2], -1, self.codes.shape[-1])
@@ -77,13 +77,13 @@ def quantize(
     entropy): IR-QLoRA's calibration (arXiv:2402.05445, equation 7), between 0.1 deviations about the median.
     `inside` `[..., n, block, 1]` is 0 for rows that are padding, which two-bit blocks do not fit their scale to.
     """
-    values = blocks(w, block, 8 // bits_of(table))
+    values = split_blocks(w, block, 8 // bits_per_code(table))
     shift = _calibrated(values, table, calibrate) if calibrate else None
-    codes, absmax = coded(values, shift, table, inside)
+    codes, absmax = encode_blocks(values, shift, table, inside)
     kept = {"scale": absmax, "shift": shift}
     kept = {name: double_quantize(x) if double and x is not None else x for name, x in kept.items()}
     return Codebook(
-        codes=pack(codes, bits_of(table)),
+        codes=pack(codes, bits_per_code(table)),
         **kept,
         table=table,
         block=block,
@@ -92,7 +92,7 @@ def quantize(
     )
 
 
-def coded(
+def encode_blocks(
     values: jax.Array, shift: jax.Array | None, table: str, inside: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """`(codes [..., n, block, out], magnitudes [..., n, out])` of blocks less their shift.
@@ -100,7 +100,7 @@ def coded(
     A two-bit block's outer level is not its largest magnitude, but the share of it with the least squared error.
     """
     scaled, absmax = _scaled(values, shift, table, inside)
-    return nearest(scaled, TABLES[table]), absmax
+    return nearest_code(scaled, TABLES[table]), absmax
 
 
 def _scaled(
@@ -110,9 +110,9 @@ def _scaled(
     spread = lambda x: jnp.broadcast_to(x[..., None, :], values.shape)  # noqa: E731
     values = values if shift is None else values - spread(shift)
     absmax = jnp.max(jnp.abs(values), axis=-2)
-    if bits_of(table) == 2:
+    if bits_per_code(table) == 2:
         absmax = absmax * _shrunk(values, absmax, TABLES[table], inside)
-    return values * spread(per_unit(absmax, 1)), absmax
+    return values * spread(reciprocal_scale(absmax, 1)), absmax
 
 
 def _shrunk(values: jax.Array, absmax: jax.Array, table: np.ndarray, inside: jax.Array | None) -> jax.Array:
@@ -122,13 +122,13 @@ def _shrunk(values: jax.Array, absmax: jax.Array, table: np.ndarray, inside: jax
 
     def tried(best: tuple[jax.Array, jax.Array], share: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         scale = share * absmax
-        near = looked_up(nearest(values * spread(per_unit(scale, 1)), table), table) * spread(scale)
+        near = lookup(nearest_code(values * spread(reciprocal_scale(scale, 1)), table), table) * spread(scale)
         lost = jnp.sum((near - values) ** 2 * counted, axis=-2)
         better = lost < best[0]
         return (jnp.where(better, lost, best[0]), jnp.where(better, share, best[1])), None
 
     start = (jnp.full(absmax.shape, jnp.inf), jnp.ones(absmax.shape))
-    return jax.lax.scan(tried, start, jnp.asarray(SHRUNK[::-1]))[0][1]
+    return jax.lax.scan(tried, start, jnp.asarray(OUTER_LEVELS[::-1]))[0][1]
 
 
 def _calibrated(values: jax.Array, table: str, candidates: int) -> jax.Array:
@@ -137,7 +137,7 @@ def _calibrated(values: jax.Array, table: str, candidates: int) -> jax.Array:
 
     def tried(best: tuple[jax.Array, jax.Array], at: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         shift = middle + at * reach
-        found = entropy(_scaled(values, shift, table)[0], TABLES[table])
+        found = code_entropy(_scaled(values, shift, table)[0], TABLES[table])
         better = found > best[0]
         return (jnp.where(better, found, best[0]), jnp.where(better, shift, best[1])), None
 
@@ -145,13 +145,17 @@ def _calibrated(values: jax.Array, table: str, candidates: int) -> jax.Array:
     return jax.lax.scan(tried, start, jnp.linspace(-1, 1, candidates))[0][1]
 
 
-def entropy(values: jax.Array, table: np.ndarray) -> jax.Array:
+def code_entropy(values: jax.Array, table: np.ndarray) -> jax.Array:
     """Of the entries of a table nearest to a block's values `[..., block, out]`, in nats `[..., out]`.
 
     How many values lie above each edge is counted, which says how often each code occurs: none is made.
     """
     block = values.shape[-2]
     none = jnp.zeros_like(values[..., 0, :], jnp.int32)
-    above = [none + block, *(jnp.sum(values > edge, axis=-2, dtype=jnp.int32) for edge in edges(table)), none]
+    above = [
+        none + block,
+        *(jnp.sum(values > edge, axis=-2, dtype=jnp.int32) for edge in decision_boundaries(table)),
+        none,
+    ]
     shares = ((more - fewer) / np.float32(block) for more, fewer in itertools.pairwise(above))
     return -sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0) for p in shares)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.core.weight import KERNEL, form, frozen
-from lowrank.weights.quantized.lookup_tables import edges, looked_up
+from lowrank.weights.quantized.lookup_tables import decision_boundaries, lookup
 
 SECOND_BLOCK = 256
 
@@ -30,14 +30,14 @@ def _gathered(codes: jax.Array) -> jax.Array:
     return jnp.asarray(dynamic_table())[codes]
 
 
-def computed(codes: jax.Array) -> jax.Array:
+def compute_dynamic_values(codes: jax.Array) -> jax.Array:
     """`dynamic_table()[codes]` to float32's last places, computed: a TPU is slow at looking up single numbers."""
     place = codes.astype(jnp.int32) - 127  # 127 negative ones, 0, 127 positive ones, 1
     size = jnp.abs(place)
     exponent = sum((size >= 2**k).astype(jnp.int32) for k in range(1, 7))
     runs = (jnp.int32(1) << exponent).astype(jnp.float32)
     middle = 0.1 + 0.9 * (size.astype(jnp.float32) + 0.5 - runs) / runs
-    value = middle * looked_up(exponent.astype(jnp.uint8), np.float32(10.0) ** np.arange(-6, 1, dtype=np.float32))
+    value = middle * lookup(exponent.astype(jnp.uint8), np.float32(10.0) ** np.arange(-6, 1, dtype=np.float32))
     value = jnp.where(size == 128, 1.0, jnp.where(size == 0, 0.0, value))
     return jnp.where(place < 0, -value, value)
 
@@ -63,7 +63,7 @@ class QuantizedScale:
         *stack, n, out = self.codes.shape
         second = jnp.repeat(self.second, SECOND_BLOCK, axis=-1)[..., : n * out]
         second = second.reshape(*stack, out, n).swapaxes(-1, -2)
-        values = jax.lax.platform_dependent(self.codes, tpu=computed, default=_gathered) * second
+        values = jax.lax.platform_dependent(self.codes, tpu=compute_dynamic_values, default=_gathered) * second
         return values + jnp.broadcast_to(self.offset[..., None, None], values.shape)
 
 
@@ -76,6 +76,6 @@ def double_quantize(absmax: jax.Array) -> QuantizedScale:
     flat = flat.reshape(*stack, -1, SECOND_BLOCK)
     second = jnp.max(jnp.abs(flat), axis=-1)
     scaled = flat / jnp.where(second > 0, second, 1)[..., None]
-    codes = jnp.searchsorted(jnp.asarray(edges(dynamic_table())), scaled).astype(jnp.uint8)
+    codes = jnp.searchsorted(jnp.asarray(decision_boundaries(dynamic_table())), scaled).astype(jnp.uint8)
     codes = codes.reshape(*stack, -1)[..., : n * out].reshape(*stack, out, n).swapaxes(-1, -2)
     return QuantizedScale(codes=codes, second=second, offset=offset)

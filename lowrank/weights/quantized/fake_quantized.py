@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import KERNEL, Weight, form, static, trainable, wide
+from lowrank.core.weight import KERNEL, Weight, at_least_float32, form, static, trainable
 from lowrank.kernels.rounded import dot
 from lowrank.weights.quantized.base import Quantized
 from lowrank.weights.quantized.schemes import SCHEMES
@@ -49,13 +49,13 @@ class FakeQuantized(Weight):
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`x @ W`, with `x` rounded to `activations` bits if there are any."""
-        x = rounded(x, self.activations) if self.activations else x
+        x = round_activations(x, self.activations) if self.activations else x
         return dot(x, self.materialize())
 
 
-def rounded(x: jax.Array, bits: int) -> jax.Array:
+def round_activations(x: jax.Array, bits: int) -> jax.Array:
     """`x` `[..., in]` on an even grid about 0 to each row's largest magnitude, with the gradient of `x` itself."""
-    top, values = 2 ** (bits - 1) - 1, wide(x)
+    top, values = 2 ** (bits - 1) - 1, at_least_float32(x)
     largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
     step = jnp.broadcast_to(jnp.where(largest > 0, largest / top, 1), values.shape)
     return x + jax.lax.stop_gradient((jnp.round(values / step) * step).astype(x.dtype) - x)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.core.weight import KERNEL, form, frozen, static, wide
+from lowrank.core.weight import KERNEL, at_least_float32, form, frozen, static
 from lowrank.weights.quantized.base import Quantized
 from lowrank.weights.quantized.packing import unpack
 
@@ -64,13 +64,13 @@ class GGML(Quantized):
 
     def _parts(self, whole: jax.Array, sub: jax.Array) -> jax.Array:
         f = FORMATS[self.format]
-        each = wide(whole)
+        each = at_least_float32(whole)
         return jnp.repeat(each, f.block // f.part, axis=-2) * sub.astype(each.dtype)
 
     def decode(self) -> jax.Array:
         """The values of the blocks."""
         w, f = self.with_plain_scales(), FORMATS[self.format]
-        scale = wide(w.scale)
+        scale = at_least_float32(w.scale)
         codes = unpack(w.codes, f.bits, f.runs)
         if w.high is not None:
             codes = codes | unpack(w.high, 2, f.runs) << np.uint8(4)
@@ -78,7 +78,7 @@ class GGML(Quantized):
         values = codes.reshape(*stack, parts, f.part, out).astype(scale.dtype) - f.middle
         values = values * jnp.broadcast_to(scale[..., None, :], values.shape)
         if w.low is not None:
-            values = values + jnp.broadcast_to(wide(w.low).astype(scale.dtype)[..., None, :], values.shape)
+            values = values + jnp.broadcast_to(at_least_float32(w.low).astype(scale.dtype)[..., None, :], values.shape)
         return values.reshape(*stack, parts * f.part, out)
 
 
@@ -95,7 +95,7 @@ class Format:
     read: Callable[[jax.Array], dict[str, jax.Array]]
 
 
-def from_bytes(raw: jax.Array, format: str, dtype_name: str) -> GGML:
+def from_file_blocks(raw: jax.Array, format: str, dtype_name: str) -> GGML:
     """The form of rows of blocks uint8 `[..., out, bytes]`, as a file has them."""
     f = FORMATS[format]
     *stack, out, size = raw.shape

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import Weight, dot, form, frozen, wide
+from lowrank.core.weight import Weight, at_least_float32, dot, form, frozen
 from lowrank.weights.quantized.base import Quantized
 
 
@@ -38,7 +38,7 @@ class InputScaled(Weight):
 
     def materialize(self) -> jax.Array:
         """The kernel that is multiplied by."""
-        values = wide(self.scaled.materialize())
+        values = at_least_float32(self.scaled.materialize())
         spread = jnp.broadcast_to(self.inputs[..., None].astype(values.dtype), values.shape)
         return (values * spread).astype(self.dtype)
 

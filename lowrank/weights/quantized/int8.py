@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError, unknown
-from lowrank.core.weight import KERNEL, dot, form, frozen, static, wide
+from lowrank.core.weight import KERNEL, at_least_float32, dot, form, frozen, static
 from lowrank.weights.quantized.base import Quantized
-from lowrank.weights.quantized.packing import per_unit
+from lowrank.weights.quantized.packing import reciprocal_scale
 
 FLOATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 
@@ -41,7 +41,7 @@ class PerChannel(Quantized):
 
     def decode(self) -> jax.Array:
         """`codes * scale`."""
-        scale = wide(self.scale)
+        scale = at_least_float32(self.scale)
         return self.codes.astype(scale.dtype) * jnp.broadcast_to(scale, self.codes.shape)
 
 
@@ -68,15 +68,15 @@ class WithOutliers(PerChannel):
         return within.dot(x) + dot(jnp.take(x, self.index, axis=-1), self.outliers)
 
 
-def int8(w: jax.Array) -> PerChannel:
+def quantize_int8(w: jax.Array) -> PerChannel:
     """Codes by the largest magnitude of each output: `round(w * 127 / max|w|)`."""
     kernel = w.astype(jnp.float32)
     absmax = _absmax(kernel)
-    codes = jnp.round(kernel * jnp.broadcast_to(per_unit(absmax, 127), kernel.shape)).astype(jnp.int8)
+    codes = jnp.round(kernel * jnp.broadcast_to(reciprocal_scale(absmax, 127), kernel.shape)).astype(jnp.int8)
     return PerChannel(codes=codes, scale=absmax / 127, rows=w.shape[-2], dtype_name=jnp.dtype(w.dtype).name)
 
 
-def fp8(w: jax.Array, *, float_: str = "e4m3") -> PerChannel:
+def quantize_fp8(w: jax.Array, *, float_: str = "e4m3") -> PerChannel:
     """8-bit floats scaled so that the largest magnitude of each output is the format's largest."""
     if float_ not in FLOATS:
         raise unknown("8-bit float", float_, FLOATS)
@@ -87,7 +87,7 @@ def fp8(w: jax.Array, *, float_: str = "e4m3") -> PerChannel:
     return PerChannel(codes=codes, scale=scale, rows=w.shape[-2], dtype_name=jnp.dtype(w.dtype).name)
 
 
-def llm_int8(w: jax.Array, *, outliers: int) -> WithOutliers:
+def quantize_llm_int8(w: jax.Array, *, outliers: int) -> WithOutliers:
     """int8, and the `outliers` inputs with the largest weights in bfloat16."""
     if not 0 < outliers <= w.shape[-2]:
         raise UserError(f"{outliers} outlying inputs of a kernel with {w.shape[-2]}")
@@ -95,7 +95,7 @@ def llm_int8(w: jax.Array, *, outliers: int) -> WithOutliers:
     index = jax.lax.top_k(jnp.max(jnp.abs(kernel), axis=-1), outliers)[1]  # [..., k]
     rows = jnp.take_along_axis(w, index[..., None], axis=-2).astype(jnp.bfloat16)
     outlying = jnp.any(jax.nn.one_hot(index, w.shape[-2], dtype=bool), axis=-2)[..., None]
-    rest = int8(jnp.where(jnp.broadcast_to(outlying, w.shape), 0, w))
+    rest = quantize_int8(jnp.where(jnp.broadcast_to(outlying, w.shape), 0, w))
     return WithOutliers(**vars(rest), outliers=rows, index=index.astype(jnp.int32))
 
 

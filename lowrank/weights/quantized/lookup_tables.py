@@ -22,25 +22,25 @@ TABLES = {"nf4": np.array(NF4, np.float32), "fp4": np.array([*_FP4, *(-x for x i
 TABLES["n2"] = np.array([-1, -0.4528 / 1.510, 0.4528 / 1.510, 1], np.float32)
 
 
-def bits_of(table: str) -> int:
+def bits_per_code(table: str) -> int:
     """Of a table's codes."""
     return len(TABLES[table]).bit_length() - 1
 
 
-def edges(table: np.ndarray) -> np.ndarray:
+def decision_boundaries(table: np.ndarray) -> np.ndarray:
     """Half way between each two entries of a table, ascending."""
     ordered = np.sort(table)
     return ((ordered[:-1] + ordered[1:]) / 2).astype(np.float32)
 
 
-def nearest(values: jax.Array, table: np.ndarray) -> jax.Array:
+def nearest_code(values: jax.Array, table: np.ndarray) -> jax.Array:
     """The index uint8 of the entry of a small table that is nearest to each value; the lower one of two."""
     order = np.argsort(table, kind="stable")
-    rank = sum((values > edge).astype(jnp.uint8) for edge in edges(table))
-    return looked_up(rank, order.astype(np.uint8)) if np.any(order != np.arange(len(order))) else rank
+    rank = sum((values > edge).astype(jnp.uint8) for edge in decision_boundaries(table))
+    return lookup(rank, order.astype(np.uint8)) if np.any(order != np.arange(len(order))) else rank
 
 
-def looked_up(codes: jax.Array, table: np.ndarray) -> jax.Array:
+def lookup(codes: jax.Array, table: np.ndarray) -> jax.Array:
     """`table[codes]` by a tree of selections on the codes' bits, which every compiler fuses; a gather it may not."""
     level: list[Any] = list(table)
     bit = 0

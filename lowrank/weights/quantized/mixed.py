@@ -18,7 +18,7 @@ from lowrank.core.errors import UserError
 from lowrank.core.weight import Weight, dot, form, frozen, static
 from lowrank.weights.quantized import codebook, lookup_tables
 from lowrank.weights.quantized.double_quantization import SECOND_BLOCK
-from lowrank.weights.quantized.packing import blocks
+from lowrank.weights.quantized.packing import split_blocks
 
 TABLES = {4: "nf4", 2: "n2"}
 
@@ -95,7 +95,7 @@ def quantize(w: jax.Array, *, high: int, block: int, double: bool) -> Mixed:
     return Mixed(**made, index=index.astype(jnp.int32), block=groups.shape[-2], rows=w.shape[-2])
 
 
-def gains(w: jax.Array, block: int) -> jax.Array:
+def error_reductions(w: jax.Array, block: int) -> jax.Array:
     """By how much 4 bits in place of 2 lower the squared error of each group of inputs: `[..., n]`."""
     return _gains(*_groups(w, block))
 
@@ -103,8 +103,8 @@ def gains(w: jax.Array, block: int) -> jax.Array:
 def _gains(groups: jax.Array, inside: jax.Array) -> jax.Array:
     lost = {}
     for bits, table in TABLES.items():
-        codes, scale = codebook.coded(groups, None, table, inside)
-        values = lookup_tables.looked_up(codes, lookup_tables.TABLES[table]) * jnp.broadcast_to(
+        codes, scale = codebook.encode_blocks(groups, None, table, inside)
+        values = lookup_tables.lookup(codes, lookup_tables.TABLES[table]) * jnp.broadcast_to(
             scale[..., None, :], codes.shape
         )
         lost[bits] = jnp.sum((values - groups) ** 2 * jnp.broadcast_to(inside, groups.shape), axis=(-2, -1))
@@ -113,19 +113,19 @@ def _gains(groups: jax.Array, inside: jax.Array) -> jax.Array:
 
 def _groups(w: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """`(groups [..., n, block, out], which of their rows are the kernel's [..., n, block, 1])`."""
-    block = clipped(w.shape[-2], block)
-    return blocks(w, block, 4), blocks(jnp.ones((*w.shape[:-1], 1)), block, 4)
+    block = clip_block(w.shape[-2], block)
+    return split_blocks(w, block, 4), split_blocks(jnp.ones((*w.shape[:-1], 1)), block, 4)
 
 
-def clipped(rows: int, block: int) -> int:
+def clip_block(rows: int, block: int) -> int:
     """A block that is no longer than a kernel of `rows` inputs."""
     return min(block, -(-rows // 4) * 4)
 
 
-def bits(shape: tuple[int, ...], high: int, block: int, double: bool) -> int:
+def total_bits(shape: tuple[int, ...], high: int, block: int, double: bool) -> int:
     """All bits of a Mixed of this shape: codes, magnitudes, index."""
     *stack, rows, out = shape
-    block = clipped(rows, block)
+    block = clip_block(rows, block)
     n = -(-rows // block)
 
     def part(k: int, each: int) -> int:
@@ -135,7 +135,7 @@ def bits(shape: tuple[int, ...], high: int, block: int, double: bool) -> int:
     return math.prod(stack) * (part(high, 4) + part(n - high, 2) + 32 * n)
 
 
-def divided(
+def allocate_groups(
     gain: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], budget: float, block: int, double: bool
 ) -> dict[str, int]:
     """How many groups of each kernel `[..., in, out]`, or stack of them, are in 4 bits: at most `budget` bits a weight.
@@ -146,7 +146,7 @@ def divided(
     for a budget below what 2 bits for all take.
     """
     steps = {n: np.sort(g.reshape(-1, g.shape[-1]), axis=-1)[:, ::-1].sum(0) for n, g in gain.items()}
-    cost = lambda name, k: bits(shapes[name], k, block, double)  # noqa: E731
+    cost = lambda name, k: total_bits(shapes[name], k, block, double)  # noqa: E731
     weights = sum(math.prod(shape) for shape in shapes.values())
     room = budget * weights - sum(cost(name, 0) for name in shapes)
     if room < 0:
@@ -171,8 +171,8 @@ def divided(
     return high
 
 
-def within(w: jax.Array, *, budget: float, block: int, double: bool) -> Mixed:
+def quantize_within_budget(w: jax.Array, *, budget: float, block: int, double: bool) -> Mixed:
     """A kernel, or a stack, with a budget of its own. Raises UserError as `divided`."""
-    n = -(-w.shape[-2] // clipped(w.shape[-2], block))
-    high = divided({"": np.ones(n)}, {"": w.shape}, budget, block, double)[""]
+    n = -(-w.shape[-2] // clip_block(w.shape[-2], block))
+    high = allocate_groups({"": np.ones(n)}, {"": w.shape}, budget, block, double)[""]
     return quantize(w, high=high, block=block, double=double)

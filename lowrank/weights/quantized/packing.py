@@ -9,7 +9,7 @@ import numpy as np
 from lowrank.core.errors import UserError
 
 
-def blocks(w: jax.Array, block: int, each: int) -> jax.Array:
+def split_blocks(w: jax.Array, block: int, each: int) -> jax.Array:
     """`[..., in, out]` as float32 blocks `[..., n, block, out]`, padded with zeros, of codes that go `each` to a byte.
 
     Raises UserError for a block that does not fill its bytes.
@@ -21,12 +21,12 @@ def blocks(w: jax.Array, block: int, each: int) -> jax.Array:
     return padded.reshape(*w.shape[:-2], -1, block, w.shape[-1])
 
 
-def per_unit(absmax: jax.Array, top: int) -> jax.Array:
+def reciprocal_scale(absmax: jax.Array, top: int) -> jax.Array:
     """`top / absmax`, what values are multiplied by for codes up to `top`; 0 where all values are."""
     return jnp.where(absmax > 0, top / jnp.where(absmax > 0, absmax, 1), 0)
 
 
-def whole_block(w: jax.Array, bits: int) -> int:
+def whole_column_block(w: jax.Array, bits: int) -> int:
     """The block that holds a kernel's whole column, for codes of `bits`."""
     return -(-w.shape[-2] // (8 // bits)) * (8 // bits)
 

@@ -29,7 +29,9 @@ def integer(bits: int = 4, block: int = 64, symmetric: bool = True) -> Quantizer
     """Evenly spaced codes of 2, 4 or 8 bits in groups of `block` inputs; 0: one group an output."""
     if bits not in uniform.BITS:
         raise UserError(f"quantize.bits must be one of {', '.join(map(str, uniform.BITS))}, not {bits}")
-    return partial(uniform.symmetric if symmetric else uniform.asymmetric, bits=bits, block=_block(block, 0))
+    return partial(
+        uniform.quantize_symmetric if symmetric else uniform.quantize_asymmetric, bits=bits, block=_block(block, 0)
+    )
 
 
 def int4(block: int = 64, symmetric: bool = True) -> Quantizer:
@@ -41,14 +43,14 @@ def fp8(format: str = "e4m3") -> Quantizer:
     """8-bit floats, `e4m3` or `e5m2`, with a scale for each output."""
     if format not in int8.FLOATS:
         raise unknown("quantize.format", format, int8.FLOATS)
-    return partial(int8.fp8, float_=format)
+    return partial(int8.quantize_fp8, float_=format)
 
 
 def llm_int8(outliers: int = 8) -> Quantizer:
     """int8, and the `outliers` widest inputs in bfloat16."""
     if outliers < 1:
         raise UserError(f"quantize.outliers must be at least 1, not {outliers}")
-    return partial(int8.llm_int8, outliers=outliers)
+    return partial(int8.quantize_llm_int8, outliers=outliers)
 
 
 def mixed_bits(budget: float = 3.5, block: int = 64, double: bool = True) -> Quantizer:
@@ -58,18 +60,18 @@ def mixed_bits(budget: float = 3.5, block: int = 64, double: bool = True) -> Qua
     """
     if not 2 <= budget <= 4:
         raise UserError(f"quantize.budget must be from 2 to 4 bits a weight, not {budget}")
-    return partial(mixed.within, budget=budget, block=_block(block), double=double)
+    return partial(mixed.quantize_within_budget, budget=budget, block=_block(block), double=double)
 
 
 SCHEMES: dict[str, Callable[..., Quantizer]] = {
     "nf4": nf4,
     "fp4": fp4,
-    "int8": lambda: int8.int8,
+    "int8": lambda: int8.quantize_int8,
     "llm_int8": llm_int8,
     "int4": int4,
     "integer": integer,
     "fp8": fp8,
-    "ternary": lambda: uniform.ternary,
+    "ternary": lambda: uniform.quantize_ternary,
     "mixed": mixed_bits,
 }
 
@@ -86,7 +88,7 @@ def _compiled(make: Quantizer, options: tuple[tuple[str, Any], ...]) -> Quantize
     return jax.jit(partial(make, **dict(options)))
 
 
-def group_of(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+def scheme_group(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """A group `{name: ..., option: ...}`, which a name alone may stand for; empty if there is none."""
     return {"name": given} if isinstance(given, str) else dict(given or {})
 

@@ -30,7 +30,7 @@ def raw(name, rows=OUT, seed=0):
 
 
 def made(name, **where):
-    return jax.jit(ggml.from_bytes, static_argnums=(1, 2))(raw(name, **where), name, "float32")
+    return jax.jit(ggml.from_file_blocks, static_argnums=(1, 2))(raw(name, **where), name, "float32")
 
 
 @pytest.mark.parametrize("name", ggml.FORMATS)
@@ -44,10 +44,10 @@ def test_values_are_those_of_the_gguf_package(name):
     assert theirs <= bits <= theirs + 0.125  # Q4_K's scales of 6 bits are kept in 8
 
 
-@pytest.mark.parametrize("tile", [base.TILE, 3000])
+@pytest.mark.parametrize("tile", [base.TILE_ELEMENTS, 3000])
 @pytest.mark.parametrize("name", ggml.FORMATS)
 def test_the_product_is_one_with_the_values(name, tile, monkeypatch):
-    monkeypatch.setattr(base, "TILE", tile)
+    monkeypatch.setattr(base, "TILE_ELEMENTS", tile)
     w, x = made(name), jax.random.normal(jax.random.key(0), (3, IN))
     f = lambda multiply: jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(multiply(x)))))(x)  # noqa: E731
     fast, plain = f(lambda x: dot(x, w)), f(lambda x: x @ materialize(w))

@@ -17,7 +17,7 @@ from tests.support.close import assert_close
 IN, OUT, BLOCK = 44, 12, 8
 W = np.random.default_rng(0).standard_normal((2, IN, OUT)).astype(np.float32)
 W[:, :BLOCK] *= 5  # the group that two bits hurt most
-values, gains = jax.jit(materialize), jax.jit(mixed.gains, static_argnums=1)
+values, gains = jax.jit(materialize), jax.jit(mixed.error_reductions, static_argnums=1)
 N2 = np.array([-1.510, -0.4528, 0.4528, 1.510]) / 1.510
 
 
@@ -60,7 +60,9 @@ def test_values_are_those_of_the_formula(high):
 @pytest.mark.parametrize("high", [0, 3, 6])
 def test_the_bits_that_are_counted_are_those_of_the_arrays(high, double):
     made = jax.eval_shape(lambda w: mixed.quantize(w, high=high, block=BLOCK, double=double), W)
-    assert mixed.bits(W.shape, high, BLOCK, double) == 8 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made))
+    assert mixed.total_bits(W.shape, high, BLOCK, double) == 8 * sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(made)
+    )
 
 
 @pytest.mark.parametrize("budget", [3.1, 3.5, 4.0])
@@ -69,8 +71,8 @@ def test_a_budget_goes_to_the_kernels_that_gain_most_and_is_met(budget):
     rng = np.random.default_rng(1)
     gain = {name: rng.random((*shape[:-2], shape[-2] // 8)) for name, shape in shapes.items()}
     gain["wild"] += 10
-    high = mixed.divided(gain, shapes, budget, 8, True)
-    spent = lambda high: sum(mixed.bits(shapes[n], k, 8, True) for n, k in high.items())  # noqa: E731
+    high = mixed.allocate_groups(gain, shapes, budget, 8, True)
+    spent = lambda high: sum(mixed.total_bits(shapes[n], k, 8, True) for n, k in high.items())  # noqa: E731
     weights = sum(np.prod(shape) for shape in shapes.values())
     assert spent(high) <= budget * weights
     assert high["wild"] == 16 or not high["even"]

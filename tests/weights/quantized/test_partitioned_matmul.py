@@ -22,7 +22,7 @@ FORMS = {
     "ternary": lambda w: SCHEMES["ternary"]()(w),  # whose runs of rows no mesh divides
     "llm_int8": lambda w: SCHEMES["llm_int8"](outliers=3)(w),
     "fp8": lambda w: SCHEMES["fp8"]()(w),
-    "Q4_K": lambda w: ggml.from_bytes(
+    "Q4_K": lambda w: ggml.from_file_blocks(
         (jnp.arange(OUT * 144, dtype=jnp.uint8) & jnp.uint8(63)).reshape(OUT, 144), "Q4_K", "float32"
     ),
 }
@@ -30,7 +30,7 @@ FORMS = {
 
 def placed(w, leaf, mesh):
     tree = {"layers": {"mlp": {leaf: {"kernel": w}}}}
-    shardings = sharding.shardings(tree, mesh)
+    shardings = sharding.parameter_shardings(tree, mesh)
     return jax.device_put(w, shardings["layers"]["mlp"][leaf]["kernel"])
 
 
@@ -63,7 +63,7 @@ def collectives(w, leaf, mesh):
 
 @pytest.mark.parametrize(("sizes", "leaf"), [(BOTH, "up"), (BOTH, "down"), (TENSOR, "down")])
 def test_codes_are_gathered_where_a_kernel_would_be_and_nothing_decoded_is(sizes, leaf, monkeypatch):
-    monkeypatch.setattr(base, "TILE", 16384)
+    monkeypatch.setattr(base, "TILE_ELEMENTS", 16384)
     mesh, w = sharding.make_mesh(**sizes), kernel()
     plain = collectives(w, leaf, mesh)
     codes = collectives(jax.jit(FORMS["nf4"])(w), leaf, mesh)
@@ -76,7 +76,7 @@ def test_codes_are_gathered_where_a_kernel_would_be_and_nothing_decoded_is(sizes
 
 @pytest.mark.parametrize(("form", "leaf"), list(zip(FORMS, ("up", "down") * 4, strict=False)))
 def test_a_divided_product_is_the_product(form, leaf, monkeypatch):
-    monkeypatch.setattr(base, "TILE", 16384)
+    monkeypatch.setattr(base, "TILE_ELEMENTS", 16384)
     w = jax.jit(FORMS[form])(kernel())
     x, g, on_mesh = arguments(w, leaf, sharding.make_mesh(**BOTH))
     y, dx = jax.jit(forward_and_back)(x, g, on_mesh)

@@ -116,7 +116,7 @@ def test_double_quantisation_costs_little_and_saves_what_it_says():
 
 def test_the_8_bit_table_can_be_computed():
     codes = np.arange(256, dtype=np.uint8)
-    assert_close(jax.jit(double_quantization.computed)(codes), double_quantization.dynamic_table())
+    assert_close(jax.jit(double_quantization.compute_dynamic_values)(codes), double_quantization.dynamic_table())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -153,7 +153,7 @@ TILED = {
 
 @pytest.mark.parametrize("scheme", TILED)
 def test_the_product_by_tiles_is_the_product(scheme, monkeypatch):
-    monkeypatch.setattr(base, "TILE", 200)  # tiles that divide neither axis
+    monkeypatch.setattr(base, "TILE_ELEMENTS", 200)  # tiles that divide neither axis
     monkeypatch.setattr(base, "LANES", 1)
     w = made(scheme, W[:38], **TILED[scheme])
     x = jax.random.normal(jax.random.key(1), (2, 3, 38))
@@ -186,7 +186,7 @@ def test_what_is_saved_for_the_gradient_is_the_codes_alone():
         (lambda: SCHEMES["fp8"](format="e3m4"), "unknown quantize.format 'e3m4'"),
         (lambda: SCHEMES["llm_int8"](outliers=0), "outliers must be at least 1"),
         (lambda: made("llm_int8", outliers=IN + 1), "41 outlying inputs of a kernel with 40"),
-        (lambda: uniform.symmetric(jnp.ones((8, 8)), bits=3), "3 bits: only 2, 4, 8"),
+        (lambda: uniform.quantize_symmetric(jnp.ones((8, 8)), bits=3), "3 bits: only 2, 4, 8"),
     ],
 )
 def test_bad_options_are_refused_by_name(call, message):

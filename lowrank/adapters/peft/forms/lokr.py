@@ -9,7 +9,7 @@ from lowrank.adapters.peft.forms import ranked
 from lowrank.adapters.peft.forms.form import WHERE, Form, Layer, Part, Settings
 from lowrank.core.errors import UserError
 from lowrank.core.typing import HostArrays
-from lowrank.weights.lokr import LoKr, Sizes, sizes
+from lowrank.weights.lokr import FactorSizes, LoKr, factor_sizes
 
 
 def _settings(config: Mapping[str, Any], path: str) -> Settings:
@@ -19,8 +19,8 @@ def _settings(config: Mapping[str, Any], path: str) -> Settings:
     return {**ranked.settings(config, path), "factor": factor, "both": bool(config["decompose_both"])}
 
 
-def _sizes(n_in: int, n_out: int, s: Settings) -> Sizes:
-    return s["sizes"] if "sizes" in s else sizes(n_in, n_out, s["r"], s["factor"], s["both"])
+def _sizes(n_in: int, n_out: int, s: Settings) -> FactorSizes:
+    return s["sizes"] if "sizes" in s else factor_sizes(n_in, n_out, s["r"], s["factor"], s["both"])
 
 
 def _peel(w: LoKr, arrays: HostArrays) -> Layer | None:
@@ -36,7 +36,7 @@ def _peel(w: LoKr, arrays: HostArrays) -> Layer | None:
         cut |= {a: arrays[a][:, live], b: arrays[b][live]}
     scale = float(arrays["scale"])
     rank = int(live.sum()) if pairs else None
-    return Layer({"r": rank, "scale": scale, "sizes": Sizes(m, n, l, k, w.w1 is not None, w.w2 is not None)}, cut)
+    return Layer({"r": rank, "scale": scale, "sizes": FactorSizes(m, n, l, k, w.w1 is not None, w.w2 is not None)}, cut)
 
 
 def _grow(base: Any, layers: Sequence[Layer | None]) -> LoKr:
@@ -60,13 +60,13 @@ def _summary(modules: Mapping[str, Settings], others: Sequence[str], method: Set
     candidates = [method.get("factor", -1), -1, *sorted({x for s in every for x in (s.m, s.l)})]
 
     def fits(factor: int) -> bool:
-        return all(sizes(s.m * s.n, s.l * s.k, 1, factor, both)[:4] == s[:4] for s in every)
+        return all(factor_sizes(s.m * s.n, s.l * s.k, 1, factor, both)[:4] == s[:4] for s in every)
 
     factor = next((f for f in candidates if fits(f)), None)
     ranks = {path: s["r"] or _free(s["sizes"], both, method.get("rank", 8)) for path, s in modules.items()}
     for path, s in modules.items() if factor is not None else ():
         size = s["sizes"]
-        if sizes(size.m * size.n, size.l * size.k, ranks[path], factor, both) != size:
+        if factor_sizes(size.m * size.n, size.l * size.k, ranks[path], factor, both) != size:
             factor = None
     if factor is None:
         raise UserError("PEFT's LOKR has no decompose_factor and rank that divide these kernels so")
@@ -77,13 +77,13 @@ def _summary(modules: Mapping[str, Settings], others: Sequence[str], method: Set
     }
 
 
-def _free(size: Sizes, both: bool, wanted: int) -> int:
+def _free(size: FactorSizes, both: bool, wanted: int) -> int:
     """A rank that leaves both factors whole: the wanted one if it does."""
     least = (max(size.n, size.k, *((size.m, size.l) if both else ())) + 1) // 2
     return max(wanted, least)
 
 
-def _when(part: Callable[[Sizes, int], tuple[int, ...] | None]) -> Callable[[int, int, Settings], Any]:
+def _when(part: Callable[[FactorSizes, int], tuple[int, ...] | None]) -> Callable[[int, int, Settings], Any]:
     return lambda n_in, n_out, s: part(_sizes(n_in, n_out, s), s["r"])
 
 

@@ -13,7 +13,7 @@ from lowrank.adapters.peft.forms.form import WHERE, Form, Layer, Part, Settings
 from lowrank.core.typing import HostArrays
 from lowrank.weights import dora
 from lowrank.weights.dora import DoRA
-from lowrank.weights.lora import INITS, RESIDUAL, LoRA, plain
+from lowrank.weights.lora import INITS, RESIDUAL, LoRA, require_plain_kernel
 from lowrank.weights.lora_xs import EDoRA, LoRAXS
 
 
@@ -95,7 +95,7 @@ def _on_the_base(base: Any, i: int, layer: Layer) -> Layer:
     init, shape = layer.settings["init"], base.shape[-2:]
     if init not in RESIDUAL:
         return layer
-    kernel = plain(f"the adapter's init_lora_weights={init!r}", base).reshape(-1, *shape)[i]
+    kernel = require_plain_kernel(f"the adapter's init_lora_weights={init!r}", base).reshape(-1, *shape)[i]
     zeros = {name: jnp.zeros(x.shape) for name, x in layer.arrays.items() if name in "ab"}
     start = INITS[init](None, LoRA(base=kernel, scale=jnp.float32(layer.settings["scale"]), **zeros))
     return _rebase_lora(layer, -np.asarray(start.delta()))

@@ -76,7 +76,7 @@ def _collect(weights: Sequence[VeRA]) -> dict[str, Any]:
 def _bind(weights: Mapping[str, Weight], shared: Any) -> dict[str, Weight]:
     if shared is None and any(w.a is None for w in weights.values()):
         raise UserError("a VeRA adapter is written with the matrices under shared/, which are missing")
-    return {name: vera.bound(w, **shared) if w.a is None else w for name, w in weights.items()}
+    return {name: vera.with_projections(w, **shared) if w.a is None else w for name, w in weights.items()}
 
 
 VERA = Form(
