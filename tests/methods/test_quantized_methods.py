@@ -104,7 +104,7 @@ def test_calibration_finds_the_shift_whose_codes_say_most():
             found[shift] = -np.sum(p[p > 0] * np.log(p[p > 0]))
         p = np.bincount(codes[:, j], minlength=16) / 16
         assert_close(-np.sum(p[p > 0] * np.log(p[p > 0])), max(found.values()))
-        assert min(abs(chosen[j] - shift) for shift in found) < 1e-6
+        assert_close(chosen[j], min(found, key=lambda shift: abs(chosen[j] - shift)), size=np.abs(v).max())
         top = np.abs(v - chosen[j]).max()
         assert_close(decoded[:, j], table[codes[:, j]] * top + chosen[j])
 
