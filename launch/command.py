@@ -1,8 +1,8 @@
-"""What every command does: bad flags and bad input are one line on stderr and exit code 2, and libraries keep quiet."""
+"""The behavior that all commands share: one line on stderr and exit code 2 for bad input, and quiet libraries."""
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import NoReturn
 
 from absl import flags, logging
 
@@ -10,7 +10,7 @@ from lowrank.core.errors import UserError
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """absl's parser for `app.run`. Logs warnings only, unless --verbosity asks for more: Orbax tells every step."""
+    """The parser of absl for `app.run`. It logs warnings alone, as Orbax logs every step."""
     try:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
@@ -22,7 +22,12 @@ def parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def fail(error: Exception) -> Any:
-    """One line on stderr, and exit code 2."""
+def fail(error: Exception) -> NoReturn:
+    """Prints the error and exits with its code."""
+    sys.exit(print_error(error))
+
+
+def print_error(error: Exception) -> int:
+    """Prints the error as one line on stderr; returns the exit code of bad input, 2."""
     print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
+    return 2

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import jax
 
 from experiments.plan import literature, number_formats
+from launch import command
 from lowrank.core import config_file
 from lowrank.core.errors import UserError
 from lowrank.memory import advice, compiled, devices, formulas, gpus, report
@@ -62,8 +63,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             return _plan(args, changes, argv)
     except UserError as e:
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
-        return 2
+        return command.print_error(e)
     return 0
 
 

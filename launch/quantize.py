@@ -1,4 +1,4 @@
-"""Writes a base in codes: `python -m launch.quantize --model=smollm2-135m --scheme=nf4:double=true --out=DIR`.
+"""Writes a base in codes: `python -m launch.quantize --model=smollm2-135m --scheme=nf4:double=true --output=DIR`.
 
 Schemes are those of `model.quantize`; and gptq and awq, which are calibrated by data:
 `--scheme=gptq:bits=4,block=64 --data=jsonl:records.jsonl`. The folder is like one of Hugging Face, with codes in place
@@ -17,7 +17,7 @@ from lowrank.core.errors import UserError
 
 _MODEL = flags.DEFINE_string("model", None, "The model: a name, a folder, a .gguf file, or org/name of the hub.")
 _SCHEME = flags.DEFINE_string("scheme", "nf4", "NAME or NAME:KEY=VALUE,...")
-_OUT = flags.DEFINE_string("out", None, "Where the base goes: an empty folder, or a new one.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where the base goes: an empty folder, or a new one.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "What tensors without codes are stored in: float32 or bfloat16.")
 _DATA = flags.DEFINE_string("data", None, "What gptq and awq are calibrated by: data.source of a config.")
 _SPLIT = flags.DEFINE_string("split", "train", "Its split.")
@@ -30,13 +30,13 @@ def main(argv: Sequence[str]) -> None:
     """Quantises as the flags describe."""
     del argv
     try:
-        if not (_MODEL.value and _OUT.value):
-            raise UserError("--model=MODEL and --out=DIR are both required")
+        if not (_MODEL.value and _OUTPUT.value):
+            raise UserError("--model=MODEL and --output=DIR are both required")
         name, _, options = _SCHEME.value.partition(":")
         group = {"name": name, **config_schema.parse_argument(options)}
         about = {"source": _DATA.value, "split": _SPLIT.value, "template": _TEMPLATE.value, "seq_len": _LENGTH.value}
         text = data.DataConfig(**about) if _DATA.value else None
-        model, out, options = _MODEL.value, _OUT.value, {"dtype": _DTYPE.value, "rows": _ROWS.value}
+        model, out, options = _MODEL.value, _OUTPUT.value, {"dtype": _DTYPE.value, "rows": _ROWS.value}
         print(quantization.write_quantized(model, group, out, text=text, **options))
     except UserError as e:
         command.fail(e)

@@ -8,9 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from experiments.study.compute_cost import sentence
 from experiments.study.numbers import interval, spelled, write_csv
-from experiments.study.phases import finals
-from experiments.study.spent import sentence
+from experiments.study.stages import finals
 from experiments.study.study import Study
 from experiments.study.tasks import TASKS, Task
 from experiments.study.timing import Timing

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from experiments.quantization.bases import bits_under, measured
 from experiments.quantization.rows import BASES
 from experiments.study.numbers import interval, spelled, write_csv
-from experiments.study.phases import finals
+from experiments.study.stages import finals
 from experiments.study.study import Study
 from experiments.study.tasks import TASKS
 from experiments.study.timing import Timing

@@ -15,8 +15,8 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments.study.phases import PHASES, left, planned
-from experiments.study.spent import cores
+from experiments.study.compute_cost import cores
+from experiments.study.stages import PHASES, left, planned
 from experiments.study.study import Row, Study, kept, named
 from experiments.study.tasks import TASKS, Model, Task
 from lowrank import pretrained
@@ -99,7 +99,7 @@ def _fill(study, write, todo, bar, shares, lock, job) -> None:
 def _row(study: Study, phase: str, task: str, name: str, bar: tqdm, cores: str) -> None:
     """One row in a process of its own, on these cores."""
     pinned = ["taskset", "-c", cores] if shutil.which("taskset") else []
-    command = [*pinned, sys.executable, "-m", "experiments.study.row", study.name, phase, task, name]
+    command = [*pinned, sys.executable, "-m", "experiments.study.worker", study.name, phase, task, name]
     log = study.runs / task / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as said:

@@ -11,10 +11,10 @@ from experiments.methods import __main__ as methods_study
 from experiments.methods import catalogue, table
 from experiments.methods.rows import ROWS
 from experiments.quantization import rows as quantization
-from experiments.study import numbers, phases, run, spent, tasks
-from experiments.study.cells import Cell
+from experiments.study import numbers, run, tasks
 from experiments.study.study import GRID, Row, Study
 from experiments.study.timing import Timing
+from experiments.study.trials import Cell
 from lowrank import methods
 from lowrank.core import files
 from lowrank.core.errors import Diverged, UserError
@@ -46,11 +46,11 @@ def test_a_row_leaves_cells_a_table_and_a_plot(study):
 
 def test_cells_that_are_done_are_not_run_again(study, monkeypatch):
     task = tasks.TASKS["headlines"]
-    assert len(list(phases.scores(study, task, "lora"))) == 2  # the sweep's one run, and its judgement
+    assert len(list(stages.scores(study, task, "lora"))) == 2  # the sweep's one run, and its judgement
     monkeypatch.setattr(Cell, "run", lambda self: pytest.fail("ran again"))
-    assert not list(phases.scores(study, task, "lora"))
+    assert not list(stages.scores(study, task, "lora"))
     changed = {"lora": ROWS["lora"]._replace(method={"name": "lora", "rank": 2})}
-    assert phases.left(dataclasses.replace(study, rows=changed), "scores", task, "lora") == 1
+    assert stages.left(dataclasses.replace(study, rows=changed), "scores", task, "lora") == 1
 
 
 def test_only_the_seed_that_chooses_the_rate_is_scored_on_validation(study):
@@ -76,12 +76,12 @@ def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
     rates = {"lora": ROWS["lora"]._replace(rates=(1e-3, 3e-3, 1e-2))}
     fixed = Study("methods", rates, tmp_path, tmp_path)
     for task, better in ((tasks.TOPICS, max), (tasks.HEADLINES, min)):
-        swept = phases.sweep(fixed, task, "lora")
+        swept = stages.sweep(fixed, task, "lora")
         for cell, score in zip(swept, (3.0, 5.0, 4.0), strict=True):
             _keep(cell, score)
         chosen = better(zip((3.0, 5.0, 4.0), swept, strict=True))[1]
-        assert {c.lr for c in phases.finals(fixed, task, "lora")} == {chosen.lr}
-        assert [c.seed for c in phases.finals(fixed, task, "lora")] == [0, 1, 2]
+        assert {c.lr for c in stages.finals(fixed, task, "lora")} == {chosen.lr}
+        assert [c.seed for c in stages.finals(fixed, task, "lora")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
 )
 def test_a_search_ends_between_two_worse_rates(tmp_path, accuracy, tried, chosen):
     study = Study("methods", ROWS, tmp_path, tmp_path, search=True)
-    while missing := [cell for cell in phases.sweep(study, tasks.TOPICS, "lora") if cell.read() is None]:
-        assert not phases.finals(study, tasks.TOPICS, "lora")
-        assert phases.left(study, "scores", tasks.TOPICS, "lora") >= 3
+    while missing := [cell for cell in stages.sweep(study, tasks.TOPICS, "lora") if cell.read() is None]:
+        assert not stages.finals(study, tasks.TOPICS, "lora")
+        assert stages.left(study, "scores", tasks.TOPICS, "lora") >= 3
         _keep(missing[0], accuracy[missing[0].lr])
-    assert [cell.lr for cell in phases.sweep(study, tasks.TOPICS, "lora")] == tried
-    assert {cell.lr for cell in phases.finals(study, tasks.TOPICS, "lora")} == {chosen}
+    assert [cell.lr for cell in stages.sweep(study, tasks.TOPICS, "lora")] == tried
+    assert {cell.lr for cell in stages.finals(study, tasks.TOPICS, "lora")} == {chosen}
 
 
 def test_a_run_that_diverges_is_kept_without_a_score(study, monkeypatch):
@@ -108,23 +108,23 @@ def test_a_run_that_diverges_is_kept_without_a_score(study, monkeypatch):
         raise Diverged("loss is nan at step 3")
 
     monkeypatch.setattr(loop, "run", diverge)
-    [cell] = phases.sweep(study, tasks.TOPICS, "lora")
+    [cell] = stages.sweep(study, tasks.TOPICS, "lora")
     cell.attempt()
     assert (cell.read()["validation"], cell.read()["why"]) == (None, "loss is nan at step 3")
     with pytest.raises(UserError, match="nan at step 3"):
-        list(phases.scores(study, tasks.TOPICS, "lora"))
+        list(stages.scores(study, tasks.TOPICS, "lora"))
 
 
 def test_the_table_says_what_its_cells_took(study):
-    cells = [*phases.sweep(study, tasks.TOPICS, "lora"), Timing(study, tasks.TOPICS, "lora")]
+    cells = [*stages.sweep(study, tasks.TOPICS, "lora"), Timing(study, tasks.TOPICS, "lora")]
     for cell in cells:
         _keep(cell, 0.9)
-        assert spent.sentence(study, tasks.TOPICS, ["lora"]) == ""
+        assert compute_cost.sentence(study, tasks.TOPICS, ["lora"]) == ""
     for cell in cells:
-        spent.spend(cell, 60)
-        spent.spend(cell, 120)
-    minutes = 2 * 3 * len(spent.cores()) / 2
-    assert spent.sentence(study, tasks.TOPICS, ["lora"]) == f"2 runs, {minutes:.0f} minutes on two cores."
+        compute_cost.spend(cell, 60)
+        compute_cost.spend(cell, 120)
+    minutes = 2 * 3 * len(compute_cost.cores()) / 2
+    assert compute_cost.sentence(study, tasks.TOPICS, ["lora"]) == f"2 runs, {minutes:.0f} minutes on two cores."
 
 
 def test_the_catalogue_says_what_merges_and_how_much_is_trained(tmp_path):

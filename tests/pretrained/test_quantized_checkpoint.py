@@ -102,7 +102,7 @@ def test_codes_are_not_quantised_again(tmp_path):
 
 
 def test_the_command_writes_a_base_that_trains(files, tmp_path):
-    command = [sys.executable, "-m", "launch.quantize", f"--model={files / 'llama'}", f"--out={tmp_path / 'base'}"]
+    command = [sys.executable, "-m", "launch.quantize", f"--model={files / 'llama'}", f"--output={tmp_path / 'base'}"]
     done = subprocess.run([*command, "--scheme=nf4:block=8,double=true"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "base")), done.stderr
     config = config_of(files, "rank=2", steps=2, mesh__data=1)

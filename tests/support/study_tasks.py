@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from experiments.study import phases, run, tasks
+from experiments.study import run, tasks
 from tests.support import tiny_checkpoint as tiny
 
 
@@ -23,5 +23,5 @@ def shrink(folder: Path, monkeypatch) -> None:
         settings = {**task.settings, "steps": 4, "data": data, "model": model, "log_every": 1}
         known = task.known if more else lambda model: 50.0  # the records have no titles to find texts by
         monkeypatch.setitem(tasks.TASKS, task.name, dataclasses.replace(task, settings=settings, known=known))
-    here = lambda study, phase, task, name, *_: list(phases.PHASES[phase](study, tasks.TASKS[task], name))  # noqa: E731
+    here = lambda study, phase, task, name, *_: list(stages.PHASES[phase](study, tasks.TASKS[task], name))  # noqa: E731
     monkeypatch.setattr(run, "_row", here)

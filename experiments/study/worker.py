@@ -1,6 +1,6 @@
 """Runs what is missing of one row, in a process of its own so that peak memory is the row's.
 
-`python -m experiments.study.row STUDY PHASE TASK ROW RESULTS [quick]`; a line of JSON for each cell that is done.
+`python -m experiments.study.worker STUDY PHASE TASK ROW RESULTS [quick]`; a line of JSON for each cell that is done.
 """
 
 import json
@@ -11,8 +11,8 @@ import time
 import jax
 
 from experiments.study import BEGAN
-from experiments.study.phases import PHASES
-from experiments.study.spent import spend
+from experiments.study.compute_cost import spend
+from experiments.study.stages import PHASES
 from experiments.study.study import named
 from experiments.study.tasks import TASKS
 from lowrank.core.errors import UserError

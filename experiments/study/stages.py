@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from experiments.study.cells import Cell
 from experiments.study.study import GRID, Study
 from experiments.study.tasks import Task
 from experiments.study.timing import Timing
+from experiments.study.trials import Cell
 
 
 def sweep(study: Study, task: Task, name: str) -> list[Cell]:

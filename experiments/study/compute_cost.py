@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.study.phases import finals, sweep
+from experiments.study.stages import finals, sweep
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from experiments.study.timing import Timing
