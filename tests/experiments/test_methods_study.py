@@ -11,7 +11,7 @@ from experiments.methods import __main__ as methods_study
 from experiments.methods import catalogue, table
 from experiments.methods.rows import ROWS
 from experiments.quantization import rows as quantization
-from experiments.study import numbers, run, tasks
+from experiments.study import compute_cost, numbers, run, stages, tasks
 from experiments.study.study import GRID, Row, Study
 from experiments.study.timing import Timing
 from experiments.study.trials import Cell

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from experiments.study import run, tasks
+from experiments.study import run, stages, tasks
 from tests.support import tiny_checkpoint as tiny
 
 
