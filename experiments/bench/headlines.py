@@ -12,7 +12,7 @@ from experiments.methods.rows import ROWS
 from experiments.study.tasks import HEADLINES
 from lowrank.adapters import adapter_files
 from lowrank.core import sharding, tree
-from lowrank.objectives import losses
+from lowrank.core.typing import Batch
 from lowrank.training import build
 
 IGNORED = -100  # the label that torch's loss leaves out
@@ -37,7 +37,7 @@ def main(rows: int, folder: str) -> None:
     serve(stepping(run.step(optimizer), state, frozen, batch, run.rates[0]))
 
 
-def _theirs(batch: losses.Batch) -> dict[str, np.ndarray]:
+def _theirs(batch: Batch) -> dict[str, np.ndarray]:
     """The batch as transformers takes it: labels stand with the token that they are, not with the one before."""
     labels = np.full_like(batch["tokens"], IGNORED)
     labels[:, 1:] = np.where(batch["weights"] > 0, batch["targets"], IGNORED)[:, :-1]

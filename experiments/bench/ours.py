@@ -14,7 +14,8 @@ from experiments.bench.worker import serve
 from lowrank import data, methods, models, pretrained
 from lowrank.adapters import peft
 from lowrank.core import sharding, tree, weight
-from lowrank.objectives import losses
+from lowrank.core.typing import Batch
+from lowrank.objectives.causal_lm import language_loss
 from lowrank.training import optimizer as optim
 from lowrank.training import step
 
@@ -42,7 +43,7 @@ def main(method_name: str, folder: str) -> None:
     serve(stepping(step.make_step(loss, optimizer, seed=0), state, frozen, batch, np.float32(OPTIM.lr)))
 
 
-def stepping(plain: Any, state: step.State, frozen: Any, batch: losses.Batch, rate: np.ndarray) -> Callable[[], float]:
+def stepping(plain: Any, state: step.State, frozen: Any, batch: Batch, rate: np.ndarray) -> Callable[[], float]:
     """A function that makes one step and returns its loss; the first call compiles."""
     program = None
 
@@ -57,12 +58,12 @@ def stepping(plain: Any, state: step.State, frozen: Any, batch: losses.Batch, ra
 
 def _loss(network, params, batch, rng):
     del rng
-    return losses.causal_lm(network, params, {**batch, "positions": None, "segments": None}, rows=0)
+    return language_loss(network, params, {**batch, "positions": None, "segments": None})
 
 
 def _batch(tokenizer: pretrained.Tokenizer, folder: Path) -> dict[str, np.ndarray]:
     """Real text: the first articles of BBC News, one after the other; the last token of a row has no target."""
-    articles = data.examples(data.DataConfig(source="bbc_news", max_examples=8), tokenizer)
+    articles = data.read_examples(data.DataConfig(source="bbc_news", max_examples=8), tokenizer)
     ids = tokenizer.encode("\n\n".join(a["prompt"] for a in articles))[: ROWS * LENGTH]
     tokens = np.array(ids, np.int32).reshape(ROWS, LENGTH)
     np.savez(folder / "batch.npz", input_ids=tokens, labels=tokens)

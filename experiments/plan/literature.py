@@ -13,6 +13,7 @@ from lowrank import methods, models
 from lowrank.core import config_schema, parameter_summary, sharding
 from lowrank.memory import formulas
 from lowrank.memory.shapes import StepInputs, device_bytes, step_inputs
+from lowrank.objectives import causal_lm
 from lowrank.pretrained import quantize_config
 from lowrank.training.config import CheckpointConfig, ModelConfig, RunConfig
 from lowrank.training.optimizer import OptimConfig
@@ -49,6 +50,7 @@ def plan(name: str, method: Mapping[str, Any], quantized: Any = None, **options:
     shapes = jax.eval_shape(lambda params: methods.attach(found, params, jax.random.key(0)), base)
     return Run(
         config=RunConfig(steps=1, model={"name": name}, method=method, data={}),
+        objective=causal_lm(),
         method=found,
         model=ModelConfig(name, "bfloat16", quantized),
         options={},

@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 
 from configs import common
 from lowrank import data
-from lowrank.core.typing import Bind, PyTree
-from lowrank.evaluation import scores
+from lowrank.core.typing import BatchInfo, Bind, PyTree
+from lowrank.evaluation import evaluate
 from lowrank.models import build_model
+from lowrank.objectives import Objective, build_objective, causal_lm, classification
 from lowrank.training.config import RunConfig
 
 ARTICLES = 4  # whose running text tells what was forgotten: about 1,800 tokens, the same for every row
@@ -54,10 +55,11 @@ class Model:
     base: Any
     bind: Bind | None
 
-    def loader(self, **changes: Any) -> data.Loader:
+    def loader(self, objective: Objective, **changes: Any) -> data.Loader:
         """Batches in order, one pass, with the data group of the run changed."""
         group = {**self.run.data, "shuffle": False, "epochs": 1, "prefetch": 0, "max_examples": self.examples}
-        return data.make_loader(data.DataConfig(**{**group, **changes}), self.base.tokenizer)
+        config = data.DataConfig(**{**group, **changes})
+        return data.make_loader(config, self.base.tokenizer, row_format=objective.row_format)
 
     @property
     def examples(self) -> int:
@@ -66,16 +68,17 @@ class Model:
 
     def score(self, split: str) -> dict[str, float]:
         """The scores of the run's objective on a split."""
-        objective = self.run.objective
-        score = scores.classification if objective == "classification" else self.perplexity
-        loader = self.loader(split=split, objective=objective)
-        return score(build_model(self.base.config), self.base.params, loader, bind=self.bind)
+        return self.evaluate(build_objective(self.run.objective), split=split)
 
-    @property
-    def perplexity(self) -> Callable[..., dict[str, float]]:
-        """`evaluate.perplexity` with as many logits at a time as in the run."""
-        return functools.partial(
-            scores.perplexity, rows=self.run.get("logits_chunk_tokens", RunConfig.logits_chunk_tokens)
+    def evaluate(self, objective: Objective, **changes: Any) -> dict[str, float]:
+        """The scores of an objective, with the data group changed and as many logits at a time as in the run."""
+        return evaluate(
+            objective,
+            build_model(self.base.config),
+            self.base.params,
+            self.loader(objective, **changes),
+            bind=self.bind,
+            chunk_tokens=self.run.get("logits_chunk_tokens", RunConfig.logits_chunk_tokens),
         )
 
 
@@ -87,7 +90,7 @@ def found(model: Model) -> float:
 
 def embedded(model: Model, template: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors `[N, D]` of the articles of a split, and their labels `[N]`."""
-    loader = model.loader(split=split, objective="classification", template=template)
+    loader = model.loader(classification(), split=split, template=template)
     network = build_model(model.base.config)
     batches = list(loader)
     rows = [np.asarray(_pooled(network, model.bind, model.base.params, dict(batch))) for batch in batches]
@@ -98,15 +101,14 @@ def embedded(model: Model, template: str, split: str) -> tuple[np.ndarray, np.nd
 
 @functools.partial(jax.jit, static_argnames=("network", "bind"))
 def _pooled(network: Any, bind: Bind | None, params: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:
-    params = bind(params, batch, None) if bind else params
+    params = bind(params, BatchInfo(batch["segments"]), None) if bind else params
     return network.apply({"params": params}, batch["tokens"], batch["segments"], method="pooled").astype(jnp.float32)
 
 
 def fluency(model: Model) -> float:
     """Minus the perplexity of the running text of the first test articles."""
     few = {"max_examples": min(model.examples or ARTICLES, ARTICLES)}
-    loader = model.loader(split="test", objective="causal_lm", template="text", completion="", **few)
-    return -model.perplexity(build_model(model.base.config), model.base.params, loader, bind=model.bind)["perplexity"]
+    return -model.evaluate(causal_lm(), split="test", template="text", completion="", **few)["perplexity"]
 
 
 TOPICS = Task(

@@ -1,8 +1,11 @@
 """Data: records from TFDS or JSONL, templates, packing and batches."""
 
 from lowrank.data.config import DataConfig
-from lowrank.data.encoded import examples
+from lowrank.data.examples import read_examples
+from lowrank.data.labeled import LABELED
+from lowrank.data.language import LANGUAGE
 from lowrank.data.loader import Loader
 from lowrank.data.pipeline import make_loader
+from lowrank.data.row_format import ArraySpec, RowFormat
 
-__all__ = ["DataConfig", "Loader", "examples", "make_loader"]
+__all__ = ["LABELED", "LANGUAGE", "ArraySpec", "DataConfig", "Loader", "RowFormat", "make_loader", "read_examples"]

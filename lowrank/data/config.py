@@ -2,10 +2,9 @@
 
 import dataclasses
 
-from lowrank.core.errors import UserError, unknown
+from lowrank.core.errors import UserError
 from lowrank.data import templates
 
-OBJECTIVES = ("causal_lm", "classification")
 DATA_DIR = "~/.cache/lowrank/tfds"
 
 
@@ -30,7 +29,6 @@ class DataConfig:
 
     source: str = "bbc_news"
     split: str = "train"
-    objective: str = "causal_lm"
     template: str = templates.AUTO
     completion: str = ""
     truncate: str = ""
@@ -50,8 +48,6 @@ class DataConfig:
     data_dir: str = DATA_DIR
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise unknown("objective", self.objective, OBJECTIVES)
         for name, least in (("seq_len", 2), ("batch_size", 1), ("epochs", 0), ("max_examples", 0), ("prefetch", 0)):
             if (found := getattr(self, name)) is not None and found < least:
                 raise UserError(f"data.{name}={found} is below {least}")

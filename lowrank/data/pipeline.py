@@ -13,46 +13,51 @@ import numpy as np
 from grain.experimental import FlatMapIterDataset, FlatMapTransform, ThreadPrefetchIterDataset
 
 from lowrank.core.errors import UserError
-from lowrank.core.typing import HostArrays
+from lowrank.core.typing import Tokenizer
 from lowrank.data import packing
 from lowrank.data.config import DataConfig
-from lowrank.data.encoded import Examples
+from lowrank.data.examples import Examples
+from lowrank.data.language import LANGUAGE
 from lowrank.data.loader import Loader
+from lowrank.data.row_format import EncodedSequence, RowFormat
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sequences(FlatMapTransform):
     examples: Examples
 
-    def flat_map(self, index: int) -> list[HostArrays]:
+    def flat_map(self, index: int) -> list[EncodedSequence]:
         return self.examples.sequences(index)
 
 
 def make_loader(
     config: DataConfig,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     process_index: int = 0,
     process_count: int = 1,
     max_positions: int | None = None,
+    row_format: RowFormat = LANGUAGE,
 ) -> Loader:
-    """The loader of `config` for this host. Every record's answer is checked now, and up to `KEPT` records are encoded.
+    """The loader of `config` for this host, with rows as `row_format` says (an objective's `row_format`).
 
-    Raises UserError for what cannot be read or does not fit: `seq_len` beyond `max_positions` (the model's), a
-    `batch_size` that the hosts cannot share, an unknown dataset, split, template or field, a record without a field or
-    with an empty completion, no records at all.
+    Every record's answer is checked here, and up to `KEPT` records are encoded. Raises UserError for data that cannot
+    be read or do not fit: `seq_len` beyond `max_positions` (the model's), a `batch_size` that the hosts cannot share,
+    an unknown dataset, split, template or field, a record without a field or with an empty completion, no records.
     """
     if max_positions is not None and config.seq_len > max_positions:
         raise UserError(f"data.seq_len={config.seq_len} exceeds the model's {max_positions} positions")
     if config.batch_size % process_count:
         raise UserError(f"data.batch_size={config.batch_size} is not divisible by {process_count} hosts")
-    found = Examples(config, tokenizer)
-    rows = [_rows(config, found, order, tokenizer.pad_id) for order in _orders(config, found)]
-    streams = [packing.batch(stream, config.batch_size) for stream in rows]
+    examples = Examples(config, row_format, tokenizer)
+    rows = [_rows(config, row_format, examples, order, tokenizer.pad_id) for order in _orders(config, examples)]
+    streams = [packing.batch(stream, row_format.arrays, config.batch_size) for stream in rows]
     batches = streams[0] if len(streams) == 1 else grain.IterDataset.mix(streams)  # in turn
     batches = batches.map(functools.partial(packing.rows_of, process_index=process_index, process_count=process_count))
     if config.prefetch:
         batches = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch)
-    return Loader(batches, found, _identity(config, found))
+    size = config.batch_size // process_count
+    shapes = {name: ((size, *shape), dtype) for name, (shape, dtype) in row_format.shapes(config).items()}
+    return Loader(batches, examples, shapes, _identity(config, row_format, examples))
 
 
 def _orders(config: DataConfig, examples: Examples) -> list[grain.MapDataset]:
@@ -66,20 +71,23 @@ def _orders(config: DataConfig, examples: Examples) -> list[grain.MapDataset]:
     return [grain.MapDataset.source(part.tolist()) for part in (np.setdiff1d(np.arange(size), apart), apart)]
 
 
-def _rows(config: DataConfig, examples: Examples, order: grain.MapDataset, pad_id: int) -> grain.IterDataset:
+def _rows(
+    config: DataConfig, row_format: RowFormat, examples: Examples, order: grain.MapDataset, pad_id: int
+) -> grain.IterDataset:
     if config.shuffle:
-        order = order.shuffle(config.seed)  # anew in each epoch
+        order = order.shuffle(config.seed)  # in another order in each epoch
     order = order.repeat(config.epochs or None)
-    read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # the thread is behind the batches
+    read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # one thread reads ahead, behind the batches
     sequences = FlatMapIterDataset(order.to_iter_dataset(read), _Sequences(examples))
-    if config.packing and not examples.labels:
-        return packing.pack(sequences, config.seq_len, config.batch_size, pad_id)
-    return sequences.map(functools.partial(packing.pad, length=config.seq_len, pad_id=pad_id))
+    if row_format.packs(config):
+        return packing.pack(sequences, row_format.arrays, config.seq_len, config.batch_size, pad_id)
+    pad = functools.partial(packing.pad, arrays=row_format.arrays, length=config.seq_len, pad_id=pad_id)
+    return sequences.map(pad)
 
 
-def _identity(config: DataConfig, examples: Examples) -> dict[str, Any]:
-    """What the order and content of the batches depend on, the tokenizer aside."""
-    settings = dataclasses.asdict(config)
+def _identity(config: DataConfig, row_format: RowFormat, examples: Examples) -> dict[str, Any]:
+    """The settings that the order and content of the batches depend on, the tokenizer aside."""
+    settings = {"objective": row_format.name} | dataclasses.asdict(config)
     for free in ("data_dir", "prefetch", "source", "labels", *(() if config.holdout else ("holdout",))):
         settings.pop(free)
-    return settings | {"labels": list(examples.labels), "records": examples.source.identity}
+    return settings | {"labels": list(examples.encoder.labels), "records": examples.source.identity}

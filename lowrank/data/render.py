@@ -2,9 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from lowrank.core.errors import UserError
+from lowrank.core.typing import Tokenizer
+from lowrank.data import templates
+from lowrank.data.config import DataConfig
+from lowrank.data.sources import Source
 from lowrank.data.templates import MESSAGES, Record, Template
 
 Piece = tuple[str, bool]  # (text, whether it is to be learned)
@@ -69,7 +73,7 @@ class Chat:
     Every answer among `messages` is learned, and the longest of the user's turns is the one that is shortened.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     template: Template | None = None
     document = False
     closed = True
@@ -104,6 +108,12 @@ class Chat:
         return messages
 
 
+def build_renderer(config: DataConfig, template: str, tokenizer: Tokenizer, source: Source) -> Renderer:
+    """The renderer of a config whose template has this name. Raises UserError where it does not fit the source."""
+    resolved = templates.resolve(template, config.completion, config.truncate, config.chat, source.fields, source.name)
+    return Plain(resolved) if resolved and not resolved.chat else Chat(tokenizer, resolved)
+
+
 def _messages(record: Record, where: str) -> list[dict[str, str]]:
     """The record's messages, checked: roles and contents are text, and the last is an answer that says something."""
     if MESSAGES not in record:
@@ -128,7 +138,7 @@ def _longest(messages: Sequence[dict[str, str]], where: str) -> int:
     return max(user, key=lambda i: len(messages[i]["content"]))
 
 
-def turns(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> list[Piece]:
+def turns(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], where: str) -> list[Piece]:
     """The conversation as the tokenizer's chat template writes it, the assistant's turns to be learned.
 
     A template may write an earlier turn differently once others follow (some drop its reasoning); such a turn
@@ -149,7 +159,7 @@ def turns(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> lis
     return pieces
 
 
-def _write(tokenizer: Any, messages: Sequence[dict[str, str]], where: str, announce: bool = False) -> str:
+def _write(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], where: str, announce: bool = False) -> str:
     try:
         return tokenizer.chat(list(messages), add_generation_prompt=announce)
     except UserError as e:  # no template, or one that refuses these turns

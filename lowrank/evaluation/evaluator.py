@@ -1,8 +1,8 @@
-"""Scores on held-out data during a run: of the loss, and of generated texts against their references."""
+"""Scores on held-out data during a run: the objective's, and those of generated texts against their references."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,28 +11,29 @@ from jax.sharding import Mesh
 from lowrank import data
 from lowrank.core import sharding
 from lowrank.core.errors import UserError
-from lowrank.core.typing import PyTree
-from lowrank.evaluation import scores as evaluate
+from lowrank.core.typing import Bind, Network, PyTree, Tokenizer
+from lowrank.evaluation.evaluate import evaluate
 from lowrank.generation import generate
+from lowrank.objectives import Objective
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """The `eval` group of a config: scores before the first step, after the last one, and in between."""
+    """The `eval` group of a config: scores before the first step, after the last one, and between them."""
 
-    split: str = ""  # '': no evaluation
-    every: int = 0  # steps between two evaluations; 0: only before and after
-    max_examples: int = 0  # 0: all
-    texts: int = 0  # how many prompts to continue, before and after, for ROUGE, BLEU and exact match
-    max_new: int = 40  # tokens a text
-    samples: int = 3  # texts that the report shows
+    split: str = ""  # the held-out split; empty: no evaluation
+    every: int = 0  # steps between two evaluations; 0: only before the first step and after the last one
+    max_examples: int = 0  # the number of records to score; 0: all
+    texts: int = 0  # the number of prompts to continue before and after training, for the scores of texts
+    max_new: int = 40  # tokens per text
+    samples: int = 3  # the number of texts that the report shows
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if field.name != "split" and getattr(self, field.name) < 0:
-                raise UserError(f"eval.{field.name}={getattr(self, field.name)} is below 0")
+                raise UserError(f"eval.{field.name}={getattr(self, field.name)} is below 0: set it to 0 or more")
         if not self.split and (self.every or self.texts):
-            raise UserError("eval.split is not set: it names what to score on")
+            raise UserError("eval.split is not set: name the split of the data to score the model on")
 
 
 class Evaluator:
@@ -41,31 +42,31 @@ class Evaluator:
     def __init__(
         self,
         config: EvalConfig,
+        objective: Objective,
         train: data.DataConfig,
-        tokenizer: Any,
-        network: Any,
-        bind: Callable[[PyTree, Any, Any], PyTree] | None,
+        tokenizer: Tokenizer,
+        network: Network,
+        bind: Bind | None,
         mesh: Mesh,
-        rows: int,
+        chunk_tokens: int,
     ):
         """`train` is the training data's config: the held-out data are read, rendered and cut in the same way.
 
-        `rows`: tokens whose logits exist at a time; 0: all of a batch's.
+        About `chunk_tokens` tokens have their logits in memory at a time; 0: all of a batch's. Raises UserError for
+        data that cannot be read, and for texts that the objective does not generate.
         """
         once = {"epochs": 1, "shuffle": False, "prefetch": 0, "holdout": 0.0}
         held_out = dataclasses.replace(train, split=config.split, max_examples=config.max_examples, **once)
-        self.config, self._tokenizer, self._network, self._bind, self._mesh = config, tokenizer, network, bind, mesh
-        self._rows = rows
-        self._loader = data.make_loader(held_out, tokenizer, jax.process_index(), jax.process_count())
+        self.config, self._objective, self._tokenizer = config, objective, tokenizer
+        self._network, self._bind, self._mesh, self._chunk_tokens = network, bind, mesh, chunk_tokens
+        hosts = jax.process_index(), jax.process_count()
+        self._loader = data.make_loader(held_out, tokenizer, *hosts, row_format=objective.row_format)
         self._first = self._loader.get_state()
         self._records: list[Mapping[str, Any]] = []
         if config.texts:
-            if self._loader.labels:
-                raise UserError("eval.texts continues prompts: it needs objective=causal_lm")
-            if not 0 < config.max_new < train.seq_len:
-                raise UserError(f"eval.max_new={config.max_new} must be between 1 and data.seq_len={train.seq_len} - 1")
+            _check_texts(config, objective, train)
             few = dataclasses.replace(held_out, max_examples=config.texts)
-            self._records = data.examples(few, tokenizer, reserve=config.max_new)
+            self._records = data.read_examples(few, tokenizer, config.max_new, objective.row_format)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -82,20 +83,26 @@ class Evaluator:
         return self.config.every > 0 and step % self.config.every == 0
 
     def scores(self, params: PyTree) -> dict[str, float]:
-        """`{perplexity, nll, tokens}`, or `{accuracy, macro_f1, examples}` of a classifier."""
+        """The objective's scores of the held-out batches by name."""
         self._loader.set_state(self._first)
-        perplexity = functools.partial(evaluate.perplexity, rows=self._rows)
-        score = evaluate.classification if self._loader.labels else perplexity
         put = functools.partial(sharding.make_global_batch, mesh=self._mesh)
-        return score(self._network, params, self._loader, bind=self._bind, put=put)
+        return evaluate(
+            self._objective,
+            self._network,
+            params,
+            self._loader,
+            bind=self._bind,
+            put=put,
+            chunk_tokens=self._chunk_tokens,
+        )
 
     def texts(self, params: PyTree) -> tuple[dict[str, float], list[str]]:
-        """`(scores, texts)` of the greedy continuations of the first `config.texts` prompts; nothing without them."""
+        """`(scores, texts)` of the greedy continuations of the first `config.texts` prompts; empty without prompts."""
         if not self._records:
             return {}, []
         base = _Base(self._network.config, self._tokenizer)
-        found = generate.texts(base, params, self.prompts, max_new=self.config.max_new, bind=self._bind)
-        return evaluate.texts(found, [record["completion"] for record in self._records]), found
+        texts = generate.texts(base, params, self.prompts, max_new=self.config.max_new, bind=self._bind)
+        return self._objective.score_texts(texts, [record["completion"] for record in self._records]), texts
 
     def lowered(self, params: PyTree) -> jax.stages.Lowered:
         """The program of the largest batch of texts for `params` in shapes, ready to compile."""
@@ -112,7 +119,18 @@ class Evaluator:
         ]
 
 
+def _check_texts(config: EvalConfig, objective: Objective, train: data.DataConfig) -> None:
+    """Raises UserError unless the objective generates texts, and these leave space for a prompt in a row."""
+    if objective.score_texts is None:
+        asked = f"eval.texts={config.texts} continues prompts, which this objective does not"
+        raise UserError(f"{asked}: set eval.texts=0, or objective=causal_lm")
+    if not 0 < config.max_new < train.seq_len:
+        raise UserError(f"eval.max_new={config.max_new} must be between 1 and data.seq_len={train.seq_len} - 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Base:
+    """The part of a model that generation reads beside the parameters."""
+
     config: Any
-    tokenizer: Any
+    tokenizer: Tokenizer

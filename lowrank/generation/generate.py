@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from lowrank.core import sharding
 from lowrank.core.errors import UserError
-from lowrank.core.typing import Bind, PyTree
+from lowrank.core.typing import BatchInfo, Bind, PyTree
 from lowrank.data import encode
 from lowrank.generation.prompt_batches import left_pad, padded
 from lowrank.generation.sampling import Sampling, next_token
@@ -88,7 +88,7 @@ def _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, s
     """`(tokens [B, N], how many of the N were decoded before all rows had stopped)`."""
     B, T = tokens_BxT.shape
     tokens_BxT, segments_BxT = jnp.asarray(tokens_BxT, jnp.int32), jnp.asarray(segments_BxT, jnp.int32)
-    params = bind(params, {"tokens": tokens_BxT, "segments": segments_BxT}, None) if bind else params
+    params = bind(params, BatchInfo(segments_BxT), None) if bind else params
     variables = {"params": params}
     lengths_B = jnp.sum(segments_BxT > 0, axis=-1, dtype=jnp.int32)
     ones_Bx1 = jnp.ones((B, 1), jnp.int32)
@@ -143,7 +143,7 @@ def texts(
     tokenizer, config = pretrained.tokenizer, pretrained.config
     model = build_model(config)
     stops = set(tokenizer.stop_ids if stop_ids is None else stop_ids)
-    ids = [encode.start(tokenizer, [(p, False)])[0] if isinstance(p, str) else list(p) for p in prompts]
+    ids = [encode.encode_pieces(tokenizer, [(p, False)])[0] if isinstance(p, str) else list(p) for p in prompts]
     keys = None if rng is None else row_keys(rng, len(ids))
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     batch_size = _even(len(ids), batch_size)

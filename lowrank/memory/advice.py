@@ -35,7 +35,7 @@ def options(run: Run, memory: int) -> Iterator[Option]:
     c, model = run.config, run.network.config
     if (parts := _microbatches(run, memory)) > run.optim.accumulate:
         yield Option({"optim.accumulate": parts}, "same numbers; smaller products are slower")
-    if c.objective == "causal_lm" and (c.logits_chunk_tokens == 0 or c.logits_chunk_tokens > 128):
+    if run.objective.vocabulary_logits and (c.logits_chunk_tokens == 0 or c.logits_chunk_tokens > 128):
         yield Option({"logits_chunk_tokens": 128}, "same numbers; smaller products in the head")
     if model.remat not in ("full", "offload"):
         yield Option({"model.remat": "full"}, "same numbers; about a third more to compute")

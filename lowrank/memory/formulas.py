@@ -98,10 +98,9 @@ def streamed(run: Run, r: StepInputs) -> int:
 
 def logits(run: Run, r: StepInputs) -> int:
     """The logits of as many tokens as exist at a time and their gradient, float32."""
-    if run.config.objective != "causal_lm":
+    if not run.objective.vocabulary_logits:
         return 0
-    size, length = next(iter(r.batch.values())).shape
-    tokens = size * length // (sharding.num_batch_shards(run.mesh) * run.optim.accumulate)
+    tokens = math.prod(r.batch["tokens"].shape) // (sharding.num_batch_shards(run.mesh) * run.optim.accumulate)
     some = min(tokens, run.config.logits_chunk_tokens or tokens)
     return 2 * 4 * some * run.network.config.vocab_size // run.mesh.shape["tensor"]
 
@@ -118,7 +117,7 @@ def gathered(run: Run, r: StepInputs) -> int:
         return 0
     named = [pair for part in (r.state.trained, r.frozen) for pair in tree.named_leaves(part)]
     read = "embed/embedding" if getattr(run.network.config, "tied", False) else "head/kernel"
-    table = [x for name, x in named if name.startswith(read) and run.config.objective == "causal_lm"]
+    table = [x for name, x in named if name.startswith(read) and run.objective.vocabulary_logits]
     layers = [x for name, x in named if _in_layers(name)]
     whole = _whole(layers) / run.network.config.layers + _whole(table)
     shards = device_bytes(layers) / run.network.config.layers + device_bytes(table)

@@ -34,7 +34,13 @@ _FOUND: dict[Any, list[Any]] = {}  # tracing takes a second, and advice asks for
 def _remembered(run: Run, inputs: StepInputs, size: int) -> list[Any]:
     leaves = tree.named_leaves((inputs.state.trained, inputs.frozen, rows(inputs.batch, size)))
     shapes = tuple((name, x.shape, str(x.dtype)) for name, x in leaves)
-    key = run.network.config, repr(run.config.method), run.config.objective, run.config.logits_chunk_tokens, shapes
+    key = (
+        run.network.config,
+        repr(run.config.method),
+        repr(run.config.objective),
+        run.config.logits_chunk_tokens,
+        shapes,
+    )
     if key not in _FOUND:
         _FOUND[key] = _residuals(run, inputs, size)
     return _FOUND[key]
@@ -42,8 +48,8 @@ def _remembered(run: Run, inputs: StepInputs, size: int) -> list[Any]:
 
 def _residuals(run: Run, inputs: StepInputs, size: int) -> list[Any]:
     def kept(trained: Any, frozen: Any, batch: Any) -> Any:
-        loss = lambda t: run.loss(tree.join(t, frozen), batch, jax.random.key(0))  # noqa: E731
-        return jax.vjp(loss, trained, has_aux=True)[1]
+        loss = lambda t: run.loss(tree.join(t, frozen), batch, jax.random.key(0)).total  # noqa: E731
+        return jax.vjp(loss, trained)[1]
 
     program = jax.make_jaxpr(kept)(inputs.state.trained, inputs.frozen, rows(inputs.batch, size)).jaxpr
     given = {id(v) for v in (*program.invars, *program.constvars)}

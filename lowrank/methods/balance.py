@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from lowrank.core import tree, weight
 from lowrank.core.errors import UserError
-from lowrank.core.typing import Batch, Bind, PyTree
+from lowrank.core.typing import BatchInfo, Bind, PyTree
 
 
 def in_balance(kind: type, balance: float) -> Bind:
     """A `bind` that hands weights of `kind` the batch's mask and the loss's strength while training."""
 
-    def bind(params: PyTree, batch: Batch | None, rng: jax.Array | None) -> PyTree:
+    def bind(params: PyTree, batch: BatchInfo | None, rng: jax.Array | None) -> PyTree:
         if rng is None or batch is None or not balance:
             return params
         return mapped(params, kind, lambda name, w: _balanced(w, batch, balance))
@@ -35,13 +35,8 @@ def mapped(params: PyTree, kind: type, fn: Any) -> PyTree:
     return tree.map_named(lambda name, w: fn(name, w) if type(w) is kind else w, params, is_leaf=weight.is_weight)
 
 
-def counted(batch: Batch) -> jax.Array:
-    """The sum of weights that the gradient is divided by: what is added in proportion to it keeps its strength."""
-    return jnp.sum((batch["weights"] if "weights" in batch else batch["valid"]).astype(jnp.float32))
-
-
-def _balanced(w: Any, batch: Batch, balance: float) -> Any:
+def _balanced(w: Any, batch: BatchInfo, balance: float) -> Any:
     stack = w.shape[:-2]
-    mask = (batch["segments"] > 0).astype(jnp.float32)
-    strength = jnp.broadcast_to(balance * counted(batch), stack)
+    mask = (batch.segments > 0).astype(jnp.float32)
+    strength = jnp.broadcast_to(balance * batch.weight, stack)
     return dataclasses.replace(w, mask=jnp.broadcast_to(mask, (*stack, *mask.shape)), strength=strength)

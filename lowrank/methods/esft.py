@@ -74,7 +74,7 @@ def relevance(params: PyTree, context: Context, score: str, batches: int) -> Map
 
     @functools.partial(jax.jit)
     def tallied(params: PyTree, batch: Any) -> dict[str, jax.Array]:
-        mask = (batch["segments"] > 0).astype(jnp.float32)
+        mask = (context.batch_info(batch).segments > 0).astype(jnp.float32)
 
         def loss(tallies: dict[str, jax.Array]) -> jax.Array:
             def probed(name: str, w: Any) -> Any:
@@ -83,7 +83,7 @@ def relevance(params: PyTree, context: Context, score: str, batches: int) -> Map
                 seen = jnp.broadcast_to(mask, (w.shape[0], *mask.shape))
                 return selected_experts.ExpertUsageProbe(base=w, tally=tallies[name], mask=seen, score=score, **options)
 
-            return context.loss(tree.map_named(probed, params, is_leaf=weight.is_weight), batch)[0]
+            return context.loss(tree.map_named(probed, params, is_leaf=weight.is_weight), batch).total
 
         zeros = {name: jnp.zeros((w.shape[0], w.shape[-1]), jnp.float32) for name, w in routers.items()}
         return jax.grad(loss)(zeros)

@@ -28,10 +28,8 @@ class FeatureCache:
     def __init__(self, network: Any, frozen: PyTree) -> None:
         """`frozen` has None where a leaf is trained.
 
-        Raises UserError for a model that is no classifier, a trained backbone, and a run of several processes.
+        Raises UserError for a trained backbone, and for a run of several processes.
         """
-        if not network.config.num_labels:
-            raise UserError("method features caches what a classifier's head reads: it needs objective=classification")
         if jax.process_count() > 1:
             raise UserError("method features runs in one process: its cache is in one host's memory")
         for name, leaf in tree.named_leaves(frozen, lambda x: x is None):

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from lowrank.core import weight
-from lowrank.core.typing import Batch, Bind, PyTree, Sums
+from lowrank.core.typing import Batch, BatchInfo, Bind, PyTree, Sums
 from lowrank.methods import targets
 
 SHARED = "shared"  # the root of the leaves that belong to no single weight
@@ -21,7 +21,8 @@ class Context:
     key: jax.Array
     tokenizer: Any
     batches: Callable[[int], Sequence[Batch]]  # n -> the first n training batches; training still starts at the first
-    loss: Callable[[PyTree, Batch], Sums]
+    loss: Callable[[PyTree, Batch], Sums]  # (params, batch) -> sums
+    batch_info: Callable[[Batch], BatchInfo]  # the part of a batch that methods may read
     mask: PyTree  # bools over the adapted parameters: the trained leaves
     model: Any = None  # the model's config
 

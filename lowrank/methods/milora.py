@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from lowrank.core import tree, weight
 from lowrank.core.errors import UserError
-from lowrank.core.typing import Batch, PyTree
+from lowrank.core.typing import BatchInfo, PyTree
 from lowrank.methods import targets
-from lowrank.methods.balance import check_share, counted, mapped
+from lowrank.methods.balance import check_share, mapped
 from lowrank.methods.method import SHARED, Method
 from lowrank.weights import lora, mixture
 
@@ -53,14 +53,14 @@ def milora(
             routers[stack] = noise * width**-0.5
         return {"router": routers}
 
-    def bind(params: PyTree, batch: Batch | None, rng: jax.Array | None) -> PyTree:
+    def bind(params: PyTree, batch: BatchInfo | None, rng: jax.Array | None) -> PyTree:
         if batch is None:
             return params
-        seen = {"segments": batch["segments"]}
-        if "weights" in batch:
-            seen["prompt"] = is_prompt(batch["segments"], batch["weights"])
+        seen = {"segments": batch.segments}
+        if batch.answers is not None:
+            seen["prompt"] = is_prompt(batch.segments, batch.answers)
         if rng is not None and balance:
-            seen["strength"] = balance * counted(batch)
+            seen["strength"] = balance * batch.weight
         names = [n for n, w in tree.named_leaves(params, weight.is_weight) if type(w) is mixture.Gated]
         bound, member = dict(params), {}
         for stack, members in _by_stack(names).items():
@@ -87,12 +87,13 @@ def _leaf(params: PyTree, name: str) -> Any:
     return params
 
 
-def is_prompt(segments: jax.Array, weights: jax.Array) -> jax.Array:
-    """`[rows, tokens]` bool: the tokens of a sequence up to the first that was the target of a full weight.
+def is_prompt(segments: jax.Array, answers: jax.Array) -> jax.Array:
+    """`[rows, tokens]` bool: the tokens of a sequence up to the first whose target belongs to an answer.
 
-    `weights[t]` is that of the target of token t, which is token t + 1; so the first token is always of the prompt.
+    `answers[t]` tells whether the target of token t, which is token t + 1, belongs to an answer; so the first token of
+    a sequence always belongs to the prompt.
     """
     same = segments[:, :, None] == segments[:, None, :]
     before = jnp.tril(jnp.ones(same.shape[1:], bool), -1)[None] & same
-    answered = jnp.any(before & (weights >= 1)[:, None, :], axis=-1)
+    answered = jnp.any(before & answers[:, None, :], axis=-1)
     return ~answered & (segments > 0)

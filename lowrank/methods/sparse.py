@@ -75,8 +75,8 @@ def _choose(params: PyTree, context: Context, score: Callable[..., Kernels]) -> 
     def gradient(kernels: Kernels, params: PyTree, batch: Mapping[str, jax.Array]) -> Kernels:
         def loss(kernels: Kernels) -> jax.Array:
             dense = tree.map_named(lambda n, w: kernels.get(n, w), params, is_leaf=weight.is_weight)
-            total, size = context.loss(dense, batch)
-            return total / jnp.maximum(size, 1e-8)
+            sums = context.loss(dense, batch)
+            return sums.total / jnp.maximum(sums.weight, 1e-8)
 
         return jax.grad(loss)(kernels)
 

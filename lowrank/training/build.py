@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from lowrank import data, methods, models, pretrained
 from lowrank.core import config_schema, parameter_summary, sharding
 from lowrank.core.errors import UserError
-from lowrank.core.typing import PyTree
+from lowrank.core.typing import PyTree, Tokenizer
 from lowrank.evaluation.evaluator import EvalConfig, Evaluator
 from lowrank.methods import Method
-from lowrank.objectives import losses
+from lowrank.objectives import Objective, build_objective
 from lowrank.training import optimizer
 from lowrank.training.config import CheckpointConfig, Group, ModelConfig, RunConfig
 from lowrank.training.offload import HOST, has_host
@@ -32,9 +32,9 @@ def build_run(config: Group, devices: Sequence[Any] | None = None, like: Run | N
     describe = functools.partial(pretrained.describe, groups.model.name, **_how_to_read(groups.model))
     shape, tokenizer, base = describe(groups.options)
     _check_model(groups, shape)
-    loader = like.loader if like else _loader(groups.data, tokenizer, shape)
-    if loader.labels:
-        groups.options["num_labels"] = len(loader.labels)
+    loader = like.loader if like else _loader(groups, tokenizer, shape)
+    if options := groups.objective.model_options(loader.labels):
+        groups.options.update(options)
         shape, _, base = describe(groups.options)
     plan = _plan(groups, shape, base, tokenizer, loader)
     plan.optimizer()
@@ -46,6 +46,7 @@ class _Groups:
     """A config's groups, each as what it becomes; `options` are the model config's own, the method's among them."""
 
     top: RunConfig
+    objective: Objective
     method: Method
     optim: OptimConfig
     checkpoint: CheckpointConfig
@@ -58,13 +59,13 @@ class _Groups:
 
 def _groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
     top = config_schema.call_with_group(RunConfig, config, "config")
-    losses.objective(top.objective)
-    method = methods.build_method(top.method)
-    asked = {"objective": top.objective} | ({"holdout": method.hooks.holdout} if method.hooks.holdout else {})
+    objective, method = build_objective(top.objective), methods.build_method(top.method)
+    asked = {"holdout": method.hooks.holdout} if method.hooks.holdout else {}
     make_mesh = sharding.make_mesh if devices is None else functools.partial(sharding.make_mesh_of_devices, devices)
     own, others = _parted(top.model, {f.name for f in dataclasses.fields(ModelConfig)})
     groups = _Groups(
         top=top,
+        objective=objective,
         method=method,
         optim=config_schema.call_with_group(OptimConfig, top.optim, "optim"),
         checkpoint=config_schema.call_with_group(CheckpointConfig, top.checkpoint, "checkpoint"),
@@ -98,8 +99,9 @@ def _how_to_read(model: ModelConfig) -> Mapping[str, Any]:
 
 def _check_model(groups: _Groups, shape: Any) -> None:
     """Raises UserError where the model does not fit the objective, or the sequences not into its positions."""
-    if groups.top.objective == "causal_lm" and not isinstance(shape, models.DecoderConfig):
-        raise UserError(f"{groups.model.name} is an encoder: it is fine-tuned with objective=classification")
+    groups.objective.check_model(groups.model.name, shape)
+    if groups.method.hooks.map_batch and not groups.objective.on_features:
+        raise UserError("the method trains on pooled features alone: set objective=classification, or another method")
     if shape.num_virtual_tokens and groups.data.seq_len > shape.max_length - shape.num_virtual_tokens:
         length = f"data.seq_len={groups.data.seq_len}"
         raise UserError(
@@ -107,17 +109,24 @@ def _check_model(groups: _Groups, shape: Any) -> None:
         )
 
 
-def _loader(config: data.DataConfig, tokenizer: Any, shape: Any) -> data.Loader:
-    processes = jax.process_index(), jax.process_count()
-    return data.make_loader(config, tokenizer, *processes, shape.max_length - shape.num_virtual_tokens)
+def _loader(groups: _Groups, tokenizer: Tokenizer, shape: Any) -> data.Loader:
+    return data.make_loader(
+        groups.data,
+        tokenizer,
+        jax.process_index(),
+        jax.process_count(),
+        shape.max_length - shape.num_virtual_tokens,
+        groups.objective.row_format,
+    )
 
 
-def _plan(groups: _Groups, shape: Any, base: PyTree, tokenizer: Any, loader: data.Loader) -> Run:
-    shapes, mask, table = _split(groups.method, base, bool(loader.labels))
+def _plan(groups: _Groups, shape: Any, base: PyTree, tokenizer: Tokenizer, loader: data.Loader) -> Run:
+    shapes, mask, table = _split(groups.method, groups.objective, base)
     sharding.parameter_shardings(shapes, groups.mesh)
     notes = _notes(groups.optim, shape, groups.mesh)
     return Run(
         config=groups.top,
+        objective=groups.objective,
         method=groups.method,
         model=groups.model,
         options=groups.options,
@@ -129,7 +138,7 @@ def _plan(groups: _Groups, shape: Any, base: PyTree, tokenizer: Any, loader: dat
         shapes=shapes,
         mask=mask,
         table="\n".join([table, *notes]),
-        tokens_per_step=_tokens_per_step(groups.data, loader),
+        tokens_per_step=_tokens_per_step(groups.data, groups.objective, loader),
         tokenizer=tokenizer,
         notes=notes,
     )
@@ -140,13 +149,20 @@ def _scorer(groups: _Groups, plan: Run) -> Evaluator | None:
         return None
     used = models.build_model(models.inference_config(plan.network.config))
     return Evaluator(
-        groups.eval, groups.data, plan.tokenizer, used, plan.method.bind, plan.mesh, plan.logits_chunk_tokens
+        groups.eval,
+        groups.objective,
+        groups.data,
+        plan.tokenizer,
+        used,
+        plan.method.bind,
+        plan.mesh,
+        plan.logits_chunk_tokens,
     )
 
 
-def _split(method: Method, base: PyTree, labelled: bool) -> tuple[PyTree, PyTree, str]:
-    """`(shapes, mask, table)` of the adapted parameters; a classifier's head is new, so it is always trained."""
-    method = dataclasses.replace(method, trainable=(*method.trainable, *(("head/.*",) if labelled else ())))
+def _split(method: Method, objective: Objective, base: PyTree) -> tuple[PyTree, PyTree, str]:
+    """`(shapes, mask, table)` of the adapted parameters; the objective's own leaves are trained with every method."""
+    method = dataclasses.replace(method, trainable=(*method.trainable, *objective.trainable))
     shapes = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), base)
     mask = methods.trainable_mask(method, shapes)
     if not any(jax.tree.leaves(mask)):
@@ -171,8 +187,7 @@ def _offloading(shape: Any, mesh: Mesh) -> Any:
     return dataclasses.replace(shape, remat="names", remat_names=shape.remat_names or ("input",))
 
 
-def _tokens_per_step(config: data.DataConfig, loader: data.Loader) -> float:
-    """Real tokens a step of all hosts: rows that are packed are nearly full, others are as long as their sequence."""
+def _tokens_per_step(config: data.DataConfig, objective: Objective, loader: data.Loader) -> float:
+    """Real tokens per step of all hosts: packed rows are nearly full, others are as long as their sequence."""
     mean = loader.stats["tokens"] / max(1, loader.stats["sequences"])
-    packed = config.packing and not loader.labels
-    return config.batch_size * (config.seq_len if packed else mean)
+    return config.batch_size * (config.seq_len if objective.row_format.packs(config) else mean)

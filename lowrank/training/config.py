@@ -18,12 +18,12 @@ class RunConfig:
     steps: int
     model: Group  # name, param_dtype, and options of the model's config: dtype, remat, ...
     method: Group  # name, and the keywords of that function in `methods`
-    data: Group  # data.DataConfig; the objective is this level's
+    data: Group  # data.DataConfig
     optim: Group = dataclasses.field(default_factory=dict)  # optim.OptimConfig
-    eval: Group = dataclasses.field(default_factory=dict)  # scoring.EvalConfig
+    eval: Group = dataclasses.field(default_factory=dict)  # evaluation.EvalConfig
     mesh: Group = dataclasses.field(default_factory=dict)  # sharding.make_mesh
     checkpoint: Group = dataclasses.field(default_factory=dict)  # checkpoint.Checkpointer
-    objective: str = "causal_lm"  # a key of losses.OBJECTIVES
+    objective: str | Group = "causal_lm"  # a key of objectives.OBJECTIVES, or its name and options
     seed: int = 0
     # The number of tokens per device whose logits exist at a time; 0: all tokens of the batch. Chunks without any
     # weight are left out.

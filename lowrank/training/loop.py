@@ -87,8 +87,10 @@ class Trainer:
         self.base = dataclasses.replace(base, params=None)
         self.optimizer = run.optimizer()
         self.state, self.frozen, self.original = run.start(base.params, self.optimizer)
-        init_map = run.method.hooks.map_batch
-        self.map_batch = init_map(run.network, self.frozen) if init_map else lambda batch: batch
+        self.map_batch = lambda batch: batch
+        if init_map := run.method.hooks.map_batch:
+            self.map_batch = init_map(run.network, self.frozen)
+            self.run = dataclasses.replace(run, objective=run.objective.on_features)
         self.metrics: Mapping[str, jax.Array] | None = None  # of the last step done
         self.compile_seconds = 0.0
         self.best = Best(run.checkpoint)

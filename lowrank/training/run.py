@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 
 from lowrank import data, methods, pretrained
 from lowrank.core import sharding, tree, weight
-from lowrank.core.typing import PyTree, Sums
+from lowrank.core.typing import Batch, PyTree, Sums
 from lowrank.evaluation.evaluator import Evaluator
 from lowrank.methods import Method
-from lowrank.objectives import losses
+from lowrank.objectives import Objective
 from lowrank.training import optimizer as optim
 from lowrank.training import random_streams, step
 from lowrank.training.config import CheckpointConfig, ModelConfig, RunConfig
@@ -31,6 +31,7 @@ class Run:
     """A checked run. `shapes` and `mask` are the adapted parameters: their shapes, and which of them are trained."""
 
     config: RunConfig
+    objective: Objective
     method: Method
     model: ModelConfig
     options: dict[str, Any]  # of the model's config, the method's among them
@@ -97,7 +98,15 @@ class Run:
             return params
         key = random_streams.calibrate_key(self.config.seed)
         loss = functools.partial(self.loss, rng=None)
-        context = methods.Context(key, self.tokenizer, self._first_batches, loss, self.mask, self.network.config)
+        context = methods.Context(
+            key,
+            self.tokenizer,
+            self._first_batches,
+            loss,
+            self.objective.batch_info,
+            self.mask,
+            self.network.config,
+        )
         return jax.device_put(calibrate(params, context), sharding.parameter_shardings(self.shapes, self.mesh))
 
     def restarts_at(self, done: int) -> bool:
@@ -133,7 +142,7 @@ class Run:
         names = enumerate(tree.leaf_names(self.shapes))
         return frozenset(name for i, name in names if origins[i] != i and not learns[i])
 
-    def _first_batches(self, n: int) -> list[losses.Batch]:
+    def _first_batches(self, n: int) -> list[Batch]:
         start = self.loader.get_state()
         batches = [sharding.make_global_batch(batch, self.mesh) for batch in itertools.islice(self.loader, n)]
         self.loader.set_state(start)
@@ -145,17 +154,17 @@ class Run:
         wrap = self.method.hooks.optimizer
         return wrap(plain, self.config.steps) if wrap else plain
 
-    def loss(self, params: PyTree, batch: losses.Batch, rng: jax.Array | None) -> Sums:
-        """`(sum of weighted losses, sum of weights)`.
+    def loss(self, params: PyTree, batch: Batch, rng: jax.Array | None) -> Sums:
+        """The objective's sums over a batch, with the method's `bind` applied to the parameters.
 
         A method's penalty adds its gradient in proportion to the weights, and nothing to the sum: losses compare.
         """
-        params = self.method.bind(params, batch, rng) if self.method.bind else params
-        total, weight = losses.objective(self.config.objective)(self.network, params, batch, self.logits_chunk_tokens)
+        params = self.method.bind(params, self.objective.batch_info(batch), rng) if self.method.bind else params
+        sums = self.objective.loss(self.network, params, batch, self.logits_chunk_tokens)
         if self.method.hooks.regularizer:
             added = self.method.hooks.regularizer(params)
-            total += weight * (added - jax.lax.stop_gradient(added))
-        return total, weight
+            return sums._replace(total=sums.total + sums.weight * (added - jax.lax.stop_gradient(added)))
+        return sums
 
     def step(self, optimizer: optax.GradientTransformation) -> Any:
         """The training step, ready for `step.compile`."""

@@ -14,10 +14,10 @@ import optax
 from jax.sharding import Mesh
 
 from lowrank.core import sharding, tree
-from lowrank.core.typing import PyTree
+from lowrank.core.typing import Batch, PyTree, Sums
 from lowrank.training import offload, random_streams
 
-Loss = Callable[[PyTree, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
+Loss = Callable[[PyTree, Batch, jax.Array], Sums]  # (params, batch, rng) -> sums
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +59,8 @@ def make_step(
     """`step(state, frozen, batch, lr) -> (state, metrics)`, to be compiled by `compile`.
 
     `loss(params, batch, rng)` gives a sum and its weight. The gradient is that of sum / weight over the whole
-    batch, however many microbatches it is cut into. Metrics: loss, grad_norm (before the clip), lr, weight.
+    batch, however many microbatches it is cut into. Metrics: loss, grad_norm (before the clip), lr, weight, and the
+    means of the loss's named sums.
     The optimizer is given `lr`, and `gradient_at`, the batch's gradient at other leaves, if it takes extra arguments.
     """
 
@@ -68,14 +69,15 @@ def make_step(
     ) -> tuple[State, dict[str, jax.Array]]:
         rng = random_streams.step_key(seed, state.step)
 
-        def sums(trained: PyTree, part: Mapping[str, jax.Array], index: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return loss(tree.join(trained, frozen), part, jax.random.fold_in(rng, index))
+        def sums_of(trained: PyTree, part: Batch, index: jax.Array) -> tuple[jax.Array, Sums]:
+            sums = loss(tree.join(trained, frozen), part, jax.random.fold_in(rng, index))
+            return sums.total, sums
 
-        def gradient_at(trained: PyTree) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
-            (total, weight), gradient = _accumulated(sums, trained, batch, accumulate)
-            return (total, weight), jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), gradient)
+        def gradient_at(trained: PyTree) -> tuple[Sums, PyTree]:
+            (_, sums), gradient = _accumulated(sums_of, trained, batch, accumulate)
+            return sums, jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1e-8), gradient)
 
-        (total, weight), gradient = gradient_at(state.trained)
+        sums, gradient = gradient_at(state.trained)
 
         def update(gradient: PyTree, moments: PyTree, trained: PyTree) -> tuple[PyTree, PyTree]:
             extra = {"lr": lr, "gradient_at": lambda trained: gradient_at(trained)[1]}
@@ -84,10 +86,11 @@ def make_step(
 
         trained, moments = offload.stream_state(update, optimizer, gradient, state.optimizer, state.trained)
         metrics = {
-            "loss": total / jnp.maximum(weight, 1e-8),
+            "loss": _mean(sums.total, sums.weight),
             "grad_norm": optax.tree.norm(gradient),
             "lr": lr,
-            "weight": weight,
+            "weight": sums.weight,
+            **{name: _mean(*named) for name, named in sums.metrics.items()},
         }
         return State(state.step + 1, trained, moments), metrics
 
@@ -107,9 +110,13 @@ def compile_step(step: Callable, state: State, frozen: PyTree, batch: Mapping[st
         return program.lower(state, frozen, batch, lr).compile()
 
 
-def _accumulated(sums: Callable, trained: PyTree, batch: Mapping[str, jax.Array], n: int) -> tuple[Any, PyTree]:
-    """`((sum, weight), gradient of the sum)` over `n` microbatches, added up in float32."""
-    gradient = jax.value_and_grad(sums, has_aux=True)
+def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
+    return total / jnp.maximum(weight, 1e-8)
+
+
+def _accumulated(sums_of: Callable, trained: PyTree, batch: Batch, n: int) -> tuple[Any, PyTree]:
+    """`((total, sums), gradient of the total)` over `n` microbatches, added up in float32."""
+    gradient = jax.value_and_grad(sums_of, has_aux=True)
     if n == 1:
         return gradient(trained, batch, jnp.int32(0))
 
@@ -117,7 +124,8 @@ def _accumulated(sums: Callable, trained: PyTree, batch: Mapping[str, jax.Array]
         value = gradient(trained, *part)
         return jax.tree.map(lambda c, v: c + v.astype(c.dtype), carry, value), None
 
-    # Microbatch i takes the rows i, i + n, ...: each device keeps the rows it has.
+    # Microbatch i takes the rows i, i + n, ...: each device keeps the rows it has. A row of several sequences is whole.
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0), dict(batch))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), ((jnp.float32(0), jnp.float32(0)), trained))
+    shapes = jax.eval_shape(gradient, trained, jax.tree.map(lambda x: x[0], parts), jnp.int32(0))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     return jax.lax.scan(add, zeros, (parts, jnp.arange(n)))[0]

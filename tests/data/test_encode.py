@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from lowrank.core.errors import UserError
-from lowrank.data.encode import Labelled, Language, fit, shorten
+from lowrank.data.encode import fit, shorten
+from lowrank.data.labeled import LabeledEncoder
+from lowrank.data.language import LanguageEncoder
 from lowrank.data.render import Chat, Plain
 from lowrank.data.templates import TEMPLATES
 
@@ -13,7 +15,7 @@ NEWS = {"text": ARTICLE, "title": "Shares rose on Monday", "label": "b"}
 
 
 def language(tokenizer, name="headline", length=64, prompt_weight=0.1):
-    return Language(Plain(TEMPLATES[name]), tokenizer, length, prompt_weight)
+    return LanguageEncoder(Plain(TEMPLATES[name]), tokenizer, length, prompt_weight)
 
 
 def short(text="A short text.", title="Title"):
@@ -94,14 +96,14 @@ def test_a_document_is_cut_into_pieces_that_predict_each_token_once(tokenizer):
 
 
 def test_a_conversation_learns_its_answers_and_gets_no_second_end(tokenizer):
-    encode = Language(Chat(tokenizer, TEMPLATES["chat"]), tokenizer, 64, 0.0)
+    encode = LanguageEncoder(Chat(tokenizer, TEMPLATES["chat"]), tokenizer, 64, 0.0)
     (sequence,), _ = encode({"prompt": "Why?", "completion": " Because."}, "r")
     assert sequence["targets"][sequence["weights"] == 1].tolist() == tokenizer.encode("Because.<|im_end|>\n")
     assert tokenizer.eos_id not in sequence["targets"]
 
 
 def test_a_long_prompt_in_a_conversation_is_cut_inside_its_turn(tokenizer):
-    encode = Language(Chat(tokenizer, TEMPLATES["chat"]), tokenizer, 64, 0.0)
+    encode = LanguageEncoder(Chat(tokenizer, TEMPLATES["chat"]), tokenizer, 64, 0.0)
     (sequence,), cut = encode({"prompt": ARTICLE, "completion": "Because."}, "r")
     text = tokenizer._bpe.decode(sequence["tokens"].tolist(), skip_special_tokens=False)
     assert cut
@@ -124,7 +126,7 @@ def test_the_prompt_for_generation_is_the_training_prompt_when_nothing_is_cut(to
 
 
 def labelled(tokenizer, length=32):
-    return Labelled(Plain(TEMPLATES["text"]), tokenizer, length, "label", ("a", "b"))
+    return LabeledEncoder(Plain(TEMPLATES["text"]), tokenizer, length, "label", ("a", "b"))
 
 
 def test_a_classified_text_has_its_special_tokens_even_when_cut(tokenizer):

@@ -4,7 +4,7 @@ import grain
 import numpy as np
 import pytest
 
-from lowrank.data import packing
+from lowrank.data import LABELED, LANGUAGE, packing
 
 T, PAD = 16, 99
 
@@ -22,7 +22,7 @@ def sequences():
 
 def packed(sequences, rows=4):
     read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return list(packing.pack(grain.MapDataset.source(sequences).to_iter_dataset(read), T, rows, PAD))
+    return list(packing.pack(grain.MapDataset.source(sequences).to_iter_dataset(read), LANGUAGE.arrays, T, rows, PAD))
 
 
 def segments_of(rows):
@@ -67,7 +67,7 @@ def test_packing_fills_rows_well(sequences):
 
 
 def test_a_padded_row_holds_one_sequence():
-    row = packing.pad(sequence(5, 6), T, PAD)
+    row = packing.pad(sequence(5, 6), LANGUAGE.arrays, T, PAD)
     assert row["tokens"].tolist() == [5, 6, 7, 8, 9, 10] + [PAD] * 10
     assert row["segments"].tolist() == [1] * 6 + [0] * 10
     assert row["positions"].tolist() == [0, 1, 2, 3, 4, 5] + [0] * 10
@@ -77,10 +77,20 @@ def test_a_padded_row_holds_one_sequence():
     }
 
 
+def test_the_members_of_a_row_stay_together_and_are_padded_apart():
+    row = packing.pad((sequence(5, 6), sequence(20, 4)), LANGUAGE.arrays, T, PAD)
+    for i, member in enumerate((sequence(5, 6), sequence(20, 4))):
+        alone = packing.pad(member, LANGUAGE.arrays, T, PAD)
+        for name in alone:
+            np.testing.assert_array_equal(row[name][i], alone[name])
+            assert row[name].dtype == alone[name].dtype
+
+
 def batches(count, size, **row):
+    arrays = {name: spec for name, spec in (LANGUAGE.arrays | LABELED.arrays).items() if name in row}
     read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     rows = grain.MapDataset.range(count).map(lambda i: {"tokens": np.full(3, i, np.int32), **row})
-    return list(packing.batch(rows.to_iter_dataset(read), size))
+    return list(packing.batch(rows.to_iter_dataset(read), arrays, size))
 
 
 def test_the_last_batch_is_filled_up_with_rows_without_weight():
@@ -89,6 +99,11 @@ def test_the_last_batch_is_filled_up_with_rows_without_weight():
     assert last["tokens"][:, 0].tolist() == [4, 5, 5, 5]
     assert last["weights"].sum(axis=1).tolist() == [1.5, 1.5, 0, 0]
     assert last["weights"].dtype == np.float32
+
+
+def test_rows_of_several_sequences_are_filled_up_alike():
+    _, last = batches(6, 4, weights=np.full((2, 3), 0.5, np.float32))
+    assert last["weights"].sum(axis=(1, 2)).tolist() == [3, 3, 0, 0]
 
 
 def test_the_last_batch_is_filled_up_with_rows_of_no_label():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lowrank.core.errors import UserError
-from lowrank.data import DataConfig, encoded, examples, make_loader
+from lowrank.data import LABELED, LANGUAGE, DataConfig, examples, make_loader, read_examples
 from lowrank.data.jsonl import Jsonl
 
 N = 90
@@ -51,21 +51,25 @@ KINDS = {
     "without a thread": {"prefetch": 0},
     "documents": {"template": "{prompt}", "seq_len": 12},
     "held out": {"holdout": 0.2},
-    "labelled": {"objective": "classification", "template": "{prompt}"},
+    "labeled": {"template": "{prompt}"},
 }
+
+
+def loader_of(kind, config, tokenizer, *hosts):
+    row_format = LABELED if kind == "labeled" else LANGUAGE
+    return make_loader(replace(config, **KINDS[kind]), tokenizer, *hosts, row_format=row_format)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("before", [0, 1, 5])
 def test_a_saved_state_continues_exactly(config, tokenizer, kind, before):
-    config = replace(config, **KINDS[kind])
-    loader = make_loader(config, tokenizer)
+    loader = loader_of(kind, config, tokenizer)
     take(loader, before)
     state = json.loads(json.dumps(loader.get_state()))
     expected = take(loader, 20)
     loader.set_state(state)
     assert_same(take(loader, 20), expected)
-    fresh = make_loader(config, tokenizer)
+    fresh = loader_of(kind, config, tokenizer)
     fresh.set_state(state)
     assert_same(take(fresh, 20), expected)
 
@@ -82,9 +86,8 @@ def test_reading_the_state_changes_nothing(config, tokenizer):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_the_hosts_rows_make_up_the_one_global_batch(config, tokenizer, kind, hosts):
-    config = replace(config, **KINDS[kind])
-    whole = take(make_loader(config, tokenizer), 6)
-    parts = [take(make_loader(config, tokenizer, i, hosts), 6) for i in range(hosts)]
+    whole = take(loader_of(kind, config, tokenizer), 6)
+    parts = [take(loader_of(kind, config, tokenizer, i, hosts), 6) for i in range(hosts)]
     joined = [{name: np.concatenate([b[name] for b in rows]) for name in rows[0]} for rows in zip(*parts, strict=True)]
     assert_same(joined, whole)
 
@@ -151,8 +154,8 @@ def test_one_epoch_for_evaluation_counts_every_target_once(config, tokenizer, pa
 
 
 def test_a_classification_epoch_has_each_label_as_often_as_the_records(config, tokenizer):
-    config = replace(config, objective="classification", template="{prompt}", epochs=1, batch_size=8)
-    loader = make_loader(config, tokenizer)
+    config = replace(config, template="{prompt}", epochs=1, batch_size=8)
+    loader = make_loader(config, tokenizer, row_format=LABELED)
     batches = list(loader)
     labels = np.concatenate([b["labels"][b["valid"] == 1] for b in batches])
     assert loader.labels == ("0", "1", "2")
@@ -162,8 +165,8 @@ def test_a_classification_epoch_has_each_label_as_often_as_the_records(config, t
 
 
 def test_labels_can_be_given_so_that_two_files_agree(config, tokenizer):
-    config = replace(config, objective="classification", template="{prompt}", labels=("2", "1", "0"), shuffle=False)
-    loader = make_loader(config, tokenizer)
+    config = replace(config, template="{prompt}", labels=("2", "1", "0"), shuffle=False)
+    loader = make_loader(config, tokenizer, row_format=LABELED)
     assert loader.labels == ("2", "1", "0")
     assert next(loader)["labels"].tolist() == [2, 1, 0, 2]
 
@@ -179,8 +182,8 @@ def test_the_statistics_count_examples_sequences_tokens_and_cuts(config, tokeniz
 
 def test_a_dataset_too_large_to_keep_gives_the_same_batches(config, tokenizer, monkeypatch):
     expected = take(make_loader(config, tokenizer), 10)
-    monkeypatch.setattr(encoded, "KEPT", 10)
-    monkeypatch.setattr(encoded, "MEASURED", 5)
+    monkeypatch.setattr(examples, "KEPT", 10)
+    monkeypatch.setattr(examples, "MEASURED", 5)
     loader = make_loader(config, tokenizer)
     assert (loader.stats["examples"], loader.stats["measured"]) == (N, 5)
     assert_same(take(loader, 10), expected)
@@ -196,8 +199,8 @@ def test_a_dataset_too_large_to_keep_gives_the_same_batches(config, tokenizer, m
 def test_a_bad_record_is_named_before_training_in_a_file_of_any_size(
     config, tokenizer, write, monkeypatch, record, message
 ):
-    monkeypatch.setattr(encoded, "KEPT", 1)
-    monkeypatch.setattr(encoded, "MEASURED", 1)
+    monkeypatch.setattr(examples, "KEPT", 1)
+    monkeypatch.setattr(examples, "MEASURED", 1)
     with pytest.raises(UserError, match=message):
         make_loader(replace(config, source=write([*PAIRS, record], "bad.jsonl")), tokenizer)
 
@@ -206,8 +209,8 @@ def test_an_empty_completion_is_named_before_training_among_records_that_have_ev
     config, tokenizer, write, monkeypatch
 ):
     monkeypatch.setattr(Jsonl, "typed", True)
-    monkeypatch.setattr(encoded, "KEPT", 1)
-    monkeypatch.setattr(encoded, "MEASURED", 1)
+    monkeypatch.setattr(examples, "KEPT", 1)
+    monkeypatch.setattr(examples, "MEASURED", 1)
     with pytest.raises(UserError, match=r"bad\.jsonl:91: empty completion"):
         make_loader(replace(config, source=write([*PAIRS, {"prompt": "x", "completion": ""}], "bad.jsonl")), tokenizer)
 
@@ -215,8 +218,8 @@ def test_an_empty_completion_is_named_before_training_among_records_that_have_ev
 def test_an_answer_too_long_that_is_met_while_training_is_named_through_the_thread(
     config, tokenizer, write, monkeypatch
 ):
-    monkeypatch.setattr(encoded, "KEPT", 1)
-    monkeypatch.setattr(encoded, "MEASURED", 1)
+    monkeypatch.setattr(examples, "KEPT", 1)
+    monkeypatch.setattr(examples, "MEASURED", 1)
     long = {"prompt": "x", "completion": "long " * 200}
     loader = make_loader(replace(config, source=write([*PAIRS, long], "bad.jsonl")), tokenizer)
     with pytest.raises(UserError, match=r"bad\.jsonl:91: \d+ tokens without the text that may be cut"):
@@ -226,11 +229,11 @@ def test_an_answer_too_long_that_is_met_while_training_is_named_through_the_thre
 def test_only_the_first_examples_are_read_when_so_many_are_asked_for(config, tokenizer):
     loader = make_loader(replace(config, max_examples=7), tokenizer)
     assert loader.stats["examples"] == 7
-    assert len(examples(replace(config, max_examples=7), tokenizer)) == 7
+    assert len(read_examples(replace(config, max_examples=7), tokenizer)) == 7
 
 
 def test_examples_for_generation_keep_room_and_the_whole_answer(config, tokenizer):
-    found = examples(config, tokenizer, reserve=20)
+    found = read_examples(config, tokenizer, reserve=20)
     assert [e["completion"] for e in found] == [r["completion"].strip() for r in PAIRS]
     assert all(e["prompt_ids"] == tokenizer.encode(e["prompt"]) for e in found)
     assert max(len(e["prompt_ids"]) for e in found) <= 28
@@ -240,7 +243,7 @@ def test_examples_for_generation_keep_room_and_the_whole_answer(config, tokenize
 
 
 def test_examples_for_classification_have_the_text_and_the_index_of_the_label(config, tokenizer):
-    found = examples(replace(config, objective="classification", template="{prompt}"), tokenizer)
+    found = read_examples(replace(config, template="{prompt}"), tokenizer, row_format=LABELED)
     assert found[4] == {"text": PAIRS[4]["prompt"], "label": 1}
 
 
@@ -254,7 +257,6 @@ def test_conversations_are_learned_through_the_chat_template(config, tokenizer, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "causal"}, r"unknown objective 'causal' \(did you mean 'causal_lm'\?\)"),
         ({"seq_len": 1}, r"data\.seq_len=1 is below 2"),
         ({"batch_size": 0}, r"data\.batch_size=0 is below 1"),
         ({"prompt_loss_weight": 1.5}, r"data\.prompt_loss_weight=1\.5 is not in \[0, 1\]"),
@@ -277,13 +279,17 @@ def test_settings_out_of_range_are_refused(changes, message):
         ({"batch_size": 6}, r"data\.batch_size=6 is not divisible by 4 hosts"),
         ({"seq_len": 65}, r"data\.seq_len=65 exceeds the model's 64 positions"),
         ({"seq_len": 3}, r"records\.jsonl:\d+: \d+ tokens without the text that may be cut; at most 4 fit"),
-        ({"objective": "classification", "template": "{prompt}", "label_field": "lable"}, "'lable' holds no labels"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(config, tokenizer, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         make_loader(replace(config, **changes), tokenizer, 0, 4, max_positions=64)
     assert "\n" not in str(caught.value)
+
+
+def test_a_field_without_labels_is_refused_before_training(config, tokenizer):
+    with pytest.raises(UserError, match="'lable' holds no labels"):
+        make_loader(replace(config, template="{prompt}", label_field="lable"), tokenizer, row_format=LABELED)
 
 
 def test_a_chat_needs_a_tokenizer_with_a_chat_template(config, plain_tokenizer):

@@ -14,6 +14,7 @@ from lowrank import methods
 from lowrank.adapters import adapter_files, load
 from lowrank.core import tree
 from lowrank.core.errors import UserError
+from lowrank.core.typing import BatchInfo, Sums
 from lowrank.core.weight import Weight, dot, form, frozen, grouped, materialize
 from lowrank.methods.esft import relevance, select
 from lowrank.models import DecoderConfig
@@ -123,10 +124,15 @@ def test_relevance_is_the_mean_gate_or_the_share_of_choices_over_real_tokens(sco
 
     def loss(params, batch):
         logits = model.apply({"params": params}, batch["tokens"], segments=batch["segments"])
-        return jnp.sum(logits), jnp.float32(1)
+        return Sums(jnp.sum(logits), jnp.float32(1))
 
     batch = {"tokens": jnp.asarray(ids), "segments": jnp.asarray(segments)}
-    context = types.SimpleNamespace(model=model.config, loss=loss, batches=lambda n: [batch] * n)
+    context = types.SimpleNamespace(
+        model=model.config,
+        loss=loss,
+        batches=lambda n: [batch] * n,
+        batch_info=lambda batch: BatchInfo(batch["segments"]),
+    )
     found = relevance(params, context, score, 2)["layers"]
     probs = softmax(logits)
     kept = probs >= np.sort(probs, axis=-1)[..., -2:-1]

@@ -14,8 +14,9 @@ from lowrank import methods
 from lowrank.adapters import nearest_tokens
 from lowrank.core import tree
 from lowrank.core.errors import UserError
-from lowrank.evaluation import scores as evaluate
+from lowrank.evaluation import evaluate
 from lowrank.models import build_model
+from lowrank.objectives import causal_lm
 from lowrank.training import build as plan
 from lowrank.training import loop
 from tests.support.close import assert_close
@@ -53,8 +54,12 @@ def test_an_adapter_holds_what_the_mlp_makes_and_not_the_mlp(files, tmp_path, mo
     method = methods.build_method({"name": "mam", "length": 4, "width": 4, "reparam": True})
     assert method.bind(loaded.params, None, None) is loaded.params
     batch = {n: np.ones((1, 4), np.int32) for n in ("tokens", "targets", "positions", "segments")}
-    scores = evaluate.perplexity(
-        build_model(loaded.config), loaded.params, [{**batch, "weights": np.ones((1, 4), np.float32)}], bind=method.bind
+    scores = evaluate(
+        causal_lm(),
+        build_model(loaded.config),
+        loaded.params,
+        [{**batch, "weights": np.ones((1, 4), np.float32)}],
+        bind=method.bind,
     )
     assert scores["tokens"] == 4
 

@@ -12,10 +12,11 @@ from lowrank import methods
 from lowrank.adapters import load
 from lowrank.core import tree, weight
 from lowrank.core.errors import UserError
+from lowrank.core.typing import Sums
 from lowrank.core.weight import materialize
 from lowrank.methods.features import FeatureCache
 from lowrank.methods.sparse import SEEING
-from lowrank.training import loop
+from lowrank.training import build, loop
 from lowrank.training.log import read_metrics
 from tests.support import tiny_checkpoint as tiny
 from tests.support.close import assert_close
@@ -35,7 +36,7 @@ def regression():
 
 def squares(params, batch):
     error = batch["x"] @ materialize(params["attn"]["q"]["kernel"]) - batch["y"]
-    return jnp.sum(error**2), jnp.float32(len(error))
+    return Sums(jnp.sum(error**2), jnp.float32(len(error)))
 
 
 def expected(choose, w, batches):
@@ -170,7 +171,7 @@ def test_cached_features_train_the_head_as_the_whole_model_does(files, tmp_path)
 
 
 def test_features_are_computed_once_an_example():
-    network = types.SimpleNamespace(config=types.SimpleNamespace(num_labels=2), calls=0)
+    network = types.SimpleNamespace(calls=0)
 
     def apply(variables, ids, segments, method):
         jax.debug.callback(lambda: setattr(network, "calls", network.calls + 1))
@@ -189,6 +190,8 @@ def test_features_are_computed_once_an_example():
     assert network.calls == 1
     with pytest.raises(UserError, match="it cannot train norm/scale"):
         FeatureCache(network, {"head": {"kernel": None}, "norm": {"scale": None}})
-    network.config.num_labels = 0
+
+
+def test_features_need_an_objective_that_reads_no_more(files):
     with pytest.raises(UserError, match="objective=classification"):
-        FeatureCache(network, None)
+        build.build_run(config_of(files, "method=features"))

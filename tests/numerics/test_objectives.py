@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lowrank.core import sharding
-from lowrank.objectives.losses import OBJECTIVES
+from lowrank.objectives import OBJECTIVES
 from lowrank.training import build, step
 from tests.support.close import assert_close
 from tests.support.tiny_runs import config_of

@@ -9,7 +9,7 @@ import numpy as np
 from lowrank import methods
 from lowrank.core import sharding, tree, weight
 from lowrank.models import DecoderConfig, build_model
-from lowrank.objectives import losses
+from lowrank.objectives.causal_lm import language_loss
 from lowrank.training import optimizer as optim
 from lowrank.training import step
 from lowrank.training.optimizer import OptimConfig
@@ -57,7 +57,7 @@ def compile_on_decoder(method, sizes, rows, **shape):
     state, batch = step.init(trained, optimizer, mesh), decoder_batch(mesh, model.config.vocab_size)
 
     def loss(params, batch, rng):
-        return losses.causal_lm(model, params, batch, rows)
+        return language_loss(model, params, batch, rows)
 
     fn = step.make_step(loss, optimizer, seed=0)
     return step.compile_step(fn, state, frozen, batch), state, frozen, batch

@@ -8,6 +8,7 @@ import numpy as np
 
 from lowrank import methods
 from lowrank.core import sharding, tree, weight
+from lowrank.core.typing import Sums
 from lowrank.training import optimizer as optim
 from lowrank.training import step
 from lowrank.training.optimizer import OptimConfig
@@ -27,7 +28,7 @@ def squared_error(params, batch, rng):
 
     out_BxD = jax.lax.scan(block, batch["x"], params["layers"])[0]
     error_B = jnp.sum((out_BxD - batch["y"]) ** 2, -1)
-    return jnp.sum(error_B * batch["weights"]), jnp.sum(batch["weights"])
+    return Sums(jnp.sum(error_B * batch["weights"]), jnp.sum(batch["weights"]))
 
 
 def stack_params(width=D, layers=L):

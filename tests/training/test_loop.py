@@ -12,7 +12,7 @@ from lowrank.adapters import adapter_files, load
 from lowrank.core import sharding, tree
 from lowrank.core.errors import UserError
 from lowrank.core.weight import is_weight, materialize
-from lowrank.evaluation import scores
+from lowrank.evaluation import evaluator
 from lowrank.training import build, loop
 from lowrank.training.checkpoint import Checkpointer
 from lowrank.training.log import read_metrics
@@ -105,8 +105,8 @@ def start(files):
     """The loss of the base on the first batch."""
     run = build.build_run(config_of(files, mesh__data=1))
     batch = sharding.make_global_batch(next(run.loader), run.mesh)
-    total, weight = jax.jit(functools.partial(run.loss, rng=None))(run.load().params, batch)
-    return float(total / weight)
+    sums = jax.jit(functools.partial(run.loss, rng=None))(run.load().params, batch)
+    return float(sums.total / sums.weight)
 
 
 @pytest.mark.parametrize("name", keep(LM_METHODS, MECHANISMS))
@@ -328,7 +328,7 @@ def test_a_corrupt_checkpoint_file_is_named(files, tmp_path):
 
 def test_scores_hold_as_many_logits_a_device_as_a_step(files, monkeypatch):
     seen = []
-    monkeypatch.setattr(scores, "perplexity", lambda *_, rows, **__: seen.append(rows) or {})
+    monkeypatch.setattr(evaluator, "evaluate", lambda *_, chunk_tokens, **__: seen.append(chunk_tokens) or {})
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     build.build_run(config_of(files, logits_chunk_tokens=3, mesh=mesh, eval={"split": "train"})).scorer.scores({})
     assert seen == [3 * 4]

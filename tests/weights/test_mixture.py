@@ -11,6 +11,7 @@ import pytest
 from lowrank import methods
 from lowrank.core import tree
 from lowrank.core.errors import UserError
+from lowrank.core.typing import BatchInfo
 from lowrank.core.weight import dot, form, merge, with_gates
 from lowrank.generation import generate
 from lowrank.methods.milora import is_prompt
@@ -129,7 +130,7 @@ def test_balance_is_bound_for_training_alone_and_grows_with_the_batchs_weight():
     _, params = decoder("llama")
     method = methods.build_method({"name": "more", "balance": 0.5})
     params = methods.attach(method, params, jax.random.key(0))
-    batch = {"segments": np.int32([[1, 1, 0]]), "weights": np.float32([[0, 1, 0]])}
+    batch = BatchInfo(np.int32([[1, 1, 0]]), weight=np.float32(1))
     assert method.bind(params, batch, None) is params
     w = method.bind(params, batch, jax.random.key(1))["layers"]["attn"]["q"]["kernel"]
     assert w.mask.shape == (2, 1, 3)
@@ -139,8 +140,8 @@ def test_balance_is_bound_for_training_alone_and_grows_with_the_batchs_weight():
 
 def test_the_prompt_ends_at_the_first_answer_of_its_sequence():
     segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0]])
-    weights = np.array([[0.0, 1, 1, 1, 0, 0.0, 1, 0]])
-    found = jax.jit(is_prompt)(segments, weights)
+    answers = np.array([[0, 1, 1, 1, 0, 0, 1, 0]], bool)
+    found = jax.jit(is_prompt)(segments, answers)
     np.testing.assert_array_equal(found, [[True, True, False, False, True, True, True, False]])
 
 
@@ -171,9 +172,7 @@ class Spy(mixture.PromptRouter):
 def test_gates_are_the_top_of_each_layers_router_over_the_prompts_hidden_states():
     model, method, params = prompted()
     ids, segments = tokens(1, 6), np.array([[1, 1, 1, 2, 2, 0]])
-    bound = method.bind(
-        params, {"tokens": ids, "segments": segments, "weights": np.array([[0.0, 1, 1, 1, 1, 0]])}, None
-    )
+    bound = method.bind(params, BatchInfo(segments, answers=np.array([[0, 1, 1, 1, 1, 0]], bool)), None)
     router = bound["layers"]["router"]
     bound["layers"]["router"] = Spy(**{f.name: getattr(router, f.name) for f in dataclasses.fields(router)})
     SEEN.clear()
@@ -193,7 +192,7 @@ def test_gates_are_the_top_of_each_layers_router_over_the_prompts_hidden_states(
 
 def test_each_weight_is_handed_its_own_gate():
     _, method, params = prompted()
-    bound = method.bind(params, {"tokens": tokens(1, 2), "segments": np.ones((1, 2), np.int32)}, None)
+    bound = method.bind(params, BatchInfo(np.ones((1, 2), np.int32)), None)
     layer = with_gates(jax.tree.map(lambda x: np.asarray(x)[0], bound["layers"]), np.array([[[0.0, 0.5, 1.5]]]))
     assert [float(layer["attn"][m]["kernel"].gate.item()) for m in "kqv"] == [0.0, 0.5, 1.5]
 
@@ -218,7 +217,7 @@ def test_generation_routes_once_by_the_prompt_whatever_its_padding():
     found = np.asarray(generate.generate(model, params, padded, segments, max_new=new, bind=method.bind))
     row = np.concatenate([ids, found[:, :-1]], axis=1)
     ones, weights = np.ones_like(row), np.array([[0.0] * 4 + [1.0] * new])
-    bound = method.bind(params, {"tokens": row, "segments": ones, "weights": weights}, None)
+    bound = method.bind(params, BatchInfo(ones, answers=weights >= 1), None)
     logits = run(model, bound, row, segments=ones, method="__call__")
     np.testing.assert_array_equal(np.argmax(logits[:, 4:], axis=-1), found)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lowrank.core.errors import UserError
-from lowrank.objectives import losses
+from lowrank.objectives import build_objective, cross_entropy
 from tests.support.close import assert_close
 
 B, T, D, V = 2, 7, 5, 11
@@ -25,10 +25,10 @@ def _both(rows=4):
     h, _, targets, weights, _ = _problem()
 
     def plain(body, head):
-        return 3 * jnp.sum(losses.token_nll(h @ body @ head, targets) * weights)
+        return 3 * jnp.sum(cross_entropy.token_nll(h @ body @ head, targets) * weights)
 
     def chunked(body, head):
-        return 3 * losses.chunked_nll(lambda x: x @ head, h @ body, targets, weights, rows)
+        return 3 * cross_entropy.chunked_nll(lambda x: x @ head, h @ body, targets, weights, rows)
 
     return plain, chunked
 
@@ -38,24 +38,41 @@ def test_token_nll_is_the_float64_definition():
     logits = np.asarray(h, np.float64) @ np.asarray(head, np.float64)
     exp = np.exp(logits - logits.max(-1, keepdims=True))
     want = -np.log(np.take_along_axis(exp / exp.sum(-1, keepdims=True), np.asarray(targets)[..., None], -1)[..., 0])
-    assert_close(losses.token_nll(h @ head, targets), want)
+    assert_close(cross_entropy.token_nll(h @ head, targets), want)
 
 
 def test_token_nll_survives_large_logits():
     logits = jnp.array([[1e4, -1e4, 0.0]])
-    assert losses.token_nll(logits, jnp.array([0]))[0] == 0
-    assert losses.token_nll(logits, jnp.array([1]))[0] == 2e4
+    assert cross_entropy.token_nll(logits, jnp.array([0]))[0] == 0
+    assert cross_entropy.token_nll(logits, jnp.array([1]))[0] == 2e4
 
 
 def test_token_nll_of_bfloat16_logits_is_float32():
     logits = jnp.ones((3, V), jnp.bfloat16)
-    assert losses.token_nll(logits, jnp.zeros(3, jnp.int32)).dtype == jnp.float32
-    assert_close(losses.token_nll(logits, jnp.zeros(3, jnp.int32)), np.log(V))
+    assert cross_entropy.token_nll(logits, jnp.zeros(3, jnp.int32)).dtype == jnp.float32
+    assert_close(cross_entropy.token_nll(logits, jnp.zeros(3, jnp.int32)), np.log(V))
 
 
+def _both_per_row(rows=4):
+    """The plain sum over rows that weigh differently, and the chunked one, as functions of (body, head)."""
+    h, _, targets, weights, _ = _problem()
+    row_weights = jnp.array([3.0, -0.5])
+
+    def plain(body, head):
+        return jnp.sum(jnp.sum(cross_entropy.token_nll(h @ body @ head, targets) * weights, axis=1) * row_weights)
+
+    def chunked(body, head):
+        return jnp.sum(
+            cross_entropy.chunked_row_nll(lambda x: x @ head, h @ body, targets, weights, rows) * row_weights
+        )
+
+    return plain, chunked
+
+
+@pytest.mark.parametrize("both", [_both, _both_per_row])
 @pytest.mark.parametrize("rows", [1, 4, 6, 14, 1000])
-def test_chunked_equals_plain_in_value_and_gradients(rows):
-    plain, chunked = _both(rows)
+def test_chunked_equals_plain_in_value_and_gradients(rows, both):
+    plain, chunked = both(rows)
     _, head, _, _, body = _problem()
     want, want_grads = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(body, head)
     got, got_grads = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(body, head)
@@ -68,18 +85,18 @@ def test_chunked_equals_plain_in_value_and_gradients(rows):
 def test_positions_without_weight_cost_no_head():
     h, head, targets, _, _ = _problem()
     weights = jnp.array([[0, 1, 0, 0, 2, 0, 0], [0, 0, 0, 1, 0, 0, 0.5]])
-    clean = jax.jit(jax.value_and_grad(lambda h: jnp.sum(losses.token_nll(h @ head, targets) * weights)))(h)
+    clean = jax.jit(jax.value_and_grad(lambda h: jnp.sum(cross_entropy.token_nll(h @ head, targets) * weights)))(h)
     poisoned = jnp.where(weights[..., None] > 0, h, jnp.nan)  # where the head looks at one of these, the sum is NaN
 
     def chunked(h):
-        return losses.chunked_nll(lambda x: x @ head, h, targets, weights, 2 * B)
+        return cross_entropy.chunked_nll(lambda x: x @ head, h, targets, weights, 2 * B)
 
     assert_close(jax.jit(chunked)(poisoned), clean[0])
     value, gradient = jax.jit(jax.value_and_grad(chunked))(poisoned)
     assert_close(value, clean[0])
     assert_close(gradient, clean[1])
-    assert jnp.isnan(losses.chunked_nll(lambda x: x @ head, poisoned, targets, weights, 3 * B))
-    assert losses.chunked_nll(lambda x: x @ head, h, targets, 0 * weights, 4) == 0
+    assert jnp.isnan(cross_entropy.chunked_nll(lambda x: x @ head, poisoned, targets, weights, 3 * B))
+    assert cross_entropy.chunked_nll(lambda x: x @ head, h, targets, 0 * weights, 4) == 0
 
 
 def test_a_frozen_head_costs_no_gradient_of_its_own():
@@ -92,6 +109,14 @@ def test_a_frozen_head_costs_no_gradient_of_its_own():
     assert matmuls((0, 1)) == matmuls(0) + 1
 
 
+def test_rows_with_a_frozen_head_cost_one_pass_over_the_logits():
+    _, chunked = _both()
+    _, chunked_rows = _both_per_row()
+    _, head, _, _, body = _problem()
+    one, rows = (str(jax.make_jaxpr(jax.grad(f))(body, head)).count("dot_general") for f in (chunked, chunked_rows))
+    assert rows == one
+
+
 def test_chunked_never_holds_all_logits():
     rows, length, width, vocab = 32, 1024, 8, 4096
     head = jnp.ones((width, vocab))
@@ -102,8 +127,8 @@ def test_chunked_never_holds_all_logits():
             jax.jit(jax.grad(loss)).lower(jnp.ones((1, length, width))).compile().memory_analysis().temp_size_in_bytes
         )
 
-    chunked = temp(lambda h: losses.chunked_nll(lambda x: x @ head, h, targets, weights, rows))
-    plain = temp(lambda h: jnp.sum(losses.token_nll(h @ head, targets) * weights))
+    chunked = temp(lambda h: cross_entropy.chunked_nll(lambda x: x @ head, h, targets, weights, rows))
+    plain = temp(lambda h: jnp.sum(cross_entropy.token_nll(h @ head, targets) * weights))
     assert plain >= length * vocab * 4
     assert chunked <= 6 * rows * vocab * 4
 
@@ -116,8 +141,8 @@ def test_a_head_with_integer_codes_can_be_chunked():
         x = h @ body
         logits = lambda x: x @ (codes.astype(jnp.float32) / 10)  # noqa: E731
         if not rows:
-            return jnp.sum(losses.token_nll(logits(x), targets) * weights)
-        return losses.chunked_nll(logits, x, targets, weights, rows)
+            return jnp.sum(cross_entropy.token_nll(logits(x), targets) * weights)
+        return cross_entropy.chunked_nll(logits, x, targets, weights, rows)
 
     grad = jax.jit(jax.grad(loss), static_argnums=2)
     assert_close(grad(body, codes, 4), grad(body, codes, 0))
@@ -125,4 +150,4 @@ def test_a_head_with_integer_codes_can_be_chunked():
 
 def test_an_unknown_objective_names_the_nearest():
     with pytest.raises(UserError, match="'causal_lm'"):
-        losses.objective("causal_ml")
+        build_objective("causal_ml")

@@ -7,9 +7,12 @@ import pytest
 
 from lowrank.core import sharding
 from lowrank.core.errors import UserError
-from lowrank.evaluation import scores as evaluate
-from lowrank.metrics import scores as metrics
+from lowrank.evaluation import evaluate
+from lowrank.evaluation.evaluate import _sums
+from lowrank.metrics.classification import accuracy, confusion, macro_f1
+from lowrank.metrics.text import bleu, rouge, text_scores
 from lowrank.models import DecoderConfig, build_model
+from lowrank.objectives import causal_lm, classification
 from tests.support.close import assert_close
 
 V, C, B, T = 31, 3, 4, 8
@@ -55,9 +58,9 @@ def _batches(rows):
 def test_perplexity_equals_float64_over_the_answers_and_compiles_once():
     model, params = _model()
     rows = _rows(10)
-    before = evaluate._token_sums._cache_size()
-    scores = evaluate.perplexity(model, params, _batches(rows))
-    assert evaluate._token_sums._cache_size() == before + 1
+    before = _sums._cache_size()
+    scores = evaluate(causal_lm(), model, params, _batches(rows))
+    assert _sums._cache_size() == before + 1
     logits = np.asarray(_logits(model, params, rows), np.float64)
     logp = logits - np.log(np.sum(np.exp(logits), -1, keepdims=True))
     nll = -np.take_along_axis(logp, rows["targets"][..., None], -1)[..., 0][rows["weights"] == 1]
@@ -70,26 +73,26 @@ def test_every_token_counts_where_the_prompt_weighs_1():
     model, params = _model()
     rows = _rows(6)
     rows["weights"] = (rows["weights"] > 0).astype(np.float32)
-    scores = evaluate.perplexity(model, params, _batches(rows))
+    scores = evaluate(causal_lm(), model, params, _batches(rows))
     assert scores["tokens"] == rows["segments"].sum()
 
 
 def test_perplexity_without_tokens_is_an_error():
     model, params = _model()
     with pytest.raises(UserError, match="nothing to score"):
-        evaluate.perplexity(model, params, [])
+        evaluate(causal_lm(), model, params, [])
 
 
 def test_classification_equals_row_by_row_on_any_mesh():
     model, params = _model(num_labels=C)
     rows = _rows(10)
     logits = _logits(model, params, rows)
-    counts = metrics.confusion(rows["labels"], np.argmax(logits, -1), C)
+    counts = confusion(rows["labels"], np.argmax(logits, -1), C)
     assert len(set(np.argmax(logits, -1).tolist())) > 1
-    want = {"accuracy": metrics.accuracy(counts), "macro_f1": metrics.macro_f1(counts), "examples": 10.0}
-    assert evaluate.classification(model, params, _batches(rows)) == want
+    want = {"accuracy": accuracy(counts), "macro_f1": macro_f1(counts), "examples": 10.0}
+    assert evaluate(classification(), model, params, _batches(rows)) == want
     put = functools.partial(sharding.make_global_batch, mesh=sharding.make_mesh(4, 1, 1))
-    assert evaluate.classification(model, params, _batches(rows), put=put) == want
+    assert evaluate(classification(), model, params, _batches(rows), put=put) == want
 
 
 def test_a_methods_bind_is_applied_inside():
@@ -97,18 +100,18 @@ def test_a_methods_bind_is_applied_inside():
 
     def blank(params, batch, rng):
         assert rng is None
-        assert batch["tokens"].shape == (B, T)
+        assert batch.segments.shape == (B, T)
         return jax.tree.map(jnp.zeros_like, params)
 
-    scores = evaluate.perplexity(model, params, _batches(_rows(6)), bind=blank)
+    scores = evaluate(causal_lm(), model, params, _batches(_rows(6)), bind=blank)
     assert_close(scores["perplexity"], V)
 
 
 def test_texts_gathers_every_text_metric():
-    scores = evaluate.texts(["Ad sales up", "no"], ["ad sales up", "yes"])
+    scores = text_scores(["Ad sales up", "no"], ["ad sales up", "yes"])
     assert scores == {
-        **metrics.rouge(["Ad sales up", "no"], ["ad sales up", "yes"]),
-        "bleu": metrics.bleu(["Ad sales up", "no"], ["ad sales up", "yes"]),
+        **rouge(["Ad sales up", "no"], ["ad sales up", "yes"]),
+        "bleu": bleu(["Ad sales up", "no"], ["ad sales up", "yes"]),
         "exact_match": 0.5,
         "examples": 2.0,
     }

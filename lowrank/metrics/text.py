@@ -1,4 +1,4 @@
-"""Scores of predictions against references: classification from a confusion matrix, text, perplexity."""
+"""Scores of texts: ROUGE, BLEU and exact match against references, and perplexity."""
 
 import math
 import re
@@ -9,33 +9,22 @@ import numpy as np
 import sacrebleu
 
 from lowrank.core.errors import UserError
+from lowrank.metrics.empty import check_not_empty
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
-def confusion(labels_N: np.ndarray, predicted_N: np.ndarray, classes: int) -> np.ndarray:
-    """Counts `[classes, classes]`, int64: row = true label, column = prediction."""
-    counts = np.zeros((classes, classes), np.int64)
-    np.add.at(counts, (np.asarray(labels_N), np.asarray(predicted_N)), 1)
-    return counts
+def text_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """`rouge1`, `rouge2`, `rougeL` and `exact_match` in [0, 1], `bleu` in [0, 100], and `examples`.
 
-
-def accuracy(counts_CxC: np.ndarray) -> float:
-    """The fraction of correct predictions in a confusion matrix, in [0, 1]."""
-    counts = np.asarray(counts_CxC, np.float64)
-    return float(np.trace(counts) / _some(counts.sum()))
-
-
-def macro_f1(counts_CxC: np.ndarray) -> float:
-    """F1 = 2 TP / (2 TP + FP + FN), averaged with equal weight over the classes that occur at all, in [0, 1].
-
-    A class that is neither a true label nor a prediction has no F1 and is left out, as scikit-learn does.
+    Raises UserError where there are no texts, or the two lists differ in length.
     """
-    counts = np.asarray(counts_CxC, np.float64)
-    _some(counts.sum())
-    either = counts.sum(0) + counts.sum(1)  # 2 TP + FP + FN
-    occurs = either > 0
-    return float(np.mean(2 * np.diag(counts)[occurs] / either[occurs]))
+    return {
+        **rouge(predictions, references),
+        "bleu": bleu(predictions, references),
+        "exact_match": exact_match(predictions, references),
+        "examples": float(len(references)),
+    }
 
 
 def normalize(text: str) -> str:
@@ -71,7 +60,7 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
 def perplexity(nll: float, tokens: float) -> float:
     """`exp(nll / tokens)` from a summed negative log-likelihood in nats; infinite where that overflows."""
     try:
-        return math.exp(float(nll) / _some(float(tokens)))
+        return math.exp(float(nll) / check_not_empty(float(tokens)))
     except OverflowError:
         return math.inf
 
@@ -79,11 +68,5 @@ def perplexity(nll: float, tokens: float) -> float:
 def _pairs(predictions: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
     if len(predictions) != len(references):
         raise UserError(f"{len(predictions)} predictions for {len(references)} references")
-    _some(len(references))
+    check_not_empty(len(references))
     return list(zip(predictions, references, strict=True))
-
-
-def _some(count: float) -> float:
-    if count <= 0:
-        raise UserError("nothing to score: the evaluation set is empty")
-    return count

@@ -1,0 +1,114 @@
+"""Rows for next-token prediction: tokens, their targets, and the weight of each target.
+
+Shapes: N tokens of one sequence.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lowrank.core.errors import UserError
+from lowrank.core.typing import HostArrays, Tokenizer
+from lowrank.data.config import DataConfig
+from lowrank.data.encode import Ids, encode_pieces, fit
+from lowrank.data.render import Piece, Renderer, build_renderer
+from lowrank.data.row_format import INDEX, TOKENS, ArraySpec, EncodedSequence, RowFormat
+from lowrank.data.sources import Source
+from lowrank.data.templates import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageEncoder:
+    """Sequences for next-token prediction: `tokens`, `targets` int32 and `weights` float32, `[N]`, N <= `length`.
+
+    The weight is 1 where a token of the answer (its end token included) is the target, and `prompt_weight` elsewhere.
+    A record that is too long loses the end of its long text. A document is cut into pieces that overlap by one token,
+    so that each of its tokens but the first is a target once.
+    """
+
+    renderer: Renderer
+    tokenizer: Tokenizer
+    length: int
+    prompt_weight: float
+    labels: tuple[str, ...] = ()
+
+    @property
+    def document(self) -> bool:
+        """Whether the records have no answers of their own."""
+        return self.renderer.document
+
+    def __call__(self, record: Record, where: str) -> tuple[list[EncodedSequence], bool]:
+        """`(sequences, whether the text was shortened)`. Raises UserError naming `where`."""
+        limit = self.length + 1  # the last token is a target only
+        if self.renderer.document:
+            ids, learned = self._join(self.renderer.pieces(record, where), where)
+            starts = range(0, max(1, len(ids) - 1), self.length)
+            return [self._shift(ids[i : i + limit], learned[i : i + limit]) for i in starts], False
+
+        def build(long: str | None) -> Ids:
+            return self._join(self.renderer.pieces(record, where, long), where)
+
+        text = functools.partial(self.renderer.long_text, record, where)
+        (ids, learned), cut = fit(build, self.tokenizer, text, limit, where)
+        return [self._shift(ids, learned)], cut is not None
+
+    def check(self, record: Record, where: str) -> None:
+        """Raises UserError for a record that lacks a field or an answer; nothing is encoded."""
+        self.renderer.answer(record, where)
+
+    def example(self, record: Record, where: str, reserve: int) -> dict[str, Any]:
+        """`prompt` and `completion` (strings) and `prompt_ids`, the token ids of the prompt with the start token.
+
+        The prompt is shortened so that `reserve` new tokens still fit into `length`.
+        """
+        prompt, ids = self.prompt(record, where, reserve)
+        return {"prompt": prompt, "prompt_ids": ids, "completion": self.renderer.answer(record, where)}
+
+    def prompt(self, record: Record, where: str, reserve: int) -> tuple[str, list[int]]:
+        """`(text, ids)` of the prompt alone, shortened so that `reserve` more tokens fit into `length`."""
+
+        def build(long: str | None) -> Ids:
+            return encode_pieces(self.tokenizer, [(self.renderer.prompt(record, where, long), False)])
+
+        text = functools.partial(self.renderer.long_text, record, where)
+        (ids, _), cut = fit(build, self.tokenizer, text, self.length - reserve, where)
+        return self.renderer.prompt(record, where, cut), ids
+
+    def _join(self, pieces: Sequence[Piece], where: str) -> Ids:
+        ids, learned = encode_pieces(self.tokenizer, pieces)
+        if not self.renderer.closed and ids[-1:] != [self.tokenizer.eos_id]:
+            ids, learned = [*ids, self.tokenizer.eos_id], [*learned, True]
+        if len(ids) < 2:
+            raise UserError(f"{where}: the text is a single token, which leaves nothing to predict: use a longer text")
+        return ids, learned
+
+    def _shift(self, ids: Sequence[int], learned: Sequence[bool]) -> HostArrays:
+        weights = np.where(np.asarray(learned[1:], bool), 1.0, self.prompt_weight)
+        return {
+            "tokens": np.asarray(ids[:-1], np.int32),
+            "targets": np.asarray(ids[1:], np.int32),
+            "weights": weights.astype(np.float32),
+        }
+
+
+def language_encoder(config: DataConfig, tokenizer: Tokenizer, source: Source) -> LanguageEncoder:
+    """The encoder of a config. Raises UserError for a template that does not fit the source."""
+    renderer = build_renderer(config, config.template, tokenizer, source)
+    return LanguageEncoder(renderer, tokenizer, config.seq_len, config.prompt_loss_weight)
+
+
+LANGUAGE = RowFormat(
+    name="causal_lm",
+    encoder=language_encoder,
+    arrays={
+        "tokens": TOKENS,
+        "targets": TOKENS,
+        "weights": ArraySpec("float32", filler=0),
+        "positions": INDEX,
+        "segments": INDEX,
+    },
+    packable=True,
+)

@@ -1,0 +1,173 @@
+"""Cross-entropy of tokens, at once or over chunks of the logits.
+
+Shapes: B batch, T time, D width, V vocabulary, S chunks of K positions.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Head = Callable[..., jax.Array]  # hidden states [..., D] -> logits [..., V]
+
+
+def token_nll(logits_xV: jax.Array, targets_x: jax.Array) -> jax.Array:
+    """`-log softmax(logits)[target]` for `[..., V]` and `[...]`, in float32."""
+    logits_xV = logits_xV.astype(jnp.float32)
+    top_x1 = jax.lax.stop_gradient(jnp.max(logits_xV, axis=-1, keepdims=True))
+    shifted_xV = logits_xV - top_x1
+    # A comparison, not a gather: it fuses with the sum, and it stays local when V is sharded.
+    hit_xV = targets_x[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits_xV.shape, logits_xV.ndim - 1)
+    return jnp.log(jnp.sum(jnp.exp(shifted_xV), axis=-1)) - jnp.sum(jnp.where(hit_xV, shifted_xV, 0.0), axis=-1)
+
+
+def chunked_nll(
+    head: Head, h_BxTxD: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array, chunk_tokens: int
+) -> jax.Array:
+    """`sum(weights * token_nll(head(h), targets))` with the logits of about `chunk_tokens` tokens alive at a time.
+
+    The gradient is computed in the forward pass, chunk by chunk, while a chunk's logits exist: no logits are stored
+    and none are computed twice. Chunks cut T, so that a sharded B stays in its place. Positions of weight 0 are sorted
+    to the end, and chunks of nothing else are skipped: where answers alone count, prompts cost no head. Arrays that
+    `head` closes over get a gradient only if they are being differentiated: a frozen head costs no dW. Targets and
+    weights get no gradient.
+    """
+    return _chunked_nll(head, h_BxTxD, targets_BxT, weights_BxT, chunk_tokens, per_row=False)
+
+
+def chunked_row_nll(
+    head: Head, h_BxTxD: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array, chunk_tokens: int
+) -> jax.Array:
+    """`[B]`: `chunked_nll` of each row.
+
+    The backward pass scales the gradient of each row that the forward pass has computed. The arrays of a trained head
+    need a second pass over the logits, since their gradient is a sum over rows.
+    """
+    return _chunked_nll(head, h_BxTxD, targets_BxT, weights_BxT, chunk_tokens, per_row=True)
+
+
+def _chunked_nll(
+    head: Head, h: jax.Array, targets: jax.Array, weights: jax.Array, chunk_tokens: int, per_row: bool
+) -> jax.Array:
+    size = max(1, min(targets.shape[1], chunk_tokens // len(targets)))
+    closed, consts = jax.closure_convert(head, h[:, :size])
+    order_BxT = jnp.argsort(weights == 0, axis=1, stable=True)
+    return _chunked(_Static(closed, size, per_row), h, targets, weights, order_BxT, *consts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """The arguments of the chunked loss that are not arrays."""
+
+    head: Head
+    size: int  # K
+    per_row: bool
+
+    def nll(self, h_BxKxD: jax.Array, targets_BxK: jax.Array, weights_BxK: jax.Array, consts: Any) -> jax.Array:
+        """The weighted sum of one chunk: a scalar, or `[B]` per row."""
+        nll_BxK = token_nll(self.head(h_BxKxD, *consts), targets_BxK)
+        return jnp.sum(nll_BxK * weights_BxK, axis=-1 if self.per_row else None)
+
+    def zero(self, rows: int) -> jax.Array:
+        """The sum of no chunk."""
+        return jnp.zeros(rows if self.per_row else (), jnp.float32)
+
+
+def _chunks(x_BxT: jax.Array, order_BxT: jax.Array, size: int) -> jax.Array:
+    """`[B,T,...] -> [S,B,K,...]` in this order, the end padded with zeros: positions of weight zero."""
+    x_BxT = _ordered(x_BxT, order_BxT)
+    pad = -x_BxT.shape[1] % size
+    x_BxT = jnp.pad(x_BxT, [(0, 0), (0, pad)] + [(0, 0)] * (x_BxT.ndim - 2))
+    return jnp.moveaxis(x_BxT.reshape(x_BxT.shape[0], -1, size, *x_BxT.shape[2:]), 1, 0)
+
+
+def _unchunked(x_SxBxK: jax.Array, order_BxT: jax.Array) -> jax.Array:
+    """The inverse of `_chunks`."""
+    x_BxT = jnp.moveaxis(x_SxBxK, 0, 1).reshape(x_SxBxK.shape[1], -1, *x_SxBxK.shape[3:])
+    return _ordered(x_BxT, jnp.argsort(order_BxT, axis=1))
+
+
+def _ordered(x_BxT: jax.Array, order_BxT: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BxT, order_BxT.reshape(order_BxT.shape + (1,) * (x_BxT.ndim - 2)), axis=1)
+
+
+def _weighted_chunks(weights_SxBxK: jax.Array) -> jax.Array:
+    """The number of chunks that hold a weight; they are the first ones."""
+    return jnp.sum(jnp.any(weights_SxBxK != 0, axis=(1, 2)), dtype=jnp.int32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(static: _Static, h: Any, targets: Any, weights: Any, order: Any, *consts: Any) -> jax.Array:
+    h_SxBxKxD, targets_SxBxK, weights_SxBxK = (_chunks(x, order, static.size) for x in (h, targets, weights))
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        return total + static.nll(h_SxBxKxD[i], targets_SxBxK[i], weights_SxBxK[i], consts)
+
+    return jax.lax.fori_loop(0, _weighted_chunks(weights_SxBxK), add, static.zero(len(targets)))
+
+
+def _chunked_fwd(static: _Static, *args: Any) -> tuple[jax.Array, Any]:
+    """The sum, and its gradients for `h` and for those of `consts` that are perturbed (the others: None)."""
+    h, targets, weights, order, *consts = [arg.value for arg in args]
+    # Ordered in here and put back by a gather: left to autodiff, the way back would be a scatter.
+    h_SxBxKxD, targets_SxBxK, weights_SxBxK = (_chunks(x, order, static.size) for x in (h, targets, weights))
+    learned = [i for i, arg in enumerate(args[4:]) if arg.perturbed]
+    in_forward = [] if static.per_row else learned
+
+    def add(i: jax.Array, carry: Any) -> Any:
+        def nll(h: jax.Array, some: dict[int, jax.Array]) -> jax.Array:
+            return static.nll(h, targets_SxBxK[i], weights_SxBxK[i], _replaced(consts, some))
+
+        total, dh_SxBxKxD, dconsts = carry
+        value, vjp = jax.vjp(nll, h_SxBxKxD[i], {n: consts[n] for n in in_forward})
+        dh, more = vjp(jnp.ones_like(value))
+        return total + value, dh_SxBxKxD.at[i].set(dh), jax.tree.map(lambda d, m: d + m.astype(d.dtype), dconsts, more)
+
+    start = static.zero(len(targets)), jnp.zeros_like(h_SxBxKxD), _zeros(consts, in_forward)
+    total, dh_SxBxKxD, dconsts = jax.lax.fori_loop(0, _weighted_chunks(weights_SxBxK), add, start)
+    dh_BxTxD = _unchunked(dh_SxBxKxD, order)
+    if static.per_row:  # the gradient of the head waits for the rows' cotangents; the dict's keys stay static
+        inputs = (h, targets, weights, order, consts, dict.fromkeys(learned)) if learned else None
+        return total, (dh_BxTxD, [None] * len(consts), inputs)
+    return total, (dh_BxTxD, [dconsts[n].astype(c.dtype) if n in dconsts else None for n, c in enumerate(consts)])
+
+
+def _chunked_bwd(static: _Static, residuals: tuple, g: jax.Array) -> tuple:
+    if not static.per_row:
+        dh_BxTxD, dconsts = jax.tree.map(lambda d: d * g.astype(d.dtype), residuals)
+        return dh_BxTxD, None, None, None, *dconsts
+    dh_BxTxD, dconsts, inputs = residuals
+    dconsts = _head_gradient(static, *inputs, g) if inputs else dconsts
+    return dh_BxTxD * g[:, None, None].astype(dh_BxTxD.dtype), None, None, None, *dconsts
+
+
+def _head_gradient(
+    static: _Static, h: Any, targets: Any, weights: Any, order: Any, consts: Any, learned: dict[int, None], g_B: Any
+) -> list[jax.Array | None]:
+    """The gradient of the rows' sums, weighted by `g_B`, for the arrays of the head that are `learned`."""
+    h_SxBxKxD, targets_SxBxK, weights_SxBxK = (_chunks(x, order, static.size) for x in (h, targets, weights))
+
+    def add(i: jax.Array, dconsts: Any) -> Any:
+        def nll(some: dict[int, jax.Array]) -> jax.Array:
+            return jnp.sum(static.nll(h_SxBxKxD[i], targets_SxBxK[i], weights_SxBxK[i], _replaced(consts, some)) * g_B)
+
+        more = jax.grad(nll)({n: consts[n] for n in learned})
+        return jax.tree.map(lambda d, m: d + m.astype(d.dtype), dconsts, more)
+
+    dconsts = jax.lax.fori_loop(0, _weighted_chunks(weights_SxBxK), add, _zeros(consts, learned))
+    return [dconsts[n].astype(c.dtype) if n in dconsts else None for n, c in enumerate(consts)]
+
+
+def _replaced(consts: Any, some: dict[int, jax.Array]) -> list[jax.Array]:
+    return [some.get(n, const) for n, const in enumerate(consts)]
+
+
+def _zeros(consts: Any, indices: Iterable[int]) -> dict[int, jax.Array]:
+    return {n: jnp.zeros(consts[n].shape, jnp.float32) for n in indices}
+
+
+# Symbolic zeros tell which of the head's arrays are being differentiated.
+_chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)
