@@ -19,8 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.core.typing import PyTree
-from lowrank.kernels import rounded
-from lowrank.kernels.grouped import ragged_dot
+from lowrank.kernels import half_precision_matmul
+from lowrank.kernels.grouped_matmul.dispatch import ragged_dot
 
 PRODUCT = "product"  # what `dot`, `affine` and `grouped` name their results, for remat=dots to save them
 ROUTER = "router"  # the name, beside a layer's modules, of what makes gates of the layer's input
@@ -117,14 +117,14 @@ def is_stored(x: Any) -> bool:
 
 def dot(x: jax.Array, w: Any) -> jax.Array:
     """`x[..., in] @ w[in, out]` in the dtype of `x`, for a form or a plain array."""
-    return name_product(w.dot(x) if is_weight(w) else rounded.dot(x, w))
+    return name_product(w.dot(x) if is_weight(w) else half_precision_matmul.matmul(x, w))
 
 
 def dot_to_float32(x: jax.Array, w: Any, axis: int = 0) -> jax.Array:
     """`dot(x, w)` in float32; `axis` is the one of `w` that is summed over, 1 for an embedding `[vocab, width]`."""
     if is_weight(w) and axis == 0:
         return dot(x, w).astype(jnp.float32)
-    return rounded.wide(x, materialize(w), axis)
+    return half_precision_matmul.matmul_to_float32(x, materialize(w), axis)
 
 
 def affine(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:

@@ -1,1 +1,1 @@
-"""What a product costs depends on the machine here: kernels, each with the signature of a plain-JAX reference."""
+"""Products that are written differently for each kind of machine; each has the signature of a plain JAX product."""

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from launch import preflight as command
-from lowrank.kernels import grouped
+from lowrank.kernels.grouped_matmul import dispatch
 from lowrank.memory import gpus
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
@@ -30,7 +30,7 @@ def test_a_grouped_product_does_not_write_its_rows_once_a_group():
     at = SingleDeviceSharding(gpus.devices("h100", 1, MEMORY)[0])
     shapes = ((rows, width), jnp.bfloat16), ((groups, width, out), jnp.bfloat16), ((groups,), jnp.int32)
     arrays = [jax.ShapeDtypeStruct(*shape, sharding=at) for shape in shapes]
-    program = jax.jit(grouped.ragged_dot).lower(*arrays).compile()
+    program = jax.jit(dispatch.ragged_dot).lower(*arrays).compile()
     assert program.memory_analysis().temp_size_in_bytes < 3 * 2 * rows * width
 
 

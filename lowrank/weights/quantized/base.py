@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.core.weight import Weight
-from lowrank.kernels import rounded
+from lowrank.kernels import half_precision_matmul
 from lowrank.weights.quantized.partitioned_matmul import is_partitioned, partition_matmul
 
 TILE_ELEMENTS = 1 << 20  # about how many decoded values exist at a time: 4 MB in float32
@@ -119,7 +119,7 @@ def _multiplied(tiled: Any, contracted: int, x: jax.Array, w: Quantized) -> jax.
     w = w.with_plain_scales()
 
     def whole(x: jax.Array, w: Quantized) -> jax.Array:
-        return rounded.dot(x, w.materialize(), contracted)
+        return half_precision_matmul.matmul(x, w.materialize(), contracted)
 
     return jax.lax.platform_dependent(
         x, w, tpu=whole if is_partitioned(w.codes) else tiled, default=partition_matmul(tiled, contracted)
@@ -130,7 +130,7 @@ def _forward(x: jax.Array, w: Quantized) -> jax.Array:
     """`x @ W`, by tiles of columns."""
     unit = min(LANES, w.shape[-1])
     width = _near(TILE_ELEMENTS // (w.padded * unit), -(-w.shape[-1] // unit)) * unit
-    part = lambda start, size: rounded.dot(x, w.tile(1, start, size).materialize())  # noqa: E731
+    part = lambda start, size: half_precision_matmul.matmul(x, w.tile(1, start, size).materialize())  # noqa: E731
     return _by_tiles(part, (*x.shape[:-1], w.shape[-1]), x.dtype, width, w.shape[-1])
 
 
@@ -138,7 +138,7 @@ def _transposed(g: jax.Array, w: Quantized) -> jax.Array:
     """`g @ W.T`, by tiles of rows."""
     run, unit = w.tile_alignment()
     height = _near(TILE_ELEMENTS // (w.shape[-1] * unit), run // unit) * unit
-    part = lambda start, size: rounded.dot(g, w.tile(0, start, size).materialize(), 1)  # noqa: E731
+    part = lambda start, size: half_precision_matmul.matmul(g, w.tile(0, start, size).materialize(), 1)  # noqa: E731
     return _by_tiles(part, (*g.shape[:-1], w.padded), g.dtype, height, run)[..., : w.rows]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from lowrank.core.errors import UserError
 from lowrank.core.weight import KERNEL, Weight, form, frozen, static
-from lowrank.kernels import rounded
+from lowrank.kernels import half_precision_matmul
 
 BlackBoxQuantizer = Callable[[jax.Array], tuple[Any, Callable[[Any], jax.Array]]]
 
@@ -55,11 +55,11 @@ class BlackBox(Weight):
 
 @jax.custom_vjp
 def _product(x: jax.Array, w: BlackBox) -> jax.Array:
-    return rounded.dot(x, w.materialize())
+    return half_precision_matmul.matmul(x, w.materialize())
 
 
 def _backward(w: BlackBox, g: jax.Array) -> tuple[jax.Array, Any]:
-    dx = rounded.dot(g, w.materialize(), 1)
+    dx = half_precision_matmul.matmul(g, w.materialize(), 1)
     return dx, jax.tree.map(_nothing, w)
 
 

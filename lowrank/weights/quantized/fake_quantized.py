@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.weight import KERNEL, Weight, at_least_float32, form, static, trainable
-from lowrank.kernels.rounded import dot
+from lowrank.kernels.half_precision_matmul import matmul
 from lowrank.weights.quantized.base import Quantized
 from lowrank.weights.quantized.schemes import SCHEMES
 
@@ -50,7 +50,7 @@ class FakeQuantized(Weight):
     def dot(self, x: jax.Array) -> jax.Array:
         """`x @ W`, with `x` rounded to `activations` bits if there are any."""
         x = round_activations(x, self.activations) if self.activations else x
-        return dot(x, self.materialize())
+        return matmul(x, self.materialize())
 
 
 def round_activations(x: jax.Array, bits: int) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank.kernels import grouped
+from lowrank.kernels.grouped_matmul import dispatch
 from tests.support.close import assert_close
 
 IN, OUT = 5, 7
@@ -23,7 +23,7 @@ def case(sizes, rows):
     ("sizes", "rows"),
     [([9, 0, 14, 1], 24), ([0, 0, 3], 3), ([1, 1], 2), ([200, 3, 0, 61, 5], 269), ([2, 5, 0], 12), ([4], 4)],
 )
-@pytest.mark.parametrize("product", [grouped.ragged_dot, grouped.in_steps])
+@pytest.mark.parametrize("product", [dispatch.ragged_dot, dispatch.ragged_dot_in_steps])
 def test_each_row_meets_the_matrix_of_its_group(product, sizes, rows):
     x, w, counts = case(sizes, rows)
     expected, group = np.zeros((rows, OUT)), np.repeat(np.arange(len(sizes)), sizes)
@@ -37,7 +37,7 @@ def gradients(product, x, w, counts):
     return jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w, counts))), argnums=(0, 1))(x, w)
 
 
-@pytest.mark.parametrize("product", [grouped.ragged_dot, grouped.in_steps])
+@pytest.mark.parametrize("product", [dispatch.ragged_dot, dispatch.ragged_dot_in_steps])
 @pytest.mark.parametrize(("sizes", "rows"), [([9, 0, 14, 1], 26), ([200, 3, 0, 61, 5], 269), ([128, 128], 256)])
 def test_gradients_are_those_of_the_plain_product(product, sizes, rows):
     arrays = case(sizes, rows)
@@ -45,7 +45,7 @@ def test_gradients_are_those_of_the_plain_product(product, sizes, rows):
         assert_close(ours, plain)
 
 
-@pytest.mark.parametrize("product", [grouped.in_blocks, grouped.in_steps])
+@pytest.mark.parametrize("product", [dispatch.ragged_dot_in_blocks, dispatch.ragged_dot_in_steps])
 def test_the_gradient_of_a_matrix_is_summed_in_float32(product):
     x, w, counts = case([300, 2], 302)
     x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
@@ -56,6 +56,6 @@ def test_the_gradient_of_a_matrix_is_summed_in_float32(product):
 
 def test_a_cpu_multiplies_by_one_matrix_a_block():
     x, w, counts = (np.zeros((512, 64), np.float32), np.zeros((8, 64, 64), np.float32), np.full(8, 64, np.int32))
-    text = jax.jit(grouped.ragged_dot).lower(x, w, counts).as_text()
+    text = jax.jit(dispatch.ragged_dot).lower(x, w, counts).as_text()
     assert "64x64xf32" in text
     assert "8x512x64" not in text

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank.kernels import rounded
+from lowrank.kernels import half_precision_matmul
 from tests.support.close import FLOAT32, assert_close
 
 
@@ -23,7 +23,7 @@ def plain(x, w, axis):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_values_and_gradients_are_those_of_the_plain_product(axis, dtype):
     x, w = case(axis, dtype)
-    y, pull = jax.vjp(lambda x, w: rounded.dot(x, w, axis), x, w)
+    y, pull = jax.vjp(lambda x, w: half_precision_matmul.matmul(x, w, axis), x, w)
     expected, expected_pull = jax.vjp(lambda x, w: plain(x, w, axis), x, w)
     g = jnp.cos(expected)
     for ours, theirs in zip((y, *pull(g)), (expected, *expected_pull(g)), strict=True):
@@ -34,19 +34,19 @@ def test_values_and_gradients_are_those_of_the_plain_product(axis, dtype):
 def test_the_product_is_rounded_once():
     x, w = case(0)
     exact = np.float64(x) @ np.float64(w)
-    np.testing.assert_array_equal(rounded.dot(x, w), jnp.asarray(exact, jnp.bfloat16))
+    np.testing.assert_array_equal(half_precision_matmul.matmul(x, w), jnp.asarray(exact, jnp.bfloat16))
 
 
 def test_a_kernel_in_float32_is_rounded_to_the_activations_and_its_gradient_is_float32():
     x, w = case(0)[0], case(0, jnp.float32)[1]
-    assert rounded.dot(x, w).dtype == jnp.bfloat16
-    assert jax.grad(lambda w: jnp.sum(rounded.dot(x, w)).astype(jnp.float32))(w).dtype == jnp.float32
+    assert half_precision_matmul.matmul(x, w).dtype == jnp.bfloat16
+    assert jax.grad(lambda w: jnp.sum(half_precision_matmul.matmul(x, w)).astype(jnp.float32))(w).dtype == jnp.float32
 
 
 @pytest.mark.parametrize(("platform", "out"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")])
 def test_only_a_cpu_is_asked_for_float32(platform, out):
     def both(x, w, g):
-        y, pull = jax.vjp(rounded.dot, x, w)
+        y, pull = jax.vjp(half_precision_matmul.matmul, x, w)
         return y, pull(g)[0]
 
     x, w = case(0)
@@ -58,5 +58,7 @@ def test_only_a_cpu_is_asked_for_float32(platform, out):
 
 def test_vectorises_over_a_stack_of_kernels():
     x, w = case(0)
-    many = jax.vmap(rounded.dot, in_axes=(None, 0))(x, jnp.stack([w, -w]))
-    np.testing.assert_array_equal(many, jnp.stack([rounded.dot(x, w), -rounded.dot(x, w)]))
+    many = jax.vmap(half_precision_matmul.matmul, in_axes=(None, 0))(x, jnp.stack([w, -w]))
+    np.testing.assert_array_equal(
+        many, jnp.stack([half_precision_matmul.matmul(x, w), -half_precision_matmul.matmul(x, w)])
+    )
