@@ -8,10 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lowrank.core.errors import unknown
 from lowrank.training.config import CheckpointConfig
-
-LOWER_IS_BETTER = ("nll", "loss", "perplexity")  # scores whose direction `mode="auto"` takes to be "min"
 
 
 @dataclasses.dataclass
@@ -19,6 +16,7 @@ class Best:
     """The best score of a run so far. Without a name in `checkpoint.best` it stays empty."""
 
     config: CheckpointConfig
+    better: Mapping[str, str]  # the better end of each score, "min" or "max": `Score.better` of the objective
     step: int | None = None  # the step of the best evaluation
     score: float | None = None
     stale: int = 0  # evaluations since then
@@ -26,7 +24,7 @@ class Best:
     @property
     def lower(self) -> bool:
         """Whether a lower score is better."""
-        return self.config.mode == "min" or (self.config.mode == "auto" and self.config.best in LOWER_IS_BETTER)
+        return (self.better[self.config.best] if self.config.mode == "auto" else self.config.mode) == "min"
 
     @property
     def exhausted(self) -> bool:
@@ -34,14 +32,9 @@ class Best:
         return 0 < self.config.patience <= self.stale
 
     def update(self, step: int, scores: Mapping[str, float]) -> bool:
-        """Takes the scores of an evaluation; returns whether they are the best so far. NaN is never the best.
-
-        Raises UserError when the evaluation has no score of the configured name.
-        """
+        """Takes the scores of an evaluation; returns whether they are the best so far. NaN is never the best."""
         if not self.config.best:
             return False
-        if self.config.best not in scores:
-            raise unknown("score in checkpoint.best", self.config.best, scores)
         score = scores[self.config.best]
         gain = 0.0 if self.score is None else (self.score - score if self.lower else score - self.score)
         if score == score and (self.score is None or gain > self.config.min_delta):

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from lowrank import data, methods, models, pretrained
 from lowrank.core import config_schema, parameter_summary, sharding
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree, Tokenizer
 from lowrank.evaluation.evaluator import EvalConfig, Evaluator
 from lowrank.methods import Method
@@ -82,7 +82,9 @@ def _groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
 
 
 def _check_best(groups: _Groups) -> None:
-    """Raises UserError where a best checkpoint is asked for and no evaluation would find it."""
+    """Raises UserError for a best checkpoint by a score that the objective lacks, or that is never computed."""
+    if groups.checkpoint.best and groups.checkpoint.best not in groups.objective.score.better:
+        raise unknown("score in checkpoint.best", groups.checkpoint.best, groups.objective.score.better)
     if groups.checkpoint.best and not (groups.eval.split and groups.eval.every):
         asked = f"checkpoint.best={groups.checkpoint.best} compares periodic evaluations"
         raise UserError(f"{asked}: set eval.split to the held-out data and eval.every to the steps between two of them")

@@ -56,7 +56,7 @@ class CheckpointConfig:
     every: int = 0  # steps; 0: only at SIGTERM and at the end
     keep: int = 2  # the number of the newest checkpoints that stay on disk
     best: str = ""  # a score of the periodic evaluation, whose best step gives the adapter; "": the last step does
-    mode: str = "auto"  # the direction of the best score: min, max, or auto (min for nll and perplexity, else max)
+    mode: str = "auto"  # the direction of the best score: min, max, or auto, which is that of the objective
     patience: int = 0  # evaluations without a better score after which the run stops early; 0: the run does not
     min_delta: float = 0.0  # a better score exceeds the best one by more than this
 

@@ -93,7 +93,7 @@ class Trainer:
             self.run = dataclasses.replace(run, objective=run.objective.on_features)
         self.metrics: Mapping[str, jax.Array] | None = None  # of the last step done
         self.compile_seconds = 0.0
-        self.best = Best(run.checkpoint)
+        self.best = Best(run.checkpoint, run.objective.score.better)
         self.scores: dict[int, dict[str, float]] = {}  # by step, of the evaluations in this process
         if saver.latest() is not None:
             self._restore(saver.latest())
