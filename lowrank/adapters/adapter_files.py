@@ -51,7 +51,7 @@ def save(
     options = {name: value for name, value in found.items() if value != OPTIONS[name]}
     if "position_factor" in options:
         why = "PEFT does not hold model.position_factor"
-    elif peft.fits(params) or any(rewritten):
+    elif peft.can_write(params) or any(rewritten):
         try:
             peft.save(params, base, directory, trained=trained, method=method, original=original)
             return "adapter in the PEFT format"

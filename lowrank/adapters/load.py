@@ -31,7 +31,7 @@ def load_adapted(
     read = {"param_dtype": param_dtype, **adapter_files.base_of(directory)}
     if (Path(directory) / adapter_files.ABOUT).exists():
         return _with_leaves(Path(directory), spec, model or {}, read)
-    about = peft.about(directory)
+    about = peft.describe_adapter(directory)
     base = _base(spec, about.base, directory, model={**(model or {}), **about.model}, **read)
     return dataclasses.replace(base, params=peft.load(directory, base.params, base, any_base=any_base))
 

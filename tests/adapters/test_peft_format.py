@@ -144,7 +144,7 @@ def test_what_weights_share_is_written_from_the_root_of_the_tree(base, tmp_path)
     back = peft.load(tmp_path, base.params, base)
     jax.tree.map(np.testing.assert_array_equal, back, method.bind(params, None, None))
     unbound = {name: child for name, child in params.items() if name != methods.SHARED}
-    with pytest.raises(UserError, match="matrices under shared/, which are missing"):
+    with pytest.raises(UserError, match="matrices under shared/ are missing"):
         peft.save(unbound, base, tmp_path)
 
 
@@ -170,7 +170,7 @@ def test_a_classifier_brings_its_head_along_and_says_how_many_labels_it_has(tmp_
     other = pretrained.load(str(folder), model={"num_labels": 3}, seed=2)
     params = methods.attach(methods.build_method({"name": "lora"}), first.params, jax.random.key(0))
     peft.save(params, first, tmp_path / "adapter", trained=["head/kernel", "head/bias"])
-    assert peft.about(tmp_path / "adapter") == ("LORA", "bert", {"num_labels": 3})
+    assert peft.describe_adapter(tmp_path / "adapter") == ("LORA", "bert", {"num_labels": 3})
     head = peft.load(tmp_path / "adapter", other.params, other)["head"]["kernel"]
     assert not np.array_equal(other.params["head"]["kernel"], first.params["head"]["kernel"])
     np.testing.assert_array_equal(head, first.params["head"]["kernel"])
@@ -188,10 +188,13 @@ def renamed(tensors, old, new):
     ("change", "message"),
     [
         (lambda t: {k: x for k, x in t.items() if k != f"{Q}.lora_A.weight"}, rf"{Q}.lora_A.weight is missing"),
-        (lambda t: t | {f"{Q}.lora_C.weight": t[f"{Q}.lora_A.weight"]}, r"q_proj.lora_C.weight fits no module"),
+        (
+            lambda t: t | {f"{Q}.lora_C.weight": t[f"{Q}.lora_A.weight"]},
+            r"q_proj.lora_C.weight does not belong to a module",
+        ),
         (
             lambda t: renamed(t, f"{Q}.lora_A.weight", f"{Q}.lora_a.weight"),
-            rf"lora_a.weight fits no module .*did you mean '{Q}.lora_A.weight'",
+            rf"lora_a.weight does not belong to a module .*did you mean '{Q}.lora_A.weight'",
         ),
         (lambda t: t | {f"{Q}.lora_A.weight": np.ones((3, 9), np.float32)}, r"has shape \(3, 9\); .* need \(3, 16\)"),
         (lambda t: t | {f"{Q}.lora_B.weight": np.full((16, 3), np.nan, np.float32)}, "q_proj.lora_B.weight holds NaN"),
@@ -213,7 +216,7 @@ def test_tensors_that_do_not_fit_are_named(base, saved, change, message):
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
         ({"init_lora_weights": "corda"}, "init_lora_weights='corda' is not supported; known: True"),
         ({"target_modules": ["q_prj"]}, r"match no module of the base"),
-        ({"target_modules": ["input_layernorm"]}, "input_layernorm; LORA is understood on linear layers only"),
+        ({"target_modules": ["input_layernorm"]}, "input_layernorm; LORA is supported on linear layers only"),
         ({"target_modules": "*"}, "is not a regular expression"),
         ({"target_modules": None}, "target_modules is empty"),
         ({"target_modules": ".*q_proj", "layers_to_transform": 1}, "layers_to_transform needs"),
@@ -261,7 +264,7 @@ def test_a_base_is_known_by_the_last_part_of_its_name_when_one_side_says_no_more
 
 
 def test_unreadable_folders_are_one_clear_line(base, saved, tmp_path):
-    with pytest.raises(UserError, match="holds no adapter"):
+    with pytest.raises(UserError, match="holds no PEFT adapter"):
         peft.load(tmp_path, base.params, base)
     file = saved / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
@@ -277,13 +280,13 @@ def test_unreadable_folders_are_one_clear_line(base, saved, tmp_path):
 
 def test_what_the_format_cannot_hold_is_not_written(base, trees, tmp_path):
     lora, _ = trees("lora")
-    with pytest.raises(UserError, match="no place for the trained leaf layers/mlp/up/kernel"):
+    with pytest.raises(UserError, match="cannot hold the trained leaf layers/mlp/up/kernel"):
         peft.save(lora, base, tmp_path, trained=["layers/mlp/up/kernel"])
-    with pytest.raises(UserError, match="no place for the trained leaf layers/attn/q/kernel/base"):
+    with pytest.raises(UserError, match="cannot hold the trained leaf layers/attn/q/kernel/base"):
         peft.save(lora, base, tmp_path, trained=["layers/attn/q/kernel/base"])
     with pytest.raises(UserError, match="pass original="):
         peft.save(lora, base, tmp_path, method=GROUPS["pissa"])
-    with pytest.raises(UserError, match="no adapter to write"):
+    with pytest.raises(UserError, match="nothing to write"):
         peft.save(base.params, base, tmp_path)
     both = methods.attach(methods.build_method({"name": "ia3", "target": ATTN}), lora, jax.random.key(0))
     with pytest.raises(UserError, match="Scaled on a LoRA"):
@@ -317,16 +320,18 @@ PATHS = [f"model.layers.{i}.{m}" for i in range(12) for m in ("attn.q", "attn.c_
     ],
 )
 def test_targets_are_chosen_by_the_rules_of_peft(config, chosen):
-    assert match.targets(config, PATHS, heads=["lm_head"]) == [p for p in PATHS if chosen(p)]
+    assert match.find_targets(config, PATHS, heads=["lm_head"]) == [p for p in PATHS if chosen(p)]
 
 
 def test_a_pattern_matches_the_end_of_a_path_and_the_first_match_wins():
     patterns = {"layers.1.attn.q": 2, "attn.q": 3, "q": 4}
-    values = [match.value(patterns, f"model.layers.{p}", 8) for p in ("1.attn.q", "11.attn.q", "0.mlp.q", "0.mlp.xq")]
+    values = [
+        match.pattern_value(patterns, f"model.layers.{p}", 8) for p in ("1.attn.q", "11.attn.q", "0.mlp.q", "0.mlp.xq")
+    ]
     assert values == [2, 3, 4, 8]
 
 
 @pytest.mark.parametrize("chosen", [PATHS[:1], PATHS[1::3], PATHS[2::3], PATHS[3:9], ["lm_head"]])
 def test_short_names_choose_exactly_what_they_were_made_for(chosen):
-    names = match.ends(chosen, [p for p in PATHS if p not in chosen])
-    assert [p for p in PATHS if match.named(names, p)] == chosen
+    names = match.shortest_ends(chosen, [p for p in PATHS if p not in chosen])
+    assert [p for p in PATHS if match.is_named(names, p)] == chosen

@@ -162,5 +162,5 @@ def test_we_load_an_adapter_of_peft_and_compute_its_logits(case, bases, tmp_path
 def test_what_peft_has_on_linear_layers_only_is_not_written_for_a_conv1d(name, bases, tmp_path):
     _, base, plain = bases["gpt2"]
     params, trained = adapted(plain, {"name": name, "target": GPT2_TARGETS})
-    with pytest.raises(UserError, match=f"is a Conv1D, on which PEFT has no {name.upper()}"):
+    with pytest.raises(UserError, match=f"is a Conv1D, on which PEFT does not support {name.upper()}"):
         peft_format.save(params, base, tmp_path, trained=trained)

@@ -78,7 +78,7 @@ def test_peft_loads_our_prompt_and_computes_our_logits(case, name, bases, tmp_pa
     jax.tree.map(
         np.testing.assert_array_equal, again[part := next(iter({"prompt", "prefix"} & set(again)))], params[part]
     )
-    assert peft_format.about(tmp_path).model.items() >= method.model_options.items()
+    assert peft_format.describe_adapter(tmp_path).model.items() >= method.model_options.items()
 
 
 @pytest.mark.parametrize(("case", "name"), cases(THEIRS))
@@ -89,14 +89,14 @@ def test_we_load_a_prompt_of_peft_and_compute_its_logits(case, name, bases, tmp_
     theirs = peft.get_peft_model(copy.deepcopy(model), kind(task_type=task, num_virtual_tokens=T, **options)).eval()
     randomize([(n, p) for n, p in theirs.named_parameters() if p.requires_grad], seed=5)
     theirs.save_pretrained(tmp_path)
-    about = peft_format.about(tmp_path)
+    about = peft_format.describe_adapter(tmp_path)
     base, params = opened(base, plain, about.model)
     mine = peft_format.load(tmp_path, params, base)
     expected = their_logits(theirs)[:, -12:]
     assert difference(their_logits(model), expected) > 0.01
     assert_close(our_logits(base, mine), expected, relative=2e-5)
     again = peft_format.save(mine, base, tmp_path / "again", method={"name": "ptuning"} if "p-t" in case else {})
-    assert peft_format.about(again) == about
+    assert peft_format.describe_adapter(again) == about
     jax.tree.map(np.testing.assert_array_equal, peft_format.load(again, params, base), mine)
 
 
@@ -106,7 +106,7 @@ def test_a_prompt_that_does_not_fit_is_refused(bases, tmp_path):
     peft_format.save(params, wide, tmp_path)
     with pytest.raises(UserError, match="has 4 virtual tokens: load its base with num_prompt=4"):
         peft_format.load(tmp_path, plain, base)
-    with pytest.raises(UserError, match=r"no place for the trained leaf norm/scale"):
+    with pytest.raises(UserError, match=r"cannot hold the trained leaf norm/scale"):
         peft_format.save(params, wide, tmp_path / "b", trained=["norm/scale"])
     both, params = opened(base, plain, {"num_prompt": T, "prefix_length": 2})
     with pytest.raises(UserError, match="a prompt, a prefix or rewritten weights"):

@@ -56,7 +56,7 @@ def test_we_load_rows_of_peft_and_compute_its_logits(name, bases, tmp_path):
     randomize([(n, p) for n, p in theirs.named_parameters() if p.requires_grad], seed=5)
     theirs.save_pretrained(tmp_path)
     assert difference(their_logits(model), their_logits(theirs)) > 0.02
-    assert peft_format.about(tmp_path).model == {}
+    assert peft_format.describe_adapter(tmp_path).model == {}
     assert_close(our_logits(base, peft_format.load(tmp_path, plain, base)), their_logits(theirs), relative=2e-5)
 
 
@@ -95,14 +95,14 @@ def test_peft_loads_the_modules_that_a_lora_trains_whole(also, bases, tmp_path):
 def test_rows_with_what_peft_has_no_place_for_are_refused(bases, tmp_path):
     _, base, plain = bases["llama"]
     params, trained = moved(plain, {"name": "tokens", "tokens": IDS, "also_train": "norm/scale"})
-    with pytest.raises(UserError, match="TRAINABLE_TOKENS has no place for norm/scale"):
+    with pytest.raises(UserError, match="of type TRAINABLE_TOKENS cannot hold norm/scale"):
         peft_format.save(params, base, tmp_path, trained=trained)
     params, trained = moved(plain, {"name": "tokens", "tokens": IDS})
     peft_format.save(params, base, tmp_path, trained=trained)
     group = {"name": "ia3", "also_tokens": IDS}
     params, trained = moved(plain, group)
-    with pytest.raises(UserError, match="PEFT's IA3 has no place for embed/embedding/rows; LORA has"):
+    with pytest.raises(UserError, match="of type IA3 cannot hold embed/embedding/rows: only LORA can"):
         peft_format.save(params, base, tmp_path / "ia3", trained=trained, method=group)
     small = {**plain, "embed": {"embedding": plain["embed"]["embedding"][:40]}}
-    with pytest.raises(UserError, match="are not distinct ids of the vocabulary of 40"):
+    with pytest.raises(UserError, match="must be distinct ids below the vocabulary size 40"):
         peft_format.load(tmp_path, small, base)

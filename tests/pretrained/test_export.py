@@ -95,7 +95,7 @@ def test_stacks_and_meshes_leave_no_trace(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_prompt": 3}, "model.num_prompt=3 cannot be told"), ({"window": 7}, "model.window=7 cannot be told")],
+    [({"num_prompt": 3}, "model.num_prompt=3 cannot be written"), ({"window": 7}, "model.window=7 cannot be written")],
 )
 def test_what_a_checkpoint_cannot_tell_is_refused(tmp_path, options, message):
     base = load(str(files.directory(tmp_path / "in", LLAMA)), model=options)

@@ -30,8 +30,8 @@ def _lora(config, path, parts, out):
         scale = config["lora_alpha"] / (config["init_r"] + 1e-5)
         out[f"{path}.weight"] += scale * (parts["lora_B"] * parts["lora_E"][:, 0]) @ parts["lora_A"]
         return
-    rank = match.value(config["rank_pattern"], path, config["r"])
-    alpha = match.value(config["alpha_pattern"], path, config["lora_alpha"])
+    rank = match.pattern_value(config["rank_pattern"], path, config["r"])
+    alpha = match.pattern_value(config["alpha_pattern"], path, config["lora_alpha"])
     scale = alpha / (rank**0.5 if config["use_rslora"] else rank)
     assert parts["lora_A"].shape[0] == rank
     name = f"{path}.weight"
@@ -47,8 +47,8 @@ def _ia3(config, path, parts, out):
 
 
 def _rank_and_scale(config, path):
-    rank = match.value(config["rank_pattern"], path, config["r"])
-    return rank, match.value(config["alpha_pattern"], path, config["alpha"]) / rank
+    rank = match.pattern_value(config["rank_pattern"], path, config["r"])
+    return rank, match.pattern_value(config["alpha_pattern"], path, config["alpha"]) / rank
 
 
 def _loha(config, path, parts, out):

@@ -1,7 +1,8 @@
-"""Adapters in and out of the Hugging Face PEFT format: `adapter_config.json` and `adapter_model.safetensors`.
+"""The Hugging Face PEFT format, in and out: `adapter_config.json` and `adapter_model.safetensors`.
 
-What can be held of rewritten weights is a table, `forms.FORMS`; prompts and prefixes are `prompts`, rows `tokens`.
-Reading is strict where PEFT only warns: every tensor that the JSON calls for must be there in its shape, and no other.
+The table `forms.FORMS` lists the forms of weights that the format holds; `prompts` is for prompts and prefixes,
+`tokens` for token embeddings, `experts` for experts. Reading is strict where PEFT only warns: the file must hold
+exactly the tensors that the JSON asks for, in their shapes.
 """
 
 import os
@@ -15,46 +16,49 @@ import jax
 from lowrank.adapters.peft import config, experts, prompts, reading, tensors, tokens, writing
 from lowrank.adapters.peft.forms import FORMS
 from lowrank.adapters.peft.modules import Base
-from lowrank.adapters.peft.reading import About
+from lowrank.adapters.peft.reading import AdapterDescription
 from lowrank.core import files
 from lowrank.core.typing import PyTree
 
-WHOLE: dict[str, ModuleType] = {
+WHOLE_MODEL_TYPES: dict[str, ModuleType] = {
     **dict.fromkeys(prompts.OPTIONS, prompts),
     tokens.TYPE: tokens,
-}  # what is not said module by module
+}  # adapters that are not a set of adapted modules
 
 
-def about(directory: str | os.PathLike[str]) -> About:
-    """Reads what the adapter in `directory` is for, without its tensors. Raises UserError as `load` does."""
-    raw = config.parse(directory)
-    if raw["peft_type"] not in WHOLE:
-        return reading.about(directory)
-    options = WHOLE[raw["peft_type"]].model_options(raw, tensors.shapes(directory))
-    return About(raw["peft_type"], raw.get("base_model_name_or_path"), options)
+def describe_adapter(directory: str | os.PathLike[str]) -> AdapterDescription:
+    """The type of the adapter in `directory`, its base, and the model options that it needs, without its tensors.
+
+    Raises UserError for a directory or a JSON that `load` refuses.
+    """
+    raw = config.parse_json(directory)
+    if raw["peft_type"] not in WHOLE_MODEL_TYPES:
+        return reading.describe_adapter(directory)
+    options = WHOLE_MODEL_TYPES[raw["peft_type"]].model_options(raw, tensors.read_shapes(directory))
+    return AdapterDescription(raw["peft_type"], raw.get("base_model_name_or_path"), options)
 
 
 def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
     """`params`, the plain tree of `base`, with the adapter in `directory` attached.
 
     Raises:
-      UserError: naming the culprit, for an unknown `peft_type`, JSON keys that would change the maths unseen, another
+      UserError: naming the culprit, for an unknown `peft_type`, JSON keys that would change the computation, another
         base (by its recorded name, unless `any_base`; by its shapes), and tensors that are missing, unexpected,
         misshapen or not finite.
     """
-    raw = config.parse(directory)
-    if raw["peft_type"] in WHOLE:
-        return WHOLE[raw["peft_type"]].load(directory, params, base, any_base=any_base)
-    settings, form = config.read(directory)
+    raw = config.parse_json(directory)
+    if raw["peft_type"] in WHOLE_MODEL_TYPES:
+        return WHOLE_MODEL_TYPES[raw["peft_type"]].load(directory, params, base, any_base=any_base)
+    settings, form = config.read_config(directory)
     config.check_base(settings, base.name, directory, any_base)
-    rows, found = tokens.beside(settings, tensors.read(directory), params, base, directory)
+    rows, found = tokens.split_tokens(settings, tensors.read_tensors(directory), params, base, directory)
     module = experts if settings.get(experts.KEY) else reading
-    return tokens.placed(rows, module.attach(settings, form, found, params, base, directory))
+    return tokens.insert_tokens(rows, module.attach(settings, form, found, params, base, directory))
 
 
-def fits(params: PyTree) -> bool:
-    """Whether `params` hold something that this format may have a place for, beside rewritten weights."""
-    return any(module.fits(params) for module in (experts, *WHOLE.values()))
+def can_write(params: PyTree) -> bool:
+    """Whether `params` hold experts, prompts, prefixes or token embeddings that this format may hold."""
+    return any(module.can_write(params) for module in (experts, *WHOLE_MODEL_TYPES.values()))
 
 
 def save(
@@ -69,22 +73,22 @@ def save(
     """Writes the adapter in `params`, the adapted tree of `base`, and returns its folder. Every process must call it.
 
     Args:
-      trained: names of all trained leaves; those beside the forms' own are written too (biases, a classifier's head).
-      method: the config group of the method; `rslora` says how scales are written as alphas.
+      trained: names of all trained leaves; those outside of forms (biases, a classifier's head) are written too.
+      method: the config group of the method; `rslora` decides how scales are written as alphas.
       original: the parameters before the method was attached. PiSSA and OLoRA need them: their base is a residual, so
-        that their update of rank r is one of rank 2r to the original.
+        that an update of rank r becomes one of rank 2r to the original base.
 
     Raises:
       UserError: for a form, or a trained leaf, that the format cannot hold, and for PiSSA or OLoRA without `original`.
     """
-    rows, params, trained = tokens.set_aside(params, trained)
-    module = next((module for module in (experts, *WHOLE.values()) if module.fits(params)), writing)
-    summary, arrays = module.content(params, base, trained, dict(method or {}), original)
-    summary, arrays = tokens.added(rows, base, summary, arrays)
+    rows, params, trained = tokens.set_tokens_aside(params, trained)
+    module = next((module for module in (experts, *WHOLE_MODEL_TYPES.values()) if module.can_write(params)), writing)
+    summary, arrays = module.adapter_content(params, base, trained, dict(method or {}), original)
+    summary, arrays = tokens.add_tokens(rows, base, summary, arrays)
     if jax.process_index() == 0:
-        tensors.write(directory, arrays)
+        tensors.write_tensors(directory, arrays)
         files.write_json(Path(directory) / config.NAME, dict(sorted(summary.items())))
     return Path(directory)
 
 
-__all__ = ["FORMS", "About", "about", "fits", "load", "save"]
+__all__ = ["FORMS", "AdapterDescription", "can_write", "describe_adapter", "load", "save"]

@@ -1,4 +1,4 @@
-"""`adapter_config.json`: what it must say, what it may say, and what would change the maths unseen."""
+"""`adapter_config.json`: its keys, their defaults, and the checks against keys that would change the computation."""
 
 import json
 import os
@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from lowrank.adapters.peft.forms import FORMS, Form
+from lowrank.adapters.peft.forms import FORMS, PeftForm
 from lowrank.core.errors import UserError, nearest, unknown
 from lowrank.models import DecoderConfig
 
 NAME = "adapter_config.json"
-WHOLE_MODEL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "TRAINABLE_TOKENS")  # not said module by module
-HEAD_MODULES = ("score", "classifier", "classifier.out_proj")  # whose weight has a row a label
+WHOLE_MODEL = (
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "TRAINABLE_TOKENS",
+)  # adapters that are not a set of adapted modules
+HEAD_MODULES = ("score", "classifier", "classifier.out_proj")  # the modules whose weight has a row per label
 ABOUT = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -26,11 +31,11 @@ ABOUT = (
 )
 
 
-Content = tuple[dict[str, Any], dict[str, np.ndarray]]  # an adapter before it is written: its JSON and its tensors
+Content = tuple[dict[str, Any], dict[str, np.ndarray]]  # an adapter to be written: its JSON and its tensors
 
 
-def about(peft_type: str, base: Any) -> dict[str, Any]:
-    """What the JSON of every adapter of `base` says first."""
+def common_keys(peft_type: str, base: Any) -> dict[str, Any]:
+    """The keys and values that the JSON of every adapter of `base` has."""
     lm = "CAUSAL_LM" if isinstance(base.config, DecoderConfig) else "FEATURE_EXTRACTION"
     return {
         "peft_type": peft_type,
@@ -41,26 +46,26 @@ def about(peft_type: str, base: Any) -> dict[str, Any]:
     }
 
 
-def read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Form]:
+def read_config(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], PeftForm]:
     """The adapter's JSON with PEFT's defaults filled in, and the form it describes.
 
-    Raises UserError for a folder without an adapter, an unknown `peft_type`, and keys that are unknown and switched
-    on or have a value that is not understood.
+    Raises UserError for a directory without an adapter, for an unknown `peft_type`, for an unknown key that is switched
+    on, and for a value that is not supported.
     """
-    path, raw = Path(directory) / NAME, parse(directory)
+    path, raw = Path(directory) / NAME, parse_json(directory)
     form = _form(raw, path)
     for key, value in raw.items():
         _check(key, value, form, path)
-    return {**dict.fromkeys(ABOUT), **form.reads, **raw}, form
+    return {**dict.fromkeys(ABOUT), **form.obeyed_keys, **raw}, form
 
 
-def parse(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The adapter's JSON as it is. Raises UserError for a folder without one, and for an unknown `peft_type`."""
+def parse_json(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The adapter's JSON, unchanged. Raises UserError for a directory without one, and for an unknown `peft_type`."""
     path = Path(directory) / NAME
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{directory} holds no adapter: it has no {NAME}") from None
+        raise UserError(f"{directory} holds no PEFT adapter: it has no {NAME}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
     if not isinstance(raw, dict):
@@ -71,21 +76,24 @@ def parse(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return raw
 
 
-def _form(raw: Mapping[str, Any], path: Path) -> Form:
+def _form(raw: Mapping[str, Any], path: Path) -> PeftForm:
     peft_type = raw.get("peft_type")
     alike = [form for form in FORMS.values() if form.peft_type == peft_type]
     for form in alike:
         if all(bool(raw.get(key)) == value for key, value in form.flags.items()):
             return form
-    raise UserError(f"{path}: no form of {peft_type} has these settings: {', '.join(alike[0].flags)}")
+    flags = ", ".join(alike[0].flags)
+    raise UserError(f"{path}: the values of {flags} are not supported together for {peft_type}")
 
 
-def _check(key: str, value: Any, form: Form, path: Path) -> None:
-    known = (*ABOUT, *form.reads, *form.ignores, *form.flags)
-    if key in form.only:
-        if value not in form.only[key]:
-            raise UserError(f"{path}: {key}={value!r} is not supported; known: {', '.join(map(repr, form.only[key]))}")
-    elif key not in known and value:  # a feature that is off changes nothing
+def _check(key: str, value: Any, form: PeftForm, path: Path) -> None:
+    known = (*ABOUT, *form.obeyed_keys, *form.ignored_keys, *form.flags)
+    if key in form.supported:
+        if value not in form.supported[key]:
+            raise UserError(
+                f"{path}: {key}={value!r} is not supported; known: {', '.join(map(repr, form.supported[key]))}"
+            )
+    elif key not in known and value:  # an unknown feature that is switched off changes nothing
         raise UserError(f"{path}: {key}={value!r} is not supported{nearest(key, known)}")
 
 
@@ -95,12 +103,15 @@ def check_base(config: Mapping[str, Any], name: str, directory: str | os.PathLik
     if recorded and not any_base and not _same(recorded, name):
         raise UserError(
             f"the adapter in {directory} is for base {recorded!r}, the loaded base is {name!r} "
-            "(any_base=True, or --any_base, attaches it all the same)"
+            "(any_base=True, or --any_base, attaches it nevertheless)"
         )
 
 
 def _same(recorded: str, name: str) -> bool:
-    """Hub ids say the owner, folders and wheels only the model: then the last part decides, in any case."""
+    """Hub ids have an owner, directories and wheels only a model name: then only the last parts are compared.
+
+    Upper and lower case are the same.
+    """
     recorded, name = (text.rstrip("/").lower() for text in (recorded, name))
     if "/" in recorded and "/" in name:
         return recorded == name

@@ -1,9 +1,9 @@
-"""LoRA on the kernels of experts in PEFT's format: `target_parameters`, beside whatever else a LoRA adapter holds.
+"""LoRA on the kernels of experts in PEFT's format: `target_parameters`, beside the other parts of a LoRA adapter.
 
 Torch has a layer's experts fused, `gate_up_proj` `[E, 2F, D]` and `down_proj` `[E, D, F]`, with one pair of factors
 each: A `[E * r, in]`, whose rows are sorted by expert, and B `[out, r * E]`, whose columns are sorted by rank. Where
-both are adapted, the keys of the first say `experts.base_layer`. Our gate and up have factors of their own, so that
-theirs have rank r_gate + r_up, each half feeding one half of the outputs, unless they share their A.
+both are adapted, the keys of the first have `experts.base_layer`. Gate and up have separate factors here, so that the
+fused pair has rank r_gate + r_up, each half feeding one half of the outputs, unless both have the same A.
 """
 
 import os
@@ -19,7 +19,7 @@ import numpy as np
 from lowrank.adapters.peft import config as configs
 from lowrank.adapters.peft import match, reading, tensors, writing
 from lowrank.adapters.peft.config import Content
-from lowrank.adapters.peft.forms import Form, ranked
+from lowrank.adapters.peft.forms import PeftForm, ranked
 from lowrank.adapters.peft.modules import Base
 from lowrank.core import tree
 from lowrank.core.errors import UserError, unknown
@@ -29,7 +29,10 @@ from lowrank.pretrained.families import FAMILIES
 from lowrank.weights.lora import RESIDUAL, LoRA
 
 KEY = "target_parameters"
-FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # theirs, in the order in which they nest -> ours
+FUSED = {
+    "gate_up_proj": ("gate", "up"),
+    "down_proj": ("down",),
+}  # PEFT's names, in the order in which they nest -> ours
 _TENSOR = re.compile(r".*\.experts(\.base_layer)?\.lora_[AB]\.weight")
 
 
@@ -40,8 +43,8 @@ class Pair(NamedTuple):
     b: np.ndarray
 
 
-def fits(params: PyTree) -> bool:
-    """Whether there are LoRAs on experts."""
+def can_write(params: PyTree) -> bool:
+    """Whether `params` hold LoRAs on experts."""
     return any(map(_on_experts, jax.tree.leaves(params, is_leaf=is_weight)))
 
 
@@ -50,7 +53,7 @@ def _on_experts(w: Any) -> bool:
 
 
 def _layers(base: Base) -> Iterator[tuple[str, str, int]]:
-    """`(path of the experts' module, stack, place in it)` of every layer."""
+    """`(path of the experts' module, stack, index in the stack)` of every layer."""
     prefix = FAMILIES[base.family].prefix
     for tensor in FAMILIES[base.family].tensors(base.config):
         if tensor.experts and tensor.leaf.endswith("/down/kernel"):
@@ -59,15 +62,15 @@ def _layers(base: Base) -> Iterator[tuple[str, str, int]]:
 
 
 def _keys(path: str, targeted: list[str]) -> dict[str, tuple[str, str]]:
-    """The keys of A and B of each fused parameter in `targeted` that one module has."""
+    """The keys of A and B of each fused parameter in `targeted` of one module."""
     inner = {name: ".base_layer" * (len(targeted) - 1 - i) for i, name in enumerate(targeted)}
     return {n: tuple(f"{tensors.PREFIX}{path}{x}.lora_{f}.weight" for f in "AB") for n, x in inner.items()}
 
 
-def content(
+def adapter_content(
     params: PyTree, base: Base, trained: Iterable[str], method: Mapping[str, Any], original: PyTree | None
 ) -> Content:
-    """The JSON and the tensors of a LoRA adapter, experts included. Raises UserError as `writing.content` does."""
+    """The JSON and the tensors of a LoRA adapter with experts. Raises UserError as `writing.adapter_content` does."""
     if method.get("init") in RESIDUAL:
         raise UserError(f"init={method['init']} changed the experts' kernels, which a PEFT adapter does not hold")
     named = dict(tree.named_leaves(params, is_weight))
@@ -75,7 +78,7 @@ def content(
     places = {f"{s}/mlp/experts/{n}/kernel" for _, s, _ in _layers(base) for names in FUSED.values() for n in names}
     for name in ours:
         if name not in places:
-            raise UserError(f"{name} has no place among the experts of PEFT's {KEY}")
+            raise UserError(f"{name} is not among the experts that PEFT's {KEY} can name: change the target")
     rest = tree.map_named(lambda name, w: w.base if name in ours else w, params, is_leaf=is_weight)
     others = {*trained} - {f"{name}/{field}" for name in ours for field in "ab"}
     summary, arrays = _rest(rest, base, others, method, original)
@@ -90,9 +93,9 @@ def content(
             arrays[key_b] = b.transpose(2, 1, 0).reshape(b.shape[2], -1)
             ranks[f"{path}.{name}"] = a.shape[2]
     summary |= {KEY: sorted(ranks), "lora_dropout": 0.0}
-    alphas = {path: ranked.tidy(scale * rank**power) for path, rank in ranks.items()}
+    alphas = {path: ranked.undo_rounding(scale * rank**power) for path, rank in ranks.items()}
     for values, default, patterns in ((ranks, "r", "rank_pattern"), (alphas, "lora_alpha", "alpha_pattern")):
-        common, _ = match.by_module(values)
+        common, _ = match.split_default(values)
         summary.setdefault(default, common)
         others = {path: value for path, value in values.items() if value != summary[default]}
         summary[patterns] = {**summary[patterns], **others}
@@ -100,15 +103,15 @@ def content(
 
 
 def _rest(params: PyTree, base: Base, trained: set[str], method: Mapping[str, Any], original: PyTree | None) -> Content:
-    """The JSON and the tensors of all that is not on experts."""
+    """The JSON and the tensors of everything except LoRAs on experts."""
     if any(is_weight(w) for w in jax.tree.leaves(params, is_leaf=is_weight)):
-        summary, arrays = writing.content(params, base, trained, method, original)
+        summary, arrays = writing.adapter_content(params, base, trained, method, original)
         tensors.check_finite("the adapter", arrays)
         return summary, arrays
     if trained or getattr(base, "new", ()):
         raise UserError(f"PEFT's {KEY} has no place for the trained leaf {min({*trained, *base.new})}")
     summary = {
-        **configs.about("LORA", base),
+        **configs.common_keys("LORA", base),
         "use_dora": False,
         "use_rslora": bool(method.get("rslora", False)),
         "target_modules": [],
@@ -121,16 +124,16 @@ def _rest(params: PyTree, base: Base, trained: set[str], method: Mapping[str, An
 
 
 def _fused(ours: Mapping[str, LoRA], stack: str, scale: float) -> dict[str, Pair]:
-    """The pair `[L, E, ...]` of each fused parameter that has any, with a common scale: B takes up what differs."""
-    found = {}
+    """The pair `[L, E, ...]` of each adapted fused parameter, with a common scale: B absorbs the difference."""
+    fused = {}
     for theirs, names in FUSED.items():
         kernels = {n: ours.get(f"{stack}/mlp/experts/{n}/kernel") for n in names}
         present = {n: w for n, w in kernels.items() if w is not None}
         if present:
             width = next(iter(present.values())).shape[-1]
             parts = {n: _scaled(w, scale) for n, w in present.items()}
-            found[theirs] = _joined([parts.get(n) for n in names], width)
-    return found
+            fused[theirs] = _joined([parts.get(n) for n in names], width)
+    return fused
 
 
 def _scaled(w: LoRA, scale: float) -> Pair:
@@ -139,30 +142,30 @@ def _scaled(w: LoRA, scale: float) -> Pair:
 
 
 def _joined(parts: list[Pair | None], width: int) -> Pair:
-    """Parts side by side: each has outputs of its own, and, unless all have the same A, ranks of its own."""
+    """The parts side by side: each has its own outputs, and, unless all have the same A, its own ranks."""
     present = [p for p in parts if p is not None]
     if len(present) == len(parts) and all(np.array_equal(p.a, present[0].a) for p in present):
         return Pair(present[0].a, np.concatenate([p.b for p in present], axis=-1))
     blocks = []
-    for at, part in enumerate(parts):
+    for i, part in enumerate(parts):
         if part is not None:
             b = np.zeros((*part.b.shape[:-1], width * len(parts)), np.float32)
-            b[..., at * width : (at + 1) * width] = part.b
+            b[..., i * width : (i + 1) * width] = part.b
             blocks.append(b)
     return Pair(np.concatenate([p.a for p in present], axis=-1), np.concatenate(blocks, axis=-2))
 
 
 def attach(
     config: Mapping[str, Any],
-    form: Form,
+    form: PeftForm,
     found: Mapping[str, np.ndarray],
     params: PyTree,
     base: Base,
     directory: str | os.PathLike[str],
 ) -> PyTree:
-    """`params`, the plain tree of `base`, with the adapter attached; as `reading.attach`."""
+    """`params`, the plain tree of `base`, with the adapter attached; the arguments are those of `reading.attach`."""
     if form.kind is not LoRA:
-        raise UserError(f"{Path(directory) / configs.NAME}: {KEY} is understood with plain LoRA only")
+        raise UserError(f"{Path(directory) / configs.NAME}: {KEY} is supported with plain LoRA only")
     theirs = {key: x for key, x in found.items() if _TENSOR.fullmatch(key)}
     targeted = _targeted(config, base)
     leaves = dict(tree.named_leaves(params, is_weight))
@@ -179,16 +182,16 @@ def _targeted(config: Mapping[str, Any], base: Base) -> dict[str, list[str]]:
     every = {path: [f"{path}.{name}" for name in FUSED] for path, _, _ in _layers(base)}
     flat = [full for names in every.values() for full in names]
     for wanted in config[KEY]:
-        if not any(match.named([wanted], full) for full in flat):
+        if not any(match.is_named([wanted], full) for full in flat):
             raise unknown(f"parameter in {KEY}:", wanted, {f"experts.{name}" for name in FUSED})
-    chosen = {p: [n for n in FUSED if match.named(config[KEY], f"{p}.{n}")] for p in every}
+    chosen = {p: [n for n in FUSED if match.is_named(config[KEY], f"{p}.{n}")] for p in every}
     return {path: names for path, names in chosen.items() if names}
 
 
 def _settings(config: Mapping[str, Any], path: str) -> tuple[int, float]:
     """`(rank, scale)`."""
-    rank = int(match.value(config["rank_pattern"], path, config["r"]))
-    alpha = match.value(config["alpha_pattern"], path, config["lora_alpha"])
+    rank = int(match.pattern_value(config["rank_pattern"], path, config["r"]))
+    alpha = match.pattern_value(config["alpha_pattern"], path, config["lora_alpha"])
     return rank, alpha / rank ** (0.5 if config["use_rslora"] else 1.0)
 
 
@@ -199,11 +202,11 @@ def _check(directory: Any, config: Any, found: Any, targeted: Any, leaves: Any, 
             _, experts, n_in, n_out = leaves[f"{stack}/mlp/experts/{FUSED[name][0]}/kernel"].shape
             rank, outs = experts * _settings(config, f"{path}.{name}")[0], n_out * len(FUSED[name])
             expected |= {keys[0]: (rank, n_in), keys[1]: (outs, rank)}
-    tensors.check(directory, found, expected)
+    tensors.check_shapes(directory, found, expected)
 
 
 def _grown(config: Any, found: Any, targeted: Any, leaves: Any, base: Base) -> dict[str, LoRA]:
-    """Our LoRAs by name. Layers that are left alone, and ranks that a half does not use, are zeros."""
+    """The LoRAs by leaf name. Layers without an adapter, and ranks that a half does not use, are zeros."""
     factors: dict[str, dict[int, tuple[np.ndarray, np.ndarray, float]]] = {}
     for path, stack, i in _layers(base):
         for name, (key_a, key_b) in _keys(path, targeted.get(path, [])).items():

@@ -1,4 +1,4 @@
-"""Which modules of a base an adapter's JSON means: PEFT's rules for targets and patterns, and names that obey them.
+"""PEFT's rules for targets and patterns: the modules that an adapter's JSON names, and the JSON that names modules.
 
 A module is its path in the torch model, `model.layers.3.self_attn.q_proj`. A list names modules by the ends of their
 paths, a string is a regex over whole paths, and a pattern's key is a regex over the end of a path.
@@ -13,34 +13,34 @@ from lowrank.core.errors import UserError, nearest
 ALL_LINEAR = "all-linear"
 
 
-def named(names: str | Iterable[str], path: str) -> bool:
+def is_named(names: str | Iterable[str], path: str) -> bool:
     """Whether a list of path ends, or a regex over whole paths, names `path`."""
     if isinstance(names, str):
         return _regex(names).fullmatch(path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def inside(names: Iterable[str], path: str) -> bool:
-    """Whether `path` is, or lies in, a module that `modules_to_save` names; PEFT asks for no dot before the name."""
+def is_inside(names: Iterable[str], path: str) -> bool:
+    """Whether `path` is, or is inside, a module that `modules_to_save` names; PEFT requires no dot before the name."""
     parts = path.split(".")
     return any(".".join(parts[:n]).endswith(name) for n in range(1, len(parts) + 1) for name in names)
 
 
-def targets(config: Mapping[str, Any], paths: Collection[str], heads: Collection[str] = ()) -> list[str]:
-    """The paths that `target_modules` chooses, less what is excluded; `all-linear` leaves the `heads` out.
+def find_targets(config: Mapping[str, Any], paths: Collection[str], heads: Collection[str] = ()) -> list[str]:
+    """The paths that `target_modules` names, without the excluded ones; `all-linear` leaves the `heads` out.
 
-    Raises UserError when it chooses nothing.
+    Raises UserError when it names no path.
     """
     wanted = config["target_modules"]
     if not wanted:
         raise UserError("the adapter's target_modules is empty: it adapts nothing")
     if isinstance(wanted, str) and config.get("layers_to_transform") is not None:
         raise UserError("layers_to_transform needs target_modules to be a list, not a regex")
-    everything = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
-    chosen = [p for p in paths if (p not in heads if everything else named(wanted, p))]
+    all_linear = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+    chosen = [p for p in paths if (p not in heads if all_linear else is_named(wanted, p))]
     saved = config.get("modules_to_save") or ()
     chosen = [p for p in chosen if not any(re.match(rf"(^|.*\.){m}($|\..*)", p) for m in saved)]
-    chosen = [p for p in chosen if not named(config.get("exclude_modules") or (), p) and _in_layers(config, p)]
+    chosen = [p for p in chosen if not is_named(config.get("exclude_modules") or (), p) and _in_layers(config, p)]
     if not chosen:
         first = wanted if isinstance(wanted, str) else sorted(wanted)[0]
         raise UserError(f"the adapter's target_modules {wanted!r} match no module of the base{nearest(first, paths)}")
@@ -55,11 +55,11 @@ def _in_layers(config: Mapping[str, Any], path: str) -> bool:
     names = config.get("layers_pattern") or r"[^.]*"
     names = [names] if isinstance(names, str) else names
     start = r".*?\." if not config.get("layers_pattern") else r"(?:^|.*?\.)"
-    found = next((m for m in (re.match(rf"{start}{name}\.(\d+)\.", path) for name in names) if m), None)
-    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    match = next((m for m in (re.match(rf"{start}{name}\.(\d+)\.", path) for name in names) if m), None)
+    return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
-def value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first key that matches the end of `path` as a regex, or `default`."""
     return next((v for key, v in patterns.items() if _regex(rf"(.*\.)?({key})$").match(path)), default)
 
@@ -71,7 +71,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
         raise UserError(f"the adapter's pattern {pattern!r} is not a regular expression: {e}") from None
 
 
-def ends(chosen: Collection[str], others: Collection[str]) -> list[str]:
+def shortest_ends(chosen: Collection[str], others: Collection[str]) -> list[str]:
     """The shortest path ends, sorted, that name every path in `chosen` and none in `others`."""
     return sorted({_end(path, others) for path in chosen})
 
@@ -79,16 +79,16 @@ def ends(chosen: Collection[str], others: Collection[str]) -> list[str]:
 def _end(path: str, others: Collection[str]) -> str:
     parts = path.split(".")
     tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1) if not parts[-n].isdigit())
-    return next((t for t in tails if not any(named([t], other) for other in others)), path)
+    return next((t for t in tails if not any(is_named([t], other) for other in others)), path)
 
 
-def by_module(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """`(default, patterns)` that give each path its value: the commonest is the default."""
+def split_default(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """`(default, patterns)` that give each path its value; the most frequent value is the default."""
     kinds = sorted(set(values.values()))
     default = max(kinds, key=list(values.values()).count)
     patterns = {}
     for kind in kinds:
         if kind != default:
             alike = [p for p, v in values.items() if v == kind]
-            patterns |= dict.fromkeys(ends(alike, [p for p, v in values.items() if v != kind]), kind)
+            patterns |= dict.fromkeys(shortest_ends(alike, [p for p, v in values.items() if v != kind]), kind)
     return default, patterns

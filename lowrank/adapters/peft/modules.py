@@ -1,26 +1,36 @@
-"""The modules of a base as torch names them, and the leaf of ours that each of their tensors is."""
+"""The modules of a base by their torch names, and the leaf that each of their tensors belongs to."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
-from lowrank.adapters.peft.forms import Form
+from lowrank.adapters.peft.forms import PeftForm
 from lowrank.core.errors import UserError
 from lowrank.models import EncoderConfig
 from lowrank.pretrained.families import FAMILIES
 
-HEADS = ("classifier", "score", "lm_head")  # what `all-linear` leaves out
+HEADS = ("classifier", "score", "lm_head")  # `all-linear` leaves these out
 
 
 class Base(Protocol):
-    """What an adapter is for; `lowrank.pretrained.Pretrained` is one."""
+    """The base model of an adapter; `lowrank.pretrained.Pretrained` is one."""
 
-    config: Any
-    family: str
-    name: str
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+
+    @property
+    def family(self) -> str:
+        """A key of `lowrank.pretrained.families.FAMILIES`."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The name that adapters record."""
+        ...
 
 
 class Place(NamedTuple):
-    """Where one torch tensor lives: a leaf, or one layer of it."""
+    """The leaf, or one layer of a leaf, that a torch tensor belongs to."""
 
     leaf: str
     layer: int | None
@@ -28,14 +38,14 @@ class Place(NamedTuple):
 
 
 class Module(NamedTuple):
-    """A torch module, by what it holds."""
+    """A torch module with a weight, a bias or both."""
 
     path: str
     weight: Place | None
     bias: Place | None
 
     def places(self) -> dict[str, Place]:
-        """What it holds, by torch's name."""
+        """The places of its tensors by torch's names, `weight` and `bias`."""
         return {kind: place for kind, place in (("weight", self.weight), ("bias", self.bias)) if place}
 
     @property
@@ -44,7 +54,7 @@ class Module(NamedTuple):
         return self.weight is not None and self.weight.leaf.endswith("kernel")
 
 
-def modules(base: Base) -> dict[str, Module]:
+def base_modules(base: Base) -> dict[str, Module]:
     """The modules of `base` that hold a weight or a bias, by path.
 
     A bare encoder is the inner model of transformers, whose paths lack the family's prefix.
@@ -58,20 +68,20 @@ def modules(base: Base) -> dict[str, Module]:
     return {path: Module(path, kinds.get("weight"), kinds.get("bias")) for path, kinds in found.items()}
 
 
-def check_conv1d(form: Form, module: Module) -> None:
-    """Raises UserError for a form on GPT-2's Conv1D that PEFT has on Linear layers only."""
+def check_conv1d(form: PeftForm, module: Module) -> None:
+    """Raises UserError for a form on GPT-2's Conv1D that PEFT supports on Linear layers only."""
     if not (form.conv1d or module.weight.transpose):
-        raise UserError(f"{module.path} is a Conv1D, on which PEFT has no {form.peft_type}")
+        raise UserError(f"{module.path} is a Conv1D, on which PEFT does not support {form.peft_type}")
 
 
 def check_untied(base: Base, places: Iterable[Place]) -> None:
-    """Raises UserError for an embedding of its own where the head shares the base's: PEFT would untie them."""
+    """Raises UserError for a saved embedding whose base shares it with the head: PEFT would untie them."""
     if getattr(base.config, "tied", False) and any(place.leaf == "embed/embedding" for place in places):
         raise UserError("the adapter holds a whole embedding, which this base shares with its head: PEFT unties them")
 
 
 def _places(base: Base) -> Iterator[tuple[str, Place]]:
     for tensor in FAMILIES[base.family].tensors(base.config):
-        if not tensor.experts:  # in torch they are parameters of one module, not modules
+        if not tensor.experts:  # in torch, experts are parameters of one module, not modules
             for i, name in enumerate(tensor.names):
                 yield name, Place(tensor.leaf, i if tensor.count else None, tensor.transpose)

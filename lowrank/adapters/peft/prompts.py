@@ -1,8 +1,8 @@
 """Prompt tuning, P-tuning and prefix tuning in PEFT's format: one tensor, `prompt_embeddings`, and a classifier's head.
 
-A prompt is `[T, D]`, what P-tuning's encoder made included. A prefix is `[T, 2 L W]`, W = key heads x head width: of
-each row, layer l's keys at 2l and its values at 2l + 1; they go into the cache as they are, and the first real token
-stands at position T. Names of other tensors lack the `model.` that adapters of weights have.
+A prompt is `[T, D]`; that of P-tuning is the output of its encoder. A prefix is `[T, 2 L W]`, W = key heads x head
+width: each row has layer l's keys at 2l and its values at 2l + 1. The cache holds them unchanged, and the first real
+token has position T. Names of other tensors lack the `model.` of adapters of weights.
 """
 
 import os
@@ -17,15 +17,19 @@ import numpy as np
 from lowrank.adapters.peft import config as configs
 from lowrank.adapters.peft import tensors
 from lowrank.adapters.peft.config import Content
-from lowrank.adapters.peft.modules import HEADS, Base, Place, modules
+from lowrank.adapters.peft.modules import HEADS, Base, Place, base_modules
 from lowrank.core import tree
-from lowrank.core.errors import UserError, nearest
+from lowrank.core.errors import UserError, nearest, plural
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
 from lowrank.models import DecoderConfig
 
 PROMPT, PREFIX = "PROMPT_TUNING", "PREFIX_TUNING"
-OPTIONS = {PROMPT: "num_prompt", "P_TUNING": "num_prompt", PREFIX: "prefix_length"}  # of the model, by peft_type
+OPTIONS = {
+    PROMPT: "num_prompt",
+    "P_TUNING": "num_prompt",
+    PREFIX: "prefix_length",
+}  # the model option of each peft_type
 KEY, ROOT = "prompt_embeddings", "base_model."
 _IGNORED = (
     *("encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"),
@@ -35,21 +39,21 @@ _IGNORED = (
 )
 
 
-def fits(params: PyTree) -> bool:
-    """Whether there is something to write in this form."""
+def can_write(params: PyTree) -> bool:
+    """Whether `params` hold a prompt or a prefix."""
     return "prompt" in params or "prefix" in params
 
 
 def model_options(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The options that the base is loaded with."""
+    """The model options with which the base must be loaded."""
     heads = [shapes[f"{ROOT}{n}.weight"][0] for n in configs.HEAD_MODULES if f"{ROOT}{n}.weight" in shapes]
     length = shapes[KEY][0] if len(shapes.get(KEY, ())) == 2 else 0
     return {OPTIONS[config["peft_type"]]: length} | ({"num_labels": heads[0]} if heads else {})
 
 
 def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
-    """`params`, the tree of `base` loaded with the options that `about` gives, with the prompt or prefix in it."""
-    path, config = Path(directory) / configs.NAME, configs.parse(directory)
+    """`params`, the tree of `base` loaded with its model options, and the prompt or prefix in it."""
+    path, config = Path(directory) / configs.NAME, configs.parse_json(directory)
     for key, value in config.items():
         if value and key not in (*configs.ABOUT, *_IGNORED):
             raise UserError(f"{path}: {key}={value!r} is not supported{nearest(key, _IGNORED)}")
@@ -57,15 +61,17 @@ def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_b
         raise UserError(f"{path}: num_transformer_submodules={config['num_transformer_submodules']} is not supported")
     configs.check_base(config, base.name, directory, any_base)
     option, leaves = OPTIONS[config["peft_type"]], dict(tree.named_leaves(params, is_weight))
-    found, places = tensors.read(directory), _heads(base)
+    found, places = tensors.read_tensors(directory), _heads(base)
     length = len(found.get(KEY, ()))
     if length and length != getattr(base.config, option):
-        raise UserError(f"the adapter in {directory} has {length} virtual tokens: load its base with {option}={length}")
+        raise UserError(
+            f"the adapter in {directory} has {plural(length, 'virtual token')}: load its base with {option}={length}"
+        )
     _check_readout(base, option)
     size = base.config.width if option == "num_prompt" else _prefix_width(base.config)
     expected = {KEY: (length, size)}
     expected |= {f"{ROOT}{name}": leaves[p.leaf].shape[:: -1 if p.transpose else 1] for name, p in places.items()}
-    tensors.check(directory, found, expected)
+    tensors.check_shapes(directory, found, expected)
     for name, place in places.items():
         array = found[f"{ROOT}{name}"]
         leaves[place.leaf] = jnp.asarray(array.T if place.transpose else array, leaves[place.leaf].dtype)
@@ -73,10 +79,10 @@ def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_b
     return tree.map_named(lambda name, _: leaves[name], params, is_leaf=is_weight)
 
 
-def content(
+def adapter_content(
     params: PyTree, base: Base, trained: Iterable[str], method: Mapping[str, Any], original: PyTree | None
 ) -> Content:
-    """The JSON and the tensors of the prompt or prefix in `params`. UserError for what else they hold."""
+    """The JSON and the tensors of the prompt or prefix in `params`. Raises UserError for other trained leaves."""
     del original
     option = "num_prompt" if "prompt" in params else "prefix_length"
     own = {"prompt/embedding"} if option == "num_prompt" else {"prefix/k", "prefix/v"}
@@ -86,7 +92,7 @@ def content(
     places = _heads(base)
     rest = {*trained, *getattr(base, "new", ())} - own - {place.leaf for place in places.values()}
     if rest:
-        raise UserError(f"PEFT's prompts have no place for the trained leaf {min(rest)}")
+        raise UserError(f"a PEFT adapter of a prompt cannot hold the trained leaf {min(rest)}")
     leaves = {name: tensors.on_host(leaf) for name, leaf in tree.named_leaves(params) if name in own}
     arrays = {KEY: _theirs(leaves, base.config, option)}
     for name, place in places.items():
@@ -101,7 +107,7 @@ def _summary(base: Base, option: str, method: Mapping[str, Any], length: int) ->
     encoded = method.get("name") == "ptuning"
     encoder = {"encoder_reparameterization_type": method.get("encoder", "mlp").upper()} if encoded else {}
     return {
-        **configs.about(PREFIX if prefix else "P_TUNING" if encoded else PROMPT, base),
+        **configs.common_keys(PREFIX if prefix else "P_TUNING" if encoded else PROMPT, base),
         "modules_to_save": ["classifier", "score"] if c.num_labels else None,
         "num_virtual_tokens": length,
         "num_transformer_submodules": 1,
@@ -115,14 +121,16 @@ def _summary(base: Base, option: str, method: Mapping[str, Any], length: int) ->
 
 def _heads(base: Base) -> dict[str, Place]:
     """A classifier's tensors: `{torch name: place}`."""
-    known = modules(base) if base.config.num_labels else {}
+    known = base_modules(base) if base.config.num_labels else {}
     heads = [m for path, m in known.items() if path.split(".")[0] in HEADS]
     return {f"{m.path}.{kind}": place for m in heads for kind, place in m.places().items()}
 
 
 def _check_readout(base: Base, option: str) -> None:
     if option == "num_prompt" and base.config.num_labels and not isinstance(base.config, DecoderConfig):
-        raise UserError("PEFT reads an encoder's label off the first virtual token, we off the first real one")
+        raise UserError(
+            "an encoder's prompt cannot be exchanged with PEFT, which classifies by the first virtual token"
+        )
 
 
 def _prefix_width(c: Any) -> int:
@@ -131,7 +139,7 @@ def _prefix_width(c: Any) -> int:
 
 def _ours(array: np.ndarray, c: Any, option: str) -> dict[str, np.ndarray]:
     if option == "num_prompt":
-        return {"prompt/embedding": array / getattr(c, "embed_scale", 1.0)}  # theirs stand after the scale
+        return {"prompt/embedding": array / getattr(c, "embed_scale", 1.0)}  # PEFT's are applied after the scale
     k_v = array.reshape(len(array), c.layers, 2, -1).transpose(2, 1, 0, 3)
     return {"prefix/k": k_v[0], "prefix/v": k_v[1]}
 

@@ -1,4 +1,4 @@
-"""A PEFT adapter onto a base's parameters."""
+"""Reading a PEFT adapter: its weights are attached to the parameters of a base."""
 
 import os
 import re
@@ -10,8 +10,8 @@ import numpy as np
 
 from lowrank.adapters.peft import config as configs
 from lowrank.adapters.peft import match, tensors
-from lowrank.adapters.peft.forms import Form, Layer, Settings
-from lowrank.adapters.peft.modules import HEADS, Base, Module, Place, check_conv1d, check_untied, modules
+from lowrank.adapters.peft.forms import Layer, PeftForm, Settings
+from lowrank.adapters.peft.modules import HEADS, Base, Module, Place, base_modules, check_conv1d, check_untied
 from lowrank.core import tree
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
@@ -19,38 +19,40 @@ from lowrank.core.weight import is_weight
 from lowrank.weights.lora import RESIDUAL
 
 
-class About(NamedTuple):
-    """What an adapter says of itself: `model` are the options that its base must be loaded with."""
+class AdapterDescription(NamedTuple):
+    """The summary of an adapter: `model` are the options with which its base must be loaded."""
 
     peft_type: str
     base: str | None
     model: dict[str, Any]
 
 
-def about(directory: str | os.PathLike[str]) -> About:
-    """What the adapter in `directory` is for, without its tensors. Raises UserError as `peft_format.load` does."""
-    config, _ = configs.read(directory)
-    shapes = tensors.shapes(directory)
+def describe_adapter(directory: str | os.PathLike[str]) -> AdapterDescription:
+    """What the adapter in `directory` is for, without its tensors. Raises UserError as `peft.load` does."""
+    config, _ = configs.read_config(directory)
+    shapes = tensors.read_shapes(directory)
     heads = [f"{tensors.PREFIX}{name}.weight" for name in configs.HEAD_MODULES]
     labels = [shapes[name][0] for name in heads if name in shapes]
-    return About(config["peft_type"], config["base_model_name_or_path"], {"num_labels": labels[0]} if labels else {})
+    return AdapterDescription(
+        config["peft_type"], config["base_model_name_or_path"], {"num_labels": labels[0]} if labels else {}
+    )
 
 
 def attach(
     config: Mapping[str, Any],
-    form: Form,
+    form: PeftForm,
     found: Mapping[str, np.ndarray],
     params: PyTree,
     base: Base,
     directory: str | os.PathLike[str],
 ) -> PyTree:
-    """`params`, the plain tree of `base`, with the adapter of this JSON and these tensors, which are `directory`'s.
+    """`params`, the plain tree of `base`, with the adapter of the JSON `config` and the tensors `found`.
 
-    Layers that the adapter leaves alone have rank 0 in their stack. Biases and modules that it brings along replace
-    those in `params`. Raises UserError for tensors that are missing, unexpected or misshapen.
+    Layers without an adapter have rank 0 in their stack. Biases and whole modules of the adapter replace those in
+    `params`. `directory` is for error texts. Raises UserError for tensors that are missing, unexpected or misshapen.
     """
     leaves = dict(tree.named_leaves(params, is_weight))
-    targets, others = _places(config, form, modules(base))
+    targets, others = _places(config, form, base_modules(base))
     check_untied(base, others.values())
     settings = {path: form.settings(config, path) for path in targets}
     sizes = [leaves[module.weight.leaf].shape[-2:] for module in targets.values()]
@@ -60,10 +62,10 @@ def attach(
     found = {key: x for key, x in found.items() if not _is_copy(key, others)}
     own = _own_bases(targets, found)
     if own and config.get("init_lora_weights") in RESIDUAL:
-        raise UserError(f"the adapter in {directory} brings a base weight that its init changed: {next(iter(own))}")
+        raise UserError(f"the adapter in {directory} holds a base weight that its init changed: {next(iter(own))}")
     others |= own
     expected |= {key: _disk_shape(leaves[place.leaf].shape, place) for key, place in others.items()}
-    tensors.check(directory, found, expected)
+    tensors.check_shapes(directory, found, expected)
     leaves |= _replaced(others, found, leaves)
     root = form.root.read(config, sizes, found) if form.root else {}
     leaves |= _grown(form, targets, settings, found, root, leaves)
@@ -71,15 +73,15 @@ def attach(
 
 
 def _places(
-    config: Mapping[str, Any], form: Form, known: Mapping[str, Module]
+    config: Mapping[str, Any], form: PeftForm, known: Mapping[str, Module]
 ) -> tuple[dict[str, Module], dict[str, Place]]:
-    """The adapted modules by path, and the places of whole tensors that come along by key."""
+    """The adapted modules by path, and the places of the whole tensors of the adapter by key."""
     linear = [path for path, module in known.items() if module.linear]
     paths = linear if _is_all(config["target_modules"]) else list(known)
-    targets = match.targets(config, paths, heads=[p for p in linear if p.split(".")[0] in HEADS])
+    targets = match.find_targets(config, paths, heads=[p for p in linear if p.split(".")[0] in HEADS])
     for path in targets:
         if path not in linear:
-            raise UserError(f"the adapter targets {path}; {form.peft_type} is understood on linear layers only")
+            raise UserError(f"the adapter targets {path}; {form.peft_type} is supported on linear layers only")
         check_conv1d(form, known[path])
     others = _saved(config, known)
     mode = config.get("bias", "none")
@@ -97,15 +99,15 @@ def _is_all(names: Any) -> bool:
 
 
 def _saved(config: Mapping[str, Any], known: Mapping[str, Module]) -> dict[str, Place]:
-    """The tensors of `modules_to_save` by key. PEFT always lists both of a classifier's possible names."""
-    kept = {}
+    """The tensors of `modules_to_save` by key. PEFT always lists both possible names of a classifier."""
+    saved: dict[str, Place] = {}
     for name in config["modules_to_save"] or ():
-        chosen = [module for path, module in known.items() if match.inside([name], path)]
+        chosen = [module for path, module in known.items() if match.is_inside([name], path)]
         if not chosen and name not in HEADS:
             raise unknown("module in modules_to_save:", name, {path.rpartition(".")[2] for path in known})
         for module in chosen:
-            kept |= {f"{tensors.PREFIX}{module.path}.{kind}": place for kind, place in module.places().items()}
-    return kept
+            saved |= {f"{tensors.PREFIX}{module.path}.{kind}": place for kind, place in module.places().items()}
+    return saved
 
 
 def _is_copy(key: str, others: Mapping[str, Place]) -> bool:
@@ -115,13 +117,13 @@ def _is_copy(key: str, others: Mapping[str, Place]) -> bool:
 
 
 def _own_bases(targets: Mapping[str, Module], found: Iterable[str]) -> dict[str, Place]:
-    """PEFT also writes the base weight of a head that it adapts."""
+    """The base weights of adapted heads, which PEFT writes too."""
     keys = {f"{tensors.PREFIX}{path}.base_layer.weight": module.weight for path, module in targets.items()}
     return {key: place for key, place in keys.items() if key in found}
 
 
-def _shapes(form: Form, module: Module, settings: Settings, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    parts = form.present(*shape[-2:], settings)
+def _shapes(form: PeftForm, module: Module, settings: Settings, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    parts = form.present_parts(*shape[-2:], settings)
     return {f"{tensors.PREFIX}{module.path}{part.suffix}": on_disk for part, on_disk in parts}
 
 
@@ -131,7 +133,7 @@ def _disk_shape(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
 
 
 def _grown(
-    form: Form,
+    form: PeftForm,
     targets: Mapping[str, Module],
     settings: Mapping[str, Settings],
     found: Mapping[str, np.ndarray],
@@ -143,12 +145,12 @@ def _grown(
     for path, module in targets.items():
         leaf, layer, _ = module.weight
         size = leaves[leaf].shape[-2:]
-        arrays = form.root.hand(root, *size) if form.root else {}
-        for part, _ in form.present(*size, settings[path]):
+        arrays = form.root.module_arrays(root, *size) if form.root else {}
+        for part, _ in form.present_parts(*size, settings[path]):
             arrays[part.field] = part.from_disk(found[f"{tensors.PREFIX}{path}{part.suffix}"])
         stack = leaves[leaf].shape[:-2]
         rows.setdefault(leaf, [None] * (stack[0] if stack else 1))[layer or 0] = Layer(settings[path], arrays)
-    return {leaf: form.grow(leaves[leaf], row) for leaf, row in rows.items()}
+    return {leaf: form.from_layers(leaves[leaf], row) for leaf, row in rows.items()}
 
 
 def _replaced(

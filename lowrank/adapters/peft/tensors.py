@@ -1,4 +1,4 @@
-"""`adapter_model.safetensors`: float32 arrays by PEFT's names. Pickle is never read."""
+"""`adapter_model.safetensors`: float32 arrays by PEFT's names. A pickle is never read."""
 
 import os
 from collections.abc import Mapping
@@ -18,19 +18,19 @@ PREFIX = "base_model.model."
 
 
 def on_host(x: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole array as float32 NumPy, wherever its shards are. Every process must call it."""
+    """The whole array as float32 NumPy, gathered from all processes. Every process must call it."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x, dtype=np.float32)
 
 
-def write(directory: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes the tensors, beside and then renamed."""
+def write_tensors(directory: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes the tensors to a file that is then renamed into place."""
     arrays = {key: np.ascontiguousarray(array, np.float32) for key, array in tensors.items()}
     files.write_bytes(Path(directory) / NAME, save(arrays, metadata={"format": "pt"}))
 
 
-def read(directory: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_tensors(directory: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """All tensors as float32. Raises UserError for a file that is missing, broken or holds NaN or infinity."""
     path = _path(directory)
     try:
@@ -45,10 +45,10 @@ def check_finite(where: str | os.PathLike[str], tensors: Mapping[str, np.ndarray
     """Raises UserError naming the first tensor that holds NaN or infinity."""
     for key, array in tensors.items():
         if not np.all(np.isfinite(array)):
-            raise UserError(f"{where}: {key} holds NaN or infinity")
+            raise UserError(f"{where}: {key} holds NaN or infinite values: the adapter is broken")
 
 
-def shapes(directory: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+def read_shapes(directory: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, from the file's header alone."""
     path = _path(directory)
     try:
@@ -66,16 +66,18 @@ def _path(directory: str | os.PathLike[str]) -> Path:
     return path
 
 
-def check(
+def check_shapes(
     path: str | os.PathLike[str], found: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raises UserError unless `found` has exactly the `expected` names and shapes; it names the first culprit."""
     missing = [key for key in expected if key not in found]
     extra = sorted(key for key in found if key not in expected)
     if extra:
-        raise UserError(f"{path}: {extra[0]} fits no module that the adapter targets{nearest(extra[0], missing)}")
+        raise UserError(
+            f"{path}: {extra[0]} does not belong to a module that the adapter targets{nearest(extra[0], missing)}"
+        )
     if missing:
-        raise UserError(f"{path}: {missing[0]} is missing")
+        raise UserError(f"{path}: {missing[0]} is missing, although adapter_config.json asks for it")
     for key, shape in expected.items():
         if found[key].shape != shape:
             raise UserError(f"{path}: {key} has shape {found[key].shape}; this base and config need {shape}")

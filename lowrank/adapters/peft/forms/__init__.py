@@ -1,7 +1,7 @@
-"""The forms that PEFT's format can hold. A further one is a file and a line of `FORMS`."""
+"""The forms of weights that PEFT's format can hold. A new form is one file and one line of `FORMS`."""
 
 from lowrank.adapters.peft.forms.adalora import ADALORA
-from lowrank.adapters.peft.forms.form import Form, Layer, Settings
+from lowrank.adapters.peft.forms.form import Layer, PeftForm, Settings
 from lowrank.adapters.peft.forms.hira import HIRA
 from lowrank.adapters.peft.forms.ia3 import IA3
 from lowrank.adapters.peft.forms.loha import LOHA
@@ -10,7 +10,7 @@ from lowrank.adapters.peft.forms.lora import DORA, EDORA, LORA, LORA_XS
 from lowrank.adapters.peft.forms.oft import BOFT_FORM, OFT_FORM
 from lowrank.adapters.peft.forms.vera import VERA
 
-FORMS: dict[str, Form] = {
+FORMS: dict[str, PeftForm] = {
     "lora": LORA,
     "dora": DORA,
     "lora_xs": LORA_XS,
@@ -25,4 +25,4 @@ FORMS: dict[str, Form] = {
     "boft": BOFT_FORM,
 }
 
-__all__ = ["FORMS", "Form", "Layer", "Settings"]
+__all__ = ["FORMS", "Layer", "PeftForm", "Settings"]

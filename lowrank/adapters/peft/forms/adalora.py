@@ -1,6 +1,6 @@
-"""AdaLoRA in PEFT's format: `rank_pattern` says which triplets of each module were kept, and only those are stored.
+"""AdaLoRA in PEFT's format: only the triplets that were not pruned are stored, and `rank_pattern` marks them.
 
-PEFT divides alpha by the initial rank plus 1e-5, whatever was pruned.
+PEFT divides alpha by the initial rank plus 1e-5, however many triplets were pruned.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,9 @@ import numpy as np
 
 from lowrank.adapters.peft import match
 from lowrank.adapters.peft.forms import ranked
-from lowrank.adapters.peft.forms.form import Form, Layer, Part, Settings
+from lowrank.adapters.peft.forms.form import Layer, Part, PeftForm, Settings
 from lowrank.adapters.peft.forms.lora import LORA
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.core.typing import HostArrays
 from lowrank.weights.adalora import AdaLoRA
 
@@ -24,10 +24,12 @@ KEPT = "{}.lora_E"  # a module's key in rank_pattern
 def _settings(config: Mapping[str, Any], path: str) -> Settings:
     rank, alpha = config["init_r"], config["lora_alpha"]
     if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
-        raise UserError(f"the adapter's init_r is {rank!r}; it must be a positive number")
+        raise UserError(f"the adapter's init_r is {rank!r}: it must be a positive number")
     kept = (config["rank_pattern"] or {}).get(KEPT.format(path), [True] * rank)
     if not isinstance(kept, list) or len(kept) != rank or not any(kept):
-        raise UserError(f"the adapter's rank_pattern for {path} is not {rank} switches, some of them on")
+        raise UserError(
+            f"the adapter's rank_pattern for {path} must be a list of {plural(rank, 'bool')}, some of them true"
+        )
     scale = (alpha if alpha > 0 else rank) / (rank + EPSILON)
     return {"r": sum(map(bool, kept)), "kept": kept, "scale": scale, "dropout": config["lora_dropout"]}
 
@@ -37,12 +39,12 @@ def _summary(modules: Mapping[str, Settings], others: Sequence[str], method: Set
     rank = max(len(s["kept"]) for s in modules.values())
     scale = max(s["scale"] for s in modules.values())
     if any(abs(s["scale"] - scale) > 1e-6 * scale for s in modules.values()):
-        raise UserError("PEFT's ADALORA has one alpha for all modules")
+        raise UserError("an ADALORA adapter of PEFT has one alpha for all modules, and these differ")
     return {
-        "target_modules": match.ends(modules, others),
+        "target_modules": match.shortest_ends(modules, others),
         "init_r": rank,
         "target_r": max(1, round(sum(s["r"] for s in modules.values()) / len(modules))),
-        "lora_alpha": ranked.tidy(scale * (rank + EPSILON)),
+        "lora_alpha": ranked.undo_rounding(scale * (rank + EPSILON)),
         "lora_dropout": max(s["dropout"] for s in modules.values()),
         "rank_pattern": {KEPT.format(path): s["kept"] for path, s in modules.items()},
         "init_lora_weights": True,
@@ -64,7 +66,7 @@ def _peel(w: AdaLoRA, arrays: HostArrays) -> Layer | None:
 
 
 def _grow(base: Any, layers: Sequence[Layer | None]) -> AdaLoRA:
-    """Each triplet in the place it had before the others were pruned."""
+    """The form with each triplet at its index before the others were pruned."""
     present = [layer for layer in layers if layer]
     (n_in, n_out), rank, stack = base.shape[-2:], len(present[0].settings["kept"]), base.shape[:-2]
     shapes = {"a": (n_in, rank), "e": (rank,), "b": (rank, n_out)}
@@ -82,9 +84,9 @@ def _grow(base: Any, layers: Sequence[Layer | None]) -> AdaLoRA:
     )
 
 
-_NOT_READ = ("alpha_pattern", "r", "use_rslora")  # of LoRA's keys: PEFT's AdaLoRA has them and does nothing with them
+_NOT_READ = ("alpha_pattern", "r", "use_rslora")  # keys of LoRA without effect in PEFT's AdaLoRA
 
-ADALORA = Form(
+ADALORA = PeftForm(
     peft_type="ADALORA",
     kind=AdaLoRA,
     parts=(
@@ -93,9 +95,10 @@ ADALORA = Form(
         Part(".lora_B", "b", lambda n_in, n_out, s: (n_out, s["r"])),
     ),
     flags={},
-    reads={k: v for k, v in LORA.reads.items() if k not in _NOT_READ} | {"init_r": 12, "rank_pattern": None},
-    ignores=(
-        *LORA.ignores,
+    obeyed_keys={k: v for k, v in LORA.obeyed_keys.items() if k not in _NOT_READ}
+    | {"init_r": 12, "rank_pattern": None},
+    ignored_keys=(
+        *LORA.ignored_keys,
         *_NOT_READ,
         "beta1",
         "beta2",
@@ -107,10 +110,10 @@ ADALORA = Form(
         "tinit",
         "total_step",
     ),
-    only={},
+    supported={},
     settings=_settings,
-    peel=_peel,
-    grow=_grow,
+    to_layer=_peel,
+    from_layers=_grow,
     summary=_summary,
     extra=("scale",),
 )

@@ -1,4 +1,4 @@
-"""LoKr in PEFT's format. Whether a factor is whole follows from the rank, the sizes and two keys of the JSON."""
+"""LoKr in PEFT's format. The rank, the sizes and two keys of the JSON decide whether a factor is decomposed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.adapters.peft.forms import ranked
-from lowrank.adapters.peft.forms.form import WHERE, Form, Layer, Part, Settings
+from lowrank.adapters.peft.forms.form import WHERE, Layer, Part, PeftForm, Settings
 from lowrank.core.errors import UserError
 from lowrank.core.typing import HostArrays
 from lowrank.weights.lokr import FactorSizes, LoKr, factor_sizes
@@ -15,8 +15,8 @@ from lowrank.weights.lokr import FactorSizes, LoKr, factor_sizes
 def _settings(config: Mapping[str, Any], path: str) -> Settings:
     factor = config["decompose_factor"]
     if not isinstance(factor, int) or (factor < 1 and factor != -1):
-        raise UserError(f"the adapter's decompose_factor is {factor!r}; it must be -1 or at least 1")
-    return {**ranked.settings(config, path), "factor": factor, "both": bool(config["decompose_both"])}
+        raise UserError(f"the adapter's decompose_factor is {factor!r}: it must be -1 or at least 1")
+    return {**ranked.rank_settings(config, path), "factor": factor, "both": bool(config["decompose_both"])}
 
 
 def _sizes(n_in: int, n_out: int, s: Settings) -> FactorSizes:
@@ -24,9 +24,9 @@ def _sizes(n_in: int, n_out: int, s: Settings) -> FactorSizes:
 
 
 def _peel(w: LoKr, arrays: HostArrays) -> Layer | None:
-    """The rank is that of the factors of low rank; where there are none it is found for the JSON."""
+    """The rank is that of the low-rank factors; without them `_summary` finds a rank for the JSON."""
     pairs = [(a, b) for a, b in (("a1", "b1"), ("a2", "b2")) if a in arrays]
-    live = ranked.live(arrays, pairs) if pairs else None
+    live = ranked.nonzero_ranks(arrays, pairs) if pairs else None
     if not (np.any(live) if pairs else np.any(arrays["w2"])):
         return None
     first, second = w.factors()
@@ -43,18 +43,18 @@ def _grow(base: Any, layers: Sequence[Layer | None]) -> LoKr:
     present = [layer for layer in layers if layer]
     fields = {tuple(layer.arrays) for layer in present}
     if len(fields) > 1:
-        raise UserError("the ranks of one stack's layers decompose some LoKr factors and leave others whole")
+        raise UserError("the ranks of one stack decompose a LoKr factor in some layers only: all layers must agree")
     rank = max(layer.settings["r"] for layer in present)
     factors = {}
     for f, array in present[0].arrays.items():
         n_rows, n_columns = array.shape
         shape = {"a": (n_rows, rank), "b": (rank, n_columns), "w": array.shape}[f[0]]
-        factors[f] = ranked.stacked(base, layers, f, shape)
-    return LoKr(base=base, **factors, scale=ranked.scales(base, layers))
+        factors[f] = ranked.stack_layers(base, layers, f, shape)
+    return LoKr(base=base, **factors, scale=ranked.stack_scales(base, layers))
 
 
 def _summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
-    """The JSON that makes PEFT divide every module as ours are. Raises UserError if there is none."""
+    """The JSON with which PEFT divides every module in the same way. Raises UserError if no such JSON exists."""
     every = [s["sizes"] for s in modules.values()]
     both = any(not s.whole1 for s in every)
     candidates = [method.get("factor", -1), -1, *sorted({x for s in every for x in (s.m, s.l)})]
@@ -69,16 +69,16 @@ def _summary(modules: Mapping[str, Settings], others: Sequence[str], method: Set
         if factor_sizes(size.m * size.n, size.l * size.k, ranks[path], factor, both) != size:
             factor = None
     if factor is None:
-        raise UserError("PEFT's LOKR has no decompose_factor and rank that divide these kernels so")
+        raise UserError("no decompose_factor and rank of a LOKR adapter of PEFT divide these kernels in the same way")
     return {
-        **ranked.summary({path: {**s, "r": ranks[path]} for path, s in modules.items()}, others, method),
+        **ranked.rank_summary({path: {**s, "r": ranks[path]} for path, s in modules.items()}, others, method),
         "decompose_both": both,
         "decompose_factor": factor,
     }
 
 
 def _free(size: FactorSizes, both: bool, wanted: int) -> int:
-    """A rank that leaves both factors whole: the wanted one if it does."""
+    """A rank with which PEFT decomposes neither factor: `wanted`, or the smallest one."""
     least = (max(size.n, size.k, *((size.m, size.l) if both else ())) + 1) // 2
     return max(wanted, least)
 
@@ -87,7 +87,7 @@ def _when(part: Callable[[FactorSizes, int], tuple[int, ...] | None]) -> Callabl
     return lambda n_in, n_out, s: part(_sizes(n_in, n_out, s), s["r"])
 
 
-LOKR = Form(
+LOKR = PeftForm(
     peft_type="LOKR",
     kind=LoKr,
     parts=(
@@ -99,7 +99,7 @@ LOKR = Form(
         Part(".lokr_w2_b", "a2", _when(lambda s, r: None if s.whole2 else (r, s.n))),
     ),
     flags={},
-    reads={
+    obeyed_keys={
         **WHERE,
         **ranked.READS,
         "alpha": 8,
@@ -107,7 +107,7 @@ LOKR = Form(
         "decompose_both": False,
         "decompose_factor": -1,
     },
-    ignores=(
+    ignored_keys=(
         "init_weights",
         "module_dropout",
         "rank_dropout",
@@ -115,10 +115,10 @@ LOKR = Form(
         "runtime_config",
         "use_effective_conv2d",
     ),
-    only={},
+    supported={},
     settings=_settings,
-    peel=_peel,
-    grow=_grow,
+    to_layer=_peel,
+    from_layers=_grow,
     summary=_summary,
     extra=("scale",),
     conv1d=False,

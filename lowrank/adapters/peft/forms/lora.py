@@ -1,4 +1,4 @@
-"""LoRA and DoRA in PEFT's format; LoRA-XS and EDoRA are written as these, with the core multiplied into A."""
+"""LoRA and DoRA in PEFT's format; LoRA-XS and EDoRA are written as LoRA and DoRA, with the core multiplied into A."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from lowrank.adapters.peft import match
 from lowrank.adapters.peft.forms import ranked
-from lowrank.adapters.peft.forms.form import WHERE, Form, Layer, Part, Settings
+from lowrank.adapters.peft.forms.form import WHERE, Layer, Part, PeftForm, Settings
 from lowrank.core.typing import HostArrays
 from lowrank.weights import dora
 from lowrank.weights.dora import DoRA
@@ -18,8 +18,8 @@ from lowrank.weights.lora_xs import EDoRA, LoRAXS
 
 
 def _lora_settings(config: Mapping[str, Any], path: str) -> Settings:
-    rank = ranked.number(config, path, "rank", "r")
-    alpha = ranked.number(config, path, "alpha", "lora_alpha", int | float)
+    rank = ranked.positive_number(config, path, "rank", "r")
+    alpha = ranked.positive_number(config, path, "alpha", "lora_alpha", int | float)
     scale = alpha / rank ** _power(config["use_rslora"])
     return {"r": rank, "scale": scale, "dropout": config["lora_dropout"], "init": config.get("init_lora_weights")}
 
@@ -30,11 +30,11 @@ def _power(rslora: bool) -> float:
 
 def _lora_summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
     rslora = bool(method.get("rslora", False))
-    rank, ranks = match.by_module({path: s["r"] for path, s in modules.items()})
-    alphas = {path: ranked.tidy(s["scale"] * s["r"] ** _power(rslora)) for path, s in modules.items()}
-    alpha, alpha_pattern = match.by_module(alphas)
+    rank, ranks = match.split_default({path: s["r"] for path, s in modules.items()})
+    alphas = {path: ranked.undo_rounding(s["scale"] * s["r"] ** _power(rslora)) for path, s in modules.items()}
+    alpha, alpha_pattern = match.split_default(alphas)
     return {
-        "target_modules": match.ends(modules, others),
+        "target_modules": match.shortest_ends(modules, others),
         "r": rank,
         "rank_pattern": ranks,
         "lora_alpha": alpha,
@@ -46,14 +46,14 @@ def _lora_summary(modules: Mapping[str, Settings], others: Sequence[str], method
 
 
 def _peel_lora(w: LoRA, arrays: HostArrays) -> Layer | None:
-    """Strips the padding: what is zero in both A and B adds nothing."""
-    live = ranked.live(arrays, (("a", "b"),))
+    """The layer without padding: a rank that is zero in both A and B adds nothing."""
+    live = ranked.nonzero_ranks(arrays, (("a", "b"),))
     settings = {"r": int(live.sum()), "scale": float(arrays["scale"]), "dropout": w.dropout}
     return Layer(settings, {"a": arrays["a"][:, live], "b": arrays["b"][live]}) if live.any() else None
 
 
 def _peel_dora(w: DoRA, arrays: HostArrays) -> Layer | None:
-    """A layer of rank 0 is left out as long as its magnitude is that of the base."""
+    """The layer without padding; a layer of rank 0 is omitted if its magnitude is that of the base."""
     layer = _peel_lora(w, arrays)
     if layer is None:
         if np.allclose(arrays["magnitude"], np.sqrt(arrays["base_sq"]), rtol=1e-6, atol=0):
@@ -63,12 +63,12 @@ def _peel_dora(w: DoRA, arrays: HostArrays) -> Layer | None:
     return Layer(layer.settings, layer.arrays | {"magnitude": arrays["magnitude"]})
 
 
-def _folded(peel: Callable[[Any, HostArrays], Layer | None]) -> Callable[[Any, HostArrays], Layer | None]:
-    return lambda w, arrays: peel(w, {**arrays, "a": arrays["a"] @ arrays["core"]})
+def _folded(to_layer: Callable[[Any, HostArrays], Layer | None]) -> Callable[[Any, HostArrays], Layer | None]:
+    return lambda w, arrays: to_layer(w, {**arrays, "a": arrays["a"] @ arrays["core"]})
 
 
 def _rebase_lora(layer: Layer, change: np.ndarray) -> Layer:
-    """A base that was changed by a matrix of rank r (PiSSA's residual) moves into the update, of rank 2r then."""
+    """The layer on the original base: its change of rank r (PiSSA's residual) joins the update, then of rank 2r."""
     rank, scale = layer.settings["r"], layer.settings["scale"]
     u, s, v = np.linalg.svd(change / scale, full_matrices=False)
     root = np.sqrt(s[:rank])
@@ -83,15 +83,15 @@ def _grow_lora(base: Any, layers: Sequence[Layer | None]) -> LoRA:
     rank = max(layer.settings["r"] for layer in present)
     return LoRA(
         base=base,
-        a=ranked.stacked(base, layers, "a", (n_in, rank)),
-        b=ranked.stacked(base, layers, "b", (rank, n_out)),
-        scale=ranked.scales(base, layers),
+        a=ranked.stack_layers(base, layers, "a", (n_in, rank)),
+        b=ranked.stack_layers(base, layers, "b", (rank, n_out)),
+        scale=ranked.stack_scales(base, layers),
         dropout=present[0].settings["dropout"],
     )
 
 
 def _on_the_base(base: Any, i: int, layer: Layer) -> Layer:
-    """What an init took out of the base's layer `i`, as PEFT does anew at each loading, moves into the update."""
+    """The layer on the unchanged base: the init, which PEFT subtracts from layer `i` on loading, joins the update."""
     init, shape = layer.settings["init"], base.shape[-2:]
     if init not in RESIDUAL:
         return layer
@@ -103,7 +103,7 @@ def _on_the_base(base: Any, i: int, layer: Layer) -> Layer:
 
 def _grow_dora(base: Any, layers: Sequence[Layer | None]) -> DoRA:
     w = dora.attach(_grow_lora(base, layers))
-    magnitude = np.array(w.magnitude).reshape(len(layers), -1)  # layers without an adapter keep the base's
+    magnitude = np.array(w.magnitude).reshape(len(layers), -1)  # layers without an adapter have the base's magnitude
     for i, layer in enumerate(layers):
         if layer:
             magnitude[i] = layer.arrays["magnitude"]
@@ -114,12 +114,12 @@ _LORA_A = Part(".lora_A.weight", "a", lambda n_in, n_out, s: (s["r"], n_in))
 _LORA_B = Part(".lora_B.weight", "b", lambda n_in, n_out, s: (n_out, s["r"]))
 _MAGNITUDE = Part(".lora_magnitude_vector", "magnitude", lambda n_in, n_out, s: (n_out,), vector=True)
 
-LORA = Form(
+LORA = PeftForm(
     peft_type="LORA",
     kind=LoRA,
     parts=(_LORA_A, _LORA_B),
     flags={"use_dora": False},
-    reads={
+    obeyed_keys={
         **WHERE,
         **ranked.READS,
         "lora_alpha": 8,
@@ -128,7 +128,7 @@ LORA = Form(
         "alpha_pattern": {},
         "bias": "none",
     },
-    ignores=(
+    ignored_keys=(
         "corda_config",
         "ensure_weight_tying",
         "eva_config",
@@ -143,10 +143,10 @@ LORA = Form(
         "velora_config",
     ),
     # The inits that are not here change the base by what the adapter does not say: data, random projections.
-    only={"init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica", *RESIDUAL)},
+    supported={"init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica", *RESIDUAL)},
     settings=_lora_settings,
-    peel=_peel_lora,
-    grow=_grow_lora,
+    to_layer=_peel_lora,
+    from_layers=_grow_lora,
     summary=_lora_summary,
     extra=("scale",),
     rebase=_rebase_lora,
@@ -157,11 +157,11 @@ DORA = dataclasses.replace(
     kind=DoRA,
     parts=(_LORA_A, _LORA_B, _MAGNITUDE),
     flags={"use_dora": True},
-    peel=_peel_dora,
-    grow=_grow_dora,
+    to_layer=_peel_dora,
+    from_layers=_grow_dora,
     extra=("scale", "base_sq"),
 )
 
-# Only ever written: what is read back is a LoRA or a DoRA, whose singular vectors need not be found again.
-LORA_XS = dataclasses.replace(LORA, kind=LoRAXS, peel=_folded(_peel_lora), extra=("scale", "core"))
-EDORA = dataclasses.replace(DORA, kind=EDoRA, peel=_folded(_peel_dora), extra=("scale", "base_sq", "core"))
+# These two are only written: reading gives a LoRA or a DoRA, which does not need the singular vectors.
+LORA_XS = dataclasses.replace(LORA, kind=LoRAXS, to_layer=_folded(_peel_lora), extra=("scale", "core"))
+EDORA = dataclasses.replace(DORA, kind=EDoRA, to_layer=_folded(_peel_dora), extra=("scale", "base_sq", "core"))

@@ -1,7 +1,7 @@
 """OFT and BOFT in PEFT's format.
 
 Cayley's transform is `(I - Q) (I + Q)^-1` there, and its Neumann series is that of `(I + Q) (I - Q)^-1`: in exact
-adapters our Q has the other sign. BOFT stores whole matrices, of which only the skew-symmetric part counts.
+adapters Q has the opposite sign here. BOFT stores whole matrices, of which PEFT uses only the skew-symmetric part.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ import numpy as np
 
 from lowrank.adapters.peft import match
 from lowrank.adapters.peft.forms import ranked
-from lowrank.adapters.peft.forms.form import WHERE, Form, Layer, Part, Settings
+from lowrank.adapters.peft.forms.form import WHERE, Layer, Part, PeftForm, Settings
 from lowrank.core.errors import UserError
 from lowrank.core.typing import HostArrays
 from lowrank.weights.oft import BOFT, OFT
 from lowrank.weights.rotation import block_size
 
 _READS = {**WHERE, "layers_to_transform": None, "layers_pattern": None, "bias": "none"}
-_SERIES_SINCE = (0, 18)  # PEFT's version: the series was another one before
+_SERIES_SINCE = (0, 18)  # the PEFT version: earlier ones have another series
 
 
 def _settings(config: Mapping[str, Any], path: str) -> Settings:
@@ -27,7 +27,7 @@ def _settings(config: Mapping[str, Any], path: str) -> Settings:
     if terms and (terms < 3 or _version(config["peft_version"]) < _SERIES_SINCE):
         raise UserError("the adapter's use_cayley_neumann needs PEFT 0.18 or later and at least 3 terms")
     sizes = _one_of(config, "oft_block_size", "r")
-    # PEFT's series of 3 terms is that of 4
+    # PEFT's series of 3 terms equals that of 4
     eps = config["eps"] if config["coft"] else None
     return {**sizes, "share": bool(config["block_share"]), "terms": max(terms, 4) if terms else 0, "eps": eps}
 
@@ -39,12 +39,12 @@ def _version(text: Any) -> tuple[int, ...]:
 def _one_of(config: Mapping[str, Any], size: str, count: str) -> Settings:
     values = {key: config[key] or 0 for key in (size, count)}
     if not all(isinstance(v, int) and v >= 0 for v in values.values()) or bool(values[size]) == bool(values[count]):
-        raise UserError(f"the adapter needs one of {size} and {count} above 0, the other 0: {values}")
+        raise UserError(f"the adapter needs one of {size} and {count} above 0 and the other 0, and has {values}")
     return {"block": values[size], "count": values[count]}
 
 
 def _block(n_in: int, s: Settings) -> int:
-    """The block size, or the count, that divides the inputs and is nearest to what the JSON says."""
+    """The block size, or the count, that divides the inputs and is nearest to the JSON's."""
     wanted = s["block"] or s["count"]
     near = min((d for d in range(1, n_in + 1) if n_in % d == 0), key=lambda d: abs(d - wanted))
     return near if s["block"] else n_in // near
@@ -68,12 +68,12 @@ def _peel_oft(w: OFT, arrays: HostArrays) -> Layer | None:
 def _grow_oft(base: Any, layers: Sequence[Layer | None]) -> OFT:
     first = next(layer for layer in layers if layer)
     terms, shape = first.settings["terms"], _oft_shape(*base.shape[-2:], first.settings)
-    skew = ranked.stacked(base, [_unflat(layer, shape) for layer in layers], "skew", shape)
+    skew = ranked.stack_layers(base, [_unflat(layer, shape) for layer in layers], "skew", shape)
     return OFT(base=base, skew=skew if terms else -skew, terms=terms)
 
 
 def _unflat(layer: Layer | None, shape: tuple[int, ...]) -> Layer | None:
-    """With COFT's bound kept: no block further than eps / sqrt(blocks) from 0."""
+    """The layer in the shape of leaves, each block projected into COFT's bound eps / sqrt(blocks)."""
     if layer is None:
         return None
     skew, eps = layer.arrays["skew"].reshape(shape), layer.settings["eps"]
@@ -85,13 +85,17 @@ def _unflat(layer: Layer | None, shape: tuple[int, ...]) -> Layer | None:
 
 def _oft_summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
     del method
-    several = {path: s for path, s in modules.items() if s["blocks"] > 1} or modules  # one block is shared or not
+    several = {
+        path: s for path, s in modules.items() if s["blocks"] > 1
+    } or modules  # a single block is the same shared or not
     ways = {(s["share"], s["terms"]) for s in several.values()}
     if len(ways) > 1:
-        raise UserError("one OFT adapter of PEFT shares all its blocks or none, and has one Cayley transform")
+        raise UserError(
+            "an OFT adapter of PEFT has one block_share and one Cayley transform for all modules, and these differ"
+        )
     ((share, terms),) = ways
     return {
-        "target_modules": match.ends(modules, others),
+        "target_modules": match.shortest_ends(modules, others),
         **_sizes(modules, "oft_block_size", "r"),
         "block_share": share,
         "use_cayley_neumann": bool(terms),
@@ -101,11 +105,11 @@ def _oft_summary(modules: Mapping[str, Settings], others: Sequence[str], method:
 
 
 def _sizes(modules: Mapping[str, Settings], size: str, count: str) -> dict[str, int]:
-    for key, other, values in ((size, count, "block"), (count, size, "blocks")):
-        every = {s[values] for s in modules.values()}
-        if len(every) == 1:
-            return {key: every.pop(), other: 0}
-    raise UserError(f"PEFT has one {size} or one {count} for all modules; these differ in both")
+    for key, other, field in ((size, count, "block"), (count, size, "blocks")):
+        values = {s[field] for s in modules.values()}
+        if len(values) == 1:
+            return {key: values.pop(), other: 0}
+    raise UserError(f"a PEFT adapter has one {size} or one {count} for all modules, and these differ in both")
 
 
 def _boft_settings(config: Mapping[str, Any], path: str) -> Settings:
@@ -116,7 +120,9 @@ def _boft_shape(n_in: int, n_out: int, s: Settings) -> tuple[int, ...]:
     del n_out
     b, factors = s["block"] or n_in // s["count"], s["factors"]
     if not isinstance(factors, int) or factors < 1 or n_in % (b * 2 ** (factors - 1)) or (factors > 1 and b % 2):
-        raise UserError(f"{n_in} inputs cannot have {factors} butterfly factors of block {b}")
+        raise UserError(
+            f"the block size {b} is not possible for a kernel of {n_in} inputs and boft_n_butterfly_factor={factors}"
+        )
     return (factors, n_in // b, b, b)
 
 
@@ -143,28 +149,28 @@ def _grow_boft(base: Any, layers: Sequence[Layer | None]) -> BOFT:
         return Layer({}, {"skew": skew, "s": layer.arrays["s"]})
 
     every = [ours(layer) for layer in layers]
-    skew = ranked.stacked(base, every, "skew", (*shape[:2], rows.size))
-    return BOFT(base=base, skew=skew, s=jnp.asarray(ranked.stacked(base, every, "s", base.shape[-1:])))
+    skew = ranked.stack_layers(base, every, "skew", (*shape[:2], rows.size))
+    return BOFT(base=base, skew=skew, s=jnp.asarray(ranked.stack_layers(base, every, "s", base.shape[-1:])))
 
 
 def _boft_summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
     del method
     factors = {s["factors"] for s in modules.values()}
     if len(factors) > 1:
-        raise UserError("one BOFT adapter of PEFT has one number of butterfly factors")
+        raise UserError("a BOFT adapter of PEFT has one number of butterfly factors for all modules, and these differ")
     return {
-        "target_modules": match.ends(modules, others),
+        "target_modules": match.shortest_ends(modules, others),
         **_sizes(modules, "boft_block_size", "boft_block_num"),
         "boft_n_butterfly_factor": factors.pop(),
     }
 
 
-OFT_FORM = Form(
+OFT_FORM = PeftForm(
     peft_type="OFT",
     kind=OFT,
     parts=(Part(".oft_R.weight", "skew", _oft_shape, vector=True),),
     flags={},
-    reads={
+    obeyed_keys={
         **_READS,
         "r": 0,
         "oft_block_size": None,
@@ -174,16 +180,16 @@ OFT_FORM = Form(
         "use_cayley_neumann": True,
         "num_cayley_neumann_terms": 5,
     },
-    ignores=("fan_in_fan_out", "init_weights", "module_dropout", "runtime_config"),
-    only={},
+    ignored_keys=("fan_in_fan_out", "init_weights", "module_dropout", "runtime_config"),
+    supported={},
     settings=_settings,
-    peel=_peel_oft,
-    grow=_grow_oft,
+    to_layer=_peel_oft,
+    from_layers=_grow_oft,
     summary=_oft_summary,
     conv1d=False,
 )
 
-BOFT_FORM = Form(
+BOFT_FORM = PeftForm(
     peft_type="BOFT",
     kind=BOFT,
     parts=(
@@ -191,12 +197,12 @@ BOFT_FORM = Form(
         Part(".boft_s", "s", lambda n_in, n_out, s: (n_out, 1), vector=True),
     ),
     flags={},
-    reads={**_READS, "boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1},
-    ignores=("boft_dropout", "fan_in_fan_out", "init_weights", "runtime_config"),
-    only={},
+    obeyed_keys={**_READS, "boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1},
+    ignored_keys=("boft_dropout", "fan_in_fan_out", "init_weights", "runtime_config"),
+    supported={},
     settings=_boft_settings,
-    peel=_peel_boft,
-    grow=_grow_boft,
+    to_layer=_peel_boft,
+    from_layers=_grow_boft,
     summary=_boft_summary,
     conv1d=False,
 )

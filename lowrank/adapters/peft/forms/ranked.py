@@ -1,4 +1,4 @@
-"""What the forms with a rank say alike: patterns of ranks and alphas, and stacks padded to the largest rank."""
+"""The common parts of forms with a rank: patterns of ranks and alphas, and stacks padded to the largest rank."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,30 +15,30 @@ from lowrank.core.typing import HostArrays
 READS = {"r": 8, "rank_pattern": {}, "layers_to_transform": None, "layers_pattern": None}
 
 
-def number(config: Mapping[str, Any], path: str, what: str, key: str, kind: Any = int) -> Any:
-    """The rank or alpha of a module: the pattern's that names it first, or the `key` of the JSON.
+def positive_number(config: Mapping[str, Any], path: str, what: str, key: str, kind: Any = int) -> Any:
+    """The rank or alpha of a module: the value of the first pattern that matches it, or the `key` of the JSON.
 
-    Raises UserError for what is not a positive number.
+    Raises UserError for a value that is not a positive number.
     """
-    value = match.value(config.get(f"{what}_pattern") or {}, path, config[key])
+    value = match.pattern_value(config.get(f"{what}_pattern") or {}, path, config[key])
     if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
-        raise UserError(f"the adapter's {what} for {path} is {value!r}; it must be a positive number")
+        raise UserError(f"the adapter's {what} for {path} is {value!r}: it must be a positive number")
     return value
 
 
-def settings(config: Mapping[str, Any], path: str) -> Settings:
-    """`r` and `scale = alpha / r` of a module, where the JSON says `alpha`."""
-    rank = number(config, path, "rank", "r")
-    return {"r": rank, "scale": number(config, path, "alpha", "alpha", int | float) / rank}
+def rank_settings(config: Mapping[str, Any], path: str) -> Settings:
+    """`r` and `scale = alpha / r` of a module, for forms whose JSON has `alpha`."""
+    rank = positive_number(config, path, "rank", "r")
+    return {"r": rank, "scale": positive_number(config, path, "alpha", "alpha", int | float) / rank}
 
 
-def summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
+def rank_summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
     """The JSON of modules whose settings are `r` and `scale`."""
     del method
-    rank, ranks = match.by_module({path: s["r"] for path, s in modules.items()})
-    alpha, alphas = match.by_module({path: tidy(s["scale"] * s["r"]) for path, s in modules.items()})
+    rank, ranks = match.split_default({path: s["r"] for path, s in modules.items()})
+    alpha, alphas = match.split_default({path: undo_rounding(s["scale"] * s["r"]) for path, s in modules.items()})
     return {
-        "target_modules": match.ends(modules, others),
+        "target_modules": match.shortest_ends(modules, others),
         "r": rank,
         "rank_pattern": ranks,
         "alpha": alpha,
@@ -46,20 +46,20 @@ def summary(modules: Mapping[str, Settings], others: Sequence[str], method: Sett
     }
 
 
-def tidy(x: float) -> float | int:
-    """The round number that float32 blurred into `x`, if there is one."""
+def undo_rounding(x: float) -> float | int:
+    """The number of five digits that float32 rounded to `x`, if there is one, else `x`."""
     near = float(f"{x:.5g}")
     x = near if abs(near - x) <= 1e-6 * abs(x) else x
     return int(x) if x == int(x) else x
 
 
-def live(arrays: HostArrays, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-    """Which columns of `a` and rows of `b`, of any pair `(a, b)`, are not padding: what is zero in all adds nothing."""
+def nonzero_ranks(arrays: HostArrays, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    """The ranks that are not padding, `[r]` bool: a column of `a` or a row of `b` of any pair is not zero."""
     return np.any([np.any(arrays[a], axis=0) | np.any(arrays[b], axis=1) for a, b in pairs], axis=0)
 
 
-def stacked(base: Any, layers: Sequence[Layer | None], field: str, shape: tuple[int, ...]) -> jax.Array:
-    """The layers' arrays of one field as `[..., *shape]`, padded with zeros; zeros where there is no layer."""
+def stack_layers(base: Any, layers: Sequence[Layer | None], field: str, shape: tuple[int, ...]) -> jax.Array:
+    """The layers' arrays of one field as `[..., *shape]`, padded with zeros; zeros for a missing layer."""
     out = np.zeros((len(layers), *shape), np.float32)
     for i, layer in enumerate(layers):
         if layer:
@@ -68,7 +68,7 @@ def stacked(base: Any, layers: Sequence[Layer | None], field: str, shape: tuple[
     return jnp.asarray(out.reshape(*base.shape[:-2], *shape))
 
 
-def scales(base: Any, layers: Sequence[Layer | None]) -> jax.Array:
-    """The layers' scales `[...]`; 1 where there is no layer."""
+def stack_scales(base: Any, layers: Sequence[Layer | None]) -> jax.Array:
+    """The layers' scales `[...]`; 1 for a missing layer."""
     values = np.array([layer.settings["scale"] if layer else 1.0 for layer in layers], np.float32)
     return jnp.asarray(values.reshape(base.shape[:-2]))

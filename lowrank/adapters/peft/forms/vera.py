@@ -1,7 +1,7 @@
-"""VeRA in PEFT's format: two vectors a module, and the matrices that they share once, at the adapter's root.
+"""VeRA in PEFT's format: two vectors per module, and the shared matrices once, at the adapter's root.
 
-Without `save_projection` the matrices are in no file: torch's CPU generator draws them from `projection_prng_key`. It
-is a Mersenne Twister, of which each float32 takes the low 24 bits, so NumPy's gives the same numbers.
+Without `save_projection` no file holds the matrices: torch's CPU generator draws them from `projection_prng_key`. It is
+a Mersenne Twister, and each float32 takes its low 24 bits, so that NumPy draws the same numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank.adapters.peft import match
 from lowrank.adapters.peft.forms import ranked
-from lowrank.adapters.peft.forms.form import WHERE, Form, Layer, Part, Root, Settings
+from lowrank.adapters.peft.forms.form import WHERE, Layer, Part, PeftForm, Root, Settings
 from lowrank.core.errors import UserError
 from lowrank.core.typing import HostArrays
 from lowrank.core.weight import Weight
@@ -23,7 +23,7 @@ Sizes = Sequence[tuple[int, int]]
 
 
 def _peel(w: VeRA, arrays: HostArrays) -> Layer | None:
-    """A layer whose vectors are both zero was never adapted: `lambda_d` starts elsewhere."""
+    """A layer whose vectors are both zero is not adapted: `lambda_d` does not start at zero."""
     del w
     return Layer({"r": arrays["lambda_d"].size}, arrays) if any(map(np.any, arrays.values())) else None
 
@@ -31,12 +31,12 @@ def _peel(w: VeRA, arrays: HostArrays) -> Layer | None:
 def _grow(base: Any, layers: Sequence[Layer | None]) -> VeRA:
     (n_in, n_out), rank = base.shape[-2:], next(layer.settings["r"] for layer in layers if layer)
     shapes = {"lambda_d": (rank,), "lambda_b": (n_out,), "a": (n_in, rank), "b": (rank, n_out)}
-    return VeRA(base=base, **{f: ranked.stacked(base, layers, f, shape) for f, shape in shapes.items()})
+    return VeRA(base=base, **{f: ranked.stack_layers(base, layers, f, shape) for f, shape in shapes.items()})
 
 
 def _summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
     return {
-        "target_modules": match.ends(modules, others),
+        "target_modules": match.shortest_ends(modules, others),
         "r": next(s["r"] for s in modules.values()),
         "save_projection": True,
         "projection_prng_key": method.get("seed", 0),
@@ -67,7 +67,7 @@ def _hand(root: Mapping[str, np.ndarray], n_in: int, n_out: int) -> HostArrays:
 
 
 def _collect(weights: Sequence[VeRA]) -> dict[str, Any]:
-    """The parts of the widest modules are the whole matrices."""
+    """The whole matrices: the slices of the widest modules."""
     widest = [max(weights, key=lambda w, side=side: w.shape[side]) for side in (-2, -1)]
     a, b = widest[0].a, widest[1].b
     return {A: (a if a.ndim == 2 else a[0]).T, B: (b if b.ndim == 2 else b[0]).T}
@@ -75,11 +75,13 @@ def _collect(weights: Sequence[VeRA]) -> dict[str, Any]:
 
 def _bind(weights: Mapping[str, Weight], shared: Any) -> dict[str, Weight]:
     if shared is None and any(w.a is None for w in weights.values()):
-        raise UserError("a VeRA adapter is written with the matrices under shared/, which are missing")
+        raise UserError(
+            "the matrices under shared/ are missing, and a VeRA adapter of PEFT holds them: pass the whole tree"
+        )
     return {name: vera.with_projections(w, **shared) if w.a is None else w for name, w in weights.items()}
 
 
-VERA = Form(
+VERA = PeftForm(
     peft_type="VERA",
     kind=VeRA,
     parts=(
@@ -87,7 +89,7 @@ VERA = Form(
         Part(".vera_lambda_d", "lambda_d", lambda n_in, n_out, s: (s["r"],), vector=True),
     ),
     flags={},
-    reads={
+    obeyed_keys={
         **WHERE,
         "r": 256,
         "save_projection": True,
@@ -96,16 +98,16 @@ VERA = Form(
         "layers_pattern": None,
         "bias": "none",
     },
-    ignores=("d_initial", "fan_in_fan_out", "init_weights", "runtime_config", "vera_dropout"),
-    only={},
-    settings=lambda config, path: {"r": ranked.number(config, path, "rank", "r")},
-    peel=_peel,
-    grow=_grow,
+    ignored_keys=("d_initial", "fan_in_fan_out", "init_weights", "runtime_config", "vera_dropout"),
+    supported={},
+    settings=lambda config, path: {"r": ranked.positive_number(config, path, "rank", "r")},
+    to_layer=_peel,
+    from_layers=_grow,
     summary=_summary,
     root=Root(
         shapes=lambda config, sizes: _shapes(config, sizes) if config["save_projection"] else {},
         read=_read,
-        hand=_hand,
+        module_arrays=_hand,
         collect=_collect,
     ),
     bind=_bind,
