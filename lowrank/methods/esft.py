@@ -70,7 +70,7 @@ def relevance(params: PyTree, context: Context, score: str, batches: int) -> Map
     """How much each expert was used, `[layers, experts]` of each stack, its sum over experts 1."""
     named = dict(tree.named_leaves(params, weight.is_weight))
     routers = {name: named[name] for name in tree.match_names(ROUTER, named, "router")}
-    options = {"per_token": context.model.experts_per_token, "normalise": context.model.normalize_gates}
+    options = {"per_token": context.model.experts_per_token, "normalize_gates": context.model.normalize_gates}
 
     @functools.partial(jax.jit)
     def tallied(params: PyTree, batch: Any) -> dict[str, jax.Array]:

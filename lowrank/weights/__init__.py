@@ -1,1 +1,1 @@
-"""One file a form: the class, and the function that makes it."""
+"""The forms that a kernel may take, one form per file: the class, and the function that attaches it to a kernel."""

@@ -1,7 +1,7 @@
-"""AdaLoRA: `W + scale * A @ diag(E) @ B`, a singular value decomposition in form (Zhang et al. 2023, arXiv:2303.10512).
+"""AdaLoRA: `W + scale * A @ diag(E) @ B`, an update shaped like an SVD (Zhang et al. 2023, arXiv:2303.10512).
 
-A, E and B are the paper's Q, Lambda and P, transposed: kernels are `[in, out]`. Column k of A, entry k of E and row k
-of B are a triplet. One whose entry of E is 0 is pruned: so the layers of a stack come to have different ranks.
+A, E and B are the paper's Q, Lambda and P, transposed because kernels are `[in, out]`. Column k of A, entry k of E and
+row k of B form a triplet. A triplet whose entry of E is 0 is pruned, and so the layers of a stack get different ranks.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from lowrank.weights.lora import LoRA, project_up
 
 @form
 class AdaLoRA(LoRA):
-    """A LoRA with `e` `[..., r]` between its factors; `scale` is alpha / (initial rank), whatever was pruned."""
+    """A LoRA with `e` `[..., r]` between its factors; `scale` is alpha / (initial rank), however many were pruned."""
 
     e: jax.Array = trainable(decay=False)
 
@@ -45,10 +45,10 @@ def _distance(gram: jax.Array) -> jax.Array:
 
 
 def attach(key: jax.Array, w: Any, *, rank: int, alpha: float, dropout: float = 0.0) -> AdaLoRA:
-    """An AdaLoRA of `rank` on `w` `[..., in, out]`, with Gaussian A and B and with E = 0.
+    """An AdaLoRA of rank `rank` on `w` `[..., in, out]`, with Gaussian A and B and with E = 0.
 
-    The entries' deviation is `width ** -0.5`, so that the triplets start near the unit length that the orthogonality
-    asks for at any width; the authors' 0.02 is that of width 2500.
+    The standard deviation of the entries is `width ** -0.5`. So the triplets start near unit length, which the
+    orthogonality penalty asks for, at any width; the authors' constant 0.02 is the value for a width of 2500.
     """
     stack, (n_in, n_out) = w.shape[:-2], w.shape[-2:]
     a_key, b_key = jax.random.split(key)

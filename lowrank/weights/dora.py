@@ -1,7 +1,7 @@
-"""DoRA: a magnitude for each output times the direction of `W + scale * A @ B` (Liu et al. 2024, arXiv:2402.09353).
+"""DoRA: one magnitude per output times the direction of `W + scale * A @ B` (Liu et al. 2024, arXiv:2402.09353).
 
-`W' = magnitude * (W + scale A B) / ||W + scale A B||`, the norm taken over the input axis of each column and,
-as in the paper's section 4.3, held constant in the gradient.
+`W' = magnitude * (W + scale A B) / ||W + scale A B||`. The norm is that of each column, over the input axis. It is held
+constant in the gradient, as in the paper's section 4.3.
 """
 
 import dataclasses
@@ -46,14 +46,14 @@ class DoRA(LoRA):
         return y * jnp.broadcast_to(gain.astype(y.dtype), y.shape)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """By the whole kernels: the norms are those of every expert's columns."""
+        """`x[i] @ W'_g`, with every expert's kernel formed whole, since its norms depend on all of its entries."""
         return Weight.grouped(self, x, sizes)
 
     def column_norm(self) -> jax.Array:
-        """`||W + scale A B||` of each column `[out]`, in float32, from rank-r products alone.
+        """`||W + scale A B||` of each column `[out]`, in float32, computed from products of rank r only.
 
-        `||W||^2 + 2 s <W, AB> + s^2 ||AB||^2`, where `<W, AB> = sum_r (A^T W) * B` and
-        `||AB||^2 = sum_r B * (A^T A) B`. bfloat16 would lose 5e-3 to cancellation.
+        Its square is `||W||^2 + 2 s <W, AB> + s^2 ||AB||^2`, where `<W, AB> = sum_r (A^T W) * B` and
+        `||AB||^2 = sum_r B * (A^T A) B`. In bfloat16, cancellation would cost a relative error of 5e-3.
         """
         a, b = (x.astype(jnp.float32) for x in self.factors())
         cross = jnp.sum(_wide_dot(a.T, self.base) * b, axis=-2)
@@ -62,7 +62,7 @@ class DoRA(LoRA):
 
 
 def _wide_dot(x: jax.Array, w: Any) -> jax.Array:
-    """`x @ w` in float32, with no float32 copy of a bfloat16 `w`: a float32 number is the sum of three bfloat16s."""
+    """`x @ w` in float32 without a float32 copy of a bfloat16 `w`: each float32 of x is the sum of three bfloat16s."""
     if is_weight(w) or w.dtype != jnp.bfloat16:
         return dot(x, w)
     parts, rest = [], x
@@ -74,8 +74,8 @@ def _wide_dot(x: jax.Array, w: Any) -> jax.Array:
 
 
 def attach(lora: LoRA) -> DoRA:
-    """The DoRA that starts where `lora` stands: the magnitude is the column norm of `W + scale * A @ B`."""
-    by_layer = is_stored(lora.base) and len(lora.shape) == 3  # one layer is decoded at a time
+    """The DoRA with the kernel of `lora`: its magnitudes are the column norms of `W + scale * A @ B`."""
+    by_layer = is_stored(lora.base) and len(lora.shape) == 3  # so that one layer is decoded at a time
     magnitude, base_sq = jax.lax.map(_norms, lora) if by_layer else _norms(lora)
     return DoRA(
         **{f.name: getattr(lora, f.name) for f in dataclasses.fields(LoRA)}, magnitude=magnitude, base_sq=base_sq

@@ -1,6 +1,6 @@
 """HiRA: `W * (1 + A @ B)` entry by entry, an update of high rank (Huang et al., ICLR 2025, openreview TwJrTz9cRS).
 
-There is no scale: a larger update is a larger A or B. Kernels are `[in, out]`, so A is `[in, r]` and B `[r, out]`.
+There is no scale, since a larger A or B has its effect. Kernels are `[in, out]`, so A is `[in, r]` and B is `[r, out]`.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ class HiRA(Weight):
         return _fused(self.base, self.a, self.b, "highest")
 
     def dot(self, x: jax.Array) -> jax.Array:
-        """`x @ (W * (1 + A @ B))`: one product, with a kernel `[in, out]` that is formed for it.
+        """`x @ (W * (1 + A @ B))`: one product with a kernel `[in, out]` that is formed for it.
 
-        No cheaper way is known: W has full rank. The backward pass forms that kernel anew instead of keeping it.
+        No cheaper way is known, because W has full rank. The backward pass recomputes the kernel.
         """
         return _dot(x, self.base, self.a, self.b)
 
@@ -46,9 +46,9 @@ def _dot(x: jax.Array, base: Any, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def attach(key: jax.Array, w: Any, *, ranks: Sequence[int]) -> HiRA:
-    """A HiRA on `w` `[..., in, out]` that changes nothing yet: B is zero, A Kaiming uniform.
+    """A HiRA on `w` `[..., in, out]` that starts as the identity: B is zero and A is Kaiming uniform.
 
-    One rank for each layer of the stack (one if unstacked); the rank 0 leaves a layer unadapted.
+    There is one rank per layer of the stack (one if `w` is not stacked); a rank of 0 leaves its layer unadapted.
     """
     stack, (n_in, n_out), rank = w.shape[:-2], w.shape[-2:], max(ranks)
     a = (

@@ -1,8 +1,9 @@
-"""IR-QLoRA's elastic connection: LoRA past which averages of its inputs flow (Qin et al. 2024, arXiv:2402.05445).
+"""IR-QLoRA's elastic connection: a LoRA plus averages of its factors' inputs (Qin et al. 2024, arXiv:2402.05445).
 
-`x' = x A + beta1 * avg(x)`, `y = x W + s * (x' B + beta2 * avg(x'))`: with `g = gcd(in, r)` the average of x over its
-`in / g` runs of g, repeated `r / g` times, and alike from r to out (equations 9 and 10). Both are products with a
-constant matrix, so this is a LoRA whose factors are `A + beta1 P` and `B + beta2 Q`, and it merges as one.
+`x' = x A + beta1 * avg(x)` and `y = x W + s * (x' B + beta2 * avg(x'))`. With `g = gcd(in, r)`, `avg(x)` is the average
+over the `in / g` runs of g entries of x, repeated `r / g` times; `avg(x')` does the same from r to out (equations 9 and
+10). Both averages are products with a constant matrix P or Q. So this is a LoRA with the factors `A + beta1 P` and
+`B + beta2 Q`, and it merges as a LoRA does.
 """
 
 import math
@@ -34,18 +35,18 @@ class IRLoRA(LoRA):
         return jnp.matmul(*self.factors(), precision="highest") * self.scale[..., None, None]
 
     def low_rank(self, x: jax.Array) -> jax.Array:
-        """The update times `drop(x)` for `x: [..., in]`."""
+        """`drop(x)` `[..., in]` times the update."""
         a, b = self.factors()
         return project_up(dot(self._dropped(x), a) * self.scale.astype(x.dtype), b)
 
 
 def pooling_matrix(n: int, m: int) -> np.ndarray:
-    """`[n, m]`: the average over `n / g` runs of `g = gcd(n, m)`, repeated `m / g` times."""
+    """The matrix `[n, m]` that averages `n / g` runs of `g = gcd(n, m)` entries and repeats that `m / g` times."""
     g = math.gcd(n, m)
     return np.tile(np.eye(g, dtype=np.float32), (n // g, m // g)) * np.float32(g / n)
 
 
 def attach(lora: LoRA) -> IRLoRA:
-    """The IR-QLoRA that starts where `lora` does."""
+    """The IR-QLoRA with the factors of `lora`, which starts as the same kernel: both betas are 0."""
     zeros = jnp.zeros(lora.shape[:-2], jnp.float32)
     return IRLoRA(**vars(lora), beta1=zeros, beta2=zeros)

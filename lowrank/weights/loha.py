@@ -1,7 +1,8 @@
 """LoHa: `W + scale * (A1 @ B1) * (A2 @ B2)`, the product of two low-rank updates entry by entry.
 
-FedPara (Hyeon-Woo et al. 2021, arXiv:2108.06098), for fine-tuning in LyCORIS (Yeh et al. 2023, arXiv:2309.14859). Two
-updates of rank r give one of rank up to r^2. Kernels are `[in, out]`, so A is `[in, r]` and B `[r, out]`.
+The form is FedPara's (Hyeon-Woo et al. 2021, arXiv:2108.06098); LyCORIS uses it for fine-tuning (Yeh et al. 2023,
+arXiv:2309.14859). Two updates of rank r give one update of rank up to r^2. Kernels are `[in, out]`, so each A is
+`[in, r]` and each B is `[r, out]`.
 """
 
 from collections.abc import Sequence
@@ -34,10 +35,10 @@ class LoHa(Weight):
         return (at_least_float32(base) + first * second * self.scale[..., None, None]).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
-        """`x @ W` plus the update, which is one of rank r^2: never `in x out` unless r^2 is the larger.
+        """`x @ W` plus the update, which is computed as factors of rank r^2 where these are smaller than `in x out`.
 
         `(A1 @ B1) * (A2 @ B2) = A @ B` with `A[i, pq] = A1[i, p] A2[i, q]` and `B[pq, o] = B1[p, o] B2[q, o]`.
-        Where the product `in x out` is the smaller one, the backward pass forms it anew.
+        Where the update `in x out` is smaller than the factors, it is formed, and the backward pass recomputes it.
         """
         scale, (n_in, n_out), rank = self.scale.astype(x.dtype), self.shape, self.a1.shape[-1]
         if rank**2 * (n_in + n_out) > n_in * n_out:
@@ -53,9 +54,10 @@ def _product(x: jax.Array, a1: jax.Array, b1: jax.Array, a2: jax.Array, b2: jax.
 
 
 def attach(key: jax.Array, w: Any, *, ranks: Sequence[int], alphas: Sequence[float]) -> LoHa:
-    """A LoHa on `w` `[..., in, out]` that adds nothing yet: `A2` is zero, the others are Kaiming uniform.
+    """A LoHa on `w` `[..., in, out]` that starts as the identity: A2 is zero, the others are Kaiming uniform.
 
-    One rank and alpha for each layer of the stack (one if unstacked); the rank 0 leaves a layer unadapted.
+    There is one rank and one alpha per layer of the stack (one if `w` is not stacked); a rank of 0 leaves its layer
+    unadapted.
     """
     stack, (n_in, n_out), rank = w.shape[:-2], w.shape[-2:], max(ranks)
     live, (key_a, key_1, key_2) = stacked_layers.rank_mask(ranks, stack), jax.random.split(key, 3)

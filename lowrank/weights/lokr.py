@@ -1,7 +1,8 @@
-"""LoKr: `W + scale * kron(W1, W2)`, each factor whole or of low rank (LyCORIS, Yeh et al. 2023, arXiv:2309.14859).
+"""LoKr: `W + scale * kron(W1, W2)`, each factor full or of low rank (LyCORIS, Yeh et al. 2023, arXiv:2309.14859).
 
-With `in = m n` and `out = l k`, W1 is `[m, l]` and W2 `[n, k]`: `kron(W1, W2)[m n', l k'] = W1[m, l] W2[n', k']`. The
-rank of the update is the product of theirs. A factor of low rank is `A @ B`, with A `[m, r]` or `[n, r]`.
+With `in = m n` and `out = l k`, W1 is `[m, l]` and W2 is `[n, k]`: entry `(i n + i', j k + j')` of the update is
+`W1[i, j] W2[i', j']`. The rank of the update is the product of the factors' ranks. A factor of low rank is `A @ B`,
+where A is `[m, r]` or `[n, r]`.
 """
 
 import itertools
@@ -45,7 +46,7 @@ class LoKr(Weight):
         return (at_least_float32(base) + update * self.scale[..., None, None]).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
-        """`x @ W` plus the update by reshapes: x as a matrix `[m, n]`, W1 from its left and W2 from its right."""
+        """`x @ W` plus the update: x is reshaped to matrices `[m, n]`, with W1 on their left and W2 on their right."""
         first, second = ([part.astype(x.dtype) for part in parts] for parts in self.factors())
         x_mn = x.reshape(*x.shape[:-1], first[0].shape[0], second[0].shape[0])
         left, right = "mpl" if len(first) == 2 else "ml", "nqk" if len(second) == 2 else "nk"
@@ -55,7 +56,7 @@ class LoKr(Weight):
 
 
 class FactorSizes(NamedTuple):
-    """How a kernel `[m n, l k]` is divided, and which of its factors `[m, l]` and `[n, k]` are whole."""
+    """The sizes of the factors `[m, l]` and `[n, k]` of a kernel `[m n, l k]`, and which of them are full matrices."""
 
     m: int
     n: int
@@ -66,9 +67,9 @@ class FactorSizes(NamedTuple):
 
 
 def split_dimension(size: int, factor: int) -> tuple[int, int]:
-    """`size` as a product: `factor` times the rest where it divides, else the divisors nearest to the root.
+    """`size` as a product of two integers: `factor` first if it divides, otherwise the divisors nearest to the root.
 
-    The smaller of those is at most `factor`; -1 sets no bound.
+    In the second case the smaller divisor comes first and is at most `factor`; -1 sets no bound.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
@@ -77,7 +78,10 @@ def split_dimension(size: int, factor: int) -> tuple[int, int]:
 
 
 def factor_sizes(n_in: int, n_out: int, rank: int, factor: int, both: bool) -> FactorSizes:
-    """LyCORIS's rule: a factor is of low rank where that is below half its larger side; W1 only with `both`."""
+    """The sizes by LyCORIS's rule: a factor is of low rank if the rank is below half its larger side.
+
+    W1 is of low rank only if `both` is set too.
+    """
     (m, n), (l, k) = split_dimension(n_in, factor), split_dimension(n_out, factor)  # noqa: E741
     return FactorSizes(m, n, l, k, whole1=not (both and 2 * rank < max(m, l)), whole2=2 * rank >= max(n, k))
 
@@ -85,16 +89,17 @@ def factor_sizes(n_in: int, n_out: int, rank: int, factor: int, both: bool) -> F
 def attach(
     key: jax.Array, w: Any, *, ranks: Sequence[int], alphas: Sequence[float], factor: int = -1, both: bool = False
 ) -> LoKr:
-    """A LoKr on `w` `[..., in, out]` that adds nothing yet: W1, or its B, is zero, the rest is Kaiming uniform.
+    """A LoKr on `w` `[..., in, out]` that starts as the identity: W1, or its B, is zero; the rest is Kaiming uniform.
 
-    One rank and alpha for each layer of the stack (one if unstacked); the rank 0 leaves a layer unadapted. Raises
-    UserError for ranks of which only some leave a factor whole.
+    There is one rank and one alpha per layer of the stack (one if `w` is not stacked); a rank of 0 leaves its layer
+    unadapted. Raises UserError for ranks that would decompose a factor in some layers of the stack only.
     """
     stack, live, rank = w.shape[:-2], stacked_layers.rank_mask(ranks, w.shape[:-2]), max(ranks)
     shapes = {factor_sizes(*w.shape[-2:], r, factor, both) for r in ranks if r}
     if len(shapes) > 1:
         raise UserError(
-            f"ranks {min(r for r in ranks if r)} to {rank} in one stack: LoKr would decompose only some layers"
+            f"ranks {min(r for r in ranks if r)} to {rank} in one stack would make LoKr decompose only some of the "
+            "layers: give all layers of the stack one rank"
         )
     (s,) = shapes
     key_1, key_a, key_b = jax.random.split(key, 3)

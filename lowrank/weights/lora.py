@@ -1,10 +1,11 @@
 """LoRA: `W + scale * A @ B` (Hu et al. 2021, arXiv:2106.09685).
 
-With rsLoRA's scale (Kalajdzievski 2023, arXiv:2312.03732), PiSSA's init (Meng et al. 2024, arXiv:2404.02948) and
-OLoRA's (Büyükakyüz 2024, arXiv:2406.01775).
-Kernels are `[in, out]`, so A is `[in, r]` and B `[r, out]`: the transposes of the paper's. Stacked layers put
-a layer axis first. Layers of a stack may have different ranks: they are padded to the largest with zero
-columns of A and zero rows of B, whose gradients are zero, so the padding stays zero.
+The scale may be rsLoRA's (Kalajdzievski 2023, arXiv:2312.03732), and the initial factors PiSSA's (Meng et al. 2024,
+arXiv:2404.02948) or OLoRA's (Büyükakyüz 2024, arXiv:2406.01775).
+
+Kernels are `[in, out]`, so A is `[in, r]` and B is `[r, out]`, the transposes of the paper's. A stack of layers has a
+layer axis first. The layers of a stack may have different ranks: smaller ranks are padded to the largest with zero
+columns of A and zero rows of B. The gradients of the padding are zero, so it stays zero.
 """
 
 import dataclasses
@@ -38,8 +39,8 @@ class LoRA(Weight):
     base: Any = frozen(axes=KERNEL)
     a: jax.Array = trainable(axes=("in", None))
     b: jax.Array = trainable(axes=(None, "out"))
-    scale: jax.Array = frozen()  # alpha / r or alpha / sqrt(r), one a layer: a leaf, so that checkpoints hold it
-    key: jax.Array | None = frozen(default=None)  # dropout key, bound for one training step
+    scale: jax.Array = frozen()  # alpha / r or alpha / sqrt(r), one per layer; it is a leaf so that checkpoints hold it
+    key: jax.Array | None = frozen(default=None)  # the dropout key, bound for one training step
     dropout: float = static(default=0.0)
 
     def delta(self) -> jax.Array:
@@ -61,9 +62,9 @@ class LoRA(Weight):
         return project_up(dot(self._dropped(x), self.a) * self.scale.astype(x.dtype), self.b)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """`x W_g + scale_g * drop(x) A_g B_g` for rows sorted by group; no group's `A B` is formed.
+        """`x W_g + scale_g * drop(x) A_g B_g` for rows sorted by group; `A B` is not formed for any group.
 
-        All groups drop by the first one's key: no two of them see the same row.
+        All groups use the first group's dropout key, which is safe because each row belongs to one group.
         """
         key = self.key if self.key is None else self.key[0]
         a, b = self.factors()
@@ -83,10 +84,10 @@ class LoRA(Weight):
 
 @jax.custom_vjp
 def project_up(t: jax.Array, b: jax.Array) -> jax.Array:
-    """`t @ b` for `t: [..., r]`, `b: [r, out]`, in the dtype of `t`.
+    """`t @ b` for `t: [..., r]` and `b: [r, out]`, in the dtype of `t`: from the rank to the outputs.
 
-    Its gradient of `b` is `t.T @ g`. Autodiff would write `(g.T @ t).T`, for which XLA copies the wide `g` transposed
-    on CPUs: rank-8 adapters then add 70 % to the time of a gated MLP, and 15 % this way.
+    The gradient of `b` is computed as `t.T @ g`. Autodiff would compute `(g.T @ t).T`, for which XLA on CPUs copies the
+    wide `g` transposed: adapters of rank 8 then add 70 % to the time of a gated MLP, instead of 15 %.
     """
     return dot(t, b)
 
@@ -109,10 +110,10 @@ project_up.defvjp(_widen_fwd, _widen_bwd)
 def attach(
     key: jax.Array, w: Any, *, ranks: Sequence[int], alphas: Sequence[float], rslora: bool, dropout: float, init: str
 ) -> LoRA:
-    """A LoRA on `w` `[..., in, out]` with one rank and alpha for each layer of the stack (one if unstacked).
+    """A LoRA on `w` `[..., in, out]` with one rank and one alpha per layer of the stack (one if `w` is not stacked).
 
-    The experts `[layers, experts, in, out]` of a layer all have its rank and alpha.
-    A rank of 0 leaves that layer unadapted. Raises UserError for an unknown `init`.
+    All experts `[layers, experts, in, out]` of a layer have the layer's rank and alpha. A rank of 0 leaves its layer
+    unadapted. Raises UserError for an unknown `init`, and for one that needs a plain kernel if `w` is a form.
     """
     if init not in INITS:
         raise unknown("LoRA init", init, INITS)
@@ -129,19 +130,22 @@ def attach(
     live = jnp.arange(rank)[None, :] < jnp.array(ranks)[:, None]
     live = _over_experts(live, (*stack, rank), 1)
     lora = dataclasses.replace(lora, a=lora.a * live[..., None, :], b=lora.b * live[..., :, None])
-    # The base loses what A and B hold, so it is made once the padding is in place.
+    # The initial update is subtracted from the base, so this follows the masking of the padding.
     return _residual(lora) if init in RESIDUAL else lora
 
 
 def attach_equal_ranks(key: jax.Array, w: Any, *, rank: int, alpha: float, dropout: float = 0.0) -> LoRA:
-    """`attach` with one rank and alpha for all layers, scaled by alpha / rank, A Kaiming uniform."""
+    """`attach` with one rank and one alpha for all layers, the scale alpha / rank and a Kaiming uniform A."""
     layers = w.shape[0] if len(w.shape) > 2 else 1
-    each = {"ranks": (rank,) * layers, "alphas": (alpha,) * layers}
-    return attach(key, w, **each, rslora=False, dropout=dropout, init="kaiming")
+    ranks, alphas = (rank,) * layers, (alpha,) * layers
+    return attach(key, w, ranks=ranks, alphas=alphas, rslora=False, dropout=dropout, init="kaiming")
 
 
 def _over_experts(values: jax.Array, shape: tuple[int, ...], trailing: int) -> jax.Array:
-    """`[layers, ...]` with `trailing` axes after the first as `shape`, which may have an axis of experts between."""
+    """`values` `[layers, ...]`, with `trailing` axes after the first, broadcast to `shape`.
+
+    The shape may have an axis of experts after that of the layers.
+    """
     if len(shape) == trailing:
         return values.reshape(shape)
     between = (1,) * (len(shape) - trailing - 1)
@@ -165,7 +169,7 @@ def _zero_a(key: jax.Array, lora: LoRA) -> LoRA:
 
 
 def _pissa(key: jax.Array, lora: LoRA) -> LoRA:
-    """The leading singular triples of W, shared evenly: `A = U sqrt(S / scale)`, `B = sqrt(S / scale) V`."""
+    """The leading singular triplets of W, divided evenly: `A = U sqrt(S / scale)` and `B = sqrt(S / scale) V`."""
     del key
     u, s, v = jnp.linalg.svd(require_plain_kernel("PiSSA", lora.base), full_matrices=False)
     rank = lora.a.shape[-1]
@@ -174,7 +178,7 @@ def _pissa(key: jax.Array, lora: LoRA) -> LoRA:
 
 
 def _olora(key: jax.Array, lora: LoRA) -> LoRA:
-    """With the paper's `[out, in]` kernel `W = Q R`: `B = Q[:, :r]` and `A = R[:r]`, each transposed to our layout."""
+    """For the paper's kernel `W = Q R` `[out, in]`: `B = Q[:, :r]` and `A = R[:r]`, each transposed to our layout."""
     del key
     q, r = stacked_layers.apply_per_matrix(
         jnp.linalg.qr, jnp.swapaxes(require_plain_kernel("OLoRA", lora.base), -1, -2)
@@ -184,9 +188,12 @@ def _olora(key: jax.Array, lora: LoRA) -> LoRA:
 
 
 def require_plain_kernel(what: str, base: Any) -> jax.Array:
-    """The float32 kernel that a decomposition starts from; UserError for a form, named by `what` it was for."""
+    """The kernel `base` in float32, for the decomposition called `what`; a form raises UserError."""
     if is_weight(base):
-        raise UserError(f"{what} starts from a plain kernel, not from {type(base).__name__}")
+        raise UserError(
+            f"{what} decomposes a plain kernel, not a {type(base).__name__}: use it on a base that is not quantized, "
+            "and before other methods"
+        )
     return base.astype(jnp.float32)
 
 
@@ -201,4 +208,4 @@ INITS: dict[str, Callable[[jax.Array, LoRA], LoRA]] = {
     "pissa": _pissa,
     "olora": _olora,
 }
-RESIDUAL = ("pissa", "olora")  # A and B start as a part of the base, which keeps the rest
+RESIDUAL = ("pissa", "olora")  # the initial update is a part of the base, and the base keeps the rest

@@ -1,10 +1,10 @@
 """LoRA-XS: `W + scale * A @ R @ B`, where only the core R is trained (Bałazy et al. 2024, arXiv:2405.17604).
 
-A and B are frozen at W's leading singular triples: with `W = U S V` (`[in, out]`, as kernels are), `A = U_r S_r` and
-`B = V_r`. EDoRA (Nasiri & Garraghan 2025, arXiv:2501.12067) is DoRA with this update: the magnitude is trained too.
+A and B are frozen at the leading singular triplets of W: with `W = U S V` `[in, out]`, `A = U_r S_r` and `B = V_r`.
+EDoRA (Nasiri & Garraghan 2025, arXiv:2501.12067) is DoRA with this update: the magnitude is trained too.
 
-R starts at 0, where the papers draw from N(0, 1e-10): its gradient `A^T G B^T` is not zero there, and the model starts
-as it was.
+R starts at 0, where the papers draw it from N(0, 1e-10). The gradient `A^T G B^T` of R is not zero there, and the model
+starts unchanged.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from lowrank.weights.lora import LoRA, project_up
 
 @form
 class LoRAXS(LoRA):
-    """A LoRA with frozen `a` `[..., in, r]` and `b` `[..., r, out]`, and a trained `core` `[..., r, r]` between."""
+    """A LoRA with frozen `a` `[..., in, r]` and `b` `[..., r, out]` and a trained `core` `[..., r, r]` between them."""
 
     a: jax.Array = frozen(axes=("in", None))
     b: jax.Array = frozen(axes=(None, "out"))
@@ -47,17 +47,17 @@ class EDoRA(LoRAXS, DoRA):
 
 
 def attach(lora: LoRA) -> LoRAXS:
-    """The LoRA-XS with the rank, scale and dropout of `lora`, on its base; that one's A and B are not used."""
+    """The LoRA-XS with the base, rank, scale and dropout of `lora`, whose own A and B are replaced."""
     rank, stack = lora.a.shape[-1], lora.shape[:-2]
-    live = jnp.any(lora.a != 0, axis=-2)  # [..., r]: what pads a smaller rank stays zero
+    live = jnp.any(lora.a != 0, axis=-2)  # [..., r]: the padding of a smaller rank stays zero
     u, s, v = jnp.linalg.svd(materialize(lora.base).astype(jnp.float32), full_matrices=False)
-    kept = {f.name: getattr(lora, f.name) for f in dataclasses.fields(LoRA)}
+    fields = {f.name: getattr(lora, f.name) for f in dataclasses.fields(LoRA)}
     a, b = u[..., :, :rank] * (s[..., :rank] * live)[..., None, :], v[..., :rank, :] * live[..., :, None]
-    return LoRAXS(**{**kept, "a": a, "b": b, "core": jnp.zeros((*stack, rank, rank), jnp.float32)})
+    return LoRAXS(**{**fields, "a": a, "b": b, "core": jnp.zeros((*stack, rank, rank), jnp.float32)})
 
 
 def attach_edora(lora: LoRA) -> EDoRA:
-    """The EDoRA with the rank, scale and dropout of `lora`; its magnitude starts as the norms of W's columns."""
+    """The EDoRA with the base, rank, scale and dropout of `lora`; its magnitudes start as the norms of W's columns."""
     xs = attach(lora)
     start = dora.attach(xs)
     return EDoRA(**{**vars(start), "core": xs.core})

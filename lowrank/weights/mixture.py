@@ -1,7 +1,7 @@
-"""Mixtures of LoRAs: routed token by token, or gated as a whole by their layer's router.
+"""Mixtures of LoRAs, which a router weighs token by token, and LoRAs that their layer's router gates prompt by prompt.
 
-What they add depends on the input, so they have no merged kernel. E experts, each of rank r, lie side by side: A is
-`[in, E * r]` and B `[E * r, out]`.
+Their updates depend on the input, so they have no merged kernel. E experts of rank r lie side by side: A is
+`[in, E * r]` and B is `[E * r, out]`.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from lowrank.weights.lora import LoRA, project_up
 
 @jax.custom_vjp
 def with_balance_loss(probs: jax.Array, chosen: jax.Array, mask: jax.Array, strength: jax.Array) -> jax.Array:
-    """`probs` `[..., E]`, whose gradient is also that of `strength * E * sum_e f_e P_e` (Switch, arXiv:2101.03961).
+    """`probs` `[..., E]`, to whose gradient that of the balance loss is added (Switch, arXiv:2101.03961).
 
-    `chosen` `[..., E]` are each token's shares of the experts it goes to, f_e their mean over the tokens where `mask`
-    `[...]` is 1, and P_e that of `probs`; f is held constant. So a weight that sees only its input can add to the
-    loss; the loss that is reported is without it.
+    The balance loss is `strength * E * sum_e f_e P_e`. f_e is the mean of `chosen` `[..., E]`, each token's shares of
+    its experts, over the tokens where `mask` `[...]` is 1; P_e is the same mean of `probs`. f is held constant. So a
+    weight, which sees only its input, can add to the loss; the reported loss does not include the balance loss.
     """
     del chosen, mask, strength
     return probs
@@ -45,15 +45,18 @@ with_balance_loss.defvjp(_balanced_fwd, _balanced_bwd)
 
 
 def top_k_mask(probs: jax.Array, k: int) -> jax.Array:
-    """`[..., E]` bool: the k largest of each row, of equal ones the first."""
-    places = jax.lax.top_k(probs, k)[1]
-    return jnp.any(jax.nn.one_hot(places, probs.shape[-1], dtype=bool), axis=-2)
+    """`[..., E]` bool: True at the k largest values of each row; of equal values, the first count as larger."""
+    indices = jax.lax.top_k(probs, k)[1]
+    return jnp.any(jax.nn.one_hot(indices, probs.shape[-1], dtype=bool), axis=-2)
 
 
 def top_k_gates(
     logits: jax.Array, k: int, mask: jax.Array | None = None, strength: jax.Array | None = None
 ) -> jax.Array:
-    """The softmax of `logits` over the k largest of each row, 0 elsewhere; balanced where `strength` is given."""
+    """The softmax of `logits` `[..., E]` over the k largest of each row, 0 elsewhere.
+
+    The gradient includes that of the balance loss if `strength` is given.
+    """
     probs = jax.nn.softmax(at_least_float32(logits), axis=-1)
     kept = jax.lax.stop_gradient(top_k_mask(probs, k))
     if strength is not None:
@@ -66,8 +69,11 @@ class Routed(Weight):
     """A weight whose update depends on its input."""
 
     def materialize(self) -> jax.Array:
-        """Raises UserError: there is no one kernel."""
-        raise UserError(f"{type(self).__name__} routes its input: it has no merged kernel")
+        """Raises UserError, since the update is not one kernel."""
+        raise UserError(
+            f"{type(self).__name__} routes each input to other experts, so it cannot be merged into one kernel: save "
+            "and load it as an adapter"
+        )
 
 
 @form
@@ -79,19 +85,19 @@ class Mixture(Routed):
     b: jax.Array = trainable(axes=(None, "out"))
     router: jax.Array = trainable()
     scale: jax.Array = frozen()
-    mask: jax.Array | None = frozen(default=None)  # which tokens count for the balance, bound for one training step
-    strength: jax.Array | None = frozen(default=None)  # of the balance, bound with it
+    mask: jax.Array | None = frozen(default=None)  # the tokens that count in the balance loss, bound for one step
+    strength: jax.Array | None = frozen(default=None)  # the balance loss's strength, bound together with the mask
     per_token: int = static(default=1)
 
     def dot(self, x: jax.Array) -> jax.Array:
-        """`[..., in] -> [..., out]`; all experts' narrow products are formed, those not chosen are weighed with 0."""
+        """`[..., in] -> [..., out]`; the products of rank r of all experts are formed, then weighed by the gates."""
         g = top_k_gates(dot(x, self.router), self.per_token, self.mask, self.strength) * self.scale
         low = dot(x, self.a).reshape(*x.shape[:-1], g.shape[-1], -1) * g[..., None].astype(x.dtype)
         return dot(x, self.base) + project_up(low.reshape(*x.shape[:-1], -1), self.b)
 
 
 def attach(key: jax.Array, w: Any, *, rank: int, experts: int, alpha: float, per_token: int) -> Mixture:
-    """A Mixture on `w` `[..., in, out]` that starts as the identity: the experts as LoRAs, the router random."""
+    """A Mixture on `w` `[..., in, out]` that starts as the identity: every B is zero, A and the router are random."""
     stack, (n_in, n_out) = w.shape[:-2], w.shape[-2:]
     a_key, router_key = jax.random.split(key)
     bound = n_in**-0.5
@@ -107,41 +113,51 @@ def attach(key: jax.Array, w: Any, *, rank: int, experts: int, alpha: float, per
 
 @form
 class Gated(LoRA):
-    """A LoRA whose update is weighed by `gate` `[rows, tokens or 1]`, which its layer's router hands it."""
+    """A LoRA whose update is multiplied by `gate` `[rows, tokens or 1]`, one of its layer's gates.
+
+    The layer's router computes the gates, and `with_gates` sets this one before each product.
+    """
 
     gate: jax.Array | None = frozen(default=None)
-    member: int = static(default=0)  # which of the layer's gates
+    member: int = static(default=0)  # the index of this LoRA's gate among the gates of its layer
 
     materialize = Routed.materialize
 
     def with_gates(self, gates: jax.Array) -> "Gated":
-        """The LoRA with its gate of `[rows, tokens or 1, members]`."""
+        """The LoRA with its own gate out of the layer's gates `[rows, tokens or 1, members]`."""
         return dataclasses.replace(self, gate=gates[..., self.member])
 
     def low_rank(self, x: jax.Array) -> jax.Array:
         """`gate * scale * x @ A @ B` for `x: [rows, tokens, in]`."""
         if self.gate is None:
-            raise UserError("this adapter routes by the prompt: bind it to a batch, in a layer with a router")
+            raise UserError(
+                "this LoRA is gated by the prompt and has no gate: apply the method's `bind` with a batch, in a layer "
+                "with a router"
+            )
         y = LoRA.low_rank(self, x)
         return y * jnp.broadcast_to(self.gate.astype(y.dtype)[..., None], y.shape)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Raises UserError: the rows of experts are no prompts."""
-        raise UserError("an expert's kernel sees rows of many prompts: it cannot be gated by the prompt")
+        """Raises UserError, since the rows of one expert come from many prompts."""
+        raise UserError(
+            "the kernels of experts multiply rows of many prompts, so they cannot be gated by the prompt: leave them "
+            "out of the method's targets"
+        )
 
 
 @form
 class PromptRouter(Weight):
-    """`per_prompt * top-k softmax of gelu(mean of the prompt's hidden states) @ kernel`, the gates of one layer.
+    """A router whose gates are `per_prompt * top-k softmax of gelu(mean of the prompt's hidden states) @ kernel`.
 
-    `kernel` `[..., D, members]`. `segments` and `prompt` `[..., rows, tokens]` say which tokens are one sequence, and
-    which of them are its prompt; without `prompt` each row is one prompt, and has one row of gates.
+    `kernel` is `[..., D, members]`. Tokens with equal entries of `segments` `[..., rows, tokens]` form one sequence,
+    and `prompt` `[..., rows, tokens]` marks those that belong to its prompt. Without `prompt`, each row is one prompt
+    and has one row of gates.
     """
 
     kernel: jax.Array = trainable()
     segments: jax.Array = frozen()
     prompt: jax.Array | None = frozen(default=None)
-    strength: jax.Array | None = frozen(default=None)  # of the balance
+    strength: jax.Array | None = frozen(default=None)  # the balance loss's strength
     per_prompt: int = static(default=1)
 
     @property
@@ -150,14 +166,14 @@ class PromptRouter(Weight):
         return self.kernel.shape
 
     def gates(self, h: jax.Array) -> jax.Array:
-        """`[rows, tokens or 1, members]` of `h: [rows, tokens, D]`, in float32."""
+        """The gates `[rows, tokens or 1, members]`, in float32, for hidden states `h: [rows, tokens, D]`."""
         pooled = self._pooled(at_least_float32(h))
         mask = (self.segments > 0)[:, : pooled.shape[1]]
         logits = dot(jax.nn.gelu(pooled), self.kernel)
         return top_k_gates(logits, self.per_prompt, mask, self.strength) * self.per_prompt
 
     def _pooled(self, h: jax.Array) -> jax.Array:
-        """The mean of `h` over the prompt of each token's sequence."""
+        """The mean of `h` over the prompt of each token's sequence, `[rows, tokens or 1, D]`."""
         if self.prompt is None:
             prompts = (self.segments > 0)[:, None, :]
         else:

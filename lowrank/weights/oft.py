@@ -1,8 +1,8 @@
 """OFT: `R @ W` with R orthogonal and block-diagonal (Qiu et al. 2023, arXiv:2306.07280).
 
-BOFT: the same with R a butterfly product of such matrices, and a learned scale of the outputs (Liu et al. 2023,
-arXiv:2311.06243). Every block is Cayley's `(I + Q) (I - Q)^-1` of a skew-symmetric Q, of which the entries above the
-diagonal are learned.
+In BOFT, R is a butterfly product of such matrices, and the outputs have a learned scale (Liu et al. 2023,
+arXiv:2311.06243). Every block is the Cayley transform `(I + Q) (I - Q)^-1` of a skew-symmetric Q, whose entries above
+the diagonal are learned.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from lowrank.weights.rotation import cayley, rotate
 
 @form
 class OFT(Weight):
-    """`base` `[..., in, out]`, `skew` `[..., in / b, b (b - 1) / 2]`, or `[..., 1, ...]` for all blocks alike.
+    """`base` `[..., in, out]` and `skew` `[..., in / b, b (b - 1) / 2]`, or `[..., 1, ...]` if all blocks are equal.
 
-    `terms` 0 is Cayley's transform; else that many terms of its Neumann series stand for it.
+    With `terms` 0, a block is the Cayley transform; otherwise this many terms of its Neumann series approximate it.
     """
 
     base: Any = frozen(axes=KERNEL)
@@ -68,20 +68,25 @@ class BOFT(OFT):
 
 
 def attach(w: Any, *, block: int, share: bool = False, terms: int = 0) -> OFT:
-    """An OFT on `w` `[..., in, out]` that starts as the identity; UserError for a block that does not divide in."""
+    """An OFT on `w` `[..., in, out]` that starts as the identity. UserError if the block does not divide the inputs."""
     return OFT(base=w, skew=_zeros(w, block, (), 1 if share else w.shape[-2] // block), terms=terms)
 
 
 def attach_butterfly(w: Any, *, block: int, factors: int) -> BOFT:
-    """A BOFT on `w` that starts as the identity; UserError unless `block * 2^(factors - 1)` divides the inputs."""
+    """A BOFT on `w` that starts as the identity. UserError unless `block * 2^(factors - 1)` divides the inputs."""
     wide_block = block * 2 ** (factors - 1)
     if w.shape[-2] % wide_block or (factors > 1 and block % 2):
-        raise UserError(f"{factors} butterfly factors of block {block} need an even block and inputs in {wide_block}s")
+        raise UserError(
+            f"{factors} butterfly factors of block {block} need an even block and a multiple of {wide_block} inputs, "
+            f"not {w.shape[-2]}: choose another method.block or fewer factors"
+        )
     s = jnp.ones((*w.shape[:-2], w.shape[-1]), jnp.float32)
     return BOFT(base=w, skew=_zeros(w, block, (factors,), w.shape[-2] // block), s=s)
 
 
 def _zeros(w: Any, block: int, factors: tuple[int, ...], count: int) -> jax.Array:
     if not 2 <= block <= w.shape[-2] or w.shape[-2] % block:
-        raise UserError(f"block {block} does not divide the {w.shape[-2]} inputs")
+        raise UserError(
+            f"block {block} does not divide the {w.shape[-2]} inputs: method.block must be a divisor of at least 2"
+        )
     return jnp.zeros((*w.shape[:-2], *factors, count, block * (block - 1) // 2), jnp.float32)

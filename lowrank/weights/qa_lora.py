@@ -1,6 +1,6 @@
-"""QA-LoRA: an update that is the same for all inputs of a group, so that the codes' zeros absorb it.
+"""QA-LoRA: an update that is equal for all inputs of a quantization group, so that the codes' zeros can absorb it.
 
-`W' = (code - zero) * scale + pool(A B)`, where A has one row a group: `y = x W + s * sum_{i in group} x_i A B`. With
+A has one row per group: `y = x W + s * sum_{i in group} x_i A B`, with `W = (code - zero) * scale`. With
 `zero' = zero - s * A B / scale` the merged weight has the same codes (Xu et al. 2023, arXiv:2309.14717, section 3.3).
 """
 
@@ -29,7 +29,7 @@ from lowrank.weights.quantized.uniform import Uniform
 
 @form
 class QALoRA(Weight):
-    """`base` with a zero for each group, `a` `[..., groups, r]`, `b` `[..., r, out]`, `scale` `[...]`."""
+    """`base` with one zero per group and output, `a` `[..., groups, r]`, `b` `[..., r, out]` and `scale` `[...]`."""
 
     base: Any = frozen(axes=KERNEL)
     a: jax.Array = trainable(axes=("in", None))
@@ -38,12 +38,12 @@ class QALoRA(Weight):
     block: int = static()
 
     def delta(self) -> jax.Array:
-        """What every row of a group is moved by, `[..., groups, out]` in float32 or wider."""
+        """The update of every row of each group, `[..., groups, out]` in float32 or wider."""
         product = jnp.matmul(at_least_float32(self.a), at_least_float32(self.b), precision="highest")
         return product * self.scale[..., None, None]
 
     def materialize(self) -> jax.Array:
-        """The base and the update of each row's group, in the base's dtype."""
+        """The base plus the update of each row's group, in the base's dtype."""
         base = materialize(self.base)
         rows = jnp.repeat(self.delta(), self.block, axis=-2)[..., : base.shape[-2], :]
         return (at_least_float32(base) + rows).astype(base.dtype)
@@ -56,7 +56,7 @@ class QALoRA(Weight):
         return dot(x, self.base) + dot(dot(sums, self.a) * self.scale.astype(x.dtype), self.b)
 
     def absorbed(self) -> Uniform:
-        """The base alone, with the update in its zeros: no code changes, and nothing is rounded again."""
+        """The base with the update added to its zeros: the codes stay the same, and nothing is rounded again."""
         zero = self.base.zero - (self.delta() / self.base.scale).astype(self.base.zero.dtype)
         return dataclasses.replace(self.base, zero=zero)
 
@@ -64,12 +64,17 @@ class QALoRA(Weight):
 def attach(
     key: jax.Array, w: Any, *, rank: int, alpha: float, block: int, quantize: Callable[[jax.Array], Uniform]
 ) -> QALoRA:
-    """A QA-LoRA on `w` `[..., in, out]`: on its codes if it has zeros, else on those that `quantize` makes."""
+    """A QA-LoRA on `w` `[..., in, out]`, which is quantized first if it is a plain kernel.
+
+    Raises UserError for codes without zeros, and for a block that is not the codes' block.
+    """
     base = w if is_weight(w) else quantize(w)
     if not isinstance(base, Uniform) or base.zero is None:
-        raise UserError(f"QA-LoRA needs asymmetric integer codes, not {base.title}: int4 with symmetric=False")
+        raise UserError(
+            f"QA-LoRA needs asymmetric integer codes, not {base.title}: quantize to int4 with symmetric=False"
+        )
     if is_weight(w) and w.block != block:
-        raise UserError(f"method.block {block} is not the {w.block} of the base's codes")
+        raise UserError(f"method.block is {block}, but the base's codes have blocks of {w.block}: give both one size")
     *stack, groups, out = base.scale.shape
     bound = (1 / groups) ** 0.5
     return QALoRA(

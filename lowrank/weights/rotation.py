@@ -1,6 +1,7 @@
-"""Orthogonal blocks from the entries above the diagonal of skew-symmetric ones, and products with them.
+"""Orthogonal block-diagonal matrices, parametrized by skew-symmetric ones, and products with them.
 
-A butterfly of f factors mixes blocks: factor i joins halves of blocks that lie `2^i` halves apart, as an FFT does.
+A skew-symmetric matrix is given by its entries above the diagonal. A butterfly of f factors mixes the blocks: factor i
+joins halves of blocks that lie `2^i` halves apart, as an FFT does.
 """
 
 import math
@@ -13,12 +14,12 @@ from lowrank.weights import stacked_layers
 
 
 def block_size(skew: jax.Array) -> int:
-    """b of `skew` `[..., b (b - 1) / 2]`."""
+    """The size b of the blocks that `skew` `[..., b (b - 1) / 2]` parametrizes."""
     return (1 + math.isqrt(1 + 8 * skew.shape[-1])) // 2
 
 
 def skew_matrix(skew: jax.Array) -> jax.Array:
-    """`[..., b, b]` with `skew` `[..., b (b - 1) / 2]` above the diagonal, row by row, and minus it below."""
+    """`[..., b, b]` with `skew` `[..., b (b - 1) / 2]` above the diagonal, row by row, and its negative below."""
     b = block_size(skew)
     rows, columns = np.triu_indices(b, 1)
     upper = jnp.zeros((*skew.shape[:-1], b, b), skew.dtype).at[..., rows, columns].set(skew)
@@ -26,10 +27,10 @@ def skew_matrix(skew: jax.Array) -> jax.Array:
 
 
 def cayley(skew: jax.Array, terms: int = 0) -> jax.Array:
-    """Cayley's `(I + Q) (I - Q)^-1` of each skew-symmetric Q, `[..., b, b]`, in float32 or wider.
+    """The Cayley transform `(I + Q) (I - Q)^-1` of each skew-symmetric Q, `[..., b, b]`, in float32 or wider.
 
-    With `terms` the sum `I + 2 (Q + ... + Q^(terms - 2)) + Q^(terms - 1)` stands for it: no inverse, and orthogonal
-    only as far as Q is small.
+    With `terms`, the sum `I + 2 (Q + ... + Q^(terms - 2)) + Q^(terms - 1)` approximates it without an inverse. The sum
+    is nearly orthogonal for small Q only.
     """
     q = skew_matrix(skew.astype(jnp.promote_types(skew.dtype, jnp.float32)))
     eye = jnp.broadcast_to(jnp.eye(q.shape[-1], dtype=q.dtype), q.shape)
@@ -53,7 +54,7 @@ def rotate(x: jax.Array, blocks: jax.Array, transpose: bool = False, precision: 
 
 
 def _factor(x: jax.Array, blocks: jax.Array, apart: int, precision: str | None) -> jax.Array:
-    """One factor: each block acts on two halves that lie `apart` halves from each other."""
+    """The product with one factor, each of whose blocks acts on two halves that lie `apart` halves from each other."""
     count, b, _ = blocks.shape
     rows = x.reshape(*x.shape[:-1], count // apart, 2, apart, b // 2) if apart > 1 else x
     rows = (jnp.swapaxes(rows, -3, -2) if apart > 1 else rows).reshape(*x.shape[:-1], count, b)

@@ -27,11 +27,11 @@ class Scaled(Weight):
         return _times(dot(x, self.base), self.s) if self.side == "out" else dot(_times(x, self.s), self.base)
 
     def affine(self, x: jax.Array, bias: jax.Array) -> jax.Array:
-        """An output scale acts on the layer's whole output, its bias included."""
+        """`dot(x) + merged_bias(bias)`, since an output scale acts on the layer's whole output, its bias included."""
         return self.dot(x) + jnp.broadcast_to(self.merged_bias(bias).astype(x.dtype), (*x.shape[:-1], bias.shape[-1]))
 
     def merged_bias(self, bias: jax.Array) -> jax.Array:
-        """The bias as the rescaled layer has it, in the bias's dtype."""
+        """The rescaled layer's bias: `bias * s` for a scale of the outputs, in the bias's dtype."""
         return (bias * self.s).astype(bias.dtype) if self.side == "out" else bias
 
 

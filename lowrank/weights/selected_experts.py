@@ -1,6 +1,6 @@
-"""A few experts of many, each with a trained change of its own (ESFT, Wang et al. 2024, arXiv:2407.01906).
+"""Experts of which a few selected ones have a trained update (ESFT, Wang et al. 2024, arXiv:2407.01906).
 
-And the probe that tells which: a router's kernel whose gradient is how much each expert was used.
+The probe that selects them is here too: a router's kernel whose gradient is the usage of each expert.
 """
 
 from typing import Any
@@ -25,9 +25,10 @@ from lowrank.weights.mixture import top_k_mask
 
 @form
 class SelectedExperts(Weight):
-    """`W_e + delta_s` for the experts `e = rows[s]`, `W_e` for the others; `rows` `[..., S]` is E where a slot is free.
+    """`W_e + delta_s` for the experts `e = rows[s]`, and `W_e` for the others.
 
-    `base` `[..., E, in, out]`, `delta` `[..., S, in, out]`: training W itself from W is training a change from 0.
+    `base` is `[..., E, in, out]`, `delta` is `[..., S, in, out]`, and `rows` `[..., S]` holds E where a slot is free.
+    Training an update from 0 is the same as training the expert's kernel itself.
     """
 
     base: Any = frozen(axes=KERNEL)
@@ -43,7 +44,7 @@ class SelectedExperts(Weight):
         return add(at_least_float32(base), self.rows, at_least_float32(self.delta)).astype(base.dtype)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """`x[i] @ W_g` and, for the rows of experts that have one, `x[i] @ delta`; only these meet a delta."""
+        """`x[i] @ W_g`, plus `x[i] @ delta_s` for the rows of selected experts, which alone are multiplied by it."""
         experts, slots = sizes.shape[0], self.rows.shape[0]
         slot_of = jnp.full(experts, slots).at[self.rows].set(jnp.arange(slots), mode="drop")
         slot = jnp.repeat(slot_of, sizes, total_repeat_length=x.shape[0])
@@ -55,7 +56,7 @@ class SelectedExperts(Weight):
 
 
 def attach(w: Any, slots: int) -> SelectedExperts:
-    """A Chosen on `w` `[..., E, in, out]` with `slots` free slots: the identity."""
+    """A SelectedExperts on `w` `[..., E, in, out]` with `slots` free slots, which starts as the identity."""
     *stack, experts, n_in, n_out = w.shape
     free = jnp.full((*stack, slots), experts, jnp.int32)
     return SelectedExperts(base=w, delta=jnp.zeros((*stack, slots, n_in, n_out), jnp.float32), rows=free)
@@ -63,10 +64,10 @@ def attach(w: Any, slots: int) -> SelectedExperts:
 
 @form
 class ExpertUsageProbe(Weight):
-    """A router's kernel whose `tally` `[..., E]` gets as its gradient how much each expert was used.
+    """A router's kernel with a `tally` `[..., E]` whose gradient is the usage of each expert.
 
-    That is the sum over the tokens where `mask` `[..., rows, tokens]` is 1 of their gates (`score='gate'`) or of
-    their shares of `per_token` choices (`'token'`).
+    The usage is the sum, over the tokens where `mask` `[..., rows, tokens]` is 1, of the expert's gates
+    (`score='gate'`) or of its shares of each token's `per_token` choices (`score='token'`).
     """
 
     base: Any = frozen(axes=KERNEL)
@@ -74,7 +75,7 @@ class ExpertUsageProbe(Weight):
     mask: jax.Array = frozen()
     per_token: int = static(default=1)
     score: str = static(default="gate")
-    normalise: bool = static(default=False)
+    normalize_gates: bool = static(default=False)
 
     def materialize(self) -> jax.Array:
         """The router's kernel."""
@@ -83,22 +84,24 @@ class ExpertUsageProbe(Weight):
     def dot(self, x: jax.Array) -> jax.Array:
         """The router's logits, unchanged."""
         logits = dot(x, self.base)
-        return _told(logits, self.tally, jax.lax.stop_gradient(self._use(logits)))
+        return _with_tally_gradient(logits, self.tally, jax.lax.stop_gradient(self._usage(logits)))
 
-    def _use(self, logits: jax.Array) -> jax.Array:
+    def _usage(self, logits: jax.Array) -> jax.Array:
+        """The usage `[E]` of each expert, from the router's logits `[rows, tokens, E]`."""
         probs = jax.nn.softmax(at_least_float32(logits), axis=-1)
-        kept = top_k_mask(probs, self.per_token)
-        gates = jnp.where(kept, probs, 0)
-        if self.normalise:
+        chosen = top_k_mask(probs, self.per_token)
+        gates = jnp.where(chosen, probs, 0)
+        if self.normalize_gates:
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
-        use = gates if self.score == "gate" else kept / self.per_token
-        return jnp.sum(use * self.mask[..., None], axis=tuple(range(use.ndim - 1)))
+        usage = gates if self.score == "gate" else chosen / self.per_token
+        return jnp.sum(usage * self.mask[..., None], axis=tuple(range(usage.ndim - 1)))
 
 
 @jax.custom_vjp
-def _told(logits: jax.Array, tally: jax.Array, use: jax.Array) -> jax.Array:
-    del tally, use
+def _with_tally_gradient(logits: jax.Array, tally: jax.Array, usage: jax.Array) -> jax.Array:
+    """The logits as they are; the gradient of `tally` is `usage`."""
+    del tally, usage
     return logits
 
 
-_told.defvjp(lambda logits, tally, use: (logits, use), lambda use, g: (g, use, None))
+_with_tally_gradient.defvjp(lambda logits, tally, usage: (logits, usage), lambda usage, g: (g, usage, None))

@@ -1,7 +1,7 @@
-"""Sparse fine-tuning: `W` plus learned values at few chosen places.
+"""Sparse fine-tuning: `W` plus learned values at a few chosen places.
 
-Only the values have a gradient, moments and a place in an adapter: k of them where full fine-tuning has in x out. The
-product itself is dense; the gradient of one layer's kernel exists for a moment, as a temporary.
+Only the k values per kernel have a gradient, optimizer moments and a place in an adapter; full fine-tuning has in x out
+of each. The product itself is dense, so the gradient of one layer's whole kernel exists as a temporary.
 """
 
 import functools
@@ -16,7 +16,7 @@ from lowrank.core.weight import KERNEL, Weight, at_least_float32, form, frozen, 
 
 @form
 class Sparse(Weight):
-    """`base` `[..., in, out]`; `values` `[..., k]` are added at the places `indices` `[..., k]` of `in * out`."""
+    """`base` `[..., in, out]` with `values` `[..., k]` added at the `indices` `[..., k]`, each below `in * out`."""
 
     base: Any = frozen(axes=KERNEL)
     indices: jax.Array = frozen()  # int32, row-major and distinct
@@ -37,16 +37,25 @@ def attach(w: Any, indices: jax.Array) -> Sparse:
 
 
 def count_places(w: Any, density: float) -> int:
-    """How many of a kernel's in x out places are `density` of them; at least one. UserError where int32 ends."""
+    """The number of places, at least one, that are the share `density` of a kernel's in x out places.
+
+    Raises UserError for a kernel whose places int32 cannot count.
+    """
     size = w.shape[-2] * w.shape[-1]
     if size >= 2**31:
-        raise UserError(f"a kernel of {w.shape[-2]} x {w.shape[-1]} has too many places for int32 indices")
+        raise UserError(
+            f"a kernel of {w.shape[-2]} x {w.shape[-1]} has more places than the 2^31 that int32 can index: leave it "
+            "out of method.target"
+        )
     return max(1, round(density * size))
 
 
 @functools.partial(jax.jit, static_argnames="count")
 def top_indices(scores: jax.Array, count: int) -> jax.Array:
-    """The places int32 `[..., count]` of the largest scores `[..., in, out]`, one layer of a stack at a time."""
+    """The indices int32 `[..., count]`, ascending, of the largest scores `[..., in, out]` of each layer.
+
+    The layers of a stack are sorted one after another, to bound the memory.
+    """
     flat = scores.reshape(-1, scores.shape[-2] * scores.shape[-1])
     chosen = jax.lax.map(lambda row: jnp.sort(jax.lax.top_k(row, count)[1]), flat)
     return chosen.astype(jnp.int32).reshape(*scores.shape[:-2], count)

@@ -1,6 +1,7 @@
-"""What layers of one stack share: ranks padded to the largest, one scale a layer, and how factors start.
+"""Adapters of stacked layers: masks for ranks that differ, one scale per layer, initial factors, matrix functions.
 
-A layer with a smaller rank has zeros in the columns and rows that it lacks. Their gradients are zero, so they stay.
+A layer whose rank is below the largest of its stack has zeros in the columns and rows that it lacks. The gradients of
+this padding are zero, so it stays zero.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 
 def rank_mask(ranks: Sequence[int], stack: tuple[int, ...]) -> jax.Array:
-    """`[..., r]` bool: which of the largest rank's columns each layer has; `stack` is `()` or `(layers,)`."""
+    """`[..., r]` bool: True for the columns of the largest rank that each layer has; `stack` is `()` or `(layers,)`."""
     return (jnp.arange(max(ranks))[None, :] < jnp.array(ranks)[:, None]).reshape(*stack, max(ranks))
 
 
@@ -21,15 +22,15 @@ def lora_scales(ranks: Sequence[int], alphas: Sequence[float], stack: tuple[int,
 
 
 def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """Uniform within `1 / sqrt(fan_in)`: Kaiming with negative slope sqrt(5), as nn.Linear and PEFT have it."""
+    """Uniform values within `1 / sqrt(fan_in)`: Kaiming's init with a negative slope of sqrt(5), as in nn.Linear."""
     return jax.random.uniform(key, shape, minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
 
 
 def apply_per_matrix(fn: Callable[..., Any], *matrices: jax.Array) -> Any:
-    """`fn` of matrices `[..., m, n]` with equal leading axes; on a CPU, one matrix at a time.
+    """`fn(*matrices)` for matrices `[..., m, n]` with equal leading axes; on a CPU, one matrix at a time.
 
-    jaxlib's batched QR, eigh and solve wait in the CPU's thread pool for threads of that pool: two of them in one
-    program on two cores wait forever.
+    jaxlib's batched QR, eigh and solve run in the CPU's thread pool and wait for other threads of that pool. Two of
+    them in one program on two cores wait forever.
     """
     stack = matrices[0].shape[:-2]
     if not stack:
@@ -37,7 +38,7 @@ def apply_per_matrix(fn: Callable[..., Any], *matrices: jax.Array) -> Any:
 
     def one_by_one(*matrices: jax.Array) -> Any:
         flat = [x.reshape(-1, *x.shape[-2:]) for x in matrices]
-        made = jax.lax.map(lambda parts: fn(*parts), tuple(flat))
-        return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), made)
+        results = jax.lax.map(lambda parts: fn(*parts), tuple(flat))
+        return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), results)
 
     return jax.lax.platform_dependent(*matrices, cpu=one_by_one, default=fn)

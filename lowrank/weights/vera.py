@@ -1,7 +1,7 @@
-"""VeRA: `W + A diag(lambda_d) B diag(lambda_b)`, with random A and B for all (Kopiczko et al. 2023, arXiv:2310.11454).
+"""VeRA: `W + A diag(lambda_d) B diag(lambda_b)` with shared random A and B (Kopiczko et al. 2023, arXiv:2310.11454).
 
-Only the two vectors of each weight are learned. A is `[max in, r]` and B `[r, max out]`, drawn once for the largest of
-the adapted kernels; a kernel uses their first rows and columns.
+Only the two vectors of each weight are learned. A `[max in, r]` and B `[r, max out]` are drawn once, for the largest of
+the adapted kernels; each kernel uses the first rows of A and the first columns of B.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, fro
 class VeRA(Weight):
     """`base` `[..., in, out]`, `lambda_d` `[..., r]`, `lambda_b` `[..., out]`; `a` `[..., in, r]`, `b` `[..., r, out]`.
 
-    A and B are None until `bound` hands them over.
+    A and B are None until `with_projections` sets them.
     """
 
     base: Any = frozen(axes=KERNEL)
@@ -40,7 +40,7 @@ class VeRA(Weight):
 
     def _shared(self) -> tuple[jax.Array, jax.Array]:
         if self.a is None or self.b is None:
-            raise UserError("a VeRA needs the matrices that all weights share: apply the method's `bind` first")
+            raise UserError("a VeRA has no matrices A and B, which all weights share: apply the method's `bind` first")
         return self.a, self.b
 
 
@@ -49,7 +49,7 @@ def _times(x: jax.Array, s: jax.Array) -> jax.Array:
 
 
 def attach(w: Any, rank: int, d_initial: float) -> VeRA:
-    """A VeRA on `w` `[..., in, out]` that adds nothing yet: `lambda_b` is zero, `lambda_d` is `d_initial`."""
+    """A VeRA on `w` `[..., in, out]` that starts as the identity: `lambda_b` is zero and `lambda_d` is `d_initial`."""
     lambda_d = jnp.full((*w.shape[:-2], rank), d_initial, jnp.float32)
     return VeRA(base=w, lambda_d=lambda_d, lambda_b=jnp.zeros((*w.shape[:-2], w.shape[-1]), jnp.float32))
 
@@ -65,7 +65,7 @@ def random_projections(key: jax.Array, rank: int, n_in: int, n_out: int) -> dict
 
 
 def with_projections(w: VeRA, a: jax.Array, b: jax.Array) -> VeRA:
-    """`w` with its rows of A and columns of B. A stack gets them once a layer: a scan has nothing else to slice."""
+    """`w` with its rows of A and its columns of B, repeated for every layer of a stack, since a scan slices them."""
     n_in, n_out = w.shape[-2:]
-    each = [jnp.broadcast_to(x, (*w.shape[:-2], *x.shape)) for x in (a[:n_in], b[:, :n_out])]
-    return VeRA(base=w.base, lambda_d=w.lambda_d, lambda_b=w.lambda_b, a=each[0], b=each[1])
+    a, b = (jnp.broadcast_to(x, (*w.shape[:-2], *x.shape)) for x in (a[:n_in], b[:, :n_out]))
+    return VeRA(base=w.base, lambda_d=w.lambda_d, lambda_b=w.lambda_b, a=a, b=b)

@@ -212,7 +212,7 @@ def test_what_decomposes_or_changes_a_base_asks_for_a_plain_one(group, what):
     scaled = methods.attach(
         methods.build_method({"name": "ia3", "target": Q, "feedforward": ""}), base(), jax.random.key(0)
     )
-    with pytest.raises(UserError, match=f"{what} starts from a plain kernel, not from Scaled"):
+    with pytest.raises(UserError, match=f"{what} decomposes a plain kernel, not a Scaled"):
         methods.attach(methods.build_method({**group, "target": Q}), scaled, jax.random.key(0))
 
 

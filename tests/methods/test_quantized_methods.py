@@ -84,7 +84,7 @@ def test_qa_lora_takes_codes_that_are_there_if_they_have_zeros():
     codes = jax.jit(schemes.SCHEMES["int4"](block=8, symmetric=False))(W)
     w = attached(codes, name="qa_lora", rank=2, block=8)
     np.testing.assert_array_equal(w.base.codes, codes.codes)
-    with pytest.raises(UserError, match=r"method.block 4 is not the 8 of the base's codes"):
+    with pytest.raises(UserError, match=r"method.block is 4, but the base's codes have blocks of 8"):
         attached(codes, name="qa_lora", rank=2, block=4)
     with pytest.raises(UserError, match="needs asymmetric integer codes, not NF4"):
         attached(jax.jit(schemes.SCHEMES["nf4"]())(W), name="qa_lora", rank=2, block=8)

@@ -81,5 +81,5 @@ def test_an_adapter_on_codes_on_a_mesh_is_the_one_on_their_values(name, codes):
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
 def test_what_decomposes_a_kernel_says_that_codes_are_none(name, codes):
-    with pytest.raises(UserError, match="starts from a plain kernel"):
+    with pytest.raises(UserError, match="decomposes a plain kernel"):
         FORMS[name](jax.random.key(1), codes)

@@ -100,7 +100,7 @@ def test_a_tree_slices_under_scan_and_trains_in_balance():
 
 
 def test_a_routed_weight_cannot_be_merged():
-    with pytest.raises(UserError, match="Mixture routes its input: it has no merged kernel"):
+    with pytest.raises(UserError, match="Mixture routes each input to other experts, so it cannot be merged"):
         merge({"kernel": mixed()})
 
 
