@@ -69,8 +69,7 @@ LM_METHODS = {
 
 # One method of each mechanism; ten steps of every method are in the golden run as well.
 MECHANISMS = (
-    *("full", "sparse", "lora", "bidora", "longlora", "galore", "relora", "adalora", "prompt", "mam", "vera"),
-    *("qa_lora", "oft", "more", "intrinsic"),
+    *("full", "sparse", "lora", "bidora", "longlora", "galore", "relora", "adalora", "mam", "vera", "qa_lora", "more"),
 )
 
 

@@ -100,7 +100,7 @@ def test_smoothing_is_the_mean_of_the_window_so_far():
 
 MEMORY = """
 import numpy as np
-from lowrank.report import peak_memory
+from lowrank.training.report import peak_memory
 before = peak_memory()["peak_host_bytes"]
 block = np.ones(25_000_000)
 del block
