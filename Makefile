@@ -49,6 +49,7 @@ tables: $(VENV)/ready
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/ready-dev
 	$(BIN)/ruff check --fix .

@@ -38,7 +38,7 @@ setup(
         "wandb": ["wandb"],
         "mlflow": ["alembic", "mlflow-skinny", "sqlalchemy"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"],
-        "dev": ["pre-commit", "pytest", "pytest-xdist", "ruff", "tensorboard"],
+        "dev": ["mypy", "pre-commit", "pytest", "pytest-xdist", "ruff", "tensorboard"],
         # From transformers 5.24 on, peft 0.21 finds no past keys and values, which its prefix tuning needs.
         # libtpu compiles for a TPU without one.
         "parity": [

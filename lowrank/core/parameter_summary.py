@@ -23,7 +23,7 @@ def rule_table(rules: Sequence[tuple[str, Sequence[str]]], params: PyTree, mask:
       mask: as `lowrank.core.weight.declared_mask` gives it.
     """
     items = dict(_items(params, mask))
-    rows = [("rule", "makes", "leaves", "layers", "parameters", "trained")]
+    rows: list[tuple[str, ...]] = [("rule", "makes", "leaves", "layers", "parameters", "trained")]
     for pattern, names in rules:
         hits = [items[name] for name in names]
         stacks = {name.split("/")[0]: item["layers"] for name, item in zip(names, hits, strict=True)}

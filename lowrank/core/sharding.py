@@ -157,7 +157,7 @@ def check_batch_size(size: int, accumulate: int, mesh: Mesh) -> None:
             f"{mesh.shape['fsdp']} x optim.accumulate {accumulate} = {shards * accumulate}"
         )
     local = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,)).values()
-    rows = {i for index in local for i in range(*index[0].indices(size))}
+    rows = {i for index in local if index for i in range(*index[0].indices(size))}
     if len(rows) * len({device.process_index for device in mesh.devices.flat}) != size:
         raise UserError("mesh.tensor must stay within a host: each host feeds its own part of the batch")
 

@@ -52,13 +52,16 @@ def static(**kwargs: Any) -> Any:
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(trainable, frozen, static))
 def form(cls: F) -> F:
     """Class decorator: a frozen dataclass that is a pytree."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+    decorated: Any = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    return jax.tree_util.register_dataclass(decorated)
 
 
 class Weight:
     """What stands where a kernel `[..., in, out]` stood. A form overrides `dot` when it is used for speed."""
 
     stored: ClassVar[bool] = False  # a kernel in another storage, on which methods are put: it is no adapter
+    base: Any  # the weight that a form adapts; forms that only store a kernel lack it
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -111,7 +111,8 @@ def build_method(group: Mapping[str, Any]) -> Method:
     and `also_tokens` tokens whose embeddings to train (PEFT's trainable_token_indices; see `tokens`).
     """
     group = dict(group)
-    name, also = group.pop("name", None), {k: group.pop(k) for k in ("also_train", "also_tokens") if k in group}
+    name = group.pop("name", None)
+    also: dict[str, Any] = {k: group.pop(k) for k in ("also_train", "also_tokens") if k in group}
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     return config_schema.call_with_group(

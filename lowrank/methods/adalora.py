@@ -68,7 +68,7 @@ def adalora(
     )
 
 
-def _penalty(factor: float, params: PyTree) -> jax.Array:
+def _penalty(factor: float, params: PyTree) -> Any:
     weights = jax.tree.leaves(params, is_leaf=weight.is_weight)
     return factor * sum(w.orthogonality() for w in weights if isinstance(w, AdaLoRA))
 
@@ -83,7 +83,7 @@ class AllocationState(NamedTuple):
     """Trees in the trained leaves' shapes, with MaskedNode at leaves that are of no AdaLoRA."""
 
     inner: Any
-    count: jax.Array  # updates done
+    count: jax.Array  # type: ignore[assignment]  # the updates done; the name hides tuple.count
     sensitivity: PyTree
     uncertainty: PyTree
     kept: PyTree  # bool for each entry of E

@@ -65,7 +65,9 @@ def trainable_mask(method: Method, params: PyTree, extra: Sequence[str] = ()) ->
 def exported_leaves(method: Method, params: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
     """`(params, mask)` of an adapter: the trained `params` as it saves them, and a mask of the leaves that it saves."""
     if method.export.bound:
-        bound = jax.jit(lambda params: method.bind(params, None, None))(params)
+        bind = method.bind
+        assert bind is not None  # `bound` promises it
+        bound = jax.jit(lambda params: bind(params, None, None))(params)
         params = {name: part for name, part in bound.items() if name != SHARED}
         mask = {name: part for name, part in mask.items() if name != SHARED}
     saved = {n for p in method.export.frozen for n in tree.match_names(p, tree.leaf_names(params), "saved leaf")}

@@ -36,6 +36,7 @@ def mapped(params: PyTree, kind: type, fn: Any) -> PyTree:
 
 
 def _balanced(w: Any, batch: BatchInfo, balance: float) -> Any:
+    assert batch.weight is not None  # balance is a loss: it is bound in training only
     stack = w.shape[:-2]
     mask = (batch.segments > 0).astype(jnp.float32)
     strength = jnp.broadcast_to(balance * batch.weight, stack)

@@ -77,7 +77,7 @@ class BilevelState(NamedTuple):
 
     lower: Any
     upper: Any
-    count: jax.Array  # updates done
+    count: jax.Array  # type: ignore[assignment]  # the updates done; the name hides tuple.count
     held: PyTree  # the last validation gradient
 
 

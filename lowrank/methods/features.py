@@ -35,7 +35,7 @@ class FeatureCache:
         for name, leaf in tree.named_leaves(frozen, lambda x: x is None):
             if leaf is None and not name.startswith("head/"):
                 raise UserError(f"method features computes the backbone once, so it cannot train {name}")
-        self._params, self._rows = frozen, {}
+        self._params, self._rows = frozen, dict[bytes, np.ndarray]()
         self._pooled = jax.jit(lambda p, t, s: network.apply({"params": p}, t, segments=s, method="pooled"))
 
     def __call__(self, batch: Batch) -> Mapping[str, np.ndarray]:

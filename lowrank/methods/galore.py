@@ -47,7 +47,7 @@ class ProjectedState(NamedTuple):
     """`projectors`: `[..., in, rank]` or `[..., out, rank]` for what is projected, MaskedNode elsewhere."""
 
     inner: Any
-    count: jax.Array  # updates done
+    count: jax.Array  # type: ignore[assignment]  # the updates done; the name hides tuple.count
     projectors: PyTree
 
 

@@ -1,5 +1,6 @@
 """(IA)^3 as a method: rescaled keys, values and feed-forward activations."""
 
+from lowrank.core.weight import Rewrite
 from lowrank.methods.method import Method
 from lowrank.weights import scaled
 
@@ -11,4 +12,8 @@ def ia3(target: str = r".*attn/(k|v)/kernel", feedforward: str = r".*mlp/down/ke
     `lowrank.weights.scaled`. Raises UserError for a weight that both match.
     """
     sides = ((target, "out"), (feedforward, "in"))
-    return Method(rules=tuple((p, lambda key, w, name, s=side: scaled.attach(w, s)) for p, side in sides if p))
+
+    def rule(side: str) -> Rewrite:
+        return lambda key, w, name: scaled.attach(w, side)
+
+    return Method(rules=tuple((pattern, rule(side)) for pattern, side in sides if pattern))

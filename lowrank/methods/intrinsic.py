@@ -64,10 +64,10 @@ def intrinsic(
 
 def _projected(projection: str, key: jax.Array, z: jax.Array, leaves: dict[str, Any]) -> dict[str, jax.Array]:
     """`P z` for each leaf, flat. Small leaves of one size go through one program in turn: it compiles once for all."""
-    total, groups = sum(w.size for w in leaves.values()), {}
+    total, groups = sum(w.size for w in leaves.values()), dict[Any, list[str]]()
     for name, w in leaves.items():
         groups.setdefault(w.size if w.size <= CHUNK else name, []).append(name)
-    steps = {}
+    steps: dict[str, jax.Array] = {}
     for names in groups.values():
         shape = Shape(leaves[names[0]].size, total)
         keys = jnp.stack([weight.name_key(key, name) for name in names])

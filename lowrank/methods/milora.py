@@ -56,13 +56,13 @@ def milora(
     def bind(params: PyTree, batch: BatchInfo | None, rng: jax.Array | None) -> PyTree:
         if batch is None:
             return params
-        seen = {"segments": batch.segments}
+        seen: dict[str, Any] = {"segments": batch.segments}
         if batch.answers is not None:
             seen["prompt"] = is_prompt(batch.segments, batch.answers)
-        if rng is not None and balance:
+        if rng is not None and balance and batch.weight is not None:
             seen["strength"] = balance * batch.weight
         names = [n for n, w in tree.named_leaves(params, weight.is_weight) if type(w) is mixture.Gated]
-        bound, member = dict(params), {}
+        bound, member = dict(params), dict[str, int]()
         for stack, members in _by_stack(names).items():
             kernel = params[SHARED]["router"][stack]
             each = {name: jnp.broadcast_to(x, (len(kernel), *x.shape)) for name, x in seen.items()}

@@ -107,7 +107,7 @@ def fastfood_blocks(key: jax.Array, size: int, d: int) -> tuple[jax.Array, jax.A
 def _signs(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """1 or -1 at random, a bit each: to draw a word for each takes as long as all the Gaussians."""
     size = math.prod(shape)
-    octets = jax.lax.bitcast_convert_type(jax.random.bits(key, -(-size // 32), jnp.uint32), jnp.uint8)
+    octets = jax.lax.bitcast_convert_type(jax.random.bits(key, (-(-size // 32),), jnp.uint32), jnp.uint8)
     bits = jnp.unpackbits(octets.reshape(-1), count=size, bitorder="little")
     return 1 - 2 * bits.reshape(shape).astype(jnp.float32)
 

@@ -51,7 +51,7 @@ class MLPEncoder(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         """`[length, width]`."""
-        x = self.param("embedding", nn.initializers.normal(1.0), (self.length, self.width))
+        x: Any = self.param("embedding", nn.initializers.normal(1.0), (self.length, self.width))
         x = nn.relu(nn.Dense(self.hidden, name="in")(x))
         x = nn.relu(nn.Dense(self.hidden, name="mid")(x))
         return nn.Dense(self.width, name="out")(x)
@@ -67,10 +67,10 @@ class LSTMEncoder(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         """`[length, width]`."""
-        x = self.param("embedding", nn.initializers.normal(1.0), (self.length, self.width))[None]
+        x: Any = self.param("embedding", nn.initializers.normal(1.0), (self.length, self.width))[None]
         for i in range(2):
-            ways = (nn.RNN(nn.LSTMCell(self.hidden, name=f"{way}{i}")) for way in ("forward", "backward"))
-            x = nn.Bidirectional(*ways)(x)
+            forward, backward = (nn.RNN(nn.LSTMCell(self.hidden, name=f"{way}{i}")) for way in ("forward", "backward"))
+            x = nn.Bidirectional(forward, backward)(x)
         x = nn.relu(nn.Dense(2 * self.hidden, name="in")(x[0]))
         return nn.Dense(self.width, name="out")(x)
 

@@ -20,7 +20,7 @@ def qa_lora(rank: int = 8, alpha: float = 16.0, target: str = LINEAR, block: int
     are.
     """
     targets.check_positive(rank=rank, alpha=alpha)
-    make = jit_quantizer(
+    make: Any = jit_quantizer(
         config_schema.call_with_group(SCHEMES["integer"], {"bits": bits, "block": block, "symmetric": False}, "method")
     )
 

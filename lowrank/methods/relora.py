@@ -61,7 +61,7 @@ class RestartingState(NamedTuple):
     """The optimizer's state, and how many updates it has made."""
 
     inner: Any
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # the updates done; the name hides tuple.count
 
 
 def restart_optimizer(

@@ -38,7 +38,7 @@ def smore(
 
     def adapt(key: jax.Array, w: Any, name: str) -> forest.SMoRE:
         targets.check_rank(name, w.shape, rank)
-        shape = {"rank": rank, "experts": experts, "fanout": fanout, "gate": gate}
+        shape: dict[str, Any] = {"rank": rank, "experts": experts, "fanout": fanout, "gate": gate}
         return forest.attach(key, w, **shape, scale=scale, activation=activation)
 
     return Method(rules=((target, adapt),), bind=in_balance(forest.SMoRE, balance))

@@ -76,7 +76,7 @@ def _check_distinct(wanted: Sequence[Any], setting: str) -> None:
             raise UserError(f"{setting} names {token!r} twice")
 
 
-def _counted(ids: Sequence[int], vocabulary: int, setting: str) -> list[int]:
+def _counted(ids: Sequence[Any], vocabulary: int, setting: str) -> list[int]:
     ids = [i % vocabulary for i in ids]
     _check_distinct(ids, setting)
     return ids

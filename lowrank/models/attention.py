@@ -53,7 +53,7 @@ class Attention(nn.Module):
         values are written from `index` on; without one, a prefix `[P, K, H]` before the keys of every row.
         """
         q, k, v = self._project(x_BxTxD)
-        if inputs.cos is not None:
+        if inputs.cos is not None and inputs.sin is not None:
             q, k = rope.apply_rope(q, inputs.cos, inputs.sin), rope.apply_rope(k, inputs.cos, inputs.sin)
         q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), ("query", "key", "value"), strict=True))
         new = None

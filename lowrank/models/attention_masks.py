@@ -97,16 +97,16 @@ def _layer_inputs(c: Any, positions_BxT, k_positions_BxS, mask_BxTxS, k_segments
     global_rope = c.rope_theta, c.rope_scaling
     local_rope = (c.local_rope_theta, None) if c.local_rope_theta else global_rope
     if not c.mixed:
-        return _inputs(c, positions_BxT, *(local_rope if c.window else global_rope), local_mask_BxTxS)
-    both = _inputs(c, positions_BxT, *global_rope, mask_BxTxS), _inputs(c, positions_BxT, *local_rope, local_mask_BxTxS)
+        return _inputs(c, positions_BxT, local_rope if c.window else global_rope, local_mask_BxTxS)
+    both = _inputs(c, positions_BxT, global_rope, mask_BxTxS), _inputs(c, positions_BxT, local_rope, local_mask_BxTxS)
     return jax.tree.map(lambda *x: jnp.stack(x), *both)
 
 
-def _inputs(c: Any, positions_BxT, theta, scaling, mask_BxTxS) -> AttentionInputs:
+def _inputs(c: Any, positions_BxT, theta_and_scaling, mask_BxTxS) -> AttentionInputs:
     mask_Bx1xTxS = None if mask_BxTxS is None else mask_BxTxS[:, None]
     if c.learned_positions:
         return AttentionInputs(mask_Bx1xTxS=mask_Bx1xTxS)
-    frequencies_F = rope.rope_frequencies(c.head_dim, theta, scaling) / c.position_factor
+    frequencies_F = rope.rope_frequencies(c.head_dim, *theta_and_scaling) / c.position_factor
     return AttentionInputs(*rope.rope_tables(positions_BxT, frequencies_F), mask_Bx1xTxS)
 
 

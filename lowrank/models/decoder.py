@@ -158,8 +158,8 @@ class Decoder(nn.Module):
         T = tokens.shape[1]
         if T + c.num_virtual_tokens > c.max_length:
             virtual = f" and {plural(c.num_virtual_tokens, 'virtual token')}" if c.num_virtual_tokens else ""
-            length = f"a sequence of {plural(T, 'token')}{virtual}"
-            raise UserError(f"{length} is longer than the model's {plural(c.max_length, 'position')}: shorten it")
+            sequence = f"a sequence of {plural(T, 'token')}{virtual}"
+            raise UserError(f"{sequence} is longer than the model's {plural(c.max_length, 'position')}: shorten it")
         prefix = split_by_stack(c, self.prefix()) if c.prefix_length else {}
         if cache is not None:
             kv_cache.check_cache(cache, T, c.num_virtual_tokens)

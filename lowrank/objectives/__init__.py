@@ -26,7 +26,7 @@ def build_objective(setting: str | Mapping[str, Any]) -> Objective:
     group = {"name": setting} if isinstance(setting, str) else dict(setting)
     name = group.pop("name", None)
     if name not in OBJECTIVES:
-        raise unknown("objective", name, OBJECTIVES)
+        raise unknown("objective", str(name), OBJECTIVES)
     return config_schema.call_with_group(OBJECTIVES[name], group, "objective")
 
 

@@ -89,4 +89,4 @@ def _answer_sums(network: Network, params: PyTree, batch: Batch, chunk_tokens: i
 def _perplexity(sums: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
     """`perplexity`, `nll` (nats per token) and `tokens`."""
     nll, tokens = sums
-    return {"perplexity": perplexity(nll, tokens), "nll": float(nll / tokens), "tokens": float(tokens)}
+    return {"perplexity": perplexity(float(nll), float(tokens)), "nll": float(nll / tokens), "tokens": float(tokens)}

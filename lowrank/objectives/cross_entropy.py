@@ -140,14 +140,15 @@ def _chunked_bwd(static: _Static, residuals: tuple, g: jax.Array) -> tuple:
         dh_BxTxD, dconsts = jax.tree.map(lambda d: d * g.astype(d.dtype), residuals)
         return dh_BxTxD, None, None, None, *dconsts
     dh_BxTxD, dconsts, inputs = residuals
-    dconsts = _head_gradient(static, *inputs, g) if inputs else dconsts
+    dconsts = _head_gradient(static, inputs, g) if inputs else dconsts
     return dh_BxTxD * g[:, None, None].astype(dh_BxTxD.dtype), None, None, None, *dconsts
 
 
 def _head_gradient(
-    static: _Static, h: Any, targets: Any, weights: Any, order: Any, consts: Any, learned: dict[int, None], g_B: Any
+    static: _Static, inputs: tuple[Any, Any, Any, Any, Any, dict[int, None]], g_B: Any
 ) -> list[jax.Array | None]:
     """The gradient of the rows' sums, weighted by `g_B`, for the arrays of the head that are `learned`."""
+    h, targets, weights, order, consts, learned = inputs
     h_SxBxKxD, targets_SxBxK, weights_SxBxK = (_chunks(x, order, static.size) for x in (h, targets, weights))
 
     def add(i: jax.Array, dconsts: Any) -> Any:

@@ -29,13 +29,13 @@ def build_run(config: Group, devices: Sequence[Any] | None = None, like: Run | N
     data, whose loader and scorer serve again.
     """
     groups = _groups(config, devices)
-    describe = functools.partial(pretrained.describe, groups.model.name, **_how_to_read(groups.model))
-    shape, tokenizer, base = describe(groups.options)
+    name, how = groups.model.name, _how_to_read(groups.model)
+    shape, tokenizer, base = pretrained.describe(name, groups.options, **how)
     _check_model(groups, shape)
     loader = like.loader if like else _loader(groups, tokenizer, shape)
     if options := groups.objective.model_options(loader.labels):
         groups.options.update(options)
-        shape, _, base = describe(groups.options)
+        shape, _, base = pretrained.describe(name, groups.options, **how)
     plan = _plan(groups, shape, base, tokenizer, loader)
     plan.optimizer()
     return dataclasses.replace(plan, scorer=like.scorer if like else _scorer(groups, plan))

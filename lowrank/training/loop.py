@@ -90,13 +90,14 @@ class Trainer:
         self.map_batch = lambda batch: batch
         if init_map := run.method.hooks.map_batch:
             self.map_batch = init_map(run.network, self.frozen)
-            self.run = dataclasses.replace(run, objective=run.objective.on_features)
+            self.run = dataclasses.replace(run, objective=run.objective.on_features or run.objective)
         self.metrics: Mapping[str, jax.Array] | None = None  # of the last step done
         self.compile_seconds = 0.0
         self.best = Best(run.checkpoint, run.objective.score.better)
         self.scores: dict[int, dict[str, float]] = {}  # by step, of the evaluations in this process
-        if saver.latest() is not None:
-            self._restore(saver.latest())
+        latest = saver.latest()
+        if latest is not None:
+            self._restore(latest)
 
     def go(self, before: bool = True, after: bool = True) -> dict[str, Any]:
         """Trains, and leaves the adapter and the report, scored as asked; or stops where SIGTERM came."""
@@ -167,6 +168,7 @@ class Trainer:
 
     def _check_finite(self, done: int, metrics: Mapping[str, jax.Array] | None) -> None:
         for name in ("loss", "grad_norm") if metrics else ():
+            assert metrics is not None
             if not math.isfinite(value := float(metrics[name])):
                 self.saver.wait()
                 kept = self.saver.latest()
@@ -210,6 +212,7 @@ class Trainer:
     def _score(self, done: int) -> dict[str, float]:
         """The scores of the parameters of step `done`, which are computed and logged once."""
         if done not in self.scores:
+            assert self.run.scorer is not None
             with self.log.paused():
                 self.scores[done] = scores = self.run.scorer.scores(self._params())
             self.log.scalars(done, {f"eval/{'loss' if name == 'nll' else name}": v for name, v in scores.items()})
@@ -257,7 +260,7 @@ class Trainer:
             "tokens_per_s": self.log.tokens_per_s,
             "before": before["scores"],
             "after": after["scores"],
-            "samples": self.run.scorer.samples(*texts) if all(texts) else [],
+            "samples": self.run.scorer.samples(*texts) if self.run.scorer and all(texts) else [],
         }
         if jax.process_index() == 0:
             self._report(summary, kind)

@@ -60,7 +60,7 @@ def stream_state(update: Update, optimizer: Any, gradient: PyTree, state: PyTree
         return update(*args)
     program, shapes = jax.make_jaxpr(update, return_shape=True)(*jax.tree.map(_on_device, args))
     pieces = _Pieces(program, jax.tree.leaves(args))
-    n, found = len(jax.tree.leaves(trained)), {}
+    n, found = len(jax.tree.leaves(trained)), dict[int, Any]()
     owner = dict(enumerate(jax.tree.leaves(owners(optimizer, state, trained)), n))  # of each output of the program
     for i in range(n):
         outputs = [i, *(j for j, of in owner.items() if of == i)]

@@ -120,7 +120,9 @@ class Run:
 
     @functools.cached_property
     def _restarted(self) -> Callable[[PyTree, jax.Array], PyTree]:
-        change = self.method.hooks.every_n_steps.change
+        restarts = self.method.hooks.every_n_steps
+        assert restarts is not None
+        change = restarts.change
         return jit_passthrough(change, sharding.parameter_shardings(self.shapes, self.mesh), self.shapes, _key())
 
     @functools.cached_property
@@ -144,7 +146,9 @@ class Run:
 
     def _first_batches(self, n: int) -> list[Batch]:
         start = self.loader.get_state()
-        batches = [sharding.make_global_batch(batch, self.mesh) for batch in itertools.islice(self.loader, n)]
+        batches: list[Batch] = [
+            sharding.make_global_batch(batch, self.mesh) for batch in itertools.islice(self.loader, n)
+        ]
         self.loader.set_state(start)
         return batches
 

@@ -83,7 +83,7 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _same(theirs: dict[str, Any], ours: dict[str, Any], workdir: Path) -> None:
+def _same(theirs: Mapping[str, Any], ours: Mapping[str, Any], workdir: Path) -> None:
     theirs, ours = _flat(theirs), _flat(ours)
     for key in [*ours, *theirs]:
         a, b = theirs.get(key, _ABSENT), ours.get(key, _ABSENT)

@@ -25,10 +25,11 @@ class IRLoRA(LoRA):
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """`(A + beta1 P, B + beta2 Q)`."""
-        return tuple(
+        a, b = (
             at_least_float32(x) + jnp.broadcast_to(pooling_matrix(*x.shape[-2:]), x.shape) * beta[..., None, None]
             for x, beta in ((self.a, self.beta1), (self.b, self.beta2))
         )
+        return a, b
 
     def delta(self) -> jax.Array:
         """The update `[..., in, out]` in float32 or wider."""

@@ -31,7 +31,7 @@ class LoKr(Weight):
     b2: jax.Array | None = trainable(axes=(None, "out"), default=None)
     scale: jax.Array = frozen()
 
-    def factors(self) -> tuple[list[jax.Array], list[jax.Array]]:
+    def factors(self) -> tuple[list[Any], list[Any]]:
         """`([w1] or [a1, b1], [w2] or [a2, b2])`."""
         first = [self.a1, self.b1] if self.w1 is None else [self.w1]
         return first, [self.a2, self.b2] if self.w2 is None else [self.w2]
@@ -95,7 +95,8 @@ def attach(
     unadapted. Raises UserError for ranks that would decompose a factor in some layers of the stack only.
     """
     stack, live, rank = w.shape[:-2], stacked_layers.rank_mask(ranks, w.shape[:-2]), max(ranks)
-    shapes = {factor_sizes(*w.shape[-2:], r, factor, both) for r in ranks if r}
+    n_in, n_out = w.shape[-2:]
+    shapes = {factor_sizes(n_in, n_out, r, factor, both) for r in ranks if r}
     if len(shapes) > 1:
         raise UserError(
             f"ranks {min(r for r in ranks if r)} to {rank} in one stack would make LoKr decompose only some of the "

@@ -67,7 +67,7 @@ class SMoRE(Routed):
     def _route(self, logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         """`(gates, children)`, both `[..., P, k]`: the softmax over the k largest logits, and their indices."""
         probs = jax.nn.softmax(at_least_float32(logits), axis=-1)
-        if self.strength is not None:
+        if self.strength is not None and self.mask is not None:
             chosen = jax.lax.stop_gradient(top_k_mask(probs, k))
             probs = with_balance_loss(probs, chosen / k, self.mask[..., None], self.strength)
         gates, children = jax.lax.top_k(probs, k)

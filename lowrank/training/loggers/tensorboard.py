@@ -55,7 +55,7 @@ def _hidden(module: str) -> Iterator[None]:
     if module in sys.modules:
         yield
         return
-    sys.modules[module] = None
+    sys.modules[module] = None  # type: ignore[assignment]  # an import then raises ImportError
     try:
         yield
     finally:

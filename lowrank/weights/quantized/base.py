@@ -28,8 +28,16 @@ class Quantized(Weight):
     Arrays may hold more rows than the kernel, up to a whole block: what pads them is cut off after decoding.
     """
 
-    layout: Mapping[str, tuple[int | None, int | None]]
+    codes: jax.Array
+    scale: Any
+    rows: int
+    dtype_name: str
     stored: ClassVar[bool] = True
+
+    @property
+    def layout(self) -> Mapping[str, tuple[int | None, int | None]]:
+        """Rows and columns that each element of a field stands for."""
+        raise NotImplementedError(type(self).__name__)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,7 +57,7 @@ class Quantized(Weight):
     @property
     def padded(self) -> int:
         """The rows of the kernel and what pads them."""
-        return self.codes.shape[-2] * self.layout["codes"][0]
+        return self.codes.shape[-2] * (self.layout["codes"][0] or 1)
 
     def decode(self) -> jax.Array:
         """The kernel with its padding, `[..., padded, out]`, at least float32."""
@@ -77,12 +85,13 @@ class Quantized(Weight):
 
     def tile(self, axis: int, start: Any, size: int) -> Self:
         """Rows (`axis=0`) or columns (`axis=1`) `start ... start + size` of a kernel without a stack."""
-        cut = {"rows": size} if axis == 0 else {}
+        cut: dict[str, Any] = {"rows": size} if axis == 0 else {}
         whole = (self.padded, self.shape[-1])[axis]
         for name, per in self.layout.items():
             value = getattr(self, name)
-            if value is not None and per[axis]:
-                cut[name] = slice_axis(value, start // per[axis], size // per[axis], axis, whole % size == 0)
+            step = per[axis]
+            if value is not None and step:
+                cut[name] = slice_axis(value, start // step, size // step, axis, whole % size == 0)
         return dataclasses.replace(self, **cut)
 
 

@@ -24,7 +24,7 @@ class BlackBox(Weight):
 
     state: Any = frozen(axes=KERNEL)
     decode: Callable[[Any], jax.Array] = static()
-    unit: tuple[int, int] = static()
+    unit: tuple[int, ...] = static()
     axes: int = static()  # of the first array of one kernel's state
     dtype_name: str = static()
 

@@ -55,14 +55,14 @@ class Codebook(Quantized):
 
     def with_plain_scales(self) -> Self:
         """With plain magnitudes: a 64th of the kernel's elements."""
-        found = {name: getattr(self, name) for name in ("scale", "shift")}
-        decoded = {n: x.decode() if isinstance(x, QuantizedScale) else x for n, x in found.items()}
+        scales = {name: getattr(self, name) for name in ("scale", "shift")}
+        decoded: dict[str, Any] = {n: x.decode() if isinstance(x, QuantizedScale) else x for n, x in scales.items()}
         return dataclasses.replace(self, **decoded)
 
     def decode(self) -> jax.Array:
         """`table[codes] * scale + shift`."""
-        spread = lambda x: jnp.broadcast_to(at_least_float32(x)[..., None, :], values.shape)  # noqa: E731
         values = lookup(unpack(self.codes, self.bits, self.block), TABLES[self.table])
+        spread = lambda x: jnp.broadcast_to(at_least_float32(x)[..., None, :], values.shape)  # noqa: E731
         values = values * spread(self.scale)
         values = values if self.shift is None else values + spread(self.shift)
         return values.reshape(*self.codes.shape[:-2], -1, self.codes.shape[-1])
@@ -80,11 +80,11 @@ def quantize(
     values = split_blocks(w, block, 8 // bits_per_code(table))
     shift = _calibrated(values, table, calibrate) if calibrate else None
     codes, absmax = encode_blocks(values, shift, table, inside)
-    kept = {"scale": absmax, "shift": shift}
-    kept = {name: double_quantize(x) if double and x is not None else x for name, x in kept.items()}
+    scales = {"scale": absmax, "shift": shift}
+    stored: dict[str, Any] = {n: double_quantize(x) if double and x is not None else x for n, x in scales.items()}
     return Codebook(
         codes=pack(codes, bits_per_code(table)),
-        **kept,
+        **stored,
         table=table,
         block=block,
         rows=w.shape[-2],
@@ -145,7 +145,7 @@ def _calibrated(values: jax.Array, table: str, candidates: int) -> jax.Array:
     return jax.lax.scan(tried, start, jnp.linspace(-1, 1, candidates))[0][1]
 
 
-def code_entropy(values: jax.Array, table: np.ndarray) -> jax.Array:
+def code_entropy(values: jax.Array, table: np.ndarray) -> Any:
     """Of the entries of a table nearest to a block's values `[..., block, out]`, in nats `[..., out]`.
 
     How many values lie above each edge is counted, which says how often each code occurs: none is made.
@@ -158,4 +158,5 @@ def code_entropy(values: jax.Array, table: np.ndarray) -> jax.Array:
         none,
     ]
     shares = ((more - fewer) / np.float32(block) for more, fewer in itertools.pairwise(above))
-    return -sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0) for p in shares)
+    entropy: Any = -sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0) for p in shares)
+    return entropy

@@ -62,7 +62,8 @@ class GGML(Quantized):
         low = None if self.low is None else self._parts(self.low, self.low_sub)
         return dataclasses.replace(self, scale=self._parts(self.scale, self.sub), sub=None, low=low, low_sub=None)
 
-    def _parts(self, whole: jax.Array, sub: jax.Array) -> jax.Array:
+    def _parts(self, whole: jax.Array, sub: jax.Array | None) -> jax.Array:
+        assert sub is not None
         f = FORMATS[self.format]
         each = at_least_float32(whole)
         return jnp.repeat(each, f.block // f.part, axis=-2) * sub.astype(each.dtype)

@@ -1,5 +1,6 @@
 """Evenly spaced codes of a kernel whose inputs were scaled first: AWQ (Lin et al. 2023, arXiv:2306.00978)."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -34,7 +35,7 @@ class InputScaled(Weight):
 
     def with_dtype(self, dtype_name: str) -> Self:
         """The same codes, decoded to the dtype `dtype_name`."""
-        return InputScaled(scaled=self.scaled.with_dtype(dtype_name), inputs=self.inputs)
+        return dataclasses.replace(self, scaled=self.scaled.with_dtype(dtype_name))
 
     def materialize(self) -> jax.Array:
         """The kernel that is multiplied by."""

@@ -5,6 +5,7 @@ there are is the same for all layers of a stack, whose shapes must agree; `lowra
 one budget among the stacks of a model.
 """
 
+import dataclasses
 import heapq
 import math
 from collections.abc import Mapping
@@ -57,7 +58,7 @@ class Mixed(Weight):
     def with_dtype(self, dtype_name: str) -> Self:
         """The same codes, decoded to the dtype `dtype_name`."""
         high, low = (part and part.with_dtype(dtype_name) for part in (self.high, self.low))
-        return Mixed(high=high, low=low, index=self.index, block=self.block, rows=self.rows)
+        return dataclasses.replace(self, high=high, low=low)
 
     def materialize(self) -> jax.Array:
         """The kernel, its groups back in order."""
@@ -72,7 +73,8 @@ class Mixed(Weight):
         n = self.index.shape[-1]
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n * self.block - self.rows)])
         groups = jnp.take(x.reshape(*x.shape[:-1], n, self.block), self.index, axis=-2, unique_indices=True)
-        x, first, y = groups.reshape(x.shape), 0, 0
+        y: Any = 0
+        x, first = groups.reshape(x.shape), 0
         for part in self.parts:
             y = y + dot(x[..., first : first + part.rows], part)
             first += part.rows
@@ -90,7 +92,7 @@ def quantize(w: jax.Array, *, high: int, block: int, double: bool) -> Mixed:
     for name, bits, cut in (("high", 4, slice(None, high)), ("low", 2, slice(high, None))):
         part, real = (x[..., cut, :, :] for x in (groups, inside))
         flat = part.reshape(*w.shape[:-2], -1, w.shape[-1]).astype(w.dtype)
-        options = {"table": TABLES[bits], "block": groups.shape[-2], "double": double, "inside": real}
+        options: dict[str, Any] = {"table": TABLES[bits], "block": groups.shape[-2], "double": double, "inside": real}
         made[name] = codebook.quantize(flat, **options) if flat.shape[-2] else None
     return Mixed(**made, index=index.astype(jnp.int32), block=groups.shape[-2], rows=w.shape[-2])
 

@@ -8,9 +8,8 @@ import jax
 
 from lowrank.core.errors import UserError, unknown
 from lowrank.weights.quantized import codebook, int8, mixed, uniform
-from lowrank.weights.quantized.base import Quantized
 
-Quantizer = Callable[[jax.Array], Quantized]
+Quantizer = Callable[[jax.Array], Any]  # kernel [..., in, out] -> a form that stores it
 
 
 def nf4(block: int = 64, double: bool = False, calibrate: int = 0) -> Quantizer:
