@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 GPU := $(VENV)/gpu
+LOGGERS := $(VENV)/loggers
 
 # LLVM optimizes little, which halves the time of these tests. `make numerics` and `make parity` compile as users do.
 FAST := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS=--xla_cpu_parallel_codegen_split_count=1
@@ -36,9 +37,9 @@ docs: $(VENV)/ready-docs
 notebooks: $(VENV)/ready-dev
 	$(FAST) $(PYTEST) tests/notebooks
 
-test-tools: docs
+test-tools: docs $(VENV)/ready-loggers
 	command -v chromedriver || (apt-get update -qq && apt-get install -qq --no-install-recommends chromium chromium-driver)
-	$(FAST) $(BIN)/python -m pytest tests/tools
+	PYTHONPATH=$(LOGGERS) $(FAST) $(BIN)/python -m pytest tests/tools
 
 bench: $(VENV)/ready-parity
 	$(BIN)/python -m experiments.bench.step
@@ -72,6 +73,11 @@ $(VENV)/ready: setup.py | $(BIN)/python
 $(VENV)/ready-gpu: $(VENV)/ready-parity
 	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install -q --no-deps --target $(GPU) \
 		"jax-cuda12-pjrt==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')"
+	touch $@
+
+# The packages of optional loggers have a folder of their own: they pin what others need in newer versions.
+$(VENV)/ready-loggers: setup.py $(VENV)/ready-dev
+	$(BIN)/python -m pip install -q --target $(LOGGERS) --upgrade alembic mlflow-skinny sqlalchemy wandb
 	touch $@
 
 $(VENV)/ready-%: setup.py | $(BIN)/python
