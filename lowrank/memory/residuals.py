@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lowrank import models
 from lowrank.core import parameter_summary, sharding, tree
@@ -48,7 +49,8 @@ def _remembered(run: Run, inputs: StepInputs, size: int) -> list[Any]:
 
 def _residuals(run: Run, inputs: StepInputs, size: int) -> list[Any]:
     def kept(trained: Any, frozen: Any, batch: Any) -> Any:
-        loss = lambda t: run.loss(tree.join(t, frozen), batch, jax.random.key(0)).total  # noqa: E731
+        factors = dict.fromkeys(run.loss_factors, jnp.float32(1))
+        loss = lambda t: run.loss(tree.join(t, frozen), batch, jax.random.key(0), **factors).total  # noqa: E731
         return jax.vjp(loss, trained)[1]
 
     program = jax.make_jaxpr(kept)(inputs.state.trained, inputs.frozen, rows(inputs.batch, size)).jaxpr

@@ -16,6 +16,7 @@ from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.lora import bind_dropout
 from lowrank.methods.method import Hooks, Method
+from lowrank.methods.regularizers import penalty_regularizer
 from lowrank.weights import adalora as form
 from lowrank.weights.adalora import AdaLoRA
 
@@ -64,13 +65,13 @@ def adalora(
     return Method(
         rules=((target, adapt),),
         bind=bind_dropout if dropout else None,
-        hooks=Hooks(regularizer=functools.partial(_penalty, orthogonal) if orthogonal else None, optimizer=optimizer),
+        hooks=Hooks(regularizer=penalty_regularizer(_orthogonality, orthogonal), optimizer=optimizer),
     )
 
 
-def _penalty(factor: float, params: PyTree) -> Any:
+def _orthogonality(params: PyTree) -> Any:
     weights = jax.tree.leaves(params, is_leaf=weight.is_weight)
-    return factor * sum(w.orthogonality() for w in weights if isinstance(w, AdaLoRA))
+    return sum(w.orthogonality() for w in weights if isinstance(w, AdaLoRA))
 
 
 def kept_share(step: int, *, first: int, last: int, ratio: float) -> float:

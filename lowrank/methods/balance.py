@@ -8,18 +8,29 @@ import jax.numpy as jnp
 
 from lowrank.core import tree, weight
 from lowrank.core.errors import UserError
-from lowrank.core.typing import BatchInfo, Bind, PyTree
+from lowrank.core.typing import BatchInfo, PyTree, Sums
+from lowrank.methods.method import Regularizer, TotalLoss
 
 
-def in_balance(kind: type, balance: float) -> Bind:
-    """A `bind` that hands weights of `kind` the batch's mask and the loss's strength while training."""
+def balance_regularizer(kind: type, balance: float) -> Regularizer | None:
+    """A regularizer that gives each weight of `kind` the batch's mask and the strength of its balance loss.
 
-    def bind(params: PyTree, batch: BatchInfo | None, rng: jax.Array | None) -> PyTree:
-        if rng is None or batch is None or not balance:
-            return params
-        return mapped(params, kind, lambda name, w: _balanced(w, batch, balance))
+    The balance loss is a term of the loss that the weight itself adds, to the gradient alone. None for `balance=0`.
+    """
 
-    return bind
+    def regularized(loss: TotalLoss, params: PyTree, batch: BatchInfo, scale: jax.Array) -> Sums:
+        masked = mapped(params, kind, lambda name, w: _with_mask(w, batch))
+        return loss(balanced(masked, kind, balance * scale, batch))
+
+    return regularized if balance else None
+
+
+def balanced(params: PyTree, kind: type, factor: jax.Array, batch: BatchInfo) -> PyTree:
+    """`params` with the balance loss's strength, `factor` times the batch's weight, in every layer of every `kind`."""
+    assert batch.weight is not None  # a batch to train on has one
+    strength = factor * batch.weight
+    spread = lambda name, w: jnp.broadcast_to(strength, w.shape[:-2])  # noqa: E731
+    return mapped(params, kind, lambda name, w: dataclasses.replace(w, strength=spread(name, w)))
 
 
 def check_share(name: str, count: int, experts: int, balance: float) -> None:
@@ -35,9 +46,6 @@ def mapped(params: PyTree, kind: type, fn: Any) -> PyTree:
     return tree.map_named(lambda name, w: fn(name, w) if type(w) is kind else w, params, is_leaf=weight.is_weight)
 
 
-def _balanced(w: Any, batch: BatchInfo, balance: float) -> Any:
-    assert batch.weight is not None  # balance is a loss: it is bound in training only
-    stack = w.shape[:-2]
+def _with_mask(w: Any, batch: BatchInfo) -> Any:
     mask = (batch.segments > 0).astype(jnp.float32)
-    strength = jnp.broadcast_to(balance * batch.weight, stack)
-    return dataclasses.replace(w, mask=jnp.broadcast_to(mask, (*stack, *mask.shape)), strength=strength)
+    return dataclasses.replace(w, mask=jnp.broadcast_to(mask, (*w.shape[:-2], *mask.shape)))

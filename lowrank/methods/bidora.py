@@ -15,6 +15,7 @@ from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.dora import dora
 from lowrank.methods.method import Method
+from lowrank.methods.regularizers import penalty_regularizer
 from lowrank.weights.dora import DoRA
 
 MAGNITUDE = r"(.*/)?magnitude"
@@ -42,15 +43,15 @@ def bidora(holdout: float = 0.2, retrain: float = 0.25, orthogonal: float = 0.00
         hooks=dataclasses.replace(
             method.hooks,
             holdout=holdout,
-            regularizer=functools.partial(_penalty, orthogonal) if orthogonal else None,
+            regularizer=penalty_regularizer(_mean_distance, orthogonal),
             optimizer=lambda plain, steps: bilevel(plain, MAGNITUDE, steps - round(retrain * steps)),
         ),
     )
 
 
-def _penalty(factor: float, params: PyTree) -> jax.Array:
+def _mean_distance(params: PyTree) -> jax.Array:
     weights = [w for w in jax.tree.leaves(params, is_leaf=weight.is_weight) if isinstance(w, DoRA)]
-    return factor * jnp.mean(jnp.concatenate([_distances(w) for w in weights]))
+    return jnp.mean(jnp.concatenate([_distances(w) for w in weights]))
 
 
 def _distances(w: DoRA) -> jax.Array:

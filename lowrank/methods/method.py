@@ -29,7 +29,10 @@ class Context:
 
 InitShared = Callable[[PyTree, jax.Array], PyTree]  # (base, key) -> the leaves under `shared/`
 Calibrate = Callable[[PyTree, Context], PyTree]  # (params, context) -> params of the same shapes
-Regularizer = Callable[[PyTree], jax.Array]  # (bound params) -> a float32 scalar
+TotalLoss = Callable[[PyTree], Sums]  # (bound params) -> the objective's sums over one batch
+# (loss, bound params, batch, scale) -> the loss's sums, whose gradient has further terms, in proportion to `scale`, 1.
+# The value of the sums stays as it is, so that the losses of methods compare.
+Regularizer = Callable[[TotalLoss, PyTree, BatchInfo, jax.Array], Sums]
 WrapOptimizer = Callable[[optax.GradientTransformation, int], optax.GradientTransformation]  # (the run's, its steps)
 MapBatch = Callable[[Batch], Batch]  # a host's batch -> the batch that the loss receives in its place
 InitMapBatch = Callable[[Any, PyTree], MapBatch]  # (network, frozen leaves) -> the map, before step 1
@@ -52,7 +55,7 @@ class Hooks:
     """The knobs that few methods use. Each default leaves the run as it is."""
 
     calibrate: Calibrate | None = None  # is called once, before step 1
-    regularizer: Regularizer | None = None  # its gradient is added to the gradient of the mean loss
+    regularizer: Regularizer | None = None  # see `lowrank.methods.regularizers`
     optimizer: WrapOptimizer | None = None  # works inside the trained tree, and passes `lr` on
     map_batch: InitMapBatch | None = None
     every_n_steps: EveryNSteps | None = None

@@ -1,6 +1,7 @@
 """A mixture of LoRAs, routed by the prompt."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,10 +9,10 @@ import jax.numpy as jnp
 
 from lowrank.core import tree, weight
 from lowrank.core.errors import UserError
-from lowrank.core.typing import BatchInfo, PyTree
+from lowrank.core.typing import BatchInfo, PyTree, Sums
 from lowrank.methods import targets
-from lowrank.methods.balance import check_share, mapped
-from lowrank.methods.method import SHARED, Method
+from lowrank.methods.balance import balanced, check_share, mapped
+from lowrank.methods.method import SHARED, Hooks, Method, TotalLoss
 from lowrank.weights import lora, mixture
 
 
@@ -40,38 +41,50 @@ def milora(
         made = lora.attach_equal_ranks(key, w, rank=rank, alpha=alpha)
         return mixture.Gated(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
 
-    def init_shared(base: PyTree, key: jax.Array) -> PyTree:
-        routers = {}
-        for stack, names in _by_stack(
-            tree.match_names(target, tree.leaf_names(base, weight.is_weight), "target")
-        ).items():
-            if per_prompt > len(names):
-                raise UserError(f"method.per_prompt={per_prompt}, but {target!r} matches {len(names)} weights a layer")
-            layers = _leaf(base, names[0]).shape[0]
-            width = _leaf(base, "embed/embedding").shape[-1]
-            noise = jax.random.normal(weight.name_key(key, stack), (layers, width, len(names)))
-            routers[stack] = noise * width**-0.5
-        return {"router": routers}
+    def regularized(loss: TotalLoss, params: PyTree, batch: BatchInfo, scale: jax.Array) -> Sums:
+        return loss(balanced(params, mixture.PromptRouter, balance * scale, batch))
 
-    def bind(params: PyTree, batch: BatchInfo | None, rng: jax.Array | None) -> PyTree:
-        if batch is None:
-            return params
-        seen: dict[str, Any] = {"segments": batch.segments}
-        if batch.answers is not None:
-            seen["prompt"] = is_prompt(batch.segments, batch.answers)
-        if rng is not None and balance and batch.weight is not None:
-            seen["strength"] = balance * batch.weight
-        names = [n for n, w in tree.named_leaves(params, weight.is_weight) if type(w) is mixture.Gated]
-        bound, member = dict(params), dict[str, int]()
-        for stack, members in _by_stack(names).items():
-            kernel = params[SHARED]["router"][stack]
-            each = {name: jnp.broadcast_to(x, (len(kernel), *x.shape)) for name, x in seen.items()}
-            router = mixture.PromptRouter(kernel=kernel, per_prompt=per_prompt, **each)
-            bound[stack] = {**params[stack], weight.ROUTER: router}
-            member |= {name: i for i, name in enumerate(members)}
-        return mapped(bound, mixture.Gated, lambda name, w: dataclasses.replace(w, member=member[name]))
+    return Method(
+        rules=((target, adapt),),
+        trainable=(f"{SHARED}/router/.*",),
+        bind=functools.partial(_bind, per_prompt=per_prompt),
+        init_shared=functools.partial(_init_routers, target=target, per_prompt=per_prompt),
+        hooks=Hooks(regularizer=regularized if balance else None),
+    )
 
-    return Method(rules=((target, adapt),), trainable=(f"{SHARED}/router/.*",), init_shared=init_shared, bind=bind)
+
+def _init_routers(base: PyTree, key: jax.Array, target: str, per_prompt: int) -> PyTree:
+    """`{"router": {stack: [layers, D, members]}}`: a linear router for each layer, drawn at random."""
+    routers = {}
+    names = tree.match_names(target, tree.leaf_names(base, weight.is_weight), "target")
+    for stack, members in _by_stack(names).items():
+        if per_prompt > len(members):
+            where = f"{target!r} matches in each layer: 1..{len(members)} of them can be chosen"
+            raise UserError(f"method.per_prompt={per_prompt} exceeds the number of weights that {where}")
+        layers = _leaf(base, members[0]).shape[0]
+        width = _leaf(base, "embed/embedding").shape[-1]
+        noise = jax.random.normal(weight.name_key(key, stack), (layers, width, len(members)))
+        routers[stack] = noise * width**-0.5
+    return {"router": routers}
+
+
+def _bind(params: PyTree, batch: BatchInfo | None, rng: jax.Array | None, per_prompt: int) -> PyTree:
+    """`params` with a PromptRouter in each stack, which reads the prompts of the batch, and each LoRA's place in it."""
+    del rng
+    if batch is None:
+        return params
+    seen: dict[str, Any] = {"segments": batch.segments}
+    if batch.answers is not None:
+        seen["prompt"] = is_prompt(batch.segments, batch.answers)
+    names = [n for n, w in tree.named_leaves(params, weight.is_weight) if type(w) is mixture.Gated]
+    bound, member = dict(params), dict[str, int]()
+    for stack, members in _by_stack(names).items():
+        kernel = params[SHARED]["router"][stack]
+        per_layer = {name: jnp.broadcast_to(x, (len(kernel), *x.shape)) for name, x in seen.items()}
+        router = mixture.PromptRouter(kernel=kernel, per_prompt=per_prompt, **per_layer)
+        bound[stack] = {**params[stack], weight.ROUTER: router}
+        member |= {name: i for i, name in enumerate(members)}
+    return mapped(bound, mixture.Gated, lambda name, w: dataclasses.replace(w, member=member[name]))
 
 
 def _by_stack(names: list[str]) -> dict[str, list[str]]:

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 
 from lowrank.methods import targets
-from lowrank.methods.balance import check_share, in_balance
-from lowrank.methods.method import Method
+from lowrank.methods.balance import balance_regularizer, check_share
+from lowrank.methods.method import Hooks, Method
 from lowrank.weights import mixture
 
 
@@ -31,4 +31,4 @@ def more(
         targets.check_rank(name, w.shape, rank)
         return mixture.attach(key, w, rank=rank, experts=experts, alpha=alpha, per_token=per_token)
 
-    return Method(rules=((target, adapt),), bind=in_balance(mixture.Mixture, balance))
+    return Method(rules=((target, adapt),), hooks=Hooks(regularizer=balance_regularizer(mixture.Mixture, balance)))

@@ -7,8 +7,8 @@ import jax
 
 from lowrank.core.errors import UserError, unknown
 from lowrank.methods import targets
-from lowrank.methods.balance import check_share, in_balance
-from lowrank.methods.method import Method
+from lowrank.methods.balance import balance_regularizer, check_share
+from lowrank.methods.method import Hooks, Method
 from lowrank.weights import smore as forest
 
 
@@ -41,4 +41,4 @@ def smore(
         shape: dict[str, Any] = {"rank": rank, "experts": experts, "fanout": fanout, "gate": gate}
         return forest.attach(key, w, **shape, scale=scale, activation=activation)
 
-    return Method(rules=((target, adapt),), bind=in_balance(forest.SMoRE, balance))
+    return Method(rules=((target, adapt),), hooks=Hooks(regularizer=balance_regularizer(forest.SMoRE, balance)))

@@ -158,21 +158,29 @@ class Run:
         wrap = self.method.hooks.optimizer
         return wrap(plain, self.config.steps) if wrap else plain
 
-    def loss(self, params: PyTree, batch: Batch, rng: jax.Array | None) -> Sums:
+    def loss(self, params: PyTree, batch: Batch, rng: jax.Array | None, regularizer: jax.Array | None = None) -> Sums:
         """The objective's sums over a batch, with the method's `bind` applied to the parameters.
 
-        A method's penalty adds its gradient in proportion to the weights, and nothing to the sum: losses compare.
+        `regularizer` is the scale of the method's regularizer, 1; None leaves the regularizer out. The derivative of
+        the sum with respect to the scale is the value of the regularizer, times the sum of weights.
         """
-        params = self.method.bind(params, self.objective.batch_info(batch), rng) if self.method.bind else params
-        sums = self.objective.loss(self.network, params, batch, self.logits_chunk_tokens)
-        if self.method.hooks.regularizer:
-            added = self.method.hooks.regularizer(params)
-            return sums._replace(total=sums.total + sums.weight * (added - jax.lax.stop_gradient(added)))
-        return sums
+        info = self.objective.batch_info(batch)
+        params = self.method.bind(params, info, rng) if self.method.bind else params
+        total_loss = lambda params: self.objective.loss(self.network, params, batch, self.logits_chunk_tokens)  # noqa: E731
+        regularize = self.method.hooks.regularizer
+        if regularizer is None or regularize is None:
+            return total_loss(params)
+        return regularize(total_loss, params, info, regularizer)
 
     def step(self, optimizer: optax.GradientTransformation) -> Any:
         """The training step, ready for `step.compile`."""
-        return step.make_step(self.loss, optimizer, seed=self.config.seed, accumulate=self.optim.accumulate)
+        seed, accumulate = self.config.seed, self.optim.accumulate
+        return step.make_step(self.loss, optimizer, seed=seed, accumulate=accumulate, factors=self.loss_factors)
+
+    @property
+    def loss_factors(self) -> tuple[str, ...]:
+        """The further arguments of `loss` in a training step, each of them 1."""
+        return ("regularizer",) if self.method.hooks.regularizer else ()
 
     @functools.cached_property
     def rates(self) -> np.ndarray:

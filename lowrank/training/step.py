@@ -5,7 +5,8 @@ donated copy of them exists.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +15,11 @@ import optax
 from jax.sharding import Mesh
 
 from lowrank.core import sharding, tree
-from lowrank.core.typing import Batch, PyTree, Sums
+from lowrank.core.typing import Arrays, Batch, PyTree, Sums
 from lowrank.training import offload, random_streams
 
-Loss = Callable[[PyTree, Batch, jax.Array], Sums]  # (params, batch, rng) -> sums
+Loss = Callable[..., Sums]  # (params, batch, rng, **factors) -> sums
+Differentiated = tuple[PyTree, Arrays]  # (trained leaves, factors of the loss by name)
 
 
 @jax.tree_util.register_dataclass
@@ -55,12 +57,15 @@ def make_step(
     *,
     seed: int,
     accumulate: int = 1,
+    factors: Sequence[str] = (),
 ) -> Callable[[State, PyTree, Mapping[str, jax.Array], jax.Array], tuple[State, dict[str, jax.Array]]]:
     """`step(state, frozen, batch, lr) -> (state, metrics)`, to be compiled by `compile`.
 
     `loss(params, batch, rng)` gives a sum and its weight. The gradient is that of sum / weight over the whole
     batch, however many microbatches it is cut into. Metrics: loss, grad_norm (before the clip), lr, weight, and the
-    means of the loss's named sums.
+    means of the loss's named sums. `factors` name further arguments of the loss, which are 1: factors of terms that
+    add to the gradient and not to the sum. The metric of such a name is the value of these terms, the derivative of
+    sum / weight with respect to the factor.
     The optimizer is given `lr`, and `gradient_at`, the batch's gradient at other leaves, if it takes extra arguments.
     """
 
@@ -68,19 +73,11 @@ def make_step(
         state: State, frozen: PyTree, batch: Mapping[str, jax.Array], lr: jax.Array
     ) -> tuple[State, dict[str, jax.Array]]:
         rng = random_streams.step_key(seed, state.step)
-
-        def sums_of(trained: PyTree, part: Batch, index: jax.Array) -> tuple[jax.Array, Sums]:
-            sums = loss(tree.join(trained, frozen), part, jax.random.fold_in(rng, index))
-            return sums.total, sums
-
-        def gradient_at(trained: PyTree) -> tuple[Sums, PyTree]:
-            (_, sums), gradient = _accumulated(sums_of, trained, batch, accumulate)
-            return sums, jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1e-8), gradient)
-
-        sums, gradient = gradient_at(state.trained)
+        gradient_at = functools.partial(_mean_gradient, loss, frozen, batch, rng, accumulate, factors)
+        sums, (gradient, terms) = gradient_at(state.trained)
 
         def update(gradient: PyTree, moments: PyTree, trained: PyTree) -> tuple[PyTree, PyTree]:
-            extra = {"lr": lr, "gradient_at": lambda trained: gradient_at(trained)[1]}
+            extra = {"lr": lr, "gradient_at": lambda trained: gradient_at(trained)[1][0]}
             updates, moments = optax.with_extra_args_support(optimizer).update(gradient, moments, trained, **extra)
             return optax.apply_updates(trained, updates), moments
 
@@ -91,6 +88,7 @@ def make_step(
             "lr": lr,
             "weight": sums.weight,
             **{name: _mean(*named) for name, named in sums.metrics.items()},
+            **terms,
         }
         return State(state.step + 1, trained, moments), metrics
 
@@ -112,6 +110,20 @@ def compile_step(step: Callable, state: State, frozen: PyTree, batch: Mapping[st
 
 def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
     return total / jnp.maximum(weight, 1e-8)
+
+
+def _mean_gradient(
+    loss: Loss, frozen: PyTree, batch: Batch, rng: jax.Array, accumulate: int, factors: Sequence[str], trained: PyTree
+) -> tuple[Sums, Differentiated]:
+    """`(sums, gradient of sum / weight)` of the loss over the whole batch."""
+
+    def sums_of(leaves: Differentiated, part: Batch, index: jax.Array) -> tuple[jax.Array, Sums]:
+        sums = loss(tree.join(leaves[0], frozen), part, jax.random.fold_in(rng, index), **leaves[1])
+        return sums.total, sums
+
+    leaves = trained, {name: jnp.float32(1) for name in factors}
+    (_, sums), gradient = _accumulated(sums_of, leaves, batch, accumulate)
+    return sums, jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1e-8), gradient)
 
 
 def _accumulated(sums_of: Callable, trained: PyTree, batch: Batch, n: int) -> tuple[Any, PyTree]:

@@ -21,24 +21,27 @@ def with_balance_loss(probs: jax.Array, chosen: jax.Array, mask: jax.Array, stre
 
     The balance loss is `strength * E * sum_e f_e P_e`. f_e is the mean of `chosen` `[..., E]`, each token's shares of
     its experts, over the tokens where `mask` `[...]` is 1; P_e is the same mean of `probs`. f is held constant. So a
-    weight, which sees only its input, can add to the loss; the reported loss does not include the balance loss.
+    weight, which sees only its input, can add to the loss; the reported loss does not include the balance loss. The
+    derivative with respect to `strength` is `E * sum_e f_e P_e`.
     """
     del chosen, mask, strength
     return probs
 
 
 def _balanced_fwd(probs: jax.Array, chosen: jax.Array, mask: jax.Array, strength: jax.Array) -> tuple[jax.Array, Any]:
-    return probs, (chosen, mask, strength)
+    return probs, (probs, chosen, mask, strength)
 
 
-def _balanced_bwd(saved: Any, g: jax.Array) -> tuple[jax.Array, None, None, None]:
-    chosen, mask, strength = saved
+def _balanced_bwd(saved: Any, g: jax.Array) -> tuple[jax.Array, None, None, jax.Array]:
+    probs, chosen, mask, strength = saved
     mask = jnp.broadcast_to(mask, chosen.shape[:-1]).astype(g.dtype)
     count = jnp.maximum(jnp.sum(mask), 1)
     rows = tuple(range(mask.ndim))
     share = jnp.sum(chosen.astype(g.dtype) * mask[..., None], axis=rows) / count
     push = strength.astype(g.dtype) * chosen.shape[-1] / count * mask[..., None]
-    return g + push * jnp.broadcast_to(share, g.shape), None, None, None
+    mean = jnp.sum(probs * mask[..., None], axis=rows) / count
+    value = (chosen.shape[-1] * jnp.sum(share * mean)).astype(strength.dtype)
+    return g + push * jnp.broadcast_to(share, g.shape), None, None, value
 
 
 with_balance_loss.defvjp(_balanced_fwd, _balanced_bwd)

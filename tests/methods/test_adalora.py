@@ -13,6 +13,7 @@ from lowrank.methods.adalora import kept_share
 from lowrank.training import build
 from tests.support import tiny_checkpoint as tiny
 from tests.support.close import assert_close
+from tests.support.regularized import penalty_of
 from tests.support.tiny_parameters import base
 from tests.support.tiny_runs import config_of
 
@@ -109,7 +110,7 @@ def test_the_update_and_its_orthogonality_in_float64():
             update = 6.0 / RANK * p @ np.diag(e[layer]) @ q
             assert_close(w.materialize()[layer], base_[layer] + update.T)
             rest += np.sum((p.T @ p - np.eye(RANK)) ** 2) + np.sum((q @ q.T - np.eye(RANK)) ** 2)
-    assert_close(method.hooks.regularizer(params), 0.1 * rest)
+    assert_close(penalty_of(method, params), 0.1 * rest)
 
 
 def test_a_run_that_leaves_no_step_to_prune_in_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from lowrank.training import optimizer as optim
 from tests.support import tiny_checkpoint as tiny
 from tests.support.adapted_model import adapted
 from tests.support.close import assert_close
+from tests.support.regularized import penalty_of
 from tests.support.tiny_parameters import Q, base
 from tests.support.tiny_runs import config_of
 
@@ -72,7 +73,7 @@ def test_the_regulariser_is_the_mean_distance_of_directions_from_orthogonal(shap
         v = base_ + 4 / 2 * a @ b
         d = v / np.linalg.norm(v, axis=0)
         distances.append(np.linalg.norm(d.T @ d - np.eye(shape[-1])))
-    assert_close(methods.build_method(group).hooks.regularizer(params), 0.3 * np.mean(distances))
+    assert_close(penalty_of(methods.build_method(group), params), 0.3 * np.mean(distances))
 
 
 def test_the_plan_holds_records_out_and_evaluation_does_not(tmp_path):

@@ -323,7 +323,7 @@ def test_one_rule_more_leaves_the_other_initial_values_alone():
         ({"name": "more", "rank": 0}, "method.rank must be positive"),
         ({"name": "more", "per_token": 5}, r"method.per_token=5 is not in 1\.\.4"),
         ({"name": "more", "balance": -1.0}, "method.balance must not be negative"),
-        ({"name": "milora", "per_prompt": 3, "target": Q}, "method.per_prompt=3, but .* matches 1 weights a layer"),
+        ({"name": "milora", "per_prompt": 3, "target": Q}, r"method.per_prompt=3 exceeds .*: 1\.\.1 of them"),
         ({"name": "milora", "per_prompt": 1, "target": "head/kernel"}, "head/kernel is in no stack of layers"),
         ({"name": "intrinsic", "dim": 0}, "method.dim must be at least 1, not 0"),
         ({"name": "intrinsic", "dim": 193, "target": Q}, "method.dim=193 is larger than the 192 parameters"),

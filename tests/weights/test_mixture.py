@@ -123,19 +123,20 @@ def test_balance_adds_exactly_the_gradient_of_its_loss():
         return 0.7 * E * jnp.sum(mean(share) * mean(probs))
 
     assert_close(found, jax.jit(jax.grad(loss))(logits))
+    assert_close(jax.jit(jax.grad(routed, argnums=1))(logits, strength), loss(logits) / strength)  # the value to report
     assert routed(logits, strength) == routed(logits, None)
 
 
-def test_balance_is_bound_for_training_alone_and_grows_with_the_batchs_weight():
+def test_balance_grows_with_its_scale_and_with_the_weight_of_the_batch():
     _, params = decoder("llama")
     method = methods.build_method({"name": "more", "balance": 0.5})
     params = methods.attach(method, params, jax.random.key(0))
     batch = BatchInfo(np.int32([[1, 1, 0]]), weight=np.float32(1))
-    assert method.bind(params, batch, None) is params
-    w = method.bind(params, batch, jax.random.key(1))["layers"]["attn"]["q"]["kernel"]
+    params = method.hooks.regularizer(lambda params: params, params, batch, 3.0)
+    w = params["layers"]["attn"]["q"]["kernel"]
     assert w.mask.shape == (2, 1, 3)
     np.testing.assert_array_equal(w.mask[1], [[1, 1, 0]])
-    assert_close(w.strength, [0.5, 0.5])
+    assert_close(w.strength, [1.5, 1.5])
 
 
 def test_the_prompt_ends_at_the_first_answer_of_its_sequence():
