@@ -39,7 +39,7 @@ def main(method_name: str, folder: str) -> None:
     optimizer = optim.build_optimizer(OPTIM, 1000, trained)
     network = models.build_model(base.config)
     loss = functools.partial(_loss, network)
-    state = step.init(trained, optimizer, mesh)
+    state = step.init_state(trained, optimizer, mesh)
     serve(stepping(step.make_step(loss, optimizer, seed=0), state, frozen, batch, np.float32(OPTIM.lr)))
 
 

@@ -1,4 +1,4 @@
-"""The best evaluation of a run: which step had it, and how many evaluations since then were no better.
+"""The best evaluation of a run: its step, its score, and the number of later evaluations without a better score.
 
 As in Hugging Face's trainer (`load_best_model_at_end`, `EarlyStoppingCallback`), a score counts as better when it
 exceeds the best one so far by more than `min_delta` in its direction.
@@ -16,10 +16,10 @@ class Best:
     """The best score of a run so far. Without a name in `checkpoint.best` it stays empty."""
 
     config: CheckpointConfig
-    better: Mapping[str, str]  # the better end of each score, "min" or "max": `Score.better` of the objective
+    better: Mapping[str, str]  # the better direction of each score, "min" or "max": `Score.better` of the objective
     step: int | None = None  # the step of the best evaluation
     score: float | None = None
-    stale: int = 0  # evaluations since then
+    stale: int = 0  # the number of evaluations since then
 
     @property
     def lower(self) -> bool:
@@ -32,7 +32,7 @@ class Best:
         return 0 < self.config.patience <= self.stale
 
     def update(self, step: int, scores: Mapping[str, float]) -> bool:
-        """Takes the scores of an evaluation; returns whether they are the best so far. NaN is never the best."""
+        """Records the scores of an evaluation and returns whether they are the best so far. NaN is never the best."""
         if not self.config.best:
             return False
         score = scores[self.config.best]
@@ -44,7 +44,7 @@ class Best:
         return False
 
     def to_meta(self) -> dict[str, Any]:
-        """The values that a checkpoint keeps."""
+        """The values that a checkpoint stores as JSON."""
         return {"step": self.step, "score": self.score, "stale": self.stale}
 
     def restore(self, meta: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Checkpoints `{leaf name: array}` plus a JSON `meta`, written by Orbax in the background, whole or not at all.
+"""The checkpoints of a run: `{leaf name: array}` and a JSON `meta`, which Orbax writes in the background.
 
 A step is written under a temporary name and renamed when it is complete, so a crash, a kill or a full disk leaves the
-steps before it as they were. Only arrays and JSON are stored; nothing is pickled.
+earlier steps as they were. Only arrays and JSON are stored; nothing is pickled.
 """
 
 import contextlib
@@ -25,27 +25,31 @@ from lowrank.core.tree import check_same_names
 from lowrank.core.typing import Arrays
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
-# Orbax divides what is replicated among those that hold it, by little programs: for an adapter those take the time.
+# Orbax compiles a small program per replicated array to divide it among its devices. Small arrays are written whole:
+# for an adapter, the compilation of these programs would take most of the time of a save.
 _HANDLERS = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20))
 )
 
 
 class Checkpointer:
-    """The checkpoints of one run: one folder a step, the newest `keep` of them.
+    """The checkpoints of one run: one folder per step, of which the newest `keep` stay on disk.
 
-    Every process of a multi-process run makes one and calls the same methods in the same order.
+    Every process of a multi-process run creates a checkpointer and calls the same methods in the same order.
     """
 
     def __init__(self, directory: str | os.PathLike[str], every: int = 0, keep: int = 2):
-        """Opens or creates `directory` and clears away what an interrupted save left there.
+        """Opens or creates `directory` and deletes the half-written steps of an interrupted save.
 
-        One run at a time: opening the folder of a run that is saving at that moment makes its save fail.
+        Only one run may use the folder at a time: to open the folder of a run that is saving makes its save fail.
 
         Args:
-          directory: where the steps are; a local path or `gs://...`.
-          every: steps between periodic checkpoints (see `due`); 0 for none.
-          keep: how many steps stay on disk, at least 1.
+          directory: the folder of the steps, a local path or `gs://...`.
+          every: the number of steps between periodic checkpoints (see `due`); 0 for no periodic checkpoint.
+          keep: the number of steps that stay on disk, at least 1.
+
+        Raises:
+          UserError: `every` or `keep` is out of range, or the folder cannot be used.
         """
         if every < 0 or keep < 1:
             raise UserError(f"checkpoint.every={every} must be >= 0 and checkpoint.keep={keep} must be >= 1")
@@ -53,7 +57,7 @@ class Checkpointer:
         self.every = every
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._clear()  # Orbax clears in the background, where two managers, or this and a save, meet
+            self._clear()  # not left to Orbax, which deletes in the background, beside another manager or a save
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 item_names=("arrays", "meta"),
@@ -85,36 +89,37 @@ class Checkpointer:
         return self.every > 0 and step > 0 and step % self.every == 0
 
     def steps(self) -> list[int]:
-        """The complete checkpoints on disk, oldest first; one still being written is not among them."""
+        """The steps of the complete checkpoints on disk, oldest first; a step in progress is not among them."""
         return sorted(ocp.utils.checkpoint_steps(self.directory))
 
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
+        """The newest complete step, or None without a checkpoint."""
         return max(self.steps(), default=None)
 
     def save(
         self, step: int, arrays: Arrays, meta: Mapping[str, Any], block: bool = False, *, host: Any = None
     ) -> None:
-        """Starts writing step `step`; the arrays may be donated or deleted as soon as this returns.
+        """Starts to write step `step`; the arrays may be donated or deleted as soon as the call returns.
 
-        A step that is there, or on its way, is left alone. If the write before this one failed, this call says so.
+        A step that exists, or that is being written, is not written again.
 
         Args:
           step: the number of finished training steps.
-          arrays: leaf name -> array of any float or integer dtype but uint4, sharded in any way.
-          meta: JSON values, the same on every process: step, config, seed.
-          host: JSON values of this process alone: its data iterator's state.
-          block: return when the checkpoint is complete.
+          arrays: leaf name -> array of any float or integer dtype except uint4, with any sharding.
+          meta: JSON values that are the same on every process: the step, the config.
+          block: return only when the checkpoint is complete.
+          host: JSON values of this process alone, such as the state of its data iterator.
 
         Raises:
-          UserError: the write failed, for instance because the disk is full; the steps before it are intact.
+          UserError: this write or the previous one failed, for instance because the disk is full; the earlier steps
+            are intact.
         """
         if step in self._manager.all_steps():
             return self.wait() if block else None
         _storable(arrays)
         document = json.loads(
             json.dumps({"meta": dict(meta), "hosts": gather_values(host)})
-        )  # fails here, not in a thread
+        )  # a value that JSON cannot express fails here and not in a thread
         items = ocp.args.Composite(arrays=ocp.args.PyTreeSave(dict(arrays)), meta=ocp.args.JsonSave(document))
         try:
             self._manager.save(step, args=items, force=True)
@@ -123,28 +128,29 @@ class Checkpointer:
         return self.wait() if block else None
 
     def check(self) -> None:
-        """Raises UserError when a write in the background has failed; does not wait for one that goes on."""
+        """Raises UserError if a write in the background has failed; does not wait for a write in progress."""
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises UserError when it could not be written."""
+        """Returns when every write is complete. Raises UserError if one has failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as e:
             raise self._failure(e) from e
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The `meta` of a step; its key `host` has what this process gave as `host`."""
+        """The `meta` of a step; its key `host` holds the values that this process passed as `host`."""
         self._exists(step)
         document = self._read(step, meta=ocp.args.JsonRestore())["meta"]
         return {**document["meta"], "host": own_value(document["hosts"])}
 
     def restore(self, step: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[Arrays, dict[str, Any]]:
-        """`(arrays, meta)` of a step, each array in the sharding that `like` gives it, on whatever mesh that is.
+        """`(arrays, meta)` of a step; each array has the sharding of its shape in `like`, on any mesh.
 
         Raises:
-          UserError: no such step; a leaf is missing, extra or of another shape or dtype; a file cannot be read.
+          UserError: the step does not exist; a leaf is missing, extra or of another shape or dtype; or a file cannot be
+            read.
         """
         meta, found = self.meta(step), self._stored(step)
         where = f"checkpoint {self.directory / str(step)}"
@@ -158,13 +164,13 @@ class Checkpointer:
         return arrays, meta
 
     def close(self) -> None:
-        """Waits for the last write and frees the threads; raises UserError when that write failed."""
+        """Waits for the last write and ends the threads. Raises UserError if that write has failed."""
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # Orbax repeats here what `wait` has said
+            with contextlib.suppress(Exception):  # Orbax repeats here the error that `wait` has raised
                 self._manager.close()
-            if not self._failed:  # else its threads may still have something to say
+            if not self._failed:  # after a failure, its threads may still print
                 self._loud()
 
     def _stored(self, step: int) -> dict[str, Any]:
@@ -181,28 +187,29 @@ class Checkpointer:
 
     def _exists(self, step: int) -> None:
         if step not in self.steps():
-            raise UserError(f"no checkpoint of step {step} in {self.directory}; there are {self.steps() or 'none'}")
+            known = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self.directory} lacks a checkpoint of step {step}; choose one of its steps: {known}")
 
     def _clear(self) -> None:
-        """Deletes half-written steps; on `gs://`, where they have no name of their own, Orbax does."""
+        """Deletes half-written steps. On `gs://` they do not have a name of their own, and Orbax deletes them."""
         if jax.process_index() == 0:
             for half in self.directory.glob(f"*{_TEMPORARY}*"):
                 half.rmtree(missing_ok=True)
 
     def _failure(self, error: Exception) -> UserError:
-        """Forgets the failed step, deletes its half-written folder and says what is left."""
+        """Deletes the half-written folder of the failed step and returns an error that names the newest intact step."""
         self._failed = True
-        with contextlib.suppress(Exception):  # what else failed with it
+        with contextlib.suppress(Exception):  # the other arrays of the same write may have failed as well
             self._manager.wait_until_finished()
         self._clear()
         self._manager.reload()
         last = self.latest()
-        kept = "there is no earlier one" if last is None else f"step {last} is intact"
-        return UserError(f"a checkpoint could not be written to {self.directory}: {_reason(error)}; {kept}")
+        survivor = "the run has no earlier checkpoint" if last is None else f"step {last} is intact"
+        return UserError(f"a checkpoint could not be written to {self.directory}: {_reason(error)}; {survivor}")
 
 
 def _spell(leaf: Any) -> str:
-    """`float32[2,3]`."""
+    """The dtype and shape of a leaf, such as `float32[2,3]`."""
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
 
@@ -218,7 +225,7 @@ def _storable(arrays: Arrays) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The cause in a few words: Orbax's messages run over many lines."""
+    """The cause in a few words, as Orbax's messages have many lines."""
     text = str(error)
     for phrase in ("No space left on device", "File too large", "Permission denied", "Disk quota exceeded"):
         if phrase in text:
@@ -228,10 +235,11 @@ def _reason(error: BaseException) -> str:
 
 
 def quiet_orbax() -> Callable[[], None]:
-    """Keeps the threads that a failed write takes down from printing their tracebacks: one UserError says it.
+    """Hides the tracebacks that the threads of a failed write print, as one UserError reports the failure.
 
-    Returns what undoes it. TensorStore's threads print through `sys.unraisablehook`, Orbax's through two loggers, and
-    Python warns, whenever it gets to collect them, of writes that JAX no longer started: that filter stays.
+    Returns a function that undoes this. TensorStore's threads print through `sys.unraisablehook`, Orbax's through two
+    loggers. Python also warns of writes that JAX never started when it collects them, at any later time: the filter of
+    that warning stays.
     """
     warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited", RuntimeWarning)
     loggers, before = (logging.get_absl_logger(), std_logging.getLogger("asyncio")), sys.unraisablehook

@@ -1,4 +1,4 @@
-"""What a config may say at its top level, and in the groups that no other module reads."""
+"""The config of a run: its top level, and the groups `model` and `checkpoint`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,22 +13,22 @@ MODES = ("auto", "min", "max")
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The top level of a config. A group's keys are those of the dataclass or function that reads it."""
+    """The top level of a config. The keys of a group are those of the dataclass or function that reads it."""
 
     steps: int
-    model: Group  # name, param_dtype, and options of the model's config: dtype, remat, ...
+    model: Group  # ModelConfig, and options of the model's own config: dtype, remat, ...
     method: Group  # name, and the keywords of that function in `methods`
     data: Group  # data.DataConfig
-    optim: Group = dataclasses.field(default_factory=dict)  # optim.OptimConfig
-    eval: Group = dataclasses.field(default_factory=dict)  # evaluation.EvalConfig
+    optim: Group = dataclasses.field(default_factory=dict)  # optimizer.OptimConfig
+    eval: Group = dataclasses.field(default_factory=dict)  # evaluator.EvalConfig
     mesh: Group = dataclasses.field(default_factory=dict)  # sharding.make_mesh
-    checkpoint: Group = dataclasses.field(default_factory=dict)  # checkpoint.Checkpointer
+    checkpoint: Group = dataclasses.field(default_factory=dict)  # CheckpointConfig
     objective: str | Group = "causal_lm"  # a key of objectives.OBJECTIVES, or its name and options
     seed: int = 0
     # The number of tokens per device whose logits exist at a time; 0: all tokens of the batch. Chunks without any
     # weight are left out.
     logits_chunk_tokens: int = 1024
-    log_every: int = 10  # steps
+    log_every: int = 10  # the number of steps between logged losses
     loggers: tuple[str, ...] = ("tensorboard",)  # keys of loggers.LOGGERS
     distributed: bool = False  # the launcher calls jax.distributed.initialize() first
 
@@ -41,19 +41,19 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What the `model` group says beside the options of the model's own config."""
+    """The keys of the `model` group that are not options of the model's own config."""
 
     name: str
-    param_dtype: str = "float32"  # of what is frozen; what is trained is float32
-    quantize: Group | str | None = None  # a scheme, or its name, target and options: pretrained.quantize
-    upcycle: Group | None = None  # experts and top_k: pretrained.upcycle
+    param_dtype: str = "float32"  # of the frozen leaves; the trained leaves are float32
+    quantize: Group | str | None = None  # the name of a scheme, or its name, target and options
+    upcycle: Group | None = None  # experts and top_k: each MLP becomes a mixture of experts
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """The `checkpoint` group."""
 
-    every: int = 0  # steps; 0: only at SIGTERM and at the end
+    every: int = 0  # the number of steps between checkpoints; 0: only at SIGTERM and at the end
     keep: int = 2  # the number of the newest checkpoints that stay on disk
     best: str = ""  # a score of the periodic evaluation, whose best step gives the adapter; "": the last step does
     mode: str = "auto"  # the direction of the best score: min, max, or auto, which is that of the objective

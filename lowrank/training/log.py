@@ -35,15 +35,15 @@ class RunLog:
         loggers: Sequence[str] = ("tensorboard",),
         config: Mapping[str, Any] | None = None,
     ):
-        """Opens the log of a run that goes on after step `start`; what was logged beyond that step is dropped.
+        """Opens the log of a run that continues after step `start`; the lines of later steps are deleted.
 
         Args:
           workdir: the folder of the run, which holds `metrics.jsonl` and the files of the loggers.
-          total_steps: the step the run ends at.
-          start: the step it resumes from; 0 starts over.
-          tokens_per_step: of all processes together; 0 leaves tokens/s out.
-          every_seconds: how often a line is printed where `stream` is not a terminal.
-          stream: where progress goes; standard error by default.
+          total_steps: the number of steps at which the run ends.
+          start: the step that the run resumes from; 0 for a new run.
+          tokens_per_step: the tokens of all processes together; 0 omits tokens/s.
+          every_seconds: the seconds between printed lines where `stream` is not a terminal.
+          stream: the stream that progress is printed to; standard error by default.
           loggers: names of `LOGGERS`.
           config: the config of the run, for loggers that keep it.
 
@@ -57,7 +57,7 @@ class RunLog:
         workdir = Path(workdir)
         self._clock.seconds_before = _rewind(workdir / METRICS, start)
         self._progress = Progress(total_steps, start, every_seconds, stream or sys.stderr)
-        with _one_line(workdir):
+        with _write_errors(workdir):
             self._lines = open(workdir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
             facts = LoggedRun(workdir, start, to_json(config or {}))
             self._loggers = [LOGGERS[name](facts) for name in loggers]
@@ -71,20 +71,20 @@ class RunLog:
 
     @property
     def seconds(self) -> float:
-        """Wall seconds of the run so far, those before a restart included."""
+        """The wall seconds of the run so far, including those before a resume."""
         return self._clock.seconds()
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Mean tokens per second since the first logged loss (so without compilation), pauses left out."""
+        """The mean tokens per second since the first logged loss, hence without compilation and without pauses."""
         return self._clock.mean
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends `{step, seconds, **values}` to `metrics.jsonl`, and the values to the loggers.
 
-        Values are Python, NumPy or JAX scalars; reading a JAX one waits for it. A line with `train/loss` moves the
-        progress bar and gets `train/tokens_per_s`, measured since the last such line. NaN and infinities are
-        written as the strings "NaN", "Infinity", "-Infinity"; `read_metrics` turns them back.
+        The values are Python, NumPy or JAX scalars; the call waits until a JAX scalar is computed. A line with
+        `train/loss` moves the progress bar and gets `train/tokens_per_s`, measured since the previous such line. NaN
+        and infinities are written as the strings "NaN", "Infinity" and "-Infinity", which `read_metrics` converts back.
         """
         if not self._writes:
             return
@@ -94,27 +94,27 @@ class RunLog:
             values |= {} if rate is None else {"train/tokens_per_s": rate}
             self._progress.show(step, values[LOSS], rate)
         line = {"step": int(step), "seconds": round(self.seconds, 3), **values}
-        with _one_line(Path(self._lines.name)):
+        with _write_errors(Path(self._lines.name)):
             self._lines.write(json.dumps(to_json(line), allow_nan=False) + "\n")
             self._lines.flush()
             for logger in self._loggers:
                 logger.scalars(step, values)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
-        """Sends Markdown to the loggers under `tag`: the config, samples."""
+        """Sends Markdown, such as samples, to the loggers under `tag`."""
         if self._writes:
-            with _one_line(Path(self._lines.name)):
+            with _write_errors(Path(self._lines.name)):
                 for logger in self._loggers:
                     logger.text(step, tag, text)
 
     def say(self, text: str) -> None:
-        """Prints `text` without breaking the progress bar."""
+        """Prints `text` above the progress bar."""
         if self._writes:
             self._progress.say(text)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """`with log.paused(): evaluate()`: the time inside does not count against tokens/s."""
+        """A context whose time does not count in tokens/s: `with log.paused(): evaluate()`."""
         started = time.monotonic()
         try:
             yield
@@ -122,17 +122,17 @@ class RunLog:
             self._clock.skip(time.monotonic() - started)
 
     def flush(self) -> None:
-        """Writes to the files what is still in memory."""
+        """Writes the records that are still in memory to the files."""
         if self._writes:
-            with _one_line(Path(self._lines.name)):
+            with _write_errors(Path(self._lines.name)):
                 for logger in self._loggers:
                     logger.flush()
 
     def close(self) -> None:
-        """Flushes and closes the files and the bar; more than once does no harm."""
+        """Flushes and closes the files and the bar. A second call does nothing."""
         if self._writes:
             self._writes = False
-            with _one_line(Path(self._lines.name)), contextlib.ExitStack() as stack:
+            with _write_errors(Path(self._lines.name)), contextlib.ExitStack() as stack:
                 stack.callback(self._progress.close)
                 stack.callback(self._lines.close)
                 for logger in self._loggers:
@@ -142,7 +142,7 @@ class RunLog:
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`, each `{"step": int, "seconds": float, name: float, ...}`.
 
-    A last line that a crash cut short is left out; any other line that is not JSON raises UserError naming it.
+    A last line that a crash cut short is omitted. Raises UserError for any other line that is not JSON.
     """
     path, out = Path(path), []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -151,19 +151,21 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             out.append({k: float(v) if isinstance(v, str) else v for k, v in json.loads(line).items()})
         except (ValueError, AttributeError):
             if number < len(lines):  # every complete line ends in a newline
-                raise UserError(f"{path} line {number} is not a metrics line: {line[:80]!r}") from None
+                fault = f"{path} line {number} is not a JSON object of metrics: {line[:80]!r}"
+                raise UserError(f"{fault}; delete the line, or choose another workdir") from None
     return out
 
 
 def _rewind(path: Path, start: int) -> float:
-    """Drops the lines after step `start` (all of them for 0); returns the seconds of the last one kept."""
-    kept = [line for line in read_metrics(path) if line["step"] <= start] if start and path.exists() else []
-    write_text(path, "".join(json.dumps(to_json(line), allow_nan=False) + "\n" for line in kept))
-    return kept[-1]["seconds"] if kept else 0.0
+    """Deletes the lines after step `start` (all lines for 0); returns the seconds of the last line that stays."""
+    lines = [line for line in read_metrics(path) if line["step"] <= start] if start and path.exists() else []
+    write_text(path, "".join(json.dumps(to_json(line), allow_nan=False) + "\n" for line in lines))
+    return lines[-1]["seconds"] if lines else 0.0
 
 
 @contextlib.contextmanager
-def _one_line(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
+    """Raises a UserError that names the log where the file system refuses a write."""
     try:
         yield
     except OSError as e:

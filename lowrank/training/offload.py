@@ -31,10 +31,10 @@ def memory_kinds(device: Any) -> list[str]:
 
 
 def owners(optimizer: optax.GradientTransformation, state: PyTree, trained: PyTree) -> PyTree:
-    """The index of the trained leaf that each leaf of a state belongs to; -1 for scalars and shared leaves."""
+    """The index of the trained leaf that each leaf of a state belongs to; -1 for scalars and for shared leaves."""
     indices = jax.tree.unflatten(jax.tree.structure(trained), range(len(jax.tree.leaves(trained))))
 
-    def masked(leaf: Any) -> bool:  # the place of a parameter that another label group has
+    def masked(leaf: Any) -> bool:  # stands for a parameter of another label group
         return isinstance(leaf, optax.MaskedNode)
 
     def index(leaf: Any, i: int) -> Any:
@@ -44,16 +44,17 @@ def owners(optimizer: optax.GradientTransformation, state: PyTree, trained: PyTr
 
 
 def offload_shardings(where: PyTree, owner: PyTree) -> PyTree:
-    """The shardings `where` of a state, with the leaves that belong to a trained leaf on the host."""
+    """The shardings `where` of a state, in the host's memory for each leaf that belongs to a trained leaf."""
     return jax.tree.map(lambda s, i: s if i < 0 else s.with_memory_kind(HOST), where, owner)
 
 
 def stream_state(update: Update, optimizer: Any, gradient: PyTree, state: PyTree, trained: PyTree) -> Any:
     """`update(gradient, state, trained)`, inside jit, where a part of the state may lie on the host.
 
-    Without such a part it is `update` itself. Else each leaf of the state is copied to the device for its turn and back
-    to the host after it. Barriers keep the leaves in order: without them the compiler fetches the whole state at once,
-    and no memory is saved. `optimizer` tells which leaf of the state belongs to which trained leaf.
+    Without such a part the result is that of `update` itself. Otherwise the leaves of the state are copied to the
+    device, updated and copied back to the host one trained leaf after the other. Barriers keep the leaves in order:
+    without them the compiler fetches the whole state at once, and saves no memory. The structure of `optimizer` decides
+    which leaf of the state belongs to which trained leaf.
     """
     args, states = (gradient, state, trained), jax.tree.leaves(state)
     if not any(_on_host(x) for x in states):
@@ -81,7 +82,7 @@ def _on_device(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 class _Pieces:
-    """A program that is evaluated piece by piece, each equation once; an argument on the host is copied when needed."""
+    """A program that is evaluated in pieces, each equation once; arguments on the host are copied when needed."""
 
     def __init__(self, program: ClosedJaxpr, args: list[jax.Array]):
         self._jaxpr = program.jaxpr
@@ -91,7 +92,7 @@ class _Pieces:
         self._known |= {v: x for v, x in given.items() if v not in self._far}
 
     def outputs(self, indices: list[int], after: jax.Array | None = None) -> list[jax.Array]:
-        """The outputs of these indices; their arguments on the host are not fetched before `after` is computed."""
+        """The outputs of these indices; the arguments that they need from the host are fetched after `after`."""
         wanted = [self._jaxpr.outvars[i] for i in indices]
         needed, missing = {v for v in wanted if not isinstance(v, Literal)}, []
         for equation in reversed(self._jaxpr.eqns):

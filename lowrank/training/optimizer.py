@@ -1,7 +1,7 @@
-"""The optimizer of the trained tree: one optax rule per label group, and a clip before all of them.
+"""The optimizer of the trained tree: one optax transformation per label group, and a clip before all groups.
 
-Frozen leaves never reach this file: the tree it sees has None in their place. The learning rate is an argument of each
-update, so that runs that differ in it alone, as those of a sweep do, share one compiled program.
+The optimizer never reads frozen leaves: the trained tree has None in their place. The learning rate is an argument of
+each update, so that the runs of a sweep over learning rates share one compiled program.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from lowrank.core import config_schema, tree, weight
-from lowrank.core.errors import UserError, unknown
+from lowrank.core.errors import UserError, plural, unknown
 from lowrank.core.typing import PyTree
 
 
@@ -27,28 +27,29 @@ class OptimConfig:
     name: str = "adamw"  # a key of OPTIMIZERS
     lr: float = 1e-4  # the peak learning rate
     schedule: str = "cosine"  # a key of SCHEDULES
-    warmup: int = 0  # steps of linear warmup from 0
-    final: float = 0.0  # where linear and cosine end, as a fraction of lr
-    weight_decay: float = 0.0  # decoupled, times the learning rate
-    # leaves of the model without decay; vectors, one per layer in a stack, never decay, and a form's fields say it
+    warmup: int = 0  # the number of steps of linear warmup from 0
+    final: float = 0.0  # the last value of the linear and cosine schedules, as a fraction of lr
+    weight_decay: float = 0.0  # decoupled, and multiplied by the learning rate
+    # A regex of the model's leaves without decay. Vectors (one per layer in a stack) never decay, and the fields of a
+    # form declare whether they do.
     no_decay: str = r"(.*/)?(bias|scale|embedding)"
-    clip: float = 1.0  # largest global norm of the trained tree's gradient; 0 does not clip
-    b_ratio: float = 1.0  # LoRA+: learning rate of the leaves named b over that of the others (arXiv:2402.12354)
-    lr_ratios: tuple[tuple[str, float], ...] = ()  # (regex, ratio), first match wins; 0 freezes a trained leaf
-    accumulate: int = 1  # microbatches a step
-    paged: bool = False  # the state lies in pinned host memory and is brought in leaf by leaf for the update
+    clip: float = 1.0  # the largest global norm of the trained tree's gradient; 0 does not clip
+    b_ratio: float = 1.0  # LoRA+: the learning rate of the leaves named b over that of the others (arXiv:2402.12354)
+    lr_ratios: tuple[tuple[str, float], ...] = ()  # (regex, ratio); the first match applies, 0 freezes a trained leaf
+    accumulate: int = 1  # the number of microbatches per step
+    paged: bool = False  # the state lies in pinned host memory and is streamed leaf by leaf for the update
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keywords of the optimizer: b2, momentum, ...
 
 
 def sgd(momentum: float = 0.0, nesterov: bool = False) -> optax.GradientTransformation:
-    """The gradient itself, or its momentum."""
+    """SGD's rescaling: the gradient itself, or its momentum."""
     return optax.trace(momentum, nesterov) if momentum else optax.identity()
 
 
 def adafactor(
     decay_rate: float = 0.8, clipping: float = 1.0, parameter_scale: bool = True, min_dim_size_to_factor: int = 128
 ) -> optax.GradientTransformation:
-    """Adafactor's rescaling (Shazeer & Stern 2018, arXiv:1804.04235): factored second moments, no first one."""
+    """Adafactor's rescaling (Shazeer & Stern 2018, arXiv:1804.04235): factored second moments, without momentum."""
     return optax.chain(
         optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor),
         optax.clip_by_block_rms(clipping),
@@ -71,7 +72,7 @@ SCHEDULES: dict[str, Callable[[float, int, float], optax.Schedule]] = {
 
 
 def learning_rate_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """The learning rate at each step of a run of `steps`: `warmup` steps from 0 to `lr`, then the schedule."""
+    """The learning rate by step in a run of `steps` steps: `warmup` steps from 0 to `lr`, then the schedule."""
     if config.schedule not in SCHEDULES:
         raise unknown("schedule", config.schedule, SCHEDULES)
     decay = SCHEDULES[config.schedule](config.lr, max(1, steps - config.warmup), config.final)
@@ -87,7 +88,7 @@ def learning_rates(config: OptimConfig, steps: int) -> np.ndarray:
 
 
 def scale_by_given_rate(ratio: float = 1.0) -> optax.GradientTransformationExtraArgs:
-    """Updates times `-lr * ratio`, for the `lr` that each of them is given."""
+    """Multiplies the updates by `-lr * ratio`, where `lr` is an extra argument of each update."""
 
     def update(updates: PyTree, state: PyTree, trained: PyTree = None, *, lr: jax.Array, **_: Any) -> tuple:
         return jax.tree.map(lambda u: jnp.asarray(-lr * ratio, u.dtype) * u, updates), state
@@ -96,20 +97,21 @@ def scale_by_given_rate(ratio: float = 1.0) -> optax.GradientTransformationExtra
 
 
 def check_optimizer(config: OptimConfig, steps: int) -> None:
-    """Raises UserError for a name, key or value that cannot work."""
+    """Raises UserError for an unknown name or key, or for a value out of range."""
     if config.name not in OPTIMIZERS:
         raise unknown("optimizer", config.name, OPTIMIZERS)
     config_schema.call_with_group(OPTIMIZERS[config.name], config.args, "optim.args")
     learning_rate_schedule(config, steps)
     for key in ("lr", "warmup", "final", "weight_decay", "clip", "b_ratio"):
         if not 0 <= getattr(config, key) < math.inf:
-            raise UserError(f"optim.{key} must be a number from 0 up, not {getattr(config, key)}")
+            raise UserError(f"optim.{key} must be a finite number of at least 0, not {getattr(config, key)}")
     for pattern in (config.no_decay, *(pattern for pattern, _ in config.lr_ratios)):
         tree.compile_regex(pattern, "optim pattern")
     if config.accumulate < 1:
         raise UserError(f"optim.accumulate must be at least 1, not {config.accumulate}")
     if config.warmup > steps:
-        raise UserError(f"optim.warmup {config.warmup} is longer than the run of {steps} steps")
+        length = f"optim.warmup={config.warmup} is longer than the run of {plural(steps, 'step')}"
+        raise UserError(f"{length}: lower optim.warmup or raise steps")
 
 
 def optimizer_labels(config: OptimConfig, trained: PyTree) -> PyTree:
@@ -130,7 +132,7 @@ def optimizer_labels(config: OptimConfig, trained: PyTree) -> PyTree:
 
 
 def _decay_mask(trained: PyTree) -> PyTree:
-    """A tree of bools: the decay that the fields of forms declare; of plain leaves, all but vectors decay."""
+    """A tree of bools: each form's fields declare their decay, and all plain leaves except vectors decay."""
 
     def decay(name: str, w: Any) -> Any:
         if weight.is_weight(w):
@@ -141,9 +143,10 @@ def _decay_mask(trained: PyTree) -> PyTree:
 
 
 def build_optimizer(config: OptimConfig, steps: int, trained: PyTree) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of `trained` (arrays or shapes, None where frozen) for a run of `steps`. Raises UserError.
+    """The optimizer of `trained` (arrays or shapes, None where frozen) for a run of `steps` steps.
 
-    Its updates need `lr`, which `rates` gives for each step.
+    Its updates take the extra argument `lr`, which `learning_rates` returns for each step. Raises UserError as
+    `check_optimizer` does.
     """
     check_optimizer(config, steps)
     of_leaf = optimizer_labels(config, trained)

@@ -1,4 +1,4 @@
-"""SIGTERM, which a cluster sends before it takes a machine away."""
+"""Preemption: a run stops in good order at SIGTERM, which a cluster sends before it takes a machine away."""
 
 import signal
 import threading
@@ -9,10 +9,10 @@ from jax.experimental import multihost_utils
 
 
 class StopSignal:
-    """SIGTERM as a question: `with StopSignal() as stop: ... if stop.requested(step): save and leave`.
+    """Whether SIGTERM has come: `with StopSignal() as stop: ... if stop.requested(step): save and leave`.
 
-    A second SIGTERM kills. In a multi-process run JAX's preemption service catches the signal, and all
-    processes get the answer True at the same step. Outside the main thread nothing is installed.
+    A second SIGTERM kills the process. In a multi-process run JAX's preemption service catches the signal, and
+    `requested` returns True on all processes at the same step. Outside the main thread, no handler is installed.
     """
 
     def __enter__(self) -> "StopSignal":
@@ -32,5 +32,5 @@ class StopSignal:
         signal.signal(signal.SIGTERM, self._before)
 
     def requested(self, step: int) -> bool:
-        """Whether to save after `step` and stop; every process calls it once a step."""
+        """Whether to save after `step` and stop. Every process calls it once per step."""
         return multihost_utils.reached_preemption_sync_point(step) if self._service else self._flag

@@ -1,4 +1,4 @@
-"""How far a run is and how fast: laps of a clock, and a progress bar."""
+"""The progress of a run and its speed: laps of a clock, and a progress bar."""
 
 import time
 from typing import TextIO
@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 class Clock:
-    """Seconds of the run and its speed, in laps from one logged loss to the next."""
+    """The seconds of the run and its speed, measured in laps from one logged loss to the next."""
 
     def __init__(self, tokens_per_step: float, start: int):
         self.seconds_before = 0.0
@@ -18,11 +18,11 @@ class Clock:
         self._last: tuple[int, float] | None = None
 
     def seconds(self) -> float:
-        """Wall seconds of the run, those before a restart included."""
+        """The wall seconds of the run, including those before a resume."""
         return self.seconds_before + time.monotonic() - self._began
 
     def lap(self, step: int) -> float | None:
-        """Tokens per second since the lap before; None for the first one, which holds the compilation."""
+        """The tokens per second since the previous lap; None for the first lap, which contains the compilation."""
         now = time.monotonic()
         first, last = self._first or (step, now), self._last or (step, now)
         self.mean = self._rate(first, step, now)
@@ -30,7 +30,7 @@ class Clock:
         return self._rate(last, step, now)
 
     def skip(self, seconds: float) -> None:
-        """Leaves the last `seconds` out of every rate."""
+        """Excludes the last `seconds` from every rate."""
         self._first = self._first and (self._first[0], self._first[1] + seconds)
         self._last = self._last and (self._last[0], self._last[1] + seconds)
 
@@ -40,7 +40,7 @@ class Clock:
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere a line every few seconds."""
+    """A tqdm bar on a terminal, and a printed line every few seconds elsewhere."""
 
     def __init__(self, total: int, start: int, every_seconds: float, stream: TextIO):
         self._stream, self._every, self._total = stream, every_seconds, total
@@ -52,7 +52,7 @@ class Progress:
         self._next = 0.0
 
     def show(self, step: int, loss: float, tokens_per_s: float | None) -> None:
-        """Moves the bar to `step`; elsewhere prints a line, if it is time for one."""
+        """Moves the bar to `step`; where there is not a terminal, prints a line if `every_seconds` have passed."""
         rate = f"{tqdm.format_sizeof(tokens_per_s)} tokens/s" if tokens_per_s else ""
         if self._terminal:
             self._bar.set_postfix_str(f"loss {loss:.4f}  {rate}".rstrip(), refresh=False)
@@ -75,5 +75,5 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Closes the bar, which stays on the screen."""
         self._bar.close()

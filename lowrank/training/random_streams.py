@@ -1,6 +1,6 @@
-"""The named streams of random keys of a run. Each depends on the seed, and on the step where one is given, alone.
+"""The named streams of random keys of a run, which depend on nothing but the seed and, where it is given, the step.
 
-A resumed run therefore draws exactly the numbers that an uninterrupted one draws.
+A resumed run therefore draws exactly the numbers that an uninterrupted run draws.
 """
 
 import enum
@@ -9,14 +9,14 @@ import jax
 
 
 class Stream(enum.IntEnum):
-    """The number that is folded into the key of the run's seed for a stream of its own."""
+    """The number that is folded into the key of the run's seed, one per stream."""
 
-    CALIBRATE = 1  # a method's look at the data before the first step
+    CALIBRATE = 1  # a method's calibration by the data before the first step
     RESTART = 2  # a method's change of the parameters every n steps
 
 
 def attach_key(seed: int) -> jax.Array:
-    """The key that a method's rules and shared leaves are drawn with."""
+    """The key of a method's rules and shared leaves."""
     return jax.random.key(seed)
 
 

@@ -1,4 +1,4 @@
-"""The page that a finished run leaves behind: `report.md` and `loss.png`, made from its log and its summary."""
+"""The report of a finished run: `report.md` and `loss.png`, written from its log and its summary."""
 
 import io
 import json
@@ -35,15 +35,15 @@ def write(
     """Writes `report.md`, and `loss.png` where `metrics.jsonl` has losses, into `workdir`; returns the report's path.
 
     Args:
-      workdir: the run's folder.
-      summary: numbers and words of the run. `before` and `after` map metric names to values and are shown side by
-        side; keys ending in `seconds`, `_bytes`, `_percent` or `_params` are shown in those units.
-      rules: the text of `lowrank.core.parameter_summary.rule_table`.
-      title: one line.
+      workdir: the folder of the run.
+      summary: the facts of the run. `before` and `after` map metric names to values and are shown side by side; the
+        values of keys that end in `seconds`, `_bytes`, `_percent` or `_params` are shown in these units.
+      rules: the table that `lowrank.core.parameter_summary.rule_table` returns.
+      title: the heading of the page.
       command: the shell command that repeats the run.
-      config: the run's config.
-      samples: for each sample, heading -> text, for instance prompt, reference, before, after.
-      files: path (absolute, or relative to `workdir`) -> what it is; their sizes are looked up.
+      config: the config of the run.
+      samples: per sample, heading -> text, for instance prompt, reference, before, after.
+      files: path (absolute, or relative to `workdir`) -> description; the report adds their sizes.
     """
     workdir = Path(workdir)
     plot = plot_losses(workdir)
@@ -53,7 +53,7 @@ def write(
         _comparison(summary.get("before") or {}, summary.get("after") or {}),
         f"![Loss by step]({plot.name})" if plot else "",
         _section("The run", _facts(summary)),
-        _section("What is trained", _fenced(rules) if rules else ""),
+        _section("Trained parameters", _fenced(rules) if rules else ""),
         _section("Samples", "\n\n".join(_sample(i, s) for i, s in enumerate(samples, 1))),
         _section("Files", _files(workdir, files or {})),
         _section("Config", _fenced(json.dumps(to_json(config), indent=2), "json") if config else ""),
@@ -62,13 +62,13 @@ def write(
 
 
 def plot_losses(workdir: str | os.PathLike[str]) -> Path | None:
-    """Draws `loss.png` from the `metrics.jsonl` of `workdir`; None when it holds no finite loss."""
+    """Draws `loss.png` from the `metrics.jsonl` of `workdir`; returns None if no finite loss was logged."""
     path = Path(workdir) / METRICS
     lines = read_metrics(path) if path.exists() else []
     train, held_out = _series(lines, LOSS), _series(lines, EVAL_LOSS)
     if not len(train) and not len(held_out):
         return None
-    from matplotlib.figure import Figure  # here, because it takes half a second to load; no pyplot, no global state
+    from matplotlib.figure import Figure  # here, as the import takes half a second; without pyplot's global state
 
     figure = Figure(figsize=(7.2, 4.4), dpi=150)
     axes = figure.add_axes((0.12, 0.11, 0.86, 0.86))
@@ -87,15 +87,15 @@ def peak_memory() -> dict[str, int]:
 
 def _peak_host_bytes() -> int:
     status = Path("/proc/self/status")
-    # Not ru_maxrss on Linux: that one starts at the size of the process that launched this one.
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    if found:
-        return int(found[1]) * 1024
+    # On Linux, ru_maxrss starts at the size of the parent process, so it is not used there.
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if peak:
+        return int(peak[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each value `[N]` and the up to `window - 1` before it."""
+def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """`[N]`: the mean of each of the values `[N]` and up to `window - 1` values before it."""
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
@@ -103,7 +103,7 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    """`[N, 2]`: step and value, where the value is finite."""
+    """`[N, 2]`: the step and the value of each line whose value is finite."""
     points = [(line["step"], line[key]) for line in lines if key in line and np.isfinite(line[key])]
     return np.array(points, np.float64).reshape(-1, 2)
 
@@ -114,7 +114,7 @@ def _draw(axes: Any, train: np.ndarray, held_out: np.ndarray) -> None:
         axes.plot(*train.T, color="tab:blue", alpha=0.3 if window > 1 else 1, lw=1.2, label="train")
     if window > 1:
         label = f"train, mean of {window} logged values"
-        axes.plot(train[:, 0], smoothed(train[:, 1], window), color="tab:blue", lw=2, label=label)
+        axes.plot(train[:, 0], trailing_mean(train[:, 1], window), color="tab:blue", lw=2, label=label)
     if len(held_out):
         axes.plot(*held_out.T, color="tab:orange", lw=1.6, marker="o", ms=4.5, label="evaluation")
     axes.set_xlabel("training step")

@@ -23,7 +23,7 @@ from lowrank.training import random_streams, step
 from lowrank.training.config import CheckpointConfig, ModelConfig, RunConfig
 from lowrank.training.offload import has_host
 from lowrank.training.optimizer import OptimConfig
-from lowrank.training.passthrough import jit_passthrough, sources
+from lowrank.training.passthrough import jit_passthrough, output_sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Run:
         """`(state, frozen leaves, params before the rewrites)` that the first step is given; see `attach`."""
         params, original = self.attach(params)
         trained, frozen = tree.split(self.prepare(params), self.mask)
-        return step.init(trained, optimizer, self.mesh, self.paged), frozen, original
+        return step.init_state(trained, optimizer, self.mesh, self.paged), frozen, original
 
     def prepare(self, params: PyTree) -> PyTree:
         """The adapted parameters after the method has looked at the data; each leaf keeps its shape and place."""
@@ -139,10 +139,10 @@ class Run:
     def _changed_by_restarts(self) -> frozenset[str]:
         if not self.method.hooks.every_n_steps:
             return frozenset()
-        _, origins = sources(self.method.hooks.every_n_steps.change, self.shapes, _key())
+        _, sources = output_sources(self.method.hooks.every_n_steps.change, self.shapes, _key())
         learns = jax.tree.leaves(self.mask)
         names = enumerate(tree.leaf_names(self.shapes))
-        return frozenset(name for i, name in names if origins[i] != i and not learns[i])
+        return frozenset(name for i, name in names if sources[i] != i and not learns[i])
 
     def _first_batches(self, n: int) -> list[Batch]:
         start = self.loader.get_state()

@@ -1,6 +1,6 @@
-"""One training step: split, value_and_grad of the trained leaves alone, optax inside the trained tree.
+"""One training step: the gradient with respect to the trained leaves alone, and the optimizer's update of them.
 
-The frozen leaves are an argument of the loss that is never differentiated: no gradient, no moment and no
+The frozen leaves are an argument of the loss that is never differentiated, so neither a gradient, nor a moment, nor a
 donated copy of them exists.
 """
 
@@ -25,17 +25,17 @@ Differentiated = tuple[PyTree, Arrays]  # (trained leaves, factors of the loss b
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What a step changes: the number of steps done, the trained leaves (None where frozen), the optimizer's state."""
+    """The values that a step changes: the number of steps done, the trained leaves, the optimizer's state."""
 
-    step: jax.Array
-    trained: PyTree
+    step: jax.Array  # int32 scalar
+    trained: PyTree  # None in the place of a frozen leaf
     optimizer: PyTree
 
 
-def init(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh, paged: bool = False) -> State:
-    """The state before the first step; the trained leaves already lie where they belong, the moments follow them.
+def init_state(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh, paged: bool = False) -> State:
+    """The state before the first step, for trained leaves that have their shardings; the moments follow them.
 
-    `paged`: the moments lie on the host, and each step brings them in for the update.
+    With `paged`, the moments lie in the host's memory, and each step streams them to the device for the update.
     """
     where = moment_shapes(trained, optimizer, mesh, paged)
     moments = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, where))(trained)
@@ -43,7 +43,7 @@ def init(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh, p
 
 
 def moment_shapes(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh, paged: bool = False) -> PyTree:
-    """The optimizer's state as shapes with shardings, of trained leaves (arrays or shapes) that have theirs."""
+    """The optimizer's state as shapes with shardings, for trained leaves (arrays or shapes) that have shardings."""
     shapes = jax.eval_shape(optimizer.init, trained)
     where = sharding.optimizer_shardings(optimizer, shapes, trained, mesh)
     if paged:
@@ -59,14 +59,16 @@ def make_step(
     accumulate: int = 1,
     factors: Sequence[str] = (),
 ) -> Callable[[State, PyTree, Mapping[str, jax.Array], jax.Array], tuple[State, dict[str, jax.Array]]]:
-    """`step(state, frozen, batch, lr) -> (state, metrics)`, to be compiled by `compile`.
+    """`step(state, frozen, batch, lr) -> (state, metrics)`, which `compile_step` compiles.
 
-    `loss(params, batch, rng)` gives a sum and its weight. The gradient is that of sum / weight over the whole
-    batch, however many microbatches it is cut into. Metrics: loss, grad_norm (before the clip), lr, weight, and the
-    means of the loss's named sums. `factors` name further arguments of the loss, which are 1: factors of terms that
-    add to the gradient and not to the sum. The metric of such a name is the value of these terms, the derivative of
-    sum / weight with respect to the factor.
-    The optimizer is given `lr`, and `gradient_at`, the batch's gradient at other leaves, if it takes extra arguments.
+    `loss(params, batch, rng)` returns a sum and its weight. The gradient is that of sum / weight over the whole batch,
+    for any number of microbatches. The metrics are loss, grad_norm (before the clip), lr, weight, and the means of the
+    loss's named sums.
+
+    `factors` names further arguments of the loss, all of them 1: factors of terms that add to the gradient and not to
+    the sum. The metric of such a name is the value of these terms, the derivative of sum / weight with respect to the
+    factor. An optimizer that takes extra arguments receives `lr` and `gradient_at`, a function that returns the batch's
+    gradient at other trained leaves.
     """
 
     def step(
@@ -96,10 +98,10 @@ def make_step(
 
 
 def compile_step(step: Callable, state: State, frozen: PyTree, batch: Mapping[str, Any]) -> jax.stages.Compiled:
-    """`step` compiled ahead of time for these arrays, with the state donated and returned where it lay.
+    """`step` compiled ahead of time for these arrays, with the state donated and its shardings kept.
 
-    A compiled program cannot be compiled again: a batch of another shape is an error, not a wait. It takes any float32
-    as its learning rate.
+    The program is never compiled again: a batch of another shape raises an error. It takes any float32 scalar as its
+    learning rate.
     """
     where = jax.tree.map(lambda x: x.sharding, state)
     program = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
@@ -136,7 +138,7 @@ def _accumulated(sums_of: Callable, trained: PyTree, batch: Batch, n: int) -> tu
         value = gradient(trained, *part)
         return jax.tree.map(lambda c, v: c + v.astype(c.dtype), carry, value), None
 
-    # Microbatch i takes the rows i, i + n, ...: each device keeps the rows it has. A row of several sequences is whole.
+    # Microbatch i takes the rows i, i + n, ..., so each device keeps its rows; a row of several sequences is whole.
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0), dict(batch))
     shapes = jax.eval_shape(gradient, trained, jax.tree.map(lambda x: x[0], parts), jnp.int32(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)

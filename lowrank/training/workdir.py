@@ -1,4 +1,4 @@
-"""The folder of a run: one config for all the runs that share it, and a lock that one run at a time holds."""
+"""The folder of a run: one config for all the runs that share it, and a lock that a single run holds at a time."""
 
 import contextlib
 import fcntl
@@ -14,46 +14,48 @@ from lowrank.core.errors import UserError
 from lowrank.core.files import to_json, write_json
 
 CONFIG = "config.json"
-MAY_CHANGE = ("mesh", "checkpoint", "log_every", "loggers", "distributed")  # what a restart may do differently
+MAY_CHANGE = ("mesh", "checkpoint", "log_every", "loggers", "distributed")  # keys that a resumed run may change
 _ABSENT = object()
 
 
 def claim(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> Path:
     """Makes `workdir` the folder of a run with this config, or checks that it already is one; returns its path.
 
-    The first run writes `config.json`, once its model is read: a run that could not start binds no other. Later ones
-    must hold the same values, except under the keys in `MAY_CHANGE`. Raises UserError as `check` does.
+    The first run writes `config.json` after its model is read, so that a run that could not start does not bind
+    another. Later runs must have the same values, except under the keys in `MAY_CHANGE`. Raises UserError as
+    `check_config` does.
     """
-    found, config = check_config(workdir, config), to_json(config)
-    if jax.process_index() == 0 and found != config:
+    recorded, config = check_config(workdir, config), to_json(config)
+    if jax.process_index() == 0 and recorded != config:
         write_json(Path(workdir) / CONFIG, config)
     return Path(workdir)
 
 
 def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config whose run `workdir` holds, or None; nothing is written.
+    """The config of the run in `workdir`, or None. Nothing is written.
 
     Raises:
-      UserError: the folder holds a run with another config (names the first key that differs), a `config.json`
-        that cannot be read, or checkpoints that no config explains.
+      UserError: the folder holds a run with another config (the error names the first key that differs), a
+        `config.json` that cannot be read, or checkpoints without a config.
     """
     workdir, config = Path(workdir), to_json(config, "config")
     if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"workdir {workdir} is a file, not a folder")
+        raise UserError(f"workdir {workdir} is a file, not a folder: choose another workdir")
     path = workdir / CONFIG
-    found = _read(path) if path.exists() else None
-    if found is not None:
-        _same(found, config, workdir)
+    recorded = _read(path) if path.exists() else None
+    if recorded is not None:
+        _check_same(recorded, config, workdir)
     elif (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
-        raise UserError(f"workdir {workdir} holds checkpoints but no {CONFIG}: choose another workdir")
-    return found
+        raise UserError(f"workdir {workdir} holds checkpoints without a {CONFIG}: choose another workdir")
+    return recorded
 
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Makes `workdir` and holds it for one run at a time; the lock goes with the process, however it ends.
+    """Creates `workdir` and locks it for one run at a time; the lock ends with the process in every case.
 
-    Raises UserError when another run holds it, or the disk refuses. A file system without locks is taken at its word.
+    A file system without locks does not protect the folder. Raises UserError if another run holds the lock, or if the
+    folder cannot be written.
     """
     if jax.process_index() != 0:
         yield
@@ -75,15 +77,15 @@ def lock(workdir: Path) -> Iterator[None]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read: {e}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} does not hold a config")
-    return found
+        raise UserError(f"{path} cannot be read: {e}; choose another workdir") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a config: choose another workdir")
+    return config
 
 
-def _same(theirs: Mapping[str, Any], ours: Mapping[str, Any], workdir: Path) -> None:
+def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], workdir: Path) -> None:
     theirs, ours = _flat(theirs), _flat(ours)
     for key in [*ours, *theirs]:
         a, b = theirs.get(key, _ABSENT), ours.get(key, _ABSENT)
@@ -99,7 +101,7 @@ def _show(value: Any) -> str:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{a: {b: 1}}` -> `{a.b: 1}`; an empty group stays, so that it differs from a missing one."""
+    """`{a: {b: 1}}` -> `{a.b: 1}`; an empty group stays, so that it differs from a missing group."""
     out = {}
     for key, value in tree.items():
         nested = isinstance(value, dict) and value

@@ -54,7 +54,7 @@ def compile_on_decoder(method, sizes, rows, **shape):
     trained, frozen = tree.split(params, weight.declared_mask(params, method.trainable))
     config = OptimConfig(name="sgd", clip=0)
     optimizer = optim.build_optimizer(config, 10, trained)
-    state, batch = step.init(trained, optimizer, mesh), decoder_batch(mesh, model.config.vocab_size)
+    state, batch = step.init_state(trained, optimizer, mesh), decoder_batch(mesh, model.config.vocab_size)
 
     def loss(params, batch, rng):
         return language_loss(model, params, batch, rows)

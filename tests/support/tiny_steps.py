@@ -53,7 +53,7 @@ def compiled_step(full=False, sizes=(1, 1, 1), width=D, layers=L, loss=squared_e
     trained, frozen = tree.split(params, weight.declared_mask(params, method.trainable))
     config = OptimConfig(**options)
     optimizer = optim.build_optimizer(config, 10, trained)
-    state, batch = step.init(trained, optimizer, mesh, config.paged), stack_batch(mesh, width)
+    state, batch = step.init_state(trained, optimizer, mesh, config.paged), stack_batch(mesh, width)
     fn = step.make_step(loss, optimizer, seed=0, accumulate=config.accumulate)
     return step.compile_step(fn, state, frozen, batch), state, frozen, batch, mesh
 

@@ -87,7 +87,7 @@ def test_the_threads_of_a_failed_write_say_nothing(small_disk, capfd):
     for attempt in range(3):
         saver = Checkpointer(small_disk / str(attempt))
         saver.save(1, leaves, {})
-        with pytest.raises(UserError, match="there is no earlier one"):
+        with pytest.raises(UserError, match="the run has no earlier checkpoint"):
             saver.close()
     assert capfd.readouterr().err == ""
 
@@ -113,6 +113,6 @@ def test_a_background_failure_can_be_seen_without_waiting(small_disk):
         while time.monotonic() < deadline:
             saver.check()
 
-    with pytest.raises(UserError, match="there is no earlier one"):
+    with pytest.raises(UserError, match="the run has no earlier checkpoint"):
         poll()
     saver.close()

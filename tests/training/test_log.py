@@ -97,7 +97,7 @@ def test_a_run_that_starts_over_starts_an_empty_log(tmp_path):
 
 def test_a_spoilt_line_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "seconds": 0.1}\nspoilt\n{"step": 2, "seconds": 0.2}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is not a metrics line: 'spoilt'"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is not a JSON object of metrics: 'spoilt'"):
         quiet(tmp_path, start=2)
 
 

@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(f
         ({"data__seq_len": 65}, "64 positions"),
         ({"optim__name": "adamx"}, "'adamx'"),
         ({"optim__accumulate": 3}, "not divisible"),
-        ({"optim__lr": float("nan")}, "optim.lr must be a number from 0 up, not nan"),
+        ({"optim__lr": float("nan")}, "optim.lr must be a finite number of at least 0, not nan"),
         ({"optim__no_decay": "["}, "'[' is not a regular expression"),
         ({"objective": "causal"}, "'causal'"),
         ({"steps": 0}, "steps must be at least 1"),

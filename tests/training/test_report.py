@@ -94,8 +94,8 @@ def test_the_curves_are_labelled_and_the_smoothing_is_stated():
 def test_smoothing_is_the_mean_of_the_window_so_far():
     values = np.array([4.0, 2.0, 6.0, 1.0])
     expected = [np.mean(values[max(0, i - 1) : i + 1]) for i in range(4)]
-    assert_close(report.smoothed(values, 2), expected, relative=1e-12)
-    np.testing.assert_array_equal(report.smoothed(values, 1), values)
+    assert_close(report.trailing_mean(values, 2), expected, relative=1e-12)
+    np.testing.assert_array_equal(report.trailing_mean(values, 1), values)
 
 
 MEMORY = """

@@ -59,7 +59,7 @@ def test_checkpoints_that_no_config_explains_are_refused(tmp_path):
     claim(tmp_path, CONFIG)  # an empty folder explains itself
     (tmp_path / "config.json").unlink()
     (tmp_path / "checkpoints" / "5").mkdir()
-    with pytest.raises(UserError, match=r"holds checkpoints but no config\.json"):
+    with pytest.raises(UserError, match=r"holds checkpoints without a config\.json"):
         claim(tmp_path, CONFIG)
 
 

@@ -1,4 +1,4 @@
-"""Loggers: where a run's numbers go beside `metrics.jsonl`. A new one is one file and one line in `LOGGERS`."""
+"""Loggers: sinks of a run's numbers beside `metrics.jsonl`. A new logger is one file and one line in `LOGGERS`."""
 
 from collections.abc import Callable, Sequence
 

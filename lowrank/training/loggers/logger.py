@@ -37,7 +37,7 @@ class LoggedRun:
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float]:
-    """The finite ones of `values`, which are the ones that can be drawn."""
+    """The finite values, which are the values that can be drawn."""
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 

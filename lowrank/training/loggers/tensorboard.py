@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the folder `tensorboard` of the run, written without TensorFlow or torch."""
+"""TensorBoard: event files in the folder `tensorboard` of the run, written without TensorFlow or PyTorch."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from lowrank.training.loggers.logger import LoggedRun, finite
 
 
 class TensorBoard:
-    """Event files through tensorboardX, written in this thread: its queue would hang for ever on a full disk."""
+    """Event files that tensorboardX writes in this thread, as its own queue hangs forever on a full disk."""
 
     def __init__(self, run: LoggedRun):
         directory, start = run.folder / "tensorboard", run.start
@@ -26,14 +26,14 @@ class TensorBoard:
         self._flushed = time.monotonic()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the finite ones of `values`."""
-        for name, value in finite(values).items():  # of others tensorboardX warns
+        """Writes the finite values of a step."""
+        for name, value in finite(values).items():  # tensorboardX warns of other values
             self._event(step, summary=self._summary.scalar(name, value))
         if time.monotonic() - self._flushed > 10:
             self.flush()
 
     def flush(self) -> None:
-        """Writes to the file what is still in memory."""
+        """Writes the events that are still in memory to the file."""
         self._writer.flush()
         self._flushed = time.monotonic()
 
@@ -51,7 +51,7 @@ class TensorBoard:
 
 @contextlib.contextmanager
 def _hidden(module: str) -> Iterator[None]:
-    """tensorboardX imports torch where it finds it: seconds and hundreds of megabytes that a log does not need."""
+    """Makes an import of `module` fail: tensorboardX imports PyTorch if it can, which takes seconds and much memory."""
     if module in sys.modules:
         yield
         return

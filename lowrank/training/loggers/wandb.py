@@ -1,4 +1,4 @@
-"""Weights & Biases: a run of its own, which a resumed run continues. Project and mode are those of its environment."""
+"""Weights & Biases: a W&B run, which a resumed run continues. Environment variables set its project and its mode."""
 
 from collections.abc import Mapping
 from typing import Any
