@@ -12,8 +12,6 @@ import jax
 from lowrank.core.typing import Batch, BatchInfo, Network, PyTree, Sums
 from lowrank.data import RowFormat
 
-SCORE_ORDER = ("min", "max")
-
 
 class LossFunction(Protocol):
     """The loss of a batch."""
@@ -42,7 +40,7 @@ class Score:
     sums: Callable[[Network, PyTree, Batch, int], PyTree]
     # the sums of all batches (NumPy, 64 bits) -> scores by name; raises UserError where there is nothing to score
     summarize: Callable[[PyTree], dict[str, float]]
-    # name of a score -> "min" or "max", its better end; the first one chooses the best checkpoint unless a config does
+    # name of a score -> "min" or "max", its better end, for the scores that may choose the best checkpoint
     better: Mapping[str, str]
 
 
