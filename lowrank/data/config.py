@@ -1,4 +1,4 @@
-"""What to read and how to cut it into batches."""
+"""The `data` group of a config: the records to read, and how they become batches."""
 
 import dataclasses
 
@@ -10,21 +10,21 @@ DATA_DIR = "~/.cache/lowrank/tfds"
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What to read and how to cut it into batches.
+    """The records to read, and how they become batches.
 
     source: `bbc_news`, `jsonl:PATH` (a file, or a folder of SPLIT.jsonl) or `tfds:NAME[/CONFIG][:VERSION]`.
     split: as in TFDS: `train`, `test[:100]`, `train[:90%]`.
     template, completion, truncate, chat: see `templates.resolve`; `truncate` names the field that is cut when a record
       is longer than `seq_len` (the article: the answer is never cut).
-    label_field, labels: for classification; `labels` fixes the names and their order (default: those of the source).
-    seq_len: tokens a row. batch_size: rows of all hosts together.
-    packing: several sequences to a row, for causal_lm.
-    prompt_loss_weight: weight of a prompt's tokens in the loss, 0 to 1; the answer's is 1. 0.1 regularises short
-      answers (Huerta-Enochian & Ko, arXiv:2401.13586).
-    epochs: passes over the data; 0 or None never ends. max_examples: only the first so many; 0 or None takes all.
-    holdout: the share of the records that batches 1, 3, ... (from 0) are of, and only they; the others are in batches
-      0, 2, ... 0: every batch is of all records.
-    prefetch: batches made ahead by a thread; 0 makes them when asked.
+    label_field, labels: for objectives with labels; `labels` fixes the names and their order (default: the source's).
+    seq_len: tokens per row. batch_size: rows of all hosts together.
+    packing: several sequences per row, for objectives whose rows allow it.
+    prompt_loss_weight: the weight of a prompt's tokens in the loss, 0 to 1; an answer's tokens weigh 1. A weight of 0.1
+      regularizes short answers (Huerta-Enochian & Ko, arXiv:2401.13586).
+    epochs: passes over the data; 0 or None never ends. max_examples: only this many records; 0 or None takes all.
+    holdout: the share of the records that batches 1, 3, ... (from 0) are drawn from, and no others; the rest of the
+      records are in batches 0, 2, ... With 0 every batch is drawn from all records.
+    prefetch: batches that a thread makes ahead; 0 makes each batch when it is asked for.
     """
 
     source: str = "bbc_news"

@@ -1,7 +1,7 @@
-"""The little of TensorFlow that TFDS needs to unpack and read text: plain files in place of `tf.io.gfile`.
+"""The part of TensorFlow that TFDS needs to unpack and read text: plain files in place of `tf.io.gfile`.
 
-TFDS writes and reads array_record without TensorFlow, yet opens archives and most of its text datasets' files through
-`tf.io.gfile`, and names types as `tf.int64`.
+TFDS writes and reads array_record without TensorFlow, but it opens archives and the files of most text datasets through
+`tf.io.gfile`, and names types such as `tf.int64`.
 """
 
 import glob
@@ -16,14 +16,14 @@ from tensorflow_datasets.core.utils import lazy_imports_utils
 
 
 class _Part(SimpleNamespace):
-    """A module of the stand-in; what it lacks is named as TensorFlow's."""
+    """A module of the stand-in. A missing attribute is an error that names TensorFlow's."""
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"it needs TensorFlow, for {self.path}.{name}")
+        raise AttributeError(f"this dataset needs TensorFlow, for {self.path}.{name}")
 
 
 def stand_in() -> None:
-    """Lets TFDS use plain files for the rest of the process, unless TensorFlow is installed."""
+    """Makes TFDS use plain files for the rest of the process, unless TensorFlow is installed."""
     if importlib.util.find_spec("tensorflow") is None:
         vars(lazy_imports_utils.tensorflow).setdefault("_module", _tensorflow())
 

@@ -1,4 +1,4 @@
-"""Records in JSONL files: one JSON object a line, indexed in one pass and read at random."""
+"""Records in JSONL files: one JSON object per line, indexed in one pass and read in any order."""
 
 import functools
 import json
@@ -17,9 +17,9 @@ Record = Mapping[str, Any]
 
 
 class Jsonl:
-    """A file, which is the split `train`, or a folder, whose `*.jsonl` files are its splits.
+    """The records of a file, which is the split `train`, or of a folder, whose `*.jsonl` files are its splits.
 
-    Every line of a split in use is checked: one that is not a JSON object raises UserError with its number.
+    Every line of a split in use is checked: a line that is not a JSON object raises UserError with its number.
     """
 
     typed = False
@@ -51,7 +51,7 @@ class Jsonl:
         return scan.where(i)
 
     def labels(self, field: str) -> tuple[str, ...]:
-        """What `field` holds, sorted, in all files together: every split and slice has the same labels."""
+        """The sorted values of `field` in all files together, so that every split and slice has the same labels."""
         records = (scan.read(i) for scan in self._files.values() for i in range(scan.num_examples))
         found = {r[field] for r in records if isinstance(r.get(field), str | int)}
         return tuple(str(x) for x in sorted(found, key=lambda x: (isinstance(x, str), x)))
@@ -65,15 +65,15 @@ class Jsonl:
 
 
 class _Files(Mapping[str, "_Scan"]):
-    """Split name -> its file, scanned when it is first asked for."""
+    """Split name -> its file, which is scanned at its first use."""
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
             close = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
-            raise UserError(f"no such file: {path}{close}")
+            raise UserError(f"{path} does not exist{close}: set data.source to jsonl: and the path of a file or folder")
         self._paths = {p.stem: p for p in sorted(path.glob("*.jsonl"))} if path.is_dir() else {"train": path}
         if not self._paths:
-            raise UserError(f"no *.jsonl files in {path}")
+            raise UserError(f"{path} holds no *.jsonl files: each split is a file SPLIT.jsonl")
         self._scan = functools.cache(_Scan)
 
     def __getitem__(self, name: str) -> "_Scan":
@@ -90,7 +90,7 @@ class _Files(Mapping[str, "_Scan"]):
 
 
 class _Scan:
-    """One pass over a file: where its records are, what fields they have, and that each is a JSON object."""
+    """One pass over a file: the offsets and fields of its records, and the check that each is a JSON object."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.checksum = path, 0
@@ -120,16 +120,16 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
-        raise UserError(f"{where}: not UTF-8: {e.reason} at byte {e.start}") from None
+        raise UserError(f"{where}: the line is not UTF-8: {e.reason} at byte {e.start}") from None
     except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not JSON: {e.msg} at column {e.colno}") from None
+        raise UserError(f"{where}: the line is not JSON: {e.msg} at column {e.colno}") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: a record is a JSON object, not {type(record).__name__}")
     return record
 
 
 def bad_split(name: str, split: str, known: Mapping[str, Any], error: Exception) -> UserError:
-    """What is wrong with a split expression: a name that is not `known`, or else what TFDS says."""
+    """The error for a split expression that names no `known` split, or that TFDS refuses for another reason."""
     reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
     reason = "" if reason.startswith("Unknown split") else f" ({reason})"
     return UserError(f"{name} has no split {split!r}{nearest(split, known)}{reason}; its splits: {', '.join(known)}")

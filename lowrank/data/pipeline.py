@@ -1,7 +1,7 @@
 """From a `DataConfig` to batches: read, render, encode, shuffle, pack, batch, take this host's rows.
 
-Every host computes the same global batches and keeps its own rows, so the order is the same for any number of hosts,
-and a saved state restores onto another number of them.
+Every host computes the same global batches and keeps its own rows. So the order is the same for any number of hosts,
+and a state that one number of hosts has saved continues on another.
 """
 
 import dataclasses
@@ -61,12 +61,14 @@ def make_loader(
 
 
 def _orders(config: DataConfig, examples: Examples) -> list[grain.MapDataset]:
-    """The records of each stream: all of them, or those that are not held out and those that are."""
+    """The records of each stream: all records in one, or those that are not held out and those that are."""
     size, held = len(examples), round(config.holdout * len(examples))
     if not config.holdout:
         return [grain.MapDataset.range(size)]
     if not 0 < held < size:
-        raise UserError(f"data.holdout={config.holdout} cuts {size} records into {size - held} and {held}: too few")
+        raise UserError(
+            f"data.holdout={config.holdout} cuts {size} records into {size - held} and {held}: each part needs records"
+        )
     apart = np.arange(held) * size // held  # spread evenly: records are often in the order of their classes
     return [grain.MapDataset.source(part.tolist()) for part in (np.setdiff1d(np.arange(size), apart), apart)]
 

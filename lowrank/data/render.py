@@ -1,4 +1,4 @@
-"""What the model reads of a record: pieces of text, each either prompt or to be learned."""
+"""The text that a model reads of a record, in pieces: parts of the prompt, and parts to be learned."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,9 +15,10 @@ Piece = tuple[str, bool]  # (text, whether it is to be learned)
 
 
 class Renderer(Protocol):
-    """A template or a conversation; `long` stands in for `long_text(record)` where that is too long.
+    """A template or a conversation. `long` takes the place of `long_text(record)` where that is too long.
 
-    A `document` is learned in full and cut into as many sequences as it takes; what is `closed` brings its own end.
+    A `document` is learned in full and cut into as many sequences as it takes. A `closed` text brings its own end, so
+    that no end token is added.
     """
 
     document: bool
@@ -27,13 +28,13 @@ class Renderer(Protocol):
         """The part of the record that may be shortened."""
 
     def pieces(self, record: Record, where: str, long: str | None = None) -> list[Piece]:
-        """The whole text in order. Raises UserError naming `where` for a record that lacks a field or an answer."""
+        """The whole text in order. Raises UserError naming `where` for a record without a field or an answer."""
 
     def prompt(self, record: Record, where: str, long: str | None = None) -> str:
         """The text that generation continues."""
 
     def answer(self, record: Record, where: str) -> str:
-        """What the generated text is compared with. Raises UserError as `pieces` does, and costs little."""
+        """The reference of a generated text. Raises UserError as `pieces` does, and costs little."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Plain:
         return self.template.render(record, where, long)[0]
 
     def answer(self, record: Record, where: str) -> str:
-        """The completion, without space around it."""
+        """The completion, without the space around it."""
         return self.template.render(record, where)[1].strip()
 
 
@@ -90,7 +91,7 @@ class Chat:
         return turns(self.tokenizer, self._turns(record, where, long), where)
 
     def prompt(self, record: Record, where: str, long: str | None = None) -> str:
-        """The conversation up to the last answer, which is announced."""
+        """The conversation up to the last answer, with the template's start of an answer at the end."""
         return _write(self.tokenizer, self._turns(record, where, long)[:-1], where, announce=True)
 
     def answer(self, record: Record, where: str) -> str:
@@ -115,34 +116,35 @@ def build_renderer(config: DataConfig, template: str, tokenizer: Tokenizer, sour
 
 
 def _messages(record: Record, where: str) -> list[dict[str, str]]:
-    """The record's messages, checked: roles and contents are text, and the last is an answer that says something."""
+    """The record's messages. Raises UserError unless roles and contents are text and the last turn is an answer."""
     if MESSAGES not in record:
         raise UserError(f"{where}: the record has no field {MESSAGES!r}")
     messages = record[MESSAGES]
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: {MESSAGES} is not a list of turns")
+        raise UserError(f"{where}: {MESSAGES} must be a list of turns, each with a role and a content")
     for turn in messages:
         if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in ("role", "content")):
-            raise UserError(f"{where}: each of {MESSAGES} needs a role and a content, both text")
+            raise UserError(f"{where}: each turn of {MESSAGES} needs a role and a content, and both must be text")
         if turn["role"] == "assistant" and not turn["content"].strip():
             raise UserError(f"{where}: empty completion")
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
-        raise UserError(f"{where}: {MESSAGES} must end with an assistant's turn that answers something")
+        raise UserError(f"{where}: {MESSAGES} must end with an assistant's turn that answers another turn")
     return [dict(turn) for turn in messages]
 
 
 def _longest(messages: Sequence[dict[str, str]], where: str) -> int:
     user = [i for i, turn in enumerate(messages) if turn["role"] == "user"]
     if not user:
-        raise UserError(f"{where}: {MESSAGES} has no user's turn")
+        raise UserError(f"{where}: {MESSAGES} needs a turn of the user")
     return max(user, key=lambda i: len(messages[i]["content"]))
 
 
 def turns(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], where: str) -> list[Piece]:
-    """The conversation as the tokenizer's chat template writes it, the assistant's turns to be learned.
+    """The conversation as the tokenizer's chat template writes it, with the assistant's turns to be learned.
 
-    A template may write an earlier turn differently once others follow (some drop its reasoning); such a turn
-    counts as prompt. The last one is always learned.
+    A template may write an earlier turn differently once others follow (some drop its reasoning); such a turn counts
+    as part of the prompt. The last turn is always learned. Raises UserError where the template does not write the last
+    answer after its prompt.
     """
     full = _write(tokenizer, messages, where)
     pieces, end = [], 0
@@ -155,12 +157,14 @@ def turns(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], where: str) 
             pieces += [(full[end : len(before)], False), (through[len(before) :], True)]
             end = len(through)
     if end != len(full):
-        raise UserError(f"{where}: the chat template gives the last answer no place after its prompt")
+        raise UserError(
+            f"{where}: the chat template does not write the last answer after its prompt: use another template"
+        )
     return pieces
 
 
 def _write(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], where: str, announce: bool = False) -> str:
     try:
         return tokenizer.chat(list(messages), add_generation_prompt=announce)
-    except UserError as e:  # no template, or one that refuses these turns
+    except UserError as e:  # there is no template, or it refuses these turns
         raise UserError(f"{where}: {e}") from None

@@ -23,7 +23,7 @@ FORMAT = "array_record"  # the one TFDS format that is read without TensorFlow
 class Source(Protocol):
     """Records by index. `fields` are the names that occur; `identity` changes when the records do.
 
-    Of a `typed` source every record has every field.
+    Every record of a `typed` source has every field.
     """
 
     typed: bool
@@ -32,16 +32,16 @@ class Source(Protocol):
     identity: str
 
     def __len__(self) -> int:
-        """How many records there are."""
+        """The number of records."""
 
     def __getitem__(self, index: int) -> Record:
         """One record: text, numbers and lists of them by field name."""
 
     def where(self, index: int) -> str:
-        """How to point a reader at this record: `news.jsonl:12`."""
+        """The place of the record, for a reader: `news.jsonl:12`."""
 
     def labels(self, field: str) -> tuple[str, ...]:
-        """The names that `field` takes, in the order of their ids; empty when it holds none."""
+        """The names that `field` takes, in the order of their ids; empty when it holds no labels."""
 
 
 def open_source(spec: str, split: str, data_dir: str | os.PathLike[str]) -> Source:
@@ -60,7 +60,7 @@ def open_source(spec: str, split: str, data_dir: str | os.PathLike[str]) -> Sour
         close = f" (did you mean 'tfds:{spec}'?)" if spec in _builders() else nearest(spec, known)
         raise UserError(f"unknown dataset {spec!r}{close}; known: {', '.join(KINDS)}")
     if not len(source):
-        raise UserError(f"{source.name} is empty")
+        raise UserError(f"{source.name} is empty: name a split with records")
     return source
 
 
@@ -82,7 +82,9 @@ class Tfds:
         try:
             self._records = builder.as_data_source(split) if size else []  # TFDS cannot open an empty one
         except NotImplementedError as e:
-            raise UserError(f"cannot read {spec} in {builder.data_path}: it is not in {FORMAT} format") from e
+            raise UserError(
+                f"{spec} in {builder.data_path} is not in the format {FORMAT}: prepare it with file_format={FORMAT!r}"
+            ) from e
         self.name = f"tfds:{spec} ({split})"
         self.identity = f"tfds {builder.info.full_name} {split} {len(self._records)}"
         self._names = {
@@ -117,7 +119,7 @@ class Tfds:
 
 
 def _flat(nested: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted names; TFDS writes a sequence of dicts as a dict of sequences."""
+    """Nested dicts as one dict with dotted names. TFDS writes a sequence of dicts as a dict of sequences."""
     flat = {}
     for name, value in nested.items():
         inner = getattr(value, "feature", value)
@@ -127,7 +129,7 @@ def _flat(nested: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _size(splits: Any, split: str) -> int:
-    """How many examples a split expression covers."""
+    """The number of examples that a split expression covers."""
     parts = tfds.core.splits.AbstractSplit.from_spec(split).to_absolute(splits)
     return sum(len(range(splits[p.splitname].num_examples)[p.from_ : p.to]) for p in parts)
 
@@ -137,10 +139,11 @@ def _builders() -> list[str]:
 
 
 def prepared(spec: str, data_dir: Path, **kwargs: Any) -> tfds.core.DatasetBuilder:
-    """The builder of `spec` with its data under `data_dir`, written there if it is not yet.
+    """The builder of `spec` with its data under `data_dir`; missing data are prepared there.
 
-    The data are written beside and renamed as a whole, so an interrupted run leaves nothing, and of two processes
-    that prepare at once the first wins. Raises UserError for an unknown name and for data that cannot be had.
+    The data are written beside and renamed as a whole, so that an interrupted run leaves nothing behind, and of two
+    processes that prepare at the same time the first one wins. Raises UserError for an unknown name, and for data that
+    cannot be prepared.
     """
     gfile.stand_in()
     if os.path.isdir(spec):
@@ -152,7 +155,7 @@ def prepared(spec: str, data_dir: Path, **kwargs: Any) -> tfds.core.DatasetBuild
     beside = Path(tempfile.mkdtemp(prefix=".preparing-", dir=data_dir))
     try:
         writer = _builder(spec, beside, **kwargs)
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints; its progress bar stays
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints lines; its progress bar stays
             writer.download_and_prepare(download_dir=str(data_dir / "downloads"), file_format=FORMAT)
         builder.data_path.parent.mkdir(parents=True, exist_ok=True)
         os.rename(writer.data_path, builder.data_path)
@@ -178,5 +181,5 @@ def _builder(spec: str, data_dir: Path, **kwargs: Any) -> tfds.core.DatasetBuild
 
 
 def _line(error: Exception) -> str:
-    """The last of what an error says: TFDS puts the reason behind a preamble."""
+    """The last line of an error's message: TFDS puts the reason after a preamble."""
     return (str(error).strip().splitlines() or [""])[-1].rsplit('}": ', 1)[-1][:300]

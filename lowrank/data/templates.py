@@ -22,17 +22,19 @@ def parse(text: str) -> list[tuple[str, str | None]]:
         raise UserError(f"template {text!r}: {e}") from None
     for _, field, spec, conversion in parts:
         if field == "" or spec or conversion:
-            raise UserError(f"template {text!r}: a field is written {{name}}, without index, format or conversion")
+            raise UserError(
+                f"template {text!r}: a field is written {{name}}, without an index, a format or a conversion"
+            )
     return [(literal, field) for literal, field, _, _ in parts]
 
 
 def fill(text: str, record: Record, where: str) -> str:
-    """The format string with the record's values in it; a value that holds braces stays as it is."""
+    """The format string with the record's values in place of its fields; braces inside a value stay as they are."""
     return "".join(part + (value(record, field, where) if field else "") for part, field in parse(text))
 
 
 def value(record: Record, field: str, where: str) -> str:
-    """One field as text: strings and numbers as they are, of a list the first item. Raises UserError otherwise."""
+    """One field as text: a string, a number, or the first item of a list. Raises UserError for any other value."""
     if field not in record:
         raise UserError(f"{where}: the record has no field {field!r}{nearest(field, record)}")
     found = record[field]
@@ -49,9 +51,9 @@ def value(record: Record, field: str, where: str) -> str:
 class Template:
     """`prompt` and `completion` as format strings; without a prompt the completion is a document, learned in full.
 
-    `long` names the field that is shortened, at its end, when a record does not fit (a document is not). `chat` makes
-    prompt and completion one turn each of the tokenizer's chat template. `blank` is `(field, prompt)`: the prompt
-    for records where that field is missing or empty.
+    `long` names the field whose end is cut when a record does not fit (a document is not cut). With `chat`, prompt and
+    completion are one turn each of the tokenizer's chat template. `blank` is `(field, prompt)`: the prompt for records
+    in which that field is missing or empty.
     """
 
     prompt: str
@@ -66,14 +68,14 @@ class Template:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields it needs, in order of appearance."""
+        """The fields that the template needs, in order of appearance."""
         found = [field for text in (self.prompt, self.completion) for _, field in parse(text) if field]
         return tuple(dict.fromkeys(found))
 
     def render(self, record: Record, where: str, long: str | None = None) -> tuple[str, str]:
         """`(prompt, completion)`, with `long` in place of the long field.
 
-        Raises UserError naming `where` when a field is missing or no text, or the completion is empty.
+        Raises UserError naming `where` when a field is missing or is not text, or the completion is empty.
         """
         prompt = self.blank[1] if self._is_blank(record) else self.prompt
         if long is not None:
@@ -84,7 +86,7 @@ class Template:
         return fill(prompt, record, where), completion
 
     def long_text(self, record: Record, where: str) -> str:
-        """The text of the long field; empty when nothing may be shortened."""
+        """The text of the long field; empty when no field may be shortened."""
         if not self.long or (self._is_blank(record) and self.blank[0] == self.long):
             return ""
         return value(record, self.long, where)
@@ -111,15 +113,16 @@ TEMPLATES: dict[str, Template] = {
     "chat": Template("{prompt}", "{completion}", long="prompt", chat=True),
     "text": Template("", "{text}", long="text"),
 }
-MESSAGES = "messages"  # a template too: the record brings its own turns
+MESSAGES = "messages"  # the name of the template whose records bring their own turns
 AUTO = "auto"
 
 
 def resolve(name: str, completion: str, long: str, chat: bool, fields: Sequence[str], source: str) -> Template | None:
-    """The template a config asks for, or None for `messages`; checked against the fields that `source` has.
+    """The template that a config asks for, or None for `messages`.
 
     `name` is one of `TEMPLATES`, `messages`, `auto` (chosen by the fields) or a prompt with `{field}`s, to which
-    `completion` belongs. A prompt without completion is a document.
+    `completion` belongs. A prompt without a completion is a document. Raises UserError for an unknown template, and
+    for one with a field that `source` lacks.
     """
     name = automatic(fields, source) if name == AUTO else name
     if name == MESSAGES:
@@ -136,13 +139,13 @@ def resolve(name: str, completion: str, long: str, chat: bool, fields: Sequence[
 
 
 def automatic(fields: Iterable[str], source: str) -> str:
-    """The template's name that fits the fields: of several, the one that says most."""
+    """The name of the template that fits the fields: of several, the one that uses the most of them."""
     wants = {"messages": "messages", "plain": "prompt completion", "alpaca": "instruction output"}
     wants |= {"headline": "text title", "text": "text"}
     for name, needed in wants.items():
         if set(needed.split()) <= set(fields):
             return name
-    raise UserError(f"no template fits {source}: set data.template; {_has(fields)}")
+    raise UserError(f"none of the templates fits {source}: set data.template; {_has(fields)}")
 
 
 def _has(fields: Iterable[str]) -> str:

@@ -42,10 +42,10 @@ def generate(
     """Continues each prompt by up to `max_new` tokens: `[B, max_new]` int32, with `pad_id` after a row's stop token.
 
     Prompts are padded on the left: `segments` is 1 on their tokens and 0 before. A row's stop token (any of
-    `stop_ids`) is part of its result. Decoding ends as soon as every row has stopped. `params` are as the model
-    reads them once `bind`, a method's, is given the prompts as its batch. Sampling needs `rng`, a key or one key a row;
-    a row's tokens depend on its key and prompt alone. Raises UserError when prompt + max_new exceed the model's
-    positions, or for a setting out of range.
+    `stop_ids`) is part of its result. Decoding ends as soon as every row has stopped. `bind`, a method's, is applied to
+    `params` with the prompts as its batch. Sampling needs `rng`, one key or one key per row; a row's tokens depend on
+    its key and prompt alone. Raises UserError when prompt + max_new exceed the model's positions, or for a setting out
+    of range.
     """
     sampling = Sampling(float(temperature), int(top_k), float(top_p))
     _check_fit(model.config, np.sum(np.asarray(segments_BxT) > 0, axis=-1), max_new)
@@ -58,13 +58,13 @@ def generate(
 
 
 def row_keys(rng: jax.Array, rows: int) -> jax.Array:
-    """`[rows]` keys out of one; keys that are one a row already stay as they are."""
+    """`[rows]` keys derived from one key; keys that are one per row already stay as they are."""
     return rng if rng.ndim else jax.vmap(partial(jax.random.fold_in, rng))(jnp.arange(rows))
 
 
 def _check_fit(config: Any, lengths_B: np.ndarray, max_new: int) -> None:
     if max_new < 1:
-        raise UserError(f"max_new={max_new} is below 1")
+        raise UserError(f"max_new={max_new} is below 1, the least number of new tokens")
     if min(lengths_B) < 1:
         raise UserError("a prompt is empty: generation needs at least one token to continue")
     if max(lengths_B) + max_new + config.num_virtual_tokens > config.max_length:
@@ -85,7 +85,7 @@ def lowered(
 
 @partial(jax.jit, static_argnames=("model", "max_new", "stops", "sampling", "pad_id", "bind"))
 def _generate(model, params, tokens_BxT, segments_BxT, keys_B, max_new, stops, sampling, pad_id, bind=None):
-    """`(tokens [B, N], how many of the N were decoded before all rows had stopped)`."""
+    """`(tokens [B, N], the number of the N that were decoded before all rows had stopped)`."""
     B, T = tokens_BxT.shape
     tokens_BxT, segments_BxT = jnp.asarray(tokens_BxT, jnp.int32), jnp.asarray(segments_BxT, jnp.int32)
     params = bind(params, BatchInfo(segments_BxT), None) if bind else params
@@ -134,11 +134,11 @@ def texts(
     rng: jax.Array | None = None,
     bind: Bind | None = None,
 ) -> list[str]:
-    """The continuation of each prompt (a string, or all its token ids), in the order given, without its stop token.
+    """The continuation of each prompt (a string, or all its token ids), in the given order, without its stop token.
 
-    `pretrained` gives `config` and `tokenizer`; `stop_ids` defaults to the tokenizer's. Prompts of like length share
-    a batch of at most `batch_size`, and a prompt's text does not depend on its neighbours. Raises UserError as
-    `generate` does.
+    `pretrained` has `config` and `tokenizer`; `stop_ids` defaults to the tokenizer's. Prompts of similar length share a
+    batch of at most `batch_size`, and a prompt's text does not depend on the other prompts. Raises UserError when a
+    prompt + max_new exceed the model's positions, or for a setting out of range.
     """
     tokenizer, config = pretrained.tokenizer, pretrained.config
     model = build_model(config)
@@ -150,7 +150,7 @@ def texts(
     out = [""] * len(ids)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        full = rows + rows[-1:] * (batch_size - len(rows))  # one program a length
+        full = rows + rows[-1:] * (batch_size - len(rows))  # one program per length
         tokens, segments = left_pad(
             [ids[i] for i in full], tokenizer.pad_id, config.max_length - config.num_virtual_tokens
         )
@@ -169,10 +169,10 @@ def texts(
 
 
 def largest_batch(lengths: Sequence[int], config: Any, batch_size: int = BATCH) -> tuple[int, int]:
-    """`(rows, prompt positions)` of the largest batch that `texts` makes of prompts of these lengths."""
+    """`(rows, prompt positions)` of the largest batch that `texts` makes of prompts with these lengths."""
     return _even(len(lengths), batch_size), padded(max(lengths), config.max_positions - config.num_virtual_tokens)
 
 
 def _even(count: int, batch_size: int) -> int:
-    """The rows of each batch, when `count` prompts go into as few as possible, all of one size."""
+    """The rows of each batch when `count` prompts are divided into as few batches as possible, all of one size."""
     return -(-count // -(-count // batch_size)) if count else 1

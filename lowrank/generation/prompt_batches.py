@@ -1,4 +1,4 @@
-"""Prompts of unlike lengths in one batch, padded on the left to a few lengths, so that few programs are compiled."""
+"""Prompts of different lengths in one batch, padded on the left to a few lengths, so that few programs are compiled."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def padded(longest: int, limit: int) -> int:
-    """The positions of a batch whose longest prompt has `longest` tokens, where the model has `limit`."""
+    """The number of positions of a batch whose longest prompt has `longest` tokens, for a model with `limit`."""
     return max(longest, min(bucket(longest), limit))
 
 
@@ -22,6 +22,6 @@ def left_pad(ids: Sequence[Sequence[int]], pad_id: int, limit: int) -> tuple[np.
 
 
 def bucket(length: int) -> int:
-    """`length` rounded up to a multiple of a quarter of the power of two below it, at least 16: 4 sizes a doubling."""
+    """`length` rounded up to a multiple of a quarter of the power of two below it, or of 16: 4 sizes per doubling."""
     step = max(16, 2 ** (max(length - 1, 1).bit_length() - 1) // 4)
     return -(-length // step) * step

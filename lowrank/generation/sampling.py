@@ -1,4 +1,4 @@
-"""How the next token is drawn from logits. Shapes: B rows, V vocabulary."""
+"""Sampling: the next token is drawn from logits. Shapes: B rows, V vocabulary."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from lowrank.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: greedy at temperature 0, else from the logits / temperature after both filters.
+    """The settings of sampling: greedy at temperature 0, else a draw from logits / temperature after both filters.
 
     `top_k` keeps the k most likely tokens (0: all); then `top_p` keeps the smallest set of the most likely ones whose
     probabilities reach `top_p` (1: all; Holtzman et al. 2020). Order and ties are as in transformers.
@@ -22,7 +22,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise UserError(f"temperature={self.temperature} is below 0")
+            raise UserError(f"temperature={self.temperature} is below 0, which stands for greedy decoding")
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k} is below 0 (0 keeps every token)")
         if not 0 <= self.top_p <= 1:
@@ -52,7 +52,7 @@ def keep_top_p(logits_BxV: jax.Array, p: float) -> jax.Array:
 
 
 def next_token(logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """`[B]` int32: one token a row, drawn with that row's own key."""
+    """`[B]` int32: one token per row, drawn with that row's own key."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
     logits_BxV = keep_top_p(keep_top_k(logits_BxV / sampling.temperature, sampling.top_k), sampling.top_p)

@@ -6,5 +6,5 @@ from lowrank.core.errors import UserError
 def check_not_empty(count: float) -> float:
     """`count`, the number of scored items. Raises UserError where it is 0."""
     if count <= 0:
-        raise UserError("there is nothing to score: the evaluation set is empty; name a split with records")
+        raise UserError("the evaluation set is empty, so nothing can be scored: name a split with records")
     return count

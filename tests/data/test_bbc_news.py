@@ -40,7 +40,7 @@ def test_an_article_without_text_is_named(tmp_path):
 
 
 def test_a_folder_without_articles_is_named(tmp_path):
-    with pytest.raises(UserError, match="no articles in"):
+    with pytest.raises(UserError, match="holds no articles"):
         bbc_news.read(tmp_path)
 
 
@@ -80,7 +80,7 @@ def test_the_builder_prepares_a_folder_of_articles_once(news_folder, tmp_path):
 
 
 def test_a_preparation_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(UserError, match="no articles in"):
+    with pytest.raises(UserError, match="holds no articles"):
         prepared("bbc_news", tmp_path / "tfds", texts=str(tmp_path))
     assert not list((tmp_path / "tfds").glob("*bbc*"))
     assert not list((tmp_path / "tfds").glob(".preparing*"))

@@ -53,8 +53,8 @@ def test_labels_are_those_of_all_files_and_numbers_sort_as_numbers(write, tmp_pa
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "a"', r"x\.jsonl:2: not JSON: .* at column \d+"),
-        (b'{"text": "\xa3"}', r"x\.jsonl:2: not UTF-8"),
+        (b'{"text": "a"', r"x\.jsonl:2: the line is not JSON: .* at column \d+"),
+        (b'{"text": "\xa3"}', r"x\.jsonl:2: the line is not UTF-8"),
         (b'["text"]', r"x\.jsonl:2: a record is a JSON object, not list"),
     ],
 )
@@ -83,7 +83,7 @@ def test_a_split_that_is_not_there_is_refused(write, tmp_path, split, message):
 def test_an_empty_file_and_a_missing_one_are_refused(write, tmp_path):
     with pytest.raises(UserError, match=r"empty\.jsonl \(train\) is empty"):
         open_source(write([], "empty.jsonl"), "train", tmp_path)
-    with pytest.raises(UserError, match=r"no such file: .*emty\.jsonl \(did you mean 'empty\.jsonl'\?\)"):
+    with pytest.raises(UserError, match=r"emty\.jsonl does not exist \(did you mean 'empty\.jsonl'\?\)"):
         open_source(f"jsonl:{tmp_path}/emty.jsonl", "train", tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=r"no \*\.jsonl files"):

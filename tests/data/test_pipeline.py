@@ -272,7 +272,7 @@ def test_settings_out_of_range_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": "jsonl:/nowhere/x.jsonl"}, "no such file: /nowhere/x.jsonl"),
+        ({"source": "jsonl:/nowhere/x.jsonl"}, "/nowhere/x.jsonl does not exist"),
         ({"template": "chta"}, r"unknown template 'chta' \(did you mean 'chat'\?\)"),
         ({"template": "{promt}"}, r"template field 'promt' is not in jsonl:.* \(did you mean 'prompt'\?\)"),
         ({"truncate": "completoin"}, r"unknown template field 'completoin' \(did you mean 'completion'\?\)"),

@@ -82,21 +82,21 @@ class Reversed:
 
 
 def test_a_template_that_puts_the_answer_first_is_refused():
-    with pytest.raises(UserError, match="r: the chat template gives the last answer no place"):
+    with pytest.raises(UserError, match="r: the chat template does not write the last answer after its prompt"):
         turns(Reversed(), DIALOGUE, "r")
 
 
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "f:2: messages is not a list of turns"),
-        ("hello", "f:2: messages is not a list of turns"),
-        ([{"role": "user"}], "f:2: each of messages needs a role and a content"),
-        (["hello"], "f:2: each of messages needs a role and a content"),
+        ([], "f:2: messages must be a list of turns"),
+        ("hello", "f:2: messages must be a list of turns"),
+        ([{"role": "user"}], "f:2: each turn of messages needs a role and a content"),
+        (["hello"], "f:2: each turn of messages needs a role and a content"),
         (DIALOGUE[:2], "f:2: messages must end with an assistant's turn"),
         (DIALOGUE[2:3], "f:2: messages must end with an assistant's turn"),
         ([DIALOGUE[1], {"role": "assistant", "content": " "}], "f:2: empty completion"),
-        ([DIALOGUE[0], DIALOGUE[2]], "f:2: messages has no user's turn"),
+        ([DIALOGUE[0], DIALOGUE[2]], "f:2: messages needs a turn of the user"),
     ],
 )
 def test_messages_that_are_no_conversation_are_refused(tokenizer, messages, message):

@@ -33,7 +33,7 @@ def test_auto_takes_messages_for_conversations():
 
 
 def test_auto_says_what_fields_there_are_when_none_fits():
-    with pytest.raises(UserError, match=r"no template fits news: set data\.template; its fields: body, head"):
+    with pytest.raises(UserError, match=r"none of the templates fits news: set data\.template; its fields: body, head"):
         written("auto", ("head", "body"))
 
 

@@ -79,7 +79,7 @@ def test_every_token_counts_where_the_prompt_weighs_1():
 
 def test_perplexity_without_tokens_is_an_error():
     model, params = _model()
-    with pytest.raises(UserError, match="nothing to score"):
+    with pytest.raises(UserError, match="evaluation set is empty"):
         evaluate(causal_lm(), model, params, [])
 
 

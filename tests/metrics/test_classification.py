@@ -35,5 +35,5 @@ def test_confusion_rows_are_labels_and_columns_are_predictions():
 
 @pytest.mark.parametrize("score", [accuracy, macro_f1])
 def test_nothing_to_score_is_an_error(score):
-    with pytest.raises(UserError, match="nothing to score"):
+    with pytest.raises(UserError, match="evaluation set is empty"):
         score(np.zeros((2, 2)))

@@ -53,7 +53,7 @@ def test_perplexity_of_a_uniform_guess_is_the_number_of_choices():
     ],
 )
 def test_nothing_to_score_is_an_error(score):
-    with pytest.raises(UserError, match="nothing to score"):
+    with pytest.raises(UserError, match="evaluation set is empty"):
         score()
 
 
