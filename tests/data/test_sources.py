@@ -113,7 +113,7 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
 
 
 def test_a_dataset_that_needs_tensorflow_says_so(tmp_path):
-    with pytest.raises(UserError, match=r"cannot prepare tiny_pictures: .*this dataset needs TensorFlow, for tf\.image"):
+    with pytest.raises(UserError, match=r"cannot prepare tiny_pictures: .*needs TensorFlow, for tf\.image"):
         open_source("tfds:tiny_pictures", "train", tmp_path)
 
 
