@@ -75,7 +75,7 @@ class GGUFBlocks(LoadQuantizer):
         if len(formats) > 1:
             raise UserError(f"{name} has layers in {' and '.join(formats)}: leave it out of model.quantize.target")
         f = ggml.FORMATS[formats[0]]
-        size = (*leaf.shape[:-2], leaf.shape[-1], leaf.shape[-2] // f.block * f.bytes)
+        size = (*leaf.shape[:-2], leaf.shape[-1], leaf.shape[-2] // f.block * f.block_bytes)
         raw = jax.ShapeDtypeStruct(size, "uint8")
         return jax.eval_shape(lambda b: ggml.from_file_blocks(b, formats[0], leaf.dtype.name), raw)
 

@@ -41,14 +41,14 @@ def quantize_gptq(
     """
     del mean
     form, chunk = integer(bits, block, symmetric)(jnp.asarray(kernel)), block or CHUNK
-    size = -(-form.padded // chunk) * chunk
+    size = -(-form.padded_rows // chunk) * chunk
     w = np.pad(np.float32(kernel), ((0, size - len(kernel)), (0, 0)))
     hessian = damped_hessian(gram, damping, size)
     order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(size)
     u = jnp.asarray(inverse_factor(hessian[np.ix_(order, order)]), jnp.float32)
     grids = _by_input(form, order) if act_order or not block else None
     codes, scale, zero = _solve(jnp.asarray(w[order]), u, grids, bits=bits, chunk=chunk, symmetric=symmetric)
-    codes = np.asarray(codes)[np.argsort(order)][: form.padded].reshape(-1, form.block, w.shape[1])
+    codes = np.asarray(codes)[np.argsort(order)][: form.padded_rows].reshape(-1, form.block, w.shape[1])
     form = dataclasses.replace(form, codes=pack(jnp.asarray(codes), bits))
     return form if grids else dataclasses.replace(form, scale=scale, zero=None if symmetric else zero)
 

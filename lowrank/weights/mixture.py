@@ -134,8 +134,7 @@ class Gated(LoRA):
         """`gate * scale * x @ A @ B` for `x: [rows, tokens, in]`."""
         if self.gate is None:
             raise UserError(
-                "this LoRA is gated by the prompt and has no gate: apply the method's `bind` with a batch, in a layer "
-                "with a router"
+                "this LoRA is gated by the prompt, and it has no gate: bind it to a batch, in a layer with a router"
             )
         y = LoRA.low_rank(self, x)
         return y * jnp.broadcast_to(self.gate.astype(y.dtype)[..., None], y.shape)

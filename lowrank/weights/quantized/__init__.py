@@ -1,1 +1,1 @@
-"""Kernels kept in codes: one storage scheme per file, decoded tile by tile inside the product."""
+"""Quantized kernels: one storage scheme per file, whose codes are dequantized tile by tile inside the product."""

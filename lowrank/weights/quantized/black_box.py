@@ -1,7 +1,7 @@
-"""A kernel that any quantiser keeps: ModuLoRA's base (Yin et al. 2023, arXiv:2309.16119).
+"""A kernel in the storage of any quantizer: ModuLoRA's base (Yin et al. 2023, arXiv:2309.16119).
 
-All that is known of the quantiser is `decode(state) -> [in, out]`. The forward and the backward product both decode,
-and only the state is saved between them; unlike the forms of this library they decode the kernel whole.
+The form uses `decode(state) -> [in, out]` of the quantizer and nothing else. The forward and the backward product both
+dequantize the whole kernel, not tiles of it, and the residuals hold the state only.
 """
 
 from collections.abc import Callable
@@ -9,23 +9,23 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lowrank.core.errors import UserError
 from lowrank.core.weight import KERNEL, Weight, form, frozen, static
 from lowrank.kernels import half_precision_matmul
+from lowrank.weights.quantized.base import zero_cotangents
 
 BlackBoxQuantizer = Callable[[jax.Array], tuple[Any, Callable[[Any], jax.Array]]]
 
 
 @form
 class BlackBox(Weight):
-    """`state` is the quantiser's arrays, `unit` the `(in, out)` of one kernel."""
+    """`state` holds the quantizer's arrays, and `unit` is the shape `(in, out)` of one kernel."""
 
     state: Any = frozen(axes=KERNEL)
     decode: Callable[[Any], jax.Array] = static()
     unit: tuple[int, ...] = static()
-    axes: int = static()  # of the first array of one kernel's state
+    axes: int = static()  # the number of axes of the first array of one kernel's state
     dtype_name: str = static()
 
     stored: ClassVar[bool] = True
@@ -38,11 +38,11 @@ class BlackBox(Weight):
 
     @property
     def dtype(self) -> Any:
-        """That of the kernel it was made from."""
+        """The dtype of the kernel that was quantized."""
         return jnp.dtype(self.dtype_name)
 
     def materialize(self) -> jax.Array:
-        """The decoded kernel, or a stack of them."""
+        """The dequantized kernel, or stack of kernels."""
         decode = self.decode
         for _ in self.shape[:-2]:
             decode = jax.vmap(decode)
@@ -60,21 +60,16 @@ def _product(x: jax.Array, w: BlackBox) -> jax.Array:
 
 def _backward(w: BlackBox, g: jax.Array) -> tuple[jax.Array, Any]:
     dx = half_precision_matmul.matmul(g, w.materialize(), 1)
-    return dx, jax.tree.map(_nothing, w)
-
-
-def _nothing(leaf: jax.Array) -> Any:
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jnp.zeros_like(leaf) if floating else np.zeros(leaf.shape, jax.dtypes.float0)
+    return dx, zero_cotangents(w)
 
 
 _product.defvjp(lambda x, w: (_product(x, w), w), _backward)
 
 
 def absmax(kernel: jax.Array) -> tuple[Any, Callable[[Any], jax.Array]]:
-    """An example of a quantiser: 8 bits by the largest magnitude of each output."""
-    top = jnp.max(jnp.abs(kernel), axis=0, keepdims=True).astype(jnp.float32)
-    scale = jnp.where(top > 0, top / 127, 1)
+    """An example of a quantizer: 8 bits, scaled by the largest magnitude of each output."""
+    largest = jnp.max(jnp.abs(kernel), axis=0, keepdims=True).astype(jnp.float32)
+    scale = jnp.where(largest > 0, largest / 127, 1)
     return (jnp.round(kernel / jnp.broadcast_to(scale, kernel.shape)).astype(jnp.int8), scale), _times
 
 
@@ -83,25 +78,27 @@ def _times(state: Any) -> jax.Array:
     return codes * jnp.broadcast_to(scale, codes.shape)
 
 
-def attach(w: jax.Array, quantise: BlackBoxQuantizer, where: str) -> BlackBox:
-    """What `quantise` makes of a kernel `[..., in, out]`. Raises UserError if it does not decode to that shape."""
-    decoders, inner = [], w.shape[-2:]
+def attach(w: jax.Array, quantize: BlackBoxQuantizer, where: str) -> BlackBox:
+    """The kernel `w` `[..., in, out]` in the storage of `quantize`, which errors call `where`.
 
-    def one(kernel: jax.Array) -> Any:
-        state, decode = quantise(kernel)
+    Raises UserError if the quantizer's state has no arrays, or does not decode to the kernel's shape.
+    """
+    decoders, unit = [], w.shape[-2:]
+
+    def quantize_one(kernel: jax.Array) -> Any:
+        state, decode = quantize(kernel)
         decoders.append(decode)
         return state
 
-    unit = jax.eval_shape(one, jax.ShapeDtypeStruct(inner, w.dtype))
-    if not jax.tree.leaves(unit):
-        raise UserError(f"{where} keeps no arrays")
+    state = jax.eval_shape(quantize_one, jax.ShapeDtypeStruct(unit, w.dtype))
+    if not jax.tree.leaves(state):
+        raise UserError(f"{where} keeps no arrays: it must return (arrays, decode)")
     decode = decoders[0]
-    made = jax.eval_shape(decode, unit).shape
-    if made != inner:
-        raise UserError(f"{where} decodes a kernel {inner} to {made}")
-    over = one
+    decoded = jax.eval_shape(decode, state).shape
+    if decoded != unit:
+        raise UserError(f"{where} decodes a kernel {unit} to {decoded}: its decode must return the kernel's shape")
+    over_stack = quantize_one
     for _ in w.shape[:-2]:  # one layer at a time
-        over = (lambda inside: lambda stack: jax.lax.map(inside, stack))(over)
-    return BlackBox(
-        state=over(w), decode=decode, unit=inner, axes=jax.tree.leaves(unit)[0].ndim, dtype_name=jnp.dtype(w.dtype).name
-    )
+        over_stack = (lambda inner: lambda stack: jax.lax.map(inner, stack))(over_stack)
+    axes = jax.tree.leaves(state)[0].ndim
+    return BlackBox(state=over_stack(w), decode=decode, unit=unit, axes=axes, dtype_name=jnp.dtype(w.dtype).name)

@@ -1,4 +1,4 @@
-"""Double quantisation: the magnitudes of blocks in 8 bits themselves (Dettmers et al. 2023, arXiv:2305.14314)."""
+"""Double quantization: scales that are quantized to 8 bits themselves (Dettmers et al. 2023, arXiv:2305.14314)."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ import numpy as np
 from lowrank.core.weight import KERNEL, form, frozen
 from lowrank.weights.quantized.lookup_tables import decision_boundaries, lookup
 
-SECOND_BLOCK = 256
+SECOND_BLOCK = 256  # the number of scales that share a second scale
 
 
 def dynamic_table() -> np.ndarray:
-    """The 256 values of a signed 8-bit number whose exponent's length varies (Dettmers 2015, arXiv:1511.04561)."""
+    """The 256 values, ascending, of Dettmers' signed 8-bit numbers with varying exponents (2015, arXiv:1511.04561)."""
     values = [0.0, 1.0]
     for i in range(7):
         n = 2**i
         first, k = np.float64(np.float32(0.1)), np.arange(n + 1)
         step = np.float64(np.float32(np.float32(1 - first) / np.float32(n)))
-        # in float32 from both ends, which is torch's way: bitsandbytes' table to the bit
+        # In float32 from both ends, as torch.linspace computes, which gives bitsandbytes' table to the bit.
         ends = np.where(k < (n + 1) // 2, first + step * k, 1 - step * (n - k)).astype(np.float32)
         middles = np.float32(10.0 ** (i - 6)) * ((ends[:-1] + ends[1:]) / np.float32(2))
         values += [*middles, *-middles]
@@ -31,8 +31,8 @@ def _gathered(codes: jax.Array) -> jax.Array:
 
 
 def compute_dynamic_values(codes: jax.Array) -> jax.Array:
-    """`dynamic_table()[codes]` to float32's last places, computed: a TPU is slow at looking up single numbers."""
-    place = codes.astype(jnp.int32) - 127  # 127 negative ones, 0, 127 positive ones, 1
+    """`dynamic_table()[codes]` up to rounding in float32, by arithmetic: a TPU is slow at gathers of single numbers."""
+    place = codes.astype(jnp.int32) - 127  # the table holds 127 negative values, 0, 127 positive values and 1
     size = jnp.abs(place)
     exponent = sum((size >= 2**k).astype(jnp.int32) for k in range(1, 7))
     runs = (jnp.int32(1) << exponent).astype(jnp.float32)
@@ -44,9 +44,9 @@ def compute_dynamic_values(codes: jax.Array) -> jax.Array:
 
 @form
 class QuantizedScale:
-    """Magnitudes `[..., n, out]` in 8 bits: `table[codes] * second + offset`, both float32.
+    """Scales `[..., n, out]` in 8 bits: `table[codes] * second + offset`, where `second` and `offset` are float32.
 
-    Blocks of 256 run along the magnitudes of one output, then of the next: `second` is `[..., ceil(n * out / 256)]`.
+    Blocks of 256 run along the scales of one output and then of the next; `second` is `[..., ceil(n * out / 256)]`.
     """
 
     codes: jax.Array = frozen(axes=KERNEL)
@@ -55,11 +55,11 @@ class QuantizedScale:
 
     @property
     def dtype(self) -> Any:
-        """Of the magnitudes."""
+        """The dtype of the scales."""
         return self.second.dtype
 
     def decode(self) -> jax.Array:
-        """The magnitudes `[..., n, out]`."""
+        """The scales `[..., n, out]`."""
         *stack, n, out = self.codes.shape
         second = jnp.repeat(self.second, SECOND_BLOCK, axis=-1)[..., : n * out]
         second = second.reshape(*stack, out, n).swapaxes(-1, -2)
@@ -68,7 +68,7 @@ class QuantizedScale:
 
 
 def double_quantize(absmax: jax.Array) -> QuantizedScale:
-    """The 8-bit form of magnitudes `[..., n, out]`, less their mean."""
+    """The scales `[..., n, out]` in 8 bits, after subtracting their mean."""
     *stack, n, out = absmax.shape
     offset = jnp.mean(absmax, axis=(-2, -1))
     flat = (absmax - jnp.broadcast_to(offset[..., None, None], absmax.shape)).swapaxes(-1, -2).reshape(*stack, n * out)

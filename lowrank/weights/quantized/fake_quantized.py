@@ -1,7 +1,7 @@
-"""Quantisation-aware training: a float kernel that multiplies as its codes would (Jacob et al. 2018, arXiv:1712.05877).
+"""Quantization-aware training: a float kernel that multiplies as its codes would (Jacob et al. 2018, arXiv:1712.05877).
 
-Forward the values of the codes, backward as if nothing had been rounded (straight through: Bengio et al. 2013,
-arXiv:1308.3432). The codes of what was learned are what is kept in the end.
+The forward pass uses the dequantized values, and the backward pass ignores the rounding (the straight-through estimator
+of Bengio et al. 2013, arXiv:1308.3432). After training, the codes of the learned kernel are saved.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from lowrank.weights.quantized.schemes import SCHEMES
 
 @form
 class FakeQuantized(Weight):
-    """`latent` `[..., in, out]`, what is learned; `scheme` and `options` say which codes it stands for.
+    """The learned kernel `latent` `[..., in, out]`, which is quantized by `scheme` with `options`.
 
-    With `activations` bits the inputs are rounded too, by each token's largest magnitude.
+    If `activations` is not 0, the inputs are rounded to this many bits, scaled by each token's largest magnitude.
     """
 
     latent: jax.Array = trainable(axes=KERNEL)
@@ -35,34 +35,37 @@ class FakeQuantized(Weight):
 
     @property
     def dtype(self) -> Any:
-        """That of the kernel it was made from; what is learned is float32."""
+        """The dtype of the original kernel; the latent kernel is float32."""
         return jnp.dtype("float64" if self.latent.dtype == jnp.float64 else self.dtype_name)
 
     def codes(self) -> Quantized:
-        """The codes of what was learned."""
+        """The codes of the latent kernel."""
         return SCHEMES[self.scheme](**dict(self.options))(self.latent.astype(jnp.float32))
 
     def materialize(self) -> jax.Array:
-        """The values of the codes; the gradient goes to `latent` as it is."""
+        """The dequantized values; their gradient is that of `latent`, unchanged."""
         values = self.codes().materialize().astype(self.latent.dtype)
         return (self.latent + jax.lax.stop_gradient(values - self.latent)).astype(self.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
-        """`x @ W`, with `x` rounded to `activations` bits if there are any."""
+        """`x @ W`, with `x` rounded to `activations` bits unless they are 0."""
         x = round_activations(x, self.activations) if self.activations else x
         return matmul(x, self.materialize())
 
 
 def round_activations(x: jax.Array, bits: int) -> jax.Array:
-    """`x` `[..., in]` on an even grid about 0 to each row's largest magnitude, with the gradient of `x` itself."""
-    top, values = 2 ** (bits - 1) - 1, at_least_float32(x)
+    """`x` `[..., in]` rounded to a grid of `2^bits - 1` values up to each row's largest magnitude.
+
+    The gradient is that of `x` itself.
+    """
+    largest_code, values = 2 ** (bits - 1) - 1, at_least_float32(x)
     largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
-    step = jnp.broadcast_to(jnp.where(largest > 0, largest / top, 1), values.shape)
+    step = jnp.broadcast_to(jnp.where(largest > 0, largest / largest_code, 1), values.shape)
     return x + jax.lax.stop_gradient((jnp.round(values / step) * step).astype(x.dtype) - x)
 
 
 def attach(w: jax.Array, *, scheme: str, options: tuple[tuple[str, Any], ...], activations: int) -> FakeQuantized:
-    """A kernel that is learned under quantisation, from `w` on."""
+    """A FakeQuantized whose latent kernel starts as `w` `[..., in, out]`."""
     return FakeQuantized(
         latent=w.astype(jnp.float32), scheme=scheme, options=options, dtype_name=w.dtype.name, activations=activations
     )

@@ -1,8 +1,8 @@
-"""A kernel in the blocks of a GGUF file, byte for byte but for their order: Q4_0, Q4_1, Q8_0, Q4_K, Q6_K.
+"""A kernel in the formats of GGUF files, with the same bytes in another order: Q4_0, Q4_1, Q8_0, Q4_K and Q6_K.
 
-A file keeps, output by output, blocks of 32 or 256 inputs: one or two half-precision numbers, for the larger blocks a
-small scale for each part, and the codes. Here each of these is an array `[..., rows, out]`. The formats:
-https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c and `gguf.quants`.
+A file stores each output as blocks of 32 or 256 inputs. A block holds one or two half-precision numbers, the codes and,
+if it has 256 inputs, a small scale for each part. Here each of these is an array `[..., rows, out]`. The formats are
+defined in https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c and `gguf.quants`.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from lowrank.weights.quantized.packing import unpack
 
 @form
 class GGML(Quantized):
-    """`W = (code - middle) * scale * sub + low * low_sub`; a field that the format has not is None.
+    """`W = (code - middle) * scale * sub + low * low_sub`; a field that the format does not have is None.
 
-    `codes` (and `high`, two bits above them) are packed in runs, see `unpack`; `scale` and `low` float16 are one for
-    each `block` rows, `sub` and `low_sub` 8-bit integers one for each `part`.
+    `codes`, and the two bits above them in `high`, are packed in runs as by `packing.pack`. The float16 `scale` and
+    `low` have one row per `block` rows of the kernel, the 8-bit integers `sub` and `low_sub` one row per `part` rows.
     """
 
     codes: jax.Array = frozen(axes=KERNEL)
@@ -44,7 +44,7 @@ class GGML(Quantized):
 
     @property
     def layout(self) -> Mapping[str, tuple[int | None, int | None]]:
-        """Rows and columns that each element of a field stands for."""
+        """The kernel rows and columns that one element of each field stands for."""
         f = FORMATS[self.format]
         scale = f.part if self.sub is None else f.block
         whole = {"codes": (8 // f.bits, 1), "scale": (scale, 1), "low": (scale, 1)}
@@ -52,24 +52,24 @@ class GGML(Quantized):
 
     @property
     def row_multiple(self) -> int:
-        """As for all; codes are unpacked by runs."""
+        """The number of rows of which the height of a tile must be a multiple: that of the fields and of the runs."""
         return math.lcm(super().row_multiple, FORMATS[self.format].runs)
 
     def with_plain_scales(self) -> Self:
-        """With the scales of blocks and parts multiplied."""
+        """The same codes with one float scale per part: the scale of its block times its own."""
         if self.sub is None:
             return self
-        low = None if self.low is None else self._parts(self.low, self.low_sub)
-        return dataclasses.replace(self, scale=self._parts(self.scale, self.sub), sub=None, low=low, low_sub=None)
+        low = None if self.low is None else self._part_scales(self.low, self.low_sub)
+        return dataclasses.replace(self, scale=self._part_scales(self.scale, self.sub), sub=None, low=low, low_sub=None)
 
-    def _parts(self, whole: jax.Array, sub: jax.Array | None) -> jax.Array:
+    def _part_scales(self, block_scales: jax.Array, sub: jax.Array | None) -> jax.Array:
         assert sub is not None
         f = FORMATS[self.format]
-        each = at_least_float32(whole)
-        return jnp.repeat(each, f.block // f.part, axis=-2) * sub.astype(each.dtype)
+        scales = at_least_float32(block_scales)
+        return jnp.repeat(scales, f.block // f.part, axis=-2) * sub.astype(scales.dtype)
 
     def decode(self) -> jax.Array:
-        """The values of the blocks."""
+        """The dequantized kernel with its padding, in float32 or wider."""
         w, f = self.with_plain_scales(), FORMATS[self.format]
         scale = at_least_float32(w.scale)
         codes = unpack(w.codes, f.bits, f.runs)
@@ -85,24 +85,24 @@ class GGML(Quantized):
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """Where a block of `bytes` has what: `read` takes `[..., out, n, bytes]` apart into fields `[..., out, n, k]`."""
+    """The layout of a block: `read` splits bytes `[..., out, n, block_bytes]` into fields `[..., out, n, k]`."""
 
-    bytes: int
-    block: int
+    block_bytes: int
+    block: int  # rows
     part: int  # rows that share a scale
-    bits: int
-    runs: int  # rows over which codes are packed: the first run of them is in the lowest bits
-    middle: float
+    bits: int  # the bits per code in `codes`
+    runs: int  # rows over which codes are packed, the first run of them in the lowest bits
+    middle: float  # the code for 0
     read: Callable[[jax.Array], dict[str, jax.Array]]
 
 
-def from_file_blocks(raw: jax.Array, format: str, dtype_name: str) -> GGML:
-    """The form of rows of blocks uint8 `[..., out, bytes]`, as a file has them."""
-    f = FORMATS[format]
+def from_file_blocks(raw: jax.Array, format_name: str, dtype_name: str) -> GGML:
+    """The form of a kernel whose outputs a file stores as rows of blocks, uint8 `[..., out, bytes]`."""
+    f = FORMATS[format_name]
     *stack, out, size = raw.shape
-    fields = f.read(raw.reshape(*stack, out, size // f.bytes, f.bytes))
+    fields = f.read(raw.reshape(*stack, out, size // f.block_bytes, f.block_bytes))
     columns = {name: jnp.moveaxis(x.reshape(*stack, out, -1), -2, -1) for name, x in fields.items()}
-    return GGML(**columns, format=format, rows=size // f.bytes * f.block, dtype_name=dtype_name)
+    return GGML(**columns, format=format_name, rows=size // f.block_bytes * f.block, dtype_name=dtype_name)
 
 
 def _half(pair: jax.Array) -> jax.Array:
@@ -111,7 +111,10 @@ def _half(pair: jax.Array) -> jax.Array:
 
 
 def _q4_k(b: jax.Array) -> dict[str, jax.Array]:
-    """Eight parts of 32; their scales and minima have 6 bits, of which the last four's upper two are with the first."""
+    """Eight parts of 32 rows, with 6-bit scales and minima.
+
+    The upper two bits of the last four scales (and minima) are stored above those of the first four.
+    """
     first, second, third = b[..., 4:8], b[..., 8:12], b[..., 12:16]
     top = lambda x: (x >> np.uint8(6)) << np.uint8(4)  # noqa: E731
     sub = jnp.concatenate([first & np.uint8(63), third & np.uint8(15) | top(first)], axis=-1)
@@ -126,7 +129,7 @@ def _q4_k(b: jax.Array) -> dict[str, jax.Array]:
 
 
 def _q6_k(b: jax.Array) -> dict[str, jax.Array]:
-    """Sixteen parts of 16, with signed 8-bit scales; four bits of a code, then two."""
+    """Sixteen parts of 16 rows, with signed 8-bit scales; the lower four bits of all codes precede the upper two."""
     sub = jax.lax.bitcast_convert_type(b[..., 192:208], jnp.int8)
     return {"codes": b[..., :128], "high": b[..., 128:192], "sub": sub, "scale": _half(b[..., 208:])}
 
@@ -137,7 +140,7 @@ FORMATS: dict[str, Format] = {
         *(20, 32, 32, 4, 32, 0.0),
         lambda b: {"scale": _half(b[..., :2]), "low": _half(b[..., 2:4]), "codes": b[..., 4:]},
     ),
-    # signed codes, moved to where unsigned ones have their middle
+    # The file's codes are signed; the flipped upper bit makes them unsigned codes with the middle 128.
     "Q8_0": Format(
         *(34, 32, 32, 8, 32, 128.0), lambda b: {"scale": _half(b[..., :2]), "codes": b[..., 2:] ^ np.uint8(128)}
     ),

@@ -1,4 +1,4 @@
-"""Evenly spaced codes of a kernel whose inputs were scaled first: AWQ (Lin et al. 2023, arXiv:2306.00978)."""
+"""A kernel whose inputs are scaled before it is quantized, as by AWQ (Lin et al. 2023, arXiv:2306.00978)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,9 +13,10 @@ from lowrank.weights.quantized.base import Quantized
 
 @form
 class InputScaled(Weight):
-    """`W = diag(inputs) Q(diag(1 / inputs) W)`: `scaled` are the codes, `inputs` float32 `[..., in]` one over AWQ's s.
+    """`W = diag(inputs) Q(diag(1 / inputs) W)`: `scaled` holds the codes, and `inputs` float32 `[..., in]` is 1 / s.
 
-    The paper folds `inputs` into the operation before; here it is a leaf, so that any model may have it.
+    s is AWQ's scale. The paper folds `inputs` into the preceding operation; here it is a leaf, so that it works in any
+    model.
     """
 
     scaled: Any = frozen()
@@ -30,15 +31,15 @@ class InputScaled(Weight):
 
     @property
     def dtype(self) -> Any:
-        """That of the codes' values."""
+        """The dtype of the dequantized codes."""
         return self.scaled.dtype
 
     def with_dtype(self, dtype_name: str) -> Self:
-        """The same codes, decoded to the dtype `dtype_name`."""
+        """The same codes, dequantized to the dtype `dtype_name`."""
         return dataclasses.replace(self, scaled=self.scaled.with_dtype(dtype_name))
 
     def materialize(self) -> jax.Array:
-        """The kernel that is multiplied by."""
+        """The dequantized kernel `[..., in, out]`, its inputs scaled back."""
         values = at_least_float32(self.scaled.materialize())
         spread = jnp.broadcast_to(self.inputs[..., None].astype(values.dtype), values.shape)
         return (values * spread).astype(self.dtype)
@@ -49,6 +50,6 @@ class InputScaled(Weight):
 
 
 def scale_inputs(w: jax.Array, scale: jax.Array, quantize: Callable[[jax.Array], Quantized]) -> InputScaled:
-    """Codes by `quantize` of a kernel `[..., in, out]` whose inputs are multiplied by `scale` `[..., in]`."""
+    """The kernel `w` `[..., in, out]`, quantized after its inputs are multiplied by `scale` `[..., in]`."""
     kernel = w.astype(jnp.float32) * jnp.broadcast_to(scale[..., None], w.shape)
     return InputScaled(scaled=quantize(kernel).with_dtype(jnp.dtype(w.dtype).name), inputs=1 / scale)

@@ -1,8 +1,8 @@
-"""2 and 4 bits in one kernel, as far as a budget of bits a weight goes.
+"""Kernels with 2 and 4 bits mixed, within a budget of bits per weight.
 
-A group of `block` inputs is in NF4 or in two bits: those groups of a layer have four that two would hurt most. How many
-there are is the same for all layers of a stack, whose shapes must agree; `lowrank.pretrained.quantize_on_load` divides
-one budget among the stacks of a model.
+A group of `block` inputs is stored in NF4 or in two bits. The groups whose squared error 4 bits reduce the most get
+them. Their number is the same for all layers of a stack, whose shapes must agree; `lowrank.pretrained.quantize_on_load`
+divides one budget among the stacks of a model.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ TABLES = {4: "nf4", 2: "n2"}
 
 @form
 class Mixed(Weight):
-    """`high` NF4 `[..., k * block, out]` and `low` N2 `[..., (n - k) * block, out]`: each a form, or None if empty.
+    """`high` NF4 `[..., k * block, out]` and `low` N2 `[..., (n - k) * block, out]`; either is None if it is empty.
 
-    `index` int32 `[..., n]` are the groups of inputs that they hold: first those of `high`, then those of `low`.
+    `index` int32 `[..., n]` holds the numbers of their groups of inputs, first those of `high`, then those of `low`.
     """
 
     high: Any = frozen()
@@ -41,7 +41,7 @@ class Mixed(Weight):
 
     @property
     def parts(self) -> tuple[Any, ...]:
-        """Those of `high` and `low` that are there."""
+        """Those of `high` and `low` that are not empty."""
         return tuple(part for part in (self.high, self.low) if part is not None)
 
     @property
@@ -52,24 +52,24 @@ class Mixed(Weight):
 
     @property
     def dtype(self) -> Any:
-        """That of the values of both."""
+        """The dtype of the dequantized kernel."""
         return self.parts[0].dtype
 
     def with_dtype(self, dtype_name: str) -> Self:
-        """The same codes, decoded to the dtype `dtype_name`."""
+        """The same codes, dequantized to the dtype `dtype_name`."""
         high, low = (part and part.with_dtype(dtype_name) for part in (self.high, self.low))
         return dataclasses.replace(self, high=high, low=low)
 
     def materialize(self) -> jax.Array:
-        """The kernel, its groups back in order."""
+        """The dequantized kernel `[..., in, out]`, with its groups in their original order."""
         kernel = jnp.concatenate([part.materialize() for part in self.parts], axis=-2)
         groups = kernel.reshape(*kernel.shape[:-2], -1, self.block, kernel.shape[-1])
-        back = jnp.argsort(self.index, axis=-1)
-        groups = jnp.take_along_axis(groups, back[..., None, None], axis=-3)
+        order = jnp.argsort(self.index, axis=-1)
+        groups = jnp.take_along_axis(groups, order[..., None, None], axis=-3)
         return groups.reshape(kernel.shape)[..., : self.rows, :]
 
     def dot(self, x: jax.Array) -> jax.Array:
-        """`x[high] @ high + x[low] @ low`: the inputs are put in order, never the kernel."""
+        """`x[high] @ high + x[low] @ low`, where the inputs are reordered, not the kernel."""
         n = self.index.shape[-1]
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n * self.block - self.rows)])
         groups = jnp.take(x.reshape(*x.shape[:-1], n, self.block), self.index, axis=-2, unique_indices=True)
@@ -82,57 +82,65 @@ class Mixed(Weight):
 
 
 def quantize(w: jax.Array, *, high: int, block: int, double: bool) -> Mixed:
-    """A kernel `[..., in, out]` with the `high` groups of each layer in 4 bits that gain most by it."""
-    groups, inside = _groups(w, block)
-    index = jnp.argsort(-_gains(groups, inside), axis=-1, stable=True)
+    """A kernel `[..., in, out]` with `high` groups of each layer in 4 bits, those whose error 4 bits reduce the most.
+
+    `double` quantizes the scales to 8 bits.
+    """
+    groups, inside = _split_groups(w, block)
+    index = jnp.argsort(-_error_reductions(groups, inside), axis=-1, stable=True)
     index = jnp.concatenate([jnp.sort(index[..., :high]), jnp.sort(index[..., high:])], axis=-1)
     order = index[..., None, None]
     groups, inside = (jnp.take_along_axis(x, order, axis=-3) for x in (groups, inside))
-    made = {}
-    for name, bits, cut in (("high", 4, slice(None, high)), ("low", 2, slice(high, None))):
-        part, real = (x[..., cut, :, :] for x in (groups, inside))
+    parts: dict[str, codebook.Codebook | None] = {}
+    for name, bits, selection in (("high", 4, slice(None, high)), ("low", 2, slice(high, None))):
+        part, part_inside = (x[..., selection, :, :] for x in (groups, inside))
         flat = part.reshape(*w.shape[:-2], -1, w.shape[-1]).astype(w.dtype)
-        options: dict[str, Any] = {"table": TABLES[bits], "block": groups.shape[-2], "double": double, "inside": real}
-        made[name] = codebook.quantize(flat, **options) if flat.shape[-2] else None
-    return Mixed(**made, index=index.astype(jnp.int32), block=groups.shape[-2], rows=w.shape[-2])
+        options: dict[str, Any] = {
+            "table": TABLES[bits],
+            "block": groups.shape[-2],
+            "double": double,
+            "inside": part_inside,
+        }
+        parts[name] = codebook.quantize(flat, **options) if flat.shape[-2] else None
+    return Mixed(**parts, index=index.astype(jnp.int32), block=groups.shape[-2], rows=w.shape[-2])
 
 
 def error_reductions(w: jax.Array, block: int) -> jax.Array:
-    """By how much 4 bits in place of 2 lower the squared error of each group of inputs: `[..., n]`."""
-    return _gains(*_groups(w, block))
+    """The reduction `[..., n]` of the squared error of each group of inputs by 4 bits instead of 2."""
+    return _error_reductions(*_split_groups(w, block))
 
 
-def _gains(groups: jax.Array, inside: jax.Array) -> jax.Array:
-    lost = {}
+def _error_reductions(groups: jax.Array, inside: jax.Array) -> jax.Array:
+    errors = {}
     for bits, table in TABLES.items():
         codes, scale = codebook.encode_blocks(groups, None, table, inside)
         values = lookup_tables.lookup(codes, lookup_tables.TABLES[table]) * jnp.broadcast_to(
             scale[..., None, :], codes.shape
         )
-        lost[bits] = jnp.sum((values - groups) ** 2 * jnp.broadcast_to(inside, groups.shape), axis=(-2, -1))
-    return lost[2] - lost[4]
+        errors[bits] = jnp.sum((values - groups) ** 2 * jnp.broadcast_to(inside, groups.shape), axis=(-2, -1))
+    return errors[2] - errors[4]
 
 
-def _groups(w: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """`(groups [..., n, block, out], which of their rows are the kernel's [..., n, block, 1])`."""
+def _split_groups(w: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """`(groups [..., n, block, out], inside [..., n, block, 1])`; `inside` is 1 for rows of the kernel, else 0."""
     block = clip_block(w.shape[-2], block)
     return split_blocks(w, block, 4), split_blocks(jnp.ones((*w.shape[:-1], 1)), block, 4)
 
 
 def clip_block(rows: int, block: int) -> int:
-    """A block that is no longer than a kernel of `rows` inputs."""
+    """The block, or the smallest multiple of 4 that holds a kernel of `rows` inputs, if that is smaller."""
     return min(block, -(-rows // 4) * 4)
 
 
 def total_bits(shape: tuple[int, ...], high: int, block: int, double: bool) -> int:
-    """All bits of a Mixed of this shape: codes, magnitudes, index."""
+    """The bits of a Mixed of this shape with `high` groups in 4 bits: those of its codes, scales and index."""
     *stack, rows, out = shape
     block = clip_block(rows, block)
     n = -(-rows // block)
 
-    def part(k: int, each: int) -> int:
+    def part(k: int, bits: int) -> int:
         scales = k * out * 8 + 32 * -(-k * out // SECOND_BLOCK) + 32 if double else 32 * k * out
-        return k * block * out * each + scales if k else 0
+        return k * block * out * bits + scales if k else 0
 
     return math.prod(stack) * (part(high, 4) + part(n - high, 2) + 32 * n)
 
@@ -140,27 +148,35 @@ def total_bits(shape: tuple[int, ...], high: int, block: int, double: bool) -> i
 def allocate_groups(
     gain: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], budget: float, block: int, double: bool
 ) -> dict[str, int]:
-    """How many groups of each kernel `[..., in, out]`, or stack of them, are in 4 bits: at most `budget` bits a weight.
+    """The number of groups in 4 bits, for each kernel `[..., in, out]` or stack of kernels, within the budget.
 
-    Counted are all bits of all kernels, those of magnitudes and indices too. `gain` `[..., n]` is as `gains` has it;
-    the k-th group of a stack gains what the k-th best of each of its layers do. Groups are taken by gain a bit, the
-    best first, while they fit: such a choice is optimal but for the room that the last one leaves. Raises UserError
-    for a budget below what 2 bits for all take.
+    Args:
+      gain: the `error_reductions` `[..., n]` of each kernel. The gain of the k-th group of a stack is the sum, over its
+        layers, of each layer's k-th largest.
+      shapes: the shape of each kernel.
+      budget: the most bits per weight, all kernels together, with their scales and indices.
+      block: the number of inputs in a group.
+      double: whether the scales are quantized to 8 bits.
+
+    Groups are taken in the order of their gain per bit while they fit, which is optimal up to the bits that the last
+    group leaves unused. Raises UserError if 2 bits for all groups exceed the budget.
     """
-    steps = {n: np.sort(g.reshape(-1, g.shape[-1]), axis=-1)[:, ::-1].sum(0) for n, g in gain.items()}
+    gains = {n: np.sort(g.reshape(-1, g.shape[-1]), axis=-1)[:, ::-1].sum(0) for n, g in gain.items()}
     cost = lambda name, k: total_bits(shapes[name], k, block, double)  # noqa: E731
     weights = sum(math.prod(shape) for shape in shapes.values())
     room = budget * weights - sum(cost(name, 0) for name in shapes)
     if room < 0:
         least = budget - room / weights
-        raise UserError(f"quantize.budget={budget} bits a weight: with their scales, 2 bits take {least:.3f}")
+        raise UserError(
+            f"quantize.budget {budget} is too small: 2 bits with their scales take {least:.3f} bits per weight"
+        )
     high = dict.fromkeys(shapes, 0)
 
-    def step(name: str) -> tuple[float, str]:
+    def next_group(name: str) -> tuple[float, str]:
         k = high[name]
-        return -float(steps[name][k]) / (cost(name, k + 1) - cost(name, k)), name
+        return -float(gains[name][k]) / (cost(name, k + 1) - cost(name, k)), name
 
-    queue = [step(name) for name in shapes]
+    queue = [next_group(name) for name in shapes]
     heapq.heapify(queue)
     while queue:
         name = heapq.heappop(queue)[1]
@@ -168,13 +184,13 @@ def allocate_groups(
         if more <= room:
             room -= more
             high[name] += 1
-            if high[name] < len(steps[name]):
-                heapq.heappush(queue, step(name))
+            if high[name] < len(gains[name]):
+                heapq.heappush(queue, next_group(name))
     return high
 
 
 def quantize_within_budget(w: jax.Array, *, budget: float, block: int, double: bool) -> Mixed:
-    """A kernel, or a stack, with a budget of its own. Raises UserError as `divided`."""
+    """A kernel `[..., in, out]` within `budget` bits per weight. Raises UserError if 2 bits exceed the budget."""
     n = -(-w.shape[-2] // clip_block(w.shape[-2], block))
     high = allocate_groups({"": np.ones(n)}, {"": w.shape}, budget, block, double)[""]
     return quantize(w, high=high, block=block, double=double)

@@ -1,8 +1,9 @@
-"""A product with codes that are divided over a mesh: each device multiplies by the part it has.
+"""A product with codes that are sharded over a mesh: each device multiplies by its own shard.
 
-A loop over tiles slices the axis that a mesh has divided, and the partitioner, left alone, would gather it first. Here
-the product is one operation to the partitioner. Axes of the mesh that divide the rows of `x` gather codes (never
-decoded values); those that divide the inputs or outputs of the kernel stay, and inputs are summed over.
+A loop over tiles slices the sharded axis, and XLA's partitioner would gather that axis first. Here the whole product is
+one operation for the partitioner. Over mesh axes that shard the rows of `x`, the codes are gathered, not the
+dequantized values. Over mesh axes that shard the kernel's inputs or outputs, the codes stay sharded, and the products
+with shards of the inputs are summed over devices.
 """
 
 import dataclasses
@@ -19,50 +20,51 @@ Product = Callable[[jax.Array, Any], jax.Array]
 
 
 def partition_matmul(product: Product, contracted: int) -> Product:
-    """`product(x, w)` of `x` `[..., n]` and a quantised kernel, over whose axis `contracted` (0 or 1) it sums.
+    """`product(x, w)` as one operation for the partitioner; on one device it is `product` itself.
 
-    On one device it is `product` itself.
+    `x` is `[..., n]`, `w` is a quantized kernel, and the product sums over the kernel's axis `contracted` (0 or 1).
     """
-    whole = custom_partitioning(product)
-    whole.def_partition(
+    partitioned = custom_partitioning(product)
+    partitioned.def_partition(
         functools.partial(_partition, product, contracted), sharding_rule=functools.partial(_rule, contracted)
     )
-    return whole
+    return partitioned
 
 
 def is_partitioned(codes: jax.Array) -> bool:
-    """Whether the mesh that an array is on has axes that may divide it, and not only rows of data."""
+    """Whether the array's mesh has an axis of more than one device besides `data`, which does not shard weights."""
     return any(size > 1 for axis, size in jax.typeof(codes).sharding.mesh.shape.items() if axis != "data")
 
 
 def _rule(contracted: int, mesh: Any, operands: Any, results: Any) -> str:
-    """All that propagates: the rows of `x`, and the outputs of the kernel. Its codes have fewer rows than it has."""
+    """The sharding rule, by which the rows of `x` and the kernel's outputs propagate; its codes have fewer rows."""
     del mesh, results
     x, y = ("i", "o") if contracted == 0 else ("o", "i")
     return ", ".join([f"... {x}", *(f"r{k} o" for k in range(len(operands) - 1))]) + f" -> ... {y}"
 
 
 def _partition(product: Product, contracted: int, mesh: Mesh, args: Any, result: Any) -> tuple[Any, ...]:
+    """`(mesh, product of shards, result sharding, argument shardings)`, as `def_partition` asks for."""
     del result
     x, w = args
     batch = x.sharding.spec[: x.ndim - 1]
     taken = {axis for entry in batch for axis in _axes(entry)}
     axes = [tuple(a for a in _axes(entry) if a not in taken) for entry in w.codes.sharding.spec]
-    if w.padded != w.rows or w.padded % (w.row_multiple * math.prod(mesh.shape[a] for a in axes[0])):
-        axes[0] = ()  # a part that is no whole number of blocks
-    summed, kept = axes[contracted], axes[1 - contracted]
+    if w.padded_rows != w.rows or w.padded_rows % (w.row_multiple * math.prod(mesh.shape[a] for a in axes[0])):
+        axes[0] = ()  # a shard would not be a whole number of blocks
+    summed, output_axes = axes[contracted], axes[1 - contracted]
 
     def local(x: jax.Array, w: Any) -> jax.Array:
-        y = product(x, dataclasses.replace(w, rows=min(w.rows, w.padded)))
+        y = product(x, dataclasses.replace(w, rows=min(w.rows, w.padded_rows)))
         return jax.lax.psum(y, summed) if summed else y
 
     place = lambda *spec: NamedSharding(mesh, PartitionSpec(*(entry or None for entry in spec)))  # noqa: E731
-    parts = {
+    shards = {
         name: place(axes[0] if per[0] else (), axes[1] if per[1] else ())
         for name, per in w.layout.items()
         if getattr(w, name) is not None
     }
-    return mesh, local, place(*batch, kept), (place(*batch, summed), dataclasses.replace(w, **parts))
+    return mesh, local, place(*batch, output_axes), (place(*batch, summed), dataclasses.replace(w, **shards))
 
 
 def _axes(entry: Any) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ def raw(name, rows=OUT, seed=0):
     if name in EXACT:
         return gguf.quants.quantize(rng.standard_normal((rows, IN)).astype(np.float32), kind)
     f = ggml.FORMATS[name]
-    blocks = rng.integers(0, 256, (rows, IN // f.block, f.bytes)).astype(np.uint8)
+    blocks = rng.integers(0, 256, (rows, IN // f.block, f.block_bytes)).astype(np.uint8)
     halves = (slice(0, 2), slice(2, 4)) if name == "Q4_K" else (slice(208, 210),)
     for at in halves:
         blocks[..., at] = rng.uniform(1e-4, 1e-3, blocks.shape[:2]).astype(np.float16)[..., None].view(np.uint8)
@@ -40,7 +40,7 @@ def test_values_are_those_of_the_gguf_package(name):
     assert w.shape == (IN, OUT)
     assert_close(values(w), expected.T)
     bits = 8 * sum(x.nbytes for x in jax.tree.leaves(w)) / expected.size
-    theirs = 8 * ggml.FORMATS[name].bytes / ggml.FORMATS[name].block
+    theirs = 8 * ggml.FORMATS[name].block_bytes / ggml.FORMATS[name].block
     assert theirs <= bits <= theirs + 0.125  # Q4_K's scales of 6 bits are kept in 8
 
 

@@ -99,7 +99,7 @@ def test_a_product_and_its_gradient_make_no_copy_of_the_kernel():
 def test_a_model_is_read_within_its_budget(top, tmp_path):
     folder, group = tiny.llama(tmp_path / "llama"), {"name": "mixed", "budget": 4.0, "block": 4, "double": False}
     group["target"] = "(layers|top)/mlp/.*kernel"
-    with pytest.raises(UserError, match=r"budget=4\.0 bits a weight: with their scales, 2 bits take 10\."):
+    with pytest.raises(UserError, match=r"budget 4\.0 is too small: 2 bits with their scales take 10\."):
         pretrained.describe(str(folder), quantized=group)
     group |= {"block": 16, "double": True}
     options = {"top_layers": top}
@@ -118,5 +118,5 @@ def test_a_model_is_read_within_its_budget(top, tmp_path):
 
 @pytest.mark.parametrize("budget", [1.9, 4.5])
 def test_a_budget_outside_2_to_4_is_refused(budget):
-    with pytest.raises(UserError, match=f"budget must be from 2 to 4 bits a weight, not {budget}"):
+    with pytest.raises(UserError, match=f"budget must be from 2 to 4 bits per weight, not {budget}"):
         SCHEMES["mixed"](budget=budget)
