@@ -29,7 +29,7 @@ def evaluate(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> di
         raise UserError("eval.split is not set: it names what to score on")
     found = Path(directory) / loop.ADAPTER
     if not found.is_dir():
-        raise UserError(f"{directory} holds no finished run: there is no {found}")
+        raise UserError(f"{directory} holds no finished run: {found} does not exist")
     model = load.load_adapted(found, run.model.name, model=run.options, param_dtype=run.model.param_dtype)
     params = jax.device_put(model.params, sharding.parameter_shardings(model.params, run.mesh))
     return run.scorer.scores(params) | run.scorer.texts(params)[0]

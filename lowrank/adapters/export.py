@@ -75,7 +75,7 @@ def check_codes(codes: str) -> str:
 
 def _requantised(base: Pretrained) -> Rounding:
     if not base.quantized:
-        raise UserError(f"{base.name} was not quantised as it was read: there is no scheme to quantise the merge by")
+        raise UserError(f"{base.name} was read without model.quantize, whose scheme the merge needs")
     again = build_rounding({k: v for k, v in base.quantized.items() if k != "param_dtype"})
     return lambda kernel: np.asarray(again.form(jnp.asarray(kernel, jnp.float32), "float32").materialize())
 

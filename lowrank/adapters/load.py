@@ -45,7 +45,7 @@ def _base(spec: str | None, recorded: str | None, directory: str | os.PathLike[s
     except UserError as e:
         if spec:
             raise
-        where = f"the adapter in {directory} records {recorded!r} as its base"
+        where = f"the adapter in {directory} has the base {recorded!r}"
         raise UserError(f"{where}: {e} (spec, or --base=MODEL, says where it is)") from None
 
 

@@ -30,6 +30,8 @@ def plural(count: int, noun: str) -> str:
 
 
 def _plural_of(noun: str) -> str:
+    if noun.endswith("f"):
+        return f"{noun[:-1]}ves"
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return f"{noun[:-1]}ies"
     return f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank.core import tree, weight
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.core.typing import PyTree
 
 P = PartitionSpec
@@ -62,7 +62,7 @@ def make_mesh_of_devices(devices: Sequence[Any], data: int = -1, fsdp: int = 1, 
     total = math.prod(sizes)
     whole = -1 in (data, fsdp, tensor) or jax.process_count() > 1
     if not 0 < total <= len(devices) or (whole and total != len(devices)):
-        raise UserError(f"mesh {where} does not fit {len(devices)} devices")
+        raise UserError(f"mesh {where} does not fit {plural(len(devices), 'device')}")
     # Auto: the compiler places the collectives. jax.make_mesh would default to explicit axes.
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:total])
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.core.typing import Tokenizer
 from lowrank.data.render import Piece
 
@@ -44,7 +44,8 @@ def fit(
     around = len(build("")[0])
     if around > limit:
         raise UserError(
-            f"{where}: {around} tokens without the text that may be cut; at most {limit} fit: raise data.seq_len"
+            f"{where}: {plural(around, 'token')} without the text that may be cut; at most {limit} fit: "
+            "raise data.seq_len"
         )
     keep, excess = limit - around, 1
     while excess > 0:

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 from grain.experimental import FlatMapIterDataset, FlatMapTransform, ThreadPrefetchIterDataset
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.core.typing import Tokenizer
 from lowrank.data import packing
 from lowrank.data.config import DataConfig
@@ -45,9 +45,9 @@ def make_loader(
     an unknown dataset, split, template or field, a record without a field or with an empty completion, no records.
     """
     if max_positions is not None and config.seq_len > max_positions:
-        raise UserError(f"data.seq_len={config.seq_len} exceeds the model's {max_positions} positions")
+        raise UserError(f"data.seq_len={config.seq_len} exceeds the model's {plural(max_positions, 'position')}")
     if config.batch_size % process_count:
-        raise UserError(f"data.batch_size={config.batch_size} is not divisible by {process_count} hosts")
+        raise UserError(f"data.batch_size={config.batch_size} is not divisible by {plural(process_count, 'host')}")
     examples = Examples(config, row_format, tokenizer)
     rows = [_rows(config, row_format, examples, order, tokenizer.pad_id) for order in _orders(config, examples)]
     streams = [packing.batch(stream, row_format.arrays, config.batch_size) for stream in rows]
@@ -67,7 +67,8 @@ def _orders(config: DataConfig, examples: Examples) -> list[grain.MapDataset]:
         return [grain.MapDataset.range(size)]
     if not 0 < held < size:
         raise UserError(
-            f"data.holdout={config.holdout} cuts {size} records into {size - held} and {held}: each part needs records"
+            f"data.holdout={config.holdout} cuts {plural(size, 'record')} into {size - held} and {held}: "
+            "each part needs records"
         )
     apart = np.arange(held) * size // held  # spread evenly: records are often in the order of their classes
     return [grain.MapDataset.source(part.tolist()) for part in (np.setdiff1d(np.arange(size), apart), apart)]

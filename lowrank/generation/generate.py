@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from lowrank.core import sharding
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.core.typing import BatchInfo, Bind, PyTree
 from lowrank.data import encode
 from lowrank.generation.prompt_batches import left_pad, padded
@@ -68,9 +68,9 @@ def _check_fit(config: Any, lengths_B: np.ndarray, max_new: int) -> None:
     if min(lengths_B) < 1:
         raise UserError("a prompt is empty: generation needs at least one token to continue")
     if max(lengths_B) + max_new + config.num_virtual_tokens > config.max_length:
-        virtual = f" + {config.num_virtual_tokens} virtual tokens" if config.num_virtual_tokens else ""
-        total = f"a prompt of {max(lengths_B)} tokens{virtual} + max_new={max_new}"
-        raise UserError(f"{total} exceeds the model's {config.max_length} positions")
+        virtual = f" + {plural(config.num_virtual_tokens, 'virtual token')}" if config.num_virtual_tokens else ""
+        total = f"a prompt of {plural(max(lengths_B), 'token')}{virtual} + max_new={max_new}"
+        raise UserError(f"{total} exceeds the model's {plural(config.max_length, 'position')}")
 
 
 def lowered(

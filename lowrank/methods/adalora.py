@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from lowrank.core import weight
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.lora import bind_dropout
@@ -58,7 +58,8 @@ def adalora(
     def optimizer(plain: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
         first, last = targets.count_steps(tinit, steps), steps - targets.count_steps(tfinal, steps)
         if not first < last:
-            raise UserError(f"method.tinit {tinit} and method.tfinal {tfinal} leave none of {steps} steps to prune in")
+            run = plural(steps, "step")
+            raise UserError(f"method.tinit {tinit} and method.tfinal {tfinal} leave none of {run} to prune in")
         share = functools.partial(kept_share, first=first, last=last, ratio=target_rank / init_rank)
         return allocate_budget(plain, share, first, last, deltaT, beta1, beta2)
 

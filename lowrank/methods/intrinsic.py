@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core import tree, weight
-from lowrank.core.errors import UserError, unknown
+from lowrank.core.errors import UserError, plural, unknown
 from lowrank.core.typing import PyTree
 from lowrank.methods.method import SHARED, Method
 from lowrank.methods.projections import CHUNK, PROJECTIONS, Shape, project
@@ -36,7 +36,8 @@ def intrinsic(
             raise UserError(f"method.dim={dim} is larger than the {total} parameters that {target!r} matches")
         length = dim - sum(s.size for s in scales.values())
         if length < 1:
-            raise UserError(f"method.dim={dim} leaves no vector beside SAID's {dim - length} scales, one a layer")
+            beside = f"SAID's {plural(dim - length, 'scale')}, one per layer"
+            raise UserError(f"method.dim={dim} leaves no vector beside {beside}: raise it")
         return {"intrinsic": jnp.zeros(length, jnp.float32), **({"said": scales} if said else {})}
 
     def bind(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from lowrank.core import config_schema
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.methods import targets
 from lowrank.methods.method import Method
 from lowrank.methods.quantized_base import LINEAR, check_finite
@@ -28,7 +28,9 @@ def qa_lora(rank: int = 8, alpha: float = 16.0, target: str = LINEAR, block: int
         targets.check_kernel(name)
         check_finite(name, w)
         if rank > min(-(-w.shape[-2] // block), w.shape[-1]):
-            raise UserError(f"rank {rank} is larger than min(groups, out) of {name}, in groups of {block} inputs")
+            raise UserError(
+                f"rank {rank} is larger than min(groups, out) of {name}, in groups of {plural(block, 'input')}"
+            )
         return form.attach(key, w, rank=rank, alpha=alpha, block=block, quantize=make)
 
     return Method(rules=((target, adapt),))

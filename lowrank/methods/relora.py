@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank.core import config_schema, tree, weight
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.lora import lora
@@ -48,7 +48,8 @@ def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:
         between = restarts.interval(steps)
         rise = max(1, targets.count_steps(warmup, between))
         if between >= steps:
-            raise UserError(f"method.every {every} is no less than the run's {steps} steps: it would never restart")
+            run = f"the run's {plural(steps, 'step')}"
+            raise UserError(f"method.every {every} is not less than {run}: it would never restart")
         if rise > between:
             raise UserError(f"method.warmup {warmup} is longer than method.every {every}")
         return restart_optimizer(plain, between, rise)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from lowrank.core.errors import UserError, unknown
+from lowrank.core.errors import UserError, plural, unknown
 from lowrank.methods import targets
 from lowrank.methods.balance import balance_regularizer, check_share
 from lowrank.methods.method import Hooks, Method
@@ -30,7 +30,7 @@ def smore(
     """
     targets.check_positive(rank=rank, gate=gate, scale=scale)
     if not experts or len(experts) != len(fanout):
-        raise UserError(f"method.experts has {len(experts)} levels and method.fanout {len(fanout)}")
+        raise UserError(f"method.experts has {plural(len(experts), 'level')} and method.fanout {len(fanout)}")
     for count, below in zip(experts, fanout, strict=True):
         check_share("fanout", below, count, balance)
     if activation not in forest.ACTIVATIONS:

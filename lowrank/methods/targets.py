@@ -27,9 +27,9 @@ def count_steps(given: float, whole: int) -> int:
 
 
 def check_kernel(name: str) -> None:
-    """Raises UserError for a target that is no kernel."""
+    """Raises UserError for a target that is not a kernel."""
     if not name.endswith("kernel"):
-        raise UserError(f"{name} is no kernel: only kernels [..., in, out] take such an update")
+        raise UserError(f"{name} is not a kernel: only kernels [..., in, out] take this update, change the target")
 
 
 def check_rank(name: str, shape: tuple[int, ...], rank: int) -> None:

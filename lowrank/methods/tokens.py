@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.core.typing import PyTree
 from lowrank.methods.method import Context, Export, Hooks, Method
 from lowrank.weights import token_embeddings as form
@@ -56,7 +56,7 @@ def token_method(tokens: Sequence[int | str] | int | str, setting: str) -> Metho
             if isinstance(token, int) and not -vocabulary <= token < vocabulary:
                 raise UserError(f"{setting}: {token} is not an id of the vocabulary of {vocabulary}")
         if len(wanted) > vocabulary:
-            raise UserError(f"{setting} names {len(wanted)} tokens of a vocabulary of {vocabulary}")
+            raise UserError(f"{setting} names {plural(len(wanted), 'token')} of a vocabulary of {vocabulary}")
         ids = range(len(wanted)) if words else _counted(wanted, vocabulary, setting)
         return form.attach(w, jnp.array(ids, jnp.int32))
 
@@ -86,5 +86,5 @@ def _id(word: str, tokenizer: Any, setting: str) -> int:
     found = tokenizer.backend.token_to_id(word)
     ids = [found] if found is not None else tokenizer.encode(word)
     if len(ids) != 1:
-        raise UserError(f"{setting}: {word!r} is {len(ids)} tokens, not one")
+        raise UserError(f"{setting}: {word!r} is {plural(len(ids), 'token')}, not one")
     return ids[0]

@@ -101,7 +101,8 @@ def _hf_config(base: Pretrained, dtype: str, labels: Sequence[str]) -> dict[str,
         if field.name not in unrecorded and value != getattr(source, field.name):
             raise UserError(f"model.{field.name}={value!r} cannot be written to a {base.family} config.json")
     if labels and len(labels) != config.num_labels:
-        raise UserError(f"{plural(len(labels), 'label')} cannot name the {config.num_labels} classes of the model")
+        names, classes = plural(len(labels), "label"), plural(config.num_labels, "class")
+        raise UserError(f"{names} cannot name the model's {classes}: give one per class")
     merged = {**recorded, "architectures": ours["architectures"], "torch_dtype": dtype}
     merged.setdefault("pad_token_id", base.tokenizer.pad_id)
     if config.num_labels:

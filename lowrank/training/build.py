@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from lowrank import data, methods, models, pretrained
 from lowrank.core import config_schema, parameter_summary, sharding
-from lowrank.core.errors import UserError, unknown
+from lowrank.core.errors import UserError, plural, unknown
 from lowrank.core.typing import PyTree, Tokenizer
 from lowrank.evaluation.evaluator import EvalConfig, Evaluator
 from lowrank.methods import Method
@@ -107,7 +107,8 @@ def _check_model(groups: _Groups, shape: Any) -> None:
     if shape.num_virtual_tokens and groups.data.seq_len > shape.max_length - shape.num_virtual_tokens:
         length = f"data.seq_len={groups.data.seq_len}"
         raise UserError(
-            f"{length} and {shape.num_virtual_tokens} virtual tokens exceed the model's {shape.max_length} positions"
+            f"{length} and {plural(shape.num_virtual_tokens, 'virtual token')} exceed the model's "
+            f"{plural(shape.max_length, 'position')}"
         )
 
 

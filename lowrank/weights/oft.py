@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, frozen, materialize, static, trainable
 from lowrank.weights.rotation import cayley, rotate
 
@@ -77,8 +77,8 @@ def attach_butterfly(w: Any, *, block: int, factors: int) -> BOFT:
     wide_block = block * 2 ** (factors - 1)
     if w.shape[-2] % wide_block or (factors > 1 and block % 2):
         raise UserError(
-            f"{factors} butterfly factors of block {block} need an even block and a multiple of {wide_block} inputs, "
-            f"not {w.shape[-2]}: choose another method.block or fewer factors"
+            f"{factors} butterfly factors of block {block} need an even block and a multiple of "
+            f"{plural(wide_block, 'input')}, not {w.shape[-2]}: choose another method.block or fewer factors"
         )
     s = jnp.ones((*w.shape[:-2], w.shape[-1]), jnp.float32)
     return BOFT(base=w, skew=_zeros(w, block, (factors,), w.shape[-2] // block), s=s)
@@ -87,6 +87,7 @@ def attach_butterfly(w: Any, *, block: int, factors: int) -> BOFT:
 def _zeros(w: Any, block: int, factors: tuple[int, ...], count: int) -> jax.Array:
     if not 2 <= block <= w.shape[-2] or w.shape[-2] % block:
         raise UserError(
-            f"block {block} does not divide the {w.shape[-2]} inputs: method.block must be a divisor of at least 2"
+            f"block {block} does not divide the {plural(w.shape[-2], 'input')}: "
+            "method.block must be a divisor of at least 2"
         )
     return jnp.zeros((*w.shape[:-2], *factors, count, block * (block - 1) // 2), jnp.float32)

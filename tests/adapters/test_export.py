@@ -120,7 +120,7 @@ def test_an_adapter_that_names_no_base_asks_for_one(base, tmp_path):
     with pytest.raises(UserError, match="does not say what its base is"):
         load.load_adapted(tmp_path)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "tiny-llama"}))
-    with pytest.raises(UserError, match=r"records 'tiny-llama' as its base: unknown model .* --base=MODEL, says where"):
+    with pytest.raises(UserError, match=r"has the base 'tiny-llama': unknown model .* --base=MODEL, says where"):
         load.load_adapted(tmp_path)
 
 

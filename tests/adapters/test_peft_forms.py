@@ -62,7 +62,7 @@ def saved(base, tmp_path_factory):
         (
             "boft",
             {"boft_n_butterfly_factor": 4},
-            "block size 4 is not possible for a kernel of 16 inputs and boft_n_butterfly_factor=4",
+            "block size 4 and boft_n_butterfly_factor=4 do not divide 16 inputs",
         ),
         ("boft", {"boft_block_num": 4}, "needs one of boft_block_size and boft_block_num"),
     ],

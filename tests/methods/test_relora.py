@@ -90,7 +90,7 @@ def test_what_is_saved_is_the_trained_model(files, whole):
 @pytest.mark.parametrize(
     ("arg", "message"),
     [
-        ("method=relora,every=8,rank=2,warmup=1", "method.every 8 is no less than the run's 8 steps"),
+        ("method=relora,every=8,rank=2,warmup=1", "method.every 8 is not less than the run's 8 steps"),
         ("method=relora,every=4,rank=2,warmup=5", "method.warmup 5 is longer than method.every 4"),
         ("method=relora,every=0", "method.every must be positive"),
         ("method=relora,rnak=2", "did you mean 'method.rank'"),

@@ -82,7 +82,7 @@ def test_a_classifier_keeps_its_labels(tmp_path):
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert config["id2label"] == {"0": "sport", "1": "tech"}
     assert_same(load(str(out), model={"num_labels": 2}).params, base.params)
-    with pytest.raises(UserError, match="3 labels cannot name the 2 classes"):
+    with pytest.raises(UserError, match="3 labels cannot name the model's 2 classes"):
         export(base.params, base, tmp_path / "more", labels=["a", "b", "c"])
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 
 
 def split_blocks(w: jax.Array, block: int, per_byte: int) -> jax.Array:
@@ -15,7 +15,7 @@ def split_blocks(w: jax.Array, block: int, per_byte: int) -> jax.Array:
     Raises UserError unless `block` is a positive multiple of `per_byte`, the number of codes in a byte.
     """
     if block < 1 or block % per_byte:
-        raise UserError(f"a block cannot have {block} rows: it must have a positive multiple of {per_byte}")
+        raise UserError(f"a block cannot have {plural(block, 'row')}: it must have a positive multiple of {per_byte}")
     missing = -w.shape[-2] % block
     padded = jnp.pad(w.astype(jnp.float32), [(0, 0)] * (w.ndim - 2) + [(0, missing), (0, 0)])
     return padded.reshape(*w.shape[:-2], -1, block, w.shape[-1])

@@ -13,7 +13,7 @@ import numpy as np
 from lowrank.adapters.peft import match
 from lowrank.adapters.peft.forms import ranked
 from lowrank.adapters.peft.forms.form import WHERE, Layer, Part, PeftForm, Settings
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.core.typing import HostArrays
 from lowrank.weights.oft import BOFT, OFT
 from lowrank.weights.rotation import block_size
@@ -120,9 +120,7 @@ def _boft_shape(n_in: int, n_out: int, s: Settings) -> tuple[int, ...]:
     del n_out
     b, factors = s["block"] or n_in // s["count"], s["factors"]
     if not isinstance(factors, int) or factors < 1 or n_in % (b * 2 ** (factors - 1)) or (factors > 1 and b % 2):
-        raise UserError(
-            f"the block size {b} is not possible for a kernel of {n_in} inputs and boft_n_butterfly_factor={factors}"
-        )
+        raise UserError(f"block size {b} and boft_n_butterfly_factor={factors} do not divide {plural(n_in, 'input')}")
     return (factors, n_in // b, b, b)
 
 
