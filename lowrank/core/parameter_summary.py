@@ -1,4 +1,4 @@
-"""What every rule of a run matched, and how much of the model is trained."""
+"""A summary of a run's parameters: the weights that each rule matched, and the sizes of model and adapter."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,23 +12,23 @@ from lowrank.core.typing import PyTree
 
 
 def rule_table(rules: Sequence[tuple[str, Sequence[str]]], params: PyTree, mask: PyTree) -> str:
-    """A text table of what each rule matched, then what is trained in all, in parameters and bytes.
+    """A text table of the weights that each rule matched, and a last line with the trained parameters and bytes.
 
-    `parameters` are the kernels as shaped and what forms add to learn; scales and caches count only as bytes.
-    Ranks that are padded to the largest of their stack count as stored.
+    The parameters are the entries of the kernels and the learned arrays of forms; scales and caches count as bytes
+    only. Ranks that are padded to the largest of their stack count with their padding.
 
     Args:
-      rules: `(pattern, names)` of matched weights or leaves, as `lowrank.methods.matches` gives them.
-      params: the parameters after the rules were applied; arrays or ShapeDtypeStructs.
-      mask: as `lowrank.core.weight.declared_mask` gives it.
+      rules: `(pattern, names)` of the matched weights or leaves, from `lowrank.methods.matches`.
+      params: the parameters after the rules were applied, as arrays or ShapeDtypeStructs.
+      mask: the tree of bools of `lowrank.core.weight.declared_mask`.
     """
     items = dict(_items(params, mask))
     rows: list[tuple[str, ...]] = [("rule", "makes", "leaves", "layers", "parameters", "trained")]
     for pattern, names in rules:
-        hits = [items[name] for name in names]
-        stacks = {name.split("/")[0]: item["layers"] for name, item in zip(names, hits, strict=True)}
-        numbers = [len(names), sum(stacks.values()), *(sum(h[k] for h in hits) for k in ("params", "trained"))]
-        rows.append((pattern, ", ".join(sorted({h["makes"] for h in hits})), *(f"{n:,}" for n in numbers)))
+        counts = [items[name] for name in names]
+        stacks = {name.split("/")[0]: count["layers"] for name, count in zip(names, counts, strict=True)}
+        numbers = [len(names), sum(stacks.values()), *(sum(c[k] for c in counts) for k in ("params", "trained"))]
+        rows.append((pattern, ", ".join(sorted({c["makes"] for c in counts})), *(f"{n:,}" for n in numbers)))
     sums = count_parameters(params, mask)
     share = f"{sums['trained_params']:,} of {sums['total_params']:,} parameters ({sums['trained_percent']:.4g} %)"
     size = f"{_size(sums['trained_bytes'])} of {_size(sums['total_bytes'])}"
@@ -36,9 +36,9 @@ def rule_table(rules: Sequence[tuple[str, Sequence[str]]], params: PyTree, mask:
 
 
 def count_parameters(params: PyTree, mask: PyTree) -> dict[str, float]:
-    """Counted as `rule_table` does: `{trained,total}_params`, `{trained,total}_bytes`, `trained_percent`."""
-    whole = set(tree.leaf_names(params, weight.is_weight))
-    items = [item for name, item in _items(params, mask) if name in whole]
+    """The `{trained,total}_params`, `{trained,total}_bytes` and `trained_percent`, counted as in `rule_table`."""
+    weights = set(tree.leaf_names(params, weight.is_weight))
+    items = [item for name, item in _items(params, mask) if name in weights]
     trained, total = sum(i["trained"] for i in items), sum(i["params"] for i in items)
     return {
         "trained_params": trained,
@@ -50,7 +50,7 @@ def count_parameters(params: PyTree, mask: PyTree) -> dict[str, float]:
 
 
 def _items(params: PyTree, mask: PyTree) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The counts of every weight, and of every leaf (which may be part of one)."""
+    """`(name, counts)` of every weight and of every leaf, which may be a part of a weight."""
     learns = dict(tree.named_leaves(mask))
     added = dict(tree.named_leaves(weight.declared_mask(params)))
     for name, node in tree.named_leaves(params, weight.is_weight):
@@ -58,8 +58,8 @@ def _items(params: PyTree, mask: PyTree) -> Iterator[tuple[str, dict[str, Any]]]
         for leaf_name, leaf in inside:
             yield leaf_name, _count(leaf_name, "train", leaf.size, [leaf], [leaf] if learns[leaf_name] else [])
         if weight.is_weight(node):
-            kept = math.prod(node.shape) if node.stored or hasattr(node, "base") else 0  # else it is learned itself
-            size = kept + sum(leaf.size for n, leaf in inside if added[n])
+            base = math.prod(node.shape) if node.stored or hasattr(node, "base") else 0  # otherwise it is all learned
+            size = base + sum(leaf.size for n, leaf in inside if added[n])
             trained = [leaf for n, leaf in inside if learns[n]]
             yield name, _count(name, _form(node), size, [leaf for _, leaf in inside], trained)
 
@@ -76,13 +76,13 @@ def _count(name: str, makes: str, params: int, leaves: list[Any], trained: list[
 
 
 def _form(w: Any) -> str:
-    """`LoRA`, or `LoRA(NF4)` where one form wraps another."""
+    """The title of a form, such as `LoRA`, or `LoRA(NF4)` if it wraps another form."""
     base = getattr(w, "base", None)
     return f"{w.title}({_form(base)})" if weight.is_weight(base) else w.title
 
 
 def bits_per_element(dtype: Any) -> int:
-    """Of one number: int4 takes half a byte, which its itemsize does not say."""
+    """The bits of one element; int4 takes half a byte, although its itemsize is 1."""
     if isinstance(dtype, str):
         dtype = jnp.dtype(dtype)
     return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
@@ -97,10 +97,10 @@ def _size(count: float) -> str:
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """The rows in columns of equal width: words to the left, numbers to the right."""
-    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    """The lines of a table with a rule below its header: words are aligned to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [
-        [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True))] for row in rows
+        [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))] for row in rows
     ]
     lines = ["  ".join(row).rstrip() for row in cells]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

@@ -1,7 +1,7 @@
-"""The mesh, and ordered `(regex, PartitionSpec)` rules from leaf names to shardings.
+"""The mesh, and the shardings of parameters by ordered rules `(regex, PartitionSpec)` for leaf names.
 
-A spec lines up with a leaf's last dimensions, so one rule serves a kernel `[in, out]` and a stack `[layers, in, out]`.
-Rules name the leaves of models; what a form adds to its kernel declares its own layout.
+A spec applies to a leaf's last dimensions, so one rule serves a kernel `[in, out]` and a stack `[layers, in, out]`.
+The rules name the leaves of models; the arrays that a form adds to its kernel declare their own axes.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 _SUBLAYER = r"(layers|top)/(attn|mlp|mlp/experts|mlp/shared)"
-# The names of plain leaves and of whole weights. A form's own arrays lie as its fields declare, beside their kernel.
+# The names of plain leaves and of weights. The arrays inside a form follow the axes that its fields declare.
 DEFAULT_RULES: Rules = (
     (r"(.*/)?(bias|scale)", P()),
     (rf"{_SUBLAYER}/(q|k|v|qkv|gate|up)/kernel", P("fsdp", "tensor")),  # sharded over its outputs
@@ -44,37 +44,47 @@ DEFAULT_RULES: Rules = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh with axes `data, fsdp, tensor`; one size may be -1: the devices that the others leave.
+    """A mesh of this run's devices with axes `data, fsdp, tensor`; one size may be -1, which takes all other devices.
 
-    Raises UserError when the sizes do not fit the devices. In one process a smaller mesh takes the first devices.
+    In one process, a mesh smaller than the number of devices takes the first of them. Raises UserError if the sizes do
+    not fit the devices.
     """
     return make_mesh_of_devices(jax.devices(), data, fsdp, tensor)
 
 
 def make_mesh_of_devices(devices: Sequence[Any], data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """As `make_mesh`, of the given devices; they need not be here, as long as programs are only compiled for them."""
+    """A mesh of the given devices with axes `data, fsdp, tensor`; one size may be -1, which takes all other devices.
+
+    The devices may belong to another machine, if programs are compiled for them only. Raises UserError if the sizes do
+    not fit the devices.
+    """
     sizes = [data, fsdp, tensor]
-    where = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    axes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh {where}: sizes are positive, and one may be -1")
+        raise UserError(f"the mesh {axes} is not valid: its sizes must be positive, except that one may be -1")
     rest = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // rest if size == -1 else size for size in sizes]
     total = math.prod(sizes)
-    whole = -1 in (data, fsdp, tensor) or jax.process_count() > 1
-    if not 0 < total <= len(devices) or (whole and total != len(devices)):
-        raise UserError(f"mesh {where} does not fit {plural(len(devices), 'device')}")
-    # Auto: the compiler places the collectives. jax.make_mesh would default to explicit axes.
+    needs_all = -1 in (data, fsdp, tensor) or jax.process_count() > 1
+    if not 0 < total <= len(devices) or (needs_all and total != len(devices)):
+        raise UserError(
+            f"the mesh {axes} does not fit {plural(len(devices), 'device')}: the product of its sizes must be their "
+            "number"
+        )
+    # With Auto the compiler places the collectives; the default of jax.make_mesh is explicit axes.
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:total])
 
 
 def parameter_shardings(params: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PyTree:
     """A NamedSharding for each leaf (array or shape), by the first rule that matches the name of its weight.
 
-    The arrays of a form lie as its fields declare (`weight.trainable`): along the kernel's inputs and outputs as the
-    kernel's rule says. A field that runs along one of these alone, as a low-rank factor does, is sharded over `fsdp`
-    too where the kernel is: each device then holds its part of adapter and moments, and the factors of a layer are
-    gathered for a turn, as the kernel is. A leaf that no rule matches raises UserError. A dimension that its mesh axes
-    do not divide is replicated over the last of these, and so is a leaf with fewer dimensions than its spec.
+    A field of a form is sharded along the axes that it declares (`weight.trainable`), as the kernel's rule shards the
+    kernel's inputs and outputs. A field that runs along one of these only, such as a low-rank factor, is sharded over
+    `fsdp` too if the kernel is. Each device then holds its part of the adapter and of the moments, and the factors of a
+    layer are gathered when it is computed, as the kernel is.
+
+    A dimension that its mesh axes do not divide is replicated over the last of them. A leaf with fewer dimensions than
+    its spec is replicated. Raises UserError for a leaf that no rule matches.
     """
 
     def place(name: str, w: Any) -> Any:
@@ -111,28 +121,31 @@ def _fit(spec: PartitionSpec, leaf: Any, mesh: Mesh) -> NamedSharding:
 
 
 def _dividing(axes: tuple[str, ...], size: int, mesh: Mesh) -> Any:
-    """As many of the mesh axes, from the first on, as divide a dimension of this size; None if none do."""
+    """The most mesh axes, from the first on, whose product divides a dimension of this size; None if none do."""
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):
         axes = axes[:-1]
     return axes[0] if len(axes) == 1 else axes or None
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a value that every device holds whole."""
+    """The sharding of a value that is replicated on every device."""
     return NamedSharding(mesh, P())
 
 
 def mesh_context(arrays: PyTree) -> contextlib.AbstractContextManager:
-    """A context in which programs are traced for the mesh that `arrays` lie on, if it is one."""
+    """A context in which programs are traced for the mesh of `arrays`, if they have one."""
     placed = (getattr(x, "sharding", None) for x in jax.tree.leaves(arrays))
     mesh = next((s.mesh.abstract_mesh for s in placed if isinstance(s, NamedSharding)), None)
     return jax.sharding.use_abstract_mesh(mesh) if mesh else contextlib.nullcontext()
 
 
 def optimizer_shardings(optimizer: Any, state: PyTree, trained: PyTree, mesh: Mesh) -> PyTree:
-    """Shardings of an optimizer state (shapes): what has its parameter's shape follows it, the rest is replicated."""
+    """The shardings of an optimizer state (shapes).
 
-    def masked(leaf: Any) -> bool:  # the place of a parameter that another label group has
+    An array of its parameter's shape has its parameter's sharding, and the others are replicated.
+    """
+
+    def masked(leaf: Any) -> bool:  # stands for a parameter of another label group
         return isinstance(leaf, optax.MaskedNode)
 
     def follow(leaf: Any, param: Any) -> Any:
@@ -144,34 +157,37 @@ def optimizer_shardings(optimizer: Any, state: PyTree, trained: PyTree, mesh: Me
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """How many parts the rows of a batch are split into."""
+    """The number of shards of a batch's rows."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch_size(size: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises UserError when a global batch does not divide into microbatches over the mesh, or over the hosts."""
+    """Raises UserError if a global batch does not divide into microbatches over the mesh, or over the hosts."""
     shards = num_batch_shards(mesh)
     if size % (shards * accumulate):
         raise UserError(
-            f"data.batch_size {size} is not divisible by the mesh: data {mesh.shape['data']} x fsdp "
-            f"{mesh.shape['fsdp']} x optim.accumulate {accumulate} = {shards * accumulate}"
+            f"data.batch_size {size} is not divisible by {shards * accumulate}, the product of mesh.data "
+            f"{mesh.shape['data']}, mesh.fsdp {mesh.shape['fsdp']} and optim.accumulate {accumulate}: use a multiple"
         )
     local = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,)).values()
     rows = {i for index in local if index for i in range(*index[0].indices(size))}
     if len(rows) * len({device.process_index for device in mesh.devices.flat}) != size:
-        raise UserError("mesh.tensor must stay within a host: each host feeds its own part of the batch")
+        raise UserError(
+            f"mesh.tensor {mesh.shape['tensor']} spans several hosts, each of which loads its own rows of the batch: "
+            "choose a size that divides the devices of one host"
+        )
 
 
 def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows of a batch as global arrays, split over `data` and `fsdp`."""
+    """Global arrays, sharded over `data` and `fsdp`, of which `batch` holds this host's rows."""
     sharding = NamedSharding(mesh, BATCH)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def shard_batch_axis(x: jax.Array) -> jax.Array:
-    """`x` `[B, ...]` with its rows divided over the mesh that the program is traced for, if that divides them.
+    """`x` `[B, ...]` with its rows sharded over the mesh of the program, if its `data` and `fsdp` axes divide them.
 
-    The compiler decides on the other dimensions. The mesh is the one `jax.sharding.use_abstract_mesh` tells.
+    The mesh is that of `jax.sharding.use_abstract_mesh`. The compiler decides on the other dimensions.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in ("data", "fsdp") if not mesh.empty and mesh.shape.get(axis, 1) > 1)

@@ -1,6 +1,6 @@
-"""Leaf names, ordered `(regex, value)` rules that must match, split and join, and trees as `{leaf name: leaf}`.
+"""Trees by leaf name: names, patterns that must match, split and join, and flat dicts `{leaf name: leaf}`.
 
-A leaf's name is its path joined by slashes, fields of weights included: `layers/attn/q/kernel/a`.
+A leaf's name is its path joined by slashes, including the fields of forms: `layers/attn/q/kernel/a`.
 """
 
 import re
@@ -22,7 +22,7 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 def stack_depth(name: str) -> int:
-    """How many leading axes of a leaf count layers and experts, before the axes of one vector or kernel."""
+    """The number of leading axes of a leaf that index layers and experts, before the axes of one vector or kernel."""
     root, *parts = name.split("/")
     experts = parts[:2] == ["mlp", "experts"] or (parts[:2] == ["mlp", "routed"] and parts[2:3] != ["router"])
     return (root in STACKS) * (1 + experts)
@@ -39,21 +39,24 @@ def leaf_names(tree: PyTree, is_leaf: IsLeaf = None) -> list[str]:
 
 
 def map_named(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, is_leaf: IsLeaf = None) -> PyTree:
-    """`jax.tree.map` whose function also receives the leaf's name first."""
+    """`jax.tree.map` with a function `fn(name, *leaves)` that gets the leaf's name first."""
     return jax.tree_util.tree_map_with_path(lambda p, *leaves: fn(path_name(p), *leaves), tree, *rest, is_leaf=is_leaf)
 
 
 def match_names(pattern: str, candidates: Iterable[str], what: str = "pattern") -> list[str]:
-    """The names that `pattern` matches in full. None, or a broken regex, raises UserError with the nearest name."""
+    """The names that `pattern` matches in full.
+
+    Raises UserError for a pattern that is not a regular expression, and for one that matches no name.
+    """
     candidates, regex = list(candidates), compile_regex(pattern, what)
-    hits = [name for name in candidates if regex.fullmatch(name)]
-    if not hits:
+    matches = [name for name in candidates if regex.fullmatch(name)]
+    if not matches:
         raise UserError(f"{what} {pattern!r} matches no leaf{nearest(pattern, candidates)}")
-    return hits
+    return matches
 
 
 def compile_regex(pattern: str, what: str = "pattern") -> re.Pattern[str]:
-    """`pattern` as a regular expression; a broken one raises UserError."""
+    """`pattern` as a compiled regular expression. Raises UserError if it is not one."""
     try:
         return re.compile(pattern)
     except re.error as e:
@@ -61,7 +64,7 @@ def compile_regex(pattern: str, what: str = "pattern") -> re.Pattern[str]:
 
 
 def first_match(rules: Sequence[tuple[str, Any]], name: str) -> Any:
-    """The value of the first rule whose regex matches `name` in full; none raises UserError."""
+    """The value of the first rule whose regex matches `name` in full. Raises UserError if no rule does."""
     for pattern, value in rules:
         if re.fullmatch(pattern, name):
             return value
@@ -69,14 +72,14 @@ def first_match(rules: Sequence[tuple[str, Any]], name: str) -> Any:
 
 
 def pattern_mask(tree: PyTree, patterns: Iterable[str], what: str = "pattern") -> PyTree:
-    """A tree of bools: True where some pattern matches the leaf's name. Every pattern must match something."""
-    everything = leaf_names(tree)
-    chosen = {name for pattern in patterns for name in match_names(pattern, everything, what)}
+    """A tree of bools: True where a pattern matches the leaf's name. Raises UserError for a pattern without a match."""
+    names = leaf_names(tree)
+    chosen = {name for pattern in patterns for name in match_names(pattern, names, what)}
     return map_named(lambda name, _: name in chosen, tree)
 
 
 def split(tree: PyTree, where: PyTree) -> tuple[PyTree, PyTree]:
-    """`(leaves where True, leaves where False)`: two trees of the same shape with None in the gaps."""
+    """`(leaves where True, leaves where False)`: two trees of the same structure, each with None for the other's."""
     chosen = jax.tree.map(lambda keep, leaf: leaf if keep else None, where, tree)
     rest = jax.tree.map(lambda keep, leaf: None if keep else leaf, where, tree)
     return chosen, rest
@@ -88,24 +91,27 @@ def join(chosen: PyTree, rest: PyTree) -> PyTree:
 
 
 def flatten_named(values: PyTree) -> Arrays:
-    """`{leaf name: leaf}` of any pytree (an optax state too). Two leaves of one name raise UserError."""
+    """`{leaf name: leaf}` of any pytree, such as an optax state. Raises UserError if two leaves have one name."""
     flat: Arrays = {}
     for name, leaf in named_leaves(values):
         if name in flat:
-            raise UserError(f"two leaves are called {name!r}: rename one, a checkpoint needs unique names")
+            raise UserError(f"two leaves have the name {name!r}, and a checkpoint needs unique names: rename one")
         flat[name] = leaf
     return flat
 
 
 def unflatten_named(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
-    """The tree of `like`'s structure with the leaves of `flat`: the inverse of `flatten_named`, strict about names."""
+    """A tree with the structure of `like` and the leaves of `flat`, the inverse of `flatten_named`.
+
+    Raises UserError unless `flat` has exactly the names of `like`.
+    """
     wanted = flatten_named(like)
     check_same_names(wanted, flat, "the tree")
     return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in wanted])
 
 
 def check_same_names(wanted: Mapping[str, Any], found: Iterable[str], where: str) -> None:
-    """Raises UserError, with the nearest name, where `found` lacks a name of `wanted` or has another one."""
+    """Raises UserError, with the nearest name, if `found` lacks a name of `wanted` or has one that is not in it."""
     found = list(found)
     for name in wanted:
         if name not in found:

@@ -1,9 +1,9 @@
-"""A weight is anything that can be multiplied.
+"""A weight is anything that can be multiplied: the base class of all forms, and the products that models call.
 
-A `Weight` stands where a kernel `[..., in, out]` stood. Models call `dot`, `affine`, `take` and, for experts,
-`grouped`, and know no method; plain arrays are weights too. A form is a frozen dataclass registered as a pytree; its
-fields say what they are: `trainable()` is learned, `frozen()` is kept, `static()` is not an array; and how they lie
-beside the kernel (`axes`), for sharding, and whether weight decay acts on them (`decay`).
+A `Weight` takes the place of a kernel `[..., in, out]`. Models call `dot`, `affine`, `take` and, for experts,
+`grouped`, and know no method; plain arrays are weights too. A form is a frozen dataclass that is registered as a
+pytree. Its fields are declared by `trainable()` (learned), `frozen()` (not learned) or `static()` (not an array). They
+also declare their axes beside the kernel's (`axes`), for sharding, and whether weight decay acts on them (`decay`).
 """
 
 import dataclasses
@@ -22,30 +22,30 @@ from lowrank.core.typing import PyTree
 from lowrank.kernels import half_precision_matmul
 from lowrank.kernels.grouped_matmul.dispatch import ragged_dot
 
-PRODUCT = "product"  # what `dot`, `affine` and `grouped` name their results, for remat=dots to save them
-ROUTER = "router"  # the name, beside a layer's modules, of what makes gates of the layer's input
-Axes = tuple[str | None, ...]  # what each of the last dimensions of a field runs along: "in", "out" or None
-KERNEL: Axes = ("in", "out")  # the axes of a field that is laid out as the kernel is
+PRODUCT = "product"  # the checkpoint name of the results of `dot`, `affine` and `grouped`, which remat=dots saves
+ROUTER = "router"  # the name, beside a layer's modules, of the form that computes gates from the layer's input
+Axes = tuple[str | None, ...]  # the kernel's axis, "in" or "out", of each of a field's last dimensions, or None
+KERNEL: Axes = ("in", "out")  # the axes of a field with the kernel's layout
 F = TypeVar("F", bound=type)
 
 
 def trainable(*, axes: Axes = (), decay: bool = True, **kwargs: Any) -> Any:
-    """A field that is learned; `axes` name its last dimensions, and weight decay acts on it unless `decay` is off.
+    """A learned field; `axes` name its last dimensions, and weight decay acts on it unless `decay` is False.
 
-    An axis is `"in"` or `"out"`, a dimension that runs along the kernel's inputs or outputs and is sharded as those
-    are, or None, such as a rank. A field without axes is replicated. A field that is a form itself, such as a base,
-    declares its own fields. Vectors (magnitudes, gains) do not decay: they say so.
+    An axis is `"in"` or `"out"` for a dimension that runs along the kernel's inputs or outputs and is sharded as they
+    are, and None for another dimension, such as a rank. A field without axes is replicated. A field that is a form
+    itself, such as a base, declares its own fields. Vectors, such as magnitudes and gains, are declared without decay.
     """
     return dataclasses.field(metadata={"trainable": True, "axes": axes, "decay": decay}, **kwargs)
 
 
 def frozen(*, axes: Axes = (), **kwargs: Any) -> Any:
-    """A field that stays as it is: a base weight, codes, a scale. `axes` are as for `trainable`."""
+    """A field that is not trained, such as a base weight, codes or a scale; `axes` name its last dimensions."""
     return dataclasses.field(metadata={"trainable": False, "axes": axes, "decay": False}, **kwargs)
 
 
 def static(**kwargs: Any) -> Any:
-    """A field that is part of the type, not an array."""
+    """A field that is not an array: it belongs to the structure of the pytree."""
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
@@ -57,25 +57,28 @@ def form(cls: F) -> F:
 
 
 class Weight:
-    """What stands where a kernel `[..., in, out]` stood. A form overrides `dot` when it is used for speed."""
+    """The base class of forms, each of which takes the place of a kernel `[..., in, out]`.
 
-    stored: ClassVar[bool] = False  # a kernel in another storage, on which methods are put: it is no adapter
+    Its products materialize the kernel, which is correct and slow. A form overrides `dot` for speed.
+    """
+
+    stored: ClassVar[bool] = False  # True for a quantized or otherwise stored kernel, False for an adapter
     base: Any  # the weight that a form adapts; forms that only store a kernel lack it
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the kernel it stands for: `[..., in, out]`."""
+        """The shape `[..., in, out]` of the kernel."""
         return self.base.shape
 
     @property
     def dtype(self) -> Any:
-        """The dtype of the kernel it stands for."""
+        """The dtype of the kernel."""
         return self.base.dtype
 
     @property
     def title(self) -> str:
-        """What tables call it."""
+        """The form's name in tables."""
         return type(self).__name__
 
     def materialize(self) -> jax.Array:
@@ -83,7 +86,7 @@ class Weight:
         raise NotImplementedError(type(self).__name__)
 
     def dot(self, x: jax.Array) -> jax.Array:
-        """`x @ materialize()` for `x: [..., in]`; correct and slow unless a form overrides it."""
+        """`x @ materialize()` for `x: [..., in]`."""
         return dot(x, self.materialize())
 
     def affine(self, x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -91,30 +94,30 @@ class Weight:
         return _add_bias(self.dot(x), bias)
 
     def merged_bias(self, bias: jax.Array) -> jax.Array:
-        """The bias that goes with `materialize()`."""
+        """The bias of the layer whose kernel is `materialize()`."""
         return bias
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """`x[i] @ materialize()[g]` of a stack `[G, in, out]`; correct and slow unless a form overrides it."""
+        """`x[i] @ materialize()[g]` for a stack `[G, in, out]` and rows sorted by group, `sizes: [G]` of each."""
         return grouped(x, self.materialize(), sizes)
 
     def take(self, ids: jax.Array) -> jax.Array:
-        """Rows of an embedding table `[vocab, width]`."""
+        """The rows `ids` of an embedding table `[vocab, width]`."""
         return jnp.take(self.materialize(), ids, axis=0)
 
     def with_gates(self, gates: jax.Array) -> "Weight":
-        """The weight with its part of what its layer's router says, `gates` `[rows, tokens or 1, K]`."""
+        """The weight with its part of the gates `[rows, tokens or 1, K]` of its layer's router, if it has gates."""
         del gates
         return self
 
 
 def is_weight(x: Any) -> bool:
-    """Whether `x` is a form (plain arrays are weights too, but leaves)."""
+    """Whether `x` is a form. Plain arrays are weights too, but leaves of the tree."""
     return isinstance(x, Weight)
 
 
 def is_stored(x: Any) -> bool:
-    """Whether `x` is a form that only stores a kernel (codes), with nothing added to it."""
+    """Whether `x` is a form that stores a kernel, such as codes, and adds nothing to it."""
     return is_weight(x) and x.stored
 
 
@@ -124,7 +127,7 @@ def dot(x: jax.Array, w: Any) -> jax.Array:
 
 
 def dot_to_float32(x: jax.Array, w: Any, axis: int = 0) -> jax.Array:
-    """`dot(x, w)` in float32; `axis` is the one of `w` that is summed over, 1 for an embedding `[vocab, width]`."""
+    """`dot(x, w)` in float32; `axis` is the axis of `w` to sum over: 1 for an embedding `[vocab, width]`."""
     if is_weight(w) and axis == 0:
         return dot(x, w).astype(jnp.float32)
     return half_precision_matmul.matmul_to_float32(x, materialize(w), axis)
@@ -138,32 +141,32 @@ def affine(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
 
 
 def grouped(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
-    """`x[i] @ w[g]` for rows `x: [rows, in]` sorted by group, `sizes: [G]` of them in each, and `w: [G, in, out]`."""
+    """`x[i] @ w[g]` for `w: [G, in, out]` and rows `x: [rows, in]` sorted by group, `sizes: [G]` of each group."""
     return name_product(w.grouped(x, sizes) if is_weight(w) else ragged_dot(x, w.astype(x.dtype), sizes))
 
 
 def take(w: Any, ids: jax.Array) -> jax.Array:
-    """Rows `ids` of an embedding `[vocab, width]`."""
+    """The rows `ids` of an embedding `[vocab, width]`."""
     return w.take(ids) if is_weight(w) else jnp.take(w, ids, axis=0)
 
 
 def with_gates(params: PyTree, gates: jax.Array) -> PyTree:
-    """`params` with the gates of their layer in every form that asks for them."""
+    """The parameters of a layer, with its gates set in every form that takes them."""
     return jax.tree.map(lambda w: w.with_gates(gates) if is_weight(w) else w, params, is_leaf=is_weight)
 
 
 def materialize(w: Any) -> jax.Array:
-    """The plain array that `w` stands for."""
+    """The kernel of a form or a plain array, as a plain array."""
     return w.materialize() if is_weight(w) else w
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
-    """At least float32, which updates and norms are computed in; float64 stays, for exact references."""
+    """`x` in float32, the dtype of updates and norms, or in float64 if it is float64, for exact references."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def name_product(y: jax.Array) -> jax.Array:
-    """`y` by the name by which remat=dots saves it; of values in a row, it keeps those that gradients ask for."""
+    """`y` with the checkpoint name PRODUCT, so that remat=dots saves it if a gradient needs it."""
     return checkpoint_name(y, PRODUCT)
 
 
@@ -172,7 +175,7 @@ def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def merge(params: PyTree) -> PyTree:
-    """Every form in a parameter tree replaced by the kernel it stands for, and its bias with it."""
+    """The parameter tree with every form replaced by its kernel, and the bias beside it by the merged bias."""
     if not isinstance(params, dict):
         return materialize(params)
     merged = {name: merge(child) for name, child in params.items()}
@@ -185,16 +188,17 @@ Rewrite = Callable[[jax.Array, Any, str], Any]  # (key, weight, name) -> weight
 
 
 def rewrite(params: PyTree, rules: Sequence[tuple[str, Rewrite]], key: jax.Array) -> PyTree:
-    """Replaces each weight whose name a rule's regex matches in full by what the rule makes of it.
+    """The parameter tree with each rule applied to the weights whose whole names its regex matches.
 
-    Rules apply in order, so later ones wrap earlier ones. A rule that matches nothing raises UserError. Each
-    weight's key depends on its name alone: adding a rule leaves the others' initial values as they were.
+    Rules apply in order, so later rules wrap the forms of earlier ones. A weight's random key depends on the rule's
+    index and on the weight's name only, so another weight does not change its initial values. Raises UserError for a
+    rule that matches no weight.
     """
     for i, (pattern, fn) in enumerate(rules):
-        hits = set(tree.match_names(pattern, tree.leaf_names(params, is_weight), "target"))
+        matches = set(tree.match_names(pattern, tree.leaf_names(params, is_weight), "target"))
         rule_key = jax.random.fold_in(key, i)
         params = tree.map_named(
-            lambda n, w, fn=fn, k=rule_key, hits=hits: fn(name_key(k, n), w, n) if n in hits else w,
+            lambda n, w, fn=fn, k=rule_key, matches=matches: fn(name_key(k, n), w, n) if n in matches else w,
             params,
             is_leaf=is_weight,
         )
@@ -202,31 +206,36 @@ def rewrite(params: PyTree, rules: Sequence[tuple[str, Rewrite]], key: jax.Array
 
 
 def name_key(key: jax.Array, name: str) -> jax.Array:
-    """A random key that depends on a leaf's name only."""
+    """A random key derived from `key` and a leaf's name."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def declared_mask(params: PyTree, train: Sequence[str] = ()) -> PyTree:
-    """A tree of bools: the fields that forms declare trainable, and the leaves whose names `train` matches.
+    """A tree of bools: True for the fields that forms declare trainable, and for the leaves that `train` matches.
 
-    Raises UserError for a leaf that `train` matches and that holds integers, or that its form declares frozen.
+    Raises UserError for a leaf that `train` matches if it holds integers or if its form declares it frozen.
     """
     chosen = {n: p for p in train for n in tree.match_names(p, tree.leaf_names(params), "train pattern")}
-    learned = functools.partial(map_fields, lambda field, _: field.metadata["trainable"])
-    declared = jax.tree.map(lambda w: learned(w) if is_weight(w) else None, params, is_leaf=is_weight)
+    fields_mask = functools.partial(map_fields, lambda field, _: field.metadata["trainable"])
+    declared = jax.tree.map(lambda w: fields_mask(w) if is_weight(w) else None, params, is_leaf=is_weight)
     declared = dict(tree.named_leaves(declared))
     mask = tree.map_named(lambda n, _: declared.get(n, False) or n in chosen, params)
     for (name, leaf), learns in zip(tree.named_leaves(params), jax.tree.leaves(mask), strict=True):
         if learns and not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            raise UserError(f"{name} is {leaf.dtype}: only floating-point leaves can be trained")
+            raise UserError(
+                f"leaf {name} has dtype {leaf.dtype}, and only floating-point leaves can be trained: leave it out of "
+                "the train patterns"
+            )
     for name in chosen:
         if not declared.get(name, True):
-            raise UserError(f"{name} is claimed by {chosen[name]!r}, to be trained, and by its form, to be kept")
+            raise UserError(
+                f"the train pattern {chosen[name]!r} matches {name}, which its form keeps frozen: narrow the pattern"
+            )
     return mask
 
 
 def map_fields(fn: Callable[[dataclasses.Field[Any], Any], Any], w: Any) -> Any:
-    """The form `w` with `fn(field, array)` in place of each array, at every depth of nested forms."""
+    """The form `w` with `fn(field, array)` in place of each array, including the arrays of nested forms."""
     values = {}
     for field in dataclasses.fields(w):
         if field.metadata.get("static"):

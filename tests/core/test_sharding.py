@@ -71,9 +71,9 @@ def test_mesh_sizes_that_do_not_fit_are_refused(sizes):
 
 def test_a_batch_that_does_not_divide_is_refused():
     mesh = sharding.make_mesh(2, 2, 2)
-    with pytest.raises(UserError, match="batch_size 6 is not divisible by the mesh"):
+    with pytest.raises(UserError, match="batch_size 6 is not divisible by 4"):
         sharding.check_batch_size(6, 1, mesh)
-    with pytest.raises(UserError, match=r"optim.accumulate 4 = 16"):
+    with pytest.raises(UserError, match=r"not divisible by 16, .* optim.accumulate 4"):
         sharding.check_batch_size(8, 4, mesh)
     assert sharding.check_batch_size(8, 2, mesh) is None
 

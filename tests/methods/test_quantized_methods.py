@@ -203,7 +203,7 @@ def test_bad_settings_are_refused_by_name(group, message):
 
 def test_what_is_in_codes_already_is_refused_by_name():
     codes = jax.jit(schemes.SCHEMES["int8"]())(W)
-    with pytest.raises(UserError, match=f"LoftQ starts from a plain kernel; {Q} is a Channel"):
+    with pytest.raises(UserError, match=f"LoftQ starts from a plain kernel; {Q} is a PerChannel"):
         attached(codes, name="loftq", rank=2)
 
 

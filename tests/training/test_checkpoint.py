@@ -78,7 +78,7 @@ def test_optimizer_state_round_trips_by_name(tmp_path):
 
 
 def test_names_must_be_unique_and_the_same():
-    with pytest.raises(UserError, match="two leaves are called 'a/b'"):
+    with pytest.raises(UserError, match="two leaves have the name 'a/b'"):
         flatten_named({"a": {"b": 1}, "a/b": 2})
     with pytest.raises(UserError, match=r"leaf 'kernel' is missing from the tree .did you mean 'kernal'"):
         unflatten_named({"kernel": 1}, {"kernal": 1})

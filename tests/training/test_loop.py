@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(f
         ({"model__name": "smollm3"}, "smollm"),
         ({"model__dtpe": "float32"}, "model.dtpe"),
         ({"data__sorce": "x"}, "data.sorce"),
-        ({"data__batch_size": 12}, "batch_size 12 is not divisible by the mesh"),
+        ({"data__batch_size": 12}, "batch_size 12 is not divisible by 8"),
         ({"data__seq_len": 65}, "64 positions"),
         ({"optim__name": "adamx"}, "'adamx'"),
         ({"optim__accumulate": 3}, "not divisible"),
