@@ -34,7 +34,7 @@ def main(rows: int, folder: str) -> None:
     np.savez(Path(folder) / "batch.npz", **_theirs(batch))
     del base, adapted
     batch = sharding.make_global_batch(batch, run.mesh)
-    serve(stepping(run.step(optimizer), state, frozen, batch, run.rates[0]))
+    serve(stepping(run.step(optimizer), state, frozen, batch, run.learning_rates[0]))
 
 
 def _theirs(batch: Batch) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""A config becomes a checked plan: all that can be wrong is found before a weight is read or anything is computed."""
+"""A config becomes a checked run: errors in the config are found before a weight is read or computed."""
 
 import dataclasses
 import functools
@@ -23,27 +23,27 @@ from lowrank.training.run import Run
 
 
 def build_run(config: Group, devices: Sequence[Any] | None = None, like: Run | None = None) -> Run:
-    """Checks a config (a ConfigDict or nested dicts) against the model, the data and the mesh. Raises UserError.
+    """The run of a config (a ConfigDict or nested dicts), checked against the model, the data and the mesh.
 
-    `devices` are the mesh's if they are not this machine's: such a plan is only compiled. `like` is a plan of the same
-    data, whose loader and scorer serve again.
+    `devices` are those of the mesh if they are not on this machine: such a run can only be compiled. `like` is a run on
+    the same data, whose loader and scorer are used again. Raises UserError for a config that cannot run.
     """
-    groups = _groups(config, devices)
-    name, how = groups.model.name, _how_to_read(groups.model)
-    shape, tokenizer, base = pretrained.describe(name, groups.options, **how)
-    _check_model(groups, shape)
-    loader = like.loader if like else _loader(groups, tokenizer, shape)
-    if options := groups.objective.model_options(loader.labels):
-        groups.options.update(options)
-        shape, _, base = pretrained.describe(name, groups.options, **how)
-    plan = _plan(groups, shape, base, tokenizer, loader)
-    plan.optimizer()
-    return dataclasses.replace(plan, scorer=like.scorer if like else _scorer(groups, plan))
+    groups = _read_groups(config, devices)
+    name, options = groups.model.name, _load_options(groups.model)
+    model, tokenizer, base = pretrained.describe(name, groups.options, **options)
+    _check_model(groups, model)
+    loader = like.loader if like else _make_loader(groups, tokenizer, model)
+    if labels := groups.objective.model_options(loader.labels):
+        groups.options.update(labels)
+        model, _, base = pretrained.describe(name, groups.options, **options)
+    run = _assemble_run(groups, model, base, tokenizer, loader)
+    run.optimizer()  # raises UserError for a regex that does not match
+    return dataclasses.replace(run, scorer=like.scorer if like else _make_evaluator(groups, run))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Groups:
-    """A config's groups, each as what it becomes; `options` are the model config's own, the method's among them."""
+    """The values that the groups of a config become."""
 
     top: RunConfig
     objective: Objective
@@ -54,15 +54,15 @@ class _Groups:
     eval: EvalConfig
     mesh: Mesh
     model: ModelConfig
-    options: dict[str, Any]
+    options: dict[str, Any]  # of the model's own config, including the method's
 
 
-def _groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
+def _read_groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
     top = config_schema.call_with_group(RunConfig, config, "config")
     objective, method = build_objective(top.objective), methods.build_method(top.method)
     asked = {"holdout": method.hooks.holdout} if method.hooks.holdout else {}
     make_mesh = sharding.make_mesh if devices is None else functools.partial(sharding.make_mesh_of_devices, devices)
-    own, others = _parted(top.model, {f.name for f in dataclasses.fields(ModelConfig)})
+    own, others = _partition_keys(top.model, {f.name for f in dataclasses.fields(ModelConfig)})
     groups = _Groups(
         top=top,
         objective=objective,
@@ -82,7 +82,7 @@ def _groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
 
 
 def _check_best(groups: _Groups) -> None:
-    """Raises UserError for a best checkpoint by a score that the objective lacks, or that is never computed."""
+    """Raises UserError if `checkpoint.best` names a score that the objective lacks or that the run never computes."""
     if groups.checkpoint.best and groups.checkpoint.best not in groups.objective.score.better:
         raise unknown("score in checkpoint.best", groups.checkpoint.best, groups.objective.score.better)
     if groups.checkpoint.best and not (groups.eval.split and groups.eval.every):
@@ -90,50 +90,49 @@ def _check_best(groups: _Groups) -> None:
         raise UserError(f"{asked}: set eval.split to the held-out data and eval.every to the steps between two of them")
 
 
-def _parted(group: Group, keys: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`(what is under these keys, the rest)`."""
+def _partition_keys(group: Group, keys: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`(items with these keys, other items)`."""
     return {k: v for k, v in group.items() if k in keys}, {k: v for k, v in group.items() if k not in keys}
 
 
-def _how_to_read(model: ModelConfig) -> Mapping[str, Any]:
+def _load_options(model: ModelConfig) -> Mapping[str, Any]:
     return {"param_dtype": model.param_dtype, "quantized": model.quantize, "upcycled": model.upcycle}
 
 
-def _check_model(groups: _Groups, shape: Any) -> None:
-    """Raises UserError where the model does not fit the objective, or the sequences not into its positions."""
-    groups.objective.check_model(groups.model.name, shape)
+def _check_model(groups: _Groups, model: Any) -> None:
+    """Raises UserError if the model does not fit the objective, or if the sequences exceed its positions."""
+    groups.objective.check_model(groups.model.name, model)
     if groups.method.hooks.map_batch and not groups.objective.on_features:
         raise UserError("the method trains on pooled features alone: set objective=classification, or another method")
-    if shape.num_virtual_tokens and groups.data.seq_len > shape.max_length - shape.num_virtual_tokens:
-        length = f"data.seq_len={groups.data.seq_len}"
-        raise UserError(
-            f"{length} and {plural(shape.num_virtual_tokens, 'virtual token')} exceed the model's "
-            f"{plural(shape.max_length, 'position')}"
-        )
+    room = model.max_length - model.num_virtual_tokens
+    if model.num_virtual_tokens and groups.data.seq_len > room:
+        length = f"data.seq_len={groups.data.seq_len} and {plural(model.num_virtual_tokens, 'virtual token')}"
+        positions = plural(model.max_length, "position")
+        raise UserError(f"{length} exceed the model's {positions}: set data.seq_len to at most {room}")
 
 
-def _loader(groups: _Groups, tokenizer: Tokenizer, shape: Any) -> data.Loader:
+def _make_loader(groups: _Groups, tokenizer: Tokenizer, model: Any) -> data.Loader:
     return data.make_loader(
         groups.data,
         tokenizer,
         jax.process_index(),
         jax.process_count(),
-        shape.max_length - shape.num_virtual_tokens,
+        model.max_length - model.num_virtual_tokens,
         groups.objective.row_format,
     )
 
 
-def _plan(groups: _Groups, shape: Any, base: PyTree, tokenizer: Tokenizer, loader: data.Loader) -> Run:
-    shapes, mask, table = _split(groups.method, groups.objective, base)
+def _assemble_run(groups: _Groups, model: Any, base: PyTree, tokenizer: Tokenizer, loader: data.Loader) -> Run:
+    shapes, mask, table = _adapted_shapes(groups.method, groups.objective, base)
     sharding.parameter_shardings(shapes, groups.mesh)
-    notes = _notes(groups.optim, shape, groups.mesh)
+    notes = _device_notes(groups.optim, model, groups.mesh)
     return Run(
         config=groups.top,
         objective=groups.objective,
         method=groups.method,
         model=groups.model,
         options=groups.options,
-        network=models.build_model(_offloading(shape, groups.mesh)),
+        network=models.build_model(_with_supported_remat(model, groups.mesh)),
         optim=groups.optim,
         checkpoint=groups.checkpoint,
         loader=loader,
@@ -147,50 +146,55 @@ def _plan(groups: _Groups, shape: Any, base: PyTree, tokenizer: Tokenizer, loade
     )
 
 
-def _scorer(groups: _Groups, plan: Run) -> Evaluator | None:
+def _make_evaluator(groups: _Groups, run: Run) -> Evaluator | None:
     if not groups.eval.split:
         return None
-    used = models.build_model(models.inference_config(plan.network.config))
+    network = models.build_model(models.inference_config(run.network.config))
     return Evaluator(
         groups.eval,
         groups.objective,
         groups.data,
-        plan.tokenizer,
-        used,
-        plan.method.bind,
-        plan.mesh,
-        plan.logits_chunk_tokens,
+        run.tokenizer,
+        network,
+        run.method.bind,
+        run.mesh,
+        run.logits_chunk_tokens,
     )
 
 
-def _split(method: Method, objective: Objective, base: PyTree) -> tuple[PyTree, PyTree, str]:
-    """`(shapes, mask, table)` of the adapted parameters; the objective's own leaves are trained with every method."""
+def _adapted_shapes(method: Method, objective: Objective, base: PyTree) -> tuple[PyTree, PyTree, str]:
+    """`(shapes, mask, table)` of the adapted parameters; every method also trains the objective's own leaves."""
     method = dataclasses.replace(method, trainable=(*method.trainable, *objective.trainable))
     shapes = jax.eval_shape(lambda params: methods.attach(method, params, jax.random.key(0)), base)
     mask = methods.trainable_mask(method, shapes)
     if not any(jax.tree.leaves(mask)):
-        raise UserError("the method trains nothing")
+        raise UserError(
+            "the method trains none of the model's leaves: give it a target that matches, or another method"
+        )
     return shapes, mask, parameter_summary.rule_table(methods.matches(method, shapes), shapes, mask)
 
 
-def _notes(config: OptimConfig, model: Any, mesh: Mesh) -> tuple[str, ...]:
+def _device_notes(config: OptimConfig, model: Any, mesh: Mesh) -> tuple[str, ...]:
+    """Warnings of settings that ask for host memory where the devices cannot address it."""
     if has_host(mesh):
         return ()
-    lack = f"{mesh.devices.flat[0].device_kind} has no {HOST} memory"
-    stays = {"optim.paged": config.paged and "the optimizer's state stays", "model.remat=offload": ""}
-    if model.remat == "offload":
-        stays["model.remat=offload"] = "what would be offloaded stays"
-    return tuple(f"warning: {key}: {lack}, so {what} in the device's" for key, what in stays.items() if what)
+    lack = f"{mesh.devices.flat[0].device_kind} does not address {HOST} memory"
+    settings = {
+        "optim.paged": (config.paged, "the optimizer's state stays"),
+        "model.remat=offload": (model.remat == "offload", "the saved activations stay"),
+    }
+    notes = [f"warning: {key}: {lack}, so {what}" for key, (is_set, what) in settings.items() if is_set]
+    return tuple(f"{note} in the device's memory" for note in notes)
 
 
-def _offloading(shape: Any, mesh: Mesh) -> Any:
-    """The model's config as the devices can have it: what would be offloaded is kept where they have no host memory."""
-    if shape.remat != "offload" or has_host(mesh):
-        return shape
-    return dataclasses.replace(shape, remat="names", remat_names=shape.remat_names or ("input",))
+def _with_supported_remat(model: Any, mesh: Mesh) -> Any:
+    """The model's config for these devices: without host memory, `remat=offload` keeps its arrays on the device."""
+    if model.remat != "offload" or has_host(mesh):
+        return model
+    return dataclasses.replace(model, remat="names", remat_names=model.remat_names or ("input",))
 
 
 def _tokens_per_step(config: data.DataConfig, objective: Objective, loader: data.Loader) -> float:
-    """Real tokens per step of all hosts: packed rows are nearly full, others are as long as their sequence."""
+    """Real tokens per step of all hosts: packed rows are nearly full, other rows are as long as their sequence."""
     mean = loader.stats["tokens"] / max(1, loader.stats["sequences"])
     return config.batch_size * (config.seq_len if objective.row_format.packs(config) else mean)

@@ -28,8 +28,8 @@ from lowrank.training.preemption import StopSignal
 from lowrank.training.run import Run
 
 SUMMARY, BEFORE, ADAPTER, BEST = "summary.json", "before.json", "adapter", "best"
-UNKNOWN: dict[str, Any] = {"scores": {}, "texts": []}  # of a model that is not scored
-FROZEN = "frozen"  # the root of the frozen leaves in a checkpoint: those that a method's restarts change
+UNSCORED: dict[str, Any] = {"scores": {}, "texts": []}  # of a model that is not scored
+FROZEN = "frozen"  # the root of the frozen leaves in a checkpoint, which calibration or restarts change
 
 
 def run(
@@ -39,15 +39,21 @@ def run(
     before: bool = True,
     after: bool = True,
 ) -> dict[str, Any]:
-    """Fine-tunes as `config` (a ConfigDict or nested dicts) says, in `directory`; returns the summary it leaves there.
+    """Trains the run of `config` (a ConfigDict or nested dicts) in `directory`; returns the summary that it writes.
 
-    A directory with a checkpoint of the same config is continued, bit for bit on the same mesh. SIGTERM saves and
-    returns early, with `stopped_at` in the summary. `command` is what the report says to repeat the run with.
-    `before`, `after`: the model is scored before the first step and after the last one.
+    A run with a checkpoint in the directory is continued, bit for bit on the same mesh. At SIGTERM the run saves and
+    returns early, with `stopped_at` in the summary.
+
+    Args:
+      config: the config of the run.
+      directory: the folder of the run.
+      command: the shell command that repeats the run, for the report.
+      before: whether the model is scored before the first step.
+      after: whether the model is scored after the last step.
 
     Raises:
-      UserError: a bad config, before anything is computed; a disk that refuses.
-      Diverged: a loss that is not finite.
+      UserError: the config is wrong, which is found before any compute, or the disk cannot be written.
+      Diverged: a loss or a gradient is not finite.
     """
     run = build_run(config)
     folder = Path(directory)
@@ -55,18 +61,18 @@ def run(
     every, keep = run.checkpoint.every, run.checkpoint.keep
     with workdir.lock(folder), StopSignal() as stop, Checkpointer(folder / "checkpoints", every, keep) as saver:
         start = saver.latest() or 0
-        if (finished := _finished_summary(folder, start)) is not None:
-            return finished
+        if (summary := _finished_summary(folder, start)) is not None:
+            return summary
         settings = {"loggers": run.config.loggers, "config": files.to_json(config)}
         with RunLog(folder, run.config.steps, start=start, tokens_per_step=run.tokens_per_step, **settings) as log:
             log.say(run.table)
-            ready = Trainer(run, folder, saver, log, stop, command)
+            trainer = Trainer(run, folder, saver, log, stop, command)
             workdir.claim(folder, config)
-            return ready.go(before, after)
+            return trainer.train(before, after)
 
 
 def _finished_summary(folder: Path, last: int) -> dict[str, Any] | None:
-    """The summary of a run whose last checkpoint is of step `last` and that has ended there; else None."""
+    """The summary of a run that has ended at step `last`, the step of its last checkpoint; None if it has not ended."""
     path = folder / SUMMARY
     summary = files.read_json(path) if last and path.exists() else {}
     if summary.get("steps_done", summary.get("steps")) != last:
@@ -77,10 +83,10 @@ def _finished_summary(folder: Path, last: int) -> dict[str, Any] | None:
 
 
 class Trainer:
-    """The training of one run, from its last checkpoint on."""
+    """The training of one run, which starts from its last checkpoint."""
 
     def __init__(self, run: Run, folder: Path, saver: Checkpointer, log: RunLog, stop: StopSignal, command: str):
-        """Loads the base, attaches the method and restores what a checkpoint holds."""
+        """Loads the base, attaches the method and restores the last checkpoint, if there is one."""
         self.run, self.folder, self.saver, self.log, self.stop, self.command = run, folder, saver, log, stop, command
         base = run.load()
         _check_new(base.new, run.frozen, run.method)
@@ -91,24 +97,24 @@ class Trainer:
         if init_map := run.method.hooks.map_batch:
             self.map_batch = init_map(run.network, self.frozen)
             self.run = dataclasses.replace(run, objective=run.objective.on_features or run.objective)
-        self.metrics: Mapping[str, jax.Array] | None = None  # of the last step done
+        self.metrics: Mapping[str, jax.Array] | None = None  # of the last finished step
         self.compile_seconds = 0.0
         self.best = Best(run.checkpoint, run.objective.score.better)
-        self.scores: dict[int, dict[str, float]] = {}  # by step, of the evaluations in this process
+        self.scores: dict[int, dict[str, float]] = {}  # step -> scores, of the evaluations in this process
         latest = saver.latest()
         if latest is not None:
             self._restore(latest)
 
-    def go(self, before: bool = True, after: bool = True) -> dict[str, Any]:
-        """Trains, and leaves the adapter and the report, scored as asked; or stops where SIGTERM came."""
-        found = self._before() if before else UNKNOWN
-        done = self._train()
+    def train(self, before: bool = True, after: bool = True) -> dict[str, Any]:
+        """Trains the run and writes the adapter and the report; returns the summary, as `run` describes."""
+        first = self._scores_before() if before else UNSCORED
+        done = self._train_steps()
         if done < self.run.config.steps and not self.best.exhausted:
             self.log.say(f"stopped after step {done}; the same command continues")
             return {"stopped_at": done}
         if self.best.config.best:
             self._return_to_best(done)
-        return self._finish(found, self._judge() if after else UNKNOWN, done)
+        return self._finish(first, self._evaluate() if after else UNSCORED, done)
 
     def _restore(self, last: int) -> None:
         arrays, meta = self.saver.restore(last, self._like())
@@ -122,13 +128,13 @@ class Trainer:
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in arrays.items()}
 
     def _place(self, arrays: dict[str, jax.Array]) -> None:
-        """Puts the arrays of a checkpoint in place of the state, and of the frozen leaves that restarts change."""
+        """Replaces the state and the changing frozen leaves by the arrays of a checkpoint."""
         frozen = {name: arrays.pop(f"{FROZEN}/{name}") for name in self.run.changing}
         self.state = unflatten_named(self.state, arrays)
         self.frozen = tree.map_named(lambda name, x: frozen.get(name, x), self.frozen)
 
-    def _train(self) -> int:
-        """Trains to the end, to SIGTERM or to the last of `patience`, and saves; returns the number of steps done."""
+    def _train_steps(self) -> int:
+        """Trains until the last step, SIGTERM or the end of `patience`, and saves; returns the number of steps done."""
         c, start, program = self.run.config, int(self.state.step), None
         done = start
         while done < c.steps and not self.best.exhausted and not self.stop.requested(done):
@@ -137,7 +143,7 @@ class Trainer:
             batch = self._batch(done)
             program = program or self._compile(batch)
             previous = self.metrics
-            self.state, self.metrics = program(self.state, self.frozen, batch, self.run.rates[done])
+            self.state, self.metrics = program(self.state, self.frozen, batch, self.run.learning_rates[done])
             self._check_finite(done, previous)  # one step behind, so that the device does not wait for the host
             done += 1
             if done % c.log_every == 0 or done == c.steps:
@@ -171,9 +177,9 @@ class Trainer:
             assert metrics is not None
             if not math.isfinite(value := float(metrics[name])):
                 self.saver.wait()
-                kept = self.saver.latest()
-                survivor = "there is no checkpoint" if kept is None else f"the checkpoint of step {kept} is intact"
-                raise Diverged(f"{name} is {value} at step {done}; {survivor}")
+                last = self.saver.latest()
+                survivor = "the run has no checkpoint" if last is None else f"the checkpoint of step {last} is intact"
+                raise Diverged(f"{name} is {value} at step {done}; {survivor}: lower optim.lr")
 
     def _save(self, done: int, block: bool = False) -> None:
         self._check_finite(done, self.metrics)
@@ -183,16 +189,16 @@ class Trainer:
         return {"step": done, "config": files.to_json(vars(self.run.config)), "best": self.best.to_meta()}
 
     def _note_best(self, done: int, scores: Mapping[str, float]) -> None:
-        """Keeps the leaves of step `done` beside the newest checkpoints where its scores are the best so far."""
+        """Saves step `done` beside the newest checkpoints if its scores are the best so far."""
         if self.best.update(done, scores):
             with self._best_saver() as saver:
                 saver.save(done, self._arrays(), self._meta(done), block=True, host=self.run.loader.get_state())
 
     def _best_saver(self) -> Checkpointer:
-        return Checkpointer(self.folder / BEST, keep=2)  # two, as a run that was killed repeats steps before the last
+        return Checkpointer(self.folder / BEST, keep=2)  # two, as a killed run repeats steps before the last best step
 
     def _return_to_best(self, done: int) -> None:
-        """Puts the leaves of the best evaluation in place of those of step `done`, whose scores count as well."""
+        """Replaces the leaves of step `done` by those of the best step; the scores of step `done` count as well."""
         if done == self.run.config.steps:
             self._note_best(done, self._score(done))
         if self.best.step is None or self.best.step == done:
@@ -210,7 +216,7 @@ class Trainer:
         return tree.join(self.state.trained, self.frozen)
 
     def _score(self, done: int) -> dict[str, float]:
-        """The scores of the parameters of step `done`, which are computed and logged once."""
+        """The scores of the parameters of step `done`, which are computed and logged only once."""
         if done not in self.scores:
             assert self.run.scorer is not None
             with self.log.paused():
@@ -218,20 +224,20 @@ class Trainer:
             self.log.scalars(done, {f"eval/{'loss' if name == 'nll' else name}": v for name, v in scores.items()})
         return self.scores[done]
 
-    def _judge(self) -> dict[str, Any]:
-        """`{scores, texts}` of the parameters as they are; nothing without an `eval` group."""
+    def _evaluate(self) -> dict[str, Any]:
+        """`{scores, texts}` of the current parameters; both are empty without an `eval` group."""
         if not self.run.scorer:
-            return UNKNOWN
+            return UNSCORED
         scores = self._score(int(self.state.step))
         with self.log.paused():
             more, texts = self.run.scorer.texts(self._params())
         return {"scores": scores | more, "texts": texts}
 
-    def _before(self) -> dict[str, Any]:
-        """The scores before the first step, from the file if the run goes on after a stop."""
+    def _scores_before(self) -> dict[str, Any]:
+        """The scores and texts before the first step, read from the file if the run is resumed."""
         path = self.folder / BEFORE
         if int(self.state.step) == 0 or not path.exists():
-            files.write_json(path, self._judge())
+            files.write_json(path, self._evaluate())
         return json.loads(path.read_text())
 
     def _finish(self, before: Mapping[str, Any], after: Mapping[str, Any], done: int) -> dict[str, Any]:
@@ -273,7 +279,7 @@ class Trainer:
         return {"best_step": self.best.step, f"best_{self.best.config.best}": self.best.score}
 
     def _final_loss(self) -> float | None:
-        """The loss of the last step, which may have been done, and logged, before a restart."""
+        """The loss of the last step, read from the log if the step was done before a resume."""
         if self.metrics:
             return float(self.metrics["loss"])
         path = self.folder / METRICS
@@ -281,7 +287,7 @@ class Trainer:
         return logged[-1] if logged else None
 
     def _report(self, summary: dict[str, Any], kind: str) -> None:
-        self.log.flush()  # the report says how large its files are
+        self.log.flush()  # the report lists the sizes of the log's files
         report.write(
             self.folder,
             summary,
@@ -296,7 +302,10 @@ class Trainer:
 
 
 def _check_new(new: Sequence[str], frozen: Collection[str], method: methods.Method) -> None:
-    """Raises UserError for a leaf that no checkpoint holds and nothing trains: it would stay as it was drawn."""
-    made = {n for p in method.export.frozen for n in new if re.fullmatch(p, n)}
-    for name in sorted((set(new) - made) & set(frozen)):
-        raise UserError(f"{name} is in no checkpoint and the method does not train it: it would stay random")
+    """Raises UserError for a leaf that the base's checkpoint lacks and that is not trained: it would stay random."""
+    calibrated = {n for p in method.export.frozen for n in new if re.fullmatch(p, n)}
+    for name in sorted((set(new) - calibrated) & set(frozen)):
+        raise UserError(
+            f"the model's checkpoint lacks {name}, and the method does not train it, so it would stay random: "
+            "choose a method that trains it, or a model that has it"
+        )

@@ -1,4 +1,4 @@
-"""A checked run: what its steps are made of, and where the method looks at data, restarts and ends."""
+"""A checked run: the values that its steps are built from, its loss, and the method's calibration and restarts."""
 
 import dataclasses
 import functools
@@ -28,38 +28,38 @@ from lowrank.training.passthrough import jit_passthrough, output_sources
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A checked run. `shapes` and `mask` are the adapted parameters: their shapes, and which of them are trained."""
+    """A checked run: a method and an objective on a model, data and a mesh."""
 
     config: RunConfig
     objective: Objective
     method: Method
     model: ModelConfig
-    options: dict[str, Any]  # of the model's config, the method's among them
+    options: dict[str, Any]  # of the model's own config, including the method's
     network: Any
     optim: OptimConfig
     checkpoint: CheckpointConfig
     loader: data.Loader
     mesh: Mesh
-    shapes: PyTree
-    mask: PyTree
-    table: str  # what every rule matched, and how much of the model is trained
+    shapes: PyTree  # of the adapted parameters
+    mask: PyTree  # bools: whether a leaf of the adapted parameters is trained
+    table: str  # the leaves that each rule matched, and the share of trained parameters
     tokens_per_step: float
     tokenizer: Any
-    notes: tuple[str, ...] = ()  # what the devices lack, and what is done instead
+    notes: tuple[str, ...] = ()  # features that the devices lack, and the replacements
     scorer: Evaluator | None = None
 
     @property
     def paged(self) -> bool:
-        """Whether the optimizer's state lies on the host: asked for, and there is memory for it."""
+        """Whether the optimizer's state lies in the host's memory: `optim.paged` asks for it and the devices can."""
         return self.optim.paged and has_host(self.mesh)
 
     @property
     def logits_chunk_tokens(self) -> int:
-        """Tokens of all devices together whose logits exist at a time; 0: all of a batch's."""
+        """The number of tokens, on all devices together, whose logits exist at a time; 0: all tokens of a batch."""
         return self.config.logits_chunk_tokens * sharding.num_batch_shards(self.mesh)
 
     def load(self) -> pretrained.Pretrained:
-        """The base, each leaf where the mesh wants it."""
+        """The base, each leaf with its sharding on the mesh."""
         return pretrained.load(
             self.model.name,
             param_dtype=self.model.param_dtype,
@@ -72,9 +72,10 @@ class Run:
         )
 
     def attach(self, params: PyTree) -> tuple[PyTree, PyTree | None]:
-        """`(params with the method's rewrites, the ones before)`: what is trained in float32, all on the mesh.
+        """`(adapted, original)`: the parameters after the method's rules, and the parameters before them.
 
-        The ones before are None unless a rewrite changed a base (PiSSA); else they are the same arrays.
+        The adapted parameters have their shardings on the mesh, and their trained leaves are float32. `original` is
+        None unless a rule changed a base, as PiSSA does.
         """
         where = sharding.parameter_shardings(self.shapes, self.mesh)
         attach = functools.partial(methods.attach, self.method, key=random_streams.attach_key(self.config.seed))
@@ -86,13 +87,13 @@ class Run:
     def start(
         self, params: PyTree, optimizer: optax.GradientTransformation
     ) -> tuple[step.State, PyTree, PyTree | None]:
-        """`(state, frozen leaves, params before the rewrites)` that the first step is given; see `attach`."""
+        """`(state, frozen leaves, original)` before the first step; `attach` describes `original`."""
         params, original = self.attach(params)
-        trained, frozen = tree.split(self.prepare(params), self.mask)
+        trained, frozen = tree.split(self.calibrate(params), self.mask)
         return step.init_state(trained, optimizer, self.mesh, self.paged), frozen, original
 
-    def prepare(self, params: PyTree) -> PyTree:
-        """The adapted parameters after the method has looked at the data; each leaf keeps its shape and place."""
+    def calibrate(self, params: PyTree) -> PyTree:
+        """The adapted parameters after the method's calibration by the data; shapes and shardings stay."""
         calibrate = self.method.hooks.calibrate
         if not calibrate:
             return params
@@ -115,7 +116,7 @@ class Run:
         return restarts is not None and done > 0 and done % restarts.interval(self.config.steps) == 0
 
     def restart(self, params: PyTree, done: int) -> PyTree:
-        """The parameters that step `done` (from 0) starts from where the method restarts."""
+        """The parameters that step `done` (from 0) starts from, if the method restarts there."""
         return self._restarted(params, random_streams.restart_key(self.config.seed, done))
 
     @functools.cached_property
@@ -132,7 +133,7 @@ class Run:
 
     @functools.cached_property
     def changing(self) -> frozenset[str]:
-        """The names of the frozen leaves that a checkpoint holds: `prepare` has chosen, or restarts change them."""
+        """The names of the frozen leaves that a checkpoint holds: calibration or restarts change them."""
         patterns = self.method.export.frozen if self.method.hooks.calibrate else ()
         return self._changed_by_restarts() | {n for p in patterns for n in self.frozen if re.fullmatch(p, n)}
 
@@ -173,7 +174,7 @@ class Run:
         return regularize(total_loss, params, info, regularizer)
 
     def step(self, optimizer: optax.GradientTransformation) -> Any:
-        """The training step, ready for `step.compile`."""
+        """The training step, which `step.compile_step` compiles."""
         seed, accumulate = self.config.seed, self.optim.accumulate
         return step.make_step(self.loss, optimizer, seed=seed, accumulate=accumulate, factors=self.loss_factors)
 
@@ -183,7 +184,7 @@ class Run:
         return ("regularizer",) if self.method.hooks.regularizer else ()
 
     @functools.cached_property
-    def rates(self) -> np.ndarray:
+    def learning_rates(self) -> np.ndarray:
         """`[steps]`: the learning rate of each step."""
         return optim.learning_rates(self.optim, self.config.steps)
 
@@ -193,7 +194,7 @@ def _key() -> jax.Array:
 
 
 def _bases_changed(before: PyTree, after: PyTree) -> bool:
-    """Whether a form's plain base is another array than the one it was made from."""
+    """Whether the plain base of a form is another array than the leaf that the form replaced."""
     forms = {name: w for name, w in tree.named_leaves(after, weight.is_weight) if weight.is_weight(w)}
     plain = dict(tree.named_leaves(before))
     bases = {name: getattr(w, "base", None) for name, w in forms.items()}

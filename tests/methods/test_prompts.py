@@ -125,7 +125,7 @@ def test_a_prompt_starts_from_the_vocabulary_or_from_a_text(files):
     ):
         run = plan.build_run(config_of(files, f"method=prompt,{arg}", mesh__data=1))
         params, _ = run.attach(run.load().params)
-        starts[arg] = run.prepare(params)["prompt"]["embedding"]
+        starts[arg] = run.calibrate(params)["prompt"]["embedding"]
     table, ids = np.asarray(params["embed"]["embedding"]), run.tokenizer.encode("the red cat the red")
     drawn, text, short = starts.values()
     assert all(np.any(np.all(table == row, axis=1)) for row in np.asarray(drawn))

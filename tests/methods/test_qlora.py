@@ -41,16 +41,16 @@ def runs(files, tmp_path_factory):
             arg, model, quantize = RUNS[name]
             config = config_of(files, arg, model, model__quantize=quantize, optim__lr=0.05, mesh__data=1)
             config.checkpoint.every, config.eval = 0, {"split": "train" if name == "qlora" else ""}
-            seen, go, folder = [], loop.Trainer.go, tmp_path_factory.mktemp("run")
+            seen, train, folder = [], loop.Trainer.train, tmp_path_factory.mktemp("run")
 
             def watched(run, *args):
                 before = jax.device_get(run.frozen)
-                summary = go(run, *args)
+                summary = train(run, *args)
                 seen.extend([before, jax.device_get(run.frozen)])
                 return summary
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(loop.Trainer, "go", watched)
+                patch.setattr(loop.Trainer, "train", watched)
                 done[name] = (config, folder, loop.run(config, folder), *seen)
         return done[name]
 

@@ -80,15 +80,15 @@ def _losses(workdir):
 @pytest.fixture
 def watched(monkeypatch):
     """Every run, with its frozen leaves before and after it."""
-    seen, go = [], loop.Trainer.go
+    seen, train = [], loop.Trainer.train
 
     def watch(run, *args):
         before = jax.device_get(run.frozen)
-        summary = go(run, *args)
+        summary = train(run, *args)
         seen.append((run, before, jax.device_get(run.frozen)))
         return summary
 
-    monkeypatch.setattr(loop.Trainer, "go", watch)
+    monkeypatch.setattr(loop.Trainer, "train", watch)
     return seen
 
 
@@ -278,7 +278,7 @@ def test_an_encoder_cannot_be_a_language_model(files, tmp_path):
 
 def test_a_random_leaf_that_nothing_trains_is_refused(files, tmp_path):
     config = config_of(files, "rank=2,target=.*attn/(q|v)/kernel", "bert", objective="classification")
-    with pytest.raises(UserError, match="pooler/bias is in no checkpoint and the method does not train it"):
+    with pytest.raises(UserError, match="checkpoint lacks pooler/bias, and the method does not train it"):
         loop.run(config, tmp_path)
 
 

@@ -12,6 +12,8 @@ from lowrank.training.checkpoint import Checkpointer
 from tests.support.tiny_runs import config_of
 from tests.support.tiny_steps import LR, build_step
 
+LACK = "cpu does not address pinned_host memory"
+
 
 def same(a, b):
     pairs = zip(jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b)), strict=True)
@@ -69,23 +71,22 @@ def test_the_plan_counts_moments_on_the_host_and_a_leaf_on_its_way(files):
 
 
 def test_a_device_without_host_memory_is_said_and_keeps_the_state(files, monkeypatch):
-    monkeypatch.setattr(offload, "kinds", lambda device: ["device"])
+    monkeypatch.setattr(offload, "memory_kinds", lambda device: ["device"])
     run = build.build_run(config_of(files, "rank=2", mesh__data=1, optim__paged=True))
     assert kinds(abstract.step_inputs(run).state.optimizer) <= {"device", None}
-    said = "warning: optim.paged: cpu has no pinned_host memory, so the optimizer's state stays in the device's"
-    assert run.notes == (said,)
-    assert run.table.endswith(said)  # which the log and the report show
+    note = f"warning: optim.paged: {LACK}, so the optimizer's state stays in the device's memory"
+    assert run.notes == (note,)
+    assert run.table.endswith(note)  # which the log and the report show
 
 
 def test_activations_that_cannot_be_offloaded_stay_and_that_is_said(files, monkeypatch):
     config = config_of(files, "rank=2", mesh__data=1, model__remat="offload")
     there = formulas.memory(build.build_run(config))
-    monkeypatch.setattr(offload, "kinds", lambda device: ["device"])
+    monkeypatch.setattr(offload, "memory_kinds", lambda device: ["device"])
     run = build.build_run(config)
     assert run.network.config.remat_names == ("input",)
-    assert run.notes == (
-        "warning: model.remat=offload: cpu has no pinned_host memory, so what would be offloaded stays in the device's",
-    )
+    note = f"warning: model.remat=offload: {LACK}, so the saved activations stay in the device's memory"
+    assert run.notes == (note,)
     here = formulas.memory(run)
     assert (here.host, here.activations) == (0, there.activations + there.host)
     assert there.host > 0
