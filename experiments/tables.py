@@ -25,7 +25,7 @@ FIRST_CHOICES = {
     "ia3": "There are few examples and little memory: one vector per kernel is trained.",
     "sparse": "The model should forget little: a few entries of each kernel are trained.",
     "houlsby": "Capacity matters more than merging: a bottleneck network is added after each sublayer.",
-    "full": "Memory is plentiful, and a bound on what any method can reach is wanted.",
+    "full": "Memory is plentiful, and an upper bound of quality is wanted.",
 }
 
 

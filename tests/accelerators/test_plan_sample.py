@@ -1,4 +1,4 @@
-"""The plan that the README shows is what the command says today, in the column that no compiler has a say in."""
+"""The plan that the documentation shows is that of the command, in the column that no compiler has a say in."""
 
 import re
 
@@ -10,7 +10,7 @@ def by_formula(text):
     return re.findall(r"^ *(\w.*?)  +(\S+ [kMG]B)(?=\s|$)", text, flags=re.MULTILINE)
 
 
-def test_the_readme_shows_what_the_plan_says_today():
+def test_the_documentation_shows_the_plan_of_the_command():
     shown = by_formula(RESULTS.read_text())
     assert len(shown) == 11
     assert shown == by_formula(sample())
