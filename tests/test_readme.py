@@ -93,3 +93,10 @@ def test_the_loop_trains_and_saves_an_adapter_that_the_guides_read(files, tmp_pa
     assert "(3, 16, 8)" in capsys.readouterr().out
     run_code("docs/guides/models.md", model | {"The weather in London": "the cat"})
     assert "['" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("room", sorted(path.parent.name for path in ROOT.glob("lowrank/*/__init__.py")))
+def test_every_room_has_a_sentence_and_a_page(room):
+    assert f"| `lowrank/{room}/` |" in (ROOT / "CONTRIBUTING.md").read_text()
+    assert f"::: lowrank.{room}\n" in (ROOT / "docs" / "api" / f"{room}.md").read_text()
+    assert f"api/{room}.md" in (ROOT / "mkdocs.yml").read_text()
