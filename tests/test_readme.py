@@ -65,6 +65,15 @@ def test_every_key_of_a_config_that_is_named_exists(page):
         assert key in KEYS[group], f"{group}.{key}"
 
 
+@each_page
+def test_every_flag_of_a_command_that_is_shown_exists(page):
+    sources = "".join(path.read_text() for path in [*ROOT.glob("launch/*.py"), *ROOT.glob("experiments/**/*.py")])
+    text = page.read_text().replace("\\\n", " ")
+    for line in re.findall(r"^python -m (?:launch|experiments).*", text, flags=re.MULTILINE):
+        for flag in re.findall(r" --(\w+)(?![\w.])", line):
+            assert f'"{flag}"' in sources or f'"--{flag}"' in sources, f"--{flag} in {line}"
+
+
 def test_the_readme_is_one_page_whose_links_lead_somewhere():
     assert len(README.encode()) <= 8000
     for target in re.findall(r"\]\(([^)#]+)\)", README):
