@@ -110,12 +110,12 @@ def unflatten_named(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in wanted])
 
 
-def check_same_names(wanted: Mapping[str, Any], found: Iterable[str], where: str) -> None:
-    """Raises UserError, with the nearest name, if `found` lacks a name of `wanted` or has one that is not in it."""
-    found = list(found)
+def check_same_names(wanted: Mapping[str, Any], stored: Iterable[str], where: str) -> None:
+    """Raises UserError, with the nearest name, if `stored` lacks a name of `wanted` or has one that is not in it."""
+    stored = list(stored)
     for name in wanted:
-        if name not in found:
-            raise UserError(f"leaf {name!r} is missing from {where}{nearest(name, set(found) - set(wanted))}")
-    for name in found:
+        if name not in stored:
+            raise UserError(f"leaf {name!r} is missing from {where}{nearest(name, set(stored) - set(wanted))}")
+    for name in stored:
         if name not in wanted:
             raise UserError(f"leaf {name!r} of {where} is not one of this run{nearest(name, wanted)}")

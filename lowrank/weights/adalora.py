@@ -24,10 +24,10 @@ class AdaLoRA(LoRA):
         a = at_least_float32(self.a) * at_least_float32(self.e)[..., None, :]
         return jnp.matmul(a, at_least_float32(self.b), precision="highest") * self.scale[..., None, None]
 
-    def low_rank(self, x: jax.Array) -> jax.Array:
+    def low_rank_update(self, x: jax.Array) -> jax.Array:
         """`scale * (drop(x) @ A) * E @ B` for `x: [..., in]`."""
         gain = (at_least_float32(self.e) * self.scale).astype(x.dtype)
-        t = dot(self._dropped(x), self.a)
+        t = dot(self._drop(x), self.a)
         return project_up(t * jnp.broadcast_to(gain, t.shape), self.b)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:

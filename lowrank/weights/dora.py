@@ -42,7 +42,7 @@ class DoRA(LoRA):
     def dot(self, x: jax.Array) -> jax.Array:
         """`(x @ W + scale * drop(x) @ A @ B) * magnitude / norm`, with no `in x out` temporary."""
         gain = self.magnitude / jax.lax.stop_gradient(self.column_norm())
-        y = name_product(dot(x, self.base) + self.low_rank(x))  # the magnitude's gradient asks for the sum alone
+        y = name_product(dot(x, self.base) + self.low_rank_update(x))  # the magnitude's gradient needs the sum only
         return y * jnp.broadcast_to(gain.astype(y.dtype), y.shape)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:

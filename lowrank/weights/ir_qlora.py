@@ -35,10 +35,10 @@ class IRLoRA(LoRA):
         """The update `[..., in, out]` in float32 or wider."""
         return jnp.matmul(*self.factors(), precision="highest") * self.scale[..., None, None]
 
-    def low_rank(self, x: jax.Array) -> jax.Array:
+    def low_rank_update(self, x: jax.Array) -> jax.Array:
         """`drop(x)` `[..., in]` times the update."""
         a, b = self.factors()
-        return project_up(dot(self._dropped(x), a) * self.scale.astype(x.dtype), b)
+        return project_up(dot(self._drop(x), a) * self.scale.astype(x.dtype), b)
 
 
 def pooling_matrix(n: int, m: int) -> np.ndarray:

@@ -38,11 +38,11 @@ class LoKr(Weight):
 
     def materialize(self) -> jax.Array:
         """`W + scale * kron(W1, W2)`, summed in float32 and rounded once to the base's dtype."""
-        base, whole = materialize(self.base), []
+        base, factors = materialize(self.base), []
         for parts in self.factors():
             parts = [at_least_float32(part) for part in parts]
-            whole.append(jnp.matmul(*parts, precision="highest") if len(parts) == 2 else parts[0])
-        update = jnp.einsum("...ml,...nk->...mnlk", *whole, precision="highest").reshape(base.shape)
+            factors.append(jnp.matmul(*parts, precision="highest") if len(parts) == 2 else parts[0])
+        update = jnp.einsum("...ml,...nk->...mnlk", *factors, precision="highest").reshape(base.shape)
         return (at_least_float32(base) + update * self.scale[..., None, None]).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:

@@ -55,11 +55,11 @@ class LoRA(Weight):
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`x @ W + scale * drop(x) @ A @ B` without forming `A @ B`."""
-        return dot(x, self.base) + self.low_rank(x)
+        return dot(x, self.base) + self.low_rank_update(x)
 
-    def low_rank(self, x: jax.Array) -> jax.Array:
+    def low_rank_update(self, x: jax.Array) -> jax.Array:
         """`scale * drop(x) @ A @ B` for `x: [..., in]`."""
-        return project_up(dot(self._dropped(x), self.a) * self.scale.astype(x.dtype), self.b)
+        return project_up(dot(self._drop(x), self.a) * self.scale.astype(x.dtype), self.b)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """`x W_g + scale_g * drop(x) A_g B_g` for rows sorted by group; `A B` is not formed for any group.
@@ -68,14 +68,14 @@ class LoRA(Weight):
         """
         key = self.key if self.key is None else self.key[0]
         a, b = self.factors()
-        low = grouped(dataclasses.replace(self, key=key)._dropped(x), a, sizes)
+        low = grouped(dataclasses.replace(self, key=key)._drop(x), a, sizes)
         return grouped(x, self.base, sizes) + grouped(low, b * self.scale[:, None, None], sizes)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """`(A, B)`, whose product times the scale is the update."""
         return self.a, self.b
 
-    def _dropped(self, x: jax.Array) -> jax.Array:
+    def _drop(self, x: jax.Array) -> jax.Array:
         if self.key is None or not self.dropout:
             return x
         keep = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)

@@ -31,9 +31,9 @@ class LoRAXS(LoRA):
         left, b = (at_least_float32(x) for x in self.factors())
         return jnp.matmul(left, b, precision="highest") * self.scale[..., None, None]
 
-    def low_rank(self, x: jax.Array) -> jax.Array:
+    def low_rank_update(self, x: jax.Array) -> jax.Array:
         """`scale * drop(x) @ A @ R @ B` for `x: [..., in]`."""
-        t = dot(dot(self._dropped(x), self.a) * self.scale.astype(x.dtype), self.core)
+        t = dot(dot(self._drop(x), self.a) * self.scale.astype(x.dtype), self.core)
         return project_up(t, self.b)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:

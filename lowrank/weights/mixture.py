@@ -28,23 +28,25 @@ def with_balance_loss(probs: jax.Array, chosen: jax.Array, mask: jax.Array, stre
     return probs
 
 
-def _balanced_fwd(probs: jax.Array, chosen: jax.Array, mask: jax.Array, strength: jax.Array) -> tuple[jax.Array, Any]:
+def _balance_loss_fwd(
+    probs: jax.Array, chosen: jax.Array, mask: jax.Array, strength: jax.Array
+) -> tuple[jax.Array, Any]:
     return probs, (probs, chosen, mask, strength)
 
 
-def _balanced_bwd(saved: Any, g: jax.Array) -> tuple[jax.Array, None, None, jax.Array]:
-    probs, chosen, mask, strength = saved
+def _balance_loss_bwd(residuals: Any, g: jax.Array) -> tuple[jax.Array, None, None, jax.Array]:
+    probs, chosen, mask, strength = residuals
     mask = jnp.broadcast_to(mask, chosen.shape[:-1]).astype(g.dtype)
     count = jnp.maximum(jnp.sum(mask), 1)
     rows = tuple(range(mask.ndim))
     share = jnp.sum(chosen.astype(g.dtype) * mask[..., None], axis=rows) / count
-    push = strength.astype(g.dtype) * chosen.shape[-1] / count * mask[..., None]
+    factor = strength.astype(g.dtype) * chosen.shape[-1] / count * mask[..., None]
     mean = jnp.sum(probs * mask[..., None], axis=rows) / count
     value = (chosen.shape[-1] * jnp.sum(share * mean)).astype(strength.dtype)
-    return g + push * jnp.broadcast_to(share, g.shape), None, None, value
+    return g + factor * jnp.broadcast_to(share, g.shape), None, None, value
 
 
-with_balance_loss.defvjp(_balanced_fwd, _balanced_bwd)
+with_balance_loss.defvjp(_balance_loss_fwd, _balance_loss_bwd)
 
 
 def top_k_mask(probs: jax.Array, k: int) -> jax.Array:
@@ -61,10 +63,10 @@ def top_k_gates(
     The gradient includes that of the balance loss if `strength` is given.
     """
     probs = jax.nn.softmax(at_least_float32(logits), axis=-1)
-    kept = jax.lax.stop_gradient(top_k_mask(probs, k))
+    chosen = jax.lax.stop_gradient(top_k_mask(probs, k))
     if strength is not None:
-        probs = with_balance_loss(probs, kept / k, mask, strength)
-    probs = jnp.where(kept, probs, 0)
+        probs = with_balance_loss(probs, chosen / k, mask, strength)
+    probs = jnp.where(chosen, probs, 0)
     return probs / jnp.sum(probs, axis=-1, keepdims=True)
 
 
@@ -130,13 +132,13 @@ class Gated(LoRA):
         """The LoRA with its own gate out of the layer's gates `[rows, tokens or 1, members]`."""
         return dataclasses.replace(self, gate=gates[..., self.member])
 
-    def low_rank(self, x: jax.Array) -> jax.Array:
+    def low_rank_update(self, x: jax.Array) -> jax.Array:
         """`gate * scale * x @ A @ B` for `x: [rows, tokens, in]`."""
         if self.gate is None:
             raise UserError(
                 "this LoRA is gated by the prompt, and it has no gate: bind it to a batch, in a layer with a router"
             )
-        y = LoRA.low_rank(self, x)
+        y = LoRA.low_rank_update(self, x)
         return y * jnp.broadcast_to(self.gate.astype(y.dtype)[..., None], y.shape)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ class OFT(Weight):
     skew: jax.Array = trainable()
     terms: int = static(default=0)
 
-    def blocks(self) -> jax.Array:
+    def rotation_blocks(self) -> jax.Array:
         """The factors of R, `[..., 1, in / b, b, b]`."""
         r = cayley(self.skew, self.terms)
         b = r.shape[-1]
@@ -35,15 +35,15 @@ class OFT(Weight):
     def materialize(self) -> jax.Array:
         """`R @ W`, in float32 and rounded once to the base's dtype."""
         base = materialize(self.base)
-        return self._rotated(at_least_float32(base)).astype(base.dtype)
+        return self._rotate(at_least_float32(base)).astype(base.dtype)
 
-    def _rotated(self, w: jax.Array) -> jax.Array:
+    def _rotate(self, w: jax.Array) -> jax.Array:
         columns = jnp.vectorize(lambda w, r: rotate(w.T, r, True, "highest").T, signature="(i,o),(f,k,a,b)->(i,o)")
-        return columns(w, self.blocks())
+        return columns(w, self.rotation_blocks())
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`(x @ R) @ W`, with x rotated block by block."""
-        return dot(rotate(x, self.blocks()), self.base)
+        return dot(rotate(x, self.rotation_blocks()), self.base)
 
 
 @form
@@ -52,14 +52,14 @@ class BOFT(OFT):
 
     s: jax.Array = trainable(decay=False)
 
-    def blocks(self) -> jax.Array:
+    def rotation_blocks(self) -> jax.Array:
         """The factors of R, `[..., f, in / b, b, b]`."""
         return cayley(self.skew, self.terms)
 
     def materialize(self) -> jax.Array:
         """`(R @ W) * s`, in float32 and rounded once to the base's dtype."""
         base = materialize(self.base)
-        return (self._rotated(at_least_float32(base)) * self.s[..., None, :]).astype(base.dtype)
+        return (self._rotate(at_least_float32(base)) * self.s[..., None, :]).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`((x @ R) @ W) * s`; a bias is not scaled."""

@@ -55,7 +55,7 @@ def test_oft_turns_the_inputs_block_by_block(share):
 def test_the_series_is_close_to_cayleys_transform_for_small_angles():
     w = attached(name="oft", block=4, terms=6)
     q = skew(np.asarray(w.skew, np.float64), 4)[0] * 0.1
-    close = jax.tree.map(lambda x: x, w).__class__(base=w.base, skew=w.skew * 0.1, terms=6).blocks()[0, 0]
+    close = jax.tree.map(lambda x: x, w).__class__(base=w.base, skew=w.skew * 0.1, terms=6).rotation_blocks()[0, 0]
     assert_close(close, cayley(q), relative=1e-5)
     powers = [np.linalg.matrix_power(q, n) for n in range(6)]
     assert_close(close, powers[0] + 2 * sum(powers[1:5]) + powers[5])

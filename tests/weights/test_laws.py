@@ -96,7 +96,7 @@ def test_gradient_of_dot_is_the_gradient_through_materialize(name):
 
     fast, plain = gradients(dot), gradients(lambda x, w: x @ materialize(w))
     assert len(jax.tree.leaves(fast)) == 1 + len(jax.tree.leaves(trained))
-    assert jax.tree.leaves(trained) or name in ROUNDED  # a quantised base on its own has nothing to train
+    assert jax.tree.leaves(trained) or name in ROUNDED  # a quantized base on its own has nothing to train
     assert_close(fast, plain, relative=2e-5)
 
 

@@ -47,8 +47,8 @@ class GGML(Quantized):
         """The kernel rows and columns that one element of each field stands for."""
         f = FORMATS[self.format]
         scale = f.part if self.sub is None else f.block
-        whole = {"codes": (8 // f.bits, 1), "scale": (scale, 1), "low": (scale, 1)}
-        return whole | {"high": (4, 1), "sub": (f.part, 1), "low_sub": (f.part, 1)}
+        layout = {"codes": (8 // f.bits, 1), "scale": (scale, 1), "low": (scale, 1)}
+        return layout | {"high": (4, 1), "sub": (f.part, 1), "low_sub": (f.part, 1)}
 
     @property
     def row_multiple(self) -> int:

@@ -82,8 +82,8 @@ def test_a_budget_goes_to_the_kernels_that_gain_most_and_is_met(budget):
 
 
 def test_a_product_and_its_gradient_make_no_copy_of_the_kernel():
-    quantise = lambda w: SCHEMES["mixed"](budget=3.5)(w)  # noqa: E731
-    w = jax.eval_shape(quantise, jax.ShapeDtypeStruct((4096, 14336), jnp.bfloat16))
+    quantize = lambda w: SCHEMES["mixed"](budget=3.5)(w)  # noqa: E731
+    w = jax.eval_shape(quantize, jax.ShapeDtypeStruct((4096, 14336), jnp.bfloat16))
     assert 8 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(w)) <= 3.5 * 4096 * 14336
 
     def forward_and_back(x, g, w):
