@@ -1,17 +1,18 @@
-"""Says whether a run fits: `python -m launch.preflight --config=FILE.py[:ARG] [--config.a.b=c ...] [options]`.
+"""Reports whether a run fits: `python -m launch.preflight --config=FILE.py[:ARG] [--config.a.b=c ...] [options]`.
 
-    --device=h100[:8]    the device that it is for, and how many; without one, those that jax has here
-                         (to compile for a GPU that is not here: pip install 'jax[cuda12-local]')
-    --topology=v5e:4x4   compile for a TPU slice, on a machine without one (needs the extra `tpu`)
-    --json               the same for machines
+    --device=h100[:8]    the device of the run, and the number of devices; by default, the devices of this machine
+                         (to compile for a GPU that this machine lacks: pip install 'jax[cuda12-local]')
+    --topology=v5e:4x4   compile for a TPU slice, on a machine without TPUs (needs the extra `tpu`)
+    --json               print the report as JSON
 
     python -m launch.preflight --table               the literature's figures beside ours
-    python -m launch.preflight formats [VALUE ...]   what a value becomes in each number format
+    python -m launch.preflight formats [VALUE ...]   the value of a number in each number format
 
-No weights are read. Bad input is one line on stderr and exit code 2.
+The weights are not read. Bad input is one line on stderr and exit code 2.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -27,25 +28,26 @@ from launch import command
 from lowrank.core import config_file
 from lowrank.core.errors import UserError
 from lowrank.memory import advice, compiled, devices, formulas, gpus, report
-from lowrank.memory.shapes import step_inputs
+from lowrank.memory.shapes import StepInputs, step_inputs
 from lowrank.training import build
+from lowrank.training.run import Run
 
-HIDDEN = "--worker"  # in the process that a slice, or several devices, are compiled in
+WORKER = "--worker"  # marks the process that compiles for a slice or for several devices
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, not the usage."""
+        """Raises UserError, which is printed as one line in place of the usage."""
         raise UserError(message)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """`(options, the words of --config.a.b=c)`. Raises UserError."""
+    """`(options, [--config.a.b=c, ...])`. Raises UserError for an unknown flag."""
     parser = _Parser("python -m launch.preflight", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for flag in ("--config", "--topology", "--device"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
-    for flag in ("--json", "--table", HIDDEN):
+    for flag in ("--json", "--table", WORKER):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     changes = [word for word in argv if word.startswith("--config.")]
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         elif args.table:
             print(_printed(args, literature.rows(), literature.text))
         else:
-            return _plan(args, changes, argv)
+            return _preflight(args, changes, argv)
     except UserError as e:
         return command.print_error(e)
     return 0
@@ -69,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _formats(args: argparse.Namespace) -> str:
     if args.words[0] != "formats":
-        raise UserError(f"{args.words[0]!r} is not a command: it is `formats`, or --config=FILE.py, or --table")
+        raise UserError(f"{args.words[0]!r} is not a command: give `formats`, --config=FILE.py or --table")
     return _printed(args, number_formats.rows(args.words[1:]), number_formats.text)
 
 
@@ -77,19 +79,22 @@ def _printed(args: argparse.Namespace, rows: Any, text: Any) -> str:
     return json.dumps(rows, indent=2) if args.json else text(rows)
 
 
-def _plan(args: argparse.Namespace, changes: Sequence[str], argv: Sequence[str]) -> int:
+def _preflight(args: argparse.Namespace, changes: Sequence[str], argv: Sequence[str]) -> int:
     if not args.config:
         raise UserError("--config=FILE.py is required (or --table, or formats)")
     if args.topology and args.device:
-        raise UserError("--topology and --device are two ways to say it: give one")
-    target = devices.topology(args.topology) if args.topology else args.device and devices.device(args.device)
-    if target and not args.worker and (target.topology or target.count > 1):
-        return _in_a_process_of_its_own(target, argv)
-    print(_printed(args, *_report(_config(args.config, changes), target)))
+        raise UserError("--topology and --device both name the devices: give one of them")
+    target = None
+    if args.topology or args.device:
+        target = devices.parse_topology(args.topology) if args.topology else devices.parse_device(args.device)
+    if target and not args.worker and (target.topology or target.num_devices > 1):
+        return _run_worker(target, argv)
+    result = _report(_load_config(args.config, changes), target)
+    print(json.dumps(report.to_json(result), indent=2) if args.json else report.to_text(result))
     return 0
 
 
-def _config(spec: str, changes: Sequence[str]) -> Any:
+def _load_config(spec: str, changes: Sequence[str]) -> Any:
     config = config_file.load_config(spec)
     for word in changes:
         name, equals, value = word.removeprefix("--").partition("=")
@@ -99,52 +104,52 @@ def _config(spec: str, changes: Sequence[str]) -> Any:
     return config
 
 
-def _in_a_process_of_its_own(target: devices.Target, argv: Sequence[str]) -> int:
-    """What a slice or several devices need is set before jax starts."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={target.count}"
-    more = devices.tpu_environment(target) if target.topology else {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+def _run_worker(target: devices.Target, argv: Sequence[str]) -> int:
+    """Runs the command in a process whose environment names the slice or devices, as jax reads it when it starts."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={target.num_devices}"
+    settings = devices.tpu_environment(target) if target.topology else {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     if target.topology and not importlib.util.find_spec("libtpu"):
         raise UserError("--topology compiles with libtpu, which is not installed: pip install 'lowrank[tpu]'")
-    words = [sys.executable, "-m", "launch.preflight", HIDDEN, *argv]
-    return subprocess.run(words, env={**os.environ, **more}, check=False).returncode
+    words = [sys.executable, "-m", "launch.preflight", WORKER, *argv]
+    return subprocess.run(words, env={**os.environ, **settings}, check=False).returncode
 
 
-def _report(config: Any, target: devices.Target | None) -> tuple[Any, Any]:
-    """What to print as JSON, and a function that makes the text of it."""
-    there = target and _elsewhere(target)
-    plan = build.build_run(config, there)
-    native = target is None or bool(there) or _is_here(target)
-    target = target or devices.here(list(plan.mesh.devices.flat))
-    arrays = step_inputs(plan)
-    by_formula, by_compiler = formulas.memory(plan, arrays), _compiled(plan, arrays, target)
-    found = report.Report(plan, target, by_formula, by_compiler, native, [])
-    if not found.fits:
-        room = target.memory * min(1.0, by_formula.peak / found.needed)  # as far as the formula can tell
-        found = report.Report(plan, target, by_formula, by_compiler, native, advice.advise(plan, int(room)))
-    return report.plain(found), lambda _: report.text(found)
+def _report(config: Any, target: devices.Target | None) -> report.Report:
+    """The report of a config's run for the target, or for this machine; with advice if the run does not fit."""
+    abstract_devices = _compile_only_devices(target) if target else None
+    run = build.build_run(config, abstract_devices)
+    native = target is None or bool(abstract_devices) or _is_local(target)
+    target = target or devices.local_target(list(run.mesh.devices.flat))
+    inputs = step_inputs(run)
+    by_formula, by_compiler = formulas.estimate_memory(run, inputs), _compile_programs(run, inputs, target)
+    first = report.Report(run, target, by_formula, by_compiler, native, [])
+    if first.fits:
+        return first
+    room = target.memory * min(1.0, by_formula.peak / first.needed)  # in the formula's bytes, which may be too few
+    return dataclasses.replace(first, advice=advice.advise(run, int(room)))
 
 
-def _compiled(plan: Any, arrays: Any, target: devices.Target) -> Any:
+def _compile_programs(run: Run, inputs: StepInputs, target: devices.Target) -> compiled.Compiled:
     try:
-        return compiled.compiled(plan, arrays)
+        return compiled.compile_programs(run, inputs)
     except jax.errors.JaxRuntimeError as e:
         raise UserError(f"the run does not compile for {target.name}: {str(e).splitlines()[0]}") from e
 
 
-def _elsewhere(target: devices.Target) -> list[Any] | None:
-    """The devices of the target, to compile for; None if they are here, or have no compiler here."""
+def _compile_only_devices(target: devices.Target) -> list[Any] | None:
+    """The target's devices to compile for; None if they are in this machine, or if their compiler is not installed."""
     if target.topology:
         from jax.experimental import topologies
 
         return list(topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices)
     kind = target.name.partition(":")[0]
-    if kind not in gpus.GPUS or _is_here(target) or not gpus.installed():
+    if kind not in gpus.GPUS or _is_local(target) or not gpus.has_compiler():
         return None
-    return gpus.devices(kind, target.count, target.memory)
+    return gpus.compile_only_devices(kind, target.num_devices, target.memory)
 
 
-def _is_here(target: devices.Target) -> bool:
-    """Whether jax's first device is one of the target's kind."""
+def _is_local(target: devices.Target) -> bool:
+    """Whether the first device of this machine is of the target's kind."""
     kind = jax.devices()[0].device_kind.lower().replace(" ", "")
     return jax.default_backend() != "cpu" and target.name.partition(":")[0].partition("-")[0] in kind
 

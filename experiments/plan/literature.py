@@ -175,7 +175,7 @@ def _qlora() -> list[Figure]:
     note = "rank 64 everywhere, one row of 512 tokens; float32 adapter and gradients"
 
     def figure(where: str, run: Run) -> Figure:
-        needed = formulas.memory(run, arrays(run)).step / 1e9
+        needed = formulas.estimate_memory(run, arrays(run)).step / 1e9
         return Figure(f"65B QLoRA, moments on the {where}", 48, needed, "GB at most", source, note)
 
     return [figure("host", paged), figure("device", run)]

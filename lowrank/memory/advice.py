@@ -1,4 +1,4 @@
-"""What to change in a run that does not fit: each setting with what it saves by formula, the cheapest first."""
+"""Advice for a run that does not fit: the settings to change, with the memory that each saves, the cheapest first."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -14,24 +14,24 @@ from lowrank.training.run import Run
 
 
 class Option(NamedTuple):
-    """A change of the config and what it costs."""
+    """A change of the config and its cost in words."""
 
     changes: Mapping[str, Any]
     costs: str
-    devices: int = 0  # where it wants another number of them
+    devices: int = 0  # the number of devices if it differs from the run's, else 0
 
 
-class Step(NamedTuple):
-    """An option with its figures, in bytes on each device."""
+class Advice(NamedTuple):
+    """An option and its figures, in bytes on each device."""
 
     option: Option
-    saves: int  # alone
-    leaves: int  # the peak with it alone
-    leaves_with_all_before: int
+    saves: int  # by this option alone
+    leaves: int  # the peak with this option alone
+    leaves_with_all_before: int  # the peak with this option and the previous ones
 
 
-def options(run: Run, memory: int) -> Iterator[Option]:
-    """The changes that `run` has left, from those that cost nothing but time to those that cost quality."""
+def possible_options(run: Run, memory: int) -> Iterator[Option]:
+    """The changes that `run` can still make, from those that cost time alone to those that cost quality."""
     c, model = run.config, run.network.config
     if (parts := _microbatches(run, memory)) > run.optim.accumulate:
         yield Option({"optim.accumulate": parts}, "same numbers; smaller products are slower")
@@ -40,9 +40,9 @@ def options(run: Run, memory: int) -> Iterator[Option]:
     if model.remat not in ("full", "offload"):
         yield Option({"model.remat": "full"}, "same numbers; about a third more to compute")
     if model.remat != "offload":
-        yield Option({"model.remat": "offload"}, "as full, and each block's input travels to the host and back")
+        yield Option({"model.remat": "offload"}, "as full, and each block's input is copied to the host and back")
     if not run.optim.paged:
-        yield Option({"optim.paged": True}, "same numbers; the optimizer's state travels from the host and back")
+        yield Option({"optim.paged": True}, "same numbers; the optimizer's state is copied from the host and back")
     yield from _meshes(run)
     if model.dtype == "float32":
         yield Option({"model.dtype": "bfloat16"}, "activations rounded to 8 bits of mantissa; faster on accelerators")
@@ -56,8 +56,8 @@ def options(run: Run, memory: int) -> Iterator[Option]:
 
 
 def _microbatches(run: Run, memory: int) -> int:
-    """Into as few as leave about `memory`, or one row each."""
-    now, before = formulas.memory(run), run.optim.accumulate
+    """The smallest number of microbatches whose peak is about `memory`, or one microbatch per row."""
+    now, before = formulas.estimate_memory(run), run.optim.accumulate
     rows = _rows(run) // sharding.num_batch_shards(run.mesh)
     fixed = now.resident + now.batch + 2 * now.adapter
     fits = lambda n: fixed + (now.activations + now.temporary) * before / n <= memory  # noqa: E731
@@ -69,46 +69,47 @@ def _rows(run: Run) -> int:
 
 
 def _meshes(run: Run) -> Iterator[Option]:
-    """The devices that there are, all cutting the weights; then more of them."""
+    """Options that shard the weights over all of the run's devices, then over more devices."""
     size, rows = run.mesh.size, _rows(run)
     for n in (size, *(size * k for k in (2, 4, 8))):
         if n > run.mesh.shape["fsdp"] and rows % n == 0:
             where = {"mesh.data": 1, "mesh.fsdp": n, "mesh.tensor": 1, "optim.accumulate": rows // n}
-            yield Option(where, "weights travel between devices" if n == size else f"{n} devices", n)
+            yield Option(where, "weights are gathered between devices" if n == size else f"{n} devices", n)
 
 
-def advise(run: Run, memory: int) -> list[Step]:
-    """The options that save anything, in order, until all that were listed together leave no more than `memory`.
+def advise(run: Run, memory: int) -> list[Advice]:
+    """The options that save memory, in order, until the peak with all listed options is at most `memory` bytes.
 
-    Options of different kinds add up; of two that change the same key the later one takes the place of the earlier.
+    Options of different kinds add up; of two options that change the same key, the later one replaces the earlier.
     """
-    now, together, left, steps = formulas.memory(run).peak, {}, 0, []
-    for option in options(run, memory):
+    now, together, devices = formulas.estimate_memory(run).peak, dict[str, Any](), 0
+    advice: list[Advice] = []
+    for option in possible_options(run, memory):
         alone = _peak(run, option.changes, option.devices)
         if alone is None or alone >= now:
             continue
-        more = together | option.changes
-        both = _peak(run, more, option.devices or left) if together else alone
-        if both is not None and both < (steps[-1].leaves_with_all_before if steps else now):
-            together, left = more, option.devices or left
-            steps.append(Step(option, now - alone, alone, both))
-            if both <= memory:
+        more = together | dict(option.changes)
+        combined = _peak(run, more, option.devices or devices) if together else alone
+        if combined is not None and combined < (advice[-1].leaves_with_all_before if advice else now):
+            together, devices = more, option.devices or devices
+            advice.append(Advice(option, now - alone, alone, combined))
+            if combined <= memory:
                 break
-    return steps
+    return advice
 
 
 def _peak(run: Run, changes: Mapping[str, Any], devices: int) -> int | None:
-    """The peak by formula with these changes; None for a run that cannot be."""
+    """The peak by formula with these changes; None for a config that is refused."""
     inside = {k: v for k, v in changes.items() if not (devices and k.startswith("mesh."))}
     try:
         varied = build_run(config_file.with_changes(vars(run.config), inside), list(run.mesh.devices.flat), like=run)
     except UserError:
         return None
     if devices:
-        varied = dataclasses.replace(varied, mesh=abstract_mesh(1, devices, 1))
-    return formulas.memory(varied).peak
+        varied = dataclasses.replace(varied, mesh=abstract_mesh(1, devices, 1))  # type: ignore[arg-type]
+    return formulas.estimate_memory(varied).peak
 
 
 def abstract_mesh(*sizes: int) -> AbstractMesh:
-    """A mesh of devices that need not be there, for shapes alone."""
+    """A mesh of abstract devices, for the shardings of shapes."""
     return AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))

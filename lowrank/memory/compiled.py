@@ -1,4 +1,4 @@
-"""Memory as the compiler plans it: the run's programs compiled for abstract arrays, with no weight in sight."""
+"""The memory that the compiler allocates: the programs of a run, compiled for abstract arrays without any weight."""
 
 import dataclasses
 import re
@@ -17,24 +17,24 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Bytes on each device, by `memory_analysis`."""
+    """The memory of a program as `memory_analysis` reports it, in bytes on each device."""
 
     arguments: int = 0
     temporary: int = 0
-    outputs: int = 0  # beyond the arguments that they are written over
+    outputs: int = 0  # without those that are written over donated arguments
     code: int = 0
     host: int = 0  # arguments and temporaries in the host's memory
-    refused: int = 0  # what the compiler says it would have needed, where there is no room
+    refused: int = 0  # the memory that the compiler reports as needed where it refuses the program, else 0
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of the parts on the device, or the memory that the compiler reports as needed."""
         return self.refused or self.arguments + self.temporary + self.outputs + self.code
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler plans for a run. The first four are arguments, as the platform lays them out."""
+    """The memory of a run's compiled programs, in bytes on each device, with the platform's layout of its arguments."""
 
     platform: str
     weights: int
@@ -46,36 +46,36 @@ class Compiled:
 
     @property
     def peak(self) -> int:
-        """The larger program; the optimizer's state stays while texts are written."""
-        writing = self.generation.total + self.moments if self.generation else 0
-        return max(self.step.total, writing)
+        """The memory of the larger program; the optimizer's state stays while texts are generated."""
+        generation = self.generation.total + self.moments if self.generation else 0
+        return max(self.step.total, generation)
 
 
-def compiled(run: Run, arrays: StepInputs | None = None) -> Compiled:
-    """The training step of `run`, and its writing of texts if it has an evaluation that does, compiled for its mesh."""
-    r = arrays or step_inputs(run)
+def compile_programs(run: Run, inputs: StepInputs | None = None) -> Compiled:
+    """The memory of the training step of `run`, and of its generation if it evaluates texts, compiled for its mesh."""
+    r = inputs or step_inputs(run)
     parts = {"weights": r.frozen, "adapter": r.state.trained, "moments": r.state.optimizer, "batch": r.batch}
     optimizer = run.optimizer()
-    train = analysed(lambda: step.compile_step(run.step(optimizer), r.state, r.frozen, r.batch))
-    texts = run.scorer is not None and bool(run.scorer.prompts)
-    params = tree.join(r.state.trained, r.frozen)
+    train = analyze_memory(lambda: step.compile_step(run.step(optimizer), r.state, r.frozen, r.batch))
+    scorer, params = run.scorer, tree.join(r.state.trained, r.frozen)
     return Compiled(
         platform=run.mesh.devices.flat[0].device_kind,
-        **{name: held(part) for name, part in parts.items()},
+        **{name: argument_bytes(part) for name, part in parts.items()},
         step=train,
-        generation=analysed(lambda: run.scorer.lowered(params).compile()) if texts else None,
+        generation=analyze_memory(lambda: scorer.lowered(params).compile()) if scorer and scorer.prompts else None,
     )
 
 
-def analysed(compile: Callable[[], jax.stages.Compiled]) -> Program:
-    """What `memory_analysis` says of a program, or what the compiler says of one that has no room."""
+def analyze_memory(compile_program: Callable[[], jax.stages.Compiled]) -> Program:
+    """The memory of a program by `memory_analysis`, or by the message of a compiler that refuses it as too large."""
     try:
-        m = compile().memory_analysis()
+        m = compile_program().memory_analysis()
     except jax.errors.JaxRuntimeError as e:
-        found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT]", str(e))
-        if "RESOURCE_EXHAUSTED" not in str(e) or not found:
+        used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT]", str(e))
+        if "RESOURCE_EXHAUSTED" not in str(e) or not used:
             raise
-        return Program(refused=int(float(found[1]) * UNITS[found[2]]))
+        return Program(refused=int(float(used[1]) * UNITS[used[2]]))
+    assert m is not None
     return Program(
         arguments=m.argument_size_in_bytes,
         temporary=m.temp_size_in_bytes,
@@ -85,8 +85,8 @@ def analysed(compile: Callable[[], jax.stages.Compiled]) -> Program:
     )
 
 
-def held(arrays: PyTree) -> int:
-    """The bytes that arrays take as the arguments of a program that does nothing."""
+def argument_bytes(arrays: PyTree) -> int:
+    """The bytes of arrays on each device as arguments of a program, in the platform's layout."""
     leaves = jax.tree.leaves(arrays)
-    program = analysed(jax.jit(lambda *leaves: (), keep_unused=True).lower(*leaves).compile)
+    program = analyze_memory(jax.jit(lambda *leaves: (), keep_unused=True).lower(*leaves).compile)
     return program.arguments

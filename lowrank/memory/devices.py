@@ -1,4 +1,4 @@
-"""The devices that a run may be planned for: how much memory each has, and the TPU slices that one can ask for."""
+"""The devices that a run may be estimated for: the memory of each device, and the TPU slices that exist."""
 
 import math
 import os
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from lowrank.core.errors import UserError, unknown
 
 GIB = 2**30
-# What the vendor prints, in GiB; a driver keeps a little of it.
+# The memory that the vendor prints, in GiB, of which a driver reserves a little.
 MEMORY = {
     "t4": 16,
     "l4": 24,
@@ -35,20 +35,20 @@ MEMORY = {
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 SLICES = {"v5e": FLAT, "v6e": FLAT, "v5p": SOLID}
-ACCELERATORS = {"v5e": ("v5litepod", 1), "v6e": ("v6e", 1), "v5p": ("v5p", 2)}  # and how many cores of a chip it counts
+ACCELERATORS = {"v5e": ("v5litepod", 1), "v6e": ("v6e", 1), "v5p": ("v5p", 2)}  # (name, cores per chip in its count)
 
 
 class Target(NamedTuple):
-    """What a run is planned for: `count` devices with `memory` bytes each."""
+    """The devices that a run is estimated for: `num_devices` devices with `memory` bytes each."""
 
     name: str
     memory: int
-    count: int
-    topology: str = ""  # of TPUs, to compile for
+    num_devices: int
+    topology: str = ""  # of a TPU slice to compile for
 
 
-def topology(text: str) -> Target:
-    """`v5e:4x4`. Raises UserError for a slice that does not exist, with those that do."""
+def parse_topology(text: str) -> Target:
+    """The TPU slice of a topology such as `v5e:4x4`. Raises UserError for a slice that does not exist."""
     kind, _, layout = text.partition(":")
     if kind not in SLICES or layout not in SLICES[kind]:
         near = SLICES.get(kind)
@@ -56,29 +56,29 @@ def topology(text: str) -> Target:
     return Target(text, MEMORY[kind] * GIB, math.prod(map(int, layout.split("x"))), text)
 
 
-def device(text: str) -> Target:
-    """`h100`, or `h100:8` for eight of them. Raises UserError for a device that is not in the table."""
+def parse_device(text: str) -> Target:
+    """The devices of `h100`, or of `h100:8` for eight. Raises UserError for a device that is not in the table."""
     name, colon, count = text.partition(":")
     if name not in MEMORY:
         raise unknown("device", name, MEMORY)
     if colon and not (count.isdecimal() and 0 < int(count) <= 64):
-        raise UserError(f"--device={text}: how many, after the colon, is a number from 1 to 64")
+        raise UserError(f"--device={text}: the number of devices, after the colon, must be an integer from 1 to 64")
     return Target(text, MEMORY[name] * GIB, int(count) if colon else 1)
 
 
-def here(devices: list[Any]) -> Target:
-    """The devices that jax has: what one says of its memory, or a share of this machine's."""
+def local_target(devices: list[Any]) -> Target:
+    """The devices of this machine, with the memory that the first reports, or else a share of the machine's memory."""
     stats = devices[0].memory_stats() or {}
     memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
     return Target(f"this machine's {devices[0].device_kind}", memory, len(devices))
 
 
 def tpu_environment(target: Target) -> dict[str, str]:
-    """What a process needs to compile for a slice without being on one."""
+    """The environment variables of a process that compiles for a TPU slice on a machine without TPUs."""
     prefix, cores = ACCELERATORS[target.topology.partition(":")[0]]
     return {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": f"{prefix}-{cores * target.count}",
+        "TPU_ACCELERATOR_TYPE": f"{prefix}-{cores * target.num_devices}",
         "TPU_WORKER_HOSTNAMES": "localhost",
     }

@@ -1,4 +1,4 @@
-"""Memory by formula: bytes on each device, from shapes, shardings and the config alone."""
+"""The memory of a run by formula: bytes on each device, computed from shapes, shardings and the config alone."""
 
 import collections
 import dataclasses
@@ -21,47 +21,47 @@ from lowrank.weights.quantized import base
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device. Nothing is thought to share room, so the sums are a little above what is needed."""
+    """Bytes on each device. No two parts share memory in the formulas, so the sums are a little too large."""
 
-    weights: int = 0  # the frozen leaves, codes as they are
+    weights: int = 0  # the frozen leaves, quantized leaves as codes
     adapter: int = 0  # the trained leaves
-    moments: int = 0  # the optimizer's state, as far as it is on the device
+    moments: int = 0  # the part of the optimizer's state that lies on the device
     batch: int = 0
-    gradients: int = 0  # with accumulation, a microbatch's and their sum
-    activations: int = 0  # what the backward pass finds saved
-    temporary: int = 0  # a block recomputed, logits and their gradient, codes decoded, shards gathered
-    kv_cache: int = 0  # of the texts that an evaluation writes
+    gradients: int = 0  # with accumulation, those of a microbatch and their sum
+    activations: int = 0  # the residuals of the backward pass
+    temporary: int = 0  # a recomputed block, logits and their gradient, decoded codes, gathered shards
+    kv_cache: int = 0  # of the texts that an evaluation generates
     host: int = 0  # in the host's memory
 
     @property
     def resident(self) -> int:
-        """What stays from step to step."""
+        """The arrays that stay from step to step."""
         return self.weights + self.adapter + self.moments
 
     @property
     def working(self) -> int:
-        """What a step needs besides: the compiler's temporary bytes."""
+        """The arrays that exist during a step alone, which are the compiler's temporary bytes."""
         return self.gradients + self.activations + self.temporary
 
     @property
     def step(self) -> int:
-        """A training step."""
+        """The memory of a training step."""
         return self.resident + self.batch + self.working
 
     @property
     def generation(self) -> int:
-        """Writing texts between steps: 0 where a run writes none."""
+        """The memory of the generation of texts between steps; 0 for a run that generates none."""
         return self.resident + self.kv_cache if self.kv_cache else 0
 
     @property
     def peak(self) -> int:
-        """The larger of the two."""
+        """The memory of the step or of generation, whichever is larger."""
         return max(self.step, self.generation)
 
 
-def memory(run: Run, arrays: StepInputs | None = None) -> Memory:
-    """What `run` takes on each device."""
-    r = arrays or step_inputs(run)
+def estimate_memory(run: Run, inputs: StepInputs | None = None) -> Memory:
+    """The memory that `run` takes on each device, for the given arrays of a step or else those of the run."""
+    r = inputs or step_inputs(run)
     adapter = device_bytes(r.state.trained)
     return Memory(
         weights=device_bytes(r.frozen),
@@ -69,67 +69,64 @@ def memory(run: Run, arrays: StepInputs | None = None) -> Memory:
         moments=device_bytes(r.state.optimizer),
         batch=device_bytes(r.batch),
         gradients=adapter * (2 if run.optim.accumulate > 1 else 1),
-        activations=residuals.activations(run, r),
-        temporary=temporary(run, r),
-        kv_cache=kv_cache(run),
-        host=device_bytes((r.state, r.frozen), HOST) + residuals.activations(run, r, host=True),
+        activations=residuals.activation_bytes(run, r),
+        temporary=temporary_bytes(run, r),
+        kv_cache=kv_cache_bytes(run),
+        host=device_bytes((r.state, r.frozen), HOST) + residuals.activation_bytes(run, r, host=True),
     )
 
 
-def temporary(run: Run, r: StepInputs) -> int:
-    """A step's working set: one block's activations in full, logits, decoded tiles, gathered shards of one block.
-
-    To these comes what a paged optimizer brings in at a time.
-    """
-    block = residuals.activations(run, r, remat="none") // run.network.config.layers
-    return block + logits(run, r) + decoded(run) + gathered(run, r) + streamed(run, r)
+def temporary_bytes(run: Run, r: StepInputs) -> int:
+    """One block's activations in full, logits, decoded tiles, one block's gathered shards, and streamed moments."""
+    block = residuals.activation_bytes(run, r, remat="none") // run.network.config.layers
+    return block + logits_bytes(run, r) + decoded_bytes(run) + gathered_bytes(run, r) + streamed_bytes(run, r)
 
 
-def streamed(run: Run, r: StepInputs) -> int:
-    """The moments of one trained leaf, the largest, that a paged optimizer has on the device at a time."""
+def streamed_bytes(run: Run, r: StepInputs) -> int:
+    """The moments of the largest trained leaf, as a paged optimizer streams those of one leaf at a time."""
     if not run.paged:
         return 0
     owner = jax.tree.leaves(offload.owners(run.optimizer(), r.state.optimizer, r.state.trained))
-    of = collections.defaultdict(list)
+    moments_of = collections.defaultdict(list)
     for i, x in zip(owner, jax.tree.leaves(r.state.optimizer), strict=True):
-        of[i].append(x)
-    return max(device_bytes(moments, HOST) for moments in of.values())
+        moments_of[i].append(x)
+    return max(device_bytes(moments, HOST) for moments in moments_of.values())
 
 
-def logits(run: Run, r: StepInputs) -> int:
-    """The logits of as many tokens as exist at a time and their gradient, float32."""
+def logits_bytes(run: Run, r: StepInputs) -> int:
+    """The float32 logits that exist at a time, and their gradient."""
     if not run.objective.vocabulary_logits:
         return 0
     tokens = math.prod(r.batch["tokens"].shape) // (sharding.num_batch_shards(run.mesh) * run.optim.accumulate)
-    some = min(tokens, run.config.logits_chunk_tokens or tokens)
-    return 2 * 4 * some * run.network.config.vocab_size // run.mesh.shape["tensor"]
+    chunk = min(tokens, run.config.logits_chunk_tokens or tokens)
+    return 2 * 4 * chunk * run.network.config.vocab_size // run.mesh.shape["tensor"]
 
 
-def decoded(run: Run) -> int:
-    """The tile of a quantised kernel that is decoded at a time, float32: the largest."""
+def decoded_bytes(run: Run) -> int:
+    """The largest float32 tile of a quantized kernel that is decoded at a time."""
     forms = [w for _, w in _forms(run.shapes)]
     return 4 * max((min(base.TILE_ELEMENTS, math.prod(w.shape[-2:])) for w in forms), default=0)
 
 
-def gathered(run: Run, r: StepInputs) -> int:
-    """The other devices' shards of one block's leaves, and of the logits', which `fsdp` brings together for a turn."""
+def gathered_bytes(run: Run, r: StepInputs) -> int:
+    """The other devices' shards of one block's leaves and of the head's kernel, which `fsdp` gathers for their use."""
     if run.mesh.shape["fsdp"] == 1:
         return 0
     named = [pair for part in (r.state.trained, r.frozen) for pair in tree.named_leaves(part)]
     read = "embed/embedding" if getattr(run.network.config, "tied", False) else "head/kernel"
     table = [x for name, x in named if name.startswith(read) and run.objective.vocabulary_logits]
     layers = [x for name, x in named if _in_layers(name)]
-    whole = _whole(layers) / run.network.config.layers + _whole(table)
+    total = _total_bytes(layers) / run.network.config.layers + _total_bytes(table)
     shards = device_bytes(layers) / run.network.config.layers + device_bytes(table)
-    return math.ceil(whole / run.mesh.shape["tensor"] - shards)
+    return math.ceil(total / run.mesh.shape["tensor"] - shards)
 
 
-def _whole(leaves: Sequence[Any]) -> float:
+def _total_bytes(leaves: Sequence[Any]) -> float:
     return sum(x.size * parameter_summary.bits_per_element(x.dtype) / 8 for x in leaves)
 
 
-def kv_cache(run: Run) -> int:
-    """Keys and values of the largest batch of texts, on one device: 2 * layers * rows * slots * heads * width."""
+def kv_cache_bytes(run: Run) -> int:
+    """The keys and values of the largest batch of texts: 2 * layers * rows * slots * heads * width, on one device."""
     c = run.network.config
     if run.scorer is None or not run.scorer.prompts or not isinstance(c, models.DecoderConfig):
         return 0
@@ -139,15 +136,15 @@ def kv_cache(run: Run) -> int:
 
 
 def _forms(shapes: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The quantised kernels at any depth."""
-    found, left = [], tree.named_leaves(shapes, is_weight)
-    while left:
-        name, w = left.pop()
+    """The quantized kernels at any depth of forms."""
+    quantized, pending = [], tree.named_leaves(shapes, is_weight)
+    while pending:
+        name, w = pending.pop()
         if isinstance(w, base.Quantized):
-            found.append((name, w))
+            quantized.append((name, w))
         elif is_weight(w):
-            left += [(name, part) for part in vars(w).values() if is_weight(part)]
-    return found
+            pending += [(name, part) for part in vars(w).values() if is_weight(part)]
+    return quantized
 
 
 def _in_layers(name: str) -> bool:

@@ -1,6 +1,6 @@
-"""NVIDIA's devices as XLA describes them, to compile for one that is not here (`pip install 'jax[cuda12-local]'`).
+"""NVIDIA's GPUs as XLA describes them, to compile on a machine without one (`pip install 'jax[cuda12-local]'`).
 
-Attention is then XLA's own: cuDNN's, which a real device may have, takes less.
+Attention is then XLA's own: that of cuDNN, which a real device may have, takes less memory.
 """
 
 import importlib.util
@@ -10,12 +10,12 @@ from lowrank.core.errors import UserError
 
 
 class Gpu(NamedTuple):
-    """What the vendor's data sheet says: the compiler chooses kernels by it."""
+    """The figures of the vendor's data sheet, by which the compiler chooses kernels."""
 
     name: str
     capability: str
-    cores: int  # streaming multiprocessors
-    bandwidth: int  # of its memory, GB/s
+    cores: int  # the number of streaming multiprocessors
+    bandwidth: int  # of the memory, GB/s
     cache: int  # L2, MiB
     clock: float  # GHz
 
@@ -38,7 +38,7 @@ GPUS = {
     "h200": Gpu("NVIDIA H200", "9.0", 132, 4800, 50, 1.98),
     "b200": Gpu("NVIDIA B200", "10.0", 148, 8000, 126, 1.97),
 }
-# Of each compute capability: the threads that a core holds, its shared memory, and a block's largest share (KiB).
+# Compute capability -> (threads per core, shared memory per core in KiB, largest shared memory of a block in KiB).
 LIMITS = {
     "7.0": (2048, 96, 96),
     "7.5": (1024, 64, 64),
@@ -51,25 +51,28 @@ LIMITS = {
 }
 
 
-def installed() -> bool:
-    """Whether XLA's compiler for NVIDIA's GPUs is."""
+def has_compiler() -> bool:
+    """Whether XLA's compiler for NVIDIA's GPUs is installed."""
     return bool(importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12"))
 
 
-def devices(name: str, count: int, memory: int) -> list[Any]:
-    """`count` devices `name`, a key of `GPUS`, with `memory` bytes each, in one machine: programs compile for them."""
+def compile_only_devices(name: str, count: int, memory: int) -> list[Any]:
+    """`count` abstract devices of one machine to compile for: `name`, a key of `GPUS`, with `memory` bytes each.
+
+    Raises UserError if XLA cannot compile for them.
+    """
     from jax.experimental import topologies
 
-    description = described(GPUS[name], memory)
+    config = target_config(GPUS[name], memory)
     try:
-        found = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{count}")
+        topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology=f"1x1x{count}")
     except RuntimeError as e:
-        raise UserError(f"XLA cannot compile for {name} without one: {e}") from e
-    return list(found.devices)
+        raise UserError(f"XLA cannot compile for {name} on this machine: {e}; leave --device out, or run there") from e
+    return list(topology.devices)
 
 
-def described(gpu: Gpu, memory: int) -> str:
-    """XLA's `GpuTargetConfigProto` of a device, as text."""
+def target_config(gpu: Gpu, memory: int) -> str:
+    """XLA's `GpuTargetConfigProto` of a device, in protobuf's text format."""
     major, minor = gpu.capability.split(".")
     threads, shared, block = LIMITS[gpu.capability]
     info = {

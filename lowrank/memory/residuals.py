@@ -1,4 +1,4 @@
-"""What autodiff keeps from the forward pass for the backward pass: counted on the traced loss, before any compiler."""
+"""The residuals that autodiff saves from the forward pass for the backward pass, counted on the traced loss."""
 
 import dataclasses
 import math
@@ -9,31 +9,31 @@ import jax.numpy as jnp
 
 from lowrank import models
 from lowrank.core import parameter_summary, sharding, tree
-from lowrank.memory.shapes import StepInputs, rows
+from lowrank.memory.shapes import StepInputs, with_rows
 from lowrank.training.run import Run
 
 
-def activations(run: Run, inputs: StepInputs, remat: str = "", host: bool = False) -> int:
-    """Bytes each device keeps of one microbatch beside the parameters and the batch; `remat` as if it were set so.
+def activation_bytes(run: Run, inputs: StepInputs, remat: str = "", host: bool = False) -> int:
+    """The bytes on each device of one microbatch's residuals, without the parameters and the batch.
 
-    `host`: what it keeps in the host's memory instead.
-    The mesh cuts the rows by `data` and `fsdp`. By `tensor` it cuts what has the hidden width or heads apart; what
-    cannot be told from the residual stream counts whole.
+    A given `remat` replaces that of the run. With `host`, the residuals in the host's memory are counted instead. The
+    mesh shards rows over `data` and `fsdp`. Over `tensor` it shards arrays with the hidden width or with a heads axis;
+    arrays that cannot be told from the residual stream count in full.
     """
     now = run.network.config
     config = dataclasses.replace(now, remat=remat or now.remat, remat_names=() if remat else now.remat_names)
     size = next(iter(inputs.batch.values())).shape[0] // (sharding.num_batch_shards(run.mesh) * run.optim.accumulate)
     alone = dataclasses.replace(run, network=models.build_model(config), mesh=sharding.make_mesh(1, 1, 1))
     cut = run.mesh.shape["tensor"]
-    found = [x for x in _remembered(alone, inputs, size) if (x.memory_space == jax.memory.Space.Host) == host]
-    return math.ceil(sum(_bytes(x) / (cut if _splits(x.shape, config, cut) else 1) for x in found))
+    residuals = [x for x in _cached_residuals(alone, inputs, size) if (x.memory_space == jax.memory.Space.Host) == host]
+    return math.ceil(sum(_bytes(x) / (cut if _is_sharded(x.shape, config, cut) else 1) for x in residuals))
 
 
-_FOUND: dict[Any, list[Any]] = {}  # tracing takes a second, and advice asks for like runs again and again
+_CACHE: dict[Any, list[Any]] = {}  # a trace takes a second, and advice asks for similar runs many times
 
 
-def _remembered(run: Run, inputs: StepInputs, size: int) -> list[Any]:
-    leaves = tree.named_leaves((inputs.state.trained, inputs.frozen, rows(inputs.batch, size)))
+def _cached_residuals(run: Run, inputs: StepInputs, size: int) -> list[Any]:
+    leaves = tree.named_leaves((inputs.state.trained, inputs.frozen, with_rows(inputs.batch, size)))
     shapes = tuple((name, x.shape, str(x.dtype)) for name, x in leaves)
     key = (
         run.network.config,
@@ -42,29 +42,29 @@ def _remembered(run: Run, inputs: StepInputs, size: int) -> list[Any]:
         run.config.logits_chunk_tokens,
         shapes,
     )
-    if key not in _FOUND:
-        _FOUND[key] = _residuals(run, inputs, size)
-    return _FOUND[key]
+    if key not in _CACHE:
+        _CACHE[key] = _residuals(run, inputs, size)
+    return _CACHE[key]
 
 
 def _residuals(run: Run, inputs: StepInputs, size: int) -> list[Any]:
-    def kept(trained: Any, frozen: Any, batch: Any) -> Any:
+    def pullback(trained: Any, frozen: Any, batch: Any) -> Any:
         factors = dict.fromkeys(run.loss_factors, jnp.float32(1))
         loss = lambda t: run.loss(tree.join(t, frozen), batch, jax.random.key(0), **factors).total  # noqa: E731
         return jax.vjp(loss, trained)[1]
 
-    program = jax.make_jaxpr(kept)(inputs.state.trained, inputs.frozen, rows(inputs.batch, size)).jaxpr
-    given = {id(v) for v in (*program.invars, *program.constvars)}
-    found = {id(v): v.aval for v in program.outvars if id(v) not in given and not hasattr(v, "val")}
-    return list(found.values())
+    program = jax.make_jaxpr(pullback)(inputs.state.trained, inputs.frozen, with_rows(inputs.batch, size)).jaxpr
+    inputs_of_program = {id(v) for v in (*program.invars, *program.constvars)}
+    avals = {id(v): v.aval for v in program.outvars if id(v) not in inputs_of_program and not hasattr(v, "val")}
+    return list(avals.values())
 
 
 def _bytes(x: Any) -> float:
     return math.prod(x.shape) * parameter_summary.bits_per_element(x.dtype) / 8
 
 
-def _splits(shape: tuple[int, ...], config: Any, cut: int) -> bool:
-    """Whether an array of one device's rows is cut by `tensor`: hidden values, or heads apart."""
+def _is_sharded(shape: tuple[int, ...], config: Any, cut: int) -> bool:
+    """Whether `tensor` shards an array of one device's rows: hidden values, or an array with a heads axis."""
     hidden = {config.hidden, getattr(config, "expert_hidden", 0)} - {0, config.width}
     if shape and shape[-1] in hidden:
         return shape[-1] % cut == 0

@@ -1,4 +1,4 @@
-"""A run's arrays as shapes: the state, the frozen leaves and a batch, each where the mesh will have it."""
+"""The arrays of a run as shapes: the state, the frozen leaves and a batch, with their shardings on the mesh."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from lowrank.training.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class StepInputs:
-    """What a training step is given."""
+    """The arguments of a training step, as shapes with shardings."""
 
     state: step.State
     frozen: PyTree
@@ -25,22 +25,22 @@ class StepInputs:
 
 
 def step_inputs(run: Run, batch: dict[str, jax.ShapeDtypeStruct] | None = None) -> StepInputs:
-    """The arrays of `run` as shapes with shardings; a batch is as the data's first one unless it is given."""
+    """The arguments of a training step of `run`; the batch has the shapes of the data's unless it is given."""
     optimizer, where = run.optimizer(), sharding.parameter_shardings(run.shapes, run.mesh)
     lifted = jax.tree.map(lambda x, learns: _like(x, "float32") if learns else x, run.shapes, run.mask)
-    trained, frozen = tree.split(_placed(lifted, where), run.mask)  # trained in float32, as Plan.attach has it
+    trained, frozen = tree.split(_with_shardings(lifted, where), run.mask)  # trained in float32, as by Run.attach
     moments = step.moment_shapes(trained, optimizer, run.mesh, run.paged)
     done = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated_sharding(run.mesh))
     return StepInputs(step.State(done, trained, moments), frozen, batch or _batch(run))
 
 
-def rows(batch: dict[str, jax.ShapeDtypeStruct], size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of `size` rows, on no device in particular."""
+def with_rows(batch: dict[str, jax.ShapeDtypeStruct], size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `size` rows without shardings."""
     return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in batch.items()}
 
 
 def device_bytes(shapes: PyTree, kind: str = "") -> int:
-    """Bytes that each device holds of arrays with shardings: those in host memory, or all others."""
+    """The bytes on each device of arrays with shardings: of those in host memory for `HOST`, else of all others."""
     leaves = [x for x in jax.tree.leaves(shapes) if (x.sharding.memory_kind == HOST) == (kind == HOST)]
     return math.ceil(
         sum(
@@ -50,7 +50,7 @@ def device_bytes(shapes: PyTree, kind: str = "") -> int:
 
 
 def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    """The tokens, even if the method computes features of them once: then the plan is an upper bound."""
+    """The tokens, even if the method computes features of them once: the estimate is then an upper bound."""
     where = NamedSharding(run.mesh, sharding.BATCH)
     return {name: jax.ShapeDtypeStruct(*of, sharding=where) for name, of in run.loader.shapes.items()}
 
@@ -59,5 +59,5 @@ def _like(x: Any, dtype: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, dtype)
 
 
-def _placed(shapes: PyTree, where: PyTree) -> PyTree:
+def _with_shardings(shapes: PyTree, where: PyTree) -> PyTree:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)

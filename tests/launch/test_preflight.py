@@ -35,14 +35,14 @@ def words(files, *more):
 @pytest.fixture(autouse=True)
 def no_cuda_plugin(monkeypatch):
     """As where only a CPU's compiler is installed."""
-    monkeypatch.setattr(gpus, "installed", lambda: False)
+    monkeypatch.setattr(gpus, "has_compiler", lambda: False)
 
 
 @pytest.fixture
 def no_compiler(monkeypatch):
     """The formula alone: the programs are not compiled."""
     none = compiled.Compiled("cpu", 0, 0, 0, 0, compiled.Program(temporary=1), None)
-    monkeypatch.setattr(compiled, "compiled", lambda run, arrays: none)
+    monkeypatch.setattr(compiled, "compile_programs", lambda run, arrays: none)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def no_compiler(monkeypatch):
         (["--topology=v5e:4x5", CONFIG], "v5e:16x16, v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4"),
         (["--topology=v9:4x4", CONFIG], "known: v5e:16x16"),
         (["--device=h10", CONFIG], "'h10' (did you mean 'h100'?)"),
-        (["--device=h100:none", CONFIG], "a number from 1 to 64"),
+        (["--device=h100:none", CONFIG], "an integer from 1 to 64"),
         (["--device=h100", "--topology=v5e:4x4", CONFIG], "give one"),
         ([], "--config=FILE.py is required"),
         (["--config=configs/tony.py"], "'configs/tony.py' cannot be read"),
@@ -90,7 +90,7 @@ def test_a_topology_and_several_devices_get_a_process_of_their_own(monkeypatch):
     assert slice_env["TPU_ACCELERATOR_TYPE"] == "v5litepod-16"
     assert (slice_env["TPU_SKIP_MDS_QUERY"], slice_env["JAX_PLATFORMS"]) == ("1", "cpu")
     assert gpu_env["XLA_FLAGS"].endswith("--xla_force_host_platform_device_count=4")
-    assert gpu_words[3] == command.HIDDEN
+    assert gpu_words[3] == command.WORKER
 
 
 class _Done:
@@ -98,15 +98,15 @@ class _Done:
 
 
 def test_the_known_devices_and_slices():
-    assert devices.device("h100").memory == 80 * 2**30
-    assert devices.device("a100:8")[2] == 8
-    assert devices.topology("v5e:4x4")[1:3] == (16 * 2**30, 16)
-    assert devices.topology("v5p:2x2x1").count == 4
+    assert devices.parse_device("h100").memory == 80 * 2**30
+    assert devices.parse_device("a100:8")[2] == 8
+    assert devices.parse_topology("v5e:4x4")[1:3] == (16 * 2**30, 16)
+    assert devices.parse_topology("v5p:2x2x1").num_devices == 4
 
 
 def test_every_gpu_with_a_memory_can_be_described():
     assert set(gpus.GPUS) == set(devices.MEMORY) - {"v2", "v3", "v4", *devices.SLICES}
-    text = gpus.described(gpus.GPUS["h100"], 80 * 2**30)
+    text = gpus.target_config(gpus.GPUS["h100"], 80 * 2**30)
     for field in ("core_count: 132 ", "major: 9 minor: 0", f"device_memory_size: {80 * 2**30} ", "H100 80GB"):
         assert field in text
     for gpu in gpus.GPUS.values():
@@ -118,7 +118,7 @@ def test_the_table_says_which_figure_is_which_and_that_it_fits(files, capsys):
     out = capsys.readouterr().out
     assert "lora on" in out
     assert "formula / compiled" in out
-    assert "compiled for cpu, as there is no h100 here" in out
+    assert "compiled for cpu, as this machine lacks a h100" in out
     assert "fits: " in out
     (line,) = (line for line in out.splitlines() if line.startswith("weights"))
     assert line.endswith("1.00")
@@ -137,7 +137,7 @@ def test_json_holds_the_same(files, capsys, no_compiler):
 
 def test_what_does_not_fit_is_told_by_how_much_and_what_to_change(files, capsys, monkeypatch, no_compiler):
     small = build.build_run(config_of(files, mesh__data=1, optim__accumulate=8))
-    room = advice.formulas.memory(small).peak
+    room = advice.formulas.estimate_memory(small).peak
     monkeypatch.setitem(devices.MEMORY, "h100", room / devices.GIB)
     assert command.main(words(files, "--device=h100", "--json")) == 0
     found = json.loads(capsys.readouterr().out)
@@ -165,5 +165,5 @@ def test_advice_goes_from_cheap_to_dear_and_adds_up(files):
     assert all(s.saves > 0 for s in steps)
     remat = next(s for s in steps if "model.remat" in s.option.changes)
     block = build.build_run(config_of(files, "rank=4", mesh__data=1, model__remat="full", data__seq_len=64))
-    assert remat.leaves == advice.formulas.memory(block).peak
+    assert remat.leaves == advice.formulas.estimate_memory(block).peak
     assert [s.option.changes for s in advice.advise(run, memory=left[0])] == [steps[0].option.changes]

@@ -54,7 +54,7 @@ def test_the_compiler_agrees_on_what_stays_and_nearly_on_what_does_not(files, na
     writes = {"eval__split": "train", "eval__texts": 5, "eval__max_new": 6} if name == "lora" else {}
     run = job_of(files, arg, model, MESHES[at], **{**changes, **writes, "model__param_dtype": "float32"})
     inputs = shapes.step_inputs(run)
-    by_formula, by_compiler = formulas.memory(run, inputs), compiled.compiled(run, inputs)
+    by_formula, by_compiler = formulas.estimate_memory(run, inputs), compiled.compile_programs(run, inputs)
     for part in ("weights", "adapter", "moments", "batch"):
         assert getattr(by_formula, part) == getattr(by_compiler, part), part
     known = by_formula.resident + by_formula.batch + 4  # and the number of steps done
@@ -72,24 +72,24 @@ def test_the_compiler_agrees_on_what_stays_and_nearly_on_what_does_not(files, na
 def test_codes_take_as_arguments_what_the_formula_says(files):
     arg, model, changes = RUNS["qdora"]
     inputs = shapes.step_inputs(job_of(files, arg, model, MESHES[1], **changes))
-    assert compiled.held(inputs.frozen) == shapes.device_bytes(inputs.frozen)
-    assert compiled.held(inputs.state.trained) == shapes.device_bytes(inputs.state.trained)
+    assert compiled.argument_bytes(inputs.frozen) == shapes.device_bytes(inputs.frozen)
+    assert compiled.argument_bytes(inputs.state.trained) == shapes.device_bytes(inputs.state.trained)
 
 
 def test_activations_follow_what_is_rematerialised(files):
     run = job_of(files, model__remat="none", data__seq_len=64)
     inputs = shapes.step_inputs(run)
-    program = compiled.analysed(
+    program = compiled.analyze_memory(
         lambda: step.compile_step(run.step(run.optimizer()), inputs.state, inputs.frozen, inputs.batch)
     )
-    assert 0.4 < formulas.memory(run, inputs).working / program.temporary < 2.5
+    assert 0.4 < formulas.estimate_memory(run, inputs).working / program.temporary < 2.5
     kept_by = {
-        r: residuals.activations(run, inputs, r) for r in ("none", "dots_all", "names", "dots", "full", "offload")
+        r: residuals.activation_bytes(run, inputs, r) for r in ("none", "dots_all", "names", "dots", "full", "offload")
     }
-    assert kept_by["none"] == residuals.activations(run, inputs)
+    assert kept_by["none"] == residuals.activation_bytes(run, inputs)
     assert kept_by["none"] > kept_by["dots_all"] > kept_by["dots"] > kept_by["full"] > kept_by["offload"]
     assert kept_by["names"] > kept_by["full"]
-    away = residuals.activations(run, inputs, "offload", host=True)
+    away = residuals.activation_bytes(run, inputs, "offload", host=True)
     assert away == LAYERS * 8 * 64 * WIDTH * 4  # each block's input
     assert kept_by["full"] - kept_by["offload"] == away
 
@@ -104,14 +104,14 @@ def test_dots_keeps_each_product_once_whatever_its_weight_is(files, adapted, cha
     wide = 2 * WIDTH + 2 * KV_HEADS * (WIDTH // HEADS) + 2 * HIDDEN  # q, o; k, v; gate, up: no gradient asks for down
     size = 2 if "model__dtype" in changes else 4
     products = LAYERS * 8 * 64 * (wide + adapted * 2) * size  # and `x @ A`, but not what is added to `x @ W`
-    assert residuals.activations(run, inputs, "dots") - residuals.activations(run, inputs, "full") == products
+    assert residuals.activation_bytes(run, inputs, "dots") - residuals.activation_bytes(run, inputs, "full") == products
 
 
 def test_a_rematerialised_block_keeps_its_input_alone():
     run = literature.plan("LLaMA-7B", {"name": "lora", "rank": 8})
     found = literature.arrays(run, rows=2, length=1024)
     inputs = 32 * 2 * 1024 * 4096 * 2  # layers, rows, tokens, width, bfloat16
-    assert 1 < residuals.activations(run, found) / inputs < 1.25
+    assert 1 < residuals.activation_bytes(run, found) / inputs < 1.25
 
 
 def test_a_mesh_divides_a_kernel_by_its_axes_and_the_batch_by_data_and_fsdp(files):
@@ -124,7 +124,7 @@ def test_a_mesh_divides_a_kernel_by_its_axes_and_the_batch_by_data_and_fsdp(file
 
 def test_the_mesh_divides_activations_and_gathers_a_block(files):
     alone, rows, cut = (
-        formulas.memory(job_of(files, mesh=mesh))
+        formulas.estimate_memory(job_of(files, mesh=mesh))
         for mesh in (MESHES[0], {"data": 4, "fsdp": 1, "tensor": 1}, {"data": 1, "fsdp": 4, "tensor": 1})
     )
     assert rows.activations == cut.activations
@@ -134,13 +134,13 @@ def test_the_mesh_divides_activations_and_gathers_a_block(files):
 
 
 def test_microbatches_keep_less_and_add_a_sum_of_gradients(files):
-    whole, parts = (formulas.memory(job_of(files, optim__accumulate=n)) for n in (1, 4))
+    whole, parts = (formulas.estimate_memory(job_of(files, optim__accumulate=n)) for n in (1, 4))
     assert parts.gradients == 2 * whole.gradients == 2 * whole.adapter
     assert 3 < whole.activations / parts.activations < 4.01
 
 
 def test_sgd_has_no_moments(files):
-    assert formulas.memory(job_of(files, optim__name="sgd")).moments < 64
+    assert formulas.estimate_memory(job_of(files, optim__name="sgd")).moments < 64
 
 
 def test_what_is_on_the_host_is_counted_apart(files):
@@ -148,7 +148,10 @@ def test_what_is_on_the_host_is_counted_apart(files):
     inputs = shapes.step_inputs(run)
     moved = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("pinned_host"))  # noqa: E731
     state = dataclasses.replace(inputs.state, optimizer=jax.tree.map(moved, inputs.state.optimizer))
-    here, there = formulas.memory(run, inputs), formulas.memory(run, dataclasses.replace(inputs, state=state))
+    here, there = (
+        formulas.estimate_memory(run, inputs),
+        formulas.estimate_memory(run, dataclasses.replace(inputs, state=state)),
+    )
     assert (there.moments, there.host) == (0, here.moments)
     assert there.step == here.step - here.moments
 
@@ -160,10 +163,10 @@ def test_a_program_without_room_is_reported_not_raised():
             "Used 37.50G of 15.75G hbm. Exceeded hbm capacity by 21.75G."
         )
 
-    assert compiled.analysed(refuse).total == int(37.5 * 2**30)
+    assert compiled.analyze_memory(refuse).total == int(37.5 * 2**30)
 
     def fail():
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        compiled.analysed(fail)
+        compiled.analyze_memory(fail)

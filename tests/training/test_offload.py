@@ -60,14 +60,14 @@ def test_a_checkpoint_holds_a_paged_state_and_gives_it_back_where_it_lay(tmp_pat
 
 def test_the_plan_counts_moments_on_the_host_and_a_leaf_on_its_way(files):
     plain, paged = (build.build_run(config_of(files, "rank=2", mesh__data=1, optim__paged=p)) for p in (False, True))
-    there, here = formulas.memory(plain), formulas.memory(paged)
+    there, here = formulas.estimate_memory(plain), formulas.estimate_memory(paged)
     shapes = abstract.step_inputs(paged).state
     assert (here.moments, here.host) == (there.moments - here.host, there.moments - here.moments)
     assert here.moments < 16 < here.host  # numbers stay
     largest = max(x.size for x in jax.tree.leaves(shapes.trained))
     assert here.temporary - there.temporary == 2 * 4 * largest  # Adam's two
-    assert "optim.paged" in {key for option in advice.options(plain, 0) for key in option.changes}
-    assert "optim.paged" not in {key for option in advice.options(paged, 0) for key in option.changes}
+    assert "optim.paged" in {key for option in advice.possible_options(plain, 0) for key in option.changes}
+    assert "optim.paged" not in {key for option in advice.possible_options(paged, 0) for key in option.changes}
 
 
 def test_a_device_without_host_memory_is_said_and_keeps_the_state(files, monkeypatch):
@@ -81,12 +81,12 @@ def test_a_device_without_host_memory_is_said_and_keeps_the_state(files, monkeyp
 
 def test_activations_that_cannot_be_offloaded_stay_and_that_is_said(files, monkeypatch):
     config = config_of(files, "rank=2", mesh__data=1, model__remat="offload")
-    there = formulas.memory(build.build_run(config))
+    there = formulas.estimate_memory(build.build_run(config))
     monkeypatch.setattr(offload, "memory_kinds", lambda device: ["device"])
     run = build.build_run(config)
     assert run.network.config.remat_names == ("input",)
     note = f"warning: model.remat=offload: {LACK}, so the saved activations stay in the device's memory"
     assert run.notes == (note,)
-    here = formulas.memory(run)
+    here = formulas.estimate_memory(run)
     assert (here.host, here.activations) == (0, there.activations + there.host)
     assert there.host > 0
