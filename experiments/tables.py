@@ -57,7 +57,7 @@ def nf4() -> str:
     both = lambda pair, form: f"{pair['ours']:{form}} / {pair['bitsandbytes']:{form}}"  # noqa: E731
     rows = [
         f"| {r['kernel']}, {r['shape'][0]} x {r['shape'][1]} | {'yes' if r['double'] else 'no'} "
-        f"| {both(r['error'], '.4f')} | {both(r['quantise'], '.2f')} | {both(r['dequantise'], '.2f')} "
+        f"| {both(r['error'], '.4f')} | {both(r['quantize'], '.2f')} | {both(r['dequantize'], '.2f')} "
         f"| {both(r['matmul'], '.2f')} |"
         for name, r in _json("experiments/bench/results/nf4.json").items()
         if name != "machine"

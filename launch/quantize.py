@@ -27,7 +27,7 @@ _LENGTH = flags.DEFINE_integer("seq_len", 256, "Tokens a row.")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Quantises as the flags describe."""
+    """Quantizes as the flags describe."""
     del argv
     try:
         if not (_MODEL.value and _OUTPUT.value):

@@ -1,7 +1,7 @@
 """NF4, side by side with bitsandbytes on the CPU: `python -m experiments.bench.nf4 [--rounds=N]`.
 
-Kernels of SmolLM2-135M's first block, float32 on both sides, with and without double quantisation: how long it takes to
-quantise one, to decode it, and to multiply 512 rows by it, and how far the decoded kernel is from the kernel. The two
+Kernels of SmolLM2-135M's first block, float32 on both sides, with and without double quantization: how long it takes to
+quantize one, to decode it, and to multiply 512 rows by it, and how far the decoded kernel is from the kernel. The two
 take turns in one process, in an order that is reversed every round. Written to `results/nf4.json`: medians in
 milliseconds, their ratio, and relative errors `|decoded - W| / |W|`, which agree or the run fails.
 """
@@ -27,7 +27,7 @@ from lowrank.weights.quantized.schemes import SCHEMES
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Calls of each side that count; two more warm up.", lower_bound=3)
 OUT = Path(__file__).parent / "results" / "nf4.json"
 MODEL, KERNELS, ROWS, WARMUP = "smollm2-135m", ("attn/q", "mlp/up", "mlp/down"), 512, 2
-OPERATIONS = ("quantise", "dequantise", "matmul")
+OPERATIONS = ("quantize", "dequantize", "matmul")
 PAUSE = 0.3  # seconds between turns: torch's threads spin for a while after a call, and would slow the next one
 
 Side = Mapping[str, Callable[[], np.ndarray]]  # each operation, done when it returns
@@ -54,7 +54,7 @@ def compare(kernel: np.ndarray, double: bool, rounds: int, rows: int = ROWS, pau
     """Errors and times of both sides for a kernel `[in, out]` float32. Raises ValueError if their values differ."""
     x = np.random.default_rng(0).standard_normal((rows, kernel.shape[0])).astype(np.float32)
     sides = {"ours": ours(kernel, x, double), "bitsandbytes": theirs(kernel, x, double)}
-    errors = {name: _error(side["dequantise"](), kernel) for name, side in sides.items()}
+    errors = {name: _error(side["dequantize"](), kernel) for name, side in sides.items()}
     gap = _error(sides["ours"]["matmul"](), sides["bitsandbytes"]["matmul"]())
     if abs(errors["ours"] / errors["bitsandbytes"] - 1) > 1e-3 or gap > 1e-3:
         raise ValueError(f"the two do not agree: errors {errors}, products {gap} apart")
@@ -69,9 +69,9 @@ def compare(kernel: np.ndarray, double: bool, rounds: int, rows: int = ROWS, pau
 def ours(kernel: np.ndarray, x: np.ndarray, double: bool) -> Side:
     """This library's operations, compiled."""
     kernel, x = jax.device_put((kernel, x))
-    quantise, decode = jax.jit(SCHEMES["nf4"](double=double)), jax.jit(lambda w: w.materialize())
-    multiply, codes = jax.jit(dot), quantise(kernel)
-    calls = (lambda: quantise(kernel).codes, lambda: decode(codes), lambda: multiply(x, codes))
+    quantize, decode = jax.jit(SCHEMES["nf4"](double=double)), jax.jit(lambda w: w.materialize())
+    multiply, codes = jax.jit(dot), quantize(kernel)
+    calls = (lambda: quantize(kernel).codes, lambda: decode(codes), lambda: multiply(x, codes))
     done = [lambda call=call: np.asarray(jax.block_until_ready(call())) for call in calls]
     return dict(zip(OPERATIONS, done, strict=True))
 
@@ -81,12 +81,12 @@ def theirs(kernel: np.ndarray, x: np.ndarray, double: bool) -> Side:
     w, rows = torch.from_numpy(np.ascontiguousarray(kernel.T)), torch.from_numpy(x)
     bnb = bitsandbytes.functional
 
-    def quantise() -> Any:
+    def quantize() -> Any:
         return bnb.quantize_4bit(w, blocksize=64, compress_statistics=double, quant_type="nf4")
 
-    packed, state = quantise()
+    packed, state = quantize()
     calls = (
-        lambda: quantise()[0],
+        lambda: quantize()[0],
         lambda: bnb.dequantize_4bit(packed, state).T,
         lambda: bitsandbytes.matmul_4bit(rows, packed.t(), state),
     )

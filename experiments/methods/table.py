@@ -18,7 +18,7 @@ from lowrank.core.files import write_bytes, write_text
 
 COLUMNS = ("method", "family", "task", "seeds", "score_mean", "score_ci95", "trained_params", "step_s", "peak_mb")
 COLUMNS += ("adapter_kb", "forgetting")
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
 def rows(study: Study, known: Callable[[Task], float]) -> list[dict[str, Any]]:
@@ -108,12 +108,12 @@ def plot(table: Sequence[Mapping[str, Any]]) -> bytes:
     """Score against trained parameters, a panel for each task, as PNG."""
     tasks = [task for task in TASKS.values() if any(row["task"] == task.name for row in table)]
     figure = Figure(figsize=(7.2 * len(tasks), 4.8), dpi=130, layout="constrained")
-    colours = dict(zip(dict.fromkeys(row["family"] for row in table), COLOURS, strict=False))
+    colors = dict(zip(dict.fromkeys(row["family"] for row in table), COLORS, strict=False))
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for row in (row for row in table if row["task"] == task.name):
-            x, y, colour = row["trained_params"], row["score_mean"], colours[row["family"]]
+            x, y, color = row["trained_params"], row["score_mean"], colors[row["family"]]
             spread = None if math.isnan(row["score_ci95"]) else row["score_ci95"]
-            axes.errorbar(x, y, yerr=spread, fmt="o", color=colour, capsize=2, ms=4, lw=1)
+            axes.errorbar(x, y, yerr=spread, fmt="o", color=color, capsize=2, ms=4, lw=1)
             axes.annotate(row["method"], (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
         axes.set_xscale("log")
         axes.set(xlabel="trained parameters", ylabel=task.metric, title=task.name)

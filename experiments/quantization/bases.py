@@ -48,7 +48,7 @@ def _read(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def bits(params: PyTree) -> dict[str, float]:
-    """Bits a weight of the kernels that are quantised: of the arrays in memory, and of the file that holds them."""
+    """Bits a weight of the kernels that are quantized: of the arrays in memory, and of the file that holds them."""
     weights = dict(tree.named_leaves(params, is_weight))
     named = {name: weights[name] for name in tree.match_names(DEFAULT_TARGET, weights)}
     count = sum(math.prod(w.shape) for w in named.values())
@@ -62,7 +62,7 @@ def bits(params: PyTree) -> dict[str, float]:
 
 
 def bits_under(row: Row, name: str, model: Mapping[str, Any]) -> float:
-    """Bits a weight in memory of what the row's method has in place of the quantised kernels, from shapes alone."""
+    """Bits a weight in memory of what the row's method has in place of the quantized kernels, from shapes alone."""
     options, read = _read({**model, **row.model})
     shapes = pretrained.describe(name, options, **read)[2]
     shapes = jax.eval_shape(lambda p: methods.attach(methods.build_method(row.method), p, jax.random.key(0)), shapes)

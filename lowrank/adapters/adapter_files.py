@@ -39,7 +39,7 @@ def save(
 
     Methods that rewrite weights are written in the PEFT format where it can hold them; what others train, and what
     PEFT has no place for, is written as `trained.safetensors` `{leaf name: array}` and `trained.json`. How a base was
-    read, if it was quantised or upcycled, goes into the files of BASES, which PEFT does not look at.
+    read, if it was quantized or upcycled, goes into the files of BASES, which PEFT does not look at.
     """
     for field, file in BASES.items():
         if getattr(base, field, None) and jax.process_index() == 0:
@@ -63,7 +63,7 @@ def save(
 
 
 def base_of(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The keywords of `pretrained.load` for the base of an adapter: how it was quantised and upcycled, if it was."""
+    """The keywords of `pretrained.load` for the base of an adapter: how it was quantized and upcycled, if it was."""
     found = {}
     for field, file in BASES.items():
         path = Path(directory) / file

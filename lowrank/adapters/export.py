@@ -61,19 +61,19 @@ def merge_to_hf(
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not an empty directory")
-    plain, report = merged(params, dtype, _requantised(base) if check_codes(codes) == "requantize" else None)
+    plain, report = merged(params, dtype, _requantized(base) if check_codes(codes) == "requantize" else None)
     pretrained.export(plain, base, directory, dtype=dtype, labels=labels)
     return report
 
 
 def check_codes(codes: str) -> str:
-    """One of CODES, what becomes of quantised kernels in a merge; else UserError."""
+    """One of CODES, what becomes of quantized kernels in a merge; else UserError."""
     if codes not in CODES:
-        raise unknown("merge into a quantised base", codes, CODES)
+        raise unknown("merge into a quantized base", codes, CODES)
     return codes
 
 
-def _requantised(base: Pretrained) -> Rounding:
+def _requantized(base: Pretrained) -> Rounding:
     if not base.quantized:
         raise UserError(f"{base.name} was read without model.quantize, whose scheme the merge needs")
     again = build_rounding({k: v for k, v in base.quantized.items() if k != "param_dtype"})

@@ -25,7 +25,7 @@ def load_adapted(
 
     The folder holds a PEFT adapter, or trained leaves by name as a run leaves them. `model` are further options of
     the model's config and `param_dtype` that of the base, as in the run that trained it. An adapter that was trained
-    on a quantised base gets that base. Raises UserError for an adapter of another base, unless `any_base`, and as
+    on a quantized base gets that base. Raises UserError for an adapter of another base, unless `any_base`, and as
     `pretrained.load` and `peft_format.load` do.
     """
     read = {"param_dtype": param_dtype, **adapter_files.base_of(directory)}

@@ -1,4 +1,4 @@
-"""LoRA on the codes of any quantiser."""
+"""LoRA on the codes of any quantizer."""
 
 import importlib
 from typing import Any
@@ -21,19 +21,19 @@ def modulora(
     target: str = LINEAR,
     dropout: float = 0.0,
 ) -> Method:
-    """ModuLoRA: LoRA on the codes of any quantiser, `quantizer='package.module:function'`.
+    """ModuLoRA: LoRA on the codes of any quantizer, `quantizer='package.module:function'`.
 
     The function turns a kernel `[in, out]` into `(state, decode)`: arrays, and a function of module level from them
     to the kernel; see `lowrank.weights.quantized.black_box`.
     """
     targets.check_positive(rank=rank, alpha=alpha)
     targets.check_fraction(dropout=dropout)
-    quantise = _imported(quantizer)
+    quantize = _imported(quantizer)
 
     def adapt(key: jax.Array, w: Any, name: str) -> Any:
         targets.check_rank(name, w.shape, rank)
         check_plain("ModuLoRA", name, w)
-        base = black_box.attach(w, quantise, quantizer)
+        base = black_box.attach(w, quantize, quantizer)
         return lora_form.attach_equal_ranks(key, base, rank=rank, alpha=alpha, dropout=dropout)
 
     return Method(rules=((target, adapt),), bind=bind_dropout if dropout else None)

@@ -10,7 +10,7 @@ def perft(width: int = 8, experts: int = 4, per_token: int = 2, scale: float = 1
 
     `MoE(x) + scale * sum_e g_e(x) x @ down_e @ up_e`. They have a router of their own that sends each token to
     `per_token` of them (PERFT-R); with `experts=0` there is one beside each expert, with that expert's gate (PERFT-E).
-    Gates are normalised as the mixture's are. A routed module is weighed by its own router's gate, as the formula says:
+    Gates are normalized as the mixture's are. A routed module is weighed by its own router's gate, as the formula says:
     the authors' code takes the mixture's gate of the same rank in its place. There is no loss that balances them.
     """
     targets.check_positive(width=width, scale=scale)

@@ -14,7 +14,7 @@ from lowrank.weights.quantized.schemes import scheme_group
 
 
 def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activations: int = 0) -> Method:
-    """Quantisation-aware training of the targeted kernels; see `lowrank.weights.quantized.fake_quantized`.
+    """Quantization-aware training of the targeted kernels; see `lowrank.weights.quantized.fake_quantized`.
 
     `quantize` is a scheme or its name; `activations` the bits that inputs are rounded to, 0 for none.
     """

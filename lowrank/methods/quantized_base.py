@@ -1,4 +1,4 @@
-"""What methods share that quantise the kernels they target themselves."""
+"""What methods share that quantize the kernels they target themselves."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ LINEAR = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|o|gate|up|down)/kernel"
 
 
 def quantizer(group: Mapping[str, Any] | str) -> Quantizer:
-    """The quantiser of a scheme `{'name': 'nf4', ...}` or its name; UserError for an unknown name or key."""
+    """The quantizer of a scheme `{'name': 'nf4', ...}` or its name; UserError for an unknown name or key."""
     options = scheme_group(group)
     name = options.pop("name", None)
     if name not in SCHEMES:
@@ -32,4 +32,4 @@ def check_plain(method: str, name: str, w: Any) -> None:
 def check_finite(name: str, w: Any) -> None:
     """Raises UserError for a kernel with NaN or infinite values; one that is only a shape passes."""
     if not is_weight(w) and not isinstance(w, jax.core.Tracer) and not jax.numpy.isfinite(w).all():
-        raise UserError(f"{name} holds NaN or infinite values: it cannot be quantised")
+        raise UserError(f"{name} holds NaN or infinite values: it cannot be quantized")

@@ -28,7 +28,7 @@ def text_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[s
 
 
 def normalize(text: str) -> str:
-    """SQuAD's normalisation (Rajpurkar et al. 2016): lower case, no punctuation, no a/an/the, single spaces."""
+    """SQuAD's normalization (Rajpurkar et al. 2016): lower case, no punctuation, no a/an/the, single spaces."""
     text = "".join(c for c in text.lower() if c not in set(string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 

@@ -56,7 +56,7 @@ def test_the_weights_are_parameters_times_bits(table):
     ours = {r["what"]: r["ours"] for r in table}
     assert_close(ours["13B weights, 4 bits"], parameters / 2 / 1e9)
     kernels = parameters - 2 * 32000 * 5120 - 40 * 2 * 5120 - 5120
-    rest, double = parameters - kernels, 4 + 8 / 64 + 32 / 64 / 256  # bits of NF4, double quantisation
+    rest, double = parameters - kernels, 4 + 8 / 64 + 32 / 64 / 256  # bits of NF4, double quantization
     assert_close(ours["13B weights, nf4 base"], (kernels * double / 8 + 2 * rest) / 1e9)
 
 

@@ -56,7 +56,7 @@ def test_only_a_cpu_is_asked_for_float32(platform, out):
     assert all("xbf16>, tensor" in line and line.endswith(f"x{out}>") for line in products)
 
 
-def test_vectorises_over_a_stack_of_kernels():
+def test_vectorizes_over_a_stack_of_kernels():
     x, w = case(0)
     many = jax.vmap(half_precision_matmul.matmul, in_axes=(None, 0))(x, jnp.stack([w, -w]))
     np.testing.assert_array_equal(

@@ -76,7 +76,7 @@ def test_codes_take_as_arguments_what_the_formula_says(files):
     assert compiled.argument_bytes(inputs.state.trained) == shapes.device_bytes(inputs.state.trained)
 
 
-def test_activations_follow_what_is_rematerialised(files):
+def test_activations_follow_what_is_rematerialized(files):
     run = job_of(files, model__remat="none", data__seq_len=64)
     inputs = shapes.step_inputs(run)
     program = compiled.analyze_memory(
@@ -107,7 +107,7 @@ def test_dots_keeps_each_product_once_whatever_its_weight_is(files, adapted, cha
     assert residuals.activation_bytes(run, inputs, "dots") - residuals.activation_bytes(run, inputs, "full") == products
 
 
-def test_a_rematerialised_block_keeps_its_input_alone():
+def test_a_rematerialized_block_keeps_its_input_alone():
     run = literature.plan("LLaMA-7B", {"name": "lora", "rank": 8})
     found = literature.arrays(run, rows=2, length=1024)
     inputs = 32 * 2 * 1024 * 4096 * 2  # layers, rows, tokens, width, bfloat16

@@ -1,4 +1,4 @@
-"""BiDoRA: who moves when, by whose batches, and the regulariser in float64 NumPy."""
+"""BiDoRA: who moves when, by whose batches, and the regularizer in float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def test_magnitudes_follow_the_hypergradient_and_each_group_has_adam_of_its_own(
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 6), (3, 6, 8)])
-def test_the_regulariser_is_the_mean_distance_of_directions_from_orthogonal(shape):
+def test_the_regularizer_is_the_mean_distance_of_directions_from_orthogonal(shape):
     kernel = jax.random.normal(jax.random.key(0), shape)
     group = {"name": "bidora", "rank": 2, "alpha": 4.0, "orthogonal": 0.3, "target": Q}
     params, _ = adapted({"layers": {"attn": {"q": {"kernel": kernel}}}}, group)

@@ -1,4 +1,4 @@
-"""Any method on any quantised base, by rule order: training runs, what they leave, and merges into codes."""
+"""Any method on any quantized base, by rule order: training runs, what they leave, and merges into codes."""
 
 import json
 
@@ -117,12 +117,12 @@ def test_a_merge_into_codes_says_what_it_costs(codes, runs, tmp_path):
         assert_close(report.error, (errors / changes) ** 0.5)
 
 
-def test_a_plain_base_cannot_be_requantised(files, tmp_path):
+def test_a_plain_base_cannot_be_requantized(files, tmp_path):
     base = pretrained.load(str(files / "llama"))
     with pytest.raises(UserError, match=r"was read without model\.quantize"):
         export.merge_to_hf(base.params, base, tmp_path / "out", codes="requantize")
     with pytest.raises(
-        UserError, match=r"unknown merge into a quantised base 'requantise' \(did you mean 'requantize'"
+        UserError, match=r"unknown merge into a quantized base 'requantise' \(did you mean 'requantize'"
     ):
         export.merge_to_hf(base.params, base, tmp_path / "out", codes="requantise")
 

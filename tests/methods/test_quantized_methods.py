@@ -1,4 +1,4 @@
-"""LoftQ, QA-LoRA and quantisation-aware training against their formulas in float64."""
+"""LoftQ, QA-LoRA and quantization-aware training against their formulas in float64."""
 
 import math
 
@@ -126,7 +126,7 @@ def test_the_elastic_connection_is_the_papers():
 
 
 def halves(kernel):
-    """A quantiser as a stranger may write it: each column in steps of a half of its mean magnitude."""
+    """A quantizer as a stranger may write it: each column in steps of a half of its mean magnitude."""
     step = jnp.mean(jnp.abs(kernel), axis=0) / 2
     return {"steps": jnp.round(kernel / step[None]).astype(jnp.int8), "step": step}, decoded
 
@@ -139,7 +139,7 @@ def transposed(kernel):
     return kernel.T, lambda state: state
 
 
-def test_modulora_takes_any_quantiser():
+def test_modulora_takes_any_quantizer():
     w = shaken(attached(name="modulora", rank=2, alpha=4.0, quantizer=f"{__name__}:halves"), jax.random.key(2))
     assert w.shape == (L, IN, OUT)
     x, gradient = np.random.default_rng(1).standard_normal((5, IN)).astype(np.float32), jax.jit(jax.grad(wave))

@@ -46,7 +46,7 @@ def test_codes_and_values_of_four_bits(scheme, block, dtype):
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp4"])
-def test_double_quantisation(scheme):
+def test_double_quantization(scheme):
     w = weight()
     packed, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type=scheme)
     mine = ours(w, scheme, double=True)

@@ -71,7 +71,7 @@ DECODERS = {
         "sliding_window": 7,
     },
     "olmoe": {"model_type": "olmoe", **GROUPED, "num_experts": 5, "num_experts_per_tok": 3},
-    "olmoe-normalised": {
+    "olmoe-normalized": {
         "model_type": "olmoe",
         **GROUPED,
         "num_experts": 4,

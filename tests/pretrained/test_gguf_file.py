@@ -38,7 +38,7 @@ def test_the_header_is_what_the_packages_own_reader_finds(path):
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_rows_are_those_of_the_dequantised_tensor(path, kind):
+def test_rows_are_those_of_the_dequantized_tensor(path, kind):
     tensor = open_gguf(path).tensors[kind]
     theirs = next(t for t in gguf.GGUFReader(path).tensors if t.name == kind)
     want = gguf.quants.dequantize(theirs.data, theirs.tensor_type)

@@ -112,7 +112,7 @@ SCORES = [-1000.0] * 6 + [0.0] * 256 + [-float(i) for i in range(len(PIECES))]
 
 
 def sentencepiece(text: str) -> list[str]:
-    """SentencePiece's BPE as its paper has it: join the neighbours whose union scores best, until none is a piece."""
+    """SentencePiece's BPE as its paper has it: join the neighbors whose union scores best, until none is a piece."""
     scores = dict(zip(PIECES, SCORES[-len(PIECES) :], strict=True))
     parts = list(text.replace(" ", "▁"))
     while True:

@@ -55,7 +55,7 @@ def ones(config: dict) -> dict[str, np.ndarray]:
     return {name: np.broadcast_to(np.float32(1), shape) for name, shape in files.shapes(config).items()}
 
 
-def quantised(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+def quantized(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     """The GGUF file of `arrays`, its matrices in 8 bits."""
     arrays = files.converted(arrays, "llama", 8, 8)
     metadata = files.gguf_metadata(BIG, "llama") | files.vocabulary(BIG["vocab_size"])
@@ -68,7 +68,7 @@ def test_no_model_is_in_memory_twice(tmp_path):
     cases = {
         "bfloat16": files.write_directory(tmp_path / "bf16", BIG, arrays, dtype="BF16"),
         "float32 over eight devices": f"{files.write_directory(tmp_path / 'f32', BIG, arrays)} 1 4 2",
-        "quantised": quantised(tmp_path / "q8.gguf", arrays),
+        "quantized": quantized(tmp_path / "q8.gguf", arrays),
     }
     tiny = files.directory(tmp_path / "tiny", files.LLAMA)
     command = [sys.executable, "-c", PROBE, str(tiny), *map(str, cases.values())]
@@ -77,7 +77,7 @@ def test_no_model_is_in_memory_twice(tmp_path):
     assert all(0.8 < ratio < 1.3 for ratio in ratios.values()), ratios
 
 
-def test_quantised_as_it_is_read_a_model_takes_its_codes_and_one_tensor(tmp_path):
+def test_quantized_as_it_is_read_a_model_takes_its_codes_and_one_tensor(tmp_path):
     config = {**BIG, "vocab_size": 256}
     folder = files.write_directory(tmp_path / "bf16", config, ones(config), dtype="BF16")
     # What is freed goes back at once: what malloc would keep for later is no part of what is needed.

@@ -104,7 +104,7 @@ def test_large_values_are_finite():
         check_finite("w", np.append(values, np.array(np.nan, jnp.bfloat16)))
 
 
-def test_a_checkpoint_that_was_quantised_elsewhere_is_refused(tmp_path):
+def test_a_checkpoint_that_was_quantized_elsewhere_is_refused(tmp_path):
     folder = tiny.llama(tmp_path / "done")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}

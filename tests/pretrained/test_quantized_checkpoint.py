@@ -94,7 +94,7 @@ def test_an_unknown_scheme_is_named(scheme, message, tmp_path):
         pretrained.describe(str(out))
 
 
-def test_codes_are_not_quantised_again(tmp_path):
+def test_codes_are_not_quantized_again(tmp_path):
     _, out = written(tmp_path, "int8")
     pretrained.describe(str(out), quantized="int8")  # what it is in: as an adapter of it records
     with pytest.raises(UserError, match="is in codes of int8 already"):

@@ -49,7 +49,7 @@ def optimal_brain(x, w, bits, block, symmetric, damping, order):
     hessian = x.T @ x
     dead = np.diag(hessian) == 0
     hessian += np.eye(n) * np.where(dead, 1, damping * np.diag(hessian).mean())
-    inverse, left, quantised = np.linalg.inv(hessian), list(range(n)), np.zeros_like(w)
+    inverse, left, quantized = np.linalg.inv(hessian), list(range(n)), np.zeros_like(w)
     block = block or n
     early = {g: grid(w[g : g + block], bits, symmetric) for g in range(0, n, block)}
     grids = {}
@@ -58,14 +58,14 @@ def optimal_brain(x, w, bits, block, symmetric, damping, order):
         if g not in grids:
             grids[g] = grid(w[g : g + block], bits, symmetric) if list(order) == sorted(order) else early[g]
         scale, zero, least, most = grids[g]
-        quantised[i] = (np.clip(np.round(w[i] / scale) + zero, least, most) - zero) * scale
+        quantized[i] = (np.clip(np.round(w[i] / scale) + zero, least, most) - zero) * scale
         at = left.index(i)
-        error = (w[i] - quantised[i]) / inverse[at, at]
+        error = (w[i] - quantized[i]) / inverse[at, at]
         w[left] -= np.outer(inverse[:, at], error)
         inverse = inverse - np.outer(inverse[:, at], inverse[at]) / inverse[at, at]
         inverse = np.delete(np.delete(inverse, at, 0), at, 1)
         left.remove(i)
-    return quantised
+    return quantized
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_layers_one_by_one_are_the_model(kind):
     assert_close(np.asarray(h)[SEGMENTS > 0], expected[SEGMENTS > 0])
 
 
-def test_inputs_are_those_of_real_tokens_behind_quantised_layers():
+def test_inputs_are_those_of_real_tokens_behind_quantized_layers():
     model, params = models.decoder("llama")
     tokens, names = models.tokens(2), [f"layers/attn/{n}/kernel" for n in "qo"]
     layers = LayerRunner(model.config, params, names, [(tokens, SEGMENTS), (tokens[1:], SEGMENTS[1:])])

@@ -104,7 +104,7 @@ def _oft(config, path, parts, out):
 
 
 def _boft(config, path, parts, out):
-    """Factor i: the halves of blocks in an order that puts every `2^i`-th of `2^(i + 1)` neighbours together."""
+    """Factor i: the halves of blocks in an order that puts every `2^i`-th of `2^(i + 1)` neighbors together."""
     (factors, _, b, _), n_in = parts["boft_R"].shape, out[f"{path}.weight"].shape[1]
     assert factors == config["boft_n_butterfly_factor"]
     halves, r = np.arange(n_in).reshape(-1, b // 2 or 1), np.eye(n_in)

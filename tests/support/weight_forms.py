@@ -87,8 +87,8 @@ FORMS: dict[str, Callable[[jax.Array, Any], Any]] = {
 }
 
 
-def quantised(scheme: str, **options: Any) -> Callable[[jax.Array, Any], Any]:
-    """The maker of a quantised form, with blocks that divide no kernel here unless `options` say otherwise."""
+def quantized(scheme: str, **options: Any) -> Callable[[jax.Array, Any], Any]:
+    """The maker of a quantized form, with blocks that divide no kernel here unless `options` say otherwise."""
     return lambda key, w: SCHEMES[scheme](**options)(w)
 
 
@@ -122,17 +122,17 @@ ROUNDED: dict[str, float] = {
     "oft of nf4": 0.1,
 }
 FORMS |= {
-    "nf4": quantised("nf4"),
-    "nf4 double": quantised("nf4", block=8, double=True),
-    "fp4": quantised("fp4", block=4),
-    "int8": quantised("int8"),
-    "llm int8": quantised("llm_int8", outliers=3),
-    "int4": quantised("int4", block=8),
-    "int4 asymmetric": quantised("int4", block=4, symmetric=False),
-    "integer 8": quantised("integer", bits=8, block=0),
-    "fp8 e4m3": quantised("fp8"),
-    "fp8 e5m2": quantised("fp8", format="e5m2"),
-    "ternary": quantised("ternary"),
+    "nf4": quantized("nf4"),
+    "nf4 double": quantized("nf4", block=8, double=True),
+    "fp4": quantized("fp4", block=4),
+    "int8": quantized("int8"),
+    "llm int8": quantized("llm_int8", outliers=3),
+    "int4": quantized("int4", block=8),
+    "int4 asymmetric": quantized("int4", block=4, symmetric=False),
+    "integer 8": quantized("integer", bits=8, block=0),
+    "fp8 e4m3": quantized("fp8"),
+    "fp8 e5m2": quantized("fp8", format="e5m2"),
+    "ternary": quantized("ternary"),
     "mixed": lambda key, w: mixed.quantize(w, high=2, block=4, double=True),
     "awq": lambda key, w: input_scaled.scale_inputs(
         w, jnp.broadcast_to(jnp.linspace(0.5, 2, IN), w.shape[:-1]), SCHEMES["int4"](block=4, symmetric=False)

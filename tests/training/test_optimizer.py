@@ -105,7 +105,7 @@ def test_schedules_warm_up_and_then_follow_their_curve(name, middle, end):
         (OptimConfig(schedule="cosin"), "'cosine'"),
         (OptimConfig(args={"b3": 1.0}), "optim.args.b3"),
         (OptimConfig(lr=-1.0), "optim.lr"),
-        (OptimConfig(warmup=11), "optim.warmup 11"),
+        (OptimConfig(warmup=11), "optim.warmup=11"),
         (OptimConfig(accumulate=0), "optim.accumulate"),
         (OptimConfig(lr_ratios=(("q/z", 2.0),)), "'q/z' matches no leaf"),
     ],

@@ -105,7 +105,7 @@ def test_outlying_inputs_stay_in_bfloat16_and_narrow_the_rest():
     assert np.abs(kernel - w)[rest].mean() < 0.1 * np.abs(plain - w)[rest].mean()
 
 
-def test_double_quantisation_costs_little_and_saves_what_it_says():
+def test_double_quantization_costs_little_and_saves_what_it_says():
     w = np.random.default_rng(1).standard_normal((512, 96)).astype(np.float32)
     single, double = made("nf4", w), made("nf4", w, double=True)
     gap = np.abs(np.asarray(values(double)) - np.asarray(values(single))).max()
