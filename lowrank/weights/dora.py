@@ -67,7 +67,9 @@ def _wide_dot(x: jax.Array, w: Any) -> jax.Array:
         return dot(x, w)
     parts, rest = [], x
     for _ in range(3):
-        parts.append(jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))  # a cast might be undone
+        parts.append(
+            jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+        )  # the compiler might remove a cast
         rest = rest - parts[-1]
     products = jnp.matmul(jnp.stack(parts).astype(w.dtype), w, preferred_element_type=jnp.float32)
     return jnp.sum(products, axis=0)
