@@ -4,6 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lowrank import methods
 from lowrank.core.config_schema import parse_argument
 
 GROUPS = ("model", "method", "data", "optim", "eval", "mesh", "checkpoint")
@@ -15,10 +16,13 @@ def new(**values: Any) -> ConfigDict:
 
 
 def method(arg: str | None, default: str, **options: Any) -> dict[str, Any]:
-    """The method group for a config's argument: `method=` names it, the other keys are its options.
+    """`{"method": group, "notes": lines}` of a config for its argument: `method=` names it, other keys are its options.
 
-    `options` are those of the `default` method, and hold for no other.
+    `options` are those of the `default` method. Another method keeps those that it has too; a note names the others.
     """
     items = parse_argument(arg)
     name = items.pop("method", default)
-    return {"name": name, **(options if name == default else {}), **items}
+    kept = options if name == default else methods.shared_options(name, options)
+    left_out = ", ".join(key for key in options if key not in {**kept, **items})
+    note = f"method {name} does not take: {left_out} (options of {default}, the config's own method)"
+    return {"method": {"name": name, **kept, **items}, "notes": (note,) if left_out else ()}

@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "remat": "full",
             "quantize": config_dict.placeholder(str),
         },
-        method=common.method(arg, "lora", rank=16, alpha=32.0, target=target),
+        **common.method(arg, "lora", rank=16, alpha=32.0, target=target),
         data={"source": "jsonl:records.jsonl", "split": "train", "seq_len": 1024, "batch_size": 16},
         optim={"lr": 2e-4, "b_ratio": 4.0, "schedule": "cosine", "warmup": 30, "accumulate": 1},
         mesh={"data": 1, "fsdp": -1, "tensor": 1},

@@ -19,7 +19,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         steps=150,
         objective="classification",
         model={"name": "minilm-l6", "remat": "none"},
-        method=common.method(arg, "lora", rank=8, alpha=16.0, target=r".*attn/(q|v)/kernel"),
+        **common.method(arg, "lora", rank=8, alpha=16.0, target=r".*attn/(q|v)/kernel"),
         data={"source": "bbc_news", "split": "train", "seq_len": 128, "batch_size": 16},
         optim={"name": "adamw", "lr": 1e-3, "schedule": "linear", "warmup": 10, "weight_decay": 0.01},
         eval={"split": "test", "every": 50},

@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         steps=36,
         objective="causal_lm",
         model={"name": "smollm2-135m", "remat": "dots"},
-        method=common.method(arg, "lora", rank=8, alpha=16.0, target=kernels),
+        **common.method(arg, "lora", rank=8, alpha=16.0, target=kernels),
         data={
             "source": "bbc_news",
             "template": PROMPT,

@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         steps=40,
         objective="causal_lm",
         model={"name": "smollm2-135m", "remat": "dots"},
-        method=common.method(arg, "lora", rank=8, alpha=16.0, target=r".*attn/(q|v)/kernel"),
+        **common.method(arg, "lora", rank=8, alpha=16.0, target=r".*attn/(q|v)/kernel"),
         data={
             "source": "bbc_news",
             "split": "train",

@@ -18,7 +18,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         steps=8,
         objective="causal_lm",
         model={"name": "smollm2-135m"},
-        method=common.method(arg, "lora", rank=2, alpha=4.0),
+        **common.method(arg, "lora", rank=2, alpha=4.0),
         data={"source": "jsonl:records.jsonl", "split": "train", "seq_len": 32, "batch_size": 8},
         optim={"lr": 1e-2, "schedule": "linear", "warmup": 2},
         checkpoint={"every": 2, "keep": 2},

@@ -36,7 +36,7 @@ ALLOWED = {  # module -> the modules of the project that it may import (by prefi
     "lowrank/training": TRAINING,
     "lowrank/memory": (*TRAINING, "lowrank.memory"),
     "lowrank": (CORE, "lowrank.methods"),
-    "configs": (CORE, "configs"),
+    "configs": (CORE, "lowrank.methods", "configs"),
     "launch": ("lowrank", "launch", "experiments.plan"),
     "experiments": ("lowrank", "launch", "configs", "experiments"),
 }

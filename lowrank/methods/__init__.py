@@ -39,6 +39,7 @@ from lowrank.methods.modulora import modulora
 from lowrank.methods.more import more
 from lowrank.methods.norm import norm
 from lowrank.methods.oft import oft
+from lowrank.methods.options import common_options
 from lowrank.methods.parallel import parallel
 from lowrank.methods.partial import partial
 from lowrank.methods.perft import perft
@@ -103,6 +104,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "boft": boft,
 }
 
+ALSO = ("also_train", "also_tokens")  # options beside those of the method itself
+
 
 def build_method(group: Mapping[str, Any]) -> Method:
     """The method of a config group `{'name': 'lora', 'rank': 8, ...}`; UserError for an unknown name or key.
@@ -112,12 +115,20 @@ def build_method(group: Mapping[str, Any]) -> Method:
     """
     group = dict(group)
     name = group.pop("name", None)
-    also: dict[str, Any] = {k: group.pop(k) for k in ("also_train", "also_tokens") if k in group}
+    also: dict[str, Any] = {k: group.pop(k) for k in ALSO if k in group}
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     return config_schema.call_with_group(
         functools.partial(_with_also, config_schema.call_with_group(METHODS[name], group, "method")), also, "method"
     )
+
+
+def shared_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The `options` of some method that the method `name` has too, with the same meaning; none for an unknown name."""
+    if name not in METHODS:
+        return {}
+    names = {*common_options(METHODS[name]), *ALSO}
+    return {key: value for key, value in options.items() if key in names}
 
 
 def _with_also(
@@ -141,5 +152,6 @@ __all__ = [
     "build_method",
     "exported_leaves",
     "matches",
+    "shared_options",
     "trainable_mask",
 ]

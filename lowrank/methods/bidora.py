@@ -15,12 +15,14 @@ from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.dora import dora
 from lowrank.methods.method import Method
+from lowrank.methods.options import with_options_of
 from lowrank.methods.regularizers import penalty_regularizer
 from lowrank.weights.dora import DoRA
 
 MAGNITUDE = r"(.*/)?magnitude"
 
 
+@with_options_of(dora)
 def bidora(holdout: float = 0.2, retrain: float = 0.25, orthogonal: float = 0.001, **kwargs: Any) -> Method:
     """BiDoRA: DoRA's options, in two levels (Qin et al. 2024, arXiv:2410.09758).
 

@@ -6,9 +6,11 @@ from typing import Any
 from lowrank.core import config_schema, weight
 from lowrank.methods.lora import lora
 from lowrank.methods.method import Method
+from lowrank.methods.options import with_options_of
 from lowrank.weights import dora as form
 
 
+@with_options_of(lora)
 def dora(**kwargs: Any) -> Method:
     """DoRA: LoRA's options, with a learned magnitude for each output; see `lowrank.weights.dora`."""
     method = config_schema.call_with_group(lora, kwargs, "method")

@@ -14,11 +14,13 @@ from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.method import Context, Export, Hooks, Method
+from lowrank.methods.options import own_meaning
 from lowrank.weights import selected_experts
 
 ROUTER = r"(layers|top)/mlp/router/kernel"
 
 
+@own_meaning("target")
 def esft(
     share: float = 0.2,
     score: str = "gate",

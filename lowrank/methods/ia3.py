@@ -2,9 +2,11 @@
 
 from lowrank.core.weight import Rewrite
 from lowrank.methods.method import Method
+from lowrank.methods.options import own_meaning
 from lowrank.weights import scaled
 
 
+@own_meaning("target")
 def ia3(target: str = r".*attn/(k|v)/kernel", feedforward: str = r".*mlp/down/kernel") -> Method:
     """(IA)^3: rescales the outputs of `target` and the inputs of `feedforward` ('' for none).
 

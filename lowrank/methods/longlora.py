@@ -7,10 +7,12 @@ from lowrank.core import config_schema
 from lowrank.core.errors import UserError
 from lowrank.methods.lora import lora
 from lowrank.methods.method import Method
+from lowrank.methods.options import with_options_of
 
 NORMS, EMBEDDINGS = r"(.*/)?\w*norm/(scale|bias)", r"embed/embedding"
 
 
+@with_options_of(lora)
 def longlora(
     group: int = 64,
     norms: bool = True,

@@ -7,8 +7,10 @@ from lowrank.core import config_schema
 from lowrank.core.errors import UserError
 from lowrank.methods.lora import lora
 from lowrank.methods.method import Export, Method
+from lowrank.methods.options import with_options_of
 
 
+@with_options_of(lora)
 def lora_fa(**kwargs: Any) -> Method:
     """LoRA-FA: LoRA's options, with A kept as it was drawn and B trained (Zhang et al. 2023, arXiv:2308.03303).
 

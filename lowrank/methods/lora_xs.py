@@ -8,10 +8,12 @@ from lowrank.core import config_schema
 from lowrank.core.errors import UserError
 from lowrank.methods.lora import lora
 from lowrank.methods.method import Export, Method
+from lowrank.methods.options import with_options_of
 from lowrank.weights import lora_xs as form
 from lowrank.weights.lora import LoRA
 
 
+@with_options_of(lora, without=("init",))
 def lora_xs(rank: int = 16, **kwargs: Any) -> Method:
     """LoRA-XS: LoRA's options but `init`, and only an r x r core is trained; see `lowrank.weights.lora_xs`."""
     return around_core(form.attach, rank, kwargs)

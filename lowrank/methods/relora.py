@@ -13,10 +13,12 @@ from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.lora import lora
 from lowrank.methods.method import EveryNSteps, Method
+from lowrank.methods.options import with_options_of
 from lowrank.weights import lora as form
 from lowrank.weights.lora import LoRA
 
 
+@with_options_of(lora)
 def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:
     """ReLoRA: LoRA's options, merged into the base and drawn anew every `every` steps (Lialin et al. 2023).
 

@@ -125,7 +125,7 @@ def _make_loader(groups: _Groups, tokenizer: Tokenizer, model: Any) -> data.Load
 def _assemble_run(groups: _Groups, model: Any, base: PyTree, tokenizer: Tokenizer, loader: data.Loader) -> Run:
     shapes, mask, table = _adapted_shapes(groups.method, groups.objective, base)
     sharding.parameter_shardings(shapes, groups.mesh)
-    notes = _device_notes(groups.optim, model, groups.mesh)
+    notes = (*groups.top.notes, *_device_notes(groups.optim, model, groups.mesh))
     return Run(
         config=groups.top,
         objective=groups.objective,

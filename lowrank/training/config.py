@@ -30,6 +30,7 @@ class RunConfig:
     logits_chunk_tokens: int = 1024
     log_every: int = 10  # the number of steps between logged losses
     loggers: tuple[str, ...] = ("tensorboard",)  # keys of loggers.LOGGERS
+    notes: tuple[str, ...] = ()  # lines that the log shows before the first step
     distributed: bool = False  # the launcher calls jax.distributed.initialize() first
 
     def __post_init__(self) -> None:

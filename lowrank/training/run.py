@@ -45,7 +45,7 @@ class Run:
     table: str  # the leaves that each rule matched, and the share of trained parameters
     tokens_per_step: float
     tokenizer: Any
-    notes: tuple[str, ...] = ()  # features that the devices lack, and the replacements
+    notes: tuple[str, ...] = ()  # those of the config; features that the devices lack, and the replacements
     scorer: Evaluator | None = None
 
     @property

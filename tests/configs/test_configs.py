@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import importlib
+import inspect
 import pathlib
 import re
 
@@ -20,6 +21,8 @@ from lowrank.training.checkpoint import Checkpointer
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
 MODEL_OPTIONS = {f.name for c in (DecoderConfig, EncoderConfig, config.ModelConfig) for f in dataclasses.fields(c)}
+
+OWN_MEANING = {("target", "ia3"), ("target", "esft")}  # the outputs that IA3 rescales; kernels of experts
 
 
 def _config(name: str, arg: str = "") -> ConfigDict:
@@ -45,9 +48,19 @@ def test_every_group_of_a_config_fits_what_reads_it(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_takes_any_method_as_its_argument(name):
+    own = dict(_config(name).method)
     for method in methods.METHODS:
-        assert methods.build_method(_config(name, f"method={method}").method)
-    assert dict(_config(name, "method=dora,rank=4").method) == {"name": "dora", "rank": 4}
+        config = _config(name, f"method={method}")
+        assert methods.build_method(config.method)
+        group, takes = dict(config.method), inspect.signature(methods.METHODS[method]).parameters
+        shared = {key for key in own if key in takes and (key, method) not in OWN_MEANING}
+        assert group == {"name": method, **{key: own[key] for key in shared}}
+        left_out = [key for key in own if key not in group]
+        assert len(config.notes) == bool(left_out)
+        for note in config.notes:
+            head, _, names = note.partition(" (")[0].partition(": ")
+            assert (head, sorted(names.split(", "))) == (f"method {method} does not take", left_out)
+    assert dict(_config(name, "method=dora,rank=3").method) == {**own, "name": "dora", "rank": 3}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -57,7 +70,7 @@ def test_a_config_says_how_to_run_it(name):
 
 
 def test_the_argument_is_parsed_as_literals_and_words():
-    assert common.parse("method=lora,rank=4,alpha=0.5,rslora=true,init=pissa") == {
+    assert common.parse_argument("method=lora,rank=4,alpha=0.5,rslora=true,init=pissa") == {
         "method": "lora",
         "rank": 4,
         "alpha": 0.5,
@@ -65,15 +78,29 @@ def test_the_argument_is_parsed_as_literals_and_words():
         "init": "pissa",
     }
     with pytest.raises(UserError, match="'rank' is not of the form KEY=VALUE"):
-        common.parse("rank")
+        common.parse_argument("rank")
 
 
-def test_options_of_the_default_method_do_not_leak_into_another():
-    assert common.method("alpha=2.0", "lora", rank=8) == {"name": "lora", "rank": 8, "alpha": 2.0}
-    assert common.method("method=bitfit", "lora", rank=8) == {"name": "bitfit"}
+def test_another_method_keeps_the_options_that_it_has_too():
+    group = lambda *args, **options: common.method(*args, **options)["method"]  # noqa: E731
+    assert group("alpha=2.0", "lora", rank=8) == {"name": "lora", "rank": 8, "alpha": 2.0}
+    options = {"rank": 8, "target": "t", "dropout": 0.1, "init": "pissa", "also_train": "norm/scale"}
+    assert group("method=bidora", "lora", **options) == {"name": "bidora", **options}
+    assert "init" not in group("method=edora", "lora", **options)  # which its factors are not drawn by
+    assert group("method=bitfit", "lora", **options) == {"name": "bitfit", "also_train": "norm/scale"}
+    assert common.method("method=bitfit", "lora", rank=8)["notes"] == (
+        "method bitfit does not take: rank (options of lora, the config's own method)",
+    )
+
+
+def test_an_unknown_option_that_is_asked_for_is_an_error_with_any_method():
+    with pytest.raises(UserError, match=r"unknown config key 'method\.rank'"):
+        methods.build_method(common.method("method=bitfit,rank=4", "lora", rank=8)["method"])
+    with pytest.raises(UserError, match=r"unknown method 'dorra' \(did you mean 'dora'\?\)"):
+        methods.build_method(common.method("method=dorra", "lora", rank=8)["method"])
 
 
 def test_the_checkpoint_group_is_what_the_checkpointer_takes(tmp_path):
     group = config_schema.call_with_group(config.CheckpointConfig, {"every": 3, "keep": 1}, "checkpoint")
-    with Checkpointer(tmp_path, **dataclasses.asdict(group)) as saver:
+    with Checkpointer(tmp_path, every=group.every, keep=group.keep) as saver:
         assert saver.every == 3
