@@ -1,4 +1,4 @@
-"""Every fine-tuning method as a setting of knobs. A new one is one file and one line in `METHODS`."""
+"""Fine-tuning methods: each is a function from options to a `Method`. A new method is one file and one line here."""
 
 import dataclasses
 import functools
@@ -108,10 +108,11 @@ ALSO = ("also_train", "also_tokens")  # options beside those of the method itsel
 
 
 def build_method(group: Mapping[str, Any]) -> Method:
-    """The method of a config group `{'name': 'lora', 'rank': 8, ...}`; UserError for an unknown name or key.
+    """The method of a config group `{'name': 'lora', 'rank': 8, ...}`.
 
-    With any method, `also_train`, a regex or several, names further leaves to train whole (PEFT's modules_to_save),
-    and `also_tokens` tokens whose embeddings to train (PEFT's trainable_token_indices; see `tokens`).
+    Every method takes two further options: `also_train`, one regex or several, adds leaves that are trained whole
+    (PEFT's modules_to_save); `also_tokens` adds tokens whose embeddings are trained (PEFT's trainable_token_indices;
+    see `tokens`). Raises UserError for an unknown name or key.
     """
     group = dict(group)
     name = group.pop("name", None)

@@ -1,4 +1,4 @@
-"""AdaLoRA as a method: which singular triplets of all adapted weights are worth their place, decided while training."""
+"""AdaLoRA as a method: the optimizer prunes singular triplets of the adapted weights by their importance."""
 
 import dataclasses
 import functools
@@ -34,14 +34,14 @@ def adalora(
     beta2: float = 0.85,
     orthogonal: float = 0.1,
 ) -> Method:
-    """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512); see `lowrank.weights.adalora` for the formula.
+    """AdaLoRA: LoRA in SVD form, whose ranks are allocated during training (Zhang et al. 2023, arXiv:2303.10512).
 
-    All weights together start with `init_rank` triplets each and end with `target_rank` on average. For `tinit` steps
-    all stay; every `deltaT` steps after that the least important are pruned to a budget that falls as a cube, until
-    `tfinal` steps before the end; then the choice stands. `tinit` and `tfinal` below 1 are fractions of the run.
-    A triplet's importance is a product of its entries' sensitivities |w dL/dw| and their uncertainties, smoothed with
-    `beta1` and `beta2`. `orthogonal` weighs `sum ||A^T A - I||^2 + ||B B^T - I||^2`, which is part of the gradient, not
-    of the loss reported.
+    See `lowrank.weights.adalora` for the formula. Each weight starts with `init_rank` triplets, and the weights end
+    with `target_rank` triplets on average. Nothing is pruned for the first `tinit` steps. After that, every `deltaT`
+    steps, the least important triplets are pruned to a budget that falls as a cube, until `tfinal` steps before the
+    end; the last choice stays. Values of `tinit` and `tfinal` below 1 are fractions of the run. The importance of a
+    triplet is a product of the sensitivities |w dL/dw| of its entries and of their uncertainties, smoothed by `beta1`
+    and `beta2`. `orthogonal` is the factor of the regularizer `sum ||A^T A - I||^2 + ||B B^T - I||^2`.
     """
     targets.check_positive(init_rank=init_rank, target_rank=target_rank, alpha=alpha, deltaT=deltaT)
     targets.check_fraction(dropout=dropout, beta1=beta1, beta2=beta2)
@@ -76,19 +76,19 @@ def _orthogonality(params: PyTree) -> Any:
 
 
 def kept_share(step: int, *, first: int, last: int, ratio: float) -> float:
-    """The share of all triplets to keep after update `step` (from 1): 1 up to `first`, `ratio` from `last`, cubic."""
+    """The share of all triplets to keep after update `step` (from 1): 1 up to `first`, then a cube down to `ratio`."""
     left = 1 - (min(max(step, first), last) - first) / (last - first)
     return ratio + (1 - ratio) * left**3
 
 
 class AllocationState(NamedTuple):
-    """Trees in the trained leaves' shapes, with MaskedNode at leaves that are of no AdaLoRA."""
+    """Trees in the shapes of the trained leaves, with MaskedNode at leaves that do not belong to an AdaLoRA."""
 
     inner: Any
     count: jax.Array  # type: ignore[assignment]  # the updates done; the name hides tuple.count
     sensitivity: PyTree
     uncertainty: PyTree
-    kept: PyTree  # bool for each entry of E
+    kept: PyTree  # bool per entry of E
 
 
 def allocate_budget(
@@ -100,9 +100,9 @@ def allocate_budget(
     beta1: float,
     beta2: float,
 ) -> optax.GradientTransformationExtraArgs:
-    """`plain`, and after it the entries of E outside the budget are set to 0 (the paper's algorithm 1).
+    """`plain`, followed by setting the entries of E outside the budget to 0 (algorithm 1 of the paper).
 
-    The budget after update t is `int(share(t) * triplets)`, spent on the most important ones of all weights.
+    The budget after update t is the `int(share(t) * triplets)` most important triplets of all weights.
     """
     shares = np.array([share(step) for step in range(last + 1)])
 
@@ -139,7 +139,7 @@ def _is_form(x: Any) -> bool:
 
 
 def _each(fn: Callable[..., Any], trained: PyTree, *rest: PyTree) -> PyTree:
-    """`fn` of every AdaLoRA of the trained tree; what other leaves have is left out."""
+    """`fn` of every AdaLoRA of the trained tree, and MaskedNode in place of every other leaf."""
     return jax.tree.map(
         lambda w, *r: fn(w, *r) if _is_form(w) else optax.MaskedNode(), trained, *rest, is_leaf=_is_form
     )
@@ -151,7 +151,7 @@ def _all_kept(w: AdaLoRA) -> AdaLoRA:
 
 
 def _smoothed(beta1: Any, beta2: Any, w: AdaLoRA, gradient: AdaLoRA, old: AdaLoRA, unsure: AdaLoRA) -> tuple:
-    """`(sensitivity, uncertainty)`: averages of |w g| and of its distance to its average."""
+    """`(sensitivity, uncertainty)`: the averages of |w g| and of the distance of |w g| to its average."""
     now = jax.tree.map(lambda x, g: jnp.abs(x * g), w, gradient)
     average = jax.tree.map(lambda o, x: beta1 * o + (1 - beta1) * x, old, now)
     spread = jax.tree.map(lambda u, x, m: beta2 * u + (1 - beta2) * jnp.abs(x - m), unsure, now, average)
@@ -159,14 +159,14 @@ def _smoothed(beta1: Any, beta2: Any, w: AdaLoRA, gradient: AdaLoRA, old: AdaLoR
 
 
 def _importance(w: AdaLoRA, sensitivity: AdaLoRA, uncertainty: AdaLoRA) -> jax.Array:
-    """`[..., r]`: the score of E's entry and the mean scores of its column of A and its row of B."""
+    """`[..., r]`: the score of the entry of E, plus the mean scores of its column of A and of its row of B."""
     del w
     score = jax.tree.map(jnp.multiply, sensitivity, uncertainty)
     return score.e + jnp.mean(score.a, axis=-2) + jnp.mean(score.b, axis=-1)
 
 
 def _best(scores: list[jax.Array], budget: jax.Array) -> list[jax.Array]:
-    """Which of all scores are among the `budget` largest, in their shapes; of equal ones the first."""
+    """Bools in the shapes of the scores: true for the `budget` largest of all, and for the first of equal ones."""
     flat = jnp.concatenate([score.reshape(-1) for score in scores])
     order = jnp.argsort(-flat, stable=True)
     chosen = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size) < budget)
@@ -176,5 +176,5 @@ def _best(scores: list[jax.Array], budget: jax.Array) -> list[jax.Array]:
 
 
 def _pruned(active: jax.Array, w: AdaLoRA, update: AdaLoRA, kept: AdaLoRA) -> AdaLoRA:
-    """The update with which what is not kept becomes 0."""
+    """The update after which the entries of E that are not kept are 0."""
     return dataclasses.replace(update, e=jnp.where(active & ~kept.e, -w.e, update.e))

@@ -1,4 +1,4 @@
-"""What keeps the experts of a mixture in use: a loss that goes into the gradient alone."""
+"""The balance loss, a regularizer that keeps all experts of a mixture in use."""
 
 import dataclasses
 from typing import Any
@@ -13,35 +13,35 @@ from lowrank.methods.method import Regularizer, TotalLoss
 
 
 def balance_regularizer(kind: type, balance: float) -> Regularizer | None:
-    """A regularizer that gives each weight of `kind` the batch's mask and the strength of its balance loss.
+    """The regularizer that gives each weight of `kind` the mask of the batch and the strength of the balance loss.
 
-    The balance loss is a term of the loss that the weight itself adds, to the gradient alone. None for `balance=0`.
+    The weight itself adds the balance loss, to the gradient alone. Returns None for `balance=0`.
     """
 
     def regularized(loss: TotalLoss, params: PyTree, batch: BatchInfo, scale: jax.Array) -> Sums:
-        masked = mapped(params, kind, lambda name, w: _with_mask(w, batch))
+        masked = map_forms(params, kind, lambda name, w: _with_mask(w, batch))
         return loss(balanced(masked, kind, balance * scale, batch))
 
     return regularized if balance else None
 
 
 def balanced(params: PyTree, kind: type, factor: jax.Array, batch: BatchInfo) -> PyTree:
-    """`params` with the balance loss's strength, `factor` times the batch's weight, in every layer of every `kind`."""
+    """`params` with the strength of the balance loss, `factor` times the batch's weight, in all weights of `kind`."""
     assert batch.weight is not None  # a batch to train on has one
     strength = factor * batch.weight
     spread = lambda name, w: jnp.broadcast_to(strength, w.shape[:-2])  # noqa: E731
-    return mapped(params, kind, lambda name, w: dataclasses.replace(w, strength=spread(name, w)))
+    return map_forms(params, kind, lambda name, w: dataclasses.replace(w, strength=spread(name, w)))
 
 
-def check_share(name: str, count: int, experts: int, balance: float) -> None:
-    """Raises UserError unless `count` of `experts` can be chosen and `balance` is a weight."""
+def check_routing(name: str, count: int, experts: int, balance: float) -> None:
+    """Raises UserError unless `count` of `experts` can be chosen and `balance` can be the factor of a loss."""
     if not 1 <= count <= experts:
         raise UserError(f"method.{name}={count} is not in 1..{experts}, the number of experts")
     if balance < 0:
         raise UserError(f"method.balance must not be negative, not {balance}")
 
 
-def mapped(params: PyTree, kind: type, fn: Any) -> PyTree:
+def map_forms(params: PyTree, kind: type, fn: Any) -> PyTree:
     """`params` with `fn(name, w)` for every weight of `kind`."""
     return tree.map_named(lambda name, w: fn(name, w) if type(w) is kind else w, params, is_leaf=weight.is_weight)
 

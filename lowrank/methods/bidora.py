@@ -1,4 +1,4 @@
-"""BiDoRA as a method: DoRA whose directions and magnitudes learn at two levels, from records of their own."""
+"""BiDoRA as a method: DoRA whose magnitudes are trained on a validation split, and whose directions on the rest."""
 
 import dataclasses
 import functools
@@ -24,16 +24,17 @@ MAGNITUDE = r"(.*/)?magnitude"
 
 @with_options_of(dora)
 def bidora(holdout: float = 0.2, retrain: float = 0.25, orthogonal: float = 0.001, **kwargs: Any) -> Method:
-    """BiDoRA: DoRA's options, in two levels (Qin et al. 2024, arXiv:2410.09758).
+    """BiDoRA: DoRA, optimized at two levels (Qin et al. 2024, arXiv:2410.09758). Takes the options of `dora`.
 
-    A share `holdout` of the training records is the upper level's validation split. Steps 1, 3, ... (from 0) take the
-    gradient of the validation loss and move nothing. The step after each of these moves, on a batch of the other
-    records, the directions V (and what else is trained) by the training loss, and the magnitudes m by the gradient that
-    the validation loss has one step of V ahead, `dL_val/dm - xi d2L_train/dm dV . dL_val/dV`, with the learning rate as
-    xi. The product with the second derivative is the difference of two gradients of that batch, at
-    V +- 0.01 dL_val/dV / ||dL_val/dV|| (Liu et al. 2019, arXiv:1806.09055, equation 8). For the last share `retrain` of
-    the steps the magnitudes stand, and the directions learn from all records. `orthogonal` weighs the mean over all
-    adapted layers of `||D^T D - I||`, D being the direction with unit columns.
+    A share `holdout` of the training records is the validation split of the upper level. Steps 1, 3, ... (from 0) take
+    the gradient of the validation loss and update nothing. The step after each of them uses a batch of the other
+    records. It updates the directions V, and all other trained leaves but the magnitudes, by the training loss. It
+    updates the magnitudes m by the gradient of the validation loss one step of V ahead,
+    `dL_val/dm - xi d2L_train/dm dV . dL_val/dV`, where xi is the learning rate. The product with the second derivative
+    is the difference of two gradients of that batch, at V +- 0.01 dL_val/dV / ||dL_val/dV|| (Liu et al. 2019,
+    arXiv:1806.09055, equation 8). For the last share `retrain` of the steps, the magnitudes are constant and the
+    directions are trained on all records. `orthogonal` is the factor of the regularizer, the mean over all adapted
+    layers of `||D^T D - I||`, where D is the direction with unit columns.
     """
     targets.check_positive(holdout=holdout)
     targets.check_fraction(holdout=holdout, retrain=retrain)
@@ -57,7 +58,7 @@ def _mean_distance(params: PyTree) -> jax.Array:
 
 
 def _distances(w: DoRA) -> jax.Array:
-    """One distance a layer, computed layer by layer: each needs some copies of its kernel."""
+    """One distance per layer, computed one layer at a time: each needs some copies of its kernel."""
     one = jax.checkpoint(_distance)
     return jax.lax.map(one, w) if len(w.shape) > 2 else one(w)[None]
 
@@ -76,7 +77,7 @@ def _distance(w: DoRA) -> jax.Array:
 
 
 class BilevelState(NamedTuple):
-    """A whole state for each of the two groups, so that each one's moments are of its own gradients."""
+    """A whole optimizer state per group, so that the moments of each group come from its own gradients."""
 
     lower: Any
     upper: Any
@@ -85,14 +86,14 @@ class BilevelState(NamedTuple):
 
 
 def bilevel(plain: optax.GradientTransformation, upper: str, until: int) -> optax.GradientTransformationExtraArgs:
-    """`plain` for the leaves that `upper` matches by their hypergradient, and for all others by their gradient.
+    """`plain`, which updates the leaves that `upper` matches by their hypergradient, and all others by their gradient.
 
-    Updates 1, 3, ... (from 0) below `until` only take the gradient, of a validation batch; the update after each of
-    them moves both groups. Who rests keeps its moments.
+    Updates 1, 3, ... (from 0) below `until` only record the gradient of a validation batch; the update after each of
+    them changes both groups. The moments of a group that is not updated stay as they are.
     """
 
     def of(group: bool, leaves: PyTree) -> PyTree:
-        """The leaves of the upper group, or of the other one, with zeros in place of the rest."""
+        """The leaves of the upper group, or of the other group, with zeros in place of all other leaves."""
         return tree.map_named(
             lambda name, x: x if bool(re.fullmatch(upper, name)) == group else jnp.zeros_like(x), leaves
         )
@@ -112,7 +113,7 @@ def bilevel(plain: optax.GradientTransformation, upper: str, until: int) -> opta
     ) -> tuple[PyTree, BilevelState]:
         t = state.count
         looks = (t % 2 == 1) & (t < until)
-        moves = (t % 2 == 0) & (t > 0) & (t - 1 < until)  # the upper group, by what was held
+        moves = (t % 2 == 0) & (t > 0) & (t - 1 < until)  # the upper group, by the gradient that was recorded
         mixed = functools.partial(_mixed, gradient_at, trained, of(False, state.held))
         ahead = jax.lax.cond(moves, mixed, lambda: jax.tree.map(jnp.zeros_like, trained))
         hyper = jax.tree.map(lambda g, m: g - lr * m, state.held, ahead)
@@ -130,7 +131,7 @@ def bilevel(plain: optax.GradientTransformation, upper: str, until: int) -> opta
 
 
 def _mixed(gradient_at: Callable[[PyTree], PyTree], trained: PyTree, direction: PyTree) -> PyTree:
-    """The derivative of the gradient in that direction, by the difference of two gradients."""
+    """The derivative of the gradient in `direction`, as the difference of two gradients."""
     step = 0.01 / jnp.maximum(optax.tree.norm(direction), 1e-12)
     sides = jnp.array([step, -step])
     gradients = jax.lax.map(lambda side: gradient_at(optax.tree.add_scale(trained, side, direction)), sides)

@@ -1,4 +1,4 @@
-"""Inputs turned by a butterfly of orthogonal matrices."""
+"""BOFT as a method: inputs rotated by a butterfly of orthogonal matrices."""
 
 from lowrank.methods import targets
 from lowrank.methods.method import Method
@@ -7,10 +7,10 @@ from lowrank.weights import oft as form
 
 
 def boft(block: int = 8, factors: int = 2, target: str = r".*attn/(q|v)/kernel") -> Method:
-    """BOFT: inputs turned by a butterfly of orthogonal blocks, outputs scaled (Liu et al. 2023, arXiv:2311.06243).
+    """BOFT: inputs rotated by a butterfly of orthogonal blocks, outputs scaled (Liu et al. 2023, arXiv:2311.06243).
 
-    `block * 2^(factors - 1)`, the block that the factors make together, divides every target's inputs. See
-    `lowrank.weights.oft`.
+    The factors together act on blocks of `block * 2^(factors - 1)` inputs, which must divide the inputs of every
+    target. See `lowrank.weights.oft`.
     """
     targets.check_positive(block=block, factors=factors)
     return Method(rules=((target, kernel_rule(lambda w: form.attach_butterfly(w, block=block, factors=factors))),))

@@ -1,8 +1,8 @@
 """Bottleneck adapters: two small layers inside every block, `y + scale * up(act(down(x)))`, with up = 0 at first.
 
-`down` is `[D, width]`, `up` `[width, D]`, both with a bias: 2 D width + width + D parameters an adapter. Each is added
-to what its sublayer adds to the stream, before the residual sum (and before a post-norm). The model is unchanged at
-attach. `activation` is a name of `lowrank.models.layers.ACTIVATIONS`.
+`down` is `[D, width]`, `up` `[width, D]`, both with a bias: 2 D width + width + D parameters per adapter. The
+output of an adapter is added to the output of its sublayer, before the residual sum (and before a post-norm). The model
+is unchanged at attach. `activation` is a name of `lowrank.models.layers.ACTIVATIONS`.
 """
 
 from lowrank.core.errors import unknown
@@ -13,10 +13,10 @@ ADAPTERS = r"(layers|top)/(attn|mlp)_adapter/.*"
 PLACES = {"both": ("attn", "mlp"), "attn": ("attn",), "mlp": ("mlp",)}
 
 
-def adapters(
+def bottleneck_method(
     width: int, activation: str, scale: float, after: str, parallel: bool, trainable: tuple[str, ...] = ()
 ) -> Method:
-    """Adapters of `width` beside the sublayers (`parallel`) or behind them; `trainable` adds leaves to train."""
+    """Adapters of `width` beside the sublayers (`parallel`) or after them. `trainable` adds trained leaves."""
     targets.check_positive(width=width, scale=scale)
     if after not in PLACES:
         raise unknown("place in method.after", after, PLACES)

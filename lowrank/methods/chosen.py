@@ -1,12 +1,12 @@
-"""Leaves chosen by their names."""
+"""A method that trains the leaves of the given names."""
 
 from lowrank.core.errors import UserError
 from lowrank.methods.method import Method
 
 
 def chosen(leaves: str | tuple[str, ...] = r".*attn/(q|v)/kernel") -> Method:
-    """Trains the leaves whose names `leaves`, one regex or several, match in full: what LoRA adapts, by default."""
+    """Trains the leaves whose full names match `leaves`, one regex or several; by default, LoRA's targets."""
     patterns = (leaves,) if isinstance(leaves, str) else tuple(leaves)
     if not all(patterns) or not patterns:
-        raise UserError("method.leaves is empty: it names the leaves to train, such as '.*attn/q/kernel'")
+        raise UserError("method.leaves is empty: give the names of the leaves to train, such as '.*attn/q/kernel'")
     return Method(trainable=patterns)

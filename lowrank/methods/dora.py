@@ -1,4 +1,4 @@
-"""DoRA as a method: LoRA's, with a learned magnitude for each output."""
+"""DoRA as a method: LoRA with a learned magnitude per output."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from lowrank.weights import dora as form
 
 @with_options_of(lora)
 def dora(**kwargs: Any) -> Method:
-    """DoRA: LoRA's options, with a learned magnitude for each output; see `lowrank.weights.dora`."""
+    """DoRA: LoRA with a learned magnitude per output; see `lowrank.weights.dora`. Takes the options of `lora`."""
     method = config_schema.call_with_group(lora, kwargs, "method")
     return dataclasses.replace(method, rules=tuple((p, _with_magnitude(fn)) for p, fn in method.rules))
 

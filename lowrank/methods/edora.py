@@ -1,4 +1,4 @@
-"""LoRA-XS with a learned magnitude for each output."""
+"""EDoRA as a method: LoRA-XS with a learned magnitude per output."""
 
 from typing import Any
 
@@ -11,5 +11,8 @@ from lowrank.weights import lora_xs as form
 
 @with_options_of(lora, without=("init",))
 def edora(rank: int = 16, **kwargs: Any) -> Method:
-    """EDoRA: LoRA-XS's options, with a learned magnitude for each output; see `lowrank.weights.lora_xs`."""
+    """EDoRA: LoRA-XS with a learned magnitude per output; see `lowrank.weights.lora_xs`.
+
+    Takes the options of `lora` except `init`.
+    """
     return around_core(form.attach_edora, rank, kwargs)

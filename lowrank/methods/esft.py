@@ -1,4 +1,4 @@
-"""The experts of a mixture that the task uses most."""
+"""ESFT as a method: trains the experts of a mixture that the task uses most."""
 
 import functools
 import math
@@ -30,12 +30,12 @@ def esft(
 ) -> Method:
     """ESFT: only the experts that the task uses most are trained (Wang et al. 2024, arXiv:2407.01906).
 
-    Before the first step, `batches` batches tell each expert's relevance: its average gate (`score='gate'`) or the
-    share of choices that fell on it (`'token'`), over real tokens. In each layer the fewest experts whose relevance
-    makes up `share` of the layer's are trained. As in the authors' code (deepseek-ai/ESFT) all tokens count alike,
-    where the paper takes the mean of each sequence first; as in the paper relevance is relative to the layer, where
-    the code divides by an expert's sum over layers. Ours: at most `capacity` of all experts are trained, so that the
-    shapes are known before the data are; that many have room for a trained change.
+    Before the first step, `batches` batches measure the relevance of each expert over real tokens: its average gate
+    (`score='gate'`), or the share of the choices that fell on it (`'token'`). Each layer trains the fewest experts
+    whose relevance adds up to `share` of the layer's. As in the authors' code (deepseek-ai/ESFT), all tokens have the
+    same weight; the paper takes the mean of each sequence first. As in the paper, relevance is relative to the layer;
+    the code divides by the sum of an expert over layers. Different from both: at most a share `capacity` of all experts
+    is trained, so that the shapes do not depend on the data.
     """
     if score not in ("gate", "token"):
         raise unknown("ESFT score", score, ("gate", "token"))
@@ -47,7 +47,9 @@ def esft(
     def adapt(key: jax.Array, w: Any, name: str) -> selected_experts.SelectedExperts:
         del key
         if len(w.shape) < 4:
-            raise UserError(f"{name} holds no experts: ESFT trains the kernels [layers, experts, in, out] of a mixture")
+            raise UserError(
+                f"{name} does not hold experts: ESFT trains the kernels [layers, experts, in, out] of a mixture"
+            )
         return selected_experts.attach(w, math.ceil(capacity * w.shape[-3]))
 
     def calibrate(params: PyTree, context: Context) -> PyTree:
@@ -56,7 +58,7 @@ def esft(
         def filled(name: str, w: Any) -> Any:
             if type(w) is not selected_experts.SelectedExperts:
                 return w
-            rows = select(used[name.split("/")[0]], share, w.rows.shape[-1])
+            rows = select_experts(used[name.split("/")[0]], share, w.rows.shape[-1])
             return selected_experts.SelectedExperts(base=w.base, delta=w.delta, rows=jnp.asarray(rows))
 
         return tree.map_named(filled, params, is_leaf=weight.is_weight)
@@ -69,7 +71,7 @@ def esft(
 
 
 def relevance(params: PyTree, context: Context, score: str, batches: int) -> Mapping[str, np.ndarray]:
-    """How much each expert was used, `[layers, experts]` of each stack, its sum over experts 1."""
+    """The relevance of each expert, `[layers, experts]` per stack; the sum over the experts of a layer is 1."""
     named = dict(tree.named_leaves(params, weight.is_weight))
     routers = {name: named[name] for name in tree.match_names(ROUTER, named, "router")}
     options = {"per_token": context.model.experts_per_token, "normalize_gates": context.model.normalize_gates}
@@ -95,8 +97,8 @@ def relevance(params: PyTree, context: Context, score: str, batches: int) -> Map
     return {stack: use / np.maximum(use.sum(-1, keepdims=True), 1e-30) for stack, use in sums.items()}
 
 
-def select(used: np.ndarray, share: float, slots: int) -> np.ndarray:
-    """`[layers, slots]` int32: the fewest experts whose relevance reaches `share`, most relevant first, then E."""
+def select_experts(used: np.ndarray, share: float, slots: int) -> np.ndarray:
+    """`[layers, slots]` int32: the fewest experts whose relevance reaches `share`, in falling order, padded with E."""
     layers, experts = used.shape
     rows = np.full((layers, slots), experts, np.int32)
     for layer, use in enumerate(used):

@@ -1,4 +1,4 @@
-"""Feature-based fine-tuning: the backbone is a fixed function, computed once for every example."""
+"""Feature-based fine-tuning: the backbone is fixed, and computed once per example."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,17 +13,17 @@ from lowrank.methods.method import Hooks, Method
 
 
 def features() -> Method:
-    """Only a classifier's head is trained, on pooled features `[B, D]` that are computed once an example and kept.
+    """Trains the head of a classifier alone, on pooled features `[B, D]` that are computed once per example and cached.
 
-    The features of BERT's authors' comparison (Devlin et al. 2019, arXiv:1810.04805, section 5.3) and of Peters et al.
-    2019, arXiv:1903.05987. The same numbers as `head`, without the backbone's forward pass from the second epoch on.
-    The cache is in host memory: D float32 numbers an example.
+    See the comparison of BERT's authors (Devlin et al. 2019, arXiv:1810.04805, section 5.3) and Peters et al. 2019,
+    arXiv:1903.05987. The results are those of `head`, without the forward pass of the backbone from the second epoch
+    on. The cache is in host memory: D float32 numbers per example.
     """
     return Method(trainable=("head/.*",), hooks=Hooks(map_batch=FeatureCache))
 
 
 class FeatureCache:
-    """Batches of tokens into batches of features `{pooled, labels, valid}`, kept by the tokens of each example."""
+    """Turns batches of tokens into batches of pooled features, which are cached by the tokens of each example."""
 
     def __init__(self, network: Any, frozen: PyTree) -> None:
         """`frozen` has None where a leaf is trained.
@@ -31,7 +31,7 @@ class FeatureCache:
         Raises UserError for a trained backbone, and for a run of several processes.
         """
         if jax.process_count() > 1:
-            raise UserError("method features runs in one process: its cache is in one host's memory")
+            raise UserError("method features caches in one host's memory: start one process, or use method head")
         for name, leaf in tree.named_leaves(frozen, lambda x: x is None):
             if leaf is None and not name.startswith("head/"):
                 raise UserError(f"method features computes the backbone once, so it cannot train {name}")

@@ -1,4 +1,4 @@
-"""Every parameter."""
+"""Full fine-tuning as a method: every parameter."""
 
 from lowrank.methods.method import Method
 

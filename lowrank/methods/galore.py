@@ -1,7 +1,7 @@
 """GaLore: every parameter is trained, and the optimizer sees the gradients of kernels in a low-rank space.
 
-optax 0.2.8 has a `contrib.scale_by_galore`. It takes no stacked kernels, projects the longer side where the paper
-projects the shorter one, and its state holds empty arrays, which no checkpoint can: so this is our own.
+optax 0.2.8 has a `contrib.scale_by_galore`. It does not take stacked kernels, it projects the longer side where the
+paper projects the shorter one, and its state holds empty arrays, which checkpoints cannot hold. So this is our own.
 """
 
 import re
@@ -21,11 +21,12 @@ from lowrank.weights import lora as form
 def galore(
     rank: int = 64, every: int = 200, scale: float = 0.25, target: str = r"(layers|top)/.*kernel", train: str = ".*"
 ) -> Method:
-    """GaLore (Zhao et al. 2024, arXiv:2403.03507): trains what `train` matches, and `target` through projections.
+    """GaLore: trains every parameter, and updates kernels in a low-rank space (Zhao et al. 2024, arXiv:2403.03507).
 
-    For a kernel's gradient G `[in, out]` with in <= out: `R = P^T G`, and the run's optimizer turns R `[rank, out]`
-    into a step N, applied as `scale * P N`; P `[in, rank]` are G's leading left singular vectors, found anew `every`
-    steps. With in > out it is the right ones, `R = G Q`. Moments are kept of R alone. Weight decay acts within the
+    The leaves that `train` matches are trained, and kernels that `target` matches are projected. For the gradient G
+    `[in, out]` of a kernel with in <= out, `R = P^T G`. The optimizer of the run turns R `[rank, out]` into a step N,
+    which is applied as `scale * P N`. P `[in, rank]` are the leading left singular vectors of G, computed every `every`
+    steps. For in > out, the right ones are used: `R = G Q`. The moments are those of R. Weight decay acts within the
     projection.
     """
     targets.check_positive(rank=rank, every=every, scale=scale)
@@ -44,7 +45,7 @@ def galore(
 
 
 class ProjectedState(NamedTuple):
-    """`projectors`: `[..., in, rank]` or `[..., out, rank]` for what is projected, MaskedNode elsewhere."""
+    """`projectors`: `[..., in, rank]` or `[..., out, rank]` for projected kernels, MaskedNode for other leaves."""
 
     inner: Any
     count: jax.Array  # type: ignore[assignment]  # the updates done; the name hides tuple.count
@@ -90,7 +91,7 @@ def _wide(shape: tuple[int, ...]) -> bool:
 
 
 def _leading(gradient: jax.Array, rank: int) -> jax.Array:
-    """The leading singular vectors of the shorter side, `[..., min(in, out), rank]`."""
+    """The leading singular vectors of the shorter side: `[..., min(in, out), rank]`."""
     u, _, v = jnp.linalg.svd(weight.at_least_float32(gradient), full_matrices=False)
     return u[..., :, :rank] if _wide(gradient.shape) else jnp.swapaxes(v[..., :rank, :], -1, -2)
 

@@ -1,4 +1,4 @@
-"""The head alone."""
+"""Linear probing as a method: the head alone."""
 
 from lowrank.methods.method import Method
 

@@ -1,4 +1,4 @@
-"""HiRA as a method."""
+"""HiRA as a method: an elementwise product of the kernel with a low-rank matrix."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +11,10 @@ from lowrank.weights import hira as form
 
 
 def hira(rank: int = 32, target: str = r".*attn/(q|v)/kernel", rank_pattern: Mapping[str, int] | None = None) -> Method:
-    """HiRA, `W * (1 + A @ B)` entry by entry (Huang et al., ICLR 2025, openreview TwJrTz9cRS).
+    """HiRA: `W * (1 + A @ B)`, entry by entry (Huang et al., ICLR 2025, openreview TwJrTz9cRS).
 
-    See `lowrank.weights.hira`; the pattern is LoRA's. A rank above min(in, out) of a target is refused.
+    See `lowrank.weights.hira`. `rank_pattern` is as in `lora`. Raises UserError for a rank above min(in, out) of a
+    target.
     """
     rank_pattern = dict(rank_pattern or {})
     targets.check_ranks(rank, 1.0, rank_pattern, {})

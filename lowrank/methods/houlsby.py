@@ -1,6 +1,6 @@
-"""Adapters after both sublayers; `lowrank.methods.bottleneck` has their shapes."""
+"""Houlsby adapters as a method: adapters after both sublayers; see `lowrank.methods.bottleneck` for the shapes."""
 
-from lowrank.methods.bottleneck import adapters
+from lowrank.methods.bottleneck import bottleneck_method
 from lowrank.methods.method import Method
 
 NORMS = r"(layers|top)/(post_)?(attn|mlp)_norm/(scale|bias)"
@@ -9,7 +9,7 @@ NORMS = r"(layers|top)/(post_)?(attn|mlp)_norm/(scale|bias)"
 def houlsby(width: int = 64, activation: str = "gelu", scale: float = 1.0, norms: bool = True) -> Method:
     """Adapters after attention and after the feed-forward layer (Houlsby et al. 2019, arXiv:1902.00751).
 
-    `h + A(y)`, `A(y) = y + up(act(down(y)))`, for what the sublayer returns, `y`. As in the paper the blocks' norms
-    are trained too, unless `norms` is off.
+    `h + A(y)`, `A(y) = y + up(act(down(y)))`, where y is the output of the sublayer. As in the paper, the norms of the
+    blocks are trained too, unless `norms` is off.
     """
-    return adapters(width, activation, scale, "both", parallel=False, trainable=(NORMS,) if norms else ())
+    return bottleneck_method(width, activation, scale, "both", parallel=False, trainable=(NORMS,) if norms else ())

@@ -10,7 +10,7 @@ from lowrank.weights import scaled
 def ia3(target: str = r".*attn/(k|v)/kernel", feedforward: str = r".*mlp/down/kernel") -> Method:
     """(IA)^3: rescales the outputs of `target` and the inputs of `feedforward` ('' for none).
 
-    `l * (x W)` and `(l * x) W`, l `[out]` or `[in]` from ones on (Liu et al. 2022, arXiv:2205.05638); see
+    `l * (x W)` and `(l * x) W`, where l `[out]` or `[in]` starts as ones (Liu et al. 2022, arXiv:2205.05638). See
     `lowrank.weights.scaled`. Raises UserError for a weight that both match.
     """
     sides = ((target, "out"), (feedforward, "in"))

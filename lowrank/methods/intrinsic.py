@@ -16,12 +16,12 @@ from lowrank.methods.projections import CHUNK, PROJECTIONS, Shape, project
 def intrinsic(
     dim: int = 1000, target: str = r"(?!head/).*", projection: str = "fastfood", said: bool = False, seed: int = 0
 ) -> Method:
-    """`theta = theta_0 + P z`: only `z: [dim]` is trained (Li et al. 2018, arXiv:1804.08838).
+    """Intrinsic dimension: `theta = theta_0 + P z`, and only `z` `[dim]` is trained (Li et al. 2018, arXiv:1804.08838).
 
-    P `[D, dim]` is random and drawn again from `seed` at each use: `dense`, `sparse` or `fastfood` (see `projections`);
-    D counts the parameters that `target` matches. With `said` each layer i has a learned scale, `theta_i + lambda_i
-    (P z)_i`, and z is shorter by their number (Aghajanyan et al. 2020, arXiv:2012.13255). Memory is O(D). Raises
-    UserError for a dim that is not in 1..D, or leaves nothing beside the scales.
+    P `[D, dim]` is random and drawn from `seed` at each use: `dense`, `sparse` or `fastfood` (see `projections`). D is
+    the number of parameters that `target` matches. With `said`, each layer i has a learned scale,
+    `theta_i + lambda_i (P z)_i`, and z is shorter by the number of scales (Aghajanyan et al. 2020, arXiv:2012.13255).
+    Memory is O(D). Raises UserError for a dim that is not in 1..D, or that leaves no entry of z beside the scales.
     """
     if projection not in PROJECTIONS:
         raise unknown("projection", projection, PROJECTIONS)
@@ -42,7 +42,7 @@ def intrinsic(
 
     def bind(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
         del batch, rng
-        if SHARED not in params:  # an adapter that was read is bound already
+        if SHARED not in params:  # an adapter that was loaded is bound already
             return params
         shared = params[SHARED]
         params = {name: child for name, child in params.items() if name != SHARED}
@@ -64,7 +64,7 @@ def intrinsic(
 
 
 def _projected(projection: str, key: jax.Array, z: jax.Array, leaves: dict[str, Any]) -> dict[str, jax.Array]:
-    """`P z` for each leaf, flat. Small leaves of one size go through one program in turn: it compiles once for all."""
+    """`P z` per leaf, flat. Small leaves of one size pass through one program in turn, which compiles once for all."""
     total, groups = sum(w.size for w in leaves.values()), dict[Any, list[str]]()
     for name, w in leaves.items():
         groups.setdefault(w.size if w.size <= CHUNK else name, []).append(name)
@@ -77,16 +77,18 @@ def _projected(projection: str, key: jax.Array, z: jax.Array, leaves: dict[str, 
 
 
 def _targets(params: PyTree, target: str) -> dict[str, Any]:
-    """The plain parameters that are projected into."""
+    """The plain parameters that the vector is projected into."""
     named = dict(tree.named_leaves(params, weight.is_weight))
     leaves = {name: named[name] for name in tree.match_names(target, named, "target")}
     for name, w in leaves.items():
         if weight.is_weight(w):
-            raise UserError(f"{name} is {type(w).__name__}: a projection moves plain arrays only")
+            raise UserError(
+                f"{name} is a {type(w).__name__}, and a projection changes plain arrays only: do not target it"
+            )
     return leaves
 
 
 def _scales(leaves: dict[str, Any]) -> dict[str, jax.Array]:
-    """Ones, one a layer of a stack, and one for each part of the model that is no stack."""
+    """Ones: one per layer of a stack, and one per part of the model that is not a stack."""
     parts = {name.split("/")[0]: w for name, w in leaves.items()}
     return {part: jnp.ones(w.shape[:1] if part in tree.STACKS else (), jnp.float32) for part, w in parts.items()}

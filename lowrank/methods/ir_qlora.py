@@ -1,4 +1,4 @@
-"""LoRA on NF4 that is calibrated to keep the most information."""
+"""IR-QLoRA as a method: LoRA on NF4 codes that are calibrated to keep the most information."""
 
 from typing import Any
 
@@ -22,10 +22,10 @@ def ir_qlora(
     calibrate: int = 200,
     dropout: float = 0.0,
 ) -> Method:
-    """IR-QLoRA: NF4 calibrated to keep the most information, and a LoRA past which averages of its inputs flow.
+    """IR-QLoRA: LoRA with a shortcut of averaged inputs, on NF4 codes that keep the most information.
 
     `calibrate` shifts of each block are tried; see `lowrank.weights.quantized.codebook` and
-    `lowrank.weights.ir_qlora`. A base that is in codes already (`model.quantize`) is left as it is.
+    `lowrank.weights.ir_qlora`. A base that is in codes already (`model.quantize`) stays as it is.
     """
     targets.check_positive(rank=rank, alpha=alpha)
     targets.check_fraction(dropout=dropout)

@@ -1,4 +1,4 @@
-"""LoRA on codes that are made with it."""
+"""LoftQ as a method: LoRA on codes that are computed together with it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,10 +20,10 @@ def loftq(
     steps: int = 1,
     dropout: float = 0.0,
 ) -> Method:
-    """LoftQ: LoRA on codes, both made so that together they start near W; see `lowrank.weights.loftq`.
+    """LoftQ: LoRA on codes, both computed so that their sum starts near W; see `lowrank.weights.loftq`.
 
-    `quantize` is a scheme `{"name": "nf4", "block": 64, ...}` or its name, `steps` how often codes and factors are
-    made anew. The base is read as it is: `model.quantize` would leave nothing to make up for.
+    `quantize` is a scheme `{"name": "nf4", "block": 64, ...}` or its name. `steps` is the number of alternations
+    between codes and factors. The base must not be in codes: with `model.quantize` the rounding error is unknown.
     """
     targets.check_positive(rank=rank, alpha=alpha, steps=steps)
     targets.check_fraction(dropout=dropout)
@@ -35,6 +35,6 @@ def loftq(
         check_plain("LoftQ", name, w)
         return form.attach(w, rank=rank, scale=alpha / rank, steps=steps, dropout=dropout, quantize=make)
 
-    # After several steps the codes depend on a decomposition's last places: the adapter holds them.
+    # After several steps the codes depend on the last bits of a decomposition, so the adapter saves them.
     codes = (rf"{target}/base/.*",) if steps > 1 else ()
     return Method(rules=((target, adapt),), bind=bind_dropout if dropout else None, export=Export(frozen=codes))

@@ -1,4 +1,4 @@
-"""LoHa as a method."""
+"""LoHa as a method: the elementwise product of two low-rank matrices."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,9 +17,9 @@ def loha(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> Method:
-    """LoHa, `W + alpha / rank * (A1 @ B1) * (A2 @ B2)` (Hyeon-Woo et al. 2021, arXiv:2108.06098).
+    """LoHa: `W + alpha / rank * (A1 @ B1) * (A2 @ B2)` (Hyeon-Woo et al. 2021, arXiv:2108.06098).
 
-    See `lowrank.weights.loha`; the patterns are LoRA's.
+    See `lowrank.weights.loha`. The patterns are as in `lora`.
     """
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
     targets.check_ranks(rank, alpha, rank_pattern, alpha_pattern)

@@ -1,4 +1,4 @@
-"""LoKr as a method."""
+"""LoKr as a method: a Kronecker product."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,11 +20,11 @@ def lokr(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> Method:
-    """LoKr, `W + alpha / rank * kron(W1, W2)` (Yeh et al. 2023, arXiv:2309.14859).
+    """LoKr: `W + alpha / rank * kron(W1, W2)` (Yeh et al. 2023, arXiv:2309.14859).
 
-    `factor` is how many parts W1 makes of the inputs and of the outputs (-1: about their roots); W2 is of low rank
-    where that is below half its larger side, and so is W1 with `decompose_both`. See `lowrank.weights.lokr`; the
-    patterns are LoRA's.
+    `factor` is the number of parts that W1 makes of the inputs and of the outputs (-1: about their square roots). W2
+    has low rank where that is below half of its larger side, and so has W1 with `decompose_both`. See
+    `lowrank.weights.lokr`. The patterns are as in `lora`.
     """
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
     targets.check_ranks(rank, alpha, rank_pattern, alpha_pattern)

@@ -1,4 +1,4 @@
-"""LongLoRA as a method: LoRA on longer rows than the base has seen, at the cost of attention within groups."""
+"""LongLoRA as a method: LoRA on longer rows than those of the base, with attention within groups in training."""
 
 import dataclasses
 from typing import Any
@@ -21,13 +21,13 @@ def longlora(
     target: str = r".*attn/(q|k|v|o)/kernel",
     **kwargs: Any,
 ) -> Method:
-    """LongLoRA (Chen et al. 2024, arXiv:2309.12307): LoRA's options, with trained norms and embeddings, on decoders.
+    """LongLoRA: LoRA with trained norms and embeddings, on long rows (Chen et al. 2024, arXiv:2309.12307).
 
-    While training, tokens attend within groups of `group` tokens (a quarter of a row in the paper), which are shifted
-    by half of one in half of the heads; scores and generated texts are of full attention. A `factor` above 1
-    interpolates positions as the paper does (Chen et al. 2023, arXiv:2306.15595): they are divided by it, so that rows
-    may be `factor` times as long as the base's positions, in training and after it. It is rope's `linear` scaling, and
-    goes on top of a scaling that the base has.
+    For decoders. Takes the options of `lora`. In training, tokens attend within groups of `group` tokens (a quarter of
+    a row in the paper), and half of the heads shift the groups by half a group. Scores and generated texts use full
+    attention. A `factor` above 1 interpolates positions as in the paper (Chen et al. 2023, arXiv:2306.15595): positions
+    are divided by it, so that rows may be `factor` times as long as the base's positions, in training and after it.
+    This is the `linear` scaling of RoPE, on top of a scaling that the base has.
     """
     if group < 2 or group % 2:
         raise UserError(f"method.group must be a positive even number of tokens, not {group}")

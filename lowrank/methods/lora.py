@@ -1,4 +1,4 @@
-"""LoRA as a method: which weights get one, with which rank and alpha, and what is trained beside it."""
+"""LoRA as a method: the targeted weights, the rank and alpha of each layer, and the biases that are trained too."""
 
 import dataclasses
 import re
@@ -28,9 +28,9 @@ def lora(
 ) -> Method:
     """LoRA on the weights that `target` matches; see `lowrank.weights.lora` for the formula and the inits.
 
-    `rslora` scales by alpha / sqrt(rank). `bias` trains no biases, `all`, or those of the targets (`lora_only`).
-    The patterns map a regex over names with or without a layer's index (`layers/attn/q/kernel`,
-    `layers/3/attn/q/kernel`) to that weight's rank or alpha; the last match wins; rank 0 leaves a layer alone.
+    `rslora` scales by alpha / sqrt(rank). `bias` trains no biases (`none`), `all` of them, or those of the targets
+    (`lora_only`). The patterns map a regex over names, with or without the index of a layer (`layers/attn/q/kernel`,
+    `layers/3/attn/q/kernel`), to a rank or an alpha. The last match wins, and rank 0 leaves a layer without a LoRA.
     """
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
     targets.check_ranks(rank, alpha, rank_pattern, alpha_pattern)
@@ -55,7 +55,7 @@ def lora(
 
 
 def bind_dropout(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
-    """Hands every weight with dropout its key for this step, one a layer; without an rng there is no dropout."""
+    """Gives every weight with dropout its key for this step, one per layer; without an `rng` there is no dropout."""
     del batch
     if rng is None:
         return params

@@ -1,4 +1,4 @@
-"""LoRA with A frozen."""
+"""LoRA-FA as a method: LoRA with A frozen."""
 
 import dataclasses
 from typing import Any
@@ -12,13 +12,15 @@ from lowrank.methods.options import with_options_of
 
 @with_options_of(lora)
 def lora_fa(**kwargs: Any) -> Method:
-    """LoRA-FA: LoRA's options, with A kept as it was drawn and B trained (Zhang et al. 2023, arXiv:2308.03303).
+    """LoRA-FA: LoRA with a random, frozen A and a trained B (Zhang et al. 2023, arXiv:2308.03303).
 
-    Half of the parameters to learn, and no backward pass needs the layer's whole input `[..., in]`, only its
-    product with A, `[..., r]`.
+    Takes the options of `lora`. About half of the parameters are trained. The backward pass does not need the input
+    of the layer `[..., in]`, only its product with A, `[..., r]`.
     """
     if kwargs.get("init") == "zero_a":
-        raise UserError("LoRA-FA freezes A: with init=zero_a nothing would ever be learned")
+        raise UserError(
+            "method.init=zero_a would leave LoRA-FA without a gradient, as A stays zero: choose another init"
+        )
     method = config_schema.call_with_group(lora, kwargs, "method")
     [(target, _)] = method.rules
     kept = (f"(?:{target})/a",)

@@ -1,4 +1,4 @@
-"""LoRA with both factors frozen around a small core."""
+"""LoRA-XS as a method: LoRA with both factors frozen around a small core."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,16 +15,21 @@ from lowrank.weights.lora import LoRA
 
 @with_options_of(lora, without=("init",))
 def lora_xs(rank: int = 16, **kwargs: Any) -> Method:
-    """LoRA-XS: LoRA's options but `init`, and only an r x r core is trained; see `lowrank.weights.lora_xs`."""
+    """LoRA-XS: LoRA of which only an r x r core is trained; see `lowrank.weights.lora_xs`.
+
+    Takes the options of `lora` except `init`.
+    """
     return around_core(form.attach, rank, kwargs)
 
 
 def around_core(attach: Callable[[LoRA], LoRA], rank: int, kwargs: dict[str, Any]) -> Method:
-    """LoRA whose weights `attach` turns into factors frozen around a core of `rank`; UserError for an `init`."""
+    """LoRA whose weights `attach` turns into frozen factors around a core of `rank`. Raises UserError for an `init`."""
     if "init" in kwargs:
-        raise UserError("method.init: the factors of LoRA-XS and EDoRA are the base's singular vectors")
+        raise UserError(
+            "method.init: the factors of LoRA-XS and EDoRA are the base's singular vectors, so leave this option out"
+        )
     method = config_schema.call_with_group(lora, {"rank": rank, **kwargs}, "method")
     [(target, adapt)] = method.rules
     around = ((target, lambda key, w, name: attach(adapt(key, w, name))),)
-    # an adapter holds the singular vectors too: another machine may find them with other signs
+    # An adapter saves the singular vectors too: on another machine their signs may differ.
     return dataclasses.replace(method, rules=around, export=Export(frozen=(f"(?:{target})/(a|b)",)))

@@ -1,4 +1,4 @@
-"""A prefix, and adapters beside the feed-forward layers."""
+"""The MAM adapter as a method: a prefix, and adapters beside the feed-forward layers."""
 
 import dataclasses
 

@@ -11,7 +11,7 @@ from lowrank.core import tree, weight
 from lowrank.core.errors import UserError
 from lowrank.core.typing import BatchInfo, PyTree, Sums
 from lowrank.methods import targets
-from lowrank.methods.balance import balanced, check_share, mapped
+from lowrank.methods.balance import balanced, check_routing, map_forms
 from lowrank.methods.method import SHARED, Hooks, Method, TotalLoss
 from lowrank.weights import lora, mixture
 
@@ -25,19 +25,21 @@ def milora(
 ) -> Method:
     """MiLoRA: every LoRA of a layer is an expert, and the prompt chooses `per_prompt` of them (arXiv:2410.18035).
 
-    `W x + gate * alpha / rank * B A x`. A layer's gates are k times the top-k softmax of a linear router, so that their
-    mean over those chosen is 1; it sees the hidden states of the prompt that enter the layer, their mean through a
-    GELU. They are computed once, from the prompt, and stay for all that is generated. `balance` is as for `more`. In
-    training a prompt is what comes before the first token of full weight of its sequence; a classifier's is all of it.
-    It cannot be merged.
+    `W x + gate * alpha / rank * B A x`. The gates of a layer are k times the top-k softmax of a linear router, so that
+    the mean of the chosen gates is 1. The router reads the mean of the hidden states of the prompt at the input of the
+    layer, after a GELU. The gates are computed once, from the prompt, and hold for every generated token. In training,
+    the prompt of a sequence ends before its first token of full weight; the prompt of a classifier is the whole
+    sequence. `balance` is the factor of the balance loss, as in `more`. The adapter cannot be merged.
     """
     targets.check_positive(rank=rank, alpha=alpha)
-    check_share("per_prompt", per_prompt, per_prompt, balance)
+    check_routing("per_prompt", per_prompt, per_prompt, balance)
 
     def adapt(key: jax.Array, w: Any, name: str) -> mixture.Gated:
         targets.check_rank(name, w.shape, rank)
         if len(w.shape) != 3:
-            raise UserError(f"{name} is in no stack of layers: MiLoRA routes within a layer")
+            raise UserError(
+                f"{name} is not in a stack of layers: MiLoRA routes within a layer, so target kernels [layers, in, out]"
+            )
         made = lora.attach_equal_ranks(key, w, rank=rank, alpha=alpha)
         return mixture.Gated(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
 
@@ -84,7 +86,7 @@ def _bind(params: PyTree, batch: BatchInfo | None, rng: jax.Array | None, per_pr
         router = mixture.PromptRouter(kernel=kernel, per_prompt=per_prompt, **per_layer)
         bound[stack] = {**params[stack], weight.ROUTER: router}
         member |= {name: i for i, name in enumerate(members)}
-    return mapped(bound, mixture.Gated, lambda name, w: dataclasses.replace(w, member=member[name]))
+    return map_forms(bound, mixture.Gated, lambda name, w: dataclasses.replace(w, member=member[name]))
 
 
 def _by_stack(names: list[str]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""LoRA on the codes of any quantizer."""
+"""ModuLoRA as a method: LoRA on the codes of any quantizer."""
 
 import importlib
 from typing import Any
@@ -23,8 +23,8 @@ def modulora(
 ) -> Method:
     """ModuLoRA: LoRA on the codes of any quantizer, `quantizer='package.module:function'`.
 
-    The function turns a kernel `[in, out]` into `(state, decode)`: arrays, and a function of module level from them
-    to the kernel; see `lowrank.weights.quantized.black_box`.
+    The function turns a kernel `[in, out]` into `(state, decode)`: arrays, and a module-level function from these
+    arrays to the kernel. See `lowrank.weights.quantized.black_box`.
     """
     targets.check_positive(rank=rank, alpha=alpha)
     targets.check_fraction(dropout=dropout)
@@ -44,4 +44,4 @@ def _imported(path: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as e:
-        raise UserError(f"method.quantizer {path!r} is not package.module:function: {e}") from None
+        raise UserError(f"method.quantizer {path!r} cannot be imported as package.module:function: {e}") from None

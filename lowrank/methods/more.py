@@ -1,11 +1,11 @@
-"""A mixture of LoRAs, routed by the token."""
+"""A mixture of LoRAs as a method, routed by the token."""
 
 from typing import Any
 
 import jax
 
 from lowrank.methods import targets
-from lowrank.methods.balance import balance_regularizer, check_share
+from lowrank.methods.balance import balance_regularizer, check_routing
 from lowrank.methods.method import Hooks, Method
 from lowrank.weights import mixture
 
@@ -18,14 +18,14 @@ def more(
     balance: float = 0.01,
     target: str = r".*attn/(q|v)/kernel",
 ) -> Method:
-    """A mixture of `experts` LoRAs on each target, `per_token` of them for each token, chosen by a router of its own.
+    """A mixture of `experts` LoRAs on each target; the target's own router chooses `per_token` of them for each token.
 
-    `W x + alpha / rank * sum_e g_e(x) B_e A_e x` with g the top-k softmax of a linear router (MoLoRA, Zadouri et al.
-    2023, arXiv:2309.05444; MoRE). `balance` weighs the loss `E * sum_e f_e P_e` that keeps the experts in use (Fedus et
-    al. 2021, arXiv:2101.03961); it is part of the gradient, not of the loss reported. It cannot be merged.
+    `W x + alpha / rank * sum_e g_e(x) B_e A_e x`, where g is the top-k softmax of a linear router (MoLoRA, Zadouri et
+    al. 2023, arXiv:2309.05444; MoRE). `balance` is the factor of the balance loss `E * sum_e f_e P_e`, a regularizer
+    that keeps all experts in use (Fedus et al. 2021, arXiv:2101.03961). The adapter cannot be merged.
     """
     targets.check_positive(rank=rank, alpha=alpha, experts=experts)
-    check_share("per_token", per_token, experts, balance)
+    check_routing("per_token", per_token, experts, balance)
 
     def adapt(key: jax.Array, w: Any, name: str) -> mixture.Mixture:
         targets.check_rank(name, w.shape, rank)

@@ -1,4 +1,4 @@
-"""The norms."""
+"""Norm tuning as a method: the scales and biases of the norms."""
 
 from lowrank.methods.method import Method
 

@@ -1,4 +1,4 @@
-"""Inputs turned by an orthogonal matrix."""
+"""OFT as a method: inputs rotated by an orthogonal matrix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +12,11 @@ from lowrank.weights import oft as form
 
 
 def oft(block: int = 32, target: str = r".*attn/(q|v)/kernel", share: bool = False, terms: int = 0) -> Method:
-    """OFT: the inputs turned by an orthogonal, block-diagonal matrix (Qiu et al. 2023, arXiv:2306.07280).
+    """OFT: inputs rotated by an orthogonal, block-diagonal matrix (Qiu et al. 2023, arXiv:2306.07280).
 
-    `block` divides every target's inputs; with `share` all blocks of a kernel are one. Blocks are Cayley's transform,
-    or with `terms` (4 or more) so many terms of its Neumann series, as in OFTv2. See `lowrank.weights.oft`.
+    `block` must divide the inputs of every target. With `share`, all blocks of a kernel are the same. A block is a
+    Cayley transform or, with `terms` (at least 4), the sum of this many terms of its Neumann series, as in OFTv2. See
+    `lowrank.weights.oft`.
     """
     targets.check_positive(block=block)
     if terms and terms < 4:
@@ -24,7 +25,7 @@ def oft(block: int = 32, target: str = r".*attn/(q|v)/kernel", share: bool = Fal
 
 
 def kernel_rule(attach: Callable[[Any], Any]) -> Callable[[jax.Array, Any, str], Any]:
-    """The rewrite of a method whose start is not random; what is wrong with a kernel is told with its name."""
+    """The rewrite of a method that starts without random numbers; its errors begin with the name of the kernel."""
 
     def adapt(key: jax.Array, w: Any, name: str) -> Any:
         del key

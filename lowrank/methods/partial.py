@@ -1,13 +1,13 @@
-"""The last blocks, or the first."""
+"""Partial fine-tuning as a method: the last blocks, or the first ones."""
 
 from lowrank.core.errors import UserError
 from lowrank.methods.method import Method
 
 
 def partial(layers: int = 2, first: bool = False) -> Method:
-    """Partial fine-tuning: the last `layers` blocks are trained, or the first.
+    """Partial fine-tuning: the last `layers` blocks are trained, or the first ones.
 
-    The backward pass stops below the last ones; above the first ones it makes no gradients of kernels.
+    The backward pass stops below the last blocks; above the first blocks it computes no gradients of kernels.
     """
     if layers < 1:
         raise UserError(f"method.layers must be at least 1, not {layers}")

@@ -1,4 +1,4 @@
-"""Modules routed beside a mixture of experts."""
+"""PERFT as a method: low-rank modules routed beside a mixture of experts."""
 
 from lowrank.core.errors import UserError
 from lowrank.methods import targets
@@ -8,10 +8,10 @@ from lowrank.methods.method import Method
 def perft(width: int = 8, experts: int = 4, per_token: int = 2, scale: float = 1.0) -> Method:
     """PERFT: low-rank experts of `width` beside every mixture of experts (Liu et al. 2024, arXiv:2411.08212).
 
-    `MoE(x) + scale * sum_e g_e(x) x @ down_e @ up_e`. They have a router of their own that sends each token to
-    `per_token` of them (PERFT-R); with `experts=0` there is one beside each expert, with that expert's gate (PERFT-E).
-    Gates are normalized as the mixture's are. A routed module is weighed by its own router's gate, as the formula says:
-    the authors' code takes the mixture's gate of the same rank in its place. There is no loss that balances them.
+    `MoE(x) + scale * sum_e g_e(x) x @ down_e @ up_e`. A further router sends each token to `per_token` of the modules
+    (PERFT-R). With `experts=0` there is one module beside each expert, with the gate of that expert (PERFT-E). Gates
+    are normalized as in the mixture. The gate of a routed module comes from its own router, as in the formula; the
+    authors' code uses the mixture's gate of the same rank in its place. There is no balance loss.
     """
     targets.check_positive(width=width, scale=scale)
     if experts < 0:

@@ -1,4 +1,4 @@
-"""Learned keys and values in every layer."""
+"""Prefix tuning as a method: learned keys and values in every layer."""
 
 from typing import Any
 
@@ -11,11 +11,12 @@ from lowrank.methods.method import SHARED, Export, Method
 
 
 def prefix(length: int = 20, reparam: bool = False, hidden: int = 512) -> Method:
-    """Keys and values `[L, length, W]` (W = key heads x head width) that every token of layer l sees first.
+    """Prefix tuning: learned keys and values before those of the text (Li & Liang 2021, arXiv:2101.00190).
 
-    Li & Liang 2021, arXiv:2101.00190. With `reparam` they are made, while training, by the paper's MLP of an embedding
-    `E [length, W]`: `tanh(E @ in + b) @ out + b'`, `in` `[W, hidden]`, `out` `[hidden, 2 L W]`; of a row of its
-    output, layer l's keys come at 2l and its values at 2l + 1. An adapter holds what the MLP makes, not the MLP.
+    `[L, length, W]`, where W is key heads times head width; every token of a layer attends to them. With `reparam`,
+    the MLP of the paper computes them in training from an embedding `E [length, W]`: `tanh(E @ in + b) @ out + b'`,
+    `in` `[W, hidden]`, `out` `[hidden, 2 L W]`. A row of the output holds the keys of layer l at 2l and its values at
+    2l + 1. An adapter saves the keys and values, not the MLP.
     """
     targets.check_positive(length=length, hidden=hidden)
     model = {"prefix_length": length}
@@ -46,7 +47,7 @@ def _linear(key: jax.Array, n_in: int, n_out: int) -> dict[str, jax.Array]:
 
 
 def bind_prefix(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
-    """`params` with the prefix that the MLP makes; without the MLP, as an adapter holds them, they stay."""
+    """`params` with the prefix that the MLP computes; `params` of a loaded adapter have no MLP and stay as they are."""
     del batch, rng
     if SHARED not in params:
         return params

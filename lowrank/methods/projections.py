@@ -1,7 +1,7 @@
 """Random projections of a few numbers into many, regenerated from a key each time: `P x`, `P: [size, d]`, never stored.
 
 Entries have variance 1 / total, so that the columns of P over all `total` parameters are about orthonormal (Li et al.
-2018, arXiv:1804.08838). `forward` gives P x, `backward` P^T g; both draw P anew.
+2018, arXiv:1804.08838). `forward` gives P x and `backward` gives P^T g; both draw P.
 """
 
 import functools
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from scipy.linalg import hadamard
 
-CHUNK = 1 << 20  # how many entries of P exist at a time
-ORDERS = 64  # permutations that Fastfood's blocks take in turn: to draw one is to sort, and takes longer than all else
+CHUNK = 1 << 20  # the number of entries of P in memory at a time
+ORDERS = 64  # permutations that the blocks of Fastfood take in turn: drawing one is a sort, the slowest part
 
 
 class Shape(NamedTuple):
@@ -35,7 +35,7 @@ def _dense_chunks(size: int, d: int) -> tuple[int, int]:
 
 
 def dense(key: jax.Array, x: jax.Array, shape: Shape) -> jax.Array:
-    """Gaussian P, a few rows at a time: `d * size` draws, `CHUNK` of them alive."""
+    """`P x` of a Gaussian P, a few rows at a time: `d * size` draws, `CHUNK` of them in memory."""
     rows, chunks = _dense_chunks(shape.size, x.size)
     product = lambda i: jnp.dot(dense_rows(key, i, rows, x.size, shape.total), x, precision="highest")  # noqa: E731
     return jax.lax.map(product, jnp.arange(chunks)).reshape(-1)[: shape.size]
@@ -53,7 +53,7 @@ def _dense_back(key: jax.Array, g: jax.Array, d: int, shape: Shape) -> jax.Array
 
 
 def sparse_entries(key: jax.Array, column: jax.Array, shape: Shape) -> tuple[jax.Array, jax.Array]:
-    """`(rows, values)` of one column of a sparse P: about `size / sqrt(total)` places, each plus or minus the same."""
+    """`(rows, values)` of one column of a sparse P: about `size / sqrt(total)` rows, one size, random signs."""
     count = max(1, round(shape.size / shape.total**0.5))
     places, signs = jax.random.split(jax.random.fold_in(key, column))
     rows = jax.random.randint(places, (count,), 0, shape.size)
@@ -105,7 +105,7 @@ def fastfood_blocks(key: jax.Array, size: int, d: int) -> tuple[jax.Array, jax.A
 
 
 def _signs(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """1 or -1 at random, a bit each: to draw a word for each takes as long as all the Gaussians."""
+    """1 or -1 at random, from one bit each: a word for each sign would take as long as all the Gaussians."""
     size = math.prod(shape)
     octets = jax.lax.bitcast_convert_type(jax.random.bits(key, (-(-size // 32),), jnp.uint32), jnp.uint8)
     bits = jnp.unpackbits(octets.reshape(-1), count=size, bitorder="little")
@@ -115,7 +115,7 @@ def _signs(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
 def fastfood(key: jax.Array, x: jax.Array, shape: Shape) -> jax.Array:
     """Stacked blocks `H G Pi H B / (|G| sqrt(total))` of n x n, n the power of two from d on (Le et al. 2013).
 
-    H is the Hadamard matrix: `size * log n` operations. The last block is cut to what is left of `size`.
+    H is the Hadamard matrix: `size * log n` operations. The last block is cut to the rest of `size`.
     """
     signs, places, gauss = fastfood_blocks(key, shape.size, x.size)
     padded = jnp.pad(x, (0, signs.shape[1] - x.size))
@@ -143,13 +143,13 @@ def _over_norm(y: jax.Array, gauss: jax.Array, shape: Shape) -> jax.Array:
 
 
 def walsh(x: jax.Array) -> jax.Array:
-    """`H x` over the last axis, whose length is a power of two: small Hadamard factors, one after another."""
+    """`H x` over the last axis, whose length is a power of two, by small Hadamard factors one after another."""
     rows, n = x.shape
     done = 1
     while done < n:
         width = min(128, n // done)
         h = jnp.asarray(hadamard(width), x.dtype)
-        # The factor on the left: the other way round, a CPU takes twice the time.
+        # The factor stands on the left: on the right, a CPU takes twice the time.
         x = jnp.einsum("vw,rwb->rvb", h, x.reshape(-1, width, done), precision="highest")
         done *= width
     return x.reshape(rows, n)
@@ -164,7 +164,7 @@ PROJECTIONS = {
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def project(kind: str, key: jax.Array, x: jax.Array, shape: Shape) -> jax.Array:
-    """`P x`, `[size]`, for `x: [d]`; its gradient draws P again, so that nothing of P is kept."""
+    """`P x`, `[size]`, for `x: [d]`; its gradient draws P again, so that P is not a residual."""
     return PROJECTIONS[kind][0](key, x, shape)
 
 

@@ -1,4 +1,4 @@
-"""Learned tokens before the text."""
+"""Prompt tuning as a method: learned tokens before the text."""
 
 import functools
 from collections.abc import Callable
@@ -16,15 +16,15 @@ def prompt(length: int = 20, init: str = "random", text: str = "") -> Method:
     """Prompt tuning: `length` virtual tokens before the text (Lester et al. 2021, arXiv:2104.08691).
 
     `prompt/embedding` `[length, D]`, in the space of the token embeddings. `init`: `random` (normal, 0.02),
-    `vocabulary` (the embeddings of tokens drawn evenly from the vocabulary) or `text` (those of `text`, repeated or
-    cut to `length`).
+    `vocabulary` (the embeddings of tokens that are drawn uniformly from the vocabulary) or `text` (the embeddings of
+    `text`, repeated or cut to `length`).
     """
     if length < 1:
         raise UserError(f"method.length must be at least 1, not {length}")
     if init not in INITS:
         raise unknown("prompt init", init, INITS)
     if bool(text) != (init == "text"):
-        raise UserError("method.text is the text that init='text' starts from: give both or neither")
+        raise UserError("method.init='text' starts the prompt from method.text: give both or neither")
     choose = INITS[init]
     calibrate = functools.partial(_from_tokens, choose=functools.partial(choose, text=text)) if choose else None
     return Method(model_options={"num_prompt": length}, trainable=("prompt/.*",), hooks=Hooks(calibrate=calibrate))
@@ -44,7 +44,7 @@ def _drawn(context: Context, length: int, text: str) -> jax.Array:
 def _of_text(context: Context, length: int, text: str) -> jax.Array:
     ids = context.tokenizer.encode(text)
     if not ids:
-        raise UserError(f"method.text {text!r} has no tokens")
+        raise UserError(f"method.text {text!r} has no tokens: give a text of at least one token")
     return jnp.array((ids * length)[:length], jnp.int32)
 
 

@@ -1,4 +1,4 @@
-"""Virtual tokens made by a small network while training."""
+"""P-tuning as a method: virtual tokens that a small network computes in training."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from lowrank.methods.method import SHARED, Export, Method
 
 
 def ptuning(length: int = 20, encoder: str = "mlp", hidden: int = 128) -> Method:
-    """P-tuning: virtual tokens made by an encoder of an embedding `E [length, D]` (Liu et al. 2021, arXiv:2103.10385).
+    """P-tuning: virtual tokens from an encoder of an embedding `E [length, D]` (Liu et al. 2021, arXiv:2103.10385).
 
-    `mlp`: three layers D -> hidden -> hidden -> D with ReLU between. `lstm`, the paper's: two bidirectional LSTM
-    layers of `hidden` units each way, then 2 hidden -> 2 hidden -> D with ReLU between. An adapter holds the tokens
-    that the encoder makes, not the encoder.
+    `mlp` is three layers D -> hidden -> hidden -> D with ReLU between them. `lstm`, as in the paper, is two
+    bidirectional LSTM layers of `hidden` units per direction, then 2 hidden -> 2 hidden -> D with ReLU between them. An
+    adapter saves the tokens, not the encoder.
     """
     targets.check_positive(length=length, hidden=hidden)
     if encoder not in ENCODERS:
@@ -26,7 +26,7 @@ def ptuning(length: int = 20, encoder: str = "mlp", hidden: int = 128) -> Method
         return ENCODERS[encoder](*params["prompt"]["embedding"].shape, hidden)
 
     def bind_prompt(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
-        """`params` with the prompt that the encoder makes; without the encoder it stays as it is."""
+        """`params` with the prompt that the encoder computes; without an encoder they stay as they are."""
         del batch, rng
         if SHARED not in params:
             return params

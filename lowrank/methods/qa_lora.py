@@ -1,4 +1,4 @@
-"""Updates that merge into integer codes exactly."""
+"""QA-LoRA as a method: updates that merge into integer codes exactly."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ from lowrank.weights.quantized.schemes import SCHEMES, jit_quantizer
 def qa_lora(rank: int = 8, alpha: float = 16.0, target: str = LINEAR, block: int = 64, bits: int = 4) -> Method:
     """QA-LoRA on asymmetric integer codes, which it merges into exactly; see `lowrank.weights.qa_lora`.
 
-    `block` inputs share a scale, a zero and an update. A plain kernel is quantized to `bits`, codes are left as they
-    are.
+    `block` inputs share one scale, one zero point and one update. A plain kernel is quantized to `bits`; codes stay as
+    they are.
     """
     targets.check_positive(rank=rank, alpha=alpha)
     make: Any = jit_quantizer(

@@ -1,4 +1,4 @@
-"""Kernels that are rounded as they are trained."""
+"""Quantization-aware training as a method: kernels that are rounded in training."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from lowrank.weights.quantized.schemes import scheme_group
 def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activations: int = 0) -> Method:
     """Quantization-aware training of the targeted kernels; see `lowrank.weights.quantized.fake_quantized`.
 
-    `quantize` is a scheme or its name; `activations` the bits that inputs are rounded to, 0 for none.
+    `quantize` is a scheme or its name. `activations` is the number of bits that inputs are rounded to, 0 for none.
     """
     quantizer(quantize)
     if activations and not 2 <= activations <= 8:

@@ -23,13 +23,13 @@ def quantizer(group: Mapping[str, Any] | str) -> Quantizer:
 
 
 def check_plain(method: str, name: str, w: Any) -> None:
-    """Raises UserError for a kernel that is a form, or not finite."""
+    """Raises UserError for a kernel that is a form, or that is not finite."""
     if is_weight(w):
         raise UserError(f"{method} starts from a plain kernel; {name} is a {w.title}")
     check_finite(name, w)
 
 
 def check_finite(name: str, w: Any) -> None:
-    """Raises UserError for a kernel with NaN or infinite values; one that is only a shape passes."""
+    """Raises UserError for a kernel with NaN or infinite values. A kernel that is only a shape passes."""
     if not is_weight(w) and not isinstance(w, jax.core.Tracer) and not jax.numpy.isfinite(w).all():
         raise UserError(f"{name} holds NaN or infinite values: it cannot be quantized")

@@ -1,4 +1,4 @@
-"""ReLoRA as a method: LoRA that is merged and started anew, so that its updates add up to a higher rank."""
+"""ReLoRA as a method: LoRA that is merged and restarted, so that its updates add up to a higher rank."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -20,12 +20,12 @@ from lowrank.weights.lora import LoRA
 
 @with_options_of(lora)
 def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:
-    """ReLoRA: LoRA's options, merged into the base and drawn anew every `every` steps (Lialin et al. 2023).
+    """ReLoRA: LoRA that is merged into the base and restarted every `every` steps (Lialin et al., arXiv:2307.05695).
 
-    arXiv:2307.05695. At a restart `W <- W + scale A B`, A and B are made as at the start, the optimizer forgets its
-    moments, and the learning rate rises from 0 to its schedule again over `warmup` steps. `every` below 1 is a share of
-    the run, `warmup` below 1 a share of `every`. The base changes, so it needs to be a plain kernel, and what is saved
-    holds it.
+    Takes the options of `lora`. A restart sets `W <- W + scale A B`, draws A and B as at the start, resets the moments
+    of the optimizer, and lets the learning rate rise from 0 to its schedule over `warmup` steps. Values of `every`
+    below 1 are a share of the run, and values of `warmup` below 1 are a share of `every`. The base changes, so it must
+    be a plain kernel, and an adapter saves it.
     """
     targets.check_positive(every=every, warmup=warmup)
     method = config_schema.call_with_group(lora, kwargs, "method")
@@ -40,7 +40,7 @@ def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:
             if not isinstance(w, LoRA):
                 return w
             made = adapt(weight.name_key(key, name), w.materialize(), name)
-            return dataclasses.replace(made, scale=w.scale)  # the array that it was, which no checkpoint needs to hold
+            return dataclasses.replace(made, scale=w.scale)  # the same array, so that checkpoints do not save it
 
         return tree.map_named(anew, params, is_leaf=weight.is_weight)
 
@@ -53,7 +53,7 @@ def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:
             run = f"the run's {plural(steps, 'step')}"
             raise UserError(f"method.every {every} is not less than {run}: it would never restart")
         if rise > between:
-            raise UserError(f"method.warmup {warmup} is longer than method.every {every}")
+            raise UserError(f"method.warmup {warmup} is longer than method.every {every}: lower it")
         return restart_optimizer(plain, between, rise)
 
     hooks = dataclasses.replace(method.hooks, every_n_steps=restarts, optimizer=optimizer)
@@ -61,7 +61,7 @@ def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:
 
 
 class RestartingState(NamedTuple):
-    """The optimizer's state, and how many updates it has made."""
+    """The state of the optimizer, and the number of updates done."""
 
     inner: Any
     count: jax.Array  # type: ignore[assignment]  # the updates done; the name hides tuple.count
@@ -70,9 +70,9 @@ class RestartingState(NamedTuple):
 def restart_optimizer(
     plain: optax.GradientTransformation, every: int, warmup: int
 ) -> optax.GradientTransformationExtraArgs:
-    """`plain`, which forgets its state before updates `every`, `2 every`, ... (from 0).
+    """`plain`, whose state is reset before updates `every`, `2 every`, ... (from 0).
 
-    After each of these, updates rise from `1 / warmup` to all of their size within `warmup` of them.
+    After each reset, the updates rise from `1 / warmup` of their size to their full size within `warmup` updates.
     """
 
     def init(trained: PyTree) -> RestartingState:

@@ -1,4 +1,4 @@
-"""Adapters beside a sublayer, scaled."""
+"""Scaled parallel adapters as a method."""
 
 from lowrank.methods.method import Method
 from lowrank.methods.parallel import parallel

@@ -1,4 +1,4 @@
-"""A tree of low-rank experts, routed by the token."""
+"""S'MoRE as a method: a tree of low-rank experts, routed by the token."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 
 from lowrank.core.errors import UserError, plural, unknown
 from lowrank.methods import targets
-from lowrank.methods.balance import balance_regularizer, check_share
+from lowrank.methods.balance import balance_regularizer, check_routing
 from lowrank.methods.method import Hooks, Method
 from lowrank.weights import smore as forest
 
@@ -22,17 +22,17 @@ def smore(
     balance: float = 0.01,
     target: str = r".*attn/(q|v)/kernel",
 ) -> Method:
-    """S'MoRE: each token meets a tree of residual low-rank experts (Zeng et al. 2025, arXiv:2504.06426).
+    """S'MoRE: each token is routed through a tree of residual low-rank experts (Zeng et al. 2025, arXiv:2504.06426).
 
-    `experts` and `fanout` say, from the leaves up, how many experts a level has, and how many of them hang below one
-    node; `gate` is the width of the routers: of the narrowed token, queries and keys. See `lowrank.weights.smore` for
-    the formula, and `more` for `balance`. It cannot be merged.
+    `experts` and `fanout` give, from the leaves up, the number of experts of each level and the number of children of
+    each node. `gate` is the width of the routers: of the narrowed token, the queries and the keys. See
+    `lowrank.weights.smore` for the formula, and `more` for `balance`. The adapter cannot be merged.
     """
     targets.check_positive(rank=rank, gate=gate, scale=scale)
     if not experts or len(experts) != len(fanout):
         raise UserError(f"method.experts has {plural(len(experts), 'level')} and method.fanout {len(fanout)}")
     for count, below in zip(experts, fanout, strict=True):
-        check_share("fanout", below, count, balance)
+        check_routing("fanout", below, count, balance)
     if activation not in forest.ACTIVATIONS:
         raise unknown("S'MoRE activation", activation, forest.ACTIVATIONS)
 

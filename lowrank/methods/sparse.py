@@ -1,16 +1,16 @@
-"""Sparse fine-tuning: places of the kernels are chosen, then only these are trained; the forms are `weights.sparse`.
+"""Sparse fine-tuning as a method: some entries of the kernels are chosen, and only these are trained.
 
-Every kernel gets its own `density` of places. They are chosen by
+The share `density` of the entries of each kernel is trained; see `lowrank.weights.sparse`. They are chosen by
 
-  random     any places (Bhardwaj et al. 2024, SHiRA, arXiv:2406.13175, as the next one);
+  random     chance (Bhardwaj et al. 2024, SHiRA, arXiv:2406.13175, for this choice and the next one);
   magnitude  the largest |w|;
   fisher     the largest sum over examples of the squared gradient (Sung et al. 2021, FISH mask, arXiv:2111.09839);
   saliency   the largest |w * sum of gradients| (Lee et al. 2019, SNIP, arXiv:1810.02340);
-  movement   the largest |w' - w| after training all of the targets by Adam for `batches` steps at `warm_lr`; then
-             the weights are rewound (Ansell et al. 2022, lottery-ticket sparse fine-tuning, arXiv:2110.07560).
+  movement   the largest |w' - w| after all targets are trained by Adam for `batches` steps at `warm_lr`; then the
+             weights are reset (Ansell et al. 2022, lottery-ticket sparse fine-tuning, arXiv:2110.07560).
 
-The last three read the first `batches` batches before step 1 and hold dense gradients of the targets while they do
-(movement: moments too).
+The last three read the first `batches` batches before step 1, and need memory for dense gradients of the targets
+(movement: for moments too).
 """
 
 import dataclasses
@@ -41,7 +41,10 @@ def sparse(
     batches: int = 4,
     warm_lr: float = 1e-3,
 ) -> Method:
-    """Trains `density` of the places of each kernel that `target` matches; `choose` is one of the module's list."""
+    """Trains a share `density` of the entries of each kernel that `target` matches, chosen by `choose`.
+
+    `choose` is one of the list at the top of this module.
+    """
     if not 0 < density <= 1:
         raise UserError(f"method.density must be in (0, 1], not {density}")
     if choose not in (*BLIND, *SEEING):

@@ -1,4 +1,4 @@
-"""What methods ask of the weights they target: kernels, ranks that fit, one value for each layer of a stack."""
+"""Checks of the weights that a method targets, and one rank or alpha per layer of a stack."""
 
 import re
 from collections.abc import Mapping
@@ -8,22 +8,22 @@ from lowrank.core.errors import UserError
 
 
 def check_positive(**values: float) -> None:
-    """Raises UserError for a setting of the method that is not above 0."""
+    """Raises UserError for an option of the method that is not above 0."""
     for name, value in values.items():
         if not value > 0:
             raise UserError(f"method.{name} must be positive, not {value}")
 
 
 def check_fraction(**values: float) -> None:
-    """Raises UserError for a setting of the method that is not in [0, 1)."""
+    """Raises UserError for an option of the method that is not in [0, 1)."""
     for name, value in values.items():
         if not 0 <= value < 1:
             raise UserError(f"method.{name} must be in [0, 1), not {value}")
 
 
-def count_steps(given: float, whole: int) -> int:
-    """A number of steps that is given as such, or, below 1, as a share of `whole`."""
-    return round(given * whole if given < 1 else given)
+def count_steps(given: float, total: int) -> int:
+    """The number of steps of `given`: a number of steps or, below 1, a share of the `total` steps."""
+    return round(given * total if given < 1 else given)
 
 
 def check_kernel(name: str) -> None:
@@ -33,14 +33,14 @@ def check_kernel(name: str) -> None:
 
 
 def check_rank(name: str, shape: tuple[int, ...], rank: int) -> None:
-    """Raises UserError for a target that is no kernel, and for a rank that it does not have."""
+    """Raises UserError for a target that is not a kernel, and for a rank above min(in, out)."""
     check_kernel(name)
     if rank > min(shape[-2:]):
         raise UserError(f"rank {rank} is larger than min(in, out) = {min(shape[-2:])} of {name}")
 
 
 def check_ranks(rank: int, alpha: float, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> None:
-    """Raises UserError for a rank or an alpha, or one of a pattern's, that cannot be."""
+    """Raises UserError for a rank or an alpha that is not positive, and for a rank of a pattern that is negative."""
     check_positive(rank=rank, alpha=alpha)
     check_positive(**{f"alpha_pattern[{k!r}]": v for k, v in alphas.items()})
     for pattern, value in ranks.items():
@@ -49,7 +49,7 @@ def check_ranks(rank: int, alpha: float, ranks: Mapping[str, int], alphas: Mappi
 
 
 def ranks(name: str, shape: tuple[int, ...], default: int, patterns: Mapping[str, int]) -> list[int]:
-    """The rank of each layer of a stack (one in all if unstacked); UserError for one that the kernel cannot have."""
+    """The rank of each layer of a stack, or of the one kernel. Raises UserError for a rank above min(in, out)."""
     found = per_layer(name, shape, default, patterns)
     check_rank(name, shape, max(found))
     if max(found) == 0:
@@ -58,13 +58,13 @@ def ranks(name: str, shape: tuple[int, ...], default: int, patterns: Mapping[str
 
 
 def layer_names(name: str, shape: tuple[int, ...]) -> list[str]:
-    """The weight's own name and, for a stack `[layers, ...]`, one with each layer's index after the first part."""
+    """The name of the weight and, for a stack `[layers, ...]`, one name per layer, its index after the first part."""
     first, _, rest = name.partition("/")
     return [name] + ([f"{first}/{i}/{rest}" for i in range(shape[0])] if len(shape) > 2 else [])
 
 
 def per_layer(name: str, shape: tuple[int, ...], default: Any, patterns: Mapping[str, Any]) -> list[Any]:
-    """One value for each layer of a stack (one in all if unstacked): the last matching pattern's, or the default."""
+    """One value per layer of a stack, or for the one kernel: that of the last pattern that matches, or the default."""
 
     def value(names: tuple[str, ...]) -> Any:
         hits = [v for p, v in patterns.items() if any(re.fullmatch(p, n) for n in names)]

@@ -1,4 +1,4 @@
-"""Trainable token rows: a few rows of the embedding, and of a head that shares it."""
+"""Trainable tokens as a method: a few rows of the embedding, and of a head that shares it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ TABLE = "embed/embedding"
 def tokens(tokens: Sequence[int | str] | int | str = tuple(range(-16, 0))) -> Method:
     """Trains the embeddings of `tokens` alone: ids, or words that are one token of the vocabulary each.
 
-    Ids below 0 count from the end of the table, where tokens are added: by default its last 16 rows.
+    Ids below 0 count from the end of the table, where new tokens are. The default is the last 16 rows.
     """
     return token_method(tokens, "method.tokens")
 
 
 def with_tokens(method: Method, tokens: Sequence[int | str] | int | str) -> Method:
-    """`method`, with the embeddings of `tokens` trained too."""
+    """`method`, which also trains the embeddings of `tokens`."""
     rows = token_method(tokens, "method.also_tokens")
     calibrations = [hook for hook in (rows.hooks.calibrate, method.hooks.calibrate) if hook]
 
@@ -42,7 +42,7 @@ def with_tokens(method: Method, tokens: Sequence[int | str] | int | str) -> Meth
 
 
 def token_method(tokens: Sequence[int | str] | int | str, setting: str) -> Method:
-    """The method of these tokens; `setting` is what errors call them."""
+    """The method that trains the embeddings of `tokens`. Errors call the option `setting`."""
     wanted = (tokens,) if isinstance(tokens, int | str) else tuple(tokens)
     if not wanted:
         raise UserError(f"{setting} is empty: name the tokens to train, by id or as they are written")

@@ -1,4 +1,4 @@
-"""VeRA as a method: what all weights share are leaves at the root, and `bind` hands each weight its part."""
+"""VeRA as a method: the shared matrices are leaves at the root, and `bind` gives each weight its part of them."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from lowrank.weights import vera as form
 
 
 def vera(rank: int = 256, target: str = r".*attn/(q|v)/kernel", d_initial: float = 0.1, seed: int = 0) -> Method:
-    """VeRA: two vectors a weight between random matrices that all share (Kopiczko et al. 2023, arXiv:2310.11454).
+    """VeRA: two vectors per weight around random matrices that all weights share (Kopiczko et al., arXiv:2310.11454).
 
-    See `lowrank.weights.vera`. The shared `a` and `b` are drawn from `seed` alone, and never trained. The rank may be
-    above min(in, out) of a kernel, as in the paper: it is the length of a learned vector.
+    See `lowrank.weights.vera`. The shared `a` and `b` are drawn from `seed` alone and stay frozen. As in the paper, the
+    rank is the length of a learned vector and may be above min(in, out) of a kernel.
     """
     targets.check_positive(rank=rank)
     if not d_initial:
-        raise UserError("method.d_initial must not be 0: nothing would ever be learned")
+        raise UserError("method.d_initial must not be 0, where all gradients are 0: give a small number such as 0.1")
 
     def adapt(key: jax.Array, w: Any, name: str) -> form.VeRA:
         del key
@@ -37,7 +37,7 @@ def vera(rank: int = 256, target: str = r".*attn/(q|v)/kernel", d_initial: float
 
 
 def bind_vera(params: PyTree, batch: Any, rng: jax.Array | None) -> PyTree:
-    """Hands every VeRA its part of the shared matrices, which then leave the root."""
+    """`params` with its part of the shared matrices in every VeRA, and without the shared leaves."""
     del batch, rng
     if SHARED not in params:
         return params

@@ -16,7 +16,7 @@ from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.core.typing import BatchInfo, Sums
 from lowrank.core.weight import Weight, dot, form, frozen, grouped, materialize
-from lowrank.methods.esft import relevance, select
+from lowrank.methods.esft import relevance, select_experts
 from lowrank.models import DecoderConfig
 from lowrank.models.moe import MoE
 from lowrank.training import loop
@@ -143,9 +143,9 @@ def test_relevance_is_the_mean_gate_or_the_share_of_choices_over_real_tokens(sco
 
 def test_the_fewest_experts_that_reach_the_share_are_chosen():
     used = np.array([[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25]])
-    assert select(used, 0.5, 3).tolist() == [[1, 4, 4], [0, 1, 4]]
-    assert select(used, 0.6, 3).tolist() == [[1, 3, 4], [0, 1, 2]]
-    assert select(used, 1.0, 2).tolist() == [[1, 3], [0, 1]]
+    assert select_experts(used, 0.5, 3).tolist() == [[1, 4, 4], [0, 1, 4]]
+    assert select_experts(used, 0.6, 3).tolist() == [[1, 3, 4], [0, 1, 2]]
+    assert select_experts(used, 1.0, 2).tolist() == [[1, 3], [0, 1]]
 
 
 MOE = {
@@ -209,7 +209,7 @@ def test_a_mixture_learns_on_a_mesh_and_its_adapter_comes_back(name, files, tmp_
     [
         ("method=perft", "routed_width needs a mixture of experts, and the model has none"),
         ("method=esft", r"target '\(layers\|top\)/mlp/experts/.* matches no leaf"),
-        ("method=esft,target=layers/mlp/up/kernel", "layers/mlp/up/kernel holds no experts"),
+        ("method=esft,target=layers/mlp/up/kernel", "layers/mlp/up/kernel does not hold experts"),
     ],
 )
 def test_a_dense_model_is_refused(arg, message, files, tmp_path):

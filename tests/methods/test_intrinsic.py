@@ -121,7 +121,7 @@ def test_the_projection_comes_from_the_seed_alone():
 def test_a_target_that_is_a_form_is_named():
     params = base()
     params["layers"]["attn"]["q"]["kernel"] = scaled.attach(params["layers"]["attn"]["q"]["kernel"], "out")
-    with pytest.raises(UserError, match="layers/attn/q/kernel is Scaled: a projection moves plain arrays only"):
+    with pytest.raises(UserError, match="layers/attn/q/kernel is a Scaled, and a projection changes plain arrays only"):
         methods.attach(methods.build_method({"name": "intrinsic", "dim": 9}), params, jax.random.key(0))
 
 

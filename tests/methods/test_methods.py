@@ -291,7 +291,7 @@ def test_one_rule_more_leaves_the_other_initial_values_alone():
         ({"name": "lora", "target": ".*atn/q/kernel"}, r"target .* matches no leaf \(did you mean"),
         ({"name": "lora", "target": ".*bias"}, "only kernels"),
         ({"name": "lora", "rank_pattern": {"layers/9/.*": 2}}, "rank or alpha pattern 'layers/9/.*' matches no leaf"),
-        ({"name": "lora_fa", "init": "zero_a"}, "LoRA-FA freezes A"),
+        ({"name": "lora_fa", "init": "zero_a"}, "would leave LoRA-FA without a gradient"),
         ({"name": "lora_fa", "also_train": f"{Q}/a"}, rf"{Q}/a is claimed by '{Q}/a', .* and by '\(\?:.*', to be kept"),
         (
             {"name": "lora", "also_train": f"{Q}/base"},
@@ -327,7 +327,7 @@ def test_one_rule_more_leaves_the_other_initial_values_alone():
         ({"name": "more", "per_token": 5}, r"method.per_token=5 is not in 1\.\.4"),
         ({"name": "more", "balance": -1.0}, "method.balance must not be negative"),
         ({"name": "milora", "per_prompt": 3, "target": Q}, r"method.per_prompt=3 exceeds .*: 1\.\.1 of them"),
-        ({"name": "milora", "per_prompt": 1, "target": "head/kernel"}, "head/kernel is in no stack of layers"),
+        ({"name": "milora", "per_prompt": 1, "target": "head/kernel"}, "head/kernel is not in a stack of layers"),
         ({"name": "intrinsic", "dim": 0}, "method.dim must be at least 1, not 0"),
         ({"name": "intrinsic", "dim": 193, "target": Q}, "method.dim=193 is larger than the 192 parameters"),
         ({"name": "intrinsic", "dim": L, "said": True}, "leaves no vector beside SAID's 3 scales"),
