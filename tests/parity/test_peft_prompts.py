@@ -113,5 +113,5 @@ def test_a_prompt_that_does_not_fit_is_refused(bases, tmp_path):
         peft_format.save(params, both, tmp_path / "b")
     _, encoder, plain = bases["roberta classifier"]
     encoder, params = opened(encoder, plain, {"num_prompt": T})
-    with pytest.raises(UserError, match="off the first virtual token"):
+    with pytest.raises(UserError, match="by the first virtual token"):
         peft_format.save(params, encoder, tmp_path / "b")
