@@ -32,34 +32,35 @@ class RowSums(Protocol):
         """`(weighted losses, weights)` float32 `[B]`, summed over each row."""
 
 
+ScoreSums = Callable[[Network, PyTree, Batch, int], PyTree]  # as `LossFunction`, and inside a program -> sums
+Summarize = Callable[[PyTree], dict[str, float]]  # the sums of all batches (NumPy, 64 bits) -> scores by name
+ScoreTexts = Callable[[Sequence[str], Sequence[str]], dict[str, float]]  # (texts, references) -> scores by name
+ReadBatchInfo = Callable[[Batch], BatchInfo]
+CheckModel = Callable[[str, Any], None]  # (model's name, its config); raises UserError for a model that is unfit
+ModelOptions = Callable[[Sequence[str]], Mapping[str, Any]]  # names of the classes -> fields of the model's config
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Score:
-    """The scores of held-out batches."""
+    """The scores of held-out batches: sums over each batch, and the scores that the sums of all batches give."""
 
-    # (network, bound params, batch, chunk_tokens) -> sums over the batch, a tree of arrays; called inside a program
-    sums: Callable[[Network, PyTree, Batch, int], PyTree]
-    # the sums of all batches (NumPy, 64 bits) -> scores by name; raises UserError where there is nothing to score
-    summarize: Callable[[PyTree], dict[str, float]]
-    # name of a score -> "min" or "max", its better end, for the scores that may choose the best checkpoint
-    better: Mapping[str, str]
+    sums: ScoreSums
+    summarize: Summarize  # raises UserError where nothing can be scored
+    better: Mapping[str, str]  # "min" or "max" by the name of each score that may choose the best checkpoint
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Objective:
-    """One training objective. The rest of the code asks this value and never looks at a name or a batch's keys."""
+    """One training objective. The rest of the code asks this value, and looks at no name and no keys of a batch."""
 
     row_format: RowFormat  # the arrays of a batch, and the encoder that makes them of records
     loss: LossFunction  # the loss that is differentiated
     row_sums: RowSums  # the same loss row by row, for objectives that compare rows
-    batch_info: Callable[[Batch], BatchInfo]  # the part of a batch that methods may read
-    score: Score  # the scores of held-out batches
-    check_model: Callable[[str, Any], None]  # (model's name, model's config) -> raises UserError where it is unfit
+    batch_info: ReadBatchInfo  # the part of a batch that methods may read
+    score: Score
+    check_model: CheckModel
     vocabulary_logits: bool  # whether the loss computes logits over the vocabulary, which `chunk_tokens` can cut
-    # names of the classes -> options of the model's config
-    model_options: Callable[[Sequence[str]], Mapping[str, Any]] = lambda labels: {}
-    trainable: tuple[str, ...] = ()  # regexes over leaves that are trained with every method: a new head
-    # (generated texts, references) -> scores by name; None: no texts are generated
-    score_texts: Callable[[Sequence[str], Sequence[str]], dict[str, float]] | None = None
-    # the same objective for batches in which a method has put pooled features `[B, D]` in place of tokens; None: it
-    # needs every token
-    on_features: "Objective | None" = None
+    model_options: ModelOptions = lambda labels: {}
+    trainable: tuple[str, ...] = ()  # regexes over leaves that are trained with every method, such as a new head
+    score_texts: ScoreTexts | None = None  # None: no texts are generated
+    on_features: "Objective | None" = None  # the same loss of pooled features `[B, D]`; None: it needs every token
