@@ -29,7 +29,7 @@ _SUBLAYER = r"(layers|top)/(attn|mlp|mlp/experts|mlp/shared)"
 DEFAULT_RULES: Rules = (
     (r"(.*/)?(bias|scale)", P()),
     (rf"{_SUBLAYER}/(q|k|v|qkv|gate|up)/kernel", P("fsdp", "tensor")),  # sharded over its outputs
-    (rf"{_SUBLAYER}/(o|down)/kernel", P("tensor", "fsdp")),  # sharded over its inputs, which are those outputs
+    (rf"{_SUBLAYER}/(o|down)/kernel", P("tensor", "fsdp")),  # sharded over its inputs, the outputs above
     (r"(layers|top)/mlp/(router|shared_gate|routed/router)/kernel", P()),
     (r"(layers|top)/mlp/routed/down/kernel", P("fsdp", None)),
     (r"(layers|top)/mlp/routed/up/kernel", P(None, "fsdp")),

@@ -67,9 +67,8 @@ def _wide_dot(x: jax.Array, w: Any) -> jax.Array:
         return dot(x, w)
     parts, rest = [], x
     for _ in range(3):
-        parts.append(
-            jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
-        )  # the compiler might remove a cast
+        # The compiler might remove a cast to bfloat16 and back.
+        parts.append(jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
         rest = rest - parts[-1]
     products = jnp.matmul(jnp.stack(parts).astype(w.dtype), w, preferred_element_type=jnp.float32)
     return jnp.sum(products, axis=0)
