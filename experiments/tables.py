@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.study.numbers import spelled
+from experiments.study.numbers import format_mean
 from lowrank.core.files import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +135,7 @@ def _score(row: dict[str, str] | None) -> str:
     if row is None:
         return "- | -"
     step = "-" if row["step_s"] == "nan" else f"{float(row['step_s']):.2f}"
-    return f"{spelled(float(row['score_mean']), float(row['score_ci95']))} | {step}"
+    return f"{format_mean(float(row['score_mean']), float(row['score_ci95']))} | {step}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -8,9 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.study.compute_cost import sentence
-from experiments.study.numbers import interval, spelled, write_csv
-from experiments.study.stages import finals
+from experiments.study.compute_cost import cost_summary
+from experiments.study.numbers import format_mean, interval, write_csv
+from experiments.study.stages import final_cells
 from experiments.study.study import Study
 from experiments.study.tasks import TASKS, Task
 from experiments.study.timing import Timing
@@ -29,7 +29,7 @@ def rows(study: Study, known: Callable[[Task], float]) -> list[dict[str, Any]]:
     out = []
     for task in TASKS.values():
         for name, row in study.rows.items():
-            cells = [cell.read() for cell in finals(study, task, name)] if task.name in row.tasks else []
+            cells = [cell.read() for cell in final_cells(study, task, name)] if task.name in row.tasks else []
             timing = Timing(study, task, name).read() or {"step_s": math.nan, "peak_mb": math.nan}
             if cells and all("test" in (cell or {}) for cell in cells):
                 out.append(_row(task, name, row.family, cells, timing, known(task)))
@@ -74,7 +74,7 @@ def _markdown(study: Study, task: Task, table: Sequence[Mapping[str, Any]]) -> s
     head = ("method", "family", f"{task.metric} ({arrow} is better)", "trained", "s/step", "peak MB", "adapter kB")
     lines = [[*head, task.knowledge], ["---", "---", *["---:"] * 6]]
     lines += [_cells(row) for row in table]
-    title = f"**{task.name}** {sentence(study, task, [row['method'] for row in table])}".strip()
+    title = f"**{task.name}** {cost_summary(study, task, [row['method'] for row in table])}".strip()
     return f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -82,7 +82,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["method"],
         row["family"],
-        spelled(row["score_mean"], row["score_ci95"]),
+        format_mean(row["score_mean"], row["score_ci95"]),
         f"{row['trained_params']:,}",
         "-" if math.isnan(row["step_s"]) else f"{row['step_s']:.2f}",
         "-" if math.isnan(row["peak_mb"]) else f"{row['peak_mb']:.0f}",

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from experiments.quantization.rows import BASES
 from experiments.study.study import Row, Study
-from experiments.study.tasks import Model, Task, embedded
+from experiments.study.tasks import Model, Task, embed_articles
 from lowrank import methods, pretrained
 from lowrank.adapters.export import innermost
 from lowrank.core import files, tree
@@ -74,7 +74,7 @@ def bits_under(row: Row, name: str, model: Mapping[str, Any]) -> float:
 
 def by_centroid(model: Model) -> float:
     """The accuracy on test articles of the class whose mean embedding over the training articles is nearest."""
-    (known, labels), (new, truth) = (embedded(model, "{text}", split) for split in ("train", "test"))
+    (known, labels), (new, truth) = (embed_articles(model, "{text}", split) for split in ("train", "test"))
     centroids = np.stack([known[labels == label].mean(0) for label in np.unique(labels)])
     return float(np.mean(np.unique(labels)[np.argmax(new @ centroids.T, axis=1)] == truth))
 

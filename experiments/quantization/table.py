@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from experiments.quantization.bases import bits_under, measured
 from experiments.quantization.rows import BASES
-from experiments.study.numbers import interval, spelled, write_csv
-from experiments.study.stages import finals
+from experiments.study.numbers import format_mean, interval, write_csv
+from experiments.study.stages import final_cells
 from experiments.study.study import Study
 from experiments.study.tasks import TASKS
 from experiments.study.timing import Timing
@@ -30,7 +30,7 @@ def rows(study: Study, tasks: Sequence[str]) -> list[dict[str, Any]]:
     for task in tasks:
         out += [_untuned(study, task, base) for base in BASES]
         for name in study.rows:
-            cells = [cell.read() for cell in finals(study, TASKS[task], name)]
+            cells = [cell.read() for cell in final_cells(study, TASKS[task], name)]
             timing = Timing(study, TASKS[task], name).read() or {"step_s": math.nan, "peak_mb": math.nan}
             if cells and all("test" in (cell or {}) for cell in cells):
                 out.append(_tuned(study, task, name, cells, timing))
@@ -85,7 +85,7 @@ def _line(row: Mapping[str, Any]) -> str:
     cost = ["-", "-"] if math.isnan(row["step_s"]) else [f"{row['step_s']:.2f}", f"{row['peak_mb']:.0f}"]
     on_disk = "-" if math.isnan(row["bits_on_disk"]) else f"{row['bits_on_disk']:.2f}"
     cells = [row["base"], row["method"], f"{row['bits_per_weight']:.2f}", on_disk]
-    return "| " + " | ".join([*cells, spelled(row["score_mean"], row["score_ci95"]), *cost]) + " |"
+    return "| " + " | ".join([*cells, format_mean(row["score_mean"], row["score_ci95"]), *cost]) + " |"
 
 
 def plot(table: Sequence[Mapping[str, Any]]) -> bytes:

@@ -1,5 +1,5 @@
-"""Studies: rows on common tasks, their cells, and what they took."""
+"""Studies: they compare rows (a method on a base) on common tasks, and record the scores and the compute of each."""
 
 import time
 
-BEGAN = time.monotonic()  # of this process, before it imports what takes seconds
+BEGAN = time.monotonic()  # the start of this process, before the imports that take seconds

@@ -1,11 +1,11 @@
-"""What a study takes: each of its cells says for how many seconds its process held a core of the machine."""
+"""The compute of a study: each of its cells records for how many seconds its process held cores of the machine."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.study.stages import finals, sweep
+from experiments.study.stages import final_cells, sweep
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from experiments.study.timing import Timing
@@ -17,19 +17,19 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
 
 
-def spend(cell: Any, seconds: float) -> dict[str, Any]:
-    """Adds `seconds` of this process, on all its cores, to what a cell took; returns its numbers."""
+def add_core_seconds(cell: Any, seconds: float) -> dict[str, Any]:
+    """Adds `seconds` of this process, times its cores, to the core seconds of a cell; returns the cell's numbers."""
     numbers = cell.read()
     numbers["core_s"] = numbers.get("core_s", 0.0) + seconds * len(cores())
     files.write_json(cell.path, numbers)
     return numbers
 
 
-def sentence(study: Study, task: Task, names: Sequence[str]) -> str:
-    """How many runs these rows are, and the minutes that they took on two cores; empty while a cell is missing."""
+def cost_summary(study: Study, task: Task, names: Sequence[str]) -> str:
+    """The number of runs of these rows and their minutes on two cores, as text; empty while a cell is missing."""
     cells: dict[Path, Any] = {}
     for name in names:
-        for cell in (*sweep(study, task, name), *finals(study, task, name), Timing(study, task, name)):
+        for cell in (*sweep(study, task, name), *final_cells(study, task, name), Timing(study, task, name)):
             cells[cell.path] = cell.read()
     if not cells or not all("core_s" in (numbers or {}) for numbers in cells.values()):
         return ""

@@ -1,4 +1,4 @@
-"""Means of few seeds and how far to trust them, and tables of such numbers."""
+"""Means over few seeds with their confidence intervals, and tables of such numbers."""
 
 import csv
 import io
@@ -20,14 +20,14 @@ def interval(values: Sequence[float]) -> float:
     return T95[n - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
-def spelled(mean: float, spread: float) -> str:
-    """`0.927 ± 0.026`, without an interval that is NaN; what is ten thousand or more in three digits."""
+def format_mean(mean: float, spread: float) -> str:
+    """`0.927 ± 0.026`, without an interval if it is NaN; numbers of at least ten thousand have three digits."""
     digits = ".3f" if abs(mean) < 1e4 else ".2e"
     return f"{mean:{digits}}" + ("" if math.isnan(spread) else f" ± {spread:{digits}}")
 
 
 def write_csv(path: Path, columns: Sequence[str], table: Sequence[Mapping[str, Any]]) -> None:
-    """The table with these columns, fractions to six digits."""
+    """Writes the table with these columns, and its fractions with six digits."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

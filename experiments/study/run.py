@@ -1,4 +1,4 @@
-"""Runs a study: every cell that is missing, with progress; the table after each row."""
+"""The command of a study: it runs every missing cell, shows progress, and writes the table after each row."""
 
 import functools
 import queue
@@ -16,8 +16,8 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.study.compute_cost import cores
-from experiments.study.stages import PHASES, left, planned
-from experiments.study.study import Row, Study, kept, named
+from experiments.study.stages import PHASES, missing_runs, task_row_pairs
+from experiments.study.study import Row, Study, load_study, read_numbers
 from experiments.study.tasks import TASKS, Model, Task
 from lowrank import pretrained
 from lowrank.core import files
@@ -34,9 +34,9 @@ _WORKERS = flags.DEFINE_integer(
 
 
 def main(name: str, write: Callable[[Study], None]) -> None:
-    """Runs the study `experiments/NAME` as the flags say; `write` makes its table from the cells there are."""
+    """Runs the study `experiments/NAME` with the flags' settings; `write` writes its table from the finished cells."""
     try:
-        study = named(name, _QUICK.value, _RESULTS.value)
+        study = load_study(name, _QUICK.value, _RESULTS.value)
         phases = [p for p in _PHASES.value if p]
         run(study, write, _TASK.value, _ROWS.value or list(study.rows), phases, _WORKERS.value)
     except UserError as e:
@@ -55,49 +55,53 @@ def run(
 ) -> None:
     """Fills the missing cells of `tasks` x `names` and writes the table. Raises UserError for an unknown name.
 
-    Scores are of `workers` rows at a time; a row that is timed has the machine to itself. The last rows go first:
-    those on larger models stand there, and a long one at the end would leave the other cores idle.
+    The scores of `workers` rows are computed at a time; the timing of a row has the machine to itself. The last rows
+    run first: they use larger models, and a long run at the end would leave the other cores idle.
     """
     asked = (("task", TASKS, [*tasks, *study.settings]), ("row", study.rows, names), ("phase", PHASES, phases))
     for kind, known, wanted in asked:
         for name in wanted:
             if name not in known:
                 raise unknown(kind, name, known)
-    jobs = [(phase, *pair) for phase in phases for pair in planned(study, tasks, names)]
-    todo = {job: left(study, job[0], TASKS[job[1]], job[2]) for job in jobs}
-    with tqdm(unit="run", smoothing=0.05, total=sum(todo.values())) as bar:
+    row_runs = [(phase, *pair) for phase in phases for pair in task_row_pairs(study, tasks, names)]
+    missing = {row_run: missing_runs(study, row_run[0], TASKS[row_run[1]], row_run[2]) for row_run in row_runs}
+    with tqdm(unit="run", smoothing=0.05, total=sum(missing.values())) as bar:
         for phase in phases:
             shares = _shares(1 if phase == "timing" else workers)
             with ThreadPoolExecutor(len(shares.queue)) as pool:
-                fill = functools.partial(_fill, study, write, todo, bar, shares, threading.Lock())
-                list(pool.map(fill, [job for job in reversed(jobs) if job[0] == phase and todo[job]]))
+                fill = functools.partial(_fill, study, write, missing, bar, shares, threading.Lock())
+                list(
+                    pool.map(
+                        fill, [row_run for row_run in reversed(row_runs) if row_run[0] == phase and missing[row_run]]
+                    )
+                )
     write(study)
 
 
 def _shares(workers: int) -> queue.Queue:
-    """The cores of the machine in `workers` parts, as `taskset` names them; at most as many as there are cores."""
+    """The cores of the machine in `workers` parts, or one part per core if there are fewer, in `taskset`'s notation."""
     shares, all_cores = queue.Queue(), cores()
     for part in np.array_split(all_cores, min(workers, len(all_cores))):
         shares.put(",".join(map(str, part)))
     return shares
 
 
-def _fill(study, write, todo, bar, shares, lock, job) -> None:
-    """One row on a free share of the cores, and the table after it."""
-    phase, task, name = job
+def _fill(study, write, missing, bar, shares, lock, row_run) -> None:
+    """Runs one row on a free share of the cores, then writes the table."""
+    phase, task, name = row_run
     cores = shares.get()
     try:
         _row(study, phase, task, name, bar, cores)
     finally:
         shares.put(cores)
     with lock:
-        todo[job] = left(study, phase, TASKS[task], name)
-        bar.total = bar.n + sum(todo.values())
+        missing[row_run] = missing_runs(study, phase, TASKS[task], name)
+        bar.total = bar.n + sum(missing.values())
         write(study)
 
 
 def _row(study: Study, phase: str, task: str, name: str, bar: tqdm, cores: str) -> None:
-    """One row in a process of its own, on these cores."""
+    """Runs one row in its own process, on these cores."""
     pinned = ["taskset", "-c", cores] if shutil.which("taskset") else []
     command = [*pinned, sys.executable, "-m", "experiments.study.worker", study.name, phase, task, name]
     log = study.runs / task / f"{name}.log"
@@ -114,10 +118,10 @@ def _row(study: Study, phase: str, task: str, name: str, bar: tqdm, cores: str) 
 
 
 def untrained(study: Study, task: Task) -> dict[str, Any]:
-    """What the untrained model knows: `{known, config}`; kept beside the cells."""
+    """The untrained model's score on its pretraining task, `{known, config}`, which is stored beside the cells."""
     path = study.results / "cells" / task.name / "untrained.json"
     config = study.config(task, Row("", {"name": "full"}, ()), 0.0, 0)
-    if not (found := kept(path, config)):
+    if not (found := read_numbers(path, config)):
         model = Model(config, pretrained.load(config.model.name), None)
         found = {"config": files.to_json(config), "known": task.known(model)}
         files.write_json(path, found)

@@ -1,4 +1,4 @@
-"""A study: its rows, and where its cells are kept."""
+"""A study: its rows, its seeds, and the folders of its cells and runs."""
 
 import dataclasses
 import importlib
@@ -13,27 +13,30 @@ from ml_collections import ConfigDict
 from lowrank.core import files
 
 SEEDS = (0, 1, 2)
-GRID = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))  # where a search may go
+GRID = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))  # the rates of a search
 
 
 class Row(NamedTuple):
-    """What is compared: a method, on a base as `model` says, and the rates of its sweep; it is timed at the first."""
+    """An entry of the comparison: a method, the options of its base, and the learning rates of its sweep.
+
+    The row is timed at the first rate.
+    """
 
     family: str
     method: Mapping[str, Any]
     rates: tuple[float, ...]
     tasks: tuple[str, ...] = ("topics",)
-    model: Mapping[str, Any] = MappingProxyType({})  # beside the task's own options of the model
-    optim: Mapping[str, Any] = MappingProxyType({})  # and of the optimizer
+    model: Mapping[str, Any] = MappingProxyType({})  # in addition to the task's own model options
+    optim: Mapping[str, Any] = MappingProxyType({})  # in addition to the task's own optimizer options
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A folder of `experiments`: its rows, and where cells are kept and runs take place.
+    """A folder of `experiments`: its rows, and the folders of its cells and runs.
 
-    `quick` is one rate, one seed, two steps on a few examples. `forgetting`: what a tuned model still knows is scored,
-    too. `search`: a sweep goes on from the rates that a row names, along `GRID`, until those on both sides of the best
-    one are worse. `settings`: where its runs of a task differ from the task's own, by dotted key.
+    With `quick`, a row has one rate, one seed, and two steps on a few examples. With `forgetting`, the tuned model is
+    also scored on its pretraining task. With `search`, a sweep continues from the rates of a row along `GRID` until the
+    rates on both sides of the best one are worse. `settings` replaces settings of a task, by dotted key.
     """
 
     name: str
@@ -59,8 +62,8 @@ class Study:
         return config
 
 
-def named(name: str, quick: bool = False, results: str = "") -> Study:
-    """The study `experiments/NAME`; a quick one keeps its cells in `runs/`."""
+def load_study(name: str, quick: bool = False, results: str = "") -> Study:
+    """The study `experiments/NAME`; a quick study stores its cells in `runs/`."""
     runs = Path("runs") / (f"{name}-quick" if quick else name)
     here = runs / "results" if quick else Path(__file__).parents[1] / name / "results"
     module = importlib.import_module(f"experiments.{name}.rows")
@@ -68,7 +71,7 @@ def named(name: str, quick: bool = False, results: str = "") -> Study:
     return Study(name, module.ROWS, Path(results) if results else here, runs, quick, *asked)
 
 
-def kept(path: Path, config: Any) -> dict[str, Any] | None:
-    """The numbers in a file; None when there are none, or they are of another config."""
+def read_numbers(path: Path, config: Any) -> dict[str, Any] | None:
+    """The numbers in the file of a cell; None if the file does not exist or is of another config."""
     found = json.loads(path.read_text()) if path.exists() else {}
     return found if found.get("config") == files.to_json(config) else None

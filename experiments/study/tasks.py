@@ -1,9 +1,9 @@
-"""The two common tasks: what is trained on, what is scored, and what may have been forgotten.
+"""The two common tasks of the studies: their training data, their scores, and their measures of forgetting.
 
-`topics`: MiniLM-L6 names the section of a BBC article; score: accuracy. Forgotten: how much worse its embeddings find
-an article by its headline (top-1 accuracy over the test articles), which is what it was pretrained for.
-`headlines`: SmolLM2-135M writes the headline of a BBC article; score: perplexity of held-out headlines. Forgotten: the
-rise of its perplexity on the articles' running text, which it is not trained on.
+`topics`: MiniLM-L6 names the section of a BBC article, scored by accuracy. Its forgetting is the loss of top-1 accuracy
+when its embeddings, for which it was pretrained, find a test article by its headline.
+`headlines`: SmolLM2-135M writes the headline of a BBC article, scored by the perplexity of held-out headlines. Its
+forgetting is the rise of perplexity on the articles' running text, on which it is not trained.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from lowrank.models import build_model
 from lowrank.objectives import Objective, build_objective, causal_lm, classification
 from lowrank.training.config import RunConfig
 
-ARTICLES = 4  # whose running text tells what was forgotten: about 1,800 tokens, the same for every row
+ARTICLES = 4  # the number of articles whose text measures forgetting: about 1,800 tokens, the same for every row
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task of the study. `sign` is 1 where a higher score is better, -1 where a lower one is."""
+    """A task of the study. `sign` is 1 if a higher score is better and -1 if a lower score is better."""
 
     name: str
     metric: str  # a key of the run's scores
     sign: int
-    knowledge: str  # what the `forgetting` column is in
-    settings: Mapping[str, Any]  # the config but for method, learning rate, seed
-    known: Callable[["Model"], float]  # what is known of the pretraining task: higher is better
+    knowledge: str  # the unit of the `forgetting` column
+    settings: Mapping[str, Any]  # the config without method, learning rate and seed
+    known: Callable[["Model"], float]  # the score on the pretraining task, where higher is better
 
     def config(self, row: Any, lr: float, seed: int) -> ConfigDict:
         """The config of one run of a `study.Row`."""
@@ -49,21 +49,21 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model to score: the config of the run it is from, and `lowrank.pretrained.Pretrained` with its parameters."""
+    """A model to score: the config of its run, and a `lowrank.pretrained.Pretrained` with its parameters."""
 
     run: ConfigDict
     base: Any
     bind: Bind | None
 
     def loader(self, objective: Objective, **changes: Any) -> data.Loader:
-        """Batches in order, one pass, with the data group of the run changed."""
+        """One pass over the batches in order, with changes of the run's data group."""
         group = {**self.run.data, "shuffle": False, "epochs": 1, "prefetch": 0, "max_examples": self.examples}
         config = data.DataConfig(**{**group, **changes})
         return data.make_loader(config, self.base.tokenizer, row_format=objective.row_format)
 
     @property
     def examples(self) -> int:
-        """How many examples scores are taken of; 0: all."""
+        """The number of examples that are scored; 0: all."""
         return self.run.eval.max_examples
 
     def score(self, split: str) -> dict[str, float]:
@@ -71,7 +71,7 @@ class Model:
         return self.evaluate(build_objective(self.run.objective), split=split)
 
     def evaluate(self, objective: Objective, **changes: Any) -> dict[str, float]:
-        """The scores of an objective, with the data group changed and as many logits at a time as in the run."""
+        """The scores of an objective with changes of the data group, and with the run's chunks of logits."""
         return evaluate(
             objective,
             build_model(self.base.config),
@@ -82,13 +82,13 @@ class Model:
         )
 
 
-def found(model: Model) -> float:
-    """The share of test articles whose headline's embedding is nearest to theirs among all."""
-    titles, texts = (embedded(model, template, "test")[0] for template in ("{title}", "{text}"))
+def retrieval_accuracy(model: Model) -> float:
+    """The share of test articles whose embedding is the nearest, among all articles, to that of their headline."""
+    titles, texts = (embed_articles(model, template, "test")[0] for template in ("{title}", "{text}"))
     return float(np.mean(np.argmax(titles @ texts.T, axis=1) == np.arange(len(titles))))
 
 
-def embedded(model: Model, template: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+def embed_articles(model: Model, template: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors `[N, D]` of the articles of a split, and their labels `[N]`."""
     loader = model.loader(classification(), split=split, template=template)
     network = build_model(model.base.config)
@@ -116,7 +116,7 @@ TOPICS = Task(
     metric="accuracy",
     sign=1,
     knowledge="points of top-1 retrieval lost",
-    known=lambda model: 100 * found(model),
+    known=lambda model: 100 * retrieval_accuracy(model),
     settings={
         "steps": 40,
         "objective": "classification",

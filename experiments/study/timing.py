@@ -1,4 +1,4 @@
-"""The cell of a row's speed: a short run of one method, in a process of its own, that is only timed."""
+"""The cell of a row's speed: a short run of one method in its own process, of which only the time is measured."""
 
 import dataclasses
 import itertools
@@ -8,18 +8,18 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from experiments.study.study import Study, kept
+from experiments.study.study import Study, read_numbers
 from experiments.study.tasks import Task
 from lowrank.core import files
 from lowrank.training import loop
 from lowrank.training.log import LOSS, METRICS, read_metrics
 
-TIMED = 8  # steps
+TIMED = 8  # the number of timed steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """A short run of one method, in a process of its own, that is only timed."""
+    """A short run of one method in its own process, of which only the time is measured."""
 
     study: Study
     task: Task
@@ -27,23 +27,23 @@ class Timing:
 
     @property
     def path(self) -> Path:
-        """The file of its numbers."""
+        """The file of the cell's numbers."""
         return self.study.results / "cells" / self.task.name / self.name / "timing.json"
 
     @property
     def config(self) -> Any:
-        """A few steps, each logged, without evaluation."""
+        """The config of the run: a few steps, each logged, without evaluation."""
         row = self.study.rows[self.name]
         config = self.study.config(self.task, row, row.rates[0], 0)
         config.steps, config.eval, config.log_every = 3 if self.study.quick else TIMED, {}, 1
         return config
 
     def read(self) -> dict[str, Any] | None:
-        """Its numbers; None when there are none, or they are of another config than it has now."""
-        return kept(self.path, self.config)
+        """The cell's numbers; None if it has not run, or ran with another config."""
+        return read_numbers(self.path, self.config)
 
     def run(self) -> dict[str, Any]:
-        """Trains, and keeps the median time of a step and the peak of the process."""
+        """Trains, and stores the median time of a step and the peak memory of the process."""
         folder = self.study.runs / self.task.name / f"{self.name}-timing"
         summary = loop.run(self.config, folder)
         numbers = {

@@ -1,11 +1,11 @@
-"""The cells of a study: one row at one learning rate on one seed. They are files, so a killed study goes on."""
+"""The cells of a study: one row at one learning rate on one seed, each a file, so that a killed study can continue."""
 
 import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
-from experiments.study.study import Row, Study, kept
+from experiments.study.study import Row, Study, read_numbers
 from experiments.study.tasks import Model, Task
 from lowrank import methods
 from lowrank.adapters import load
@@ -27,25 +27,25 @@ class Cell:
 
     @property
     def row(self) -> Row:
-        """What it is a run of."""
+        """The row of the cell."""
         return self.study.rows[self.name]
 
     @property
     def path(self) -> Path:
-        """The file of its numbers."""
+        """The file of the cell's numbers."""
         return self.study.results / "cells" / self.task.name / self.name / f"lr{self.lr:g}-seed{self.seed}.json"
 
     @property
     def config(self) -> Any:
-        """Its run."""
+        """The config of the cell's run."""
         return self.study.config(self.task, self.row, self.lr, self.seed)
 
     def read(self) -> dict[str, Any] | None:
-        """Its numbers; None when there are none, or they are of another config than it has now."""
-        return kept(self.path, self.config)
+        """The cell's numbers; None if it has not run, or ran with another config."""
+        return read_numbers(self.path, self.config)
 
     def run(self) -> dict[str, Any]:
-        """Trains, and keeps the numbers; on validation only the seed that chooses the rate is scored."""
+        """Trains, and stores the numbers; only the seed that chooses the rate is scored on validation."""
         chooses = self.seed == self.study.seeds[0]
         summary = loop.run(self.config, self.folder, before=False, after=chooses)
         numbers = {
@@ -58,8 +58,8 @@ class Cell:
         files.write_json(self.path, numbers)
         return numbers
 
-    def attempt(self) -> None:
-        """Trains; a run that diverges is kept, too, without a score."""
+    def run_or_record_divergence(self) -> None:
+        """Trains, and stores the numbers also of a run that diverges, without a score."""
         try:
             self.run()
         except Diverged as e:
@@ -67,11 +67,11 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Where it is trained."""
+        """The folder of the cell's run."""
         return self.study.runs / self.task.name / self.name / f"lr{self.lr:g}-seed{self.seed}"
 
-    def judge(self) -> dict[str, Any]:
-        """Its numbers with the test score, and what the saved adapter's model still knows; trains if it must."""
+    def score_on_test(self) -> dict[str, Any]:
+        """The numbers with the test score and the pretraining task's score; trains first if the adapter is missing."""
         numbers = self.read()
         if numbers and "test" in numbers:
             return numbers

@@ -1,6 +1,6 @@
-"""Runs what is missing of one row, in a process of its own so that peak memory is the row's.
+"""The worker of a study: it runs the missing cells of one row in its own process, whose peak memory is the row's.
 
-`python -m experiments.study.worker STUDY PHASE TASK ROW RESULTS [quick]`; a line of JSON for each cell that is done.
+`python -m experiments.study.worker STUDY PHASE TASK ROW RESULTS [quick]` prints one line of JSON per finished cell.
 """
 
 import json
@@ -11,22 +11,22 @@ import time
 import jax
 
 from experiments.study import BEGAN
-from experiments.study.compute_cost import spend
+from experiments.study.compute_cost import add_core_seconds
 from experiments.study.stages import PHASES
-from experiments.study.study import named
+from experiments.study.study import load_study
 from experiments.study.tasks import TASKS
 from lowrank.core.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    """The exit code: 0, or 2 for bad input."""
+    """Runs the cells; returns the exit code, which is 2 for bad input."""
     (study, phase, task, name, results, *rest), since = argv, BEGAN
     with tempfile.TemporaryDirectory() as programs:
         _keep_programs(programs)
         try:
-            for cell in PHASES[phase](named(study, rest == ["quick"], results), TASKS[task], name):
+            for cell in PHASES[phase](load_study(study, rest == ["quick"], results), TASKS[task], name):
                 now = time.monotonic()
-                numbers = {key: value for key, value in spend(cell, now - since).items() if key != "config"}
+                numbers = {key: value for key, value in add_core_seconds(cell, now - since).items() if key != "config"}
                 print(json.dumps({"cell": cell.path.stem, **numbers}), flush=True)
                 since = now
         except UserError as e:
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
 
 
 def _keep_programs(folder: str) -> None:
-    """What one run of the row compiles, the next one reads: those on the same data, or at the same rate, share it."""
+    """Caches the compiled programs in `folder`, as the runs of a row share them across rates and seeds."""
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -50,13 +50,13 @@ def test_cells_that_are_done_are_not_run_again(study, monkeypatch):
     monkeypatch.setattr(Cell, "run", lambda self: pytest.fail("ran again"))
     assert not list(stages.scores(study, task, "lora"))
     changed = {"lora": ROWS["lora"]._replace(method={"name": "lora", "rank": 2})}
-    assert stages.left(dataclasses.replace(study, rows=changed), "scores", task, "lora") == 1
+    assert stages.missing_runs(dataclasses.replace(study, rows=changed), "scores", task, "lora") == 1
 
 
 def test_only_the_seed_that_chooses_the_rate_is_scored_on_validation(study):
     first = Cell(study, tasks.TASKS["topics"], "lora", 0.003, 0)
     other = dataclasses.replace(first, seed=1)
-    assert set(first.judge()) - set(other.judge()) == {"validation"}
+    assert set(first.score_on_test()) - set(other.score_on_test()) == {"validation"}
 
 
 def test_a_study_may_run_a_task_shorter(tmp_path):
@@ -80,8 +80,8 @@ def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
         for cell, score in zip(swept, (3.0, 5.0, 4.0), strict=True):
             _keep(cell, score)
         chosen = better(zip((3.0, 5.0, 4.0), swept, strict=True))[1]
-        assert {c.lr for c in stages.finals(fixed, task, "lora")} == {chosen.lr}
-        assert [c.seed for c in stages.finals(fixed, task, "lora")] == [0, 1, 2]
+        assert {c.lr for c in stages.final_cells(fixed, task, "lora")} == {chosen.lr}
+        assert [c.seed for c in stages.final_cells(fixed, task, "lora")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,11 @@ def test_the_best_rate_is_the_one_with_the_best_validation_score(tmp_path):
 def test_a_search_ends_between_two_worse_rates(tmp_path, accuracy, tried, chosen):
     study = Study("methods", ROWS, tmp_path, tmp_path, search=True)
     while missing := [cell for cell in stages.sweep(study, tasks.TOPICS, "lora") if cell.read() is None]:
-        assert not stages.finals(study, tasks.TOPICS, "lora")
-        assert stages.left(study, "scores", tasks.TOPICS, "lora") >= 3
+        assert not stages.final_cells(study, tasks.TOPICS, "lora")
+        assert stages.missing_runs(study, "scores", tasks.TOPICS, "lora") >= 3
         _keep(missing[0], accuracy[missing[0].lr])
     assert [cell.lr for cell in stages.sweep(study, tasks.TOPICS, "lora")] == tried
-    assert {cell.lr for cell in stages.finals(study, tasks.TOPICS, "lora")} == {chosen}
+    assert {cell.lr for cell in stages.final_cells(study, tasks.TOPICS, "lora")} == {chosen}
 
 
 def test_a_run_that_diverges_is_kept_without_a_score(study, monkeypatch):
@@ -109,7 +109,7 @@ def test_a_run_that_diverges_is_kept_without_a_score(study, monkeypatch):
 
     monkeypatch.setattr(loop, "run", diverge)
     [cell] = stages.sweep(study, tasks.TOPICS, "lora")
-    cell.attempt()
+    cell.run_or_record_divergence()
     assert (cell.read()["validation"], cell.read()["why"]) == (None, "loss is nan at step 3")
     with pytest.raises(UserError, match="nan at step 3"):
         list(stages.scores(study, tasks.TOPICS, "lora"))
@@ -119,12 +119,12 @@ def test_the_table_says_what_its_cells_took(study):
     cells = [*stages.sweep(study, tasks.TOPICS, "lora"), Timing(study, tasks.TOPICS, "lora")]
     for cell in cells:
         _keep(cell, 0.9)
-        assert compute_cost.sentence(study, tasks.TOPICS, ["lora"]) == ""
+        assert compute_cost.cost_summary(study, tasks.TOPICS, ["lora"]) == ""
     for cell in cells:
-        compute_cost.spend(cell, 60)
-        compute_cost.spend(cell, 120)
+        compute_cost.add_core_seconds(cell, 60)
+        compute_cost.add_core_seconds(cell, 120)
     minutes = 2 * 3 * len(compute_cost.cores()) / 2
-    assert compute_cost.sentence(study, tasks.TOPICS, ["lora"]) == f"2 runs, {minutes:.0f} minutes on two cores."
+    assert compute_cost.cost_summary(study, tasks.TOPICS, ["lora"]) == f"2 runs, {minutes:.0f} minutes on two cores."
 
 
 def test_the_catalogue_says_what_merges_and_how_much_is_trained(tmp_path):

@@ -27,7 +27,7 @@ def test_bits_are_those_of_codes_and_scales():
 def test_the_nearest_centroid_is_the_class(monkeypatch):
     points = {"train": ([[1, 0], [0.8, 0.6], [0, 1]], [2, 2, 5]), "test": ([[0.9, 0.1], [0.1, 0.9], [1, 0]], [2, 5, 5])}
     found = {split: (np.array(x, float), np.array(y)) for split, (x, y) in points.items()}
-    monkeypatch.setattr(bases, "embedded", lambda model, template, split: found[split])
+    monkeypatch.setattr(bases, "embed_articles", lambda model, template, split: found[split])
     assert_close(bases.by_centroid(None), 2 / 3)
 
 
