@@ -98,5 +98,5 @@ def test_we_load_a_pruned_adapter_of_peft_and_compute_its_logits(bases, tmp_path
     assert json.loads((again / "adapter_config.json").read_text())["lora_alpha"] == ALPHA
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"init_r": RANK + 1}))
-    with pytest.raises(UserError, match=r"rank_pattern for .* is not 7 switches"):
+    with pytest.raises(UserError, match=r"rank_pattern for .* must be a list of 7 bools"):
         peft_format.load(tmp_path, plain, base)

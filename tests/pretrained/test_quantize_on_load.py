@@ -149,5 +149,5 @@ def test_what_is_in_other_blocks_is_named(tmp_path, folder):
     path = in_blocks(tmp_path / "layers.gguf", {"blk.0.attn_q": "Q4_0", "blk.1.attn_q": "Q8_0", "blk.2.attn_q": "Q8_0"})
     with pytest.raises(UserError, match="layers/attn/q/kernel has layers in Q4_0 and Q8_0"):
         pretrained.describe(path, quantized={"name": "gguf", "target": ".*attn/q/kernel"})
-    with pytest.raises(UserError, match=r"is in F32, and model\.quantize=gguf keeps"):
+    with pytest.raises(UserError, match=r"is stored in F32, and model\.quantize=gguf keeps"):
         pretrained.describe(str(folder), quantized="gguf")
