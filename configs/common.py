@@ -1,4 +1,4 @@
-"""What configs share: the empty groups, and the string argument after the colon in `--config=FILE.py:ARG`."""
+"""Helpers of configs: the empty groups, and the string argument after the colon in `--config=FILE.py:ARG`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The flags of commands that read an adapter: a run's folder, or an adapter's."""
+"""The flags of the commands that read an adapter, from the folder of a run or of an adapter."""
 
 import json
 from pathlib import Path
@@ -17,15 +17,15 @@ _ANY_BASE = flags.DEFINE_bool("any_base", False, "Attach the adapter even if it 
 
 
 def adapted() -> Pretrained:
-    """The model with the adapter that the flags name. Raises UserError as `merging.adapted` does."""
+    """The model with the adapter that the flags name. Raises UserError as `adapters.load.load_adapted` does."""
     directory, spec = _source()
     return load.load_adapted(directory, spec, any_base=_ANY_BASE.value)
 
 
 def _source() -> tuple[Path, str | None]:
-    """`(folder of the adapter, model)`."""
+    """`(folder of the adapter, name of the model or None)`."""
     if bool(_WORKDIR.value) == bool(_ADAPTER.value):
-        raise UserError("name one of --workdir=RUN and --adapter=DIR")
+        raise UserError("the adapter comes from one folder: give either --workdir=RUN or --adapter=DIR")
     if _ADAPTER.value:
         return Path(_ADAPTER.value), _BASE.value
     config = Path(_WORKDIR.value) / workdir.CONFIG

@@ -1,8 +1,8 @@
 """Scores a finished run: `python -m launch.evaluate --config=configs/X.py[:arg] --workdir=DIR [--config.a.b=c ...]`.
 
-Reads the adapter that the run in DIR has written, scores it as the config's `eval` group says (another split, more
-texts, ...) and leaves the scores, which it also prints, in `DIR/evaluation.json`. Bad input is one line on stderr and
-exit code 2.
+The command reads the adapter that the run in DIR has written, scores it with the settings of the config's `eval` group
+(another split, more texts, ...), prints the scores and writes them to `DIR/evaluation.json`. Bad input is one line on
+stderr and exit code 2.
 """
 
 import json
@@ -23,7 +23,7 @@ from lowrank.training import build, loop
 
 
 def evaluate(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> dict[str, float]:
-    """The scores of the adapter in the run's folder. Raises UserError if there is none, or it fits another model."""
+    """The scores of the adapter in the run's folder. Raises UserError if it is missing or fits another model."""
     run = build.build_run(config)
     if run.scorer is None:
         raise UserError("eval.split is not set: it names what to score on")
@@ -36,7 +36,7 @@ def evaluate(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> di
 
 
 def main(argv: Sequence[str]) -> None:
-    """Scores as the flags describe."""
+    """Scores the run that the flags describe."""
     del argv
     try:
         scores = evaluate(flags.FLAGS.config.lock(), flags.FLAGS.workdir)

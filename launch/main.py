@@ -1,4 +1,4 @@
-"""Fine-tunes: `python -m launch.main --config=configs/X.py[:arg] --workdir=DIR [--config.a.b=c ...]`.
+"""Fine-tunes a model: `python -m launch.main --config=configs/X.py[:arg] --workdir=DIR [--config.a.b=c ...]`.
 
 Bad input is one line on stderr and exit code 2. SIGTERM saves and exits with 0; the same command then continues.
 """
@@ -16,7 +16,7 @@ from lowrank.core import config_file
 from lowrank.core.errors import UserError
 from lowrank.training import loop
 
-# New keys are let in so that every option can be set, listed in the file or not; the dataclasses refuse unknown ones.
+# New keys are accepted so that options that the file does not list can be set; the dataclasses refuse unknown keys.
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file; its argument after a colon.", lock_config=False, accept_new_attributes=True
 )
@@ -43,7 +43,7 @@ def _connect() -> None:
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """absl's parser for `app.run`, with one line for a bad flag where absl or ml_collections print pages."""
+    """absl's parser for `app.run`; an error in a flag is one line, where absl and ml_collections print pages."""
     try:
         _check_groups(argv)
         rest = command.parse(argv)
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def _check_groups(argv: Sequence[str]) -> None:
-    """Raises UserError for a config that cannot be loaded, and for an override in a group that it does not have."""
+    """Raises UserError for a config that cannot be loaded, and for an override in a group that the config lacks."""
     words = [arg.lstrip("-").partition("=") for arg in argv[1:]]
     names = [name for name, _, _ in words]
     if "config" not in names:

@@ -1,6 +1,7 @@
 """Reads a learned prompt: `python -m launch.prompt (--workdir=RUN | --adapter=DIR [--base=MODEL]) [--top=5]`.
 
-Prints the vocabulary's nearest tokens to each virtual token. Bad input is one line on stderr and exit code 2.
+The command prints the vocabulary's nearest tokens to each virtual token. Bad input is one line on stderr and exit
+code 2.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from launch import adapters, command
 from lowrank.adapters import nearest_tokens
 from lowrank.core.errors import UserError
 
-_TOP = flags.DEFINE_integer("top", 5, "How many tokens for each virtual one.")
+_TOP = flags.DEFINE_integer("top", 5, "The number of nearest tokens per virtual token.")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,9 +1,9 @@
-"""Writes a base in codes: `python -m launch.quantize --model=smollm2-135m --scheme=nf4:double=true --output=DIR`.
+"""Quantizes a base: `python -m launch.quantize --model=smollm2-135m --scheme=nf4:double=true --output=DIR`.
 
-Schemes are those of `model.quantize`; and gptq and awq, which are calibrated by data:
-`--scheme=gptq:bits=4,block=64 --data=jsonl:records.jsonl`. The folder is like one of Hugging Face, with codes in place
-of kernels (`lowrank.pretrained.quantized_checkpoint`): `model.name=DIR` in a config, and every method on top.
-Bad input is one line on stderr and exit code 2.
+The schemes are those of `model.quantize`, and gptq and awq, which are calibrated by data:
+`--scheme=gptq:bits=4,block=64 --data=jsonl:records.jsonl`. The output is a folder as Hugging Face writes it, with codes
+in place of kernels (`lowrank.pretrained.quantized_checkpoint`). A config reads it by `model.name=DIR`, and every method
+can be attached. Bad input is one line on stderr and exit code 2.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ from lowrank.core.errors import UserError
 _MODEL = flags.DEFINE_string("model", None, "The model: a name, a folder, a .gguf file, or org/name of the hub.")
 _SCHEME = flags.DEFINE_string("scheme", "nf4", "NAME or NAME:KEY=VALUE,...")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the base goes: an empty folder, or a new one.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "What tensors without codes are stored in: float32 or bfloat16.")
-_DATA = flags.DEFINE_string("data", None, "What gptq and awq are calibrated by: data.source of a config.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "The dtype of unquantized tensors: float32 or bfloat16.")
+_DATA = flags.DEFINE_string("data", None, "The calibration data of gptq and awq: data.source of a config.")
 _SPLIT = flags.DEFINE_string("split", "train", "Its split.")
-_TEMPLATE = flags.DEFINE_string("template", "auto", "How a record becomes text: data.template of a config.")
-_ROWS = flags.DEFINE_integer("rows", 64, "How many rows are read.")
-_LENGTH = flags.DEFINE_integer("seq_len", 256, "Tokens a row.")
+_TEMPLATE = flags.DEFINE_string("template", "auto", "The template of a record: data.template of a config.")
+_ROWS = flags.DEFINE_integer("rows", 64, "The number of rows that are read.")
+_LENGTH = flags.DEFINE_integer("seq_len", 256, "The number of tokens per row.")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Quantizes as the flags describe."""
+    """Quantizes the base that the flags describe."""
     del argv
     try:
         if not (_MODEL.value and _OUTPUT.value):

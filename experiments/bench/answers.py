@@ -19,7 +19,7 @@ OUT = Path(__file__).parent / "results" / "answers.json"
 
 
 def main(argv: list[str]) -> None:
-    """Takes the times and writes them, as `{"0": seconds, "128": seconds, "peft": seconds, "answers": share, ...}`."""
+    """Measures and writes `{"0": seconds, "128": seconds, "peft": seconds, "answers": share, ...}`."""
     del argv
     with tempfile.TemporaryDirectory() as folder:
         asked = {str(rows): ("headlines", OURS_ENV, {"rows": rows, "folder": folder}) for rows in CHUNKS}

@@ -1,4 +1,4 @@
-"""The sides of a benchmark: processes that load once, and then take turns, one step a turn."""
+"""The sides of a benchmark: processes that load once and then take turns, one step per turn."""
 
 import contextlib
 import json
@@ -10,14 +10,14 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-WARMUP = 2  # turns that do not count
+WARMUP = 2  # the number of turns that do not count
 PAUSE = 0.5  # seconds between turns: torch's threads spin for a while after a step, and would slow the next one
 # Huge pages spare the CPU's TLB, as the README advises on a CPU; they do not make torch faster.
 OURS_ENV = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Side:
-    """A worker process that steps when told to."""
+    """A worker process that runs one step per request."""
 
     def __init__(self, module: str, env: Mapping[str, str], **arguments: Any):
         """Starts the worker, `main(**arguments)` of a module of this package, and waits until it has loaded."""
@@ -28,7 +28,7 @@ class Side:
         self._answer()
 
     def step(self) -> None:
-        """One step, after a pause in which the other sides come to rest."""
+        """Runs one step, after a pause in which the threads of the other sides come to rest."""
         time.sleep(PAUSE)
         print("step", file=self.process.stdin, flush=True)
         self.steps.append(self._answer())
@@ -54,7 +54,7 @@ Asked = tuple[str, Mapping[str, str], Mapping[str, Any]]  # the module, its envi
 
 @contextlib.contextmanager
 def started(asked: Mapping[str, Asked]) -> Iterator[dict[str, Side]]:
-    """The sides, started one after the other: one may read what those before it have left."""
+    """The sides, started one after the other, so that a side may read the files of those before it."""
     sides: dict[str, Side] = {}
     try:
         for name, (module, env, arguments) in asked.items():
@@ -76,5 +76,5 @@ def take_turns(sides: Mapping[str, Side], rounds: int) -> None:
 
 
 def loss_difference(ours: Side, theirs: Side) -> float:
-    """How far the losses of the same step are apart, at most."""
+    """The largest difference between the losses of the same step."""
     return max(abs(a["loss"] - b["loss"]) for a, b in zip(ours.steps, theirs.steps, strict=True))

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 
 class Case(NamedTuple):
-    """A figure as its source prints it, and what it is of."""
+    """A number of trained parameters as its source prints it, with its model and method."""
 
     model: str
     what: str

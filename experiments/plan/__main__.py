@@ -1,4 +1,4 @@
-"""The plan that the project's README shows: `python -m experiments.plan`. Writes `results/t4.txt`."""
+"""The memory report that the project's pages show: `python -m experiments.plan` writes `results/t4.txt`."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ WORDS = ("--config=configs/quickstart.py", "--config.data.batch_size=256", "--de
 
 
 def sample() -> str:
-    """What `python -m launch.preflight` says with these words, on one device."""
+    """The output of `python -m launch.preflight` with these flags, on one device."""
     alone = {**os.environ, "XLA_FLAGS": ""}  # no simulated devices
     command = [sys.executable, "-m", "launch.preflight", *WORDS]
     return subprocess.run(command, env=alone, stdout=subprocess.PIPE, text=True, check=True).stdout

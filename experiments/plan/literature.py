@@ -24,7 +24,7 @@ LINEAR = r"layers/(attn|mlp)/(q|k|v|o|gate|up|down)/kernel"
 
 
 class Figure(NamedTuple):
-    """What a source prints (`said`, in `unit`) and what the arithmetic gives."""
+    """A figure as its source prints it (`said`, in `unit`), and as the formulas give it (`ours`)."""
 
     what: str
     said: float
@@ -69,7 +69,7 @@ def plan(name: str, method: Mapping[str, Any], quantized: Any = None, **options:
 
 
 def arrays(run: Run, rows: int = 1, length: int = 512) -> StepInputs:
-    """Its arrays, and a batch of text."""
+    """The arguments of a step of `run` on a batch of `rows` rows of `length` tokens."""
     where = sharding.replicated_sharding(run.mesh)
     whole = dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32) | {"weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=where) for name, kind in whole.items()}
@@ -77,7 +77,7 @@ def arrays(run: Run, rows: int = 1, length: int = 512) -> StepInputs:
 
 
 def cast(shapes: Any, dtype: Any) -> Any:
-    """The same shapes in another number format; integers (of an optimizer: its step) stay."""
+    """The same shapes in another number format; integers, such as the step of an optimizer, stay."""
 
     def one(x: Any) -> jax.ShapeDtypeStruct:
         kind = dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
@@ -87,7 +87,7 @@ def cast(shapes: Any, dtype: Any) -> Any:
 
 
 def figures() -> list[Figure]:
-    """All of them."""
+    """All figures of the literature."""
     return [*_precision(), *_full(), *_adapters(), *_qlora()]
 
 
@@ -136,7 +136,7 @@ def _full() -> list[Figure]:
 
 
 def _learning(r: StepInputs) -> int:
-    """Gradients and moments at 16 bits."""
+    """The bytes of gradients and moments at 16 bits."""
     return device_bytes(cast((r.state.trained, r.state.optimizer), "bfloat16"))
 
 
@@ -182,12 +182,12 @@ def _qlora() -> list[Figure]:
 
 
 def rows() -> list[dict[str, Any]]:
-    """For JSON: every figure, and whether ours is the printed one but for its rounding."""
+    """Every figure as JSON values, and whether ours agrees with the printed figure."""
     return [{**f._asdict(), "agrees": agrees(f)} for f in figures()]
 
 
 def agrees(f: Figure) -> bool:
-    """Within 5 %, or below what a source calls enough."""
+    """Whether ours is within 5 % of the printed figure, or at most a figure that a source calls enough."""
     return f.ours <= f.said if f.unit.endswith("at most") else abs(f.ours / f.said - 1) <= SAME
 
 

@@ -1,4 +1,4 @@
-"""What numbers become in each format: floats by themselves, codes together with the numbers that share their scale."""
+"""The values of numbers in each format: floats one by one, codes together with the numbers that share their scale."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,7 +34,8 @@ EXAMPLE = ("1234.56789",)
 def rows(words: Sequence[str]) -> list[dict[str, Any]]:
     """`{value, format, bits, becomes}` of every number in `words`; without any, the worked examples.
 
-    A format that has no such number gives nan or inf, as the hardware does. Raises UserError for what is no number.
+    A format without such a number gives nan or inf, as the hardware does. Raises UserError for a word that is not a
+    finite number.
     """
     values = _numbers(words or EXAMPLE)
     decoded = {name: _decoded(values, scheme, options) for name, (_, scheme, options) in CODES.items()}
@@ -74,7 +75,7 @@ def _numbers(words: Sequence[str]) -> list[float]:
     except ValueError:
         values = [np.nan]
     if not np.isfinite(values).all():
-        raise UserError(f"formats: {' '.join(words)!r} holds what is not a finite number")
+        raise UserError(f"formats takes finite numbers, such as 0.1 or -3e4, and not {' '.join(words)!r}")
     return values
 
 
@@ -88,7 +89,7 @@ def _cast(value: float, kind: Callable[..., Any]) -> float:
 
 
 def _decoded(values: Sequence[float], scheme: str, options: dict[str, Any]) -> np.ndarray:
-    """The numbers as one block, there and back."""
+    """The numbers as one block, quantized and dequantized."""
     block = {"block": -(-len(values) // 4) * 4} if scheme in ("nf4", "fp4") else {}
     kernel = jnp.asarray(values, jnp.float32)[:, None]
     return np.asarray(SCHEMES[scheme](**options, **block)(kernel).materialize())[:, 0]

@@ -1,4 +1,4 @@
-"""Models whose figures papers print, as configs."""
+"""The configs of models whose figures papers print."""
 
 from lowrank.models import DecoderConfig, EncoderConfig
 

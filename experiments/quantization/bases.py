@@ -1,4 +1,4 @@
-"""A base before any tuning: what it scores, and how many bits its kernels take in memory and on disk."""
+"""A base before any tuning: its score, and the bits that its kernels take in memory and on disk."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def _read(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def bits(params: PyTree) -> dict[str, float]:
-    """Bits a weight of the kernels that are quantized: of the arrays in memory, and of the file that holds them."""
+    """The bits per weight of the quantized kernels: of the arrays in memory, and of the file that holds them."""
     weights = dict(tree.named_leaves(params, is_weight))
     named = {name: weights[name] for name in tree.match_names(DEFAULT_TARGET, weights)}
     count = sum(math.prod(w.shape) for w in named.values())
@@ -62,7 +62,7 @@ def bits(params: PyTree) -> dict[str, float]:
 
 
 def bits_under(row: Row, name: str, model: Mapping[str, Any]) -> float:
-    """Bits a weight in memory of what the row's method has in place of the quantized kernels, from shapes alone."""
+    """The bits per weight in memory of the row's forms in place of the quantized kernels, from shapes alone."""
     options, read = _read({**model, **row.model})
     shapes = pretrained.describe(name, options, **read)[2]
     shapes = jax.eval_shape(lambda p: methods.attach(methods.build_method(row.method), p, jax.random.key(0)), shapes)

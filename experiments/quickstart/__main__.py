@@ -34,7 +34,7 @@ def run(directory: str | Path) -> dict[str, Any]:
 
 
 def shown(summary: dict[str, Any], directory: str | Path) -> str:
-    """What the run prints at the end."""
+    """The text that the command prints at the end."""
     part, total = summary["trained_params"], summary["total_params"]
     headlines = [
         f"  reference  {s['reference']}\n  before     {s['before'].strip()}\n  after      {s['after'].strip()}\n"
@@ -53,7 +53,7 @@ def shown(summary: dict[str, Any], directory: str | Path) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """The exit code: 0 when the run is done, 2 for bad input, 1 when SIGTERM stopped it."""
+    """Runs the quickstart; returns 0 when the run is finished, 2 for bad input, 1 when SIGTERM stopped it."""
     directory = argv[1] if len(argv) > 1 else WORKDIR
     try:
         summary = run(directory)
