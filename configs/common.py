@@ -11,7 +11,7 @@ GROUPS = ("model", "method", "data", "optim", "eval", "mesh", "checkpoint")
 
 
 def new(**values: Any) -> ConfigDict:
-    """A config with these values and every group, empty if not given; a group's options are in the class it becomes."""
+    """A config with these values and with every group, empty if it is not given."""
     return ConfigDict({group: {} for group in GROUPS} | values)
 
 

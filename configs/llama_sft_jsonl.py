@@ -3,15 +3,15 @@
     python -m launch.main --config=configs/llama_sft_jsonl.py --workdir=runs/sft \
         --config.model.name=/path/to/hf_model --config.data.source=jsonl:/path/to/records.jsonl
 
-On two cores, 3 min: perplexity of the completion 143.1 before and 18.9 after, on 24 held-out records, where a folder's
-train.jsonl and test.jsonl ask SmolLM2 for the headline of an article's first 600 characters, with
+On two cores, 3 min: perplexity of the completion 143.1 before and 18.9 after, on 24 held-out records. In this run the
+train.jsonl and test.jsonl of a folder ask SmolLM2 for the headline of the first 600 characters of an article, with
 
     --config.data.source=jsonl:FOLDER --config.eval.split=test --config.eval.max_examples=24 --config.steps=20
     --config.data.seq_len=256 --config.data.batch_size=4 --config.optim.lr=1e-3 --config.optim.warmup=2
 
-bfloat16 base and activations, float32 adapters, all linear maps adapted with LoRA+ rates; the parameters are split
-over all devices (`mesh.fsdp=-1`). `--config.model.quantize=nf4` (int8, fp8, ...) keeps the blocks' kernels in codes:
-with LoRA that is QLoRA, with `:method=dora` QDoRA.
+The base and the activations are bfloat16, the adapters float32. All linear maps are adapted, with the learning rates of
+LoRA+, and the parameters are sharded over all devices (`mesh.fsdp=-1`). `--config.model.quantize=nf4` (int8, fp8, ...)
+keeps the kernels of the blocks in codes: with LoRA that is QLoRA, and with `:method=dora` it is QDoRA on the same maps.
 """
 
 from ml_collections import ConfigDict, config_dict

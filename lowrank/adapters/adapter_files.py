@@ -1,4 +1,4 @@
-"""What a run has learned, on disk: a PEFT adapter where PEFT has a format for it, else the trained leaves by name."""
+"""The adapter of a run on disk: in the PEFT format where PEFT has one for it, else the trained leaves by name."""
 
 import dataclasses
 import json
@@ -21,9 +21,11 @@ from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_stored, is_weight
 from lowrank.models.adapter_options import AdapterOptions
 
-OPTIONS = {f.name: f.default for f in dataclasses.fields(AdapterOptions)}  # of the model, which decide what it computes
+# The fields of the model's config that an adapter records -> their defaults.
+OPTIONS = {f.name: f.default for f in dataclasses.fields(AdapterOptions)}
 ARRAYS, ABOUT = "trained.safetensors", "trained.json"
-BASES = {"quantized": "quantized_base.json", "upcycled": "upcycled_base.json"}  # how a base was read, by the field
+# The fields of Pretrained that say how the base was read -> the files that hold them.
+BASES = {"quantized": "quantized_base.json", "upcycled": "upcycled_base.json"}
 
 
 def save(
@@ -35,11 +37,19 @@ def save(
     method: Mapping[str, Any],
     original: PyTree | None = None,
 ) -> str:
-    """Writes the adapter of `base` that `params` holds; returns what it is. Every process must call it.
+    """Writes the adapter in `params`, on the base `base`; returns the format in words. Every process must call it.
 
-    Methods that rewrite weights are written in the PEFT format where it can hold them; what others train, and what
-    PEFT has no place for, is written as `trained.safetensors` `{leaf name: array}` and `trained.json`. How a base was
-    read, if it was quantized or upcycled, goes into the files of BASES, which PEFT does not look at.
+    An adapter of rewritten weights is written in the PEFT format where that format has a place for it. Every other
+    adapter is written as `trained.safetensors`, `{leaf name: array}`, and `trained.json`. If the base was quantized or
+    upcycled as it was read, the files of BASES hold the options of that; PEFT ignores these files.
+
+    Args:
+      params: the trained parameters, as `methods.exported_leaves` returns them.
+      base: the base that the adapter was trained on.
+      directory: the folder of the adapter.
+      mask: bools over `params`, true for the leaves to save.
+      method: the config group of the method.
+      original: the parameters before the method's rules, where these changed a base.
     """
     for field, file in BASES.items():
         if getattr(base, field, None) and jax.process_index() == 0:
@@ -63,7 +73,7 @@ def save(
 
 
 def base_of(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The keywords of `pretrained.load` for the base of an adapter: how it was quantized and upcycled, if it was."""
+    """The keywords of `pretrained.load` for the base of an adapter that was quantized or upcycled; empty otherwise."""
     found = {}
     for field, file in BASES.items():
         path = Path(directory) / file
@@ -79,7 +89,8 @@ def base_of(directory: str | os.PathLike[str]) -> dict[str, Any]:
 def load_leaves(directory: str | os.PathLike[str], params: PyTree, base_name: str) -> PyTree:
     """`params`, to which the same method was attached, with the leaves that `save` wrote by name.
 
-    Raises UserError when they cannot be read, are of another base, or differ from `params` in name or shape.
+    Raises UserError when the files cannot be read, when the adapter belongs to another base, and when a leaf differs
+    from `params` in name or shape.
     """
     directory = Path(directory)
     try:

@@ -1,4 +1,4 @@
-"""An adapted model as a plain Hugging Face checkpoint, and what rounding to its dtype costs the adapter."""
+"""An adapted model as a plain Hugging Face checkpoint, and the error of the adapter's update in that dtype."""
 
 import dataclasses
 import os
@@ -20,15 +20,15 @@ from lowrank.pretrained.load import PARAM_DTYPES
 from lowrank.pretrained.quantize_config import build_rounding
 
 Rounding = Callable[[np.ndarray], np.ndarray]
-CODES = ("dequantize", "requantize")  # a merged kernel on codes: their values and the update, or codes of that again
+CODES = ("dequantize", "requantize")  # a merged kernel on codes: its values, or these values quantized again
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """How far the stored kernels W' are from W + dW: `||W' - W - dW|| / ||dW||` (Frobenius), over all and at worst.
+    """The error of the stored kernels W': `||W' - W - dW|| / ||dW||` (Frobenius), of all matrices and of the worst.
 
-    W is the base as it was loaded, dW what the adapter adds; only the matrices that it changes are counted, by more
-    than the rounding of a DoRA's magnitude.
+    W is the loaded base and dW the update of the adapter. Only the matrices that the adapter changes are counted, by
+    more than the rounding of a DoRA's magnitude.
     """
 
     dtype: str
@@ -67,7 +67,7 @@ def merge_to_hf(
 
 
 def check_codes(codes: str) -> str:
-    """One of CODES, what becomes of quantized kernels in a merge; else UserError."""
+    """Returns `codes`, one of CODES. Raises UserError for another value."""
     if codes not in CODES:
         raise unknown("merge into a quantized base", codes, CODES)
     return codes
@@ -83,9 +83,9 @@ def _requantized(base: Pretrained) -> Rounding:
 def merged(params: PyTree, dtype: str, requantize: Rounding | None = None) -> tuple[PyTree, MergeReport]:
     """`params` with each form replaced by its kernel in `dtype`, and the error of that.
 
-    The exact sum is taken in float64, one layer at a time, and rounded once. Kernels in codes become the values that
-    the codes stand for; `requantize` gives such values for the sum with an adapter, and the report counts what that
-    costs. Raises UserError for an unknown dtype.
+    The exact sum is computed in float64, one layer at a time, and rounded once. Kernels in codes become the values of
+    their codes. `requantize` rounds the sum with an adapter to the values of codes, and the report includes that error.
+    Raises UserError for an unknown dtype.
     """
     if dtype not in PARAM_DTYPES:
         raise unknown("dtype", dtype, PARAM_DTYPES)
@@ -101,7 +101,7 @@ def merged(params: PyTree, dtype: str, requantize: Rounding | None = None) -> tu
 
 
 def _merged(w: Weight, dtype: str, requantize: Rounding | None) -> tuple[jax.Array, list[tuple[float, float]]]:
-    """`(kernel [..., in, out] in dtype, [(||W' - W - dW||, ||dW||) of each layer])`; float32 blur is no update."""
+    """`(kernel [..., in, out] in dtype, [(||W' - W - dW||, ||dW||) per layer])`; float32 rounding does not count."""
     stack = w.shape[:-2]
     again = requantize if not is_stored(w) and is_stored(innermost(w)) and not hasattr(w, "absorbed") else None
     stored, norms = [], []
@@ -115,12 +115,12 @@ def _merged(w: Weight, dtype: str, requantize: Rounding | None) -> tuple[jax.Arr
 
 
 def innermost(w: Any) -> Any:
-    """The kernel that all of a weight's forms are on."""
+    """The kernel under all forms of a weight."""
     return innermost(w.base) if hasattr(w, "base") else w
 
 
 def _exact(w: Weight) -> tuple[np.ndarray, np.ndarray]:
-    """The kernel of one layer without its form and with it, in float64."""
+    """`(kernel without the form, kernel with the form)` of one layer, in float64."""
     arrays = jax.tree.map(np.asarray, w)
     with jax.enable_x64(True):
         lift = lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x)  # noqa: E731

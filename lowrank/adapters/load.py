@@ -23,10 +23,10 @@ def load_adapted(
 ) -> Pretrained:
     """The model `spec` (by default the one that the adapter records) with the adapter in `directory` attached.
 
-    The folder holds a PEFT adapter, or trained leaves by name as a run leaves them. `model` are further options of
-    the model's config and `param_dtype` that of the base, as in the run that trained it. An adapter that was trained
-    on a quantized base gets that base. Raises UserError for an adapter of another base, unless `any_base`, and as
-    `pretrained.load` and `peft_format.load` do.
+    The folder holds a PEFT adapter, or the trained leaves of a run by name. `model` are further options of the model's
+    config, and `param_dtype` is the dtype of the base, both as in the run that trained the adapter. An adapter that was
+    trained on a quantized base gets that base. Raises UserError for an adapter of another base, unless `any_base` is
+    set, and for the reasons of `pretrained.load` and `peft.load`.
     """
     read = {"param_dtype": param_dtype, **adapter_files.base_of(directory)}
     if (Path(directory) / adapter_files.ABOUT).exists():
@@ -37,16 +37,16 @@ def load_adapted(
 
 
 def _base(spec: str | None, recorded: str | None, directory: str | os.PathLike[str], **how: Any) -> Pretrained:
-    """The model `spec`, or the one that the adapter records, which may be a folder's name and no more."""
+    """The model `spec`, or the recorded base, which may be no more than the name of a folder."""
     if not (spec or recorded):
-        raise UserError(f"the adapter in {directory} does not say what its base is: name it")
+        raise UserError(f"the adapter in {directory} does not record its base: name the base")
     try:
         return pretrained.load(spec or recorded, **how)
     except UserError as e:
         if spec:
             raise
         where = f"the adapter in {directory} has the base {recorded!r}"
-        raise UserError(f"{where}: {e} (spec, or --base=MODEL, says where it is)") from None
+        raise UserError(f"{where}: {e} (give its place as spec, or as --base=MODEL)") from None
 
 
 def _with_leaves(directory: Path, spec: str | None, model: Mapping[str, Any], read: Mapping[str, Any]) -> Pretrained:

@@ -1,4 +1,4 @@
-"""What a learned prompt says: the tokens of the vocabulary that its virtual tokens are nearest to."""
+"""The words of a learned prompt: the tokens of the vocabulary that are nearest to its virtual tokens."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from lowrank.core.weight import materialize
 
 
 def nearest(params: PyTree, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """`(ids, cosines)` `[T, count]`: of each virtual token, the tokens by falling cosine similarity.
+    """`(ids, cosines)` `[T, count]`: the tokens nearest to each virtual token, by falling cosine similarity.
 
-    Raises UserError when the model has no prompt or `count` is not within its vocabulary.
+    Raises UserError when the model has no prompt, and when `count` is not in 1..V for a vocabulary of V tokens.
     """
     if "prompt" not in params:
         raise UserError("the model has no learned prompt: its method is neither prompt tuning nor P-tuning")
@@ -32,7 +32,7 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def table(params: PyTree, tokenizer: Any, count: int) -> str:
-    """A line a virtual token: its norm, then its nearest tokens with their cosines."""
+    """One line per virtual token: its norm, then its nearest tokens with their cosines."""
     ids, cosines = nearest(params, count)
     norms = np.linalg.norm(np.asarray(params["prompt"]["embedding"], np.float32), axis=-1)
     lines = []
@@ -43,6 +43,6 @@ def table(params: PyTree, tokenizer: Any, count: int) -> str:
 
 
 def _spelt(tokenizer: Any, index: int) -> str:
-    """A token as the vocabulary has it, in quotes; rows beyond the tokenizer's vocabulary by number."""
+    """A token of the vocabulary in quotes; a row beyond the tokenizer's vocabulary by its number."""
     token = tokenizer.backend.id_to_token(int(index))
     return f"<{index}>" if token is None else repr(token)

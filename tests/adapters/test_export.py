@@ -117,10 +117,10 @@ def test_an_adapter_that_names_no_base_asks_for_one(base, tmp_path):
     peft.save(adapted(base.params, GROUPS["lora"])[0], base, tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
-    with pytest.raises(UserError, match="does not say what its base is"):
+    with pytest.raises(UserError, match="does not record its base"):
         load.load_adapted(tmp_path)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "tiny-llama"}))
-    with pytest.raises(UserError, match=r"has the base 'tiny-llama': unknown model .* --base=MODEL, says where"):
+    with pytest.raises(UserError, match=r"has the base 'tiny-llama': unknown model .* as --base=MODEL"):
         load.load_adapted(tmp_path)
 
 
