@@ -15,9 +15,11 @@ from lowrank.core import tree, weight
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.method import Hooks, Method
+from lowrank.methods.options import own_meaning
 from lowrank.weights import lora as form
 
 
+@own_meaning("rank")  # of the optimizer's projections
 def galore(
     rank: int = 64, every: int = 200, scale: float = 0.25, target: str = r"(layers|top)/.*kernel", train: str = ".*"
 ) -> Method:

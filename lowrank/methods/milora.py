@@ -13,9 +13,11 @@ from lowrank.core.typing import BatchInfo, PyTree, Sums
 from lowrank.methods import targets
 from lowrank.methods.balance import balanced, check_routing, map_forms
 from lowrank.methods.method import SHARED, Hooks, Method, TotalLoss
+from lowrank.methods.options import own_meaning
 from lowrank.weights import lora, mixture
 
 
+@own_meaning("target")  # all the kernels of a layer that a prompt chooses among
 def milora(
     rank: int = 8,
     alpha: float = 16.0,

@@ -9,9 +9,11 @@ from lowrank.core.errors import UserError
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.method import SHARED, Method
+from lowrank.methods.options import own_meaning
 from lowrank.weights import vera as form
 
 
+@own_meaning("rank")  # the length of a vector, not the rank of an update
 def vera(rank: int = 256, target: str = r".*attn/(q|v)/kernel", d_initial: float = 0.1, seed: int = 0) -> Method:
     """VeRA: two vectors per weight around random matrices that all weights share (Kopiczko et al., arXiv:2310.11454).
 

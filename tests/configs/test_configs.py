@@ -22,7 +22,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
 MODEL_OPTIONS = {f.name for c in (DecoderConfig, EncoderConfig, config.ModelConfig) for f in dataclasses.fields(c)}
 
-OWN_MEANING = {("target", "ia3"), ("target", "esft")}  # the outputs that IA3 rescales; kernels of experts
+OWN_MEANING = {  # options that share a name with another method, but not its meaning
+    ("rank", "vera"),
+    ("rank", "galore"),
+    ("target", "milora"),
+    ("target", "ia3"),
+    ("target", "esft"),
+}
 
 
 def _config(name: str, arg: str = "") -> ConfigDict:
