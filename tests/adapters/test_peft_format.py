@@ -55,7 +55,7 @@ GROUPS = {
 }
 
 VARIANTS = (
-    *("rslora", "olora", "edora", "lokr low rank", "lokr both", "oft shared", "oft series", "boft one factor"),
+    *("rslora", "olora", "lokr low rank", "lokr both", "oft shared", "oft series", "boft one factor"),
     "bias",
 )
 
