@@ -81,4 +81,5 @@ def tpu_environment(target: Target) -> dict[str, str]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": f"{prefix}-{cores * target.num_devices}",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process that compiles at the same time is aborted
     }
