@@ -16,9 +16,12 @@ def write_steps(folder, name, start):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the packages, about themselves
-def test_mlflow_reads_back_every_step_of_a_resumed_run(tmp_path):
+def test_mlflow_reads_back_every_step_of_a_resumed_run(tmp_path, monkeypatch):
     import mlflow
 
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)  # nothing is written into the working directory
     for start in (0, 2):
         write_steps(tmp_path, "mlflow", start)
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -26,6 +29,8 @@ def test_mlflow_reads_back_every_step_of_a_resumed_run(tmp_path):
     history = client.get_metric_history(run, "train/loss")
     assert [(m.step, m.value) for m in history] == [(1, 3.0), (2, 1.5), (3, 1.0), (4, 0.75)]
     assert client.get_run(run).info.status == "FINISHED"
+    assert (tmp_path / "mlflow_files").is_dir()
+    assert not list(elsewhere.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -41,7 +41,12 @@ class FakeClient:
     def __init__(self, tracking_uri):
         self.uri, self.runs = tracking_uri, {}
 
+    def create_experiment(self, name, artifact_location):
+        self.files = artifact_location
+        return "3"
+
     def create_run(self, experiment, run_name):
+        assert experiment == "3"
         self.runs["7"] = []
         return types.SimpleNamespace(info=types.SimpleNamespace(run_id="7"))
 
@@ -87,6 +92,7 @@ def test_mlflow_writes_beside_the_run_unless_a_server_is_set_and_is_continued(ml
     logger.close()
     client = mlflow.clients[0]
     assert client.uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert client.files == (tmp_path / "mlflow_files").as_uri()
     assert client.runs["7"] == [("config.json", {"seed": 1}), ("train/loss", 2.0, 3), "done"]
     LOGGERS["mlflow"](LoggedRun(tmp_path, 3, {})).scalars(4, {"train/loss": 1.0})
     assert mlflow.clients[1].runs == {"7": [("train/loss", 1.0, 4)]}

@@ -6,6 +6,7 @@ of the run.
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lowrank.core.files import read_json, write_json
@@ -19,15 +20,24 @@ class MLflow:
 
     def __init__(self, run: LoggedRun):
         mlflow = import_extra("mlflow")
-        uri = None if mlflow.is_tracking_uri_set() else f"sqlite:///{run.folder.absolute() / 'mlflow.db'}"
+        local = not mlflow.is_tracking_uri_set()
+        uri = f"sqlite:///{run.folder.absolute() / 'mlflow.db'}" if local else None
         self._client: Any = mlflow.MlflowClient(tracking_uri=uri)
         self._metric = mlflow.entities.Metric
         path = run.folder / FILE
         known = read_json(path)["id"] if run.start and path.exists() else None
-        self._id = known or self._client.create_run("0", run_name=run.folder.name).info.run_id
+        self._id = known or self._create_run(run.folder, local)
         write_json(path, {"id": self._id})
         if not known:
             self._client.log_dict(self._id, dict(run.config), "config.json")
+
+    def _create_run(self, folder: Path, local: bool) -> str:
+        """The id of a new run; a local one keeps its files in the run's folder, not in the working directory."""
+        experiment = "0"  # MLflow's default
+        if local:
+            files = (folder.absolute() / "mlflow_files").as_uri()
+            experiment = self._client.create_experiment(folder.name, artifact_location=files)
+        return self._client.create_run(experiment, run_name=folder.name).info.run_id
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Logs the finite values of a step in one request."""
