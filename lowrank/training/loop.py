@@ -1,7 +1,6 @@
 """The training loop: load, split, step, score, save, and finish with the adapter and the report."""
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -238,7 +237,7 @@ class Trainer:
         path = self.folder / BEFORE
         if int(self.state.step) == 0 or not path.exists():
             files.write_json(path, self._evaluate())
-        return json.loads(path.read_text())
+        return files.read_json(path)
 
     def _finish(self, before: Mapping[str, Any], after: Mapping[str, Any], done: int) -> dict[str, Any]:
         c, texts = self.run.config, (before["texts"], after["texts"])

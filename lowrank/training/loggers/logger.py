@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from lowrank.core.errors import UserError
+from lowrank.core.files import read_json, write_json
 
 
 class Logger(Protocol):
@@ -34,6 +35,15 @@ class LoggedRun:
     folder: Path  # of the run
     start: int  # the step that the run resumes from; 0 for a new run
     config: Mapping[str, Any]
+
+    def saved_id(self, file: str) -> str | None:
+        """The id that `save_id` wrote to the folder when the run began, if this is a resumed run; else None."""
+        path = self.folder / file
+        return read_json(path)["id"] if self.start and path.exists() else None
+
+    def save_id(self, file: str, id_: str) -> None:
+        """Writes the id that a logger's server gave the run, for a resumed run to continue it."""
+        write_json(self.folder / file, {"id": id_})
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float]:

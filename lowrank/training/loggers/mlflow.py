@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank.core.files import read_json, write_json
 from lowrank.training.loggers.logger import LoggedRun, finite, import_extra
 
 FILE = "mlflow_run.json"  # in the run's folder: the id of the MLflow run
@@ -24,10 +23,9 @@ class MLflow:
         uri = f"sqlite:///{run.folder.absolute() / 'mlflow.db'}" if local else None
         self._client: Any = mlflow.MlflowClient(tracking_uri=uri)
         self._metric = mlflow.entities.Metric
-        path = run.folder / FILE
-        known = read_json(path)["id"] if run.start and path.exists() else None
+        known = run.saved_id(FILE)
         self._id = known or self._create_run(run.folder, local)
-        write_json(path, {"id": self._id})
+        run.save_id(FILE, self._id)
         if not known:
             self._client.log_dict(self._id, dict(run.config), "config.json")
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lowrank.core.files import read_json, write_json
 from lowrank.training.loggers.logger import LoggedRun, finite, import_extra
 
 FILE = "wandb_run.json"  # in the run's folder: the id of the W&B run
@@ -14,12 +13,11 @@ class WandB:
 
     def __init__(self, run: LoggedRun):
         self._wandb: Any = import_extra("wandb")
-        path = run.folder / FILE
-        known = read_json(path)["id"] if run.start and path.exists() else None
+        known = run.saved_id(FILE)
         self._run = self._wandb.init(
             id=known, resume="allow" if known else None, name=run.folder.name, dir=run.folder, config=dict(run.config)
         )
-        write_json(path, {"id": self._run.id})
+        run.save_id(FILE, self._run.id)
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
