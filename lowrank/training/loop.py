@@ -18,6 +18,7 @@ from lowrank.core import files, parameter_summary, sharding, tree
 from lowrank.core.errors import Diverged, UserError
 from lowrank.core.tree import flatten_named, unflatten_named
 from lowrank.core.typing import PyTree
+from lowrank.kernels import dispatch
 from lowrank.training import report, step, workdir
 from lowrank.training.best import Best
 from lowrank.training.build import build_run
@@ -65,6 +66,7 @@ def run(
         settings = {"loggers": run.config.loggers, "config": files.to_json(config)}
         with RunLog(folder, run.config.steps, start=start, tokens_per_step=run.tokens_per_step, **settings) as log:
             log.say(run.table)
+            log.say(dispatch.describe(run.mesh.devices.flat[0].device_kind))
             trainer = Trainer(run, folder, saver, log, stop, command)
             workdir.claim(folder, config)
             return trainer.train(before, after)

@@ -207,11 +207,12 @@ def test_a_finished_run_returns_its_summary_again_and_says_so(finished, monkeypa
     assert f"finished already; report: {workdir / 'report.md'}" in capsys.readouterr().err
 
 
-def test_a_run_killed_before_its_summary_still_knows_its_loss(finished, tmp_path):
+def test_a_run_killed_before_its_summary_still_knows_its_loss(finished, tmp_path, capsys):
     config, workdir, summary = finished
     again = shutil.copytree(workdir, tmp_path / "again")
     (again / loop.SUMMARY).unlink()
     assert loop.run(config, again)["final_loss"] == summary["final_loss"] > 0
+    assert "kernels on cpu: all in plain JAX" in capsys.readouterr().err
 
 
 def test_a_workdir_of_another_config_is_refused(finished, files):
