@@ -25,7 +25,7 @@ def stack_depth(name: str) -> int:
     """The number of leading axes of a leaf that index layers and experts, before the axes of one vector or kernel."""
     root, *parts = name.split("/")
     experts = parts[:2] == ["mlp", "experts"] or (parts[:2] == ["mlp", "routed"] and parts[2:3] != ["router"])
-    return (root in STACKS) * (1 + experts)
+    return (root in (*STACKS, "prefix")) * (1 + experts)
 
 
 def named_leaves(tree: PyTree, is_leaf: IsLeaf = None) -> list[tuple[str, Any]]:

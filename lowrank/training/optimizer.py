@@ -18,6 +18,7 @@ import optax
 from lowrank.core import config_schema, tree, weight
 from lowrank.core.errors import UserError, plural, unknown
 from lowrank.core.typing import PyTree
+from lowrank.training.stacked_optimizer import per_matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +51,12 @@ def adafactor(
     decay_rate: float = 0.8, clipping: float = 1.0, parameter_scale: bool = True, min_dim_size_to_factor: int = 128
 ) -> optax.GradientTransformation:
     """Adafactor's rescaling (Shazeer & Stern 2018, arXiv:1804.04235): factored second moments, without momentum."""
-    return optax.chain(
-        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor),
-        optax.clip_by_block_rms(clipping),
-        optax.scale_by_param_block_rms() if parameter_scale else optax.identity(),
+    return per_matrix(
+        optax.chain(
+            optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor),
+            optax.clip_by_block_rms(clipping),
+            optax.scale_by_param_block_rms() if parameter_scale else optax.identity(),
+        )
     )
 
 

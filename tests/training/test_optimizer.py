@@ -26,32 +26,47 @@ def _updates(config, trained=TRAINED, steps=3):
     return update
 
 
-@pytest.mark.parametrize(
-    ("name", "args", "reference"),
-    [
-        ("adamw", {"b2": 0.95}, lambda lr: optax.adamw(lr, b2=0.95, weight_decay=0.1)),
-        ("lion", {}, lambda lr: optax.lion(lr, weight_decay=0.1)),
-        ("sgd", {"momentum": 0.9}, lambda lr: optax.chain(optax.trace(0.9), optax.add_decayed_weights(0.1), _down(lr))),
-        (
-            "adafactor",
-            {"parameter_scale": False},
-            lambda lr: optax.chain(
-                optax.adafactor(None, multiply_by_parameter_scale=False),
-                optax.scale(-1.0),
-                optax.add_decayed_weights(0.1),
-                _down(lr),
-            ),
-        ),
-    ],
-)
-def test_every_optimizer_is_optaxs_with_decoupled_decay(name, args, reference):
+def _adafactor(lr):
+    own = optax.adafactor(None, min_dim_size_to_factor=3, decay_rate=0.7, clipping_threshold=0.5)
+    return optax.chain(own, optax.scale(-1.0), optax.add_decayed_weights(0.1), _down(lr))
+
+
+REFERENCES = [
+    ("adamw", {"b2": 0.95}, lambda lr: optax.adamw(lr, b2=0.95, weight_decay=0.1)),
+    ("lion", {}, lambda lr: optax.lion(lr, weight_decay=0.1)),
+    ("sgd", {"momentum": 0.9}, lambda lr: optax.chain(optax.trace(0.9), optax.add_decayed_weights(0.1), _down(lr))),
+    ("adafactor", {"min_dim_size_to_factor": 3, "decay_rate": 0.7, "clipping": 0.5}, _adafactor),
+]
+
+
+def test_every_optimizer_has_a_reference():
+    assert {name for name, *_ in REFERENCES} == set(optim.OPTIMIZERS)
+
+
+@pytest.mark.parametrize(("name", "args", "reference"), REFERENCES)
+def test_every_optimizer_is_optaxs_on_each_matrix_of_a_stack(name, args, reference):
     config = OptimConfig(name=name, args=args, lr=0.01, schedule="constant", weight_decay=0.1, clip=0, no_decay="")
-    trained = {"a": jnp.full((2, 3), 0.5)}
-    want, state = reference(0.01), None
-    state, gradient = want.init(trained), {"a": jnp.full((2, 3), 0.35)}
-    for _ in range(3):
-        update, state = want.update(gradient, state, trained)
-    assert_close(_updates(config, trained)["a"], update["a"])
+    rng, sizes = np.random.default_rng(0), {"layers": (3,), "prefix": (3,), "top/mlp/experts/up": (3, 4), "head": ()}
+    trained = {n: np.float32(rng.standard_normal((*stack, 4, 5))) for n, stack in sizes.items()}
+    # The matrices of a stack differ in size, so a statistic over several of them is another one.
+    gradients = [
+        {
+            n: np.float32(rng.standard_normal(x.shape) * 10.0 ** rng.uniform(-2, 2, (*x.shape[:-2], 1, 1)))
+            for n, x in trained.items()
+        }
+        for _ in range(3)
+    ]
+    ours, optax_ = optim.build_optimizer(config, STEPS, trained), reference(0.01)
+    apart = jax.tree.map(lambda x: list(x.reshape(-1, 4, 5)), trained)
+    state, state_apart = ours.init(trained), optax_.init(apart)
+    for gradient in gradients:
+        updates, state = ours.update(gradient, state, trained, lr=0.01)
+        expected, state_apart = optax_.update(
+            jax.tree.map(lambda x: list(x.reshape(-1, 4, 5)), gradient), state_apart, apart
+        )
+    for n, update in updates.items():
+        for got, want in zip(update.reshape(-1, 4, 5), expected[n], strict=True):
+            assert_close(got, want, name=n)
 
 
 def _down(lr):
