@@ -8,7 +8,7 @@
     python -m launch.preflight --table               the literature's figures beside ours
     python -m launch.preflight formats [VALUE ...]   the value of a number in each number format
 
-The weights are not read. Bad input is one line on stderr and exit code 2.
+The weights are not read: a folder with a `config.json` is enough. Bad input is one line on stderr and exit code 2.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def _run_worker(target: devices.Target, argv: Sequence[str]) -> int:
 def _report(config: Any, target: devices.Target | None) -> report.Report:
     """The report of a config's run for the target, or for this machine; with advice if the run does not fit."""
     abstract_devices = _compile_only_devices(target) if target else None
-    run = build.build_run(config, abstract_devices)
+    run = build.build_run(config, abstract_devices, planned=True)
     native = target is None or bool(abstract_devices) or _is_local(target)
     target = target or devices.local_target(list(run.mesh.devices.flat))
     inputs = step_inputs(run)

@@ -4,8 +4,18 @@ from lowrank.data.config import DataConfig
 from lowrank.data.examples import read_examples
 from lowrank.data.labeled import LABELED
 from lowrank.data.language import LANGUAGE
-from lowrank.data.loader import Loader
+from lowrank.data.loader import Loader, PlannedLoader
 from lowrank.data.pipeline import make_loader
 from lowrank.data.row_format import ArraySpec, RowFormat
 
-__all__ = ["LABELED", "LANGUAGE", "ArraySpec", "DataConfig", "Loader", "RowFormat", "make_loader", "read_examples"]
+__all__ = [
+    "LABELED",
+    "LANGUAGE",
+    "ArraySpec",
+    "DataConfig",
+    "Loader",
+    "PlannedLoader",
+    "RowFormat",
+    "make_loader",
+    "read_examples",
+]

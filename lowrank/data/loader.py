@@ -7,9 +7,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.core.typing import HostArrays
+from lowrank.data.config import DataConfig
 from lowrank.data.examples import Examples
+from lowrank.data.row_format import RowFormat
 
 
 class Loader:
@@ -60,6 +62,23 @@ class Loader:
     def _start(self) -> None:
         self._live = [iter(self._batches)]
         self._stop = weakref.finalize(self, _end, self._live)  # at exit too: a thread must not outlive the modules
+
+
+class PlannedLoader:
+    """The shapes of a config's batches, without any data: a run with this loader can be planned and never started."""
+
+    def __init__(self, config: DataConfig, row_format: RowFormat, max_positions: int) -> None:
+        """Raises UserError for rows that are longer than `max_positions`, the model's."""
+        check_length(config, max_positions)
+        shapes = row_format.shapes(config)
+        self.labels, self.stats = tuple(config.labels), {"sequences": 1, "tokens": config.seq_len}
+        self.shapes = {name: ((config.batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def check_length(config: DataConfig, max_positions: int) -> None:
+    """Raises UserError if a config's rows are longer than the model's positions."""
+    if config.seq_len > max_positions:
+        raise UserError(f"data.seq_len={config.seq_len} exceeds the model's {plural(max_positions, 'position')}")
 
 
 def _end(live: list[grain.DatasetIterator]) -> None:

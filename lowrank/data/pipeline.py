@@ -18,7 +18,7 @@ from lowrank.data import packing
 from lowrank.data.config import DataConfig
 from lowrank.data.examples import Examples
 from lowrank.data.language import LANGUAGE
-from lowrank.data.loader import Loader
+from lowrank.data.loader import Loader, check_length
 from lowrank.data.row_format import EncodedSequence, RowFormat
 
 
@@ -44,8 +44,8 @@ def make_loader(
     be read or do not fit: `seq_len` beyond `max_positions` (the model's), a `batch_size` that the hosts cannot share,
     an unknown dataset, split, template or field, a record without a field or with an empty completion, no records.
     """
-    if max_positions is not None and config.seq_len > max_positions:
-        raise UserError(f"data.seq_len={config.seq_len} exceeds the model's {plural(max_positions, 'position')}")
+    if max_positions is not None:
+        check_length(config, max_positions)
     if config.batch_size % process_count:
         raise UserError(f"data.batch_size={config.batch_size} is not divisible by {plural(process_count, 'host')}")
     examples = Examples(config, row_format, tokenizer)

@@ -58,6 +58,10 @@ class GGUFSource:
         config = _hf_config(self.file, self.arch)
         self.hf_config = config | FAMILIES[config["model_type"]].hf_config(hf_files.parse_config(self.where, config))
 
+    def has_tokenizer(self) -> bool:
+        """True: every GGUF file of a language model holds its vocabulary."""
+        return True
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer rebuilt from the file's vocabulary and merges or scores."""
         return gguf_tokenizer.build_tokenizer(self.file)

@@ -59,14 +59,18 @@ def describe(
     quantized: Mapping[str, Any] | str | None = None,
     upcycled: Mapping[str, Any] | None = None,
     cache: Path | str | None = None,
-) -> tuple[Config, Tokenizer, PyTree]:
+    planned: bool = False,
+) -> tuple[Config, Any, PyTree]:
     """`(config, tokenizer, shapes and dtypes of the parameters)` of a model, without reading its tensors.
 
-    `model` overrides fields of the config; `quantized` and `upcycled` are the groups that `load` takes. Raises
-    UserError for every error that `load` finds without reading tensors.
+    `model` overrides fields of the config; `quantized` and `upcycled` are the groups that `load` takes. A directory
+    needs no tensors, unless their number format decides the shapes. If it has no tokenizer either, the tokenizer of a
+    `planned` model, which is never run, is None. Raises UserError for a config, a tokenizer or an option that is wrong.
     """
     source = resolve_checkpoint(spec, cache)
-    return _describe(source, model or {}, param_dtype, _conversion(source, quantized, upcycled))
+    conversion = _conversion(source, quantized, upcycled)
+    config, shapes = _describe(source, model or {}, param_dtype, conversion)
+    return config, None if planned and not source.has_tokenizer() else _tokenizer(source, config), shapes
 
 
 def load(
@@ -92,7 +96,8 @@ def load(
     """
     source = resolve_checkpoint(spec, cache)
     conversion = _conversion(source, quantized, upcycled)
-    config, tokenizer, shapes = _describe(source, model or {}, param_dtype, conversion)
+    config, shapes = _describe(source, model or {}, param_dtype, conversion)
+    tokenizer = _tokenizer(source, config)
     params, new = _read(source, config, _with_shardings(shapes, mesh, rules), seed, conversion)
     group = scheme_group(quantized) or quantized_checkpoint.stored_scheme(source.where, source.hf_config)
     return Pretrained(
@@ -145,19 +150,25 @@ def _conversion(
 
 def _describe(
     source: CheckpointSource, model: Mapping[str, Any], param_dtype: str, conversion: _Conversion
-) -> tuple[Config, Tokenizer, PyTree]:
+) -> tuple[Config, PyTree]:
     if param_dtype not in PARAM_DTYPES:
         raise unknown("param_dtype", param_dtype, PARAM_DTYPES)
-    config, tokenizer = conversion.config(source, model), source.tokenizer()
+    config = conversion.config(source, model)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), _shapes(config))
+    if conversion.quantizer is None:
+        return config, shapes
+    parts, kernels = _stored_leaves(source, conversion.tensors(source, config), shapes)
+    is_new = functools.partial(_may_be_new, config=config, stored=frozenset())
+    return config, quantize_config.quantized_shapes(conversion.quantizer, shapes, is_new, parts, kernels)
+
+
+def _tokenizer(source: CheckpointSource, config: Config) -> Tokenizer:
+    """The tokenizer of a checkpoint. Raises UserError if it has more ids than the model."""
+    tokenizer = source.tokenizer()
     if tokenizer.vocab_size > config.vocab_size:
         ids = f"the tokenizer has ids up to {tokenizer.vocab_size - 1}"
         raise UserError(f"{source.where}: {ids}, the model a vocabulary of {config.vocab_size}")
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), _shapes(config))
-    if conversion.quantizer is None:
-        return config, tokenizer, shapes
-    parts, kernels = _stored_leaves(source, conversion.tensors(source, config), shapes)
-    is_new = functools.partial(_may_be_new, config=config, stored=frozenset())
-    return config, tokenizer, quantize_config.quantized_shapes(conversion.quantizer, shapes, is_new, parts, kernels)
+    return tokenizer
 
 
 def _with_shardings(shapes: PyTree, mesh: Mesh | None, rules: sharding.Rules) -> dict[str, Any]:
@@ -192,17 +203,21 @@ def _read(
 def _stored_leaves(
     source: CheckpointSource, tensors: Sequence[Tensor], shapes: PyTree
 ) -> tuple[StoredParts, KernelSources]:
-    """The tensors of a leaf, without the missing ones, which `check_tensors` reports; and how to read its kernels."""
+    """The tensors of a leaf, without the missing ones, which `check_tensors` reports; and how to read its kernels.
+
+    The files are opened when they are asked for.
+    """
     by_leaf = {t.leaf: t for t in tensors}
     needed = {name: leaf.shape for name, leaf in tree.named_leaves(shapes)}
-    stored = source.tensors([name for t in tensors for name in t.names])
+    open_tensors = functools.cache(lambda: source.tensors([name for t in tensors for name in t.names]))
     changed = Path(source.where).stat().st_mtime_ns
 
     def parts(leaf: str) -> list[StoredTensor]:
+        stored = open_tensors()
         return [stored[n] for n in by_leaf[leaf].names if n in stored] if leaf in by_leaf else []
 
     def kernels(leaf: str) -> Iterator[KernelSource]:
-        tensor = by_leaf[leaf]
+        tensor, stored = by_leaf[leaf], open_tensors()
         load_tensors.check_tensors(source.where, [tensor], needed, stored)
         for name in tensor.names:
             transpose = tensor.transpose != stored[name].flipped

@@ -112,7 +112,7 @@ def quantized_shapes(
     quantizer = quantizer.prepare({n: leaf for n, leaf in tree.named_leaves(params) if n in stored}, sources)
 
     def shape(name: str, leaf: jax.ShapeDtypeStruct) -> Any:
-        return quantizer.leaf_shape(name, leaf, parts(name)) if name in stored else leaf
+        return quantizer.leaf_shape(name, leaf, parts) if name in stored else leaf
 
     return tree.map_named(shape, params)
 

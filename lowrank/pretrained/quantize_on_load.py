@@ -51,8 +51,8 @@ class LoadQuantizer:
         del leaves, sources
         return self
 
-    def leaf_shape(self, name: str, leaf: Any, parts: Sequence[StoredTensor]) -> Any:
-        """The form, in shapes, of a leaf `[..., in, out]` that is stored as `parts`."""
+    def leaf_shape(self, name: str, leaf: Any, parts: StoredParts) -> Any:
+        """The form, in shapes, of a leaf `[..., in, out]` that is stored as `parts(name)`."""
         del name, parts
         return jax.eval_shape(lambda x: self.form(x, leaf.dtype.name), leaf)
 
@@ -65,11 +65,12 @@ class LoadQuantizer:
 class GGUFBlocks(LoadQuantizer):
     """The blocks of a GGUF file, unchanged. All layers of a leaf must have the same block format."""
 
-    def leaf_shape(self, name: str, leaf: Any, parts: Sequence[StoredTensor]) -> GGML:
+    def leaf_shape(self, name: str, leaf: Any, parts: StoredParts) -> GGML:
         """The form, in shapes, of a leaf. Raises UserError unless the file stores it in blocks of one known format."""
-        formats = sorted({part.dtype for part in parts})
-        if not parts or not all(part.blocks for part in parts) or not set(formats) <= ggml.FORMATS.keys():
-            stored = f"stored in {' and '.join(formats)}" if parts else "not stored in a GGUF file"
+        found = parts(name)
+        formats = sorted({part.dtype for part in found})
+        if not found or not all(part.blocks for part in found) or not set(formats) <= ggml.FORMATS.keys():
+            stored = f"stored in {' and '.join(formats)}" if found else "not stored in a GGUF file"
             known = ", ".join(ggml.FORMATS)
             raise UserError(f"{name} is {stored}, and model.quantize=gguf keeps {known}: leave it out of the target")
         if len(formats) > 1:
@@ -113,7 +114,7 @@ class MixedBits(LoadQuantizer):
         shapes = {name: leaf.shape for name, leaf in leaves.items()}
         return dataclasses.replace(self, high=mixed.allocate_groups(gain, shapes, **self.options))
 
-    def leaf_shape(self, name: str, leaf: Any, parts: Sequence[StoredTensor]) -> Mixed:
+    def leaf_shape(self, name: str, leaf: Any, parts: StoredParts) -> Mixed:
         """The form, in shapes, of a leaf. Raises UserError if `high` does not have it."""
         del parts
         high = self.high or {}

@@ -20,6 +20,10 @@ class DirectorySource:
         self.path, self.name, self.where = path, name, str(path)
         self.hf_config = hf_files.read_json(path / "config.json")
 
+    def has_tokenizer(self) -> bool:
+        """Whether the directory has a `tokenizer.json`."""
+        return (self.path / "tokenizer.json").exists()
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the directory's `tokenizer.json`."""
         return tokenizer.load_tokenizer(self.path, self.hf_config)

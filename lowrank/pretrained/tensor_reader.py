@@ -40,6 +40,9 @@ class CheckpointSource(Protocol):
     where: str
     hf_config: dict[str, Any]
 
+    def has_tokenizer(self) -> bool:
+        """Whether the checkpoint holds a tokenizer."""
+
     def tokenizer(self) -> Any:
         """The tokenizer of the checkpoint, a `pretrained.Tokenizer`."""
 

@@ -22,14 +22,17 @@ from lowrank.training.optimizer import OptimConfig
 from lowrank.training.run import Run
 
 
-def build_run(config: Group, devices: Sequence[Any] | None = None, like: Run | None = None) -> Run:
+def build_run(
+    config: Group, devices: Sequence[Any] | None = None, like: Run | None = None, planned: bool = False
+) -> Run:
     """The run of a config (a ConfigDict or nested dicts), checked against the model, the data and the mesh.
 
     `devices` are those of the mesh if they are not on this machine: such a run can only be compiled. `like` is a run on
-    the same data, whose loader and scorer are used again. Raises UserError for a config that cannot run.
+    the same data, whose loader and scorer are used again. A `planned` run is never started: its model may lack tensors
+    and a tokenizer, and without a tokenizer no data are read. Raises UserError for a config that cannot run.
     """
     groups = _read_groups(config, devices)
-    name, options = groups.model.name, _load_options(groups.model)
+    name, options = groups.model.name, {**_load_options(groups.model), "planned": planned or like is not None}
     model, tokenizer, base = pretrained.describe(name, groups.options, **options)
     _check_model(groups, model)
     loader = like.loader if like else _make_loader(groups, tokenizer, model)
@@ -38,7 +41,7 @@ def build_run(config: Group, devices: Sequence[Any] | None = None, like: Run | N
         model, _, base = pretrained.describe(name, groups.options, **options)
     run = _assemble_run(groups, model, base, tokenizer, loader)
     run.optimizer()  # raises UserError for a regex that does not match
-    return dataclasses.replace(run, scorer=like.scorer if like else _make_evaluator(groups, run))
+    return dataclasses.replace(run, scorer=like.scorer if like else _make_evaluator(groups, run) if tokenizer else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +114,17 @@ def _check_model(groups: _Groups, model: Any) -> None:
         raise UserError(f"{length} exceed the model's {positions}: set data.seq_len to at most {room}")
 
 
-def _make_loader(groups: _Groups, tokenizer: Tokenizer, model: Any) -> data.Loader:
-    return data.make_loader(
-        groups.data,
-        tokenizer,
-        jax.process_index(),
-        jax.process_count(),
-        model.max_length - model.num_virtual_tokens,
-        groups.objective.row_format,
-    )
+def _make_loader(groups: _Groups, tokenizer: Tokenizer | None, model: Any) -> Any:
+    """The loader of the data; without a tokenizer, one that has shapes alone."""
+    positions, row_format = model.max_length - model.num_virtual_tokens, groups.objective.row_format
+    if tokenizer:
+        hosts = jax.process_index(), jax.process_count()
+        return data.make_loader(groups.data, tokenizer, *hosts, positions, row_format)
+    if groups.objective.model_options(()) and not groups.data.labels:
+        raise UserError(
+            f"{groups.model.name} has no tokenizer, so that no data are read: name the classes in data.labels"
+        )
+    return data.PlannedLoader(groups.data, row_format, positions)
 
 
 def _assemble_run(groups: _Groups, model: Any, base: PyTree, tokenizer: Tokenizer, loader: data.Loader) -> Run:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from launch import preflight as command
+from lowrank.core.errors import UserError
 from lowrank.memory import advice, compiled, devices, gpus
 from lowrank.training import build
 from tests.support.tiny_runs import config_of
@@ -133,6 +134,33 @@ def test_json_holds_the_same(files, capsys, no_compiler):
     assert found["formula"]["gradients"] == 2 * found["formula"]["adapter"] > 0
     assert found["compiled"]["platform"] == "cpu"
     assert found["compiled"]["native"] is False
+
+
+@pytest.mark.parametrize("more", [[], ["--config.model.quantize=nf4"]])
+def test_a_folder_with_a_config_alone_is_planned_as_the_model_itself(files, tmp_path, capsys, no_compiler, more):
+    (tmp_path / "config.json").write_text((files / "llama" / "config.json").read_text())
+    sums = []
+    for folder, source in ((files / "llama", files / "records.jsonl"), (tmp_path, "nowhere.jsonl")):
+        flags = [f"--config.model.name={folder}", f"--config.data.source=jsonl:{source}"]
+        assert command.main(words(files, *flags, *more, "--device=h100", "--json")) == 0
+        sums.append(json.loads(capsys.readouterr().out)["formula"])
+    assert sums[0] == sums[1]
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        build.build_run(config_of(files, model__name=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        ("objective=classification", "name the classes in data.labels"),
+        ("data.seq_len=65", "data.seq_len=65 exceeds the model's 64 positions"),
+        ("model.quantize=mixed", "has no model.safetensors"),
+    ],
+)
+def test_what_a_config_alone_does_not_tell_is_said(files, tmp_path, capsys, change, culprit):
+    (tmp_path / "config.json").write_text((files / "llama" / "config.json").read_text())
+    assert command.main(words(files, f"--config.model.name={tmp_path}", f"--config.{change}")) == 2
+    assert culprit in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_told_by_how_much_and_what_to_change(files, capsys, monkeypatch, no_compiler):
