@@ -28,8 +28,11 @@ def galore(
     The leaves that `train` matches are trained, and kernels that `target` matches are projected. For the gradient G
     `[in, out]` of a kernel with in <= out, `R = P^T G`. The optimizer of the run turns R `[rank, out]` into a step N,
     which is applied as `scale * P N`. P `[in, rank]` are the leading left singular vectors of G, computed every `every`
-    steps. For in > out, the right ones are used: `R = G Q`. The moments are those of R. Weight decay acts within the
-    projection.
+    steps. For in > out, the right ones are used: `R = G Q`. The moments are those of R. The clip acts on G, and weight
+    decay on the whole kernel.
+
+    Differs from the paper: the decay reads the kernel before its update, as in AdamW, where the authors' code reads it
+    afterwards.
     """
     targets.check_positive(rank=rank, every=every, scale=scale)
 
@@ -42,7 +45,7 @@ def galore(
     return Method(
         rules=((target, check),),
         trainable=(target, train),
-        hooks=Hooks(optimizer=lambda plain, steps: project_gradients(plain, rank, every, scale, target)),
+        hooks=Hooks(rescaling=lambda plain, steps: project_gradients(plain, rank, every, scale, target)),
     )
 
 
@@ -56,7 +59,7 @@ class ProjectedState(NamedTuple):
 
 def project_gradients(
     plain: optax.GradientTransformation, rank: int, every: int, scale: float, target: str
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """`plain` in the space that the leading singular vectors of each targeted gradient `[..., in, out]` span."""
 
     def down(leaves: PyTree, projectors: PyTree) -> PyTree:
@@ -71,17 +74,17 @@ def project_gradients(
         projectors = tree.map_named(empty, trained)
         return ProjectedState(plain.init(down(trained, projectors)), jnp.int32(0), projectors)
 
-    def update(gradient: PyTree, state: ProjectedState, trained: PyTree, **extra: Any) -> tuple[PyTree, ProjectedState]:
+    def update(gradient: PyTree, state: ProjectedState, trained: PyTree) -> tuple[PyTree, ProjectedState]:
         due = state.count % every == 0
         renewed = lambda g, p: jax.lax.cond(due, lambda: _leading(g, rank), lambda: p)  # noqa: E731
         projectors = jax.tree.map(lambda g, p: p if _masked(p) else renewed(g, p), gradient, state.projectors)
-        steps, inner = plain.update(down(gradient, projectors), state.inner, down(trained, projectors), **extra)
+        steps, inner = plain.update(down(gradient, projectors), state.inner, down(trained, projectors))
         updates = jax.tree.map(
             lambda g, n, p: n if _masked(p) else scale * _up(n, p, g.shape), gradient, steps, projectors
         )
         return updates, ProjectedState(inner, state.count + 1, projectors)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def _masked(x: Any) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from lowrank.core import weight
@@ -34,6 +35,7 @@ TotalLoss = Callable[[PyTree], Sums]  # (bound params) -> the objective's sums o
 # The value of the sums stays as it is, so that the losses of methods compare.
 Regularizer = Callable[[TotalLoss, PyTree, BatchInfo, jax.Array], Sums]
 WrapOptimizer = Callable[[optax.GradientTransformation, int], optax.GradientTransformation]  # (the run's, its steps)
+MapRates = Callable[[np.ndarray], np.ndarray]  # `[steps]` learning rates of the schedule -> those of the run
 MapBatch = Callable[[Batch], Batch]  # a host's batch -> the batch that the loss receives in its place
 InitMapBatch = Callable[[Any, PyTree], MapBatch]  # (network, frozen leaves) -> the map, before step 1
 
@@ -57,7 +59,9 @@ class Hooks:
     calibrate: Calibrate | None = None  # is called once, before step 1
     regularizer: Regularizer | None = None  # see `lowrank.methods.regularizers`
     optimizer: WrapOptimizer | None = None  # works inside the trained tree, and passes `lr` on
+    rescaling: WrapOptimizer | None = None  # of a label group's clipped gradients, before the decay and the rate
     map_batch: InitMapBatch | None = None
+    learning_rates: MapRates | None = None
     every_n_steps: EveryNSteps | None = None
     holdout: float = 0.0  # the share of the training records that every other batch is drawn from (`DataConfig`)
     freeze: tuple[str, ...] = ()  # regexes over leaves that stay frozen although their form declares them trainable

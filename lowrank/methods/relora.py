@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowrank.core import config_schema, tree, weight
@@ -19,15 +20,19 @@ from lowrank.weights.lora import LoRA
 
 
 @with_options_of(lora)
-def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:
+def relora(every: float = 0.25, warmup: float = 0.1, prune: float = 0.99, **kwargs: Any) -> Method:
     """ReLoRA: LoRA that is merged into the base and restarted every `every` steps (Lialin et al., arXiv:2307.05695).
 
-    Takes the options of `lora`. A restart sets `W <- W + scale A B`, draws A and B as at the start, resets the moments
-    of the optimizer, and lets the learning rate rise from 0 to its schedule over `warmup` steps. Values of `every`
-    below 1 are a share of the run, and values of `warmup` below 1 are a share of `every`. The base changes, so it must
-    be a plain kernel, and an adapter saves it.
+    Takes the options of `lora`. A restart sets `W <- W + scale A B`, draws A and B as at the start, and sets the share
+    `prune` of the entries of their moments, those with the smallest magnitudes, to 0. The learning rate then rises from
+    0 to its schedule over `warmup` steps. Values of `every` below 1 are a share of the run, and values of `warmup`
+    below 1 are a share of `every`. The base changes, so it must be a plain kernel, and an adapter saves it.
+
+    Differs from the paper: the schedule goes on during the warmup, where the authors' code holds it.
     """
-    targets.check_positive(every=every, warmup=warmup)
+    targets.check_positive(every=every, warmup=warmup, prune=prune)
+    if prune > 1:
+        raise UserError(f"method.prune {prune} is above 1, the share that resets the moments whole: lower it")
     method = config_schema.call_with_group(lora, kwargs, "method")
     [(target, adapt)] = method.rules
 
@@ -46,47 +51,81 @@ def relora(every: float = 0.25, warmup: float = 0.1, **kwargs: Any) -> Method:
 
     restarts = EveryNSteps(every, again)
 
-    def optimizer(plain: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+    def lengths(steps: int) -> tuple[int, int]:
+        """`(steps between two restarts, steps of warmup)` in a run of `steps`."""
         between = restarts.interval(steps)
-        rise = max(1, targets.count_steps(warmup, between))
+        return between, max(1, targets.count_steps(warmup, between))
+
+    def optimizer(plain: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+        between, rise = lengths(steps)
         if between >= steps:
             run = f"the run's {plural(steps, 'step')}"
             raise UserError(f"method.every {every} is not less than {run}: it would never restart")
         if rise > between:
             raise UserError(f"method.warmup {warmup} is longer than method.every {every}: lower it")
-        return restart_optimizer(plain, between, rise)
+        return prune_moments(plain, between, prune)
 
-    hooks = dataclasses.replace(method.hooks, every_n_steps=restarts, optimizer=optimizer)
+    hooks = dataclasses.replace(
+        method.hooks,
+        every_n_steps=restarts,
+        optimizer=optimizer,
+        learning_rates=lambda rates: with_warm_restarts(rates, *lengths(len(rates))),
+    )
     return dataclasses.replace(method, rules=((target, on_kernel),), hooks=hooks)
 
 
-class RestartingState(NamedTuple):
+def with_warm_restarts(rates: np.ndarray, every: int, warmup: int) -> np.ndarray:
+    """The learning rates `[steps]`, of which those after each restart rise from `1 / warmup` of their size."""
+    step = np.arange(len(rates))
+    rise = np.minimum(1.0, (step % every + 1) / warmup)
+    return np.where(step < every, rates, rates * rise).astype(rates.dtype)
+
+
+class PruningState(NamedTuple):
     """The state of the optimizer, and the number of updates done."""
 
     inner: Any
     count: jax.Array  # type: ignore[assignment]  # the updates done; the name hides tuple.count
 
 
-def restart_optimizer(
-    plain: optax.GradientTransformation, every: int, warmup: int
+def prune_moments(
+    plain: optax.GradientTransformation, every: int, share: float
 ) -> optax.GradientTransformationExtraArgs:
-    """`plain`, whose state is reset before updates `every`, `2 every`, ... (from 0).
+    """`plain`, whose moments of LoRA's factors are pruned before updates `every`, `2 every`, ... (from 0).
 
-    After each reset, the updates rise from `1 / warmup` of their size to their full size within `warmup` updates.
+    In each moment of one matrix, the `share` of the entries with the smallest magnitudes becomes 0.
     """
 
-    def init(trained: PyTree) -> RestartingState:
-        return RestartingState(plain.init(trained), jnp.int32(0))
+    def init(trained: PyTree) -> PruningState:
+        return PruningState(plain.init(trained), jnp.int32(0))
 
-    def update(
-        gradient: PyTree, state: RestartingState, trained: PyTree, **extra: Any
-    ) -> tuple[PyTree, RestartingState]:
-        count = state.count
-        due = (count > 0) & (count % every == 0)
-        inner = optax.tree.where(due, plain.init(trained), state.inner)
+    def update(gradient: PyTree, state: PruningState, trained: PyTree, **extra: Any) -> tuple[PyTree, PruningState]:
+        due = (state.count > 0) & (state.count % every == 0)
+
+        def prune(moment: Any, stack_axes: int) -> Any:
+            if isinstance(moment, optax.MaskedNode) or stack_axes < 0:
+                return moment
+            return jax.lax.cond(due, lambda: _without_smallest(moment, share, stack_axes), lambda: moment)
+
+        inner = optax.tree.map_params(
+            plain, prune, state.inner, _stack_axes(trained), is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+        )
         updates, inner = plain.update(gradient, inner, trained, **extra)
-        rise = jnp.minimum(1.0, (count % every + 1) / warmup)
-        size = jnp.where(count < every, 1.0, rise)
-        return jax.tree.map(lambda u: u * size, updates), RestartingState(inner, count + 1)
+        return updates, PruningState(inner, state.count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _stack_axes(trained: PyTree) -> PyTree:
+    """The number of axes before those of a matrix in each factor of a LoRA, and -1 in place of all other leaves."""
+
+    def count(w: Any) -> Any:
+        return jax.tree.map(lambda x: x.ndim - 2 if isinstance(w, LoRA) else -1, w)
+
+    return jax.tree.map(count, trained, is_leaf=weight.is_weight)
+
+
+def _without_smallest(x: jax.Array, share: float, stack_axes: int) -> jax.Array:
+    size = jnp.abs(x)
+    threshold = jnp.quantile(size, share, axis=tuple(range(stack_axes, x.ndim)), keepdims=True)
+    return jnp.where(size > threshold, x, 0)

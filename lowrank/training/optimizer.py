@@ -18,6 +18,7 @@ import optax
 from lowrank.core import config_schema, tree, weight
 from lowrank.core.errors import UserError, plural, unknown
 from lowrank.core.typing import PyTree
+from lowrank.methods.method import WrapOptimizer
 from lowrank.training.stacked_optimizer import per_matrix
 
 
@@ -145,25 +146,30 @@ def _decay_mask(trained: PyTree) -> PyTree:
     return tree.map_named(decay, trained, is_leaf=weight.is_weight)
 
 
-def build_optimizer(config: OptimConfig, steps: int, trained: PyTree) -> optax.GradientTransformationExtraArgs:
+def build_optimizer(
+    config: OptimConfig, steps: int, trained: PyTree, wrap: WrapOptimizer | None = None
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer of `trained` (arrays or shapes, None where frozen) for a run of `steps` steps.
 
-    Its updates take the extra argument `lr`, which `learning_rates` returns for each step. Raises UserError as
-    `check_optimizer` does.
+    Its updates take the extra argument `lr`, which `learning_rates` returns for each step. `wrap(rescaling, steps)`
+    takes the place of the rescaling that `config.name` names: the clip comes before it, and the weight decay and the
+    learning rate after it. Raises UserError as `check_optimizer` does.
     """
     check_optimizer(config, steps)
+    rescaling = config_schema.call_with_group(OPTIMIZERS[config.name], config.args, "optim.args")
+    rescaling = wrap(rescaling, steps) if wrap else rescaling
     of_leaf = optimizer_labels(config, trained)
-    groups = {label: _group(config, label) for label in sorted({v for _, v in tree.named_leaves(of_leaf)})}
+    groups = {label: _group(rescaling, label) for label in sorted({v for _, v in tree.named_leaves(of_leaf)})}
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, optax.multi_transform(groups, of_leaf))
 
 
-def _group(config: OptimConfig, label: str) -> optax.GradientTransformation:
+def _group(rescaling: optax.GradientTransformation, label: str) -> optax.GradientTransformation:
     ratio, decay = (float(part) for part in label.split(":"))
     if not ratio:
         return optax.set_to_zero()
     return optax.chain(
-        config_schema.call_with_group(OPTIMIZERS[config.name], config.args, "optim.args"),
+        rescaling,
         optax.add_decayed_weights(decay) if decay else optax.identity(),
         scale_by_given_rate(ratio),
     )

@@ -155,9 +155,9 @@ class Run:
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer of the trained leaves."""
-        plain = optim.build_optimizer(self.optim, self.config.steps, tree.split(self.shapes, self.mask)[0])
-        wrap = self.method.hooks.optimizer
-        return wrap(plain, self.config.steps) if wrap else plain
+        hooks, steps = self.method.hooks, self.config.steps
+        plain = optim.build_optimizer(self.optim, steps, tree.split(self.shapes, self.mask)[0], hooks.rescaling)
+        return hooks.optimizer(plain, steps) if hooks.optimizer else plain
 
     def loss(self, params: PyTree, batch: Batch, rng: jax.Array | None, regularizer: jax.Array | None = None) -> Sums:
         """The objective's sums over a batch, with the method's `bind` applied to the parameters.
@@ -186,7 +186,8 @@ class Run:
     @functools.cached_property
     def learning_rates(self) -> np.ndarray:
         """`[steps]`: the learning rate of each step."""
-        return optim.learning_rates(self.optim, self.config.steps)
+        rates, change = optim.learning_rates(self.optim, self.config.steps), self.method.hooks.learning_rates
+        return change(rates) if change else rates
 
 
 def _key() -> jax.Array:

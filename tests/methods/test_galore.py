@@ -7,8 +7,10 @@ import optax
 import pytest
 from optax.contrib import scale_by_galore
 
+from lowrank import methods
 from lowrank.core.errors import UserError
 from lowrank.methods.galore import project_gradients
+from lowrank.training.optimizer import OptimConfig, build_optimizer
 from tests.support.close import assert_close
 from tests.support.tiny_parameters import attached
 
@@ -90,3 +92,39 @@ def test_what_cannot_be_projected_is_refused():
         attached(name="galore", target="layers/attn/q/kernel")
     with pytest.raises(UserError, match=r"method\.every must be positive, not 0"):
         attached(name="galore", every=0)
+
+
+def authors_adamw(w, gradients, decay, clip):
+    """`w` `[out, in]` after each step of `galore_torch.AdamW` on clipped gradients, in float64."""
+    m = v = 0.0
+    for t, g in enumerate(gradients):
+        g = g * min(1.0, clip / np.linalg.norm(g))
+        if t % EVERY == 0:
+            u, _, vh = np.linalg.svd(g, full_matrices=False)
+            right = g.shape[0] >= g.shape[1]
+            q = vh[:RANK].T if right else u[:, :RANK]
+        low = g @ q if right else q.T @ g
+        m, v = 0.9 * m + 0.1 * low, 0.999 * v + 0.001 * low * low
+        size = LR * np.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1))
+        n = m / (np.sqrt(v) + 1e-12)
+        w = w - size * SCALE * (n @ q.T if right else q @ n)
+        w = w - LR * decay * w
+        yield w
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6)])
+def test_decay_and_clip_act_on_the_whole_matrix_as_in_the_authors_optimizer(shape):
+    decay, clip, rng = 0.1, 0.5, np.random.default_rng(2)
+    hook = methods.build_method(
+        {"name": "galore", "rank": RANK, "every": EVERY, "scale": SCALE, "target": "kernel"}
+    ).hooks.rescaling
+    start, *gradients = rng.standard_normal((EVERY + 1, *shape))  # a new projection has other signs
+    trained = {"kernel": jnp.asarray(start, jnp.float32)}
+    config = OptimConfig(lr=LR, schedule="constant", weight_decay=decay, clip=clip, args={"eps": 1e-12})
+    optimizer = build_optimizer(config, STEPS, trained, hook)
+    state = optimizer.init(trained)
+    for g, want in zip(gradients, authors_adamw(start.T, [g.T for g in gradients], decay, clip), strict=True):
+        updates, state = optimizer.update({"kernel": jnp.asarray(g, jnp.float32)}, state, trained, lr=LR)
+        # The authors decay the weight after its update, and AdamW before it.
+        trained = jax.tree.map(lambda w, u: (w + u + LR * decay * w) * (1 - LR * decay), trained, updates)
+        assert_close(trained["kernel"], want.T, relative=1e-5)

@@ -3,20 +3,20 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from lowrank import methods
 from lowrank.adapters import load
 from lowrank.core import tree
 from lowrank.core.errors import UserError
-from lowrank.core.weight import merge
-from lowrank.methods.relora import restart_optimizer
+from lowrank.core.weight import declared_mask, merge
+from lowrank.methods.relora import prune_moments
 from lowrank.training import build, loop
 from lowrank.training import optimizer as optim
+from lowrank.training.optimizer import OptimConfig
 from tests.support.adapted_model import adapted
 from tests.support.close import assert_close, difference
-from tests.support.tiny_parameters import base
+from tests.support.tiny_parameters import attached, base
 from tests.support.tiny_runs import config_of
 
 QV = r".*attn/(q|v)/kernel"
@@ -45,20 +45,31 @@ def test_shares_of_the_run_become_steps(files):
     assert [step for step in range(10) if run.restarts_at(step)] == [2, 4, 6, 8]
 
 
-def test_the_moments_are_forgotten_and_the_rate_rises_again():
-    every, warmup, lr, steps = 4, 3, 0.1, 11
-    optimizer = restart_optimizer(optax.chain(optax.scale_by_adam(), optim.scale_by_given_rate()), every, warmup)
-    gradients = np.random.default_rng(0).standard_normal((steps, 5))
-    state, step = optimizer.init(jnp.zeros(5)), jax.jit(optimizer.update)
-    for t, g in enumerate(gradients):
-        n = t % every + 1  # updates since the restart
-        if n == 1:
-            m = v = np.zeros(5)
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        rate = lr * (1 - t / steps) * (min(1, n / warmup) if t >= every else 1)
-        expected = -rate * (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8)
-        update, state = step(jnp.asarray(g, jnp.float32), state, jnp.zeros(5), lr=jnp.float32(lr * (1 - t / steps)))
-        assert_close(update, expected, relative=1e-4)
+def test_the_smallest_moments_of_each_factor_are_forgotten_and_no_others():
+    every, share, lr, steps = 4, 0.8, 0.1, 10
+    params, _ = attached(name="relora", rank=2, target=QV)
+    trained, _ = tree.split(params, declared_mask(params, ["head/.*"]))
+    optimizer = prune_moments(optim.build_optimizer(OptimConfig(clip=0), steps, trained), every, share)
+    rng, state, step = np.random.default_rng(0), optimizer.init(trained), jax.jit(optimizer.update)
+    m, v = ({name: np.zeros(x.shape) for name, x in tree.named_leaves(trained)} for _ in range(2))
+    for t in range(steps):
+        gradient = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), trained)
+        updates, state = step(gradient, state, trained, lr=jnp.float32(lr))
+        for name, g in tree.named_leaves(gradient):
+            for moment in (m[name], v[name]) if t in (4, 8) and name != "head/kernel" else ():
+                for layer in moment:
+                    layer[np.abs(layer) <= np.quantile(np.abs(layer), share)] = 0
+            g = np.float64(g)
+            m[name], v[name] = 0.9 * m[name] + 0.1 * g, 0.999 * v[name] + 0.001 * g * g
+            root = np.sqrt(v[name] / (1 - 0.999 ** (t + 1))) + 1e-8
+            expected = -lr * m[name] / (1 - 0.9 ** (t + 1)) / root
+            assert_close(dict(tree.named_leaves(updates))[name], expected, relative=1e-4, name=f"{t} {name}")
+
+
+def test_the_rate_that_is_logged_is_the_one_that_acts(files):
+    run = build.build_run(config_of(files, "method=relora,rank=2,every=4,warmup=3", optim__lr=0.1, steps=10))
+    plain = optim.learning_rates(run.optim, 10)
+    assert_close(run.learning_rates, plain * [1, 1, 1, 1, 1 / 3, 2 / 3, 1, 1, 1 / 3, 2 / 3])
 
 
 def config(files):
@@ -93,6 +104,7 @@ def test_what_is_saved_is_the_trained_model(files, whole):
         ("method=relora,every=8,rank=2,warmup=1", "method.every 8 is not less than the run's 8 steps"),
         ("method=relora,every=4,rank=2,warmup=5", "method.warmup 5 is longer than method.every 4"),
         ("method=relora,every=0", "method.every must be positive"),
+        ("method=relora,prune=1.5", "method.prune 1.5 is above 1"),
         ("method=relora,rnak=2", "did you mean 'method.rank'"),
     ],
 )
