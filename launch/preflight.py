@@ -2,13 +2,16 @@
 
     --device=h100[:8]    the device of the run, and the number of devices; by default, the devices of this machine
                          (to compile for a GPU that this machine lacks: pip install 'jax[cuda12-local]')
-    --topology=v5e:4x4   compile for a TPU slice, on a machine without TPUs (needs the extra `tpu`)
+    --topology=v5e:4x4   compile for a TPU slice, on a machine without TPUs (needs the extra `tpu`), or for several
+                         slices, v5e:4x4,slices=2
+    --formula            compile nothing: the memory by formula alone, in seconds
     --json               print the report as JSON
 
     python -m launch.preflight --table               the literature's figures beside ours
     python -m launch.preflight formats [VALUE ...]   the value of a number in each number format
 
-The weights are not read: a folder with a `config.json` is enough. Bad input is one line on stderr and exit code 2.
+The weights are not read: a folder with a `config.json` is enough. The exit code is 1 for a run that does not
+fit. Bad input is one line on stderr and exit code 2.
 """
 
 import argparse
@@ -27,7 +30,7 @@ from experiments.plan import literature, number_formats
 from launch import command
 from lowrank.core import config_file
 from lowrank.core.errors import UserError
-from lowrank.memory import advice, compiled, devices, formulas, gpus, report
+from lowrank.memory import advice, compiled, devices, flops, formulas, gpus, report, roofline, tpus
 from lowrank.memory.shapes import StepInputs, step_inputs
 from lowrank.training import build
 from lowrank.training.run import Run
@@ -47,7 +50,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for flag in ("--config", "--topology", "--device"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
-    for flag in ("--json", "--table", WORKER):
+    for flag in ("--json", "--table", "--formula", WORKER):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     changes = [word for word in argv if word.startswith("--config.")]
@@ -89,12 +92,13 @@ def _preflight(args: argparse.Namespace, changes: Sequence[str], argv: Sequence[
         target = devices.parse_topology(args.topology) if args.topology else devices.parse_device(args.device)
     if target and not args.worker and (target.topology or target.num_devices > 1):
         return _run_worker(target, argv)
-    result = _report(_load_config(args.config, changes), target)
+    result = make_report(load_config(args.config, changes), target, compiles=not args.formula)
     print(json.dumps(report.to_json(result), indent=2) if args.json else report.to_text(result))
-    return 0
+    return 0 if result.fits else 1
 
 
-def _load_config(spec: str, changes: Sequence[str]) -> Any:
+def load_config(spec: str, changes: Sequence[str]) -> Any:
+    """The config of a file with its changes, `--config.a.b=c`. Raises UserError for a change that it does not have."""
     config = config_file.load_config(spec)
     for word in changes:
         name, equals, value = word.removeprefix("--").partition("=")
@@ -107,22 +111,27 @@ def _load_config(spec: str, changes: Sequence[str]) -> Any:
 def _run_worker(target: devices.Target, argv: Sequence[str]) -> int:
     """Runs the command in a process whose environment names the slice or devices, as jax reads it when it starts."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={target.num_devices}"
-    settings = devices.tpu_environment(target) if target.topology else {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    settings = tpus.environment(target.topology) if target.topology else {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     if target.topology and not importlib.util.find_spec("libtpu"):
         raise UserError("--topology compiles with libtpu, which is not installed: pip install 'lowrank[tpu]'")
     words = [sys.executable, "-m", "launch.preflight", WORKER, *argv]
     return subprocess.run(words, env={**os.environ, **settings}, check=False).returncode
 
 
-def _report(config: Any, target: devices.Target | None) -> report.Report:
-    """The report of a config's run for the target, or for this machine; with advice if the run does not fit."""
+def make_report(config: Any, target: devices.Target | None, compiles: bool = True) -> report.Report:
+    """The report of a config's run for the target, or for this machine; with advice if the run does not fit.
+
+    Where it `compiles` nothing, the formula decides.
+    """
     abstract_devices = _compile_only_devices(target) if target else None
     run = build.build_run(config, abstract_devices, planned=True)
     native = target is None or bool(abstract_devices) or _is_local(target)
     target = target or devices.local_target(list(run.mesh.devices.flat))
     inputs = step_inputs(run)
-    by_formula, by_compiler = formulas.estimate_memory(run, inputs), _compile_programs(run, inputs, target)
-    first = report.Report(run, target, by_formula, by_compiler, native, [])
+    by_formula, operations = formulas.estimate_memory(run, inputs), flops.step_flops(run, inputs)
+    by_compiler = _compile_programs(run, inputs, target) if compiles else None
+    bound = roofline.bound(target, run, operations, by_formula, by_compiler)
+    first = report.Report(run, target, by_formula, by_compiler, native, [], operations, bound)
     if first.fits:
         return first
     room = target.memory * min(1.0, by_formula.peak / first.needed)  # in the formula's bytes, which may be too few
@@ -139,9 +148,7 @@ def _compile_programs(run: Run, inputs: StepInputs, target: devices.Target) -> c
 def _compile_only_devices(target: devices.Target) -> list[Any] | None:
     """The target's devices to compile for; None if they are in this machine, or if their compiler is not installed."""
     if target.topology:
-        from jax.experimental import topologies
-
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices)
+        return tpus.compile_only_devices(target.topology, target.slices)
     kind = target.name.partition(":")[0]
     if kind not in gpus.GPUS or _is_local(target) or not gpus.has_compiler():
         return None

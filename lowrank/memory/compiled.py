@@ -1,13 +1,15 @@
 """The memory that the compiler allocates: the programs of a run, compiled for abstract arrays without any weight."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 
-from lowrank.core import tree
+from lowrank.core import sharding, tree
 from lowrank.core.typing import PyTree
+from lowrank.memory.collectives import Collective, collectives
 from lowrank.memory.shapes import StepInputs, step_inputs
 from lowrank.training import step
 from lowrank.training.run import Run
@@ -25,6 +27,7 @@ class Program:
     code: int = 0
     host: int = 0  # arguments and temporaries in the host's memory
     refused: int = 0  # the memory that the compiler reports as needed where it refuses the program, else 0
+    collectives: Mapping[str, Collective] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -56,7 +59,8 @@ def compile_programs(run: Run, inputs: StepInputs | None = None) -> Compiled:
     r = inputs or step_inputs(run)
     parts = {"weights": r.frozen, "adapter": r.state.trained, "moments": r.state.optimizer, "batch": r.batch}
     optimizer = run.optimizer()
-    train = analyze_memory(lambda: step.compile_step(run.step(optimizer), r.state, r.frozen, r.batch))
+    compile_step = lambda: step.compile_step(run.step(optimizer), r.state, r.frozen, r.batch)  # noqa: E731
+    train = analyze_memory(compile_step, _logit_chunks(run, r))
     scorer, params = run.scorer, tree.join(r.state.trained, r.frozen)
     return Compiled(
         platform=run.mesh.devices.flat[0].device_kind,
@@ -66,10 +70,22 @@ def compile_programs(run: Run, inputs: StepInputs | None = None) -> Compiled:
     )
 
 
-def analyze_memory(compile_program: Callable[[], jax.stages.Compiled]) -> Program:
-    """The memory of a program by `memory_analysis`, or by the message of a compiler that refuses it as too large."""
+def _logit_chunks(run: Run, r: StepInputs) -> int:
+    """The chunks of logits of a microbatch in full: the program leaves out those without any weight."""
+    if not run.objective.vocabulary_logits or not run.config.logits_chunk_tokens:
+        return 1
+    tokens = math.prod(r.batch["tokens"].shape) // (sharding.num_batch_shards(run.mesh) * run.optim.accumulate)
+    return max(1, -(-tokens // run.config.logits_chunk_tokens))
+
+
+def analyze_memory(compile_program: Callable[[], jax.stages.Compiled], chunks: int = 1) -> Program:
+    """The memory of a program by `memory_analysis`, or by the message of a compiler that refuses it as too large.
+
+    `chunks` is the number of trips of a loop whose bound the program computes.
+    """
     try:
-        m = compile_program().memory_analysis()
+        program = compile_program()
+        m = program.memory_analysis()
     except jax.errors.JaxRuntimeError as e:
         used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT]", str(e))
         if "RESOURCE_EXHAUSTED" not in str(e) or not used:
@@ -82,6 +98,7 @@ def analyze_memory(compile_program: Callable[[], jax.stages.Compiled]) -> Progra
         outputs=m.output_size_in_bytes - m.alias_size_in_bytes,
         code=m.generated_code_size_in_bytes,
         host=m.host_argument_size_in_bytes + m.host_temp_size_in_bytes,
+        collectives=collectives(program.as_text() or "", chunks),
     )
 
 

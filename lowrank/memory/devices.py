@@ -1,10 +1,10 @@
 """The devices that a run may be estimated for: the memory of each device, and the TPU slices that exist."""
 
-import math
 import os
 from typing import Any, NamedTuple
 
 from lowrank.core.errors import UserError, unknown
+from lowrank.memory import tpus
 
 GIB = 2**30
 # The memory that the vendor prints, in GiB, of which a driver reserves a little.
@@ -27,15 +27,8 @@ MEMORY = {
     "b200": 180,
     "v2": 8,
     "v3": 16,
-    "v4": 32,
-    "v5e": 16,
-    "v5p": 95,
-    "v6e": 32,
+    **{name: tpu.memory for name, tpu in tpus.TPUS.items()},
 }
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-SLICES = {"v5e": FLAT, "v6e": FLAT, "v5p": SOLID}
-ACCELERATORS = {"v5e": ("v5litepod", 1), "v6e": ("v6e", 1), "v5p": ("v5p", 2)}  # (name, cores per chip in its count)
 
 
 class Target(NamedTuple):
@@ -45,15 +38,30 @@ class Target(NamedTuple):
     memory: int
     num_devices: int
     topology: str = ""  # of a TPU slice to compile for
+    slices: int = 1
+
+    @property
+    def tpu(self) -> tpus.Tpu | None:
+        """The figures of the chips of a TPU slice; None for other devices."""
+        return tpus.TPUS[self.topology.partition(":")[0]] if self.topology else None
 
 
 def parse_topology(text: str) -> Target:
-    """The TPU slice of a topology such as `v5e:4x4`. Raises UserError for a slice that does not exist."""
-    kind, _, layout = text.partition(":")
-    if kind not in SLICES or layout not in SLICES[kind]:
-        near = SLICES.get(kind)
-        raise unknown("topology", text, [f"{k}:{s}" for k in ([kind] if near else SLICES) for s in SLICES[k]])
-    return Target(text, MEMORY[kind] * GIB, math.prod(map(int, layout.split("x"))), text)
+    """The devices of `v5e:4x4`, or of several such slices, `v5e:4x4,slices=2`.
+
+    Raises UserError for a slice that does not exist.
+    """
+    topology, comma, slices = text.partition(",")
+    kind, _, layout = topology.partition(":")
+    if kind not in tpus.TPUS or layout not in tpus.TPUS[kind].layouts:
+        near = [kind] if kind in tpus.TPUS else tpus.TPUS
+        raise unknown("topology", topology, [f"{k}:{s}" for k in near for s in tpus.TPUS[k].layouts])
+    count = slices.removeprefix("slices=")
+    if comma and not (slices.startswith("slices=") and count.isdecimal() and 0 < int(count) <= 64):
+        raise UserError(f"--topology={text}: after the comma comes slices=N, N from 1 to 64")
+    tpu, number = tpus.TPUS[kind], int(count) if comma else 1
+    total = number * tpus.chips(topology) * tpu.devices
+    return Target(text, tpu.memory * GIB // tpu.devices, total, topology, number)
 
 
 def parse_device(text: str) -> Target:
@@ -71,15 +79,3 @@ def local_target(devices: list[Any]) -> Target:
     stats = devices[0].memory_stats() or {}
     memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
     return Target(f"this machine's {devices[0].device_kind}", memory, len(devices))
-
-
-def tpu_environment(target: Target) -> dict[str, str]:
-    """The environment variables of a process that compiles for a TPU slice on a machine without TPUs."""
-    prefix, cores = ACCELERATORS[target.topology.partition(":")[0]]
-    return {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": f"{prefix}-{cores * target.num_devices}",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process that compiles at the same time is aborted
-    }

@@ -6,8 +6,10 @@ from typing import Any
 from lowrank.memory.advice import Advice
 from lowrank.memory.compiled import Compiled
 from lowrank.memory.devices import GIB, Target
+from lowrank.memory.flops import Flops
 from lowrank.memory.formulas import Memory
 from lowrank.memory.gpus import GPUS
+from lowrank.memory.roofline import Roofline
 from lowrank.training.run import Run
 
 INSTALL = "; with `pip install 'jax[cuda12-local]'` it is compiled for it"
@@ -32,6 +34,8 @@ class Report:
     compiled: Compiled | None
     native: bool  # whether it is compiled for the target itself and not for another platform in its place
     advice: list[Advice]
+    flops: Flops
+    roofline: Roofline | None
 
     @property
     def needed(self) -> int:
@@ -81,7 +85,7 @@ def to_text(r: Report) -> str:
     width = max(28, len(heading) + 2)
     lines += [f"{'':20}{'formula':>12}{heading:>{width}}{'formula / compiled':>22}"]
     lines += [_line(name, formula, compiled, width) for name, formula, compiled in table_rows(r)]
-    lines += ["", *r.run.notes, *verdict(r)]
+    lines += ["", *_work(r), *r.run.notes, *verdict(r)]
     lines += [f"  {line}" for line in _advice(r)]
     return "\n".join(lines)
 
@@ -90,6 +94,20 @@ def _line(name: str, formula: int, compiled: int | None, width: int) -> str:
     ratio = f"{formula / compiled:.2f}" if compiled else ""
     cells = f"{format_bytes(formula):>12}{format_bytes(compiled) if compiled is not None else '':>{width}}{ratio:>22}"
     return f"{NAMES.get(name, name):20}{cells}  {NOTES.get(name, '')}".rstrip()
+
+
+def _work(r: Report) -> list[str]:
+    """The lines on the operations, the collectives and the bound on a step's time."""
+    again = f", {r.flops.recomputed / 1e12:.4g} TFLOP of them computed again" if r.flops.recomputed else ""
+    lines = [f"a step: {r.flops.executed / 1e12:.4g} TFLOP on all devices{again}"]
+    used = {kind: of for kind, of in (r.compiled.step.collectives if r.compiled else {}).items() if of.count}
+    lines += [f"  {kind}: {of.count} a step, {format_bytes(of.bytes)} on each device" for kind, of in used.items()]
+    if r.roofline and (tpu := r.target.tpu):
+        bound = r.roofline
+        parts = f"compute {bound.compute:.3g}, memory {bound.memory:.3g}, links {bound.links:.3g}"
+        chip = f"{tpu.peak} TFLOP/s in bfloat16, {tpu.bandwidth} GB/s of memory, {tpu.links} GB/s of links a chip"
+        lines += [f"  at least {bound.step:.3g} s ({parts}), at most {bound.mfu:.1%} MFU: a bound, by {chip}"]
+    return lines
 
 
 def verdict(r: Report) -> list[str]:
@@ -140,6 +158,8 @@ def to_json(r: Report) -> dict[str, Any]:
         "formula": {name: formula for name, formula, _ in table},
         "compiled": programs,
         "formula_over_compiled": {name: formula / compiled for name, formula, compiled in table if compiled},
+        "flops": dataclasses.asdict(r.flops),
+        "roofline": r.roofline and dataclasses.asdict(r.roofline),
         "needed_bytes": r.needed,
         "fits": r.fits,
         "missing_bytes": max(0, r.needed - r.target.memory),

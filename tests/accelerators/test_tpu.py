@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 from launch import preflight as command
-from lowrank.memory import devices
+from lowrank.memory import tpus
 
 
 def test_a_large_product_and_its_gradient_make_no_copy_of_the_kernel():
     """A 4096 x 14336 kernel is 235 MB in float32; a program's temporaries stay below 32 MB in all, on a v5e."""
-    environment = os.environ | devices.tpu_environment(devices.parse_topology("v5e:4x4"))
+    environment = os.environ | tpus.environment("v5e:4x4")
     words = [sys.executable, "-m", "tests.support.large_product", "v5e"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     assert max(map(int, done.stdout.split())) < 32e6

@@ -9,7 +9,7 @@ import pytest
 
 from launch import preflight as command
 from lowrank.core.errors import UserError
-from lowrank.memory import advice, compiled, devices, gpus
+from lowrank.memory import advice, compiled, devices, gpus, tpus
 from lowrank.training import build
 from tests.support.tiny_runs import config_of
 
@@ -51,7 +51,8 @@ def no_compiler(monkeypatch):
     [
         (["--topology=v5e:4x5", CONFIG], "unknown topology 'v5e:4x5'"),
         (["--topology=v5e:4x5", CONFIG], "v5e:16x16, v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4"),
-        (["--topology=v9:4x4", CONFIG], "known: v5e:16x16"),
+        (["--topology=v9:4x4", CONFIG], "known: tpu7x:2x2x1"),
+        (["--topology=v5e:4x4,slices=0", CONFIG], "slices=N, N from 1 to 64"),
         (["--device=h10", CONFIG], "'h10' (did you mean 'h100'?)"),
         (["--device=h100:none", CONFIG], "an integer from 1 to 64"),
         (["--device=h100", "--topology=v5e:4x4", CONFIG], "give one"),
@@ -103,10 +104,12 @@ def test_the_known_devices_and_slices():
     assert devices.parse_device("a100:8")[2] == 8
     assert devices.parse_topology("v5e:4x4")[1:3] == (16 * 2**30, 16)
     assert devices.parse_topology("v5p:2x2x1").num_devices == 4
+    assert devices.parse_topology("v4:2x2x2")[1:3] == (16 * 2**30, 16)  # two devices a chip
+    assert devices.parse_topology("v5e:16x16,slices=2")[2:] == (512, "v5e:16x16", 2)
 
 
 def test_every_gpu_with_a_memory_can_be_described():
-    assert set(gpus.GPUS) == set(devices.MEMORY) - {"v2", "v3", "v4", *devices.SLICES}
+    assert set(gpus.GPUS) == set(devices.MEMORY) - {"v2", "v3", *tpus.TPUS}
     text = gpus.target_config(gpus.GPUS["h100"], 80 * 2**30)
     for field in ("core_count: 132 ", "major: 9 minor: 0", f"device_memory_size: {80 * 2**30} ", "H100 80GB"):
         assert field in text
@@ -134,6 +137,7 @@ def test_json_holds_the_same(files, capsys, no_compiler):
     assert found["formula"]["gradients"] == 2 * found["formula"]["adapter"] > 0
     assert found["compiled"]["platform"] == "cpu"
     assert found["compiled"]["native"] is False
+    assert found["flops"]["model"] > found["flops"]["recomputed"] > 0
 
 
 @pytest.mark.parametrize("more", [[], ["--config.model.quantize=nf4"]])
@@ -167,15 +171,16 @@ def test_what_does_not_fit_is_told_by_how_much_and_what_to_change(files, capsys,
     small = build.build_run(config_of(files, mesh__data=1, optim__accumulate=8))
     room = advice.formulas.estimate_memory(small).peak
     monkeypatch.setitem(devices.MEMORY, "h100", room / devices.GIB)
-    assert command.main(words(files, "--device=h100", "--json")) == 0
+    assert command.main(words(files, "--device=h100", "--json")) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] is False
     assert found["missing_bytes"] == found["needed_bytes"] - room > 0
     (step,) = found["advice"]
     assert step["option"]["changes"] == {"optim.accumulate": 8}
     assert step["leaves"] == room
-    assert command.main(words(files, "--device=h100")) == 0
+    assert command.main(words(files, "--device=h100", "--formula")) == 1
     out = capsys.readouterr().out
+    assert "not compiled" in out
     assert "does not fit: " in out
     assert "--config.optim.accumulate=8: saves " in out
     assert "together they fit" in out
