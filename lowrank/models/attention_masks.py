@@ -3,24 +3,29 @@
 Shapes: B rows, T tokens (virtual ones first), S keys, H head width.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lowrank.kernels.attention.mask import PREFIX_SEGMENT, PROMPT_SEGMENT, Mask, Tokens
 from lowrank.models import kv_cache, rope
 from lowrank.models.kv_cache import Cache
 
-PROMPT_SEGMENT = -1  # the segment of virtual tokens: all segments see them
-PREFIX_SEGMENT = -2  # the segment of a prefix's keys: all segments see them, at any distance
-
 
 class AttentionInputs(NamedTuple):
-    """Rope tables `[B, T, 1, H/2]` (None: no rope), and a mask `[B, 1, T, S]` (None: all keys, or causal)."""
+    """The mask, and rope tables `[B, T, 1, H/2]` (None: no rope), with an axis in front where two kinds alternate."""
 
+    mask: Mask
     cos: jax.Array | None = None
     sin: jax.Array | None = None
-    mask_Bx1xTxS: jax.Array | None = None
+
+    def of_layer(self, local: jax.Array) -> "AttentionInputs":
+        """The inputs of a layer of the kind `local` (1: local, 0: global), where both kinds alternate."""
+        mask = dataclasses.replace(self.mask, local=local.astype(bool))
+        return AttentionInputs(mask, *jax.tree.map(lambda x: x[local], self[1:]))
 
 
 def prepend_prompt_segments(segments_BxT: jax.Array, num_prompt: int) -> jax.Array:
@@ -33,10 +38,16 @@ def prepend_prefix_segments(segments_BxT: jax.Array, length: int) -> jax.Array:
     return jnp.pad(segments_BxT, ((0, 0), (length, 0)), constant_values=PREFIX_SEGMENT)
 
 
-def same_segment_mask(q_segments_BxT: jax.Array, k_segments_BxS: jax.Array) -> jax.Array:
-    """`[B, T, S]` bool: whether query and key have one segment, or the key belongs to all segments."""
-    k_Bx1xS = k_segments_BxS[:, None, :]
-    return (q_segments_BxT[:, :, None] == k_Bx1xS) | (k_Bx1xS < 0)
+def count_seen(segments_BxS: jax.Array) -> jax.Array:
+    """`[B, S]` int32: how many keys before its own slot a token of each slot sees, of its segment or of all."""
+    indices_1xS = jnp.arange(segments_BxS.shape[1], dtype=jnp.int32)[None]
+    order_BxS = jnp.argsort(segments_BxS, axis=1, stable=True)
+    ordered_BxS = jnp.take_along_axis(segments_BxS, order_BxS, axis=1)
+    starts_BxS = jnp.diff(ordered_BxS, axis=1, prepend=ordered_BxS[:, :1] - 1) != 0
+    rank_BxS = indices_1xS - jax.lax.cummax(jnp.where(starts_BxS, indices_1xS, 0), axis=1)
+    rank_BxS = jnp.take_along_axis(rank_BxS, jnp.argsort(order_BxS, axis=1), axis=1)
+    of_all_BxS = jnp.cumsum(segments_BxS < 0, axis=1, dtype=jnp.int32)
+    return jnp.where(segments_BxS < 0, of_all_BxS - 1, of_all_BxS + rank_BxS)
 
 
 def causal_inputs(
@@ -52,11 +63,12 @@ def causal_inputs(
 
     The keys are the model's prefix, then those of the tokens; or the slots of the cache, which holds the prefix.
     `positions` and `segments` are those of the real tokens, or None. The returned cache has these tokens marked. With
-    neither segments nor a cache there is no mask: attention applies its own causal mask.
+    neither segments nor a cache the mask depends on the slots alone.
     """
+    shift = num_prompt, config.num_virtual_tokens
     if segments is None and cache is None and not config.needs_mask:
-        positions = _shift_positions(positions, num_prompt, config.num_virtual_tokens, jnp.arange(length)[None, :])
-        return positions, _layer_inputs(config, positions, positions, None, None), None
+        positions = _shift_positions(positions, *shift, lambda: jnp.arange(length)[None, :])
+        return positions, _layer_inputs(config, positions, Mask(causal=True, window=config.window)), None
     if segments is None:
         segments = jnp.ones((1 if cache is None else batch, length - num_prompt), jnp.int32)
     segments = prepend_prompt_segments(segments, num_prompt)
@@ -64,50 +76,43 @@ def causal_inputs(
     if cache is not None:
         start = cache.index
         k_segments = kv_cache.update_slots(cache.segments_BxS, segments, start, axis=1)
-    mask_BxTxS = same_segment_mask(segments, k_segments) & _causal_mask(length, k_segments.shape[1], start)[None]
-    counted = jnp.sum(mask_BxTxS, axis=-1, dtype=jnp.int32) - 1
-    positions = _shift_positions(positions, num_prompt, config.num_virtual_tokens, counted)
+    seen = lambda: jax.lax.dynamic_slice_in_dim(count_seen(k_segments), start, length, axis=1)  # noqa: E731
+    positions = _shift_positions(positions, *shift, seen)
     k_positions = jnp.pad(positions, ((0, 0), (config.prefix_length, 0)))
     if cache is not None:
         positions = jnp.broadcast_to(positions, segments.shape)
         cache = kv_cache.mark_slots(cache, segments, positions)
         k_positions = cache.positions_BxS
-    return positions, _layer_inputs(config, positions, k_positions, mask_BxTxS, k_segments), cache
+    slots = None if cache is None and not start else start + jnp.arange(length, dtype=jnp.int32)[None]
+    queries, keys = Tokens(segments, positions, slots), Tokens(k_segments, k_positions)
+    return positions, _layer_inputs(config, positions, Mask(queries, keys, causal=True, window=config.window)), cache
 
 
-def _causal_mask(T: int, S: int, start: jax.Array | int) -> jax.Array:
-    return jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None]
-
-
-def _shift_positions(positions: jax.Array | None, num_prompt: int, shift: int, default: jax.Array) -> jax.Array:
+def _shift_positions(
+    positions: jax.Array | None, num_prompt: int, shift: int, default: Callable[[], jax.Array]
+) -> jax.Array:
     """Given positions, moved by `shift` behind all virtual tokens, the last `num_prompt` of which come first."""
     if positions is None:
-        return default
+        return default()
     virtual = shift - num_prompt + jnp.arange(num_prompt, dtype=positions.dtype)
     virtual_BxP = jnp.broadcast_to(virtual, (positions.shape[0], num_prompt))
     return jnp.concatenate([virtual_BxP, positions + shift], axis=1)
 
 
-def _layer_inputs(c: Any, positions_BxT, k_positions_BxS, mask_BxTxS, k_segments_BxS) -> AttentionInputs:
-    """The inputs of all layers; when local and global layers alternate, both stacked: `x[0]` global, `x[1]` local."""
-    local_mask_BxTxS = mask_BxTxS
-    if mask_BxTxS is not None and c.window:
-        close = positions_BxT[:, :, None] - k_positions_BxS[:, None, :] < c.window
-        local_mask_BxTxS = mask_BxTxS & (close | (k_segments_BxS == PREFIX_SEGMENT)[:, None, :])
+def _layer_inputs(c: Any, positions_BxT: jax.Array, mask: Mask) -> AttentionInputs:
+    """The inputs of all layers; when local and global layers alternate, rope tables `x[0]` global and `x[1]` local."""
+    if c.learned_positions:
+        return AttentionInputs(mask)
     global_rope = c.rope_theta, c.rope_scaling
     local_rope = (c.local_rope_theta, None) if c.local_rope_theta else global_rope
     if not c.mixed:
-        return _inputs(c, positions_BxT, local_rope if c.window else global_rope, local_mask_BxTxS)
-    both = _inputs(c, positions_BxT, global_rope, mask_BxTxS), _inputs(c, positions_BxT, local_rope, local_mask_BxTxS)
-    return jax.tree.map(lambda *x: jnp.stack(x), *both)
+        return AttentionInputs(mask, *_rope_tables(c, positions_BxT, local_rope if c.window else global_rope))
+    both = (_rope_tables(c, positions_BxT, kind) for kind in (global_rope, local_rope))
+    return AttentionInputs(mask, *jax.tree.map(lambda *x: jnp.stack(x), *both))
 
 
-def _inputs(c: Any, positions_BxT, theta_and_scaling, mask_BxTxS) -> AttentionInputs:
-    mask_Bx1xTxS = None if mask_BxTxS is None else mask_BxTxS[:, None]
-    if c.learned_positions:
-        return AttentionInputs(mask_Bx1xTxS=mask_Bx1xTxS)
-    frequencies_F = rope.rope_frequencies(c.head_dim, *theta_and_scaling) / c.position_factor
-    return AttentionInputs(*rope.rope_tables(positions_BxT, frequencies_F), mask_Bx1xTxS)
+def _rope_tables(c: Any, positions_BxT: jax.Array, theta_and_scaling: Any) -> tuple[jax.Array, jax.Array]:
+    return rope.rope_tables(positions_BxT, rope.rope_frequencies(c.head_dim, *theta_and_scaling) / c.position_factor)
 
 
 def bidirectional_inputs(
@@ -118,12 +123,8 @@ def bidirectional_inputs(
     Virtual tokens see every real token of the row: a row with virtual tokens must hold one segment.
     """
     if segments is None:
-        return prefix_length + jnp.arange(length)[None, :], AttentionInputs()
+        return prefix_length + jnp.arange(length)[None, :], AttentionInputs(Mask())
     segments = prepend_prompt_segments(segments, num_prompt)
     k_segments = prepend_prefix_segments(segments, prefix_length)
-    mask_BxTxS = same_segment_mask(segments, k_segments)
-    before_BxTxS = mask_BxTxS & _causal_mask(length, length + prefix_length, prefix_length)[None]
-    positions_BxT = jnp.sum(before_BxTxS, axis=-1, dtype=jnp.int32) - 1
-    if num_prompt:
-        mask_BxTxS |= (segments[:, :, None] == PROMPT_SEGMENT) & (k_segments[:, None, :] > 0)
-    return positions_BxT, AttentionInputs(mask_Bx1xTxS=mask_BxTxS[:, None])
+    mask = Mask(Tokens(segments), Tokens(k_segments), prompt_sees_all=num_prompt > 0)
+    return count_seen(k_segments)[:, prefix_length:], AttentionInputs(mask)

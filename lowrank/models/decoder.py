@@ -60,7 +60,7 @@ class Block(nn.Module):
             *past, cached_gates = past
         gates = layer_gates(self, h, cached_gates)
         if local is not None:
-            inputs = jax.tree.map(lambda x: x[local], inputs)
+            inputs = inputs.of_layer(local)
         attention = Attention(
             c.heads,
             c.kv_heads,
@@ -72,11 +72,9 @@ class Block(nn.Module):
             c.wide_qk_norm,
             c.norm_eps,
             c.norm_offset,
-            causal=True,
-            window=c.window,
             scale=c.attn_scale,
             softcap=c.attn_logit_softcap,
-            fused=c.fused_attention,
+            form=c.attention,
             shift_group=c.shift_group,
             clip=c.clip_qkv,
             name="attn",

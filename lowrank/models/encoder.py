@@ -50,7 +50,7 @@ class EncoderConfig(AdapterOptions):
     remat: str = "full"  # the backward pass's recomputation: a key of layer_stack.REMAT
     remat_names: tuple[str, ...] = ()  # of layers.SAVEABLE, for `names` and `offload`; (): the policy's default
     unroll: int = 1  # layers per step of the scan
-    fused_attention: bool = True  # cuDNN's kernel where it accepts the shapes; else XLA's
+    attention: str = "auto"  # the form of attention: one of kernels.attention.dispatch.IMPLEMENTATIONS
 
     def __post_init__(self) -> None:
         check_model_options(self)
@@ -79,9 +79,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """`(h [B, T, D], None)`; `past` is a prefix or None."""
         c, h = self.config, checkpoint_name(sharding.shard_batch_axis(h), "input")
-        attention = Attention(
-            c.heads, c.heads, c.head_dim, qkv_bias=True, o_bias=True, fused=c.fused_attention, name="attn"
-        )
+        attention = Attention(c.heads, c.heads, c.head_dim, qkv_bias=True, o_bias=True, form=c.attention, name="attn")
         gates = layer_gates(self, h)
         y = checkpoint_name(apply_with_gates(attention, gates, h, inputs, past)[0], "attn")
         h = Norm("layer", c.norm_eps, name="attn_norm")(h + add_adapter(c, "attn", h, y))

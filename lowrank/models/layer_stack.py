@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.weight import PRODUCT
+from lowrank.kernels.attention.dispatch import IMPLEMENTATIONS
 from lowrank.models.adapter_options import check_adapter_options
 from lowrank.models.layers import SAVEABLE
 
@@ -78,6 +79,8 @@ def check_model_options(config: Any) -> None:
             raise unknown("activation in remat_names", name, SAVEABLE)
     if config.remat_names and config.remat not in DEFAULT_NAMES:
         raise UserError(f"remat_names needs remat=names or remat=offload, and the config has remat={config.remat}")
+    if config.attention not in IMPLEMENTATIONS:
+        raise unknown("form in model.attention", config.attention, IMPLEMENTATIONS)
     if config.dtype not in COMPUTE_DTYPES:
         raise unknown("compute dtype", config.dtype, COMPUTE_DTYPES)
     check_adapter_options(config)

@@ -30,7 +30,7 @@ RUNTIME = (
     "remat",
     "remat_names",
     "unroll",
-    "fused_attention",
+    "attention",
     "top_layers",
     "num_labels",
     "biases",

@@ -1,13 +1,16 @@
 """Shifted sparse attention beside attention written token by token in float64, and where the decoder uses it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lowrank.core.errors import UserError
+from lowrank.kernels.attention import dispatch
+from lowrank.kernels.attention.mask import Mask, Tokens
 from lowrank.models import DecoderConfig, build_model, inference_config, init_cache
-from lowrank.models.attention import attend
 from lowrank.models.shifted_sparse_attention import attend_shifted
 from tests.support.close import assert_close, difference
 from tests.support.tiny_models import LLAMA, SIZES, decoder, run, tokens
@@ -51,12 +54,12 @@ def test_tokens_attend_within_their_group_and_half_of_the_heads_are_shifted(
 ):
     rng = np.random.default_rng(0)
     q, k, v = (2 * rng.standard_normal((B, length, n, H)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
-    segments = np.ones((B, length), int)
+    segments = np.ones((B, length), np.int32)
     segments[:, length // 3 :] += packed
-    seen = (segments[:, :, None] == segments[:, None]) & np.tril(np.ones((length, length), bool))
-    mask = jnp.asarray(seen)[:, None] if packed else None
-    options = {"group": group, "causal": True, "window": window, "softcap": cap}
-    ours = jax.jit(lambda *x: attend_shifted(attend, *x, **options))(q, k, v, mask)
+    tokens = Tokens(jnp.asarray(segments)) if packed else Tokens()
+    mask = Mask(tokens, tokens, causal=True, window=window)
+    attend = partial(dispatch.attend, softcap=cap)
+    ours = jax.jit(lambda *x: attend_shifted(attend, *x, group))(q, k, v, mask)
     assert_close(ours, reference(q, k, v, segments, group, window, cap))
 
 

@@ -1,0 +1,150 @@
+"""The forms of attention beside attention written one query at a time in float64, forward and gradients."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank.core.errors import UserError
+from lowrank.kernels.attention import blockwise, cudnn, dense, dispatch
+from lowrank.kernels.attention.mask import Mask
+from tests.support import thinning
+from tests.support.attention_cases import CASES, HEAD, Case, mask_of, reference, seen
+from tests.support.close import assert_close
+from tests.support.tiny_models import normal
+
+FORMS = {"dense": dense.attend, "blockwise": partial(blockwise.attend, block=8)}
+SCALE = 0.7
+
+
+def arrays(case):
+    """`q`, `k`, `v` and a gradient of the output."""
+    see = seen(case)
+    (_, T, S), (N, K) = see.shape, case.heads
+    return [2 * normal(i, 2, length, heads, HEAD) for i, (length, heads) in enumerate([(T, N), (S, K), (S, K), (T, N)])]
+
+
+def output_and_gradients(attend, q, k, v, g):
+    """The output, and the gradients of `sum(g * output)` by q, k and v."""
+
+    @jax.jit
+    def both(q, k, v, g):
+        out, pullback = jax.vjp(attend, q, k, v)
+        return out, *pullback(g)
+
+    return both(q, k, v, g)
+
+
+COMBINED = [f"{form}: {case}" for form in FORMS for case in CASES]
+LEFT = [name for name in COMBINED if name.startswith("dense") and "cap" not in name]
+
+
+@pytest.mark.parametrize("name", thinning.leave(COMBINED, LEFT))
+def test_a_form_equals_float64(name):
+    form, _, case = name.partition(": ")
+    case = CASES[case]
+    q, k, v, g = arrays(case)
+    attend = lambda q, k, v: FORMS[form](q, k, v, mask_of(case), scale=SCALE, softcap=case.cap)  # noqa: E731
+    expected = reference(q, k, v, g, seen(case), SCALE, case.cap)
+    size = [np.max(np.abs(x)) for x in (expected[0], g, g, g)]
+    for ours, exact, scale in zip(output_and_gradients(attend, q, k, v, g), expected, size, strict=True):
+        assert_close(ours, exact, relative=2e-5, size=scale)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mask_shows_the_keys_that_the_rules_allow(name):
+    see = seen(CASES[name])
+    ours = mask_of(CASES[name]).expand(*see.shape[1:])
+    assert np.array_equal(np.broadcast_to(ours, see.shape), see)
+
+
+def test_blocks_that_no_query_sees_are_not_visited():
+    options = blockwise.Options(1.0, 0.0, 8, 8)
+    cases = (Case(21), [0, 0, 0], [1, 2, 3]), (Case(21, window=5), [0, 0, 1], [1, 2, 3])
+    packed = Case(((1,) * 8 + (2,) * 8 + (3,) * 8, (1,) * 8 + (2,) * 16))
+    for case, first, end in (*cases, (packed, [0, 1, 1], [1, 2, 3])):
+        visits = blockwise.visits(mask_of(case), case.length, case.length, options)
+        assert [x.tolist() for x in visits[1:]] == [first, end]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_softmax_is_float32_in_half_precision(form):
+    case = CASES["packed"]
+    q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in arrays(case))
+    ours = output_and_gradients(lambda q, k, v: FORMS[form](q, k, v, mask_of(case)), q, k, v, g)
+    for x, exact in zip(ours, reference(q, k, v, g, seen(case), HEAD**-0.5, 0.0), strict=True):
+        assert x.dtype == jnp.bfloat16
+        assert_close(np.asarray(x, np.float64), exact, relative=0.02)
+
+
+def test_no_array_of_scores_exists_at_length():
+    T = 4096
+    shape = jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)
+
+    def loss(q, k, v):
+        return jnp.sum(dispatch.attend(q, k, v, Mask(causal=True)))
+
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 4 * T * T
+
+
+def test_a_query_that_sees_no_key_gets_zeros_and_no_gradient():
+    see = Case(((1, 1, 1),), heads=(1, 1))
+    q, k, v, g = arrays(see)
+    mask = mask_of(Case(((1, 1, 1),)))
+    mask = Mask(mask.queries, mask.keys._replace(segments=jnp.full((1, 3), 2, jnp.int32)))
+    for x in output_and_gradients(lambda q, k, v: blockwise.attend(q, k, v, mask), q, k, v, g):
+        assert not np.any(x)
+
+
+def shapes(length, width=64, dtype=jnp.bfloat16, keys=0):
+    """Queries and keys as shapes."""
+    return [jax.ShapeDtypeStruct((1, n, 4, width), dtype) for n in (length, keys or length)]
+
+
+def test_short_rows_are_dense_and_long_ones_blockwise():
+    assert dispatch.choose("cpu", *shapes(1024), Mask()) == "dense"
+    assert dispatch.choose("cpu", *shapes(1, keys=2**15), Mask()) == "dense"
+    assert dispatch.choose("tpu", *shapes(2048), Mask()) == "blockwise"
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(UserError, match=r"unknown form of attention 'flash'.*known: auto, blockwise, cudnn, dense"):
+        dispatch.choose("cpu", *shapes(8), Mask(), 0.0, "flash")
+
+
+H100, A100, V100 = (
+    SimpleNamespace(platform="gpu", device_kind=f"NVIDIA {name}", compute_capability=capability)
+    for name, capability in (("H100", "9.0"), ("A100", "8.0"), ("V100", "7.0"))
+)
+
+
+@pytest.mark.parametrize(
+    ("devices", "inputs", "options", "refusal"),
+    [
+        ([H100], shapes(128, 256), {}, ""),
+        ([A100], shapes(128, 128, jnp.float16, keys=256), {}, ""),
+        ([A100], shapes(128, 256), {}, "heads of up to 128 before Hopper, not 256"),
+        ([V100, H100], shapes(128), {}, "Ampere generation or later"),
+        ([], shapes(128), {}, "Ampere generation or later"),
+        ([H100], shapes(128, dtype=jnp.float32), {}, "in half precision, not in float32"),
+        ([H100], shapes(128, 60), {}, "a multiple of 8"),
+        ([H100], shapes(1, keys=128), {}, "even lengths"),
+        ([H100], shapes(128), {"softcap": 2.0}, "no soft cap"),
+        ([H100], shapes(8192), {"mask": mask_of(CASES["packed"])}, "no segments"),
+        ([H100], shapes(512), {"mask": mask_of(CASES["packed"])}, ""),
+    ],
+)
+def test_cudnn_is_asked_only_for_what_it_takes(monkeypatch, devices, inputs, options, refusal):
+    monkeypatch.setattr(cudnn, "nvidia_devices", lambda: devices)
+    arguments = *inputs, options.get("mask", Mask(causal=True)), options.get("softcap", 0.0)
+    if refusal:
+        assert dispatch.choose("cuda", *arguments) in ("dense", "blockwise")
+        with pytest.raises(UserError, match=f"attention=cudnn: .*{refusal}.*use attention=blockwise"):
+            dispatch.choose("cuda", *arguments, "cudnn")
+    else:
+        assert dispatch.choose("cuda", *arguments) == dispatch.choose("cuda", *arguments, "cudnn") == "cudnn"
+        assert dispatch.choose("cpu", *arguments) == "dense"
