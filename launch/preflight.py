@@ -92,7 +92,7 @@ def _preflight(args: argparse.Namespace, changes: Sequence[str], argv: Sequence[
         target = devices.parse_topology(args.topology) if args.topology else devices.parse_device(args.device)
     if target and not args.worker and (target.topology or target.num_devices > 1):
         return _run_worker(target, argv)
-    result = make_report(load_config(args.config, changes), target, compiles=not args.formula)
+    result = with_advice(make_report(load_config(args.config, changes), target, compiles=not args.formula))
     print(json.dumps(report.to_json(result), indent=2) if args.json else report.to_text(result))
     return 0 if result.fits else 1
 
@@ -119,9 +119,9 @@ def _run_worker(target: devices.Target, argv: Sequence[str]) -> int:
 
 
 def make_report(config: Any, target: devices.Target | None, compiles: bool = True) -> report.Report:
-    """The report of a config's run for the target, or for this machine; with advice if the run does not fit.
+    """The report of a config's run for the target, or for this machine. Where it `compiles` nothing, it is by formula.
 
-    Where it `compiles` nothing, the formula decides.
+    A process that compiles for a topology needs the environment of `tpus.environment`.
     """
     abstract_devices = _compile_only_devices(target) if target else None
     run = build.build_run(config, abstract_devices, planned=True)
@@ -131,11 +131,15 @@ def make_report(config: Any, target: devices.Target | None, compiles: bool = Tru
     by_formula, operations = formulas.estimate_memory(run, inputs), flops.step_flops(run, inputs)
     by_compiler = _compile_programs(run, inputs, target) if compiles else None
     bound = roofline.bound(target, run, operations, by_formula, by_compiler)
-    first = report.Report(run, target, by_formula, by_compiler, native, [], operations, bound)
-    if first.fits:
-        return first
-    room = target.memory * min(1.0, by_formula.peak / first.needed)  # in the formula's bytes, which may be too few
-    return dataclasses.replace(first, advice=advice.advise(run, int(room)))
+    return report.Report(run, target, by_formula, by_compiler, native, [], operations, bound)
+
+
+def with_advice(r: report.Report) -> report.Report:
+    """The report with advice, if the run does not fit."""
+    if r.fits:
+        return r
+    room = r.target.memory * min(1.0, r.formula.peak / r.needed)  # in the formula's bytes, which may be too few
+    return dataclasses.replace(r, advice=advice.advise(r.run, int(room)))
 
 
 def _compile_programs(run: Run, inputs: StepInputs, target: devices.Target) -> compiled.Compiled:

@@ -1,0 +1,91 @@
+"""What a TPU's compiler makes of training steps, without a TPU: `python -m experiments.bench.tpu [--only=REGEX]`.
+
+Each case of `tpu_cases` is planned by formula. Its step is also compiled where the case requires it, or where the
+formula is within a quarter of the chips' memory. Written to `results/tpu.json` after each case: bytes on each device,
+collectives times the trips of their loops, and whether it fits. A case whose command is in the file is left alone;
+`--again` plans it anew, and `--formula` compiles nothing. No time is measured or estimated.
+"""
+
+import json
+import os
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from experiments.bench.tpu_cases import Case, cases
+from launch import preflight
+from lowrank.core.errors import UserError
+from lowrank.core.files import write_json
+from lowrank.memory import devices, tpus
+from lowrank.memory.report import Report
+
+ONLY = flags.DEFINE_string("only", "", "A regex that is found in the keys of the cases to plan.")
+AGAIN = flags.DEFINE_bool("again", False, "Plan cases anew whose results exist.")
+FORMULA = flags.DEFINE_bool("formula", False, "Compile nothing.")
+OUT = Path(__file__).parent / "results" / "tpu.json"
+NEAR = 0.25  # how far the formula may be from the memory for a step to be compiled, as a share of the memory
+
+
+def main(argv: list[str]) -> None:
+    """Plans the cases and writes the results."""
+    del argv
+    for case in cases():
+        if re.search(ONLY.value, case.key):
+            plan(case)
+
+
+def plan(case: Case) -> None:
+    """Adds the case to the results, unless it is there."""
+    results = json.loads(OUT.read_text()) if OUT.exists() else {}
+    known = {} if AGAIN.value else results.get(case.key, {})
+    known = known if known.get("words") == case.words else {}
+    if known and (FORMULA.value or "compiled" in known or not asks_for_compilation(case, known)):
+        return
+    try:
+        known = measure(case, compiles=False)
+        if asks_for_compilation(case, known) and not FORMULA.value:
+            known = measure(case, compiles=True)
+    except UserError as e:
+        known = {"words": case.words, "refused": str(e)}
+    write_json(OUT, dict(sorted({**results, case.key: known}.items())))
+    print(case.key, known.get("refused") or {name: known[name] for name in ("needed", "memory", "fits")}, flush=True)
+    jax.clear_caches()
+
+
+def asks_for_compilation(case: Case, known: dict[str, Any]) -> bool:
+    """Whether the case requires it, or the formula alone cannot tell whether it fits."""
+    return "refused" not in known and (case.required or abs(known["formula"]["peak"] / known["memory"] - 1) <= NEAR)
+
+
+def measure(case: Case, compiles: bool) -> dict[str, Any]:
+    """The figures of a case, in bytes on each device."""
+    options, changes = preflight.parse(case.words)
+    target = devices.parse_topology(case.topology)
+    return figures(case, preflight.make_report(preflight.load_config(options.config, changes), target, compiles))
+
+
+def figures(case: Case, r: Report) -> dict[str, Any]:
+    """A report as JSON values."""
+    formula = {name: getattr(r.formula, name) for name in ("weights", "adapter", "moments", "activations", "peak")}
+    found = {"words": case.words, "memory": r.target.memory, "needed": r.needed, "fits": r.fits, "formula": formula}
+    if r.compiled:
+        step = r.compiled.step
+        moved = {kind: [of.count, of.bytes] for kind, of in step.collectives.items() if of.count}
+        sizes = {"arguments": step.arguments, "temporary": step.temporary, "code": step.code, "total": step.total}
+        found |= {"compiled": {"refused": step.refused} if step.refused else sizes, "collectives": moved}
+        found |= {"versions": {name: metadata.version(name) for name in ("jax", "libtpu")}}
+    return found
+
+
+if __name__ == "__main__":
+    environment = tpus.environment("v5e:4x4")  # any: every topology can be named in it
+    if any(os.environ.get(name) != value for name, value in environment.items()):
+        os.execve(
+            sys.executable, [sys.executable, "-m", "experiments.bench.tpu", *sys.argv[1:]], os.environ | environment
+        )
+    app.run(main)
