@@ -14,8 +14,8 @@ import numpy as np
 from lowrank import data, models
 from lowrank.core.errors import UserError
 from lowrank.core.typing import Batch, BatchInfo, Network, PyTree, Sums
+from lowrank.kernels.cross_entropy import chunked_nll, chunked_row_nll, token_nll
 from lowrank.metrics.text import perplexity, text_scores
-from lowrank.objectives.cross_entropy import chunked_nll, chunked_row_nll, token_nll
 from lowrank.objectives.objective import Objective, Score
 
 

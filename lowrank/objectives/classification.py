@@ -12,8 +12,8 @@ import numpy as np
 
 from lowrank import data
 from lowrank.core.typing import Batch, BatchInfo, Network, PyTree, Sums
+from lowrank.kernels.cross_entropy import token_nll
 from lowrank.metrics.classification import accuracy, macro_f1
-from lowrank.objectives.cross_entropy import token_nll
 from lowrank.objectives.objective import Objective, Score
 
 Logits = Callable[[Network, PyTree, Batch], jax.Array]

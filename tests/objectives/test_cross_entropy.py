@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lowrank.core.errors import UserError
-from lowrank.objectives import build_objective, cross_entropy
+from lowrank.kernels import cross_entropy
+from lowrank.objectives import build_objective
 from tests.support.close import assert_close
 
 B, T, D, V = 2, 7, 5, 11
