@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.weight import (
@@ -126,7 +127,7 @@ def attach(
         scale=_over_experts(scale, stack, 0),
         dropout=dropout,
     )
-    lora = INITS[init](key, lora)
+    lora = INITS[init](key, lora, np.maximum(ranks, 1))
     live = jnp.arange(rank)[None, :] < jnp.array(ranks)[:, None]
     live = _over_experts(live, (*stack, rank), 1)
     lora = dataclasses.replace(lora, a=lora.a * live[..., None, :], b=lora.b * live[..., :, None])
@@ -156,30 +157,39 @@ def _scale(rank: int, alpha: float, rslora: bool) -> float:
     return alpha / max(rank, 1) ** (0.5 if rslora else 1)
 
 
-def _gaussian(key: jax.Array, lora: LoRA) -> LoRA:
-    return dataclasses.replace(lora, a=jax.random.normal(key, lora.a.shape) / lora.a.shape[-1])
+def _gaussian(key: jax.Array, lora: LoRA, ranks: np.ndarray) -> LoRA:
+    """A from N(0, 1 / r^2), with each layer's own rank r, as in PEFT."""
+    return dataclasses.replace(lora, a=jax.random.normal(key, lora.a.shape) / _per_layer(ranks, lora.a.shape))
 
 
-def _kaiming(key: jax.Array, lora: LoRA) -> LoRA:
+def _kaiming(key: jax.Array, lora: LoRA, ranks: np.ndarray) -> LoRA:
+    del ranks
     return dataclasses.replace(lora, a=stacked_layers.kaiming_uniform(key, lora.a.shape, lora.a.shape[-2]))
 
 
-def _zero_a(key: jax.Array, lora: LoRA) -> LoRA:
-    return dataclasses.replace(lora, b=jax.random.normal(key, lora.b.shape) * lora.b.shape[-2] ** -0.5)
+def _zero_a(key: jax.Array, lora: LoRA, ranks: np.ndarray) -> LoRA:
+    """B from N(0, 1 / r), with each layer's own rank r, and A at zero (Hayou et al. 2024, arXiv:2406.08447)."""
+    return dataclasses.replace(lora, b=jax.random.normal(key, lora.b.shape) * _per_layer(ranks**-0.5, lora.b.shape))
 
 
-def _pissa(key: jax.Array, lora: LoRA) -> LoRA:
+def _per_layer(values: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
+    """One value per layer, float32, broadcast to the `shape` `[..., m, n]` of a factor."""
+    spread = _over_experts(jnp.asarray(values, jnp.float32), shape[:-2], 0)
+    return jnp.broadcast_to(spread[..., None, None], shape)
+
+
+def _pissa(key: jax.Array, lora: LoRA, ranks: np.ndarray) -> LoRA:
     """The leading singular triplets of W, divided evenly: `A = U sqrt(S / scale)` and `B = sqrt(S / scale) V`."""
-    del key
+    del key, ranks
     u, s, v = jnp.linalg.svd(require_plain_kernel("PiSSA", lora.base), full_matrices=False)
     rank = lora.a.shape[-1]
     root = jnp.sqrt(s[..., :rank] / lora.scale[..., None])
     return dataclasses.replace(lora, a=u[..., :, :rank] * root[..., None, :], b=root[..., :, None] * v[..., :rank, :])
 
 
-def _olora(key: jax.Array, lora: LoRA) -> LoRA:
+def _olora(key: jax.Array, lora: LoRA, ranks: np.ndarray) -> LoRA:
     """For the paper's kernel `W = Q R` `[out, in]`: `B = Q[:, :r]` and `A = R[:r]`, each transposed to our layout."""
-    del key
+    del key, ranks
     q, r = stacked_layers.apply_per_matrix(
         jnp.linalg.qr, jnp.swapaxes(require_plain_kernel("OLoRA", lora.base), -1, -2)
     )
@@ -201,7 +211,7 @@ def _residual(lora: LoRA) -> LoRA:
     return dataclasses.replace(lora, base=(lora.base.astype(jnp.float32) - lora.delta()).astype(lora.base.dtype))
 
 
-INITS: dict[str, Callable[[jax.Array, LoRA], LoRA]] = {
+INITS: dict[str, Callable[..., LoRA]] = {  # (key, LoRA of zeros, rank of each layer) -> LoRA
     "kaiming": _kaiming,
     "gaussian": _gaussian,
     "zero_a": _zero_a,

@@ -1,4 +1,4 @@
-"""Decompositions of several stacks in one program end, whatever the number of cores."""
+"""Stacked layers: the ranks of their adapters, and decompositions of several stacks in one program."""
 
 import os
 import subprocess
@@ -7,8 +7,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from lowrank.weights import stacked_layers
+from lowrank.weights import lora, stacked_layers
 from tests.support.close import assert_close
 
 PROGRAM = """
@@ -40,3 +41,15 @@ def test_each_is_the_function_of_each_matrix_and_so_is_its_gradient():
     assert_close(solved(x, y), np.linalg.solve(np.float64(x), np.float64(y)))
     ours, theirs = (jax.grad(lambda x: (f(x, y) ** 2).sum())(x) for f in (solved, jnp.linalg.solve))  # noqa: B023
     assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("init", "field", "power"), [("gaussian", "a", -1), ("zero_a", "b", -0.5)])
+def test_the_spread_of_an_init_follows_the_rank_of_the_layer(init, field, power):
+    kernel = jnp.zeros((3, 512, 512))
+    w = lora.attach(
+        jax.random.key(0), kernel, ranks=(16, 4, 0), alphas=(1.0,) * 3, rslora=False, dropout=0.0, init=init
+    )
+    factor = np.asarray(getattr(w, field), np.float64)
+    for layer, rank in ((0, 16), (1, 4)):
+        assert_close(np.std(factor[layer][factor[layer] != 0]), float(rank) ** power, relative=0.05)
+    assert not np.any(factor[2])

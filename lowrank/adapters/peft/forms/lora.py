@@ -97,7 +97,8 @@ def _on_the_base(base: Any, i: int, layer: Layer) -> Layer:
         return layer
     kernel = require_plain_kernel(f"the adapter's init_lora_weights={init!r}", base).reshape(-1, *shape)[i]
     zeros = {name: jnp.zeros(x.shape) for name, x in layer.arrays.items() if name in "ab"}
-    start = INITS[init](None, LoRA(base=kernel, scale=jnp.float32(layer.settings["scale"]), **zeros))
+    plain = LoRA(base=kernel, scale=jnp.float32(layer.settings["scale"]), **zeros)
+    start = INITS[init](None, plain, np.array(zeros["a"].shape[-1:]))
     return _rebase_lora(layer, -np.asarray(start.delta()))
 
 
