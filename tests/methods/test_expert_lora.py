@@ -7,6 +7,7 @@ import pytest
 
 from lowrank import methods
 from lowrank.core import tree
+from lowrank.core.errors import UserError
 from lowrank.core.weight import grouped, merge
 from tests.support.close import assert_close, difference
 from tests.support.tiny_models import decoder, run, tokens
@@ -63,6 +64,12 @@ def test_dropout_has_a_key_for_each_layer():
 
     found = np.asarray(low(w))
     assert difference(found[:1], found) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["dora", "edora", "bidora"])
+def test_dropout_that_would_not_act_on_experts_is_refused(name):
+    with pytest.raises(UserError, match=r"method.dropout=0.5 would not act on experts"):
+        attached(name=name, rank=2, dropout=0.5)
 
 
 def test_no_experts_update_is_formed():
