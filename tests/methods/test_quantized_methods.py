@@ -92,7 +92,7 @@ def test_qa_lora_takes_codes_that_are_there_if_they_have_zeros():
 
 def test_calibration_finds_the_shift_whose_codes_say_most():
     kernel, table = W[0, :16], np.float64(lookup_tables.TABLES["nf4"])
-    w = jax.jit(schemes.SCHEMES["nf4"](block=16, calibrate=21))(kernel)
+    w = jax.jit(schemes.SCHEMES["nf4"](block=16, calibrate=10))(kernel)
     codes = np.asarray(jax.jit(unpack, static_argnums=(1, 2))(w.codes, 4, 16))[0]
     decoded, chosen = np.asarray(values(w)), np.asarray(w.shift)[0]
     for j in range(OUT):

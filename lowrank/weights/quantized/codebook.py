@@ -78,8 +78,9 @@ def quantize(
       table: a key of `lookup_tables.TABLES`.
       block: the number of inputs that share a scale.
       double: whether the scales are quantized to 8 bits.
-      calibrate: the number of candidates for each block's shift, of which the one with the largest entropy of codes is
-        taken: IR-QLoRA's calibration (arXiv:2402.05445, equation 7). They lie within 0.1 deviations of the median.
+      calibrate: n, for `2 n + 1` candidates for each block's shift, of which the one with the largest entropy of codes
+        is taken: IR-QLoRA's calibration (arXiv:2402.05445, equation 7). They are the block's median and n values on
+        each side of it, evenly spread to 0.1 deviations of the block.
       inside: `[..., n, block, 1]`, 0 for rows of padding, to which two-bit blocks do not fit their scale.
     """
     values = split_blocks(w, block, 8 // bits_per_code(table))
@@ -136,8 +137,8 @@ def _fit_outer_level(values: jax.Array, absmax: jax.Array, table: np.ndarray, in
     return jax.lax.scan(compare, start, jnp.asarray(OUTER_LEVELS[::-1]))[0][1]
 
 
-def _calibrate_shift(values: jax.Array, table: str, candidates: int) -> jax.Array:
-    """The shift `[..., n, out]` of each block with the largest entropy, of `candidates` that are compared in turn."""
+def _calibrate_shift(values: jax.Array, table: str, per_side: int) -> jax.Array:
+    """The shift `[..., n, out]` of each block with the largest entropy, of `2 per_side + 1` compared in turn."""
     middle, reach = jnp.median(values, axis=-2), 0.1 * jnp.std(values, axis=-2)
 
     def compare(best: tuple[jax.Array, jax.Array], offset: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
@@ -147,7 +148,7 @@ def _calibrate_shift(values: jax.Array, table: str, candidates: int) -> jax.Arra
         return (jnp.where(better, entropy, best[0]), jnp.where(better, shift, best[1])), None
 
     start = (jnp.full(middle.shape, -1.0), middle)
-    return jax.lax.scan(compare, start, jnp.linspace(-1, 1, candidates))[0][1]
+    return jax.lax.scan(compare, start, jnp.arange(-per_side, per_side + 1) / per_side)[0][1]
 
 
 def code_entropy(values: jax.Array, table: np.ndarray) -> Any:

@@ -13,7 +13,7 @@ Quantizer = Callable[[jax.Array], Any]  # kernel [..., in, out] -> a form that s
 
 
 def nf4(block: int = 64, double: bool = False, calibrate: int = 0) -> Quantizer:
-    """NF4; `double` quantizes the scales to 8 bits, and `calibrate` is the number of shifts to try for each block."""
+    """NF4; `double` quantizes the scales to 8 bits, and `calibrate` is n, for `2 n + 1` shifts to try per block."""
     if calibrate < 0:
         raise UserError(f"quantize.calibrate must not be negative, not {calibrate}")
     return partial(codebook.quantize, table="nf4", block=_block(block), double=double, calibrate=calibrate)
