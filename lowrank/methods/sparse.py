@@ -1,6 +1,6 @@
 """Sparse fine-tuning as a method: some entries of the kernels are chosen, and only these are trained.
 
-The share `density` of the entries of each kernel is trained; see `lowrank.weights.sparse`. They are chosen by
+The share `density` of the entries of the targets is trained; see `lowrank.weights.sparse`. They are chosen by
 
   random     chance (Bhardwaj et al. 2024, SHiRA, arXiv:2406.13175, for this choice and the next one);
   magnitude  the largest |w|;
@@ -11,12 +11,18 @@ The share `density` of the entries of each kernel is trained; see `lowrank.weigh
 
 The last three read the first `batches` batches before step 1, and need memory for dense gradients of the targets
 (movement: for moments too).
+
+Each kernel is compared on its own (`scope=kernel`) or all targets together (`scope=model`). In the second case, a
+kernel of a layer has room for `capacity_factor * density` of its entries, so that the shapes do not depend on the data.
+Where the largest scores of a kernel exceed it, the next ones of other kernels follow, so that the number of trained
+entries is exactly the share `density`. Slots that stay free take memory and count as trained parameters in the tables.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +38,16 @@ from lowrank.weights import sparse as form
 
 Kernels = dict[str, jax.Array]  # dense, float32, by name
 Gradient = Callable[[Kernels, PyTree, Mapping[str, jax.Array]], Kernels]
+Forms = Mapping[str, form.Sparse]  # by name
+Blind = Callable[[jax.Array, Any], jax.Array]  # (key, kernel) -> scores
+Scores = Iterator[tuple[str, jax.Array]]  # (name, scores in the kernel's shape)
+
+
+class Scope(NamedTuple):
+    """The kernels that are compared with each other: the choice of indices by name, and the slots of a kernel."""
+
+    select: Callable[[Forms, Scores, float], Kernels]
+    capacity_factor: float | None  # the default; None where each kernel has as many slots as trained entries
 
 
 def sparse(
@@ -40,38 +56,116 @@ def sparse(
     target: str = r".*(attn|mlp)/\w+/kernel",
     batches: int = 4,
     warm_lr: float = 1e-3,
+    scope: str = "kernel",
+    capacity_factor: float | None = None,
 ) -> Method:
-    """Trains a share `density` of the entries of each kernel that `target` matches, chosen by `choose`.
+    """Trains a share `density` of the entries of the kernels that `target` matches, chosen by `choose`.
 
-    `choose` is one of the list at the top of this module.
+    `choose` is one of the list at the top of this module, which also describes `scope` and `capacity_factor` (4 by
+    default). Weight decay acts on the changes of the entries, so it draws the entries to their pretrained values.
+
+    Differs from the paper: FISH, SNIP and lottery-ticket fine-tuning choose over the whole model, which is
+    `scope=model` without its capacity, and among all parameters, where `target` is kernels. FISH also trains the
+    classifier whole, and its expectation over the model's own labels is replaced by the data's. Lottery-ticket
+    fine-tuning first trains all parameters for a whole run, with a penalty on the change. In all of them, decay draws
+    an entry to 0.
     """
     if not 0 < density <= 1:
         raise UserError(f"method.density must be in (0, 1], not {density}")
     if choose not in (*BLIND, *SEEING):
         raise unknown("choice of places in method.choose", choose, (*BLIND, *SEEING))
     targets.check_positive(batches=batches, warm_lr=warm_lr)
+    factor = _capacity_factor(scope, capacity_factor)
 
     def adapt(key: jax.Array, w: Any, name: str) -> form.Sparse:
         targets.check_kernel(name)
         scores = BLIND.get(choose, BLIND["random"])(key, w)
-        return form.attach(w, form.top_indices(scores, form.count_places(w, density)))
+        return form.attach(w, form.top_indices(scores, form.count_places(w, min(1.0, density * (factor or 1)))))
 
-    score = functools.partial(SEEING[choose], batches=batches, lr=warm_lr) if choose in SEEING else None
+    score = (
+        functools.partial(_seeing_scores, score=SEEING[choose], batches=batches, lr=warm_lr)
+        if choose in SEEING
+        else functools.partial(_blind_scores, score=BLIND[choose])
+    )
+    calibrate = functools.partial(_choose, score=score, select=SCOPES[scope].select, density=density)
     return Method(
         rules=((target, adapt),),
         export=Export(frozen=(rf"(?:{target})/indices",)),
-        hooks=Hooks(calibrate=functools.partial(_choose, score=score) if score else None),
+        hooks=Hooks(calibrate=calibrate if choose in SEEING or factor else None),
     )
 
 
-BLIND: dict[str, Callable[[jax.Array, Any], jax.Array]] = {
+def _capacity_factor(scope: str, asked: float | None) -> float | None:
+    """The slots of a kernel over its share of the trained entries, as far as the scope knows it."""
+    if scope not in SCOPES:
+        raise unknown("scope in method.scope", scope, SCOPES)
+    default = SCOPES[scope].capacity_factor
+    if asked is not None and default is None:
+        raise UserError(f"method.capacity_factor={asked} does not act with method.scope={scope}: leave it out")
+    if asked is not None and asked < 1:
+        raise UserError(f"method.capacity_factor must be at least 1, so that every entry has a slot, not {asked}")
+    return default if asked is None else asked
+
+
+BLIND: dict[str, Blind] = {
     "random": lambda key, w: jax.random.uniform(key, w.shape),
     "magnitude": lambda key, w: jnp.abs(at_least_float32(materialize(w))),
 }
 
 
-def _choose(params: PyTree, context: Context, score: Callable[..., Kernels]) -> PyTree:
+def _choose(
+    params: PyTree,
+    context: Context,
+    score: Callable[[Forms, PyTree, Context], Scores],
+    select: Callable[[Forms, Scores, float], Kernels],
+    density: float,
+) -> PyTree:
     forms = {n: w for n, w in tree.named_leaves(params, weight.is_weight) if isinstance(w, form.Sparse)}
+    chosen = select(forms, _checked(score(forms, params, context)), density)
+    placed = {name: dataclasses.replace(w, indices=chosen[name]) for name, w in forms.items()}
+    return tree.map_named(lambda n, w: placed.get(n, w), params, is_leaf=weight.is_weight)
+
+
+def _checked(scores: Scores) -> Scores:
+    for name, values in scores:
+        if not jnp.isfinite(values).all():
+            raise UserError(
+                f"the scores of {name} are not finite, so its entries cannot be chosen: lower method.warm_lr, or check "
+                "the base and the data"
+            )
+        yield name, values
+
+
+def _per_kernel(forms: Forms, scores: Scores, density: float) -> Kernels:
+    """The indices of the largest scores of each kernel."""
+    del density
+    return {name: form.top_indices(values, forms[name].indices.shape[-1]) for name, values in scores}
+
+
+def _over_model(forms: Forms, scores: Scores, density: float) -> Kernels:
+    """The indices of the largest scores of all kernels; of each kernel, only those that fit into its slots compete."""
+    found = {name: form.top_scores(values, forms[name].indices.shape[-1]) for name, values in scores}
+    total = max(1, round(density * sum(math.prod(w.shape) for w in forms.values())))
+    masks = form.largest_mask([top for top, _ in found.values()], total)
+    free = {name: w.shape[-2] * w.shape[-1] for name, w in forms.items()}
+    return {
+        name: jnp.sort(jnp.where(mask, indices, free[name]), axis=-1)
+        for (name, (_, indices)), mask in zip(found.items(), masks, strict=True)
+    }
+
+
+SCOPES: dict[str, Scope] = {"kernel": Scope(_per_kernel, None), "model": Scope(_over_model, 4.0)}
+
+
+def _blind_scores(forms: Forms, params: PyTree, context: Context, score: Blind) -> Scores:
+    del params
+    for name, w in forms.items():  # one kernel at a time, to bound the memory
+        yield name, score(weight.name_key(context.key, name), w.base)
+
+
+def _seeing_scores(
+    forms: Forms, params: PyTree, context: Context, score: Callable[..., Kernels], batches: int, lr: float
+) -> Scores:
     kernels = {name: at_least_float32(materialize(w.base)) for name, w in forms.items()}
 
     @jax.jit
@@ -83,11 +177,7 @@ def _choose(params: PyTree, context: Context, score: Callable[..., Kernels]) -> 
 
         return jax.grad(loss)(kernels)
 
-    scores = score(kernels, gradient, params, context)
-    chosen = {
-        n: dataclasses.replace(w, indices=form.top_indices(scores[n], w.indices.shape[-1])) for n, w in forms.items()
-    }
-    return tree.map_named(lambda n, w: chosen.get(n, w), params, is_leaf=weight.is_weight)
+    yield from score(kernels, gradient, params, context, batches, lr).items()
 
 
 def _fisher(kernels: Kernels, gradient: Gradient, params: PyTree, context: Context, batches: int, lr: float) -> Kernels:

@@ -5,10 +5,12 @@ of each. The product itself is dense, so the gradient of one layer's whole kerne
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank.core.errors import UserError
 from lowrank.core.weight import KERNEL, Weight, at_least_float32, form, frozen, materialize, trainable
@@ -16,11 +18,14 @@ from lowrank.core.weight import KERNEL, Weight, at_least_float32, form, frozen, 
 
 @form
 class Sparse(Weight):
-    """`base` `[..., in, out]` with `values` `[..., k]` added at the `indices` `[..., k]`, each below `in * out`."""
+    """`base` `[..., in, out]` with `values` `[..., k]` added at the `indices` `[..., k]`.
+
+    An index of `in * out` marks a free slot: its value has no place and no gradient.
+    """
 
     base: Any = frozen(axes=KERNEL)
-    indices: jax.Array = frozen()  # int32, row-major and distinct
-    values: jax.Array = trainable()
+    indices: jax.Array = frozen()  # int32, row-major and ascending; distinct except for free slots
+    values: jax.Array = trainable(change=True)
 
     def materialize(self) -> jax.Array:
         """The kernel with the values added, summed in float32 and rounded once to the base's dtype."""
@@ -52,10 +57,28 @@ def count_places(w: Any, density: float) -> int:
 
 @functools.partial(jax.jit, static_argnames="count")
 def top_indices(scores: jax.Array, count: int) -> jax.Array:
-    """The indices int32 `[..., count]`, ascending, of the largest scores `[..., in, out]` of each layer.
+    """The indices int32 `[..., count]`, ascending, of the largest scores `[..., in, out]` of each layer."""
+    return jnp.sort(top_scores(scores, count)[1], axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def top_scores(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The largest scores `[..., count]` of each layer of `[..., in, out]`, falling, and their indices, in int32.
 
     The layers of a stack are sorted one after another, to bound the memory.
     """
     flat = scores.reshape(-1, scores.shape[-2] * scores.shape[-1])
-    chosen = jax.lax.map(lambda row: jnp.sort(jax.lax.top_k(row, count)[1]), flat)
-    return chosen.astype(jnp.int32).reshape(*scores.shape[:-2], count)
+    top, chosen = jax.lax.map(lambda row: jax.lax.top_k(row, count), flat)
+    shape = (*scores.shape[:-2], count)
+    return top.reshape(shape), chosen.astype(jnp.int32).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnames="total")
+def largest_mask(scores: Sequence[jax.Array], total: int) -> list[jax.Array]:
+    """Bools: whether an entry is among the `total` largest of all arrays; of equal ones, the first ones are."""
+    flat = jnp.concatenate([x.reshape(-1) for x in scores])
+    edge = jnp.sort(flat)[flat.size - total]
+    above, equal = flat > edge, flat == edge
+    chosen = above | (equal & (jnp.cumsum(equal) <= total - jnp.sum(above)))
+    ends = np.cumsum([x.size for x in scores])[:-1]
+    return [part.reshape(x.shape) for part, x in zip(jnp.split(chosen, ends), scores, strict=True)]

@@ -56,20 +56,63 @@ def expected(choose, w, batches):
     return np.abs(moved - w)
 
 
+@pytest.mark.parametrize("scope", ["kernel", "model"])
 @pytest.mark.parametrize("choose", ["magnitude", "fisher", "saliency", "movement"])
-def test_the_places_have_the_largest_scores_of_the_paper(choose):
+def test_the_places_have_the_largest_scores_of_the_paper(choose, scope):
     w, batches = regression()
-    group = {"name": "sparse", "density": 0.3, "choose": choose, "batches": STEPS, "warm_lr": LR}
+    group = {"name": "sparse", "density": 0.3, "choose": choose, "batches": STEPS, "warm_lr": LR, "scope": scope}
     method = methods.build_method(group)
     params = methods.attach(method, {"attn": {"q": {"kernel": jnp.asarray(w, jnp.float32)}}}, jax.random.key(0))
     if method.hooks.calibrate:
         arrays = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), b) for b in batches]
-        context = types.SimpleNamespace(batches=lambda n: arrays[:n], loss=squares)
+        context = types.SimpleNamespace(batches=lambda n: arrays[:n], loss=squares, key=jax.random.key(1))
         params = method.hooks.calibrate(params, context)
     found = params["attn"]["q"]["kernel"]
-    assert found.indices.shape == (9,)
-    assert set(found.indices.tolist()) == set(np.argsort(-expected(choose, w, batches).ravel())[:9].tolist())
+    indices = found.indices[found.indices < IN * OUT]
+    assert indices.shape == (9,)
+    assert set(indices.tolist()) == set(np.argsort(-expected(choose, w, batches).ravel())[:9].tolist())
     np.testing.assert_array_equal(materialize(found), w.astype(np.float32))  # rewound
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5, 4.0])
+def test_the_largest_scores_of_the_model_are_chosen_within_the_slots_of_each_kernel(factor):
+    rng = np.random.default_rng(0)  # whole numbers, of which many are equal
+    stack = np.round(rng.normal(size=(3, IN, OUT)) * np.array([1, 3, 9])[:, None, None]).astype(np.float32)
+    params = {"layers": {"mlp": {"up": {"kernel": stack}}}, "mlp": {"up": {"kernel": np.round(4 * stack[0])}}}
+    method = methods.build_method({"name": "sparse", "density": 0.2, "scope": "model", "capacity_factor": factor})
+    adapted = methods.attach(method, jax.tree.map(jnp.asarray, params), jax.random.key(0))
+    placed = method.hooks.calibrate(adapted, types.SimpleNamespace(key=jax.random.key(1)))
+    found = np.concatenate([w.indices.reshape(-1, w.indices.shape[-1]) for w in weights_of(placed)])
+    scores = np.abs(np.concatenate([stack.reshape(3, -1), params["mlp"]["up"]["kernel"].reshape(1, -1)]))
+    slots = round(factor * 0.2 * IN * OUT)
+    fits = np.argsort(-scores, axis=1, kind="stable")[:, :slots]
+    order = np.argsort(-np.take_along_axis(scores, fits, axis=1).ravel(), kind="stable")[: round(0.2 * scores.size)]
+    want = sorted((i // slots, fits.ravel()[i]) for i in order)
+    assert [(row, i) for row, line in enumerate(found.tolist()) for i in line if i < IN * OUT] == want
+
+
+def weights_of(params):
+    return [w for _, w in tree.named_leaves(params, weight.is_weight)]
+
+
+def test_scores_that_are_not_finite_are_refused():
+    method = methods.build_method({"name": "sparse", "scope": "model"})
+    params = methods.attach(method, {"mlp": {"up": {"kernel": jnp.full((4, 4), jnp.nan)}}}, jax.random.key(0))
+    with pytest.raises(UserError, match="scores of mlp/up/kernel are not finite"):
+        method.hooks.calibrate(params, types.SimpleNamespace(key=jax.random.key(1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scope": "modle"}, r"unknown scope in method.scope 'modle' \(did you mean 'model'\?\)"),
+        ({"capacity_factor": 2.0}, r"capacity_factor=2.0 does not act with method.scope=kernel"),
+        ({"scope": "model", "capacity_factor": 0.5}, r"capacity_factor must be at least 1"),
+    ],
+)
+def test_a_scope_that_cannot_be_chosen_within_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        methods.build_method({"name": "sparse", **options})
 
 
 def test_random_places_are_distinct_and_differ_from_layer_to_layer():

@@ -64,6 +64,9 @@ FORMS: dict[str, Callable[[jax.Array, Any], Any]] = {
     "edora": lambda key, w: lora_xs.attach_edora(lora_on(key, w, _even(w))),
     "adalora": lambda key, w: adalora.attach(key, w, rank=RANK, alpha=6.0),
     "sparse": lambda key, w: sparse.attach(w, sparse.top_indices(jax.random.uniform(key, w.shape), 7)),
+    "sparse with free slots": lambda key, w: sparse.attach(
+        w, sparse.top_indices(jax.random.uniform(key, w.shape), 7).at[..., 4:].set(w.shape[-2] * w.shape[-1])
+    ),
     "rows": lambda key, w: token_embeddings.attach(w, jnp.broadcast_to(jnp.array([7, 2]), (*w.shape[:-2], 2))),
     "dora": lambda key, w: dora.attach(lora_on(key, w, _even(w))),
     "ia3 out": lambda key, w: scaled.attach(w, "out"),
