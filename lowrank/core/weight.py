@@ -29,19 +29,23 @@ KERNEL: Axes = ("in", "out")  # the axes of a field with the kernel's layout
 F = TypeVar("F", bound=type)
 
 
-def trainable(*, axes: Axes = (), decay: bool = True, **kwargs: Any) -> Any:
+def trainable(*, axes: Axes = (), decay: bool = True, change: bool = False, **kwargs: Any) -> Any:
     """A learned field; `axes` name its last dimensions, and weight decay acts on it unless `decay` is False.
+
+    With `change`, the field is added to entries of the base that would be trained themselves in another form. Decay
+    then draws these entries to the base's, and a run's log says so.
 
     An axis is `"in"` or `"out"` for a dimension that runs along the kernel's inputs or outputs and is sharded as they
     are, and None for another dimension, such as a rank. A field without axes is replicated. A field that is a form
     itself, such as a base, declares its own fields. Vectors, such as magnitudes and gains, are declared without decay.
     """
-    return dataclasses.field(metadata={"trainable": True, "axes": axes, "decay": decay}, **kwargs)
+    metadata = {"trainable": True, "axes": axes, "decay": decay, "change": change}
+    return dataclasses.field(metadata=metadata, **kwargs)
 
 
 def frozen(*, axes: Axes = (), **kwargs: Any) -> Any:
     """A field that is not trained, such as a base weight, codes or a scale; `axes` name its last dimensions."""
-    return dataclasses.field(metadata={"trainable": False, "axes": axes, "decay": False}, **kwargs)
+    return dataclasses.field(metadata={"trainable": False, "axes": axes, "decay": False, "change": False}, **kwargs)
 
 
 def static(**kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from lowrank import data, methods, models, pretrained
-from lowrank.core import config_schema, parameter_summary, sharding
+from lowrank.core import config_schema, parameter_summary, sharding, tree
 from lowrank.core.errors import UserError, plural, unknown
 from lowrank.core.typing import PyTree, Tokenizer
 from lowrank.evaluation.evaluator import EvalConfig, Evaluator
@@ -130,7 +130,8 @@ def _make_loader(groups: _Groups, tokenizer: Tokenizer | None, model: Any) -> An
 def _assemble_run(groups: _Groups, model: Any, base: PyTree, tokenizer: Tokenizer, loader: data.Loader) -> Run:
     shapes, mask, table = _adapted_shapes(groups.method, groups.objective, base)
     sharding.parameter_shardings(shapes, groups.mesh)
-    notes = (*groups.top.notes, *_device_notes(groups.optim, model, groups.mesh))
+    decay = optimizer.decay_notes(groups.optim, tree.split(shapes, mask)[0])
+    notes = (*groups.top.notes, *_device_notes(groups.optim, model, groups.mesh), *decay)
     return Run(
         config=groups.top,
         objective=groups.objective,

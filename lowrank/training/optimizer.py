@@ -135,6 +135,21 @@ def optimizer_labels(config: OptimConfig, trained: PyTree) -> PyTree:
     return tree.map_named(label, trained)
 
 
+def decay_notes(config: OptimConfig, trained: PyTree) -> tuple[str, ...]:
+    """A note on the leaves of `trained` that decay and hold changes of pretrained values, if there are any."""
+    changes = jax.tree.map(
+        lambda w: weight.map_fields(lambda field, _: field.metadata["change"], w) if weight.is_weight(w) else False,
+        trained,
+        is_leaf=weight.is_weight,
+    )
+    decays = [float(label.split(":")[1]) > 0 for _, label in tree.named_leaves(optimizer_labels(config, trained))]
+    named = zip(tree.named_leaves(changes), decays, strict=True)
+    names = [name for (name, change), decay in named if change and decay]
+    if not names:
+        return ()
+    return (f"optim.weight_decay acts on {', '.join(names)}: it draws the changed weights to their pretrained values",)
+
+
 def _decay_mask(trained: PyTree) -> PyTree:
     """A tree of bools: each form's fields declare their decay, and all plain leaves except vectors decay."""
 

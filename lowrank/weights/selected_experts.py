@@ -28,11 +28,12 @@ class SelectedExperts(Weight):
     """`W_e + delta_s` for the experts `e = rows[s]`, and `W_e` for the others.
 
     `base` is `[..., E, in, out]`, `delta` is `[..., S, in, out]`, and `rows` `[..., S]` holds E where a slot is free.
-    Training an update from 0 is the same as training the expert's kernel itself.
+    Training an update from 0 is the same as training the expert's kernel itself, except for weight decay, which draws
+    the kernel to the pretrained one.
     """
 
     base: Any = frozen(axes=KERNEL)
-    delta: jax.Array = trainable(axes=KERNEL)
+    delta: jax.Array = trainable(axes=KERNEL, change=True)
     rows: jax.Array = frozen()
 
     def materialize(self) -> jax.Array:

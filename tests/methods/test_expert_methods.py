@@ -1,6 +1,7 @@
 """PERFT and ESFT on a mixture of experts: their formulas in float64 NumPy, and whole runs."""
 
 import dataclasses
+import importlib
 import types
 
 import jax
@@ -146,6 +147,20 @@ def test_the_fewest_experts_that_reach_the_share_are_chosen():
     assert select_experts(used, 0.5, 3).tolist() == [[1, 4, 4], [0, 1, 4]]
     assert select_experts(used, 0.6, 3).tolist() == [[1, 3, 4], [0, 1, 2]]
     assert select_experts(used, 1.0, 2).tolist() == [[1, 3], [0, 1]]
+
+
+@pytest.mark.parametrize(("score", "share"), [("gate", 0.1), ("token", 0.2)])
+def test_the_default_share_is_the_papers(score, share, monkeypatch):
+    shares = []
+    module = importlib.import_module("lowrank.methods.esft")  # the package has a function of this name
+    monkeypatch.setattr(module, "relevance", lambda *args: {"layers": np.full((2, E), 1 / E)})
+    monkeypatch.setattr(
+        module, "select_experts", lambda used, share, slots: shares.append(share) or np.zeros((2, slots))
+    )
+    method = methods.build_method({"name": "esft", "score": score, "target": ".*kernel"})
+    params = methods.attach(method, {"layers": {"mlp": {"kernel": jnp.ones((2, E, D, F))}}}, jax.random.key(0))
+    method.hooks.calibrate(params, None)
+    assert shares == [share]
 
 
 MOE = {

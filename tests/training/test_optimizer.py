@@ -4,6 +4,8 @@ import numpy as np
 import optax
 import pytest
 
+from lowrank import methods
+from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.training import optimizer as optim
 from lowrank.training.optimizer import OptimConfig
@@ -128,3 +130,16 @@ def test_schedules_warm_up_and_then_follow_their_curve(name, middle, end):
 def test_bad_settings_are_named(config, culprit):
     with pytest.raises(UserError, match=culprit):
         optim.build_optimizer(config, STEPS, TRAINED)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("sparse", "layers/up/kernel/values"), ("esft", "layers/up/kernel/delta"), ("lora", "")]
+)
+def test_decay_on_changes_of_pretrained_values_is_said(name, changes):
+    method = methods.build_method({"name": name, "target": ".*kernel"})
+    params = {"layers": {"up": {"kernel": jnp.ones((2, 4, 8, 8))}}}
+    params = methods.attach(method, params, jax.random.key(0))
+    trained = tree.split(params, methods.trainable_mask(method, params))[0]
+    note = f"optim.weight_decay acts on {changes}: it draws the changed weights to their pretrained values"
+    assert optim.decay_notes(OptimConfig(weight_decay=0.1), trained) == ((note,) if changes else ())
+    assert not optim.decay_notes(OptimConfig(), trained)
