@@ -25,6 +25,9 @@ def modulora(
 
     The function turns a kernel `[in, out]` into `(state, decode)`: arrays, and a module-level function from these
     arrays to the kernel. See `lowrank.weights.quantized.black_box`.
+
+    Differs from the paper: the default quantizer is an example of 8 bits that needs no data, where the authors use OPTQ
+    and QuIP# at 2 to 4 bits (Yin et al. 2023, arXiv:2309.16119).
     """
     targets.check_positive(rank=rank, alpha=alpha)
     targets.check_fraction(dropout=dropout)

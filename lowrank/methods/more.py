@@ -23,6 +23,9 @@ def more(
     `W x + alpha / rank * sum_e g_e(x) B_e A_e x`, where g is the top-k softmax of a linear router (MoLoRA, Zadouri et
     al. 2023, arXiv:2309.05444; MoRE). `balance` is the factor of the balance loss `E * sum_e f_e P_e`, a regularizer
     that keeps all experts in use (Fedus et al. 2021, arXiv:2101.03961). The adapter cannot be merged.
+
+    Differs from the paper: MoLoRA weighs all experts of a token by the softmax and has no balance loss, which is
+    `per_token=experts` and `balance=0` here.
     """
     targets.check_positive(rank=rank, alpha=alpha, experts=experts)
     check_routing("per_token", per_token, experts, balance)

@@ -17,6 +17,9 @@ def oft(block: int = 32, target: str = r".*attn/(q|v)/kernel", share: bool = Fal
     `block` must divide the inputs of every target. With `share`, all blocks of a kernel are the same. A block is a
     Cayley transform or, with `terms` (at least 4), the sum of this many terms of its Neumann series, as in OFTv2. See
     `lowrank.weights.oft`.
+
+    Differs from the paper: `block` is the size of the blocks, where the paper gives their number; COFT's bound on the
+    distance of R from the identity, and the magnitudes that are fitted after training, are left out.
     """
     targets.check_positive(block=block)
     if terms and terms < 4:

@@ -10,8 +10,10 @@ def perft(width: int = 8, experts: int = 4, per_token: int = 2, scale: float = 1
 
     `MoE(x) + scale * sum_e g_e(x) x @ down_e @ up_e`. A further router sends each token to `per_token` of the modules
     (PERFT-R). With `experts=0` there is one module beside each expert, with the gate of that expert (PERFT-E). Gates
-    are normalized as in the mixture. The gate of a routed module comes from its own router, as in the formula; the
-    authors' code uses the mixture's gate of the same rank in its place. There is no balance loss.
+    are normalized as in the mixture.
+
+    Differs from the paper: there is no balance loss. The gate of a routed module comes from its own router, as in the
+    formula; the authors' code uses the mixture's gate of the same rank in its place.
     """
     targets.check_positive(width=width, scale=scale)
     if experts < 0:

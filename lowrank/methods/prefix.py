@@ -17,6 +17,9 @@ def prefix(length: int = 20, reparam: bool = False, hidden: int = 512) -> Method
     the MLP of the paper computes them in training from an embedding `E [length, W]`: `tanh(E @ in + b) @ out + b'`,
     `in` `[W, hidden]`, `out` `[hidden, 2 L W]`. A row of the output holds the keys of layer l at 2l and its values at
     2l + 1. An adapter saves the keys and values, not the MLP.
+
+    Differs from the paper: the keys and values are learned as they are by default, where the paper always trains the
+    MLP; they start at random, where it also starts them from the activations of words.
     """
     targets.check_positive(length=length, hidden=hidden)
     model = {"prefix_length": length}

@@ -18,6 +18,9 @@ def prompt(length: int = 20, init: str = "random", text: str = "") -> Method:
     `prompt/embedding` `[length, D]`, in the space of the token embeddings. `init`: `random` (normal, 0.02),
     `vocabulary` (the embeddings of tokens that are drawn uniformly from the vocabulary) or `text` (the embeddings of
     `text`, repeated or cut to `length`).
+
+    Differs from the paper: its random numbers are uniform in (-0.5, 0.5), it draws from the 5,000 most common tokens,
+    and its third start, the labels of the classes, is a `text` here.
     """
     if length < 1:
         raise UserError(f"method.length must be at least 1, not {length}")

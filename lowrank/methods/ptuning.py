@@ -17,6 +17,10 @@ def ptuning(length: int = 20, encoder: str = "mlp", hidden: int = 128) -> Method
     `mlp` is three layers D -> hidden -> hidden -> D with ReLU between them. `lstm`, as in the paper, is two
     bidirectional LSTM layers of `hidden` units per direction, then 2 hidden -> 2 hidden -> D with ReLU between them. An
     adapter saves the tokens, not the encoder.
+
+    Differs from the paper: the tokens stand before the text, where the paper places them anywhere in a template beside
+    anchor words; the model is frozen, where it may be trained too; the MLP is PEFT's, and the paper's LSTM has half of
+    D units per direction.
     """
     targets.check_positive(length=length, hidden=hidden)
     if encoder not in ENCODERS:

@@ -18,6 +18,10 @@ def qa_lora(rank: int = 8, alpha: float = 16.0, target: str = LINEAR, block: int
 
     `block` inputs share one scale, one zero point and one update. A plain kernel is quantized to `bits`; codes stay as
     they are.
+
+    Differs from the paper: a plain kernel is rounded to the nearest codes, where the authors quantize by GPTQ, and the
+    default block has 64 inputs instead of 32. The inputs of a block are summed, as in the paper's algorithm; the
+    authors' code (yuhuixu1993/qa-lora) takes their mean, draws A from a Xavier distribution, and has a dropout.
     """
     targets.check_positive(rank=rank, alpha=alpha)
     make: Any = jit_quantizer(

@@ -17,6 +17,9 @@ def qat(target: str = LINEAR, quantize: Mapping[str, Any] | str = "int4", activa
     """Quantization-aware training of the targeted kernels; see `lowrank.weights.quantized.fake_quantized`.
 
     `quantize` is a scheme or its name. `activations` is the number of bits that inputs are rounded to, 0 for none.
+
+    Differs from the paper: only the targets are rounded, in blocks that have their own scales, and from the first step
+    on; the range of an input is its token's largest magnitude, not a moving average over the steps (Jacob et al. 2018).
     """
     quantizer(quantize)
     if activations and not 2 <= activations <= 8:

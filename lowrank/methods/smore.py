@@ -27,6 +27,9 @@ def smore(
     `experts` and `fanout` give, from the leaves up, the number of experts of each level and the number of children of
     each node. `gate` is the width of the routers: of the narrowed token, the queries and the keys. See
     `lowrank.weights.smore` for the formula, and `more` for `balance`. The adapter cannot be merged.
+
+    Differs from the paper: one rank for all levels, no biases in the products, and no learned slope of a PReLU, which
+    the authors' code (ZimpleX/SMoRE-LLM) has.
     """
     targets.check_positive(rank=rank, gate=gate, scale=scale)
     if not experts or len(experts) != len(fanout):

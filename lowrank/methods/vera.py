@@ -19,6 +19,9 @@ def vera(rank: int = 256, target: str = r".*attn/(q|v)/kernel", d_initial: float
 
     See `lowrank.weights.vera`. The shared `a` and `b` are drawn from `seed` alone and stay frozen. As in the paper, the
     rank is the length of a learned vector and may be above min(in, out) of a kernel.
+
+    Differs from the paper: kernels of unequal shapes share one pair of matrices too, of which each uses its first rows
+    and columns, as in PEFT.
     """
     targets.check_positive(rank=rank)
     if not d_initial:

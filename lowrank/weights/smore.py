@@ -5,9 +5,6 @@ children of a node are the f_l experts of level l with the largest `query . key`
 `relu(c @ hidden) @ queries`, of the context c: the narrowed token, and the keys of the node and its ancestors. The
 output of a node is `x_(l+1) = sum_i g_i act(A_i B_i x + W_l x_l(i))` over its children i; leaves have no second term.
 The update is the root's output times `up`. The widths are `d_(l+1) = d_l + E_l r` with `d_0 = 0`.
-
-This form differs from the authors' code (ZimpleX/SMoRE-LLM): it has no biases in the products, no learned slope of a
-PReLU, and one rank for all levels.
 """
 
 from collections.abc import Sequence
