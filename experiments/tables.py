@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.study.numbers import format_mean
+from experiments.study.numbers import earlier_mark, format_mean, same_mark
 from lowrank.core.files import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +100,7 @@ def methods() -> str:
     rows = [
         f"| `{name}` | `{e['config']}` | {e['trains']} | {e['family']} | {'yes' if e['merges'] else 'no'} "
         f"| {'-' if e['trained_params'] is None else format(e['trained_params'], ',')} "
-        f"| {_score(scored.get((name, 'topics')))} | {_score(scored.get((name, 'headlines')))} |"
+        f"| {_marked_score(scored.get((name, 'topics')))} | {_marked_score(scored.get((name, 'headlines')))} |"
         for name, e in entries.items()
     ]
     return "\n".join([head, "|---|---|---|---|---|---:|---:|---:|---:|---:|", *rows])
@@ -112,7 +112,7 @@ def first_choices() -> str:
     scored = {(row["method"], row["task"]): row for row in _csv("experiments/methods/results/table.csv")}
     rows = [
         f"| `{entries[name]['config']}` | {reason} | {entries[name]['trained_params']:,} "
-        f"| {_score(scored.get((name, 'topics')))} |"
+        f"| {_marked_score(scored.get((name, 'topics')))} |"
         for name, reason in FIRST_CHOICES.items()
     ]
     return "\n".join(["| config | take it when | trained | accuracy | s/step |", "|---|---|---:|---:|---:|", *rows])
@@ -130,12 +130,17 @@ def quantization() -> str:
     return "\n".join([head, "|---|---|---:|---:|---:|---:|---:|", *lines])
 
 
-def _score(row: dict[str, str] | None) -> str:
+def _marked_score(row: dict[str, str] | None) -> str:
+    """As `_score`, with the marks of the methods' table."""
+    return _score(row, same_mark(row) + earlier_mark(row) if row else "")
+
+
+def _score(row: dict[str, str] | None, marks: str = "") -> str:
     """`mean ± interval | seconds per step`; dashes for a cell that was not run."""
     if row is None:
         return "- | -"
     step = "-" if row["step_s"] == "nan" else f"{float(row['step_s']):.2f}"
-    return f"{format_mean(float(row['score_mean']), float(row['score_ci95']))} | {step}"
+    return f"{format_mean(float(row['score_mean']), float(row['score_ci95']))}{marks} | {step}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

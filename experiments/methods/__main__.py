@@ -2,8 +2,11 @@
 
 Runs every cell that is not there yet, first those for scores, then those for timing, which want an idle machine; shows
 progress, and rewrites the table and the plot. Kill it and start it again: cells that are done stay. `--quick` is two
-steps, one rate, one seed, in `runs/`; `--phases=` runs nothing and rewrites the table.
+steps, one rate, one seed, in `runs/`; `--phases=` runs nothing and rewrites the table. `--renew` also runs the scores
+again whose row has other formulas by now (`Row.formulas`).
 """
+
+import dataclasses
 
 from absl import app
 
@@ -16,6 +19,7 @@ from lowrank.core import files
 
 def write(study: Study) -> None:
     """The table and the plot from the cells there are, and the catalogue of methods."""
+    study = dataclasses.replace(study, renew=False)  # the table also has the scores that are still to be renewed
     table.write(study, table.rows(study, lambda task: untrained(study, task)["known"]))
     if not study.quick:
         files.write_json(study.results / "catalogue.json", catalogue())

@@ -9,15 +9,21 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.study.compute_cost import cost_summary
-from experiments.study.numbers import format_mean, interval, write_csv
+from experiments.study.numbers import EARLIER, SAME, earlier_mark, format_mean, interval, same_mark, write_csv
 from experiments.study.stages import final_cells
 from experiments.study.study import Study
 from experiments.study.tasks import TASKS, Task
 from experiments.study.timing import Timing
+from experiments.study.trials import Cell
 from lowrank.core.files import write_bytes, write_text
 
 COLUMNS = ("method", "family", "task", "seeds", "score_mean", "score_ci95", "trained_params", "step_s", "peak_mb")
-COLUMNS += ("adapter_kb", "forgetting")
+COLUMNS += ("adapter_kb", "forgetting", "minus_lora_mean", "minus_lora_ci95", "earlier_formulas")
+NOTE = f"""± is half of Student's 95 % interval of the mean over the seeds of a row, which draw the new leaves and the
+order of the data. It does not cover the choice of the learning rate, which one seed makes, nor that of the test
+articles. The differences from LoRA are taken seed by seed, with the same interval. {SAME} marks a row whose interval
+covers 0 or has no width, so that these few seeds cannot tell it from LoRA. {EARLIER} marks a row that was not run
+again after the formulas of its method changed."""
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
@@ -28,12 +34,32 @@ def rows(study: Study, known: Callable[[Task], float]) -> list[dict[str, Any]]:
     """
     out = []
     for task in TASKS.values():
+        lora = _scored(study, task, "lora")
         for name, row in study.rows.items():
-            cells = [cell.read() for cell in final_cells(study, task, name)] if task.name in row.tasks else []
             timing = Timing(study, task, name).read() or {"step_s": math.nan, "peak_mb": math.nan}
-            if cells and all("test" in (cell or {}) for cell in cells):
-                out.append(_row(task, name, row.family, cells, timing, known(task)))
+            if cells := _scored(study, task, name):
+                earlier = any(cell.is_earlier(numbers) for cell, numbers in cells)
+                found = _row(task, name, row.family, [numbers for _, numbers in cells], timing, known(task))
+                out.append(found | _difference(cells, lora if name != "lora" else []) | {"earlier_formulas": earlier})
     return out
+
+
+Scored = list[tuple[Cell, Mapping[str, Any]]]
+
+
+def _scored(study: Study, task: Task, name: str) -> Scored:
+    """The cells of a row of the table with their numbers; none before all of them are scored."""
+    asked = name in study.rows and task.name in study.rows[name].tasks
+    cells = [(cell, cell.read() or {}) for cell in final_cells(study, task, name)] if asked else []
+    return cells if all("test" in numbers for _, numbers in cells) else []
+
+
+def _difference(cells: Scored, lora: Scored) -> dict[str, float]:
+    """The mean of the differences of scores from LoRA's at the same seed, with its interval; NaN without a pair."""
+    reference = {cell.seed: numbers["test"] for cell, numbers in lora}
+    pairs = [numbers["test"] - reference[cell.seed] for cell, numbers in cells if cell.seed in reference]
+    mean = statistics.mean(pairs) if pairs else math.nan
+    return {"minus_lora_mean": mean, "minus_lora_ci95": interval(pairs)}
 
 
 def _row(
@@ -66,13 +92,14 @@ def write(study: Study, table: Sequence[Mapping[str, Any]]) -> None:
 
 def markdown(study: Study, table: Sequence[Mapping[str, Any]]) -> str:
     """The table for a README, a part for each task, each with what it took."""
-    return "\n\n".join(_markdown(study, task, [r for r in table if r["task"] == task.name]) for task in TASKS.values())
+    parts = [_markdown(study, task, [r for r in table if r["task"] == task.name]) for task in TASKS.values()]
+    return "\n\n".join([NOTE, *parts])
 
 
 def _markdown(study: Study, task: Task, table: Sequence[Mapping[str, Any]]) -> str:
     arrow = "higher" if task.sign > 0 else "lower"
-    head = ("method", "family", f"{task.metric} ({arrow} is better)", "trained", "s/step", "peak MB", "adapter kB")
-    lines = [[*head, task.knowledge], ["---", "---", *["---:"] * 6]]
+    head = ("method", "family", f"{task.metric} ({arrow} is better)", "minus LoRA's", "trained", "s/step", "peak MB")
+    lines = [[*head, "adapter kB", task.knowledge], ["---", "---", *["---:"] * 7]]
     lines += [_cells(row) for row in table]
     title = f"**{task.name}** {cost_summary(study, task, [row['method'] for row in table])}".strip()
     return f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -82,7 +109,10 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["method"],
         row["family"],
-        format_mean(row["score_mean"], row["score_ci95"]),
+        format_mean(row["score_mean"], row["score_ci95"]) + earlier_mark(row),
+        "-"
+        if row["method"] == "lora"
+        else format_mean(row["minus_lora_mean"], row["minus_lora_ci95"]) + same_mark(row),
         f"{row['trained_params']:,}",
         "-" if math.isnan(row["step_s"]) else f"{row['step_s']:.2f}",
         "-" if math.isnan(row["peak_mb"]) else f"{row['peak_mb']:.0f}",
@@ -91,17 +121,30 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _minus_lora(row: Mapping[str, Any]) -> str:
+    difference = format_mean(row["minus_lora_mean"], row["minus_lora_ci95"])
+    return "-" if row["method"] == "lora" else difference + same_mark(row)
+
+
 def latex(table: Sequence[Mapping[str, Any]]) -> str:
     """The table for a paper, with booktabs."""
-    head = " & ".join(("Method", "Family", "Task", "Score", "Trained", "s/step", "Peak MB", "kB", "Forgetting"))
+    head = " & ".join(
+        ("Method", "Family", "Task", "Score", "Minus LoRA's", "Trained", "s/step", "Peak MB", "kB", "Forgetting")
+    )
     body = []
     for row in table:
-        method, family, score, *rest = _cells(row)
-        cells = [method, family, row["task"], f"${score.replace('±', chr(92) + 'pm')}$", *rest]
+        method, family, score, minus, *rest = _cells(row)
+        cells = [method, family, row["task"], *(f"${_in_latex(text)}$" for text in (score, minus)), *rest]
         body.append(" & ".join(cells).replace("_", r"\_").replace(",", "{,}") + r" \\")
     return "\n".join(
-        [r"\begin{tabular}{lllrrrrrr}", r"\toprule", head + r" \\", r"\midrule", *body, r"\bottomrule"]
+        [r"\begin{tabular}{lllrrrrrrr}", r"\toprule", " & ".join(head) + r" \\", r"\midrule", *body, r"\bottomrule"]
     ) + ("\n\\end{tabular}")
+
+
+def _in_latex(text: str) -> str:
+    for mark, command in (("±", r"\pm"), (SAME, r"\approx"), (EARLIER, r"\dagger")):
+        text = text.replace(mark, command)
+    return text
 
 
 def plot(table: Sequence[Mapping[str, Any]]) -> bytes:

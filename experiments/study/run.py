@@ -27,6 +27,7 @@ _QUICK = flags.DEFINE_bool("quick", False, "Two steps, one learning rate, one se
 _TASK = flags.DEFINE_list("task", list(TASKS), "The tasks to run.")
 _ROWS = flags.DEFINE_list("rows", None, "The rows to run; by default all.")
 _PHASES = flags.DEFINE_list("phases", list(PHASES), "What to run: scores, timing; nothing only rewrites the table.")
+_RENEW = flags.DEFINE_bool("renew", False, "Run the scores again that are of earlier formulas than their row's.")
 _RESULTS = flags.DEFINE_string("results", "", "Where cells and table go; by default beside the study.")
 _WORKERS = flags.DEFINE_integer(
     "workers", 2, "Rows that are scored at once, each on its share of the cores; 1 where they share an accelerator.", 1
@@ -36,7 +37,7 @@ _WORKERS = flags.DEFINE_integer(
 def main(name: str, write: Callable[[Study], None]) -> None:
     """Runs the study `experiments/NAME` with the flags' settings; `write` writes its table from the finished cells."""
     try:
-        study = load_study(name, _QUICK.value, _RESULTS.value)
+        study = load_study(name, _QUICK.value, _RESULTS.value, _RENEW.value)
         phases = [p for p in _PHASES.value if p]
         run(study, write, _TASK.value, _ROWS.value or list(study.rows), phases, _WORKERS.value)
     except UserError as e:
@@ -107,7 +108,7 @@ def _row(study: Study, phase: str, task: str, name: str, bar: tqdm, cores: str) 
     log = study.runs / task / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as said:
-        argv = [*command, str(study.results), *["quick"] * study.quick]
+        argv = [*command, str(study.results), *["quick"] * study.quick, *["renew"] * study.renew]
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=said, text=True)
         for line in process.stdout:
             bar.set_description(f"{task}/{name}", refresh=False)

@@ -19,7 +19,8 @@ GRID = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1
 class Row(NamedTuple):
     """An entry of the comparison: a method, the options of its base, and the learning rates of its sweep.
 
-    The row is timed at the first rate.
+    The row is timed at the first rate. `formulas` is raised where the method computes something else under the same
+    config: a table marks the scores of cells that have a lower number.
     """
 
     family: str
@@ -28,6 +29,7 @@ class Row(NamedTuple):
     tasks: tuple[str, ...] = ("topics",)
     model: Mapping[str, Any] = MappingProxyType({})  # in addition to the task's own model options
     optim: Mapping[str, Any] = MappingProxyType({})  # in addition to the task's own optimizer options
+    formulas: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Study:
 
     With `quick`, a row has one rate, one seed, and two steps on a few examples. With `forgetting`, the tuned model is
     also scored on its pretraining task. With `search`, a sweep continues from the rates of a row along `GRID` until the
-    rates on both sides of the best one are worse. `settings` replaces settings of a task, by dotted key.
+    rates on both sides of the best one are worse. `settings` replaces settings of a task, by dotted key. With
+    `renew`, scores of earlier formulas than their row's count as missing.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Study:
     forgetting: bool = True
     search: bool = False
     settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    renew: bool = False
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -62,13 +66,13 @@ class Study:
         return config
 
 
-def load_study(name: str, quick: bool = False, results: str = "") -> Study:
+def load_study(name: str, quick: bool = False, results: str = "", renew: bool = False) -> Study:
     """The study `experiments/NAME`; a quick study stores its cells in `runs/`."""
     runs = Path("runs") / (f"{name}-quick" if quick else name)
     here = runs / "results" if quick else Path(__file__).parents[1] / name / "results"
     module = importlib.import_module(f"experiments.{name}.rows")
     asked = (module.FORGETTING, module.SEARCH and not quick, module.SETTINGS)
-    return Study(name, module.ROWS, Path(results) if results else here, runs, quick, *asked)
+    return Study(name, module.ROWS, Path(results) if results else here, runs, quick, *asked, renew)
 
 
 def read_numbers(path: Path, config: Any) -> dict[str, Any] | None:

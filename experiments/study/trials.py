@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,24 @@ class Cell:
         return self.study.config(self.task, self.row, self.lr, self.seed)
 
     def read(self) -> dict[str, Any] | None:
-        """The cell's numbers; None if it has not run, or ran with another config."""
-        return read_numbers(self.path, self.config)
+        """The cell's numbers; None if it has not run, or ran with another config or, to renew, earlier formulas."""
+        numbers = read_numbers(self.path, self.config)
+        return None if self.study.renew and numbers and self.is_earlier(numbers) else numbers
+
+    def is_earlier(self, numbers: Mapping[str, Any]) -> bool:
+        """Whether `numbers` of this cell are of earlier formulas than the row's."""
+        return numbers.get("formulas", 0) < self.row.formulas
+
+    @property
+    def _description(self) -> dict[str, Any]:
+        return {"config": files.to_json(self.config), "formulas": self.row.formulas}
 
     def run(self) -> dict[str, Any]:
         """Trains, and stores the numbers; only the seed that chooses the rate is scored on validation."""
         chooses = self.seed == self.study.seeds[0]
         summary = loop.run(self.config, self.folder, before=False, after=chooses)
         numbers = {
-            "config": files.to_json(self.config),
+            **self._description,
             **({"validation": summary["after"][self.task.metric]} if chooses else {}),
             "trained_params": summary["trained_params"],
             "adapter_kb": _size(self.folder / loop.ADAPTER) / 2**10,
@@ -63,7 +73,7 @@ class Cell:
         try:
             self.run()
         except Diverged as e:
-            files.write_json(self.path, {"config": files.to_json(self.config), "validation": None, "why": str(e)})
+            files.write_json(self.path, {**self._description, "validation": None, "why": str(e)})
 
     @property
     def folder(self) -> Path:

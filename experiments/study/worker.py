@@ -1,6 +1,6 @@
 """The worker of a study: it runs the missing cells of one row in its own process, whose peak memory is the row's.
 
-`python -m experiments.study.worker STUDY PHASE TASK ROW RESULTS [quick]` prints one line of JSON per finished cell.
+`python -m experiments.study.worker STUDY PHASE TASK ROW RESULTS [quick] [renew]` prints one line of JSON per cell.
 """
 
 import json
@@ -20,11 +20,12 @@ from lowrank.core.errors import UserError
 
 def main(argv: list[str]) -> int:
     """Runs the cells; returns the exit code, which is 2 for bad input."""
-    (study, phase, task, name, results, *rest), since = argv, BEGAN
+    (study, phase, task, name, results, *flags), since = argv, BEGAN
     with tempfile.TemporaryDirectory() as programs:
         _keep_programs(programs)
         try:
-            for cell in PHASES[phase](load_study(study, rest == ["quick"], results), TASKS[task], name):
+            loaded = load_study(study, "quick" in flags, results, "renew" in flags)
+            for cell in PHASES[phase](loaded, TASKS[task], name):
                 now = time.monotonic()
                 numbers = {key: value for key, value in add_core_seconds(cell, now - since).items() if key != "config"}
                 print(json.dumps({"cell": cell.path.stem, **numbers}), flush=True)

@@ -103,6 +103,39 @@ def test_a_search_ends_between_two_worse_rates(tmp_path, accuracy, tried, chosen
     assert {cell.lr for cell in stages.final_cells(study, tasks.TOPICS, "lora")} == {chosen}
 
 
+def test_a_row_is_told_from_lora_by_the_differences_at_its_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(compute_cost, "cost_summary", lambda *args: "")
+    rates = {name: ROWS[name]._replace(rates=(1e-3,), tasks=("topics",)) for name in ("lora", "vera", "head")}
+    study = Study("methods", rates | {"dora": ROWS["dora"]._replace(formulas=1)}, tmp_path, tmp_path)
+    scores = {"lora": (0.5, 0.7, 0.9), "vera": (0.61, 0.8, 1.0), "head": (0.3, 0.9, 0.6)}
+    for name, values in scores.items():
+        for cell, score in zip(_seeds(study, name), values, strict=True):
+            found = {"validation": 0.5, "test": score, "known": 0.0, "trained_params": 1, "adapter_kb": 1.0}
+            files.write_json(cell.path, {"config": files.to_json(cell.config), **found})
+    rows = {row["method"]: row for row in table.rows(study, lambda task: 0.0)}
+    differences = np.array([0.11, 0.1, 0.1])
+    assert_close(rows["vera"]["minus_lora_mean"], differences.mean(), relative=1e-9)
+    half = 4.303 * differences.std(ddof=1) / np.sqrt(3)  # Student's, of the pairs: far less than of either row
+    assert_close(rows["vera"]["minus_lora_ci95"], half, relative=1e-9)
+    assert {name: numbers.same_mark(row) for name, row in rows.items()} == {"lora": "", "vera": "", "head": " ≈"}
+
+
+def _seeds(study, name):
+    return [Cell(study, tasks.TOPICS, name, 1e-3, seed) for seed in study.seeds]
+
+
+def test_scores_of_earlier_formulas_are_marked_until_they_are_renewed(study):
+    task = tasks.TASKS["topics"]
+    assert list(stages.scores(study, task, "lora"))
+    changed = dataclasses.replace(study, rows={"lora": ROWS["lora"]._replace(formulas=1)})
+    renewed = dataclasses.replace(changed, renew=True)
+    assert [stages.missing_runs(s, "scores", task, "lora") for s in (changed, renewed)] == [0, 1]
+    assert [numbers.earlier_mark(row) for row in table.rows(changed, lambda task: 0.0)] == [" †"]
+    assert list(stages.scores(renewed, task, "lora"))
+    assert [numbers.earlier_mark(row) for row in table.rows(changed, lambda task: 0.0)] == [""]
+    assert not stages.missing_runs(renewed, "scores", task, "lora")
+
+
 def test_a_run_that_diverges_is_kept_without_a_score(study, monkeypatch):
     def diverge(config, folder, **scored):
         raise Diverged("loss is nan at step 3")
