@@ -38,7 +38,7 @@ def collectives(text: str, chunks: int = 1) -> dict[str, Collective]:
     `chunks` is the number of trips of a loop whose bound is computed by the program itself, as is that of the chunks of
     logits.
     """
-    entry, computations = _computations(text)
+    entry, computations = computations_of(text)
     times = _times(entry, computations, chunks)
     found: dict[tuple[str, str], tuple[int, int]] = {}
     for name, lines in computations.items():
@@ -52,7 +52,7 @@ def _total(parts: list[tuple[int, int]]) -> Collective:
     return Collective(sum(runs for runs, _ in parts), sum(runs * size for runs, size in parts))
 
 
-def _computations(text: str) -> tuple[str, dict[str, dict[str, str]]]:
+def computations_of(text: str) -> tuple[str, dict[str, dict[str, str]]]:
     """`(name of the entry, {computation: {instruction: its text}})`."""
     entry, found, lines = "", dict[str, dict[str, str]](), dict[str, str]()
     for line in text.splitlines():
@@ -91,7 +91,7 @@ def _times(entry: str, computations: Mapping[str, Mapping[str, str]], chunks: in
     callers: dict[str, list[tuple[str, int]]] = {}
     for name, lines in computations.items():
         for text in lines.values():
-            trips = _trips(text, computations, chunks)
+            trips = trips_of(text, computations, chunks)
             branches = _BRANCHES.search(text)
             for called in [*_CALLED.findall(text), *(re.findall(r"[\w.\-]+", branches[1]) if branches else [])]:
                 callers.setdefault(called, []).append((name, trips))
@@ -103,7 +103,7 @@ def _times(entry: str, computations: Mapping[str, Mapping[str, str]], chunks: in
     return {name: times(name) for name in computations}
 
 
-def _trips(text: str, computations: Mapping[str, Mapping[str, str]], chunks: int) -> int:
+def trips_of(text: str, computations: Mapping[str, Mapping[str, str]], chunks: int) -> int:
     """The trips of a `while` that counts from 0 to a constant in its condition; 1 for other instructions."""
     found = re.search(r"\bwhile\(.*\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)", text)
     if not found:

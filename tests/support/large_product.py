@@ -1,6 +1,7 @@
-"""Temporary bytes of a 4096 x 14336 product of codes as compiled.
+"""Temporary bytes of a 4096 x 14336 product of codes as compiled, and the bytes that it moves to and from HBM.
 
-As a command, `python -m tests.support.large_product v5e|h100`, for a device that is not there.
+As a command, `python -m tests.support.large_product v5e|h100 SCHEME ROWS`, for a device that is not there: the
+temporary bytes of the forward product and of the gradient of its inputs, then the bytes that a TPU program moves.
 """
 
 import sys
@@ -9,15 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from experiments.bench.hbm_bytes import hbm_bytes
 from lowrank.core.weight import dot
 from lowrank.memory import gpus
 from lowrank.weights.quantized.schemes import SCHEMES
 
-SHAPE, ROWS = (4096, 14336), 64
+SHAPE = (4096, 14336)
 
 
-def temporary(device, scheme, **options):
-    """`[forward, gradient of the inputs]`."""
+def programs(device, scheme, rows, **options):
+    """`[forward, gradient of the inputs]`, compiled."""
 
     def place(tree):
         at = SingleDeviceSharding(device)
@@ -27,9 +29,13 @@ def temporary(device, scheme, **options):
         return jax.vjp(lambda x: dot(x, w), x)[1](g)
 
     w = place(jax.eval_shape(lambda w: SCHEMES[scheme](**options)(w), jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16)))
-    x, g = (place(jax.ShapeDtypeStruct((ROWS, n), jnp.bfloat16)) for n in SHAPE)
+    x, g = (place(jax.ShapeDtypeStruct((rows, n), jnp.bfloat16)) for n in SHAPE)
     lowered = jax.jit(dot).lower(x, w), jax.jit(back).lower(x, g, w)
-    return [program.compile().memory_analysis().temp_size_in_bytes for program in lowered]
+    return [program.compile() for program in lowered]
+
+
+def temporaries(compiled):
+    return [program.memory_analysis().temp_size_in_bytes for program in compiled]
 
 
 def elsewhere(name):
@@ -41,4 +47,8 @@ def elsewhere(name):
 
 
 if __name__ == "__main__":
-    print(*temporary(elsewhere(sys.argv[1]), "nf4", double=True))
+    kind, scheme, rows = sys.argv[1:]
+    double = {"double": True} if scheme == "nf4" else {}
+    compiled = programs(elsewhere(kind), scheme, int(rows), **double)
+    print(*temporaries(compiled))
+    print(*(hbm_bytes(program.as_text()) for program in compiled if kind == "v5e"))
