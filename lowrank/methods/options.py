@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from lowrank.core.errors import UserError
+
 F = TypeVar("F", bound=Callable[..., Any])
 OWN = "own_options"  # the attribute of a method's function that `own_meaning` sets
 
@@ -42,6 +44,13 @@ def own_meaning(*names: str) -> Callable[[F], F]:
         return fn
 
     return decorate
+
+
+def check_unused(method: Callable[..., Any], needs: str, **options: Any) -> None:
+    """Raises UserError for an option of `method` that is not at its default, where only `needs` would let it act."""
+    for name, value in options.items():
+        if value != inspect.signature(method).parameters[name].default:
+            raise UserError(f"method.{name}={value} acts only with {needs}: set that too, or leave method.{name} out")
 
 
 def common_options(method: Callable[..., Any]) -> list[str]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.method import SHARED, Export, Method
+from lowrank.methods.options import check_unused
 
 
 def prefix(length: int = 20, reparam: bool = False, hidden: int = 512) -> Method:
@@ -24,6 +25,7 @@ def prefix(length: int = 20, reparam: bool = False, hidden: int = 512) -> Method
     targets.check_positive(length=length, hidden=hidden)
     model = {"prefix_length": length}
     if not reparam:
+        check_unused(prefix, "method.reparam=true", hidden=hidden)
         return Method(model_options=model, trainable=("prefix/(k|v)",))
     return Method(
         model_options=model,

@@ -34,6 +34,7 @@ from lowrank.core.typing import PyTree
 from lowrank.core.weight import at_least_float32, materialize
 from lowrank.methods import targets
 from lowrank.methods.method import Context, Export, Hooks, Method
+from lowrank.methods.options import check_unused
 from lowrank.weights import sparse as form
 
 Kernels = dict[str, jax.Array]  # dense, float32, by name
@@ -75,6 +76,10 @@ def sparse(
     if choose not in (*BLIND, *SEEING):
         raise unknown("choice of places in method.choose", choose, (*BLIND, *SEEING))
     targets.check_positive(batches=batches, warm_lr=warm_lr)
+    if choose in BLIND:
+        check_unused(sparse, f"a method.choose of {', '.join(SEEING)}", batches=batches)
+    if choose != "movement":
+        check_unused(sparse, "method.choose=movement", warm_lr=warm_lr)
     factor = _capacity_factor(scope, capacity_factor)
 
     def adapt(key: jax.Array, w: Any, name: str) -> form.Sparse:

@@ -142,12 +142,28 @@ def decay_notes(config: OptimConfig, trained: PyTree) -> tuple[str, ...]:
         trained,
         is_leaf=weight.is_weight,
     )
-    decays = [float(label.split(":")[1]) > 0 for _, label in tree.named_leaves(optimizer_labels(config, trained))]
+    decays = [_factors(label)[1] > 0 for _, label in tree.named_leaves(optimizer_labels(config, trained))]
     named = zip(tree.named_leaves(changes), decays, strict=True)
     names = [name for (name, change), decay in named if change and decay]
     if not names:
         return ()
     return (f"optim.weight_decay acts on {', '.join(names)}: it draws the changed weights to their pretrained values",)
+
+
+def _check_decay(config: OptimConfig, of_leaf: PyTree) -> None:
+    """Raises UserError for a weight decay that acts on none of the trained leaves."""
+    acting = [label for _, label in tree.named_leaves(of_leaf) if 0.0 not in _factors(label)]
+    if config.weight_decay and not acting:
+        raise UserError(
+            f"optim.weight_decay={config.weight_decay} acts on none of the trained leaves: they are vectors, frozen by "
+            "optim.lr_ratios, matched by optim.no_decay or declared without decay; set it to 0"
+        )
+
+
+def _factors(label: str) -> tuple[float, float]:
+    """`(ratio of the learning rate, weight decay)` of a label."""
+    ratio, decay = map(float, label.split(":"))
+    return ratio, decay
 
 
 def _decay_mask(trained: PyTree) -> PyTree:
@@ -174,13 +190,14 @@ def build_optimizer(
     rescaling = config_schema.call_with_group(OPTIMIZERS[config.name], config.args, "optim.args")
     rescaling = wrap(rescaling, steps) if wrap else rescaling
     of_leaf = optimizer_labels(config, trained)
+    _check_decay(config, of_leaf)
     groups = {label: _group(rescaling, label) for label in sorted({v for _, v in tree.named_leaves(of_leaf)})}
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, optax.multi_transform(groups, of_leaf))
 
 
 def _group(rescaling: optax.GradientTransformation, label: str) -> optax.GradientTransformation:
-    ratio, decay = (float(part) for part in label.split(":"))
+    ratio, decay = _factors(label)
     if not ratio:
         return optax.set_to_zero()
     return optax.chain(

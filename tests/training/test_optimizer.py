@@ -115,6 +115,13 @@ def test_schedules_warm_up_and_then_follow_their_curve(name, middle, end):
     assert_close([rate(14), rate(24)], [2 * middle, 2 * end])
 
 
+@pytest.mark.parametrize("ratios", [(), (("q/.*", 0.0),)])
+def test_a_decay_that_acts_on_no_leaf_is_refused(ratios):
+    trained = {**TRAINED, "q": TRAINED["q"] if ratios else None}
+    with pytest.raises(UserError, match=r"optim\.weight_decay=0\.1 acts on none of the trained leaves"):
+        optim.build_optimizer(OptimConfig(weight_decay=0.1, lr_ratios=ratios), STEPS, trained)
+
+
 @pytest.mark.parametrize(
     ("config", "culprit"),
     [
