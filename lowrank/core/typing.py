@@ -28,7 +28,7 @@ class BatchInfo:
 
     segments: jax.Array  # [R, T] int32: the sequence that a token belongs to, 0 for padding
     weight: jax.Array | None = None  # the weight that the loss is divided by; None where texts are generated
-    answers: jax.Array | None = None  # [R, T] bool: tokens whose target belongs to an answer; None without answers
+    prompt: jax.Array | None = None  # [R, T] bool: the tokens of a sequence before its answer; None without answers
 
 
 Bind = Callable[[PyTree, BatchInfo | None, jax.Array | None], PyTree]  # (params, batch, rng of training) -> params

@@ -22,11 +22,12 @@ from lowrank.data.templates import Record
 
 @dataclasses.dataclass(frozen=True)
 class LanguageEncoder:
-    """Sequences for next-token prediction: `tokens`, `targets` int32 and `weights` float32, `[N]`, N <= `length`.
+    """Sequences for next-token prediction, `[N]`: `tokens`, `targets` int32, `weights` float32, `prompt` bool.
 
-    The weight is 1 where a token of the answer (its end token included) is the target, and `prompt_weight` elsewhere.
-    A record that is too long loses the end of its long text. A document is cut into pieces that overlap by one token,
-    so that each of its tokens but the first is a target once.
+    N is at most `length`. The weight is 1 where a token of the answer (its end token included) is the target, and
+    `prompt_weight` elsewhere. `prompt` marks the tokens before the first one that is learned, and the first token of a
+    sequence in any case. A record that is too long loses the end of its long text. A document is cut into pieces that
+    overlap by one token, so that each of its tokens but the first is a target once.
     """
 
     renderer: Renderer
@@ -87,10 +88,12 @@ class LanguageEncoder:
 
     def _shift(self, ids: Sequence[int], learned: Sequence[bool]) -> HostArrays:
         weights = np.where(np.asarray(learned[1:], bool), 1.0, self.prompt_weight)
+        answered = np.logical_or.accumulate([False, *learned[1:-1]])
         return {
             "tokens": np.asarray(ids[:-1], np.int32),
             "targets": np.asarray(ids[1:], np.int32),
             "weights": weights.astype(np.float32),
+            "prompt": ~answered,
         }
 
 
@@ -107,6 +110,7 @@ LANGUAGE = RowFormat(
         "tokens": TOKENS,
         "targets": TOKENS,
         "weights": ArraySpec("float32", filler=0),
+        "prompt": ArraySpec("bool"),
         "positions": INDEX,
         "segments": INDEX,
     },

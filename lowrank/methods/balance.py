@@ -37,6 +37,11 @@ def check_routing(name: str, count: int, experts: int, balance: float) -> None:
     """Raises UserError unless `count` of `experts` can be chosen and `balance` can be the factor of a loss."""
     if not 1 <= count <= experts:
         raise UserError(f"method.{name}={count} is not in 1..{experts}, the number of experts")
+    check_balance(balance)
+
+
+def check_balance(balance: float) -> None:
+    """Raises UserError for a factor of the balance loss that is negative."""
     if balance < 0:
         raise UserError(f"method.balance must not be negative, not {balance}")
 

@@ -11,7 +11,7 @@ from lowrank.core import tree, weight
 from lowrank.core.errors import UserError
 from lowrank.core.typing import BatchInfo, PyTree, Sums
 from lowrank.methods import targets
-from lowrank.methods.balance import balanced, check_routing, map_forms
+from lowrank.methods.balance import balanced, check_balance, map_forms
 from lowrank.methods.method import SHARED, Hooks, Method, TotalLoss
 from lowrank.methods.options import own_meaning
 from lowrank.weights import lora, mixture
@@ -30,11 +30,12 @@ def milora(
     `W x + gate * alpha / rank * B A x`. The gates of a layer are k times the top-k softmax of a linear router, so that
     the mean of the chosen gates is 1. The router reads the mean of the hidden states of the prompt at the input of the
     layer, after a GELU. The gates are computed once, from the prompt, and hold for every generated token. In training,
-    the prompt of a sequence ends before its first token of full weight; the prompt of a classifier is the whole
-    sequence. `balance` is the factor of the balance loss, as in `more`. The adapter cannot be merged.
+    the prompt of a sequence ends before its first answer, and that of a document is its first token; the prompt of a
+    classifier is the whole sequence. `balance` is the factor of the balance loss, as in `more`. The adapter cannot be
+    merged.
     """
-    targets.check_positive(rank=rank, alpha=alpha)
-    check_routing("per_prompt", per_prompt, per_prompt, balance)
+    targets.check_positive(rank=rank, alpha=alpha, per_prompt=per_prompt)
+    check_balance(balance)
 
     def adapt(key: jax.Array, w: Any, name: str) -> mixture.Gated:
         targets.check_rank(name, w.shape, rank)
@@ -78,8 +79,8 @@ def _bind(params: PyTree, batch: BatchInfo | None, rng: jax.Array | None, per_pr
     if batch is None:
         return params
     seen: dict[str, Any] = {"segments": batch.segments}
-    if batch.answers is not None:
-        seen["prompt"] = is_prompt(batch.segments, batch.answers)
+    if batch.prompt is not None:
+        seen["prompt"] = batch.prompt
     names = [n for n, w in tree.named_leaves(params, weight.is_weight) if type(w) is mixture.Gated]
     bound, member = dict(params), dict[str, int]()
     for stack, members in _by_stack(names).items():
@@ -102,15 +103,3 @@ def _leaf(params: PyTree, name: str) -> Any:
     for part in name.split("/"):
         params = params[part]
     return params
-
-
-def is_prompt(segments: jax.Array, answers: jax.Array) -> jax.Array:
-    """`[rows, tokens]` bool: the tokens of a sequence up to the first whose target belongs to an answer.
-
-    `answers[t]` tells whether the target of token t, which is token t + 1, belongs to an answer; so the first token of
-    a sequence always belongs to the prompt.
-    """
-    same = segments[:, :, None] == segments[:, None, :]
-    before = jnp.tril(jnp.ones(same.shape[1:], bool), -1)[None] & same
-    answered = jnp.any(before & answers[:, None, :], axis=-1)
-    return ~answered & (segments > 0)

@@ -75,8 +75,7 @@ def _features(network: Network, params: PyTree, batch: Batch) -> tuple[jax.Array
 
 
 def _batch_info(batch: Batch) -> BatchInfo:
-    weights_BxT = batch["weights"]
-    return BatchInfo(batch["segments"], jnp.sum(weights_BxT.astype(jnp.float32)), weights_BxT >= 1)
+    return BatchInfo(batch["segments"], jnp.sum(batch["weights"].astype(jnp.float32)), batch["prompt"])
 
 
 def _answer_sums(network: Network, params: PyTree, batch: Batch, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:

@@ -39,6 +39,8 @@ def test_prompt_weights_zero_and_one_are_exact(tokenizer, weight):
     answer = len(tokenizer.encode(" Title")) + 1
     assert sequence["weights"].sum() == (answer if weight == 0 else len(sequence["weights"]))
     assert set(sequence["weights"].tolist()) == {weight, 1.0}
+    prompt = len(tokenizer.encode("A short text.\n\nHeadline:"))  # whatever its tokens weigh
+    assert sequence["prompt"].tolist() == [True] * prompt + [False] * (answer - 1)
 
 
 def test_a_start_token_is_put_first_once_where_the_tokenizer_has_one(tokenizer):

@@ -11,7 +11,8 @@ T, PAD = 16, 99
 
 def sequence(start, size):
     tokens = np.arange(start, start + size, dtype=np.int32)
-    return {"tokens": tokens, "targets": tokens + 1, "weights": np.full(size, 0.5, np.float32)}
+    weights, prompt = np.full(size, 0.5, np.float32), np.arange(size) < 2
+    return {"tokens": tokens, "targets": tokens + 1, "weights": weights, "prompt": prompt}
 
 
 @pytest.fixture
@@ -63,7 +64,8 @@ def test_packing_fills_rows_well(sequences):
     rows = packed(sequences)
     assert np.mean([row["segments"] > 0 for row in rows]) > 0.9
     assert {row["tokens"].shape for row in rows} == {(T,)}
-    assert {row[name].dtype for row in rows for name in row if name != "weights"} == {np.dtype(np.int32)}
+    assert {row[name].dtype for row in rows for name in ("tokens", "targets", "segments")} == {np.dtype(np.int32)}
+    assert all((row["prompt"] == ((row["positions"] < 2) & (row["segments"] > 0))).all() for row in rows)
 
 
 def test_a_padded_row_holds_one_sequence():

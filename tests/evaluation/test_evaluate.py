@@ -35,6 +35,7 @@ def _rows(n):
     rows["segments"] = real.astype(np.int32)
     rows["positions"] = np.where(real, np.arange(T), 0).astype(np.int32)
     rows["weights"] = (real * np.where(np.arange(T) < 2, 0.1, 1.0)).astype(np.float32)
+    rows["prompt"] = real & (np.arange(T) < 3)
     return rows | {"labels": rng.integers(0, C, n).astype(np.int32)}
 
 

@@ -326,6 +326,7 @@ def test_one_rule_more_leaves_the_other_initial_values_alone():
         ({"name": "more", "rank": 0}, "method.rank must be positive"),
         ({"name": "more", "per_token": 5}, r"method.per_token=5 is not in 1\.\.4"),
         ({"name": "more", "balance": -1.0}, "method.balance must not be negative"),
+        ({"name": "milora", "per_prompt": 0}, r"method.per_prompt must be positive, not 0"),
         ({"name": "milora", "per_prompt": 3, "target": Q}, r"method.per_prompt=3 exceeds .*: 1\.\.1 of them"),
         ({"name": "milora", "per_prompt": 1, "target": "head/kernel"}, "head/kernel is not in a stack of layers"),
         ({"name": "intrinsic", "dim": 0}, "method.dim must be at least 1, not 0"),

@@ -113,7 +113,7 @@ def test_methods_read_the_weight_and_the_rows_that_the_model_reads(case):
     assert_close(info.weight, case.loss(case.params, case.first).weight)
     assert info.segments.ndim == 2
     assert info.segments.size == case.first["segments"].size
-    assert info.answers is None or info.answers.shape == info.segments.shape
+    assert info.prompt is None or info.prompt.shape == info.segments.shape
 
 
 def test_the_scores_are_finite_leave_out_filled_rows_and_have_a_better_end(case):

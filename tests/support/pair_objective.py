@@ -76,4 +76,4 @@ def _fold(batch):
 
 def _batch_info(batch):
     rows = _fold(batch)
-    return BatchInfo(rows["segments"], jnp.sum(batch["valid"].astype(jnp.float32)), rows["weights"] >= 1)
+    return BatchInfo(rows["segments"], jnp.sum(batch["valid"].astype(jnp.float32)), rows["prompt"])

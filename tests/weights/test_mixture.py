@@ -14,7 +14,6 @@ from lowrank.core.errors import UserError
 from lowrank.core.typing import BatchInfo
 from lowrank.core.weight import dot, form, merge, with_gates
 from lowrank.generation import generate
-from lowrank.methods.milora import is_prompt
 from lowrank.weights import mixture, smore
 from tests.support.close import assert_close, difference
 from tests.support.tiny_models import decoder, normal, run, tokens
@@ -139,13 +138,6 @@ def test_balance_grows_with_its_scale_and_with_the_weight_of_the_batch():
     assert_close(w.strength, [1.5, 1.5])
 
 
-def test_the_prompt_ends_at_the_first_answer_of_its_sequence():
-    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0]])
-    answers = np.array([[0, 1, 1, 1, 0, 0, 1, 0]], bool)
-    found = jax.jit(is_prompt)(segments, answers)
-    np.testing.assert_array_equal(found, [[True, True, False, False, True, True, True, False]])
-
-
 TARGET = r"layers/attn/(q|k|v)/kernel"
 
 
@@ -173,7 +165,7 @@ class Spy(mixture.PromptRouter):
 def test_gates_are_the_top_of_each_layers_router_over_the_prompts_hidden_states():
     model, method, params = prompted()
     ids, segments = tokens(1, 6), np.array([[1, 1, 1, 2, 2, 0]])
-    bound = method.bind(params, BatchInfo(segments, answers=np.array([[0, 1, 1, 1, 1, 0]], bool)), None)
+    bound = method.bind(params, BatchInfo(segments, prompt=np.array([[1, 1, 0, 1, 0, 0]], bool)), None)
     router = bound["layers"]["router"]
     bound["layers"]["router"] = Spy(**{f.name: getattr(router, f.name) for f in dataclasses.fields(router)})
     SEEN.clear()
@@ -217,8 +209,8 @@ def test_generation_routes_once_by_the_prompt_whatever_its_padding():
     segments = (padded > 0).astype(np.int32)
     found = np.asarray(generate.generate(model, params, padded, segments, max_new=new, bind=method.bind))
     row = np.concatenate([ids, found[:, :-1]], axis=1)
-    ones, weights = np.ones_like(row), np.array([[0.0] * 4 + [1.0] * new])
-    bound = method.bind(params, BatchInfo(ones, answers=weights >= 1), None)
+    ones, prompt = np.ones_like(row), np.arange(row.shape[1])[None] < ids.shape[1]
+    bound = method.bind(params, BatchInfo(ones, prompt=prompt), None)
     logits = run(model, bound, row, segments=ones, method="__call__")
     np.testing.assert_array_equal(np.argmax(logits[:, 4:], axis=-1), found)
 
