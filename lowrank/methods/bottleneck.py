@@ -14,9 +14,19 @@ PLACES = {"both": ("attn", "mlp"), "attn": ("attn",), "mlp": ("mlp",)}
 
 
 def bottleneck_method(
-    width: int, activation: str, scale: float, after: str, parallel: bool, trainable: tuple[str, ...] = ()
+    width: int,
+    activation: str,
+    scale: float,
+    after: str,
+    *,
+    parallel: bool = False,
+    on_sum: bool = False,
+    trainable: tuple[str, ...] = (),
 ) -> Method:
-    """Adapters of `width` beside the sublayers (`parallel`) or after them. `trainable` adds trained leaves."""
+    """Adapters of `width` that read the outputs of sublayers, their inputs (`parallel`), or the sums after them.
+
+    `trainable` adds trained leaves.
+    """
     targets.check_positive(width=width, scale=scale)
     if after not in PLACES:
         raise unknown("place in method.after", after, PLACES)
@@ -24,6 +34,7 @@ def bottleneck_method(
         "adapter_width": width,
         "adapter_after": PLACES[after],
         "adapter_parallel": parallel,
+        "adapter_on_sum": on_sum,
         "adapter_activation": activation,
         "adapter_scale": scale,
     }

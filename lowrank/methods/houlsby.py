@@ -11,5 +11,8 @@ def houlsby(width: int = 64, activation: str = "gelu", scale: float = 1.0, norms
 
     `h + A(y)`, `A(y) = y + up(act(down(y)))`, where y is the output of the sublayer. As in the paper, the norms of the
     blocks are trained too, unless `norms` is off.
+
+    Differs from the paper: up is 0 at first, so that the model is unchanged, where the paper draws both kernels from a
+    normal distribution of standard deviation 0.01, truncated at two of them.
     """
-    return bottleneck_method(width, activation, scale, "both", parallel=False, trainable=(NORMS,) if norms else ())
+    return bottleneck_method(width, activation, scale, "both", trainable=(NORMS,) if norms else ())

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, D width, W bottleneck width.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ class AdapterOptions:
     adapter_width: int = 0  # > 0: a bottleneck adapter of this width in every layer
     adapter_after: tuple[str, ...] = SUBLAYERS  # the sublayers that have an adapter
     adapter_parallel: bool = False  # the adapter reads the sublayer's input, not its output
+    adapter_on_sum: bool = False  # the adapter reads the residual stream after the sublayer, not the sublayer's output
     adapter_activation: str = "gelu"
     adapter_scale: float = 1.0  # the factor of the adapter's output
     routed_width: int = 0  # > 0: low-rank experts of this width beside every mixture of experts
@@ -65,6 +67,8 @@ def check_adapter_options(config: Any) -> None:
     for name in config.adapter_after:
         if name not in SUBLAYERS:
             raise unknown("sublayer in adapter_after", name, SUBLAYERS)
+    if config.adapter_parallel and config.adapter_on_sum:
+        raise UserError("adapter_parallel and adapter_on_sum name two inputs of one adapter: set only one of them")
     if config.adapter_width and not config.adapter_after:
         raise UserError(f"adapter_after is empty, so that no layer has an adapter: name some of {', '.join(SUBLAYERS)}")
     if config.adapter_activation not in ACTIVATIONS:
@@ -99,16 +103,19 @@ class Bottleneck(nn.Module):
 DOWN_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # as LoRA's A: within 1 / sqrt(D)
 
 
-def add_adapter(config: Any, sublayer: str, x_BxTxD: jax.Array, y_BxTxD: jax.Array) -> jax.Array:
-    """The output `[B, T, D]` of `sublayer` with its adapter's output added, if the config gives it an adapter.
+def add_sublayer(
+    config: Any, sublayer: str, x_BxTxD: jax.Array, y_BxTxD: jax.Array, residual_sum: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """The residual stream `[B, T, D]` after `sublayer`, whose adapter's output is added to `y` if it has one.
 
-    `x` is the sublayer's input and `y` its output. A sequential adapter reads `y` before the residual sum; a parallel
-    one reads `x` (He et al. 2022, arXiv:2110.04366). The caller is a compact module, of which the adapter becomes the
-    child `attn_adapter` or `mlp_adapter`.
+    `x` is the sublayer's input, `y` its output, and `residual_sum(y)` the residual stream with `y`, normed in a
+    post-norm model. A sequential adapter reads `y`, or `residual_sum(y)` with `adapter_on_sum`; a parallel one reads
+    `x` (He et al. 2022, arXiv:2110.04366). The caller is a compact module, of which the adapter becomes the child
+    `attn_adapter` or `mlp_adapter`.
     """
     if not config.adapter_width or sublayer not in config.adapter_after:
-        return y_BxTxD
-    adapter = Bottleneck(
-        config.adapter_width, config.adapter_activation, config.adapter_scale, name=f"{sublayer}_adapter"
-    )
-    return y_BxTxD + adapter(x_BxTxD if config.adapter_parallel else y_BxTxD)
+        return residual_sum(y_BxTxD)
+    name = f"{sublayer}_adapter"
+    adapter = Bottleneck(config.adapter_width, config.adapter_activation, config.adapter_scale, name=name)
+    sequential = residual_sum(y_BxTxD) if config.adapter_on_sum else y_BxTxD
+    return residual_sum(y_BxTxD + adapter(x_BxTxD if config.adapter_parallel else sequential))

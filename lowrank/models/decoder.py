@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lowrank.core import sharding
 from lowrank.core.errors import UserError, plural
 from lowrank.models import attention_masks, kv_cache
-from lowrank.models.adapter_options import add_adapter
+from lowrank.models.adapter_options import add_sublayer
 from lowrank.models.attention import Attention
 from lowrank.models.attention_masks import AttentionInputs
 from lowrank.models.decoder_config import DecoderConfig
@@ -79,13 +79,17 @@ class Block(nn.Module):
             clip=c.clip_qkv,
             name="attn",
         )
-        x = self._norm("attn_norm", h)
+        x = self._norm("attn_norm")(h)
         y, new = apply_with_gates(attention, gates, x, inputs, past, index)
-        y = add_adapter(c, "attn", x, checkpoint_name(y, "attn"))
-        h = h + (self._norm("post_attn_norm", y) if c.post_norms else y)
-        x = self._norm("mlp_norm", h)
-        y = add_adapter(c, "mlp", x, checkpoint_name(apply_with_gates(self._mlp(), gates, x), "mlp"))
-        return h + (self._norm("post_mlp_norm", y) if c.post_norms else y), new and (*new, gates)
+        h = self._add("attn", h, x, checkpoint_name(y, "attn"))
+        x = self._norm("mlp_norm")(h)
+        h = self._add("mlp", h, x, checkpoint_name(apply_with_gates(self._mlp(), gates, x), "mlp"))
+        return h, new and (*new, gates)
+
+    def _add(self, sublayer: str, h: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The residual stream `h` after `sublayer`, whose input and output are `x` and `y`."""
+        post = self._norm(f"post_{sublayer}_norm") if self.config.post_norms else lambda y: y
+        return add_sublayer(self.config, sublayer, x, y, lambda y: h + post(y))
 
     def _mlp(self) -> nn.Module:
         c = self.config
@@ -96,8 +100,8 @@ class Block(nn.Module):
         routed = (c.routed_width, c.routed_experts, c.routed_per_token, c.routed_scale) if c.routed_width else None
         return MoE(c.experts, *options, routed, name="mlp")
 
-    def _norm(self, name: str, x: jax.Array) -> jax.Array:
-        return Norm(self.config.norm, self.config.norm_eps, self.config.norm_offset, name=name)(x)
+    def _norm(self, name: str) -> Norm:
+        return Norm(self.config.norm, self.config.norm_eps, self.config.norm_offset, name=name)
 
 
 class Decoder(nn.Module):

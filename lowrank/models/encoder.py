@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lowrank.core import sharding
 from lowrank.core.errors import UserError, plural, unknown
 from lowrank.models import attention_masks
-from lowrank.models.adapter_options import AdapterOptions, add_adapter
+from lowrank.models.adapter_options import AdapterOptions, add_sublayer
 from lowrank.models.attention import Attention
 from lowrank.models.attention_masks import AttentionInputs
 from lowrank.models.embeddings import Embeddings
@@ -82,11 +82,14 @@ class Block(nn.Module):
         attention = Attention(c.heads, c.heads, c.head_dim, qkv_bias=True, o_bias=True, form=c.attention, name="attn")
         gates = layer_gates(self, h)
         y = checkpoint_name(apply_with_gates(attention, gates, h, inputs, past)[0], "attn")
-        h = Norm("layer", c.norm_eps, name="attn_norm")(h + add_adapter(c, "attn", h, y))
+        h = self._add("attn", h, y)
         mlp = MLP(c.hidden, c.activation, bias=True, name="mlp")
-        y = checkpoint_name(apply_with_gates(mlp, gates, h), "mlp")
-        y = add_adapter(c, "mlp", h, y)
-        return Norm("layer", c.norm_eps, name="mlp_norm")(h + y), None
+        return self._add("mlp", h, checkpoint_name(apply_with_gates(mlp, gates, h), "mlp")), None
+
+    def _add(self, sublayer: str, h: jax.Array, y: jax.Array) -> jax.Array:
+        """The residual stream after `sublayer`, which reads `h` and returns `y`."""
+        norm = Norm("layer", self.config.norm_eps, name=f"{sublayer}_norm")
+        return add_sublayer(self.config, sublayer, h, y, lambda y: norm(h + y))
 
 
 class DenseHead(nn.Module):

@@ -1,5 +1,7 @@
 """Bottleneck adapters in decoders and encoders, against the papers' formulas in float64."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from tests.support.tiny_models import LLAMA, SIZES, decoder, encoder, run, token
 ACT = {"relu": lambda x: np.maximum(x, 0), "silu": lambda x: x / (1 + np.exp(-x))}
 KINDS = {
     "houlsby": {"name": "houlsby", "width": 5, "activation": "relu"},
-    "pfeiffer": {"name": "pfeiffer", "width": 3},
+    "pfeiffer": {"name": "pfeiffer", "width": 3, "scale": 2.0},
     "parallel": {"name": "parallel", "width": 4, "after": "both"},
     "scaled": {"name": "scaled_parallel", "width": 4, "after": "attn", "activation": "silu"},
 }
@@ -29,25 +31,54 @@ def norm(x, p):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * np.asarray(p["scale"])
 
 
+def layer_norm(x, p):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-12) * p["scale"] + p["bias"]
+
+
+def linear(x, p):
+    return x @ p["kernel"] + p["bias"]
+
+
+READS = {"houlsby": "output", "pfeiffer": "sum", "parallel": "input", "scaled": "input"}
+
+
+def adapter_output(p, sublayer, read, kind):
+    """The output of the sublayer's adapter, 0 without one, from the one of `read` that the paper names."""
+    o, name = options(kind), f"{sublayer}_adapter"
+    if name not in p:
+        return 0
+    hidden = ACT[o["adapter_activation"]](linear(read[READS[kind]], p[name]["down"]))
+    return o["adapter_scale"] * linear(hidden, p[name]["up"])
+
+
 def expected(h, params, layer, kind):
     """One Llama layer on `h [T, D]` without rope, read off the papers: attention of one token is its value."""
     p = jax.tree.map(lambda x: np.asarray(x[layer], np.float64), params["layers"])
-    o = options(kind)
 
-    def adapt(name, x, y):
-        if name not in o["adapter_after"]:
-            return y
-        a = p[f"{name}_adapter"]
-        read = x if o["adapter_parallel"] else y
-        hidden = ACT[o["adapter_activation"]](read @ a["down"]["kernel"] + a["down"]["bias"])
-        return y + o["adapter_scale"] * (hidden @ a["up"]["kernel"] + a["up"]["bias"])
+    def adapt(name, h, x, y):
+        return h + y + adapter_output(p, name, {"input": x, "output": y, "sum": h + y}, kind)
 
     x = norm(h, p["attn_norm"])
     value = (x @ p["attn"]["v"]["kernel"]).reshape(-1, 2, 1, 6).repeat(2, 2).reshape(len(h), -1)
-    h = h + adapt("attn", x, value @ p["attn"]["o"]["kernel"])
+    h = adapt("attn", h, x, value @ p["attn"]["o"]["kernel"])
     x = norm(h, p["mlp_norm"])
     gate, up = (x @ p["mlp"][n]["kernel"] for n in ("gate", "up"))
-    return h + adapt("mlp", x, (ACT["silu"](gate) * up) @ p["mlp"]["down"]["kernel"])
+    return adapt("mlp", h, x, (ACT["silu"](gate) * up) @ p["mlp"]["down"]["kernel"])
+
+
+def expected_post_norm(h, params, kind):
+    """The first layer of BERT on `h [T, D]`, read off AdapterHub's source; attention of one token is its value."""
+    p = jax.tree.map(lambda x: np.asarray(x[0], np.float64), params["layers"])
+
+    def adapt(name, h, y):
+        read = {"input": h, "output": y, "sum": layer_norm(h + y, p[f"{name}_norm"])}
+        return layer_norm(h + y + adapter_output(p, name, read, kind), p[f"{name}_norm"])
+
+    h = adapt("attn", h, linear(linear(h, p["attn"]["v"]), p["attn"]["o"]))
+    hidden = linear(h, p["mlp"]["up"])
+    gelu = hidden * np.vectorize(lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2))))(hidden)
+    return adapt("mlp", h, linear(gelu, p["mlp"]["down"]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,8 +90,18 @@ def test_a_decoder_has_the_adapters_of_the_paper(kind):
     assert_close(run(model, params, ids)[0], want)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_has_the_adapters_of_the_paper(kind):
+    model, params = encoder(layers=1, **options(kind))
+    ids = tokens(1, 1)
+    rows = [np.asarray(params["embed"][name], np.float64)[0] for name in ("positions", "types")]
+    h = np.asarray(params["embed"]["embedding"], np.float64)[ids[0]] + sum(rows)
+    h = layer_norm(h, jax.tree.map(np.asarray, params["embed"]["norm"]))
+    assert_close(run(model, params, ids)[0], expected_post_norm(h, params, kind))
+
+
 @pytest.mark.parametrize("make", [lambda **o: decoder("gemma", **o), lambda **o: encoder(num_labels=3, **o)])
-@pytest.mark.parametrize("kind", ["houlsby", "parallel"])
+@pytest.mark.parametrize("kind", ["houlsby", "parallel", "pfeiffer"])
 def test_adapters_whose_second_layer_is_zero_change_nothing_and_others_do(make, kind):
     model, params = make(**options(kind))
     plain, _ = make()
@@ -86,6 +127,7 @@ def test_adapters_start_as_zero_and_have_a_place_on_every_mesh():
         ({"adapter_width": -1}, "adapter_width=-1 is below 0"),
         ({"adapter_after": ("mpl",)}, "unknown sublayer in adapter_after 'mpl' .did you mean 'mlp'"),
         ({"adapter_width": 2, "adapter_after": ()}, "no layer has an adapter"),
+        ({"adapter_parallel": True, "adapter_on_sum": True}, "name two inputs of one adapter"),
         ({"adapter_activation": "relo"}, "did you mean 'relu'"),
         ({"top_layers": -3}, "top_layers=-3 is not in -2..2: the model has 2 layers"),
     ],
