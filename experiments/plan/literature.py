@@ -71,7 +71,8 @@ def plan(name: str, method: Mapping[str, Any], quantized: Any = None, **options:
 def arrays(run: Run, rows: int = 1, length: int = 512) -> StepInputs:
     """The arguments of a step of `run` on a batch of `rows` rows of `length` tokens."""
     where = sharding.replicated_sharding(run.mesh)
-    whole = dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32) | {"weights": jnp.float32, "prompt": jnp.bool_}
+    whole = dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32)
+    whole |= {"weights": jnp.float32, "prompt": jnp.bool_}
     batch = {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=where) for name, kind in whole.items()}
     return step_inputs(run, batch)
 

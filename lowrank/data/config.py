@@ -24,6 +24,7 @@ class DataConfig:
     epochs: passes over the data; 0 or None never ends. max_examples: only this many records; 0 or None takes all.
     holdout: the share of the records that batches 1, 3, ... (from 0) are drawn from, and no others; the rest of the
       records are in batches 0, 2, ... With 0 every batch is drawn from all records.
+    holdout_batches: so many batches are drawn so, and those after them from all records; None: every batch.
     prefetch: batches that a thread makes ahead; 0 makes each batch when it is asked for.
     """
 
@@ -44,11 +45,13 @@ class DataConfig:
     epochs: int | None = None
     max_examples: int | None = None
     holdout: float = 0.0
+    holdout_batches: int | None = None
     prefetch: int = 2
     data_dir: str = DATA_DIR
 
     def __post_init__(self) -> None:
-        for name, least in (("seq_len", 2), ("batch_size", 1), ("epochs", 0), ("max_examples", 0), ("prefetch", 0)):
+        none = ("epochs", "max_examples", "holdout_batches", "prefetch")  # 0 is allowed
+        for name, least in {"seq_len": 2, "batch_size": 1, **dict.fromkeys(none, 0)}.items():
             if (found := getattr(self, name)) is not None and found < least:
                 raise UserError(f"data.{name}={found} is below {least}")
         if not 0 <= self.prompt_loss_weight <= 1:

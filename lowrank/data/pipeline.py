@@ -10,7 +10,12 @@ from typing import Any
 
 import grain
 import numpy as np
-from grain.experimental import FlatMapIterDataset, FlatMapTransform, ThreadPrefetchIterDataset
+from grain.experimental import (
+    FlatMapIterDataset,
+    FlatMapTransform,
+    ThreadPrefetchIterDataset,
+    ZipIterDataset,
+)
 
 from lowrank.core.errors import UserError, plural
 from lowrank.core.typing import Tokenizer
@@ -49,9 +54,7 @@ def make_loader(
     if config.batch_size % process_count:
         raise UserError(f"data.batch_size={config.batch_size} is not divisible by {plural(process_count, 'host')}")
     examples = Examples(config, row_format, tokenizer)
-    rows = [_rows(config, row_format, examples, order, tokenizer.pad_id) for order in _orders(config, examples)]
-    streams = [packing.batch(stream, row_format.arrays, config.batch_size) for stream in rows]
-    batches = streams[0] if len(streams) == 1 else grain.IterDataset.mix(streams)  # in turn
+    batches = _batches(config, row_format, examples, tokenizer.pad_id)
     batches = batches.map(functools.partial(packing.rows_of, process_index=process_index, process_count=process_count))
     if config.prefetch:
         batches = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch)
@@ -60,11 +63,29 @@ def make_loader(
     return Loader(batches, examples, shapes, _identity(config, row_format, examples))
 
 
-def _orders(config: DataConfig, examples: Examples) -> list[grain.MapDataset]:
-    """The records of each stream: all records in one, or those that are not held out and those that are."""
-    size, held = len(examples), round(config.holdout * len(examples))
-    if not config.holdout:
-        return [grain.MapDataset.range(size)]
+def _batches(config: DataConfig, row_format: RowFormat, examples: Examples, pad_id: int) -> grain.IterDataset:
+    """Batches of all records, or in turn of those that are not held out and of those that are, and then of all.
+
+    A batch of all records is made beside each of the others, so that the position of one stream is that of both.
+    """
+
+    def stream(order: grain.MapDataset) -> grain.IterDataset:
+        rows = _rows(config, row_format, examples, order, pad_id)
+        return packing.batch(rows, row_format.arrays, config.batch_size)
+
+    everything = stream(grain.MapDataset.range(len(examples)))
+    if not config.holdout or config.holdout_batches == 0:
+        return everything
+    mixed = grain.IterDataset.mix([stream(order) for order in _held_apart(config, len(examples))])
+    if config.holdout_batches is None:
+        return mixed
+    both = ZipIterDataset([mixed, everything], strict=False)
+    return both.map_with_index(lambda i, pair: pair[i >= config.holdout_batches])
+
+
+def _held_apart(config: DataConfig, size: int) -> list[grain.MapDataset]:
+    """The records that are not held out, and those that are."""
+    held = round(config.holdout * size)
     if not 0 < held < size:
         raise UserError(
             f"data.holdout={config.holdout} cuts {plural(size, 'record')} into {size - held} and {held}: "
@@ -91,6 +112,7 @@ def _rows(
 def _identity(config: DataConfig, row_format: RowFormat, examples: Examples) -> dict[str, Any]:
     """The settings that the order and content of the batches depend on, the tokenizer aside."""
     settings = {"objective": row_format.name} | dataclasses.asdict(config)
-    for free in ("data_dir", "prefetch", "source", "labels", *(() if config.holdout else ("holdout",))):
+    unused = () if config.holdout else ("holdout", "holdout_batches")
+    for free in ("data_dir", "prefetch", "source", "labels", *unused):
         settings.pop(free)
     return settings | {"labels": list(examples.encoder.labels), "records": examples.source.identity}

@@ -14,7 +14,7 @@ from lowrank.core import config_schema, tree, weight
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.dora import dora
-from lowrank.methods.method import Method
+from lowrank.methods.method import Holdout, Method
 from lowrank.methods.options import with_options_of
 from lowrank.methods.regularizers import penalty_regularizer
 from lowrank.weights.dora import DoRA
@@ -32,22 +32,28 @@ def bidora(holdout: float = 0.2, retrain: float = 0.25, orthogonal: float = 0.00
     updates the magnitudes m by the gradient of the validation loss one step of V ahead,
     `dL_val/dm - xi d2L_train/dm dV . dL_val/dV`, where xi is the learning rate. The product with the second derivative
     is the difference of two gradients of that batch, at V +- 0.01 dL_val/dV / ||dL_val/dV|| (Liu et al. 2019,
-    arXiv:1806.09055, equation 8). For the last share `retrain` of the steps, the magnitudes are constant and the
-    directions are trained on all records. `orthogonal` is the factor of the regularizer, the mean over all adapted
-    layers of `||D^T D - I||`, where D is the direction with unit columns.
+    arXiv:1806.09055, equation 8). For the last share `retrain` of the steps, the magnitudes are constant, and all
+    other trained leaves are trained on all records, from their initial values and with new moments. `orthogonal` is the
+    factor of the regularizer of the training loss, the mean over all adapted layers of `||D^T D - I||`, where D is the
+    direction with unit columns.
+
+    Differs from the paper: one learning rate, one schedule and one optimizer setting serve both levels and the
+    retraining, where the authors' code (t2ance/BiDoRA) has its own for each.
     """
     targets.check_positive(holdout=holdout)
     targets.check_fraction(holdout=holdout, retrain=retrain)
     if orthogonal:
         targets.check_positive(orthogonal=orthogonal)
     method = config_schema.call_with_group(dora, kwargs, "method")
+    split = Holdout(holdout, rest=retrain)
     return dataclasses.replace(
         method,
         hooks=dataclasses.replace(
             method.hooks,
-            holdout=holdout,
+            holdout=split,
             regularizer=penalty_regularizer(_mean_distance, orthogonal),
-            optimizer=lambda plain, steps: bilevel(plain, MAGNITUDE, steps - round(retrain * steps)),
+            regularizer_scale=lambda step, steps: jnp.float32(1) - looks_ahead(step, split.batches(steps)),
+            optimizer=lambda plain, steps: bilevel(plain, MAGNITUDE, split.batches(steps), steps),
         ),
     )
 
@@ -83,13 +89,22 @@ class BilevelState(NamedTuple):
     upper: Any
     count: jax.Array  # type: ignore[assignment]  # the updates done; the name hides tuple.count
     held: PyTree  # the last validation gradient
+    initial: PyTree  # the trained leaves before the first update
 
 
-def bilevel(plain: optax.GradientTransformation, upper: str, until: int) -> optax.GradientTransformationExtraArgs:
+def looks_ahead(step: jax.Array, until: int) -> jax.Array:
+    """Whether `step` (from 0) only takes the gradient of a validation batch."""
+    return (step % 2 == 1) & (step < until)
+
+
+def bilevel(
+    plain: optax.GradientTransformation, upper: str, until: int, steps: int
+) -> optax.GradientTransformationExtraArgs:
     """`plain`, which updates the leaves that `upper` matches by their hypergradient, and all others by their gradient.
 
     Updates 1, 3, ... (from 0) below `until` only record the gradient of a validation batch; the update after each of
-    them changes both groups. The moments of a group that is not updated stay as they are.
+    them changes both groups. The moments of a group that is not updated stay as they are. If the odd `until` is before
+    `steps`, the other leaves and their moments return to their initial values before update `until`.
     """
 
     def of(group: bool, leaves: PyTree) -> PyTree:
@@ -99,8 +114,8 @@ def bilevel(plain: optax.GradientTransformation, upper: str, until: int) -> opta
         )
 
     def init(trained: PyTree) -> BilevelState:
-        zeros = jax.tree.map(jnp.zeros_like, trained)
-        return BilevelState(plain.init(trained), plain.init(trained), jnp.int32(0), zeros)
+        zeros, initial = (jax.tree.map(make, trained) for make in (jnp.zeros_like, jnp.copy))
+        return BilevelState(plain.init(trained), plain.init(trained), jnp.int32(0), zeros, initial)
 
     def update(
         gradient: PyTree,
@@ -112,19 +127,23 @@ def bilevel(plain: optax.GradientTransformation, upper: str, until: int) -> opta
         **_: Any,
     ) -> tuple[PyTree, BilevelState]:
         t = state.count
-        looks = (t % 2 == 1) & (t < until)
-        moves = (t % 2 == 0) & (t > 0) & (t - 1 < until)  # the upper group, by the gradient that was recorded
+        looks, restarts = looks_ahead(t, until), (t == until - 1) & (until < steps)
+        moves = (t % 2 == 0) & (t > 0) & (t < until)  # the upper group, by the gradient that was recorded
         mixed = functools.partial(_mixed, gradient_at, trained, of(False, state.held))
         ahead = jax.lax.cond(moves, mixed, lambda: jax.tree.map(jnp.zeros_like, trained))
         hyper = jax.tree.map(lambda g, m: g - lr * m, state.held, ahead)
         below, lower = plain.update(of(False, gradient), state.lower, trained, lr=lr)
         above, higher = plain.update(of(True, hyper), state.upper, trained, lr=lr)
-        below, above = optax.tree.scale(1.0 - looks, of(False, below)), optax.tree.scale(1.0 * moves, of(True, above))
-        return optax.tree.add(below, above), BilevelState(
-            optax.tree.where(looks, state.lower, lower),
+        back = optax.tree.sub(state.initial, trained)
+        below = optax.tree.where(restarts, back, optax.tree.scale(1.0 - looks, below))
+        updates = optax.tree.add(of(False, below), optax.tree.scale(1.0 * moves, of(True, above)))
+        lower = optax.tree.where(looks, state.lower, lower)
+        return updates, BilevelState(
+            optax.tree.where(restarts, plain.init(trained), lower),
             optax.tree.where(moves, higher, state.upper),
             t + 1,
             optax.tree.where(looks, gradient, state.held),
+            state.initial,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -31,9 +31,10 @@ class Context:
 InitShared = Callable[[PyTree, jax.Array], PyTree]  # (base, key) -> the leaves under `shared/`
 Calibrate = Callable[[PyTree, Context], PyTree]  # (params, context) -> params of the same shapes
 TotalLoss = Callable[[PyTree], Sums]  # (bound params) -> the objective's sums over one batch
-# (loss, bound params, batch, scale) -> the loss's sums, whose gradient has further terms, in proportion to `scale`, 1.
+# (loss, bound params, batch, scale) -> the loss's sums, whose gradient has further terms, in proportion to `scale`.
 # The value of the sums stays as it is, so that the losses of methods compare.
 Regularizer = Callable[[TotalLoss, PyTree, BatchInfo, jax.Array], Sums]
+RegularizerScale = Callable[[jax.Array, int], jax.Array]  # (step from 0, the run's steps) -> scale
 WrapOptimizer = Callable[[optax.GradientTransformation, int], optax.GradientTransformation]  # (the run's, its steps)
 MapRates = Callable[[np.ndarray], np.ndarray]  # `[steps]` learning rates of the schedule -> those of the run
 MapBatch = Callable[[Batch], Batch]  # a host's batch -> the batch that the loss receives in its place
@@ -53,17 +54,31 @@ class EveryNSteps:
 
 
 @dataclasses.dataclass(frozen=True)
+class Holdout:
+    """Training records that batches 1, 3, ... (from 0) are drawn from, and no others; the other batches avoid them."""
+
+    share: float  # of the training records
+    rest: float = 0.0  # the last share of the run's steps, in which every batch is drawn from all records
+
+    def batches(self, steps: int) -> int:
+        """The number of batches before the rest in a run of `steps`; odd, so that other records are in the last one."""
+        before = steps - round(self.rest * steps)
+        return max(1, before - 1 + before % 2) if self.rest else steps
+
+
+@dataclasses.dataclass(frozen=True)
 class Hooks:
     """The knobs that few methods use. Each default leaves the run as it is."""
 
     calibrate: Calibrate | None = None  # is called once, before step 1
     regularizer: Regularizer | None = None  # see `lowrank.methods.regularizers`
+    regularizer_scale: RegularizerScale | None = None  # None: 1 at every step
     optimizer: WrapOptimizer | None = None  # works inside the trained tree, and passes `lr` on
     rescaling: WrapOptimizer | None = None  # of a label group's clipped gradients, before the decay and the rate
     map_batch: InitMapBatch | None = None
     learning_rates: MapRates | None = None
     every_n_steps: EveryNSteps | None = None
-    holdout: float = 0.0  # the share of the training records that every other batch is drawn from (`DataConfig`)
+    holdout: Holdout | None = None
     freeze: tuple[str, ...] = ()  # regexes over leaves that stay frozen although their form declares them trainable
     by_layer: tuple[tuple[str, str], ...] = ()  # (target, pattern): every pattern must match a targeted layer
 

@@ -63,7 +63,8 @@ class _Groups:
 def _read_groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
     top = config_schema.call_with_group(RunConfig, config, "config")
     objective, method = build_objective(top.objective), methods.build_method(top.method)
-    asked = {"holdout": method.hooks.holdout} if method.hooks.holdout else {}
+    held = method.hooks.holdout
+    asked = {"holdout": held.share, "holdout_batches": held.batches(top.steps)} if held else {}
     make_mesh = sharding.make_mesh if devices is None else functools.partial(sharding.make_mesh_of_devices, devices)
     own, others = _partition_keys(top.model, {f.name for f in dataclasses.fields(ModelConfig)})
     groups = _Groups(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -162,7 +163,7 @@ class Run:
     def loss(self, params: PyTree, batch: Batch, rng: jax.Array | None, regularizer: jax.Array | None = None) -> Sums:
         """The objective's sums over a batch, with the method's `bind` applied to the parameters.
 
-        `regularizer` is the scale of the method's regularizer, 1; None leaves the regularizer out. The derivative of
+        `regularizer` is the scale of the method's regularizer; None leaves the regularizer out. The derivative of
         the sum with respect to the scale is the value of the regularizer, times the sum of weights.
         """
         info = self.objective.batch_info(batch)
@@ -179,9 +180,11 @@ class Run:
         return step.make_step(self.loss, optimizer, seed=seed, accumulate=accumulate, factors=self.loss_factors)
 
     @property
-    def loss_factors(self) -> tuple[str, ...]:
-        """The further arguments of `loss` in a training step, each of them 1."""
-        return ("regularizer",) if self.method.hooks.regularizer else ()
+    def loss_factors(self) -> dict[str, Callable[[jax.Array], jax.Array]]:
+        """The further arguments of `loss` in a training step: their values at a step."""
+        hooks, steps = self.method.hooks, self.config.steps
+        at_step = hooks.regularizer_scale or (lambda step, steps: jnp.float32(1))
+        return {"regularizer": lambda step: at_step(step, steps)} if hooks.regularizer else {}
 
     @functools.cached_property
     def learning_rates(self) -> np.ndarray:

@@ -6,7 +6,8 @@ donated copy of them exists.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -57,7 +58,7 @@ def make_step(
     *,
     seed: int,
     accumulate: int = 1,
-    factors: Sequence[str] = (),
+    factors: Mapping[str, Callable[[jax.Array], jax.Array]] = MappingProxyType({}),
 ) -> Callable[[State, PyTree, Mapping[str, jax.Array], jax.Array], tuple[State, dict[str, jax.Array]]]:
     """`step(state, frozen, batch, lr) -> (state, metrics)`, which `compile_step` compiles.
 
@@ -65,17 +66,18 @@ def make_step(
     for any number of microbatches. The metrics are loss, grad_norm (before the clip), lr, weight, and the means of the
     loss's named sums.
 
-    `factors` names further arguments of the loss, all of them 1: factors of terms that add to the gradient and not to
-    the sum. The metric of such a name is the value of these terms, the derivative of sum / weight with respect to the
-    factor. An optimizer that takes extra arguments receives `lr` and `gradient_at`, a function that returns the batch's
-    gradient at other trained leaves.
+    `factors` names further arguments of the loss, and their values at a step: factors of terms that add to the gradient
+    and not to the sum. The metric of such a name is the value of these terms, the derivative of sum / weight with
+    respect to the factor. An optimizer that takes extra arguments receives `lr` and `gradient_at`, a function that
+    returns the batch's gradient at other trained leaves.
     """
 
     def step(
         state: State, frozen: PyTree, batch: Mapping[str, jax.Array], lr: jax.Array
     ) -> tuple[State, dict[str, jax.Array]]:
         rng = random_streams.step_key(seed, state.step)
-        gradient_at = functools.partial(_mean_gradient, loss, frozen, batch, rng, accumulate, factors)
+        values = {name: at_step(state.step) for name, at_step in factors.items()}
+        gradient_at = functools.partial(_mean_gradient, loss, frozen, batch, rng, accumulate, values)
         sums, (gradient, terms) = gradient_at(state.trained)
 
         def update(gradient: PyTree, moments: PyTree, trained: PyTree) -> tuple[PyTree, PyTree]:
@@ -115,7 +117,7 @@ def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _mean_gradient(
-    loss: Loss, frozen: PyTree, batch: Batch, rng: jax.Array, accumulate: int, factors: Sequence[str], trained: PyTree
+    loss: Loss, frozen: PyTree, batch: Batch, rng: jax.Array, accumulate: int, factors: Arrays, trained: PyTree
 ) -> tuple[Sums, Differentiated]:
     """`(sums, gradient of sum / weight)` of the loss over the whole batch."""
 
@@ -123,8 +125,7 @@ def _mean_gradient(
         sums = loss(tree.join(leaves[0], frozen), part, jax.random.fold_in(rng, index), **leaves[1])
         return sums.total, sums
 
-    leaves = trained, {name: jnp.float32(1) for name in factors}
-    (_, sums), gradient = _accumulated(sums_of, leaves, batch, accumulate)
+    (_, sums), gradient = _accumulated(sums_of, (trained, factors), batch, accumulate)
     return sums, jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1e-8), gradient)
 
 

@@ -51,6 +51,7 @@ KINDS = {
     "without a thread": {"prefetch": 0},
     "documents": {"template": "{prompt}", "seq_len": 12},
     "held out": {"holdout": 0.2},
+    "held out at first": {"holdout": 0.2, "holdout_batches": 3},
     "labeled": {"template": "{prompt}"},
 }
 
@@ -129,6 +130,13 @@ def test_every_other_batch_is_of_the_held_out_records_alone(config, tokenizer, p
             found[i % 2] |= {number[tokens[segments == s].tobytes()] for s in range(1, segments.max() + 1)}
     assert found[1] == set(range(0, N, 5))
     assert found[0] == set(range(N)) - found[1]
+
+
+def test_after_the_held_out_batches_every_batch_is_of_all_records(config, tokenizer):
+    config = replace(config, packing=False, batch_size=2)
+    batches = take(make_loader(replace(config, holdout=0.2, holdout_batches=3), tokenizer), 9)
+    assert_same(batches[:3], take(make_loader(replace(config, holdout=0.2), tokenizer), 3))
+    assert_same(batches[3:], take(make_loader(config, tokenizer), 9)[3:])
 
 
 def test_the_seed_decides_the_order(config, tokenizer):

@@ -21,12 +21,13 @@ from tests.support.tiny_runs import config_of
 
 def test_magnitudes_follow_the_hypergradient_and_each_group_has_adam_of_its_own():
     """Losses are `m^T C_t v + g_t . (v, m)`, so that the second derivative is C_t and the difference is exact."""
-    steps, until, lr = 9, 6, 0.1
+    steps, until, lr = 9, 5, 0.1
     schedule = optax.linear_schedule(lr, 0.0, steps)
     plain = optax.chain(optax.scale_by_adam(), optim.scale_by_given_rate())
-    optimizer, rng = bilevel(plain, MAGNITUDE, until), np.random.default_rng(0)
+    optimizer, rng = bilevel(plain, MAGNITUDE, until, steps), np.random.default_rng(0)
     leaves = {"a": jnp.asarray(rng.standard_normal((2, 3)), jnp.float32), "magnitude": jnp.ones(4)}
     state, moments, held = optimizer.init({"kernel": leaves}), dict.fromkeys(leaves, (0.0, 0.0, 0)), None
+    initial = np.asarray(leaves["a"], np.float64)
 
     @jax.jit
     def step(leaves, state, g, c, lr):
@@ -48,7 +49,7 @@ def test_magnitudes_follow_the_hypergradient_and_each_group_has_adam_of_its_own(
             held = gradient
         else:
             moving["a"] = gradient["a"]
-        if t in (2, 4, 6):
+        if t in (2, 4):
             moving["magnitude"] = held["magnitude"] - float(schedule(t)) * c @ held["a"].reshape(-1)
         for name in leaves:
             expected = np.zeros(leaves[name].shape)
@@ -58,8 +59,23 @@ def test_magnitudes_follow_the_hypergradient_and_each_group_has_adam_of_its_own(
                 moments[name] = first, second, n + 1
                 ratio = first / (1 - 0.9 ** (n + 1)) / (np.sqrt(second / (1 - 0.999 ** (n + 1))) + 1e-8)
                 expected = -float(schedule(t)) * ratio
+            if (name, t) == ("a", until - 1):
+                expected, moments["a"] = initial - np.asarray(leaves["a"], np.float64), (0.0, 0.0, 0)
             assert_close(updates["kernel"][name], expected, relative=1e-4)
         leaves = {name: x + updates["kernel"][name] for name, x in leaves.items()}
+    assert abs(np.asarray(leaves["a"]) - initial).max() < (steps - until) * lr  # the last steps started from there
+
+
+def test_the_validation_gradient_has_no_regularizer():
+    hooks = methods.build_method({"name": "bidora", "retrain": 0.3}).hooks
+    scales = [float(hooks.regularizer_scale(jnp.int32(t), 10)) for t in range(10)]
+    assert hooks.holdout.batches(10) == 7
+    assert scales == [1, 0, 1, 0, 1, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("steps", "retrain", "batches"), [(9, 0.0, 9), (10, 0.0, 10), (10, 0.4, 5), (2, 0.9, 1)])
+def test_a_batch_of_other_records_follows_each_held_out_one(steps, retrain, batches):
+    assert methods.build_method({"name": "bidora", "retrain": retrain}).hooks.holdout.batches(steps) == batches
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 6), (3, 6, 8)])
@@ -80,7 +96,8 @@ def test_the_plan_holds_records_out_and_evaluation_does_not(tmp_path):
     tiny.llama(tmp_path / "llama")
     tiny.records(tmp_path / "records.jsonl")
     run = build.build_run(config_of(tmp_path, "method=bidora,rank=2,holdout=0.25", eval__split="train"))
-    assert run.loader.get_state()["data"]["holdout"] == 0.25
+    data = run.loader.get_state()["data"]
+    assert (data["holdout"], data["holdout_batches"]) == (0.25, run.method.hooks.holdout.batches(run.config.steps))
     assert "holdout" not in run.scorer._loader.get_state()["data"]
     with pytest.raises(UserError, match=r"data.holdout=0.001 cuts 40 records into 40 and 0"):
         build.build_run(config_of(tmp_path, "method=bidora,rank=2,holdout=0.001"))
