@@ -42,6 +42,10 @@ def adalora(
     end; the last choice stays. Values of `tinit` and `tfinal` below 1 are fractions of the run. The importance of a
     triplet is a product of the sensitivities |w dL/dw| of its entries and of their uncertainties, smoothed by `beta1`
     and `beta2`. `orthogonal` is the factor of the regularizer `sum ||A^T A - I||^2 + ||B B^T - I||^2`.
+
+    Differs from the paper: A and B are drawn with the standard deviations `in ** -0.5` and `out ** -0.5`, where the
+    authors' code takes 0.02 at any width. That code regularizes by the mean of the norms, not by the sum of their
+    squares, which is the paper's formula.
     """
     targets.check_positive(init_rank=init_rank, target_rank=target_rank, alpha=alpha, deltaT=deltaT)
     targets.check_fraction(dropout=dropout, beta1=beta1, beta2=beta2)

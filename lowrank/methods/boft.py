@@ -11,6 +11,8 @@ def boft(block: int = 8, factors: int = 2, target: str = r".*attn/(q|v)/kernel")
 
     The factors together act on blocks of `block * 2^(factors - 1)` inputs, which must divide the inputs of every
     target. See `lowrank.weights.oft`.
+
+    Differs from the paper: there is no multiplicative dropout.
     """
     targets.check_positive(block=block, factors=factors)
     return Method(rules=((target, kernel_rule(lambda w: form.attach_butterfly(w, block=block, factors=factors))),))

@@ -12,7 +12,11 @@ from lowrank.weights import dora as form
 
 @with_options_of(lora)
 def dora(**kwargs: Any) -> Method:
-    """DoRA: LoRA with a learned magnitude per output; see `lowrank.weights.dora`. Takes the options of `lora`."""
+    """DoRA: LoRA with a learned magnitude per output; see `lowrank.weights.dora`. Takes the options of `lora`.
+
+    Differs from the paper: only the input of A is dropped out. The authors' code drops out the input of W too, in the
+    term `(magnitude / norm - 1) x W`.
+    """
     method = config_schema.call_with_group(lora, kwargs, "method")
     return dataclasses.replace(method, rules=tuple((p, _with_magnitude(fn)) for p, fn in method.rules))
 

@@ -18,6 +18,9 @@ def features() -> Method:
     See the comparison of BERT's authors (Devlin et al. 2019, arXiv:1810.04805, section 5.3) and Peters et al. 2019,
     arXiv:1903.05987. The results are those of `head`, without the forward pass of the backbone from the second epoch
     on. The cache is in host memory: D float32 numbers per example.
+
+    Differs from the paper: a linear head reads the pooled features of the last layer, where BERT's authors train two
+    BiLSTM layers on the features that several layers have of each token.
     """
     return Method(trainable=("head/.*",), hooks=Hooks(map_batch=FeatureCache))
 

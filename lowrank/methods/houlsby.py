@@ -13,6 +13,7 @@ def houlsby(width: int = 64, activation: str = "gelu", scale: float = 1.0, norms
     blocks are trained too, unless `norms` is off.
 
     Differs from the paper: up is 0 at first, so that the model is unchanged, where the paper draws both kernels from a
-    normal distribution of standard deviation 0.01, truncated at two of them.
+    normal distribution of standard deviation 0.01, truncated at two of them. The authors' code also trains the norm of
+    the embeddings.
     """
     return bottleneck_method(width, activation, scale, "both", trainable=(NORMS,) if norms else ())

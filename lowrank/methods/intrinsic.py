@@ -22,6 +22,9 @@ def intrinsic(
     the number of parameters that `target` matches. With `said`, each layer i has a learned scale,
     `theta_i + lambda_i (P z)_i`, and z is shorter by the number of scales (Aghajanyan et al. 2020, arXiv:2012.13255).
     Memory is O(D). Raises UserError for a dim that is not in 1..D, or that leaves no entry of z beside the scales.
+
+    Differs from the paper: the columns of P have a length of 1 on average, where the paper normalizes each, and the
+    blocks of Fastfood share 64 permutations.
     """
     if projection not in PROJECTIONS:
         raise unknown("projection", projection, PROJECTIONS)

@@ -20,6 +20,10 @@ def loha(
     """LoHa: `W + alpha / rank * (A1 @ B1) * (A2 @ B2)` (Hyeon-Woo et al. 2021, arXiv:2108.06098).
 
     See `lowrank.weights.loha`. The patterns are as in `lora`.
+
+    Differs from the paper: FedPara trains such a product alone; as in LyCORIS, it is added to a frozen kernel. The
+    factors that are not 0 start Kaiming uniform, as in PEFT, where LyCORIS draws them from normal distributions of the
+    standard deviations 0.1 and 1.
     """
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
     targets.check_ranks(rank, alpha, rank_pattern, alpha_pattern)

@@ -25,6 +25,9 @@ def lokr(
     `factor` is the number of parts that W1 makes of the inputs and of the outputs (-1: about their square roots). W2
     has low rank where that is below half of its larger side, and so has W1 with `decompose_both`. See
     `lowrank.weights.lokr`. The patterns are as in `lora`.
+
+    Differs from the paper: W1, or its B, is 0 at first, as in PEFT, where LyCORIS starts with W2 at 0. The scale of two
+    full matrices is alpha / rank, as in PEFT, where LyCORIS takes 1.
     """
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
     targets.check_ranks(rank, alpha, rank_pattern, alpha_pattern)

@@ -31,6 +31,9 @@ def lora(
     `rslora` scales by alpha / sqrt(rank). `bias` trains no biases (`none`), `all` of them, or those of the targets
     (`lora_only`). The patterns map a regex over names, with or without the index of a layer (`layers/attn/q/kernel`,
     `layers/3/attn/q/kernel`), to a rank or an alpha. The last match wins, and rank 0 leaves a layer without a LoRA.
+
+    Differs from the paper: A starts Kaiming uniform, as in the authors' code, where the paper draws it from a normal
+    distribution (`init=gaussian`).
     """
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
     targets.check_ranks(rank, alpha, rank_pattern, alpha_pattern)

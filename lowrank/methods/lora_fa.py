@@ -16,6 +16,9 @@ def lora_fa(**kwargs: Any) -> Method:
 
     Takes the options of `lora`. About half of the parameters are trained. The backward pass does not need the input
     of the layer `[..., in]`, only its product with A, `[..., r]`.
+
+    Differs from the paper: A is Kaiming uniform, not normal. Its second version also multiplies the gradient of B by
+    `(r / alpha)^2 (A^T A)^-1` (in the layout of this package) before the optimizer, as PEFT's `LoraFAOptimizer` does.
     """
     if kwargs.get("init") == "zero_a":
         raise UserError(

@@ -18,6 +18,9 @@ def lora_xs(rank: int = 16, **kwargs: Any) -> Method:
     """LoRA-XS: LoRA of which only an r x r core is trained; see `lowrank.weights.lora_xs`.
 
     Takes the options of `lora` except `init`.
+
+    Differs from the paper: the core starts at 0, where the paper draws it with a standard deviation of 1e-5, so that
+    the model starts unchanged; its gradient is not 0 there.
     """
     return around_core(form.attach, rank, kwargs)
 

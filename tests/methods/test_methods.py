@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import re
 
 import jax
@@ -338,3 +339,10 @@ def test_one_rule_more_leaves_the_other_initial_values_alone():
 def test_bad_settings_are_refused_by_name(group, message):
     with pytest.raises(UserError, match=message):
         attached(**group)
+
+
+def test_docstrings_say_in_one_form_how_methods_differ_from_their_papers():
+    for name, make in methods.METHODS.items():
+        found = re.findall("(?i)differs? from", inspect.getdoc(make))
+        last = inspect.getdoc(make).split("\n\n")[-1]
+        assert len(found) == last.startswith("Differs from the paper: "), name
