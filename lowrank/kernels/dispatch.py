@@ -60,7 +60,10 @@ class Operation:
             return jax.lax.platform_dependent(*arrays, **{name: bind(body) for name, body in plain.items()})
         if chosen == "interpret":
             return functools.partial(bind(self.pallas_tpu), interpret=True)(*arrays)
-        bodies = plain if implementation == "auto" else {"default": self._refused(chosen, plain["default"])}
+        bodies = plain
+        if implementation != "auto":
+            only = f"it is only for {PLATFORMS[chosen]}, not for this platform"
+            bodies = {"default": refused(plain["default"], self._error(chosen, only))}
         bodies = {**bodies, PLATFORMS[chosen]: getattr(self, chosen)}
         return jax.lax.platform_dependent(*arrays, **{name: bind(body) for name, body in bodies.items()})
 
@@ -92,15 +95,15 @@ class Operation:
         can = ", ".join(repr(name) for name in ("auto", "xla", *others))
         return UserError(f"implementation={implementation!r} of {self.name} cannot run: {why}; its others are {can}")
 
-    def _refused(self, implementation: str, plain: Body) -> Body:
-        """The shapes and derivatives of the plain body, and an error where a program with it is lowered."""
-        error = self._error(implementation, f"it is only for {PLATFORMS[implementation]}, not for this platform")
 
-        def refused(*arrays: Any, **options: Any) -> Any:
-            one = _refusal.bind(error=str(error))
-            return jax.tree.map(lambda y: y * one.astype(y.dtype), plain(*arrays, **options))
+def refused(plain: Body, error: UserError) -> Body:
+    """The shapes and derivatives of the body `plain`, and the error where a program with it is lowered."""
 
-        return refused
+    def body(*arrays: Any, **options: Any) -> Any:
+        one = _refusal.bind(error=str(error))
+        return jax.tree.map(lambda y: y * one.astype(y.dtype), plain(*arrays, **options))
+
+    return body
 
 
 def runs_on(implementation: str, kind: str) -> bool:

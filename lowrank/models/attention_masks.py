@@ -84,8 +84,14 @@ def causal_inputs(
         cache = kv_cache.mark_slots(cache, segments, positions)
         k_positions = cache.positions_BxS
     slots = None if cache is None and not start else start + jnp.arange(length, dtype=jnp.int32)[None]
-    queries, keys = Tokens(segments, positions, slots), Tokens(k_segments, k_positions)
-    return positions, _layer_inputs(config, positions, Mask(queries, keys, causal=True, window=config.window)), cache
+    mask = Mask(
+        Tokens(segments, positions, slots),
+        Tokens(k_segments, k_positions),
+        virtual=config.num_virtual_tokens > 0,
+        causal=True,
+        window=config.window,
+    )
+    return positions, _layer_inputs(config, positions, mask), cache
 
 
 def _shift_positions(
@@ -126,5 +132,6 @@ def bidirectional_inputs(
         return prefix_length + jnp.arange(length)[None, :], AttentionInputs(Mask())
     segments = prepend_prompt_segments(segments, num_prompt)
     k_segments = prepend_prefix_segments(segments, prefix_length)
-    mask = Mask(Tokens(segments), Tokens(k_segments), prompt_sees_all=num_prompt > 0)
+    virtual = num_prompt + prefix_length > 0
+    mask = Mask(Tokens(segments), Tokens(k_segments), virtual=virtual, prompt_sees_all=num_prompt > 0)
     return count_seen(k_segments)[:, prefix_length:], AttentionInputs(mask)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lowrank.core.errors import UserError
-from lowrank.kernels.attention import blockwise, cudnn, dense, dispatch
+from lowrank.kernels.attention import blockwise, cudnn, dense, dispatch, splash
 from lowrank.kernels.attention.mask import Mask
 from tests.support import thinning
 from tests.support.attention_cases import CASES, HEAD, Case, mask_of, reference, seen
@@ -17,6 +17,7 @@ from tests.support.close import assert_close
 from tests.support.tiny_models import normal
 
 FORMS = {"dense": dense.attend, "blockwise": partial(blockwise.attend, block=8)}
+INTERPRETED = {"splash": partial(splash.attend, interpret=True)}
 SCALE = 0.7
 
 
@@ -47,7 +48,7 @@ def test_a_form_equals_float64(name):
     form, _, case = name.partition(": ")
     case = CASES[case]
     q, k, v, g = arrays(case)
-    attend = lambda q, k, v: FORMS[form](q, k, v, mask_of(case), scale=SCALE, softcap=case.cap)  # noqa: E731
+    attend = lambda q, k, v: (FORMS | INTERPRETED)[form](q, k, v, mask_of(case), scale=SCALE, softcap=case.cap)  # noqa: E731
     expected = reference(q, k, v, g, seen(case), SCALE, case.cap)
     size = [np.max(np.abs(x)) for x in (expected[0], g, g, g)]
     for ours, exact, scale in zip(output_and_gradients(attend, q, k, v, g), expected, size, strict=True):
@@ -105,15 +106,40 @@ def shapes(length, width=64, dtype=jnp.bfloat16, keys=0):
     return [jax.ShapeDtypeStruct((1, n, 4, width), dtype) for n in (length, keys or length)]
 
 
-def test_short_rows_are_dense_and_long_ones_blockwise():
-    assert dispatch.choose("cpu", *shapes(1024), Mask()) == "dense"
-    assert dispatch.choose("cpu", *shapes(1, keys=2**15), Mask()) == "dense"
-    assert dispatch.choose("tpu", *shapes(2048), Mask()) == "blockwise"
+@pytest.mark.parametrize(
+    ("platform", "inputs", "mask", "form"),
+    [
+        ("cpu", shapes(1024), Mask(), "dense"),
+        ("rocm", shapes(2048), Mask(), "blockwise"),
+        ("tpu", shapes(1, keys=2**15), Mask(), "dense"),
+        ("tpu", shapes(256), Mask(causal=True), "dense"),
+        ("tpu", shapes(512), mask_of(CASES["local of a mixed stack"]), "splash"),
+        ("tpu", shapes(2048), mask_of(CASES["prefix, packed, window"]), "blockwise"),
+        ("tpu", shapes(2048), mask_of(CASES["virtual tokens, window"]), "blockwise"),
+        ("tpu", shapes(2048), mask_of(CASES["both directions, virtual tokens, prefix"]), "blockwise"),
+        ("tpu", shapes(2048), mask_of(CASES["cache"]), "blockwise"),
+    ],
+)
+def test_auto_takes_the_form_for_length_mask_and_platform(platform, inputs, mask, form):
+    assert dispatch.choose(platform, *inputs, mask) == form
 
 
-def test_an_unknown_form_is_refused():
+def test_a_named_form_that_cannot_run_is_refused():
+    q, k = shapes(600)
     with pytest.raises(UserError, match=r"unknown form of attention 'flash'.*known: auto, blockwise, cudnn, dense"):
-        dispatch.choose("cpu", *shapes(8), Mask(), 0.0, "flash")
+        dispatch.choose("cpu", q, k, Mask(), 0.0, "flash")
+    with pytest.raises(UserError, match=r"splash cannot run: .* neither virtual tokens nor a prefix; use .*blockwise"):
+        dispatch.choose("tpu", q, k, mask_of(CASES["virtual tokens, window"]), 0.0, "splash")
+    run = jax.jit(lambda q, k: dispatch.attend(q, k, k, Mask(causal=True), implementation="splash"))
+    with pytest.raises(UserError, match="splash cannot run: it is only for tpu, not for cpu"):
+        run.lower(q, k)
+    assert "tpu_custom_call" in run.trace(q, k).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("name", ["causal", "every token", "packed", "local of a mixed stack"])
+def test_splash_equals_float64(name):
+    """Run by Pallas's interpreter."""
+    test_a_form_equals_float64(f"splash: {name}")
 
 
 H100, A100, V100 = (
@@ -143,7 +169,7 @@ def test_cudnn_is_asked_only_for_what_it_takes(monkeypatch, devices, inputs, opt
     arguments = *inputs, options.get("mask", Mask(causal=True)), options.get("softcap", 0.0)
     if refusal:
         assert dispatch.choose("cuda", *arguments) in ("dense", "blockwise")
-        with pytest.raises(UserError, match=f"attention=cudnn: .*{refusal}.*use attention=blockwise"):
+        with pytest.raises(UserError, match=f"attention=cudnn cannot run: .*{refusal}.*use attention=blockwise"):
             dispatch.choose("cuda", *arguments, "cudnn")
     else:
         assert dispatch.choose("cuda", *arguments) == dispatch.choose("cuda", *arguments, "cudnn") == "cudnn"

@@ -53,6 +53,7 @@ class Mask:
     queries: Tokens = UNMARKED
     keys: Tokens = UNMARKED
     local: jax.Array | None = None  # bool []: whether the window applies; None: it does
+    virtual: bool = _static(False)  # whether segments below 0 occur
     causal: bool = _static(False)  # a query sees no slot behind its own
     window: int = _static(0)  # > 0: a query sees positions less than this far before its own, and the prefix
     prompt_sees_all: bool = _static(False)  # virtual tokens see the tokens of every segment but padding
