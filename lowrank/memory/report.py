@@ -85,7 +85,7 @@ def to_text(r: Report) -> str:
     width = max(28, len(heading) + 2)
     lines += [f"{'':20}{'formula':>12}{heading:>{width}}{'formula / compiled':>22}"]
     lines += [_line(name, formula, compiled, width) for name, formula, compiled in table_rows(r)]
-    lines += ["", *_work(r), *r.run.notes, *verdict(r)]
+    lines += ["", *_work(r), r.run.attention, *r.run.notes, *verdict(r)]
     lines += [f"  {line}" for line in _advice(r)]
     return "\n".join(lines)
 

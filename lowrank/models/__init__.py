@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from flax import linen as nn
 
 from lowrank.models import decoder, encoder
+from lowrank.models.attention_forms import describe_attention
 from lowrank.models.decoder import Decoder, init_cache
 from lowrank.models.decoder_config import DecoderConfig
 from lowrank.models.encoder import Encoder, EncoderConfig
@@ -17,6 +18,7 @@ __all__ = [
     "EncoderConfig",
     "build_block",
     "build_model",
+    "describe_attention",
     "inference_config",
     "init_cache",
 ]

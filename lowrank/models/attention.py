@@ -34,7 +34,7 @@ class Attention(nn.Module):
     norm_offset: float = 0.0
     scale: float | None = None
     softcap: float = 0.0
-    form: str = "auto"  # of dispatch.IMPLEMENTATIONS
+    form: str = "auto"  # of dispatch.IMPLEMENTATIONS, except with a cache, where it is auto
     shift_group: int = 0  # > 0: shifted sparse attention in groups of this many tokens, except with a cache
     clip: float = 0.0  # > 0: queries, keys and values are clipped to -clip..clip before rope
 
@@ -62,7 +62,8 @@ class Attention(nn.Module):
             k, v = (update_slots(slots, x, index, axis=1).astype(q.dtype) for slots, x in zip(past, new, strict=True))
         elif past is not None:
             k, v = (prepend_prefix(prefix, x) for prefix, x in zip(past, (k, v), strict=True))
-        attend = functools.partial(dispatch.attend, scale=self.scale, softcap=self.softcap, implementation=self.form)
+        form = self.form if index is None else "auto"
+        attend = functools.partial(dispatch.attend, scale=self.scale, softcap=self.softcap, implementation=form)
         if self.shift_group and index is None:
             out = attend_shifted(attend, q, k, v, inputs.mask, self.shift_group)
         else:

@@ -53,7 +53,7 @@ class DecoderConfig(AdapterOptions):
     remat: str = "full"  # the backward pass's recomputation: a key of layer_stack.REMAT
     remat_names: tuple[str, ...] = ()  # of layers.SAVEABLE, for `names` and `offload`; (): the policy's default
     unroll: int = 1  # layers per step of the scan
-    attention: str = "auto"  # the form of attention: one of kernels.attention.dispatch.IMPLEMENTATIONS
+    attention: str = "auto"  # the form of attention without a cache, of kernels.attention.dispatch.FORMS
     shift_group: int = 0  # tokens per group of LongLoRA's shifted sparse attention; 0: full attention
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ class EncoderConfig(AdapterOptions):
     remat: str = "full"  # the backward pass's recomputation: a key of layer_stack.REMAT
     remat_names: tuple[str, ...] = ()  # of layers.SAVEABLE, for `names` and `offload`; (): the policy's default
     unroll: int = 1  # layers per step of the scan
-    attention: str = "auto"  # the form of attention: one of kernels.attention.dispatch.IMPLEMENTATIONS
+    attention: str = "auto"  # the form of attention without a cache, of kernels.attention.dispatch.FORMS
 
     def __post_init__(self) -> None:
         check_model_options(self)

@@ -41,6 +41,7 @@ def build_run(
         model, _, base = pretrained.describe(name, groups.options, **options)
     run = _assemble_run(groups, model, base, tokenizer, loader)
     run.optimizer()  # raises UserError for a regex that does not match
+    _ = run.attention  # raises UserError for a form that cannot run
     return dataclasses.replace(run, scorer=like.scorer if like else _make_evaluator(groups, run) if tokenizer else None)
 
 

@@ -67,6 +67,7 @@ def run(
         with RunLog(folder, run.config.steps, start=start, tokens_per_step=run.tokens_per_step, **settings) as log:
             log.say(run.table)
             log.say(dispatch.describe(run.mesh.devices.flat[0].device_kind))
+            log.say(run.attention)
             trainer = Trainer(run, folder, saver, log, stop, command)
             workdir.claim(folder, config)
             return trainer.train(before, after)

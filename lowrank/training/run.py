@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from lowrank import data, methods, pretrained
+from lowrank import data, methods, models, pretrained
 from lowrank.core import sharding, tree, weight
 from lowrank.core.typing import Batch, PyTree, Sums
 from lowrank.evaluation.evaluator import Evaluator
@@ -58,6 +58,12 @@ class Run:
     def logits_chunk_tokens(self) -> int:
         """The number of tokens, on all devices together, whose logits exist at a time; 0: all tokens of a batch."""
         return self.config.logits_chunk_tokens * sharding.num_batch_shards(self.mesh)
+
+    @functools.cached_property
+    def attention(self) -> str:
+        """The line of the log on the form of attention. Raises UserError if the config names one that cannot run."""
+        rows, *_, length = self.loader.shapes["tokens"][0]
+        return models.describe_attention(self.network.config, self.mesh.devices.flat[0], rows, length)
 
     def load(self) -> pretrained.Pretrained:
         """The base, each leaf with its sharding on the mesh."""

@@ -212,7 +212,9 @@ def test_a_run_killed_before_its_summary_still_knows_its_loss(finished, tmp_path
     again = shutil.copytree(workdir, tmp_path / "again")
     (again / loop.SUMMARY).unlink()
     assert loop.run(config, again)["final_loss"] == summary["final_loss"] > 0
-    assert "kernels on cpu: all in plain JAX" in capsys.readouterr().err
+    log = capsys.readouterr().err
+    assert "kernels on cpu: all in plain JAX" in log
+    assert "attention on cpu: dense in 2 layers, for rows of" in log
 
 
 def test_a_workdir_of_another_config_is_refused(finished, files):
