@@ -126,7 +126,8 @@ def quantization() -> str:
     for base, method in dict.fromkeys(key[:2] for key in found):
         topics, headlines = (found.get((base, method, task)) for task in ("topics", "headlines"))
         bits = float((topics or headlines)["bits_per_weight"])
-        lines.append(f"| {base} | {method} | {bits:.2f} | {_score(topics)} | {_score(headlines)} |")
+        scores = " | ".join(_score(row, earlier_mark(row) if row else "") for row in (topics, headlines))
+        lines.append(f"| {base} | {method} | {bits:.2f} | {scores} |")
     return "\n".join([head, "|---|---|---:|---:|---:|---:|---:|", *lines])
 
 

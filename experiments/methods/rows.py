@@ -55,8 +55,8 @@ ROWS: dict[str, Row] = {
     "hira": Row(LOW_RANK, {"name": "hira"}, LARGE),
     "oft": Row(LOW_RANK, {"name": "oft"}, MEDIUM),
     "boft": Row(LOW_RANK, {"name": "boft"}, LARGE),
-    "relora": Row(LOW_RANK, {"name": "relora"}, MEDIUM),
-    "galore": Row(LOW_RANK, {"name": "galore", "every": 12}, MEDIUM),
+    "relora": Row(LOW_RANK, {"name": "relora"}, MEDIUM, formulas=1),
+    "galore": Row(LOW_RANK, {"name": "galore", "every": 12}, MEDIUM, formulas=1),
     "longlora": Row(LOW_RANK, {"name": "longlora", "group": 16}, MEDIUM, ("headlines",)),
     "ia3": Row(LOW_RANK, {"name": "ia3"}, LARGE, BOTH),
     "houlsby": Row(ADDITIVE, {"name": "houlsby"}, MEDIUM, BOTH),
@@ -75,5 +75,5 @@ ROWS: dict[str, Row] = {
     "milora": Row(EXPERTS, {"name": "milora"}, MEDIUM),
     "smore": Row(EXPERTS, {"name": "smore"}, MEDIUM),
     "perft": Row(EXPERTS, {"name": "perft"}, MEDIUM, ("headlines",), UPCYCLED),
-    "esft": Row(EXPERTS, {"name": "esft"}, SMALL, ("headlines",), UPCYCLED),
+    "esft": Row(EXPERTS, {"name": "esft"}, SMALL, ("headlines",), UPCYCLED, formulas=1),
 }

@@ -10,11 +10,10 @@ from matplotlib.figure import Figure
 
 from experiments.study.compute_cost import cost_summary
 from experiments.study.numbers import EARLIER, SAME, earlier_mark, format_mean, interval, same_mark, write_csv
-from experiments.study.stages import final_cells
+from experiments.study.stages import ScoredCells, is_earlier, scored_cells
 from experiments.study.study import Study
 from experiments.study.tasks import TASKS, Task
 from experiments.study.timing import Timing
-from experiments.study.trials import Cell
 from lowrank.core.files import write_bytes, write_text
 
 COLUMNS = ("method", "family", "task", "seeds", "score_mean", "score_ci95", "trained_params", "step_s", "peak_mb")
@@ -34,27 +33,18 @@ def rows(study: Study, known: Callable[[Task], float]) -> list[dict[str, Any]]:
     """
     out = []
     for task in TASKS.values():
-        lora = _scored(study, task, "lora")
+        lora = scored_cells(study, task, "lora")
         for name, row in study.rows.items():
             timing = Timing(study, task, name).read() or {"step_s": math.nan, "peak_mb": math.nan}
-            if cells := _scored(study, task, name):
-                earlier = any(cell.is_earlier(numbers) for cell, numbers in cells)
+            if cells := scored_cells(study, task, name):
                 found = _row(task, name, row.family, [numbers for _, numbers in cells], timing, known(task))
-                out.append(found | _difference(cells, lora if name != "lora" else []) | {"earlier_formulas": earlier})
+                out.append(
+                    found | _difference(cells, lora if name != "lora" else []) | {"earlier_formulas": is_earlier(cells)}
+                )
     return out
 
 
-Scored = list[tuple[Cell, Mapping[str, Any]]]
-
-
-def _scored(study: Study, task: Task, name: str) -> Scored:
-    """The cells of a row of the table with their numbers; none before all of them are scored."""
-    asked = name in study.rows and task.name in study.rows[name].tasks
-    cells = [(cell, cell.read() or {}) for cell in final_cells(study, task, name)] if asked else []
-    return cells if all("test" in numbers for _, numbers in cells) else []
-
-
-def _difference(cells: Scored, lora: Scored) -> dict[str, float]:
+def _difference(cells: ScoredCells, lora: ScoredCells) -> dict[str, float]:
     """The mean of the differences of scores from LoRA's at the same seed, with its interval; NaN without a pair."""
     reference = {cell.seed: numbers["test"] for cell, numbers in lora}
     pairs = [numbers["test"] - reference[cell.seed] for cell, numbers in cells if cell.seed in reference]

@@ -10,15 +10,15 @@ from matplotlib.figure import Figure
 
 from experiments.quantization.bases import bits_under, measured
 from experiments.quantization.rows import BASES
-from experiments.study.numbers import format_mean, interval, write_csv
-from experiments.study.stages import final_cells
+from experiments.study.numbers import EARLIER, earlier_mark, format_mean, interval, write_csv
+from experiments.study.stages import is_earlier, scored_cells
 from experiments.study.study import Study
 from experiments.study.tasks import TASKS
 from experiments.study.timing import Timing
 from lowrank.core.files import write_bytes, write_text
 
 COLUMNS = ("base", "method", "task", "seeds", "bits_per_weight", "bits_on_disk", "score_mean", "score_ci95", "step_s")
-COLUMNS += ("peak_mb",)
+COLUMNS += ("peak_mb", "earlier_formulas")
 
 
 def rows(study: Study, tasks: Sequence[str]) -> list[dict[str, Any]]:
@@ -30,10 +30,10 @@ def rows(study: Study, tasks: Sequence[str]) -> list[dict[str, Any]]:
     for task in tasks:
         out += [_untuned(study, task, base) for base in BASES]
         for name in study.rows:
-            cells = [cell.read() for cell in final_cells(study, TASKS[task], name)]
             timing = Timing(study, TASKS[task], name).read() or {"step_s": math.nan, "peak_mb": math.nan}
-            if cells and all("test" in (cell or {}) for cell in cells):
-                out.append(_tuned(study, task, name, cells, timing))
+            if cells := scored_cells(study, TASKS[task], name):
+                found = _tuned(study, task, name, [numbers for _, numbers in cells], timing)
+                out.append(found | {"earlier_formulas": is_earlier(cells)})
     return out
 
 
@@ -41,6 +41,7 @@ def _untuned(study: Study, task: str, base: str) -> dict[str, Any]:
     found = measured(study, TASKS[task], base)
     bits = {"bits_per_weight": found["bits_in_memory"], "bits_on_disk": found["bits_on_disk"]}
     score = {"score_mean": found["score"], "score_ci95": math.nan, "step_s": math.nan, "peak_mb": math.nan}
+    score |= {"earlier_formulas": False}
     return {"base": base, "method": "none", "task": task, "seeds": 1, **bits, **score}
 
 
@@ -68,7 +69,7 @@ def write(study: Study) -> None:
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     """The table for a README, a part for each task."""
-    parts = []
+    parts = [f"{EARLIER} marks a row that was not run again after the formulas of its method changed."]
     for task in TASKS.values():
         lines = [
             f"**{task.name}** ({task.metric})",
@@ -85,7 +86,8 @@ def _line(row: Mapping[str, Any]) -> str:
     cost = ["-", "-"] if math.isnan(row["step_s"]) else [f"{row['step_s']:.2f}", f"{row['peak_mb']:.0f}"]
     on_disk = "-" if math.isnan(row["bits_on_disk"]) else f"{row['bits_on_disk']:.2f}"
     cells = [row["base"], row["method"], f"{row['bits_per_weight']:.2f}", on_disk]
-    return "| " + " | ".join([*cells, format_mean(row["score_mean"], row["score_ci95"]), *cost]) + " |"
+    score = format_mean(row["score_mean"], row["score_ci95"]) + earlier_mark(row)
+    return "| " + " | ".join([*cells, score, *cost]) + " |"
 
 
 def plot(table: Sequence[Mapping[str, Any]]) -> bytes:

@@ -46,6 +46,21 @@ def final_cells(study: Study, task: Task, name: str) -> list[Cell]:
     return [dataclasses.replace(chosen, seed=seed) for seed in study.seeds] if chosen else []
 
 
+ScoredCells = list[tuple[Cell, dict[str, Any]]]
+
+
+def scored_cells(study: Study, task: Task, name: str) -> ScoredCells:
+    """The cells of the table with their numbers; an empty list before all of them are scored, or without the row."""
+    asked = name in study.rows and task.name in study.rows[name].tasks
+    cells = [(cell, cell.read() or {}) for cell in final_cells(study, task, name)] if asked else []
+    return cells if all("test" in numbers for _, numbers in cells) else []
+
+
+def is_earlier(cells: ScoredCells) -> bool:
+    """Whether a score is of earlier formulas than its row's."""
+    return any(cell.is_earlier(numbers) for cell, numbers in cells)
+
+
 def scores(study: Study, task: Task, name: str) -> Iterator[Cell]:
     """Runs the missing cells of a row's scores, and yields each when it is finished."""
     while cell := next((cell for cell in sweep(study, task, name) if cell.read() is None), None):

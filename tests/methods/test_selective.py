@@ -18,6 +18,7 @@ from lowrank.methods.features import FeatureCache
 from lowrank.methods.sparse import SEEING
 from lowrank.training import build, loop
 from lowrank.training.log import read_metrics
+from lowrank.weights.sparse import Sparse
 from tests.support import tiny_checkpoint as tiny
 from tests.support.close import assert_close
 from tests.support.decoder_steps import compile_on_decoder, count_bytes
@@ -89,6 +90,14 @@ def test_the_largest_scores_of_the_model_are_chosen_within_the_slots_of_each_ker
     order = np.argsort(-np.take_along_axis(scores, fits, axis=1).ravel(), kind="stable")[: round(0.2 * scores.size)]
     want = sorted((i // slots, fits.ravel()[i]) for i in order)
     assert [(row, i) for row, line in enumerate(found.tolist()) for i in line if i < IN * OUT] == want
+
+
+def test_a_run_over_the_whole_model_moves_exactly_its_share(files, tmp_path):
+    group = "method=sparse,density=0.05,scope=model,choose=fisher,batches=1"
+    _, loaded = train_shortly(files, group, tmp_path)
+    forms = [w for w in weights_of(loaded.params) if isinstance(w, Sparse)]
+    moved = sum(np.count_nonzero(materialize(w) - w.base) for w in forms)
+    assert moved == round(0.05 * sum(w.base.size for w in forms))
 
 
 def weights_of(params):
