@@ -9,6 +9,7 @@ def pfeiffer(width: int = 64, activation: str = "relu", scale: float = 1.0) -> M
 
     `A(x) = scale * up(act(down(x)))`. For a layer that reads h and returns y, the next residual stream of a post-norm
     model is `norm(h + y + A(norm(h + y)))`, with one norm twice, and that of a pre-norm model `h + y + A(h + y)`.
+    In Gemma, whose sublayers end in a norm, it is `h + norm(y + A(h + norm(y)))`.
 
     Differs from the paper: up is 0 at first, so that the model is unchanged, where AdapterHub, the authors' code, draws
     both kernels with a standard deviation of 0.02. The paper has no pre-norm model: the place is AdapterHub's in Llama.

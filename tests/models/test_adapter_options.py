@@ -111,6 +111,14 @@ def test_adapters_whose_second_layer_is_zero_change_nothing_and_others_do(make, 
     assert np.abs(run(model, params, tokens(2), method="__call__") - want).max() > 1e-2
 
 
+def test_houlsby_trains_every_norm_of_an_encoder():
+    _, params = encoder(**options("houlsby"))
+    learns = dict(tree.named_leaves(methods.trainable_mask(methods.build_method(KINDS["houlsby"]), params)))
+    norms = {name for name in learns if "norm/" in name}
+    assert norms >= {"embed/norm/scale", "embed/norm/bias", "layers/mlp_norm/scale"}
+    assert {name for name in learns if learns[name]} == norms | {name for name in learns if "adapter" in name}
+
+
 def test_adapters_start_as_zero_and_have_a_place_on_every_mesh():
     model, _ = decoder("llama", **options("houlsby"))
     init = jax.jit(lambda: model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"])
