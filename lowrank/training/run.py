@@ -63,7 +63,8 @@ class Run:
     def attention(self) -> str:
         """The line of the log on the form of attention. Raises UserError if the config names one that cannot run."""
         rows, *_, length = self.loader.shapes["tokens"][0]
-        return models.describe_attention(self.network.config, self.mesh.devices.flat[0], rows, length)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return models.describe_attention(self.network.config, self.mesh.devices.flat[0], rows, length)
 
     def load(self) -> pretrained.Pretrained:
         """The base, each leaf with its sharding on the mesh."""

@@ -2,5 +2,6 @@
 
 Shapes: B rows, T queries, S keys, N query heads, K key heads, G = N / K query heads for each key head, H head width;
 `q` is `[B, T, N, H]`, `k` and `v` are `[B, S, K, H]`. `mask` describes which keys a query sees, and `dispatch.attend`
-chooses among the forms `dense` and `blockwise`.
+chooses among the forms `dense`, `blockwise`, `splash` (TPUs) and `cudnn` (NVIDIA GPUs). `sharded` and `context` divide
+the rows, heads and tokens over a mesh.
 """

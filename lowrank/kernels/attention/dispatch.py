@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lowrank.core.errors import UserError, unknown
-from lowrank.kernels.attention import blockwise, cudnn, dense, splash
+from lowrank.kernels.attention import blockwise, cudnn, dense, sharded, splash
 from lowrank.kernels.attention.mask import Mask
 from lowrank.kernels.dispatch import mesh_of, refused
 
@@ -68,6 +68,8 @@ def attend(
     choices = {platform: choice(platform) for platform in ([platform_of(device)] if device else PLATFORMS)}
     bodies = [refused(dense.attend, c) if isinstance(c, UserError) else FORMS[c].attend for c in choices.values()]
     bound = [functools.partial(body, scale=scale, softcap=softcap) for body in bodies]
+    if sharded.divides_tokens(jax.sharding.get_abstract_mesh(), q.shape[1]):
+        bound = [functools.partial(sharded.over_mesh, body) for body in bound]
     if len(set(choices.values())) == 1:
         return bound[0](q, k, v, mask)
     return jax.lax.platform_dependent(q, k, v, mask, **dict(zip(choices, bound, strict=True)))

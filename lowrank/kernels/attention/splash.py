@@ -42,6 +42,8 @@ def refusal(q: Any, k: Any, mask: Mask, softcap: float) -> str:
         return "splash compares segments for equality, so it has neither virtual tokens nor a prefix"
     if mask.queries.slots is not None or q.shape[1] != k.shape[1]:
         return "splash needs the keys of the queries' own tokens, without a cache"
+    if sharded.divides_tokens(jax.sharding.get_abstract_mesh(), q.shape[1]):
+        return "splash's masks do not know the part of a row that a device of mesh.context has"
     return ""
 
 
