@@ -126,7 +126,7 @@ def effect(group):
 
     def value(key):
         params = attached(key)
-        bound = method.bind(params, BatchInfo(ids + 1, answers=ids > 0), key) if method.bind else params
+        bound = method.bind(params, BatchInfo(ids + 1, prompt=ids > 0), key) if method.bind else params
         return params, network.apply({"params": bound}, ids)
 
     program = jax.make_jaxpr(value)(jax.random.key(0))
