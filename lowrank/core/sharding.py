@@ -6,12 +6,14 @@ The rules name the leaves of models; the arrays that a form adds to its kernel d
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank.core import tree, weight
@@ -21,8 +23,8 @@ from lowrank.core.typing import PyTree
 P = PartitionSpec
 Rules = Sequence[tuple[str, PartitionSpec]]
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+AXES = ("data", "fsdp", "context", "tensor")  # those that communicate most are innermost: their devices are neighbors
+ROWS = ("data", "fsdp")  # the axes that shard the rows of a batch; `context` shards the tokens of each row
 
 _SUBLAYER = r"(layers|top)/(attn|mlp|mlp/experts|mlp/shared)"
 # The names of plain leaves and of weights. The arrays inside a form follow the axes that its fields declare.
@@ -43,36 +45,83 @@ DEFAULT_RULES: Rules = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of this run's devices with axes `data, fsdp, tensor`; one size may be -1, which takes all other devices.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1, num_slices: int = 1) -> Mesh:
+    """A mesh of this run's devices with the axes `AXES`; one size may be -1, which takes all other devices.
 
-    In one process, a mesh smaller than the number of devices takes the first of them. Raises UserError if the sizes do
-    not fit the devices.
+    In one process, a mesh smaller than the number of devices takes the first of them. `num_slices` is the number of TPU
+    slices, or of other groups of devices with a slower network between them: `data` alone spans several of them.
+    Raises UserError if the sizes do not fit the devices.
     """
-    return make_mesh_of_devices(jax.devices(), data, fsdp, tensor)
+    return make_mesh_of_devices(jax.devices(), data, fsdp, tensor, context, num_slices)
 
 
-def make_mesh_of_devices(devices: Sequence[Any], data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of the given devices with axes `data, fsdp, tensor`; one size may be -1, which takes all other devices.
+def make_mesh_of_devices(
+    devices: Sequence[Any], data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1, num_slices: int = 1
+) -> Mesh:
+    """`make_mesh` of the given devices.
 
-    The devices may belong to another machine, if programs are compiled for them only. Raises UserError if the sizes do
-    not fit the devices.
+    They may belong to another machine, if programs are compiled for them only. Raises UserError if the sizes do not fit
+    the devices.
     """
-    sizes = [data, fsdp, tensor]
-    axes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    asked = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+    axes = ", ".join(f"{axis}={size}" for axis, size in asked.items())
+    sizes = list(asked.values())
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"the mesh {axes} is not valid: its sizes must be positive, except that one may be -1")
     rest = math.prod(size for size in sizes if size != -1)
-    sizes = [len(devices) // rest if size == -1 else size for size in sizes]
-    total = math.prod(sizes)
-    needs_all = -1 in (data, fsdp, tensor) or jax.process_count() > 1
+    total = rest * (len(devices) // rest if -1 in sizes else 1)
+    needs_all = -1 in sizes or jax.process_count() > 1 or num_slices > 1
     if not 0 < total <= len(devices) or (needs_all and total != len(devices)):
         raise UserError(
             f"the mesh {axes} does not fit {plural(len(devices), 'device')}: the product of its sizes must be their "
-            "number"
+            f"number{_fitting_size(asked, len(devices))}"
         )
+    sizes = [total // rest if size == -1 else size for size in sizes]
+    groups = _slices(devices[:total], num_slices)
+    if sizes[0] % num_slices:
+        raise UserError(
+            f"mesh.data={sizes[0]} is not divisible by mesh.num_slices={num_slices}, and no other axis may span "
+            f"several slices: make mesh.data a multiple of {num_slices}, and the product of the other sizes a divisor "
+            f"of the {plural(len(groups[0]), 'device')} of a slice"
+        )
+    inside = (sizes[0] // num_slices, *sizes[1:])
     # With Auto the compiler places the collectives; the default of jax.make_mesh is explicit axes.
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:total])
+    return Mesh(np.concatenate([_lay_out(group, inside, axes) for group in groups]), AXES, (AxisType.Auto,) * len(AXES))
+
+
+def _fitting_size(asked: Mapping[str, int], devices: int) -> str:
+    """Words that name a size of one axis with which the mesh would take all devices; empty if there is none."""
+    for axis in asked:
+        rest = math.prod(size for other, size in asked.items() if other != axis and size != -1)
+        if devices % rest == 0:
+            return f", as with mesh.{axis}={devices // rest}"
+    return ""
+
+
+def _slices(devices: Sequence[Any], num_slices: int) -> list[Sequence[Any]]:
+    """The devices of each slice: TPUs know theirs, and other devices are taken in the order of their processes."""
+    if num_slices < 1 or len(devices) % num_slices:
+        raise UserError(
+            f"mesh.num_slices={num_slices} does not divide {plural(len(devices), 'device')}: give the number of slices"
+        )
+    own = [device.slice_index if device.platform == "tpu" else 0 for device in devices]
+    if len(set(own)) not in (1, num_slices) or (len(set(own)) == 1 < num_slices and devices[0].platform == "tpu"):
+        found = plural(len(set(own)), "slice")
+        raise UserError(f"mesh.num_slices={num_slices}, but the devices are {found}: set it to {len(set(own))}")
+    in_order = [devices[i] for i in sorted(range(len(devices)), key=own.__getitem__)]
+    size = len(devices) // num_slices
+    return [in_order[i * size : (i + 1) * size] for i in range(num_slices)]
+
+
+def _lay_out(devices: Sequence[Any], sizes: Sequence[int], axes: str) -> np.ndarray:
+    """The devices of one slice as an array of these sizes, in which the neighbors on an axis are near each other."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError) as e:
+        raise UserError(
+            f"the mesh {axes} cannot be laid out on {plural(len(devices), 'device')} of kind "
+            f"{devices[0].device_kind}: {e}"
+        ) from None
 
 
 def parameter_shardings(params: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PyTree:
@@ -121,7 +170,12 @@ def _fit(spec: PartitionSpec, leaf: Any, mesh: Mesh) -> NamedSharding:
 
 
 def _dividing(axes: tuple[str, ...], size: int, mesh: Mesh) -> Any:
-    """The most mesh axes, from the first on, whose product divides a dimension of this size; None if none do."""
+    """The most mesh axes, from the first on, whose product divides a dimension of this size; None if none do.
+
+    What `fsdp` shards, `context` shards too: the devices that share a row need not each hold the whole parameters.
+    """
+    axes = tuple(part for axis in axes for part in ((axis, "context") if axis == "fsdp" else (axis,)))
+    axes = tuple(axis for axis in axes if axis != "context" or mesh.shape[axis] > 1)
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):
         axes = axes[:-1]
     return axes[0] if len(axes) == 1 else axes or None
@@ -161,36 +215,72 @@ def num_batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch_size(size: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises UserError if a global batch does not divide into microbatches over the mesh, or over the hosts."""
+def num_token_shards(mesh: Mesh) -> int:
+    """The number of shards of a batch's tokens: those of its rows, each in `context` parts."""
+    return num_batch_shards(mesh) * mesh.shape["context"]
+
+
+def check_batch_shape(rows: int, tokens: int, accumulate: int, mesh: Mesh) -> None:
+    """Raises UserError if a batch does not divide into microbatches over the mesh, or its rows over `context`."""
     shards = num_batch_shards(mesh)
-    if size % (shards * accumulate):
+    if rows % (shards * accumulate):
         raise UserError(
-            f"data.batch_size {size} is not divisible by {shards * accumulate}, the product of mesh.data "
+            f"data.batch_size {rows} is not divisible by {shards * accumulate}, the product of mesh.data "
             f"{mesh.shape['data']}, mesh.fsdp {mesh.shape['fsdp']} and optim.accumulate {accumulate}: use a multiple"
         )
-    local = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,)).values()
-    rows = {i for index in local if index for i in range(*index[0].indices(size))}
-    if len(rows) * len({device.process_index for device in mesh.devices.flat}) != size:
+    if tokens % mesh.shape["context"]:
+        nearest = tokens + -tokens % mesh.shape["context"]
         raise UserError(
-            f"mesh.tensor {mesh.shape['tensor']} spans several hosts, each of which loads its own rows of the batch: "
-            "choose a size that divides the devices of one host"
+            f"data.seq_len {tokens} is not divisible by mesh.context {mesh.shape['context']}, which shards the tokens "
+            f"of each row: use a multiple, such as {nearest}"
         )
 
 
-def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays, sharded over `data` and `fsdp`, of which `batch` holds this host's rows."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+def batch_sharding(mesh: Mesh, ndim: int, per_token: bool) -> NamedSharding:
+    """The sharding of an array of a batch `[B, ...]`; where `per_token`, its last dimension is that of the tokens."""
+    return NamedSharding(mesh, P(ROWS, *(None,) * (ndim - 2), "context") if per_token else P(ROWS))
 
 
-def shard_batch_axis(x: jax.Array) -> jax.Array:
-    """`x` `[B, ...]` with its rows sharded over the mesh of the program, if its `data` and `fsdp` axes divide them.
+def make_global_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, per_token: Collection[str] = ()
+) -> dict[str, jax.Array]:
+    """Global arrays of a global `batch`, which every host holds; each device receives its rows and tokens.
+
+    Several devices may hold the same part, on one host or on several. `per_token` names the arrays `[B, ..., T]` that
+    have one value per token.
+    """
+    where = {name: batch_sharding(mesh, x.ndim, name in per_token) for name, x in batch.items()}
+    return {name: jax.make_array_from_process_local_data(where[name], x, x.shape) for name, x in batch.items()}
+
+
+def shard_tokens(x: jax.Array) -> jax.Array:
+    """`x` `[B, T, ...]` with its rows and tokens sharded over the mesh of the program, where its axes divide them.
 
     The mesh is that of `jax.sharding.use_abstract_mesh`. The compiler decides on the other dimensions.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in ("data", "fsdp") if not mesh.empty and mesh.shape.get(axis, 1) > 1)
-    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+    rows, tokens = (_present(axes, size, mesh) for axes, size in ((ROWS, x.shape[0]), (("context",), x.shape[1])))
+    if not rows and not tokens:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)))
+    free = P.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(x, P(rows or free, tokens or free, *(free,) * (x.ndim - 2)))
+
+
+def context_as_rows(x: jax.Array) -> jax.Array:
+    """`[B, T, ...] -> [C * B, T / C, ...]`: each of the C parts into which `context` cuts a row becomes a row.
+
+    No value moves between devices. Where the mesh of the program has no such axis, or it does not divide T, C is 1.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _present(("context",), x.shape[1], mesh):
+        return x
+    (rows, tokens, *rest), parts = x.shape, mesh.shape["context"]
+    x = jnp.moveaxis(x.reshape(rows, parts, tokens // parts, *rest), 1, 0).reshape(parts * rows, tokens // parts, *rest)
+    axes = ("context", *_present(ROWS, rows, mesh))
+    return jax.lax.with_sharding_constraint(x, P(axes, *(P.UNCONSTRAINED,) * (x.ndim - 1)))
+
+
+def _present(axes: Sequence[str], size: int, mesh: Any) -> tuple[str, ...]:
+    """Those of the mesh's `axes` that have several devices, if together they divide `size`; else none."""
+    several = tuple(axis for axis in axes if not mesh.empty and mesh.shape.get(axis, 1) > 1)
+    return () if size % math.prod(mesh.shape[axis] for axis in several) else several

@@ -15,7 +15,7 @@ from lowrank.data.row_format import RowFormat
 
 
 class Loader:
-    """Batches of this host, without end or for `epochs`, and a state that continues them exactly.
+    """Global batches, without end or for `epochs`, and a state that continues them exactly.
 
     `labels` are the names of the classes in order, `stats` the counts of `Examples.stats`. `shapes` gives
     `(shape, dtype)` of each array of a batch: those of the row format, and `valid` int32 `[B]`, which is 0 on the rows

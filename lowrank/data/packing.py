@@ -78,8 +78,3 @@ def _stack(rows: Sequence[HostArrays], arrays: Arrays, size: int) -> HostArrays:
             is_valid = valid.reshape(-1, *(1,) * (out[name].ndim - 1)) == 1
             out[name] = np.where(is_valid, out[name], spec.filler).astype(spec.dtype)
     return out | {"valid": valid}
-
-
-def rows_of(batch: HostArrays, process_index: int, process_count: int) -> HostArrays:
-    """This process's block of the global batch: rows `[index * B / count, (index + 1) * B / count)`."""
-    return {name: np.array_split(x, process_count)[process_index] for name, x in batch.items()}

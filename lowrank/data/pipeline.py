@@ -1,7 +1,7 @@
-"""From a `DataConfig` to batches: read, render, encode, shuffle, pack, batch, take this host's rows.
+"""From a `DataConfig` to batches: read, render, encode, shuffle, pack, batch.
 
-Every host computes the same global batches and keeps its own rows. So the order is the same for any number of hosts,
-and a state that one number of hosts has saved continues on another.
+Every host computes the same global batches, and its devices receive the parts that they hold. So the order is the same
+for any number of hosts, and a state that one number of hosts has saved continues on another.
 """
 
 import dataclasses
@@ -38,28 +38,22 @@ class _Sequences(FlatMapTransform):
 def make_loader(
     config: DataConfig,
     tokenizer: Tokenizer,
-    process_index: int = 0,
-    process_count: int = 1,
     max_positions: int | None = None,
     row_format: RowFormat = LANGUAGE,
 ) -> Loader:
-    """The loader of `config` for this host, with rows as `row_format` says (an objective's `row_format`).
+    """The loader of `config`, with rows as `row_format` says (an objective's `row_format`).
 
     Every record's answer is checked here, and up to `KEPT` records are encoded. Raises UserError for data that cannot
-    be read or do not fit: `seq_len` beyond `max_positions` (the model's), a `batch_size` that the hosts cannot share,
-    an unknown dataset, split, template or field, a record without a field or with an empty completion, no records.
+    be read or do not fit: `seq_len` beyond `max_positions` (the model's), an unknown dataset, split, template or field,
+    a record without a field or with an empty completion, no records.
     """
     if max_positions is not None:
         check_length(config, max_positions)
-    if config.batch_size % process_count:
-        raise UserError(f"data.batch_size={config.batch_size} is not divisible by {plural(process_count, 'host')}")
     examples = Examples(config, row_format, tokenizer)
     batches = _batches(config, row_format, examples, tokenizer.pad_id)
-    batches = batches.map(functools.partial(packing.rows_of, process_index=process_index, process_count=process_count))
     if config.prefetch:
         batches = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch)
-    size = config.batch_size // process_count
-    shapes = {name: ((size, *shape), dtype) for name, (shape, dtype) in row_format.shapes(config).items()}
+    shapes = {name: ((config.batch_size, *shape), dtype) for name, (shape, dtype) in row_format.shapes(config).items()}
     return Loader(batches, examples, shapes, _identity(config, row_format, examples))
 
 

@@ -62,6 +62,11 @@ class RowFormat:
     packable: bool = False  # whether several sequences may share a row
     members: int = 0  # sequences that make up one row `[members, T]`, for losses that compare them; 0: a row is `[T]`
 
+    @property
+    def per_token(self) -> frozenset[str]:
+        """The names of the arrays `[..., T]` that have one value per token."""
+        return frozenset(name for name, spec in self.arrays.items() if spec.per_token)
+
     def packs(self, config: DataConfig) -> bool:
         """Whether rows of this config hold several sequences."""
         return config.packing and self.packable

@@ -16,7 +16,7 @@ from lowrank.core.typing import Batch, BatchInfo, Bind, Network, PyTree
 from lowrank.metrics.empty import check_not_empty
 from lowrank.objectives import Objective
 
-Put = Callable[[Batch], Mapping[str, jax.Array]]  # this host's rows of a batch -> arrays on the devices
+Put = Callable[[Batch], Mapping[str, jax.Array]]  # a batch -> arrays on the devices
 CHUNK_TOKENS = 1024
 
 

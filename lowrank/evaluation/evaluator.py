@@ -59,8 +59,7 @@ class Evaluator:
         held_out = dataclasses.replace(train, split=config.split, max_examples=config.max_examples, **once)
         self.config, self._objective, self._tokenizer = config, objective, tokenizer
         self._network, self._bind, self._mesh, self._chunk_tokens = network, bind, mesh, chunk_tokens
-        hosts = jax.process_index(), jax.process_count()
-        self._loader = data.make_loader(held_out, tokenizer, *hosts, row_format=objective.row_format)
+        self._loader = data.make_loader(held_out, tokenizer, row_format=objective.row_format)
         self._first = self._loader.get_state()
         self._records: list[Mapping[str, Any]] = []
         if config.texts:
@@ -85,7 +84,9 @@ class Evaluator:
     def scores(self, params: PyTree) -> dict[str, float]:
         """The objective's scores of the held-out batches by name."""
         self._loader.set_state(self._first)
-        put = functools.partial(sharding.make_global_batch, mesh=self._mesh)
+        put = functools.partial(
+            sharding.make_global_batch, mesh=self._mesh, per_token=self._objective.row_format.per_token
+        )
         return evaluate(
             self._objective,
             self._network,

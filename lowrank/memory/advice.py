@@ -74,6 +74,7 @@ def _meshes(run: Run) -> Iterator[Option]:
     for n in (size, *(size * k for k in (2, 4, 8))):
         if n > run.mesh.shape["fsdp"] and rows % n == 0:
             where = {"mesh.data": 1, "mesh.fsdp": n, "mesh.tensor": 1, "optim.accumulate": rows // n}
+            where |= {"mesh.context": 1} if run.mesh.shape["context"] > 1 else {}
             yield Option(where, "weights are gathered between devices" if n == size else f"{n} devices", n)
 
 
@@ -106,10 +107,11 @@ def _peak(run: Run, changes: Mapping[str, Any], devices: int) -> int | None:
     except UserError:
         return None
     if devices:
-        varied = dataclasses.replace(varied, mesh=abstract_mesh(1, devices, 1))  # type: ignore[arg-type]
+        varied = dataclasses.replace(varied, mesh=abstract_mesh(fsdp=devices))  # type: ignore[arg-type]
     return formulas.estimate_memory(varied).peak
 
 
-def abstract_mesh(*sizes: int) -> AbstractMesh:
-    """A mesh of abstract devices, for the shardings of shapes."""
-    return AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+def abstract_mesh(**sizes: int) -> AbstractMesh:
+    """A mesh of abstract devices, for the shardings of shapes; an axis without a size has 1 device."""
+    shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
+    return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))

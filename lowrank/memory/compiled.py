@@ -74,7 +74,7 @@ def _logit_chunks(run: Run, r: StepInputs) -> int:
     """The chunks of logits of a microbatch in full: the program leaves out those without any weight."""
     if not run.objective.vocabulary_logits or not run.config.logits_chunk_tokens:
         return 1
-    tokens = math.prod(r.batch["tokens"].shape) // (sharding.num_batch_shards(run.mesh) * run.optim.accumulate)
+    tokens = math.prod(r.batch["tokens"].shape) // (sharding.num_token_shards(run.mesh) * run.optim.accumulate)
     return max(1, -(-tokens // run.config.logits_chunk_tokens))
 
 

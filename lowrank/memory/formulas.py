@@ -97,7 +97,7 @@ def logits_bytes(run: Run, r: StepInputs) -> int:
     """The float32 logits that exist at a time, and their gradient."""
     if not run.objective.vocabulary_logits:
         return 0
-    tokens = math.prod(r.batch["tokens"].shape) // (sharding.num_batch_shards(run.mesh) * run.optim.accumulate)
+    tokens = math.prod(r.batch["tokens"].shape) // (sharding.num_token_shards(run.mesh) * run.optim.accumulate)
     chunk = min(tokens, run.config.logits_chunk_tokens or tokens)
     return 2 * 4 * chunk * run.network.config.vocab_size // run.mesh.shape["tensor"]
 
@@ -109,8 +109,8 @@ def decoded_bytes(run: Run) -> int:
 
 
 def gathered_bytes(run: Run, r: StepInputs) -> int:
-    """The other devices' shards of one block's leaves and of the head's kernel, which `fsdp` gathers for their use."""
-    if run.mesh.shape["fsdp"] == 1:
+    """The other devices' shards of one block's leaves and of the head's kernel, which are gathered for their use."""
+    if run.mesh.shape["fsdp"] * run.mesh.shape["context"] == 1:
         return 0
     named = [pair for part in (r.state.trained, r.frozen) for pair in tree.named_leaves(part)]
     read = "embed/embedding" if getattr(run.network.config, "tied", False) else "head/kernel"

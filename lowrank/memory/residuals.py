@@ -17,16 +17,16 @@ def activation_bytes(run: Run, inputs: StepInputs, remat: str = "", host: bool =
     """The bytes on each device of one microbatch's residuals, without the parameters and the batch.
 
     A given `remat` replaces that of the run. With `host`, the residuals in the host's memory are counted instead. The
-    mesh shards rows over `data` and `fsdp`. Over `tensor` it shards arrays with the hidden width or with a heads axis;
-    arrays that cannot be told from the residual stream count in full.
+    mesh shards rows over `data` and `fsdp`, and the tokens of each row over `context`. Over `tensor` it shards arrays
+    with the hidden width or with a heads axis; arrays that cannot be told from the residual stream count in full.
     """
     now = run.network.config
     config = dataclasses.replace(now, remat=remat or now.remat, remat_names=() if remat else now.remat_names)
     size = next(iter(inputs.batch.values())).shape[0] // (sharding.num_batch_shards(run.mesh) * run.optim.accumulate)
     alone = dataclasses.replace(run, network=models.build_model(config), mesh=sharding.make_mesh(1, 1, 1))
-    cut = run.mesh.shape["tensor"]
+    cut, parts = run.mesh.shape["tensor"], run.mesh.shape["context"]
     residuals = [x for x in _cached_residuals(alone, inputs, size) if (x.memory_space == jax.memory.Space.Host) == host]
-    return math.ceil(sum(_bytes(x) / (cut if _is_sharded(x.shape, config, cut) else 1) for x in residuals))
+    return math.ceil(sum(_bytes(x) / (cut if _is_sharded(x.shape, config, cut) else 1) for x in residuals) / parts)
 
 
 _CACHE: dict[Any, list[Any]] = {}  # a trace takes a second, and advice asks for similar runs many times

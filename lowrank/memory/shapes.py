@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from lowrank.core import parameter_summary, sharding, tree
 from lowrank.core.typing import PyTree
@@ -51,8 +50,9 @@ def device_bytes(shapes: PyTree, kind: str = "") -> int:
 
 def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     """The tokens, even if the method computes features of them once: the estimate is then an upper bound."""
-    where = NamedSharding(run.mesh, sharding.BATCH)
-    return {name: jax.ShapeDtypeStruct(*of, sharding=where) for name, of in run.loader.shapes.items()}
+    per_token = run.objective.row_format.per_token
+    where = {n: sharding.batch_sharding(run.mesh, len(of[0]), n in per_token) for n, of in run.loader.shapes.items()}
+    return {name: jax.ShapeDtypeStruct(*of, sharding=where[name]) for name, of in run.loader.shapes.items()}
 
 
 def _like(x: Any, dtype: str) -> jax.ShapeDtypeStruct:

@@ -54,7 +54,7 @@ class Block(nn.Module):
 
         With an `index`, `past` and the new entries are keys, values and gates (None without a router).
         """
-        c, h = self.config, checkpoint_name(sharding.shard_batch_axis(h), "input")
+        c, h = self.config, checkpoint_name(sharding.shard_tokens(h), "input")
         cached_gates = None
         if index is not None:
             *past, cached_gates = past
@@ -173,9 +173,9 @@ class Decoder(nn.Module):
             h = self.prompt(h)
         B, length = h.shape[:2]
         positions, inputs, cache = attention_masks.causal_inputs(c, B, length, num_prompt, positions, segments, cache)
-        h = sharding.shard_batch_axis(self.embed.add_positions(h, positions))
+        h = sharding.shard_tokens(self.embed.add_positions(h, positions))
         h, new = self._run_stacks(h, inputs, cache, prefix)
-        h = sharding.shard_batch_axis(self.norm(h[:, num_prompt:]))
+        h = sharding.shard_tokens(self.norm(h[:, num_prompt:]))
         return h if cache is None else (h, kv_cache.append_tokens(cache, new))
 
     def _run_stacks(self, h, inputs, cache, prefix):

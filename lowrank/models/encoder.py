@@ -78,7 +78,7 @@ class Block(nn.Module):
         self, h: jax.Array, inputs: AttentionInputs, local: Any, past: Any, index: Any
     ) -> tuple[jax.Array, Any]:
         """`(h [B, T, D], None)`; `past` is a prefix or None."""
-        c, h = self.config, checkpoint_name(sharding.shard_batch_axis(h), "input")
+        c, h = self.config, checkpoint_name(sharding.shard_tokens(h), "input")
         attention = Attention(c.heads, c.heads, c.head_dim, qkv_bias=True, o_bias=True, form=c.attention, name="attn")
         gates = layer_gates(self, h)
         y = checkpoint_name(apply_with_gates(attention, gates, h, inputs, past)[0], "attn")
@@ -150,9 +150,9 @@ class Encoder(nn.Module):
             h = self.prompt(h)
             types = None if types is None else jnp.pad(types, ((0, 0), (c.num_prompt, 0)))
         positions_BxT, inputs = attention_masks.bidirectional_inputs(segments, c.num_prompt, length, c.prefix_length)
-        h = sharding.shard_batch_axis(self.embed.add_positions(h, positions_BxT + c.position_offset, types))
+        h = sharding.shard_tokens(self.embed.add_positions(h, positions_BxT + c.position_offset, types))
         prefix = split_by_stack(c, self.prefix()) if c.prefix_length else {}
-        return sharding.shard_batch_axis(self._run_stacks(h, inputs, prefix)[:, c.num_prompt :])
+        return sharding.shard_tokens(self._run_stacks(h, inputs, prefix)[:, c.num_prompt :])
 
     def _run_stacks(self, h, inputs, prefix):
         for name in stack_depths(self.config):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank import data, models
+from lowrank.core import sharding
 from lowrank.core.errors import UserError
 from lowrank.core.typing import Batch, BatchInfo, Network, PyTree, Sums
 from lowrank.kernels.cross_entropy import chunked_nll, chunked_row_nll, token_nll
@@ -41,7 +42,7 @@ def language_loss(network: Network, params: PyTree, batch: Batch, chunk_tokens: 
     """
     h_BxTxD, head = _features(network, params, batch)
     if chunk_tokens:
-        total = chunked_nll(head, h_BxTxD, batch["targets"], batch["weights"], chunk_tokens)
+        total = chunked_nll(head, *_shards_as_rows(h_BxTxD, batch), chunk_tokens)
     else:
         total = jnp.sum(token_nll(head(h_BxTxD), batch["targets"]) * batch["weights"])
     return Sums(total, jnp.sum(batch["weights"]))
@@ -53,7 +54,8 @@ def language_row_sums(
     """`(weighted cross-entropy, weights)` `[B]`: the sums of `language_loss` for each row."""
     h_BxTxD, head = _features(network, params, batch)
     if chunk_tokens:
-        total_B = chunked_row_nll(head, h_BxTxD, batch["targets"], batch["weights"], chunk_tokens)
+        total_CB = chunked_row_nll(head, *_shards_as_rows(h_BxTxD, batch), chunk_tokens)
+        total_B = jnp.sum(total_CB.reshape(-1, len(h_BxTxD)), axis=0)
     else:
         total_B = jnp.sum(token_nll(head(h_BxTxD), batch["targets"]) * batch["weights"], axis=-1)
     return total_B, jnp.sum(batch["weights"], axis=-1)
@@ -72,6 +74,12 @@ def _features(network: Network, params: PyTree, batch: Batch) -> tuple[jax.Array
     variables = {"params": params}
     h_BxTxD = network.apply(variables, batch["tokens"], batch["positions"], batch["segments"], method="features")
     return h_BxTxD, functools.partial(network.apply, variables, method="logits")
+
+
+def _shards_as_rows(h_BxTxD: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The hidden states, targets and weights, in which each shard of a row over `context` is a row of its own."""
+    rows = sharding.context_as_rows
+    return rows(h_BxTxD), rows(batch["targets"]), rows(batch["weights"])
 
 
 def _batch_info(batch: Batch) -> BatchInfo:

@@ -82,7 +82,7 @@ def _read_groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
     )
     optimizer.check_optimizer(groups.optim, top.steps)
     _check_best(groups)
-    sharding.check_batch_size(groups.data.batch_size, groups.optim.accumulate, groups.mesh)
+    sharding.check_batch_shape(groups.data.batch_size, groups.data.seq_len, groups.optim.accumulate, groups.mesh)
     return groups
 
 
@@ -120,8 +120,7 @@ def _make_loader(groups: _Groups, tokenizer: Tokenizer | None, model: Any) -> An
     """The loader of the data; without a tokenizer, one that has shapes alone."""
     positions, row_format = model.max_length - model.num_virtual_tokens, groups.objective.row_format
     if tokenizer:
-        hosts = jax.process_index(), jax.process_count()
-        return data.make_loader(groups.data, tokenizer, *hosts, positions, row_format)
+        return data.make_loader(groups.data, tokenizer, positions, row_format)
     if groups.objective.model_options(()) and not groups.data.labels:
         raise UserError(
             f"{groups.model.name} has no tokenizer, so that no data are read: name the classes in data.labels"

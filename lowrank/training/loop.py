@@ -14,7 +14,7 @@ import jax
 
 from lowrank import methods
 from lowrank.adapters import adapter_files
-from lowrank.core import files, parameter_summary, sharding, tree
+from lowrank.core import files, parameter_summary, tree
 from lowrank.core.errors import Diverged, UserError
 from lowrank.core.tree import flatten_named, unflatten_named
 from lowrank.core.typing import PyTree
@@ -166,7 +166,7 @@ class Trainer:
         batch = next(self.run.loader, None)
         if batch is None:
             raise UserError(f"the data ended after step {done} of {self.run.config.steps}: raise data.epochs")
-        return sharding.make_global_batch(self.map_batch(batch), self.run.mesh)
+        return self.run.put(self.map_batch(batch))
 
     def _compile(self, batch: Mapping[str, jax.Array]) -> jax.stages.Compiled:
         started = time.monotonic()

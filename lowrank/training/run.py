@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -57,7 +57,7 @@ class Run:
     @property
     def logits_chunk_tokens(self) -> int:
         """The number of tokens, on all devices together, whose logits exist at a time; 0: all tokens of a batch."""
-        return self.config.logits_chunk_tokens * sharding.num_batch_shards(self.mesh)
+        return self.config.logits_chunk_tokens * sharding.num_token_shards(self.mesh)
 
     @functools.cached_property
     def attention(self) -> str:
@@ -153,11 +153,13 @@ class Run:
         names = enumerate(tree.leaf_names(self.shapes))
         return frozenset(name for i, name in names if sources[i] != i and not learns[i])
 
+    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A batch of the loader on the devices of the mesh."""
+        return sharding.make_global_batch(batch, self.mesh, self.objective.row_format.per_token)
+
     def _first_batches(self, n: int) -> list[Batch]:
         start = self.loader.get_state()
-        batches: list[Batch] = [
-            sharding.make_global_batch(batch, self.mesh) for batch in itertools.islice(self.loader, n)
-        ]
+        batches: list[Batch] = [self.put(batch) for batch in itertools.islice(self.loader, n)]
         self.loader.set_state(start)
         return batches
 

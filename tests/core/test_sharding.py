@@ -54,34 +54,90 @@ def test_a_dimension_that_does_not_divide_is_replicated():
 
 @pytest.mark.parametrize(
     ("sizes", "shape"),
-    [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 4, 2), (1, 4, 2)), ((1, 1, 1), (1, 1, 1))],
+    [
+        ((-1, 1, 1), (8, 1, 1, 1)),
+        ((2, -1, 2), (2, 2, 1, 2)),
+        ((1, 4, 2), (1, 4, 1, 2)),
+        ((1, 1, 1), (1, 1, 1, 1)),
+        ((2, 1, 1, -1), (2, 1, 4, 1)),
+        ((-1, 1, 2, 1, 2), (4, 1, 1, 2)),
+    ],
 )
 def test_mesh_sizes_fill_the_devices(sizes, shape):
     mesh = sharding.make_mesh(*sizes)
     assert mesh.devices.shape == shape
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert mesh.axis_names == ("data", "fsdp", "context", "tensor")
+    assert mesh.axis_types == (AxisType.Auto,) * 4
 
 
-@pytest.mark.parametrize("sizes", [(16, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1), (-1, 16, 1)])
-def test_mesh_sizes_that_do_not_fit_are_refused(sizes):
-    with pytest.raises(UserError, match="mesh data="):
-        sharding.make_mesh(*sizes)
+@pytest.mark.parametrize(
+    ("sizes", "remedy"),
+    [
+        ({"data": 16}, "as with mesh.data=8"),
+        ({"data": 2, "fsdp": 2, "tensor": 3, "context": -1}, "their number"),
+        ({"fsdp": 3}, "their number"),
+        ({"data": 3, "tensor": 4, "num_slices": 3}, "as with mesh.data=2"),
+        ({"fsdp": -1}, "one may be -1"),
+        ({"data": 0}, "must be positive"),
+        ({"fsdp": 16}, "as with mesh.fsdp=8"),
+    ],
+)
+def test_mesh_sizes_that_do_not_fit_are_refused(sizes, remedy):
+    with pytest.raises(UserError, match=f"mesh data=.*{remedy}"):
+        sharding.make_mesh(**sizes)
+
+
+class Chip:
+    """A TPU of a slice, as far as a mesh asks for it."""
+
+    platform, device_kind, process_index = "tpu", "TPU v4", 0
+
+    def __init__(self, slice_index):
+        self.slice_index = slice_index
+
+
+def test_the_data_axis_alone_spans_slices():
+    devices = jax.devices()
+    apart = sharding.make_mesh(data=4, tensor=2, num_slices=2).devices
+    assert list(apart[:2].flat) == devices[:4]
+    assert list(apart[2:].flat) == devices[4:]
+    with pytest.raises(
+        UserError, match=r"mesh.data=1 is not divisible by mesh.num_slices=2, .* multiple of 2, .*4 devi"
+    ):
+        sharding.make_mesh(data=1, fsdp=8, num_slices=2)
+    with pytest.raises(UserError, match=r"mesh\.num_slices=3 does not divide 8 devices"):
+        sharding.make_mesh(num_slices=3)
+    with pytest.raises(UserError, match=r"mesh\.num_slices=1, but the devices are 2 slices: set it to 2"):
+        sharding.make_mesh_of_devices([Chip(0), Chip(1), Chip(0), Chip(1)])
+    with pytest.raises(UserError, match=r"mesh\.num_slices=2, but the devices are 1 slice: set it to 1"):
+        sharding.make_mesh_of_devices([Chip(0)] * 4, num_slices=2)
 
 
 def test_a_batch_that_does_not_divide_is_refused():
     mesh = sharding.make_mesh(2, 2, 2)
     with pytest.raises(UserError, match="batch_size 6 is not divisible by 4"):
-        sharding.check_batch_size(6, 1, mesh)
+        sharding.check_batch_shape(6, 16, 1, mesh)
     with pytest.raises(UserError, match=r"not divisible by 16, .* optim.accumulate 4"):
-        sharding.check_batch_size(8, 4, mesh)
-    assert sharding.check_batch_size(8, 2, mesh) is None
+        sharding.check_batch_shape(8, 16, 4, mesh)
+    assert sharding.check_batch_shape(8, 15, 2, mesh) is None
+    with pytest.raises(UserError, match=r"data.seq_len 15 is not divisible by mesh.context 4, .*, such as 16"):
+        sharding.check_batch_shape(8, 15, 1, sharding.make_mesh(2, context=4))
 
 
-def test_a_global_batch_is_split_over_data_and_fsdp():
-    batch = sharding.make_global_batch({"tokens": np.arange(32).reshape(8, 4)}, sharding.make_mesh(2, 2, 2))
-    assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(2, 4)}
-    np.testing.assert_array_equal(batch["tokens"], np.arange(32).reshape(8, 4))
+@pytest.mark.parametrize(
+    ("sizes", "shards"), [((2, 2, 2), {(2, 4)}), ((2, 1, 2, 2), {(4, 2)}), ((1, 2, 1, 4), {(4, 1)})]
+)
+def test_a_global_batch_is_split_over_rows_and_tokens(sizes, shards):
+    host = {"tokens": np.arange(32).reshape(8, 4), "labels": np.arange(8)}
+    batch = sharding.make_global_batch(host, sharding.make_mesh(*sizes), {"tokens"})
+    assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == shards
+    jax.tree.map(np.testing.assert_array_equal, dict(batch), host)
+
+
+def test_members_of_a_row_stay_together_while_their_tokens_are_split():
+    x = {"tokens": np.arange(64).reshape(4, 2, 8)}
+    batch = sharding.make_global_batch(x, sharding.make_mesh(2, context=4), {"tokens"})
+    assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(2, 2, 2)}
 
 
 @pytest.mark.parametrize(

@@ -113,10 +113,3 @@ def test_the_last_batch_is_filled_up_with_rows_of_no_label():
     assert first["labels"].tolist() == [2, 2, 2, 2]
     assert last["labels"].tolist() == [2, 2, -1, -1]
     assert last["labels"].dtype == np.int32
-
-
-def test_hosts_take_blocks_of_rows_that_make_up_the_batch():
-    (whole,) = batches(8, 8)
-    parts = [packing.rows_of(whole, i, 4) for i in range(4)]
-    np.testing.assert_array_equal(np.concatenate([p["tokens"] for p in parts]), whole["tokens"])
-    assert {len(p["valid"]) for p in parts} == {2}

@@ -56,9 +56,9 @@ KINDS = {
 }
 
 
-def loader_of(kind, config, tokenizer, *hosts):
+def loader_of(kind, config, tokenizer):
     row_format = LABELED if kind == "labeled" else LANGUAGE
-    return make_loader(replace(config, **KINDS[kind]), tokenizer, *hosts, row_format=row_format)
+    return make_loader(replace(config, **KINDS[kind]), tokenizer, row_format=row_format)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,27 +82,6 @@ def test_reading_the_state_changes_nothing(config, tokenizer):
         watched.get_state()
         seen.append(next(watched))
     assert_same(seen, take(other, 8))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_the_hosts_rows_make_up_the_one_global_batch(config, tokenizer, kind, hosts):
-    whole = take(loader_of(kind, config, tokenizer), 6)
-    parts = [take(loader_of(kind, config, tokenizer, i, hosts), 6) for i in range(hosts)]
-    joined = [{name: np.concatenate([b[name] for b in rows]) for name in rows[0]} for rows in zip(*parts, strict=True)]
-    assert_same(joined, whole)
-
-
-def test_a_state_saved_by_one_host_continues_on_four(config, tokenizer):
-    loader = make_loader(config, tokenizer)
-    take(loader, 3)
-    state = loader.get_state()
-    expected = take(loader, 5)
-    parts = [make_loader(config, tokenizer, i, 4) for i in range(4)]
-    for part in parts:
-        part.set_state(state)
-    rows = zip(*[take(part, 5) for part in parts], strict=True)
-    assert_same([{name: np.concatenate([b[name] for b in bs]) for name in bs[0]} for bs in rows], expected)
 
 
 def first_tokens(config, tokenizer, epochs):
@@ -284,14 +263,13 @@ def test_settings_out_of_range_are_refused(changes, message):
         ({"template": "chta"}, r"unknown template 'chta' \(did you mean 'chat'\?\)"),
         ({"template": "{promt}"}, r"template field 'promt' is not in jsonl:.* \(did you mean 'prompt'\?\)"),
         ({"truncate": "completoin"}, r"unknown template field 'completoin' \(did you mean 'completion'\?\)"),
-        ({"batch_size": 6}, r"data\.batch_size=6 is not divisible by 4 hosts"),
         ({"seq_len": 65}, r"data\.seq_len=65 exceeds the model's 64 positions"),
         ({"seq_len": 3}, r"records\.jsonl:\d+: \d+ tokens without the text that may be cut; at most 4 fit"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(config, tokenizer, changes, message):
     with pytest.raises(UserError, match=message) as caught:
-        make_loader(replace(config, **changes), tokenizer, 0, 4, max_positions=64)
+        make_loader(replace(config, **changes), tokenizer, max_positions=64)
     assert "\n" not in str(caught.value)
 
 

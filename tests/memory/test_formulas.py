@@ -123,11 +123,12 @@ def test_a_mesh_divides_a_kernel_by_its_axes_and_the_batch_by_data_and_fsdp(file
 
 
 def test_the_mesh_divides_activations_and_gathers_a_block(files):
-    alone, rows, cut = (
+    alone, rows, tokens, cut = (
         formulas.estimate_memory(job_of(files, mesh=mesh))
-        for mesh in (MESHES[0], {"data": 4, "fsdp": 1, "tensor": 1}, {"data": 1, "fsdp": 4, "tensor": 1})
+        for mesh in (MESHES[0], {"data": 4}, {"data": 1, "context": 4}, {"data": 1, "fsdp": 4})
     )
-    assert rows.activations == cut.activations
+    assert rows.activations == tokens.activations == cut.activations
+    assert tokens.weights == cut.weights
     assert 3 < alone.activations / cut.activations < 4.01
     assert cut.temporary > rows.temporary
     assert cut.weights < rows.weights == alone.weights

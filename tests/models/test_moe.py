@@ -77,9 +77,7 @@ def test_a_sharded_decoder_with_experts_computes_what_one_device_does():
     assert specs["layers/mlp/experts/down/kernel"] == jax.sharding.PartitionSpec(None, None, "tensor", "fsdp")
     params, ids = jax.tree.map(np.asarray, params), tokens(4)  # NumPy: a shard of it is cut by no program
     whole = run(model, params, ids)
-    parts = run(
-        model, jax.device_put(params, where), jax.device_put(ids, jax.sharding.NamedSharding(mesh, sharding.BATCH))
-    )
+    parts = run(model, jax.device_put(params, where), jax.device_put(ids, sharding.batch_sharding(mesh, 2, True)))
     assert_close(parts, whole)
 
 

@@ -40,7 +40,7 @@ def decoder_batch(mesh, vocab):
     positions = np.repeat(np.arange(T)[None] % 20, B, 0).astype(np.int32)
     weights = rng.uniform(size=(B, T)).astype(np.float32)
     rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segments": segments}
-    return sharding.make_global_batch({**rows, "weights": weights}, mesh)
+    return sharding.make_global_batch({**rows, "weights": weights}, mesh, {*rows, "weights"})
 
 
 def compile_on_decoder(method, sizes, rows, **shape):

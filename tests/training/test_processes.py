@@ -1,6 +1,7 @@
-"""Two processes of four devices each, as on a pod, against one process of eight."""
+"""Runs of several processes, as on a pod, against one process of eight devices."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,58 +13,95 @@ import pytest
 from configs import tiny as tiny_config
 from lowrank.training import loop
 from lowrank.training.log import read_metrics
-from tests.support import tiny_checkpoint as tiny
 from tests.support.close import assert_close
+from tests.support.thinning import keep
 
-MESH = {"data": 2, "fsdp": 4, "tensor": 1}  # fsdp spans the processes' halves of the rows
 STEPS = 200
+ACROSS = {"data": 1, "context": 2, "tensor": 4}  # each process has half of the tokens of all rows
+MESHES = {  # processes of eight devices, and the mesh
+    "data": (2, {"data": 16}),
+    "fsdp": (2, {"data": 1, "fsdp": 16}),
+    "tensor": (2, {"data": 1, "tensor": 16}),
+    "context": (2, {"data": 1, "context": 16}),
+    "slices": (2, {"data": 4, "tensor": 4, "num_slices": 2}),
+    "tensor across four hosts": (4, {"data": 1, "fsdp": 2, "tensor": 16}),
+    "context across four hosts": (4, {"data": 2, "context": 8, "tensor": 2}),
+    "every axis": (4, {"data": 4, "fsdp": 2, "context": 2, "tensor": 2, "num_slices": 4}),
+}
 
 
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    model, records = tiny.llama(folder / "llama"), tiny.records(folder / "records.jsonl")
-    mesh = {f"mesh.{axis}": size for axis, size in MESH.items()}
-    return {"model.name": str(model), "data.source": f"jsonl:{records}", "steps": STEPS, "checkpoint.every": 0, **mesh}
+def options_of(files, mesh, **changes):
+    options = {"model.name": str(files / "llama"), "data.source": f"jsonl:{files / 'records.jsonl'}", **changes}
+    return options | {f"mesh.{axis}": size for axis, size in mesh.items()}
 
 
-def _start(options, workdir, rank, port):
-    words = [f"--config.{key}={value}" for key, value in options.items()]
-    command = [sys.executable, "-m", "launch.main", "--config=configs/tiny.py:rank=2", f"--workdir={workdir}", *words]
-    slurm = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": str(rank), "LOCALID": str(rank)}
-    env = {
-        **os.environ,
-        **{f"SLURM_{name}": value for name, value in slurm.items()},
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
-    command.append("--config.distributed=true")
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def test_two_processes_train_stop_together_and_continue_as_one(options, tmp_path):
+def start(options, workdir, count, devices):
+    """The processes of a run."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [_start(options, tmp_path / "two", rank, port) for rank in (0, 1)]
+    words = [f"--config.{key}={value}" for key, value in options.items()]
+    command = [sys.executable, "-m", "launch.main", "--config=configs/tiny.py:rank=2", f"--workdir={workdir}", *words]
+    command.append("--config.distributed=true")
+    job = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": str(count)}
+    processes = []
+    for rank in map(str, range(count)):
+        slurm = {f"SLURM_{name}": value for name, value in (job | {"PROCID": rank, "LOCALID": rank}).items()}
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        env = {**os.environ, **slurm, "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "XLA_FLAGS": flags}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        processes.append(subprocess.Popen(command, env=env, text=True, **pipes))
+    return processes
+
+
+def said(processes):
+    """The output of each process, after all have ended."""
+    return [p.communicate(timeout=600)[0] for p in processes]
+
+
+def run_here(options, workdir):
+    config = tiny_config.get_config("rank=2")
+    config.update_from_flattened_dict(options)
+    config.distributed = True
+    loop.run(config, workdir)
+
+
+def losses(workdir):
+    return [line["train/loss"] for line in read_metrics(workdir / "metrics.jsonl")]
+
+
+def test_two_processes_train_stop_together_and_continue_as_one(files, tmp_path, monkeypatch):
+    options = options_of(files, ACROSS, steps=STEPS) | {"checkpoint.every": 0}
+    processes = start(options, tmp_path / "two", 2, 4)
     log, give_up = tmp_path / "two" / "metrics.jsonl", time.monotonic() + 300
     while all(p.poll() is None for p in processes) and time.monotonic() < give_up:
         if log.exists() and log.read_text().count("\n") >= 4:
             break
         time.sleep(0.01)
     processes[1].send_signal(signal.SIGTERM)  # a pod warns one host; all of them stop at the same step
-    said = [p.communicate(timeout=300)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], said
-    two = [line["train/loss"] for line in read_metrics(log)]
+    texts = said(processes)
+    assert [p.returncode for p in processes] == [0, 0], texts
+    two = losses(tmp_path / "two")
     assert 4 <= len(two) < STEPS
-    assert f"stopped after step {len(two)}" in said[0]
+    assert f"stopped after step {len(two)}" in texts[0]
 
-    config = tiny_config.get_config("rank=2")
-    config.update_from_flattened_dict(options)
-    config.distributed = True
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.StopSignal, "requested", lambda self, step: step >= len(two) + 3)
-        loop.run(config, tmp_path / "two")
-        loop.run(config, tmp_path / "one")
-    one, two = ([x["train/loss"] for x in read_metrics(tmp_path / w / "metrics.jsonl")] for w in ("one", "two"))
-    assert_close(two, one, relative=1e-5)
+    monkeypatch.setattr(loop.StopSignal, "requested", lambda self, step: step >= len(two) + 3)
+    run_here(options, tmp_path / "two")
+    run_here(options, tmp_path / "one")
+    assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), relative=1e-5)
+
+
+@pytest.mark.parametrize("name", keep(MESHES, ()))
+def test_a_mesh_across_processes_trains_as_one_process_which_reads_its_checkpoint(name, files, tmp_path):
+    count, mesh = MESHES[name]
+    changes = {"steps": 4, "data.batch_size": 16}
+    processes = start(options_of(files, mesh, **changes), tmp_path / "all", count, 8)
+    texts = said(processes)
+    assert [p.returncode for p in processes] == [0] * count, texts
+    here = options_of(files, {"data": 8}, **changes)
+    run_here(here, tmp_path / "one")
+    want, got = losses(tmp_path / "one"), losses(tmp_path / "all")
+    assert_close(got, want, relative=1e-5)
+    shutil.rmtree(tmp_path / "all" / "checkpoints" / "4")
+    run_here(here, tmp_path / "all")
+    assert_close(losses(tmp_path / "all"), want, relative=1e-5)

@@ -20,7 +20,7 @@ BOTH = ("tensor", "fsdp")
 
 def mesh_of(**sizes):
     shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
-    return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def specs(params, **sizes):
@@ -100,7 +100,8 @@ def test_every_form_lies_within_its_arrays_dimensions():
             assert len(s.spec) in (0, x.ndim), (name, leaf)
 
 
-def test_the_adapter_of_an_8b_model_takes_a_sixteenth_on_each_of_16_chips():
+@pytest.mark.parametrize("sizes_of_axes", [{"fsdp": 16}, {"context": 16}, {"fsdp": 4, "context": 4}])
+def test_the_adapter_of_an_8b_model_takes_a_sixteenth_on_each_of_16_chips(sizes_of_axes):
     width, keys, hidden, layers, rank = 4096, 1024, 14336, 32, 16
     sizes = {"attn/q": (width, width), "attn/k": (width, keys), "attn/v": (width, keys), "attn/o": (width, width)}
     sizes |= {"mlp/gate": (width, hidden), "mlp/up": (width, hidden), "mlp/down": (hidden, width)}
@@ -112,7 +113,7 @@ def test_the_adapter_of_an_8b_model_takes_a_sixteenth_on_each_of_16_chips():
         base = {"layers": {room: {part: {"kernel": shape}}}}
         params = jax.eval_shape(lambda p, m=method: methods.attach(m, p, jax.random.key(0)), base)
         w = params["layers"][room][part]["kernel"]
-        where = sharding.parameter_shardings(params, mesh_of(fsdp=16))["layers"][room][part]["kernel"]
+        where = sharding.parameter_shardings(params, mesh_of(**sizes_of_axes))["layers"][room][part]["kernel"]
         for x, s in ((w.a, where.a), (w.b, where.b)):
             held += 4 * math.prod(s.shard_shape(x.shape))
             whole += 4 * x.size
