@@ -1,4 +1,4 @@
-"""The behavior that all commands share: one line on stderr and exit code 2 for bad input, and quiet libraries."""
+"""The behavior that all commands share: exit codes, one line on stderr for bad input, and quiet libraries."""
 
 import sys
 from collections.abc import Sequence
@@ -6,7 +6,10 @@ from typing import NoReturn
 
 from absl import flags, logging
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import Diverged, UserError
+
+STOPPED = 42  # the run was asked to stop, and the same command continues it
+BAD_INPUT, DIVERGED = 2, 3  # the same command would fail again
 
 
 def parse(argv: Sequence[str]) -> list[str]:
@@ -28,6 +31,6 @@ def fail(error: Exception) -> NoReturn:
 
 
 def print_error(error: Exception) -> int:
-    """Prints the error as one line on stderr; returns the exit code of bad input, 2."""
+    """Prints the error as one line on stderr; returns its exit code."""
     print("error:", " ".join(str(error).split()), file=sys.stderr)
-    return 2
+    return DIVERGED if isinstance(error, Diverged) else BAD_INPUT

@@ -1,17 +1,20 @@
 """Fine-tunes a model: `python -m launch.main --config=configs/X.py[:arg] --workdir=DIR [--config.a.b=c ...]`.
 
-Bad input is one line on stderr and exit code 2. SIGTERM saves and exits with 0; the same command then continues.
+The exit code is 0 for a run that is done, whose `summary.json` then exists; 42 for a run that SIGTERM or SIGINT has
+stopped after it saved, which the same command continues; 2 for bad input and 3 for a loss that is not finite, each with
+one line on stderr. Several processes form one run by `--local_processes=N` on one machine, by
+`--config.distributed=True` on a cluster that JAX knows, and by `--coordinator_address`, `--num_processes` and
+`--process_id` on any other.
 """
 
 import shlex
 import sys
 from collections.abc import Sequence
 
-import jax
 from absl import app, flags
 from ml_collections.config_flags import config_flags
 
-from launch import command
+from launch import command, processes
 from lowrank.core import config_file
 from lowrank.core.errors import UserError
 from lowrank.training import loop
@@ -23,23 +26,19 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, logs, report and adapter.")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs the training that the flags describe."""
+def main(argv: Sequence[str]) -> int:
+    """Runs the training that the flags describe; returns the exit code."""
     del argv
+    if (code := processes.launched()) is not None:
+        return code
     config = _CONFIG.value.lock()
     try:
-        if config.get("distributed", False) is True:
-            _connect()
-        loop.run(config, _WORKDIR.value, command=shlex.join(["python", "-m", "launch.main", *sys.argv[1:]]))
+        processes.connect(config.get("distributed", False) is True)
+        again = shlex.join(["python", "-m", "launch.main", *sys.argv[1:]])
+        summary = loop.run(config, _WORKDIR.value, command=again)
     except UserError as e:
         command.fail(e)
-
-
-def _connect() -> None:
-    try:
-        jax.distributed.initialize()
-    except (ValueError, RuntimeError) as e:
-        raise UserError(f"distributed=True, but the processes of this run cannot be found: {e}") from None
+    return command.STOPPED if "stopped_at" in summary else 0
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
-"""Preemption: a run stops in good order at SIGTERM, which a cluster sends before it takes a machine away."""
+"""Preemption: a run stops in good order at SIGINT, and at SIGTERM, which a cluster sends before it takes a machine."""
 
+import os
 import signal
 import threading
 from typing import Any
@@ -7,29 +8,31 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class StopSignal:
-    """Whether SIGTERM has come: `with StopSignal() as stop: ... if stop.requested(step): save and leave`.
+    """Whether SIGTERM or SIGINT has come: `with StopSignal() as stop: ... if stop.requested(step): save and leave`.
 
-    A second SIGTERM kills the process. In a multi-process run JAX's preemption service catches the signal, and
-    `requested` returns True on all processes at the same step. Outside the main thread, no handler is installed.
+    The second one ends the process. In a multi-process run JAX's preemption service catches SIGTERM, and `requested`
+    returns True on all processes at the same step. Outside the main thread, no handler is installed.
     """
 
     def __enter__(self) -> "StopSignal":
-        self._flag = False
-        self._service = jax.process_count() > 1
-        self._mine = not self._service and threading.current_thread() is threading.main_thread()
-        if self._mine:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        self._flag, self._service = False, jax.process_count() > 1
+        mine = SIGNALS[self._service :] if threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._note) for number in mine}
         return self
 
     def __exit__(self, *unused: Any) -> None:
-        if self._mine:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
         self._flag = True
-        signal.signal(signal.SIGTERM, self._before)
+        self.__exit__()
+        if self._service:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
         """Whether to save after `step` and stop. Every process calls it once per step."""

@@ -224,7 +224,7 @@ with Checkpointer(folder) as saver, StopSignal() as stop:
         np.testing.assert_array_equal(shard.data, whole[shard.index])
     assert not stop.requested(1)
     if index == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
     step = 2
     while not stop.requested(step):
         step += 1
@@ -243,7 +243,7 @@ def test_two_processes_write_one_checkpoint_and_each_gets_its_own_state_back(tmp
     children = [subprocess.Popen([*run, str(i), tmp_path / "c"], **how) for i in range(2)]
     said = [child.communicate(timeout=120)[0].splitlines()[-1].split() for child in children]
     assert [words[:3] for words in said] == [["1", "0", "1"], ["1", "1", "1"]]
-    assert said[0][3] == said[1][3]  # one of them got SIGTERM, both stop after the same step
+    assert said[0][3] == said[1][3]  # one of them got SIGINT, both stop after the same step
     with Checkpointer(tmp_path / "c") as saver, pytest.raises(UserError, match="data states of 2 processes"):
         saver.meta(1)
 

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from configs import tiny as tiny_config
+from launch.command import STOPPED
 from lowrank.training import loop
 from lowrank.training.log import read_metrics
 from tests.support.close import assert_close
@@ -35,28 +36,24 @@ def options_of(files, mesh, **changes):
     return options | {f"mesh.{axis}": size for axis, size in mesh.items()}
 
 
-def start(options, workdir, count, devices):
-    """The processes of a run."""
+def start(options, workdir, devices, *flags, **variables):
+    """A process of a run with so many devices of its own."""
+    words = [f"--config.{key}={value}" for key, value in options.items()] + list(flags)
+    command = [sys.executable, "-m", "launch.main", "--config=configs/tiny.py:rank=2", f"--workdir={workdir}", *words]
+    env = {**os.environ, **variables, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def start_under_slurm(options, workdir, devices, count):
+    """The processes of a run, which find each other as those of a Slurm job do."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    words = [f"--config.{key}={value}" for key, value in options.items()]
-    command = [sys.executable, "-m", "launch.main", "--config=configs/tiny.py:rank=2", f"--workdir={workdir}", *words]
-    command.append("--config.distributed=true")
+        address = f"localhost:{free.getsockname()[1]}"
     job = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": str(count)}
-    processes = []
-    for rank in map(str, range(count)):
-        slurm = {f"SLURM_{name}": value for name, value in (job | {"PROCID": rank, "LOCALID": rank}).items()}
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        env = {**os.environ, **slurm, "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "XLA_FLAGS": flags}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        processes.append(subprocess.Popen(command, env=env, text=True, **pipes))
-    return processes
-
-
-def said(processes):
-    """The output of each process, after all have ended."""
-    return [p.communicate(timeout=600)[0] for p in processes]
+    tasks = [job | {"PROCID": str(rank), "LOCALID": str(rank)} for rank in range(count)]
+    slurm = [{f"SLURM_{name}": value for name, value in task.items()} for task in tasks]
+    distributed = "--config.distributed=true"
+    return [start(options, workdir, devices, distributed, JAX_COORDINATOR_ADDRESS=address, **task) for task in slurm]
 
 
 def run_here(options, workdir):
@@ -72,15 +69,16 @@ def losses(workdir):
 
 def test_two_processes_train_stop_together_and_continue_as_one(files, tmp_path, monkeypatch):
     options = options_of(files, ACROSS, steps=STEPS) | {"checkpoint.every": 0}
-    processes = start(options, tmp_path / "two", 2, 4)
+    processes = start_under_slurm(options, tmp_path / "two", devices=4, count=2)
     log, give_up = tmp_path / "two" / "metrics.jsonl", time.monotonic() + 300
     while all(p.poll() is None for p in processes) and time.monotonic() < give_up:
         if log.exists() and log.read_text().count("\n") >= 4:
             break
         time.sleep(0.01)
     processes[1].send_signal(signal.SIGTERM)  # a pod warns one host; all of them stop at the same step
-    texts = said(processes)
-    assert [p.returncode for p in processes] == [0, 0], texts
+    texts = [p.communicate(timeout=300)[0] for p in processes]
+    assert [p.returncode for p in processes] == [STOPPED, STOPPED], texts
+    assert not (tmp_path / "two" / "summary.json").exists()
     two = losses(tmp_path / "two")
     assert 4 <= len(two) < STEPS
     assert f"stopped after step {len(two)}" in texts[0]
@@ -95,9 +93,9 @@ def test_two_processes_train_stop_together_and_continue_as_one(files, tmp_path, 
 def test_a_mesh_across_processes_trains_as_one_process_which_reads_its_checkpoint(name, files, tmp_path):
     count, mesh = MESHES[name]
     changes = {"steps": 4, "data.batch_size": 16}
-    processes = start(options_of(files, mesh, **changes), tmp_path / "all", count, 8)
-    texts = said(processes)
-    assert [p.returncode for p in processes] == [0] * count, texts
+    launcher = start(options_of(files, mesh, **changes), tmp_path / "all", 8, f"--local_processes={count}")
+    text, _ = launcher.communicate(timeout=600)
+    assert launcher.returncode == 0, text
     here = options_of(files, {"data": 8}, **changes)
     run_here(here, tmp_path / "one")
     want, got = losses(tmp_path / "one"), losses(tmp_path / "all")
