@@ -76,22 +76,24 @@ class _Static:
         return jnp.zeros(rows if self.per_row else (), jnp.float32)
 
 
-def _chunks(x_BxT: jax.Array, order_BxT: jax.Array, size: int) -> jax.Array:
-    """`[B,T,...] -> [S,B,K,...]` in this order, the end padded with zeros: positions of weight zero."""
-    x_BxT = _ordered(x_BxT, order_BxT)
-    pad = -x_BxT.shape[1] % size
-    x_BxT = jnp.pad(x_BxT, [(0, 0), (0, pad)] + [(0, 0)] * (x_BxT.ndim - 2))
-    return jnp.moveaxis(x_BxT.reshape(x_BxT.shape[0], -1, size, *x_BxT.shape[2:]), 1, 0)
+def _chunks(order_BxT: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array, size: int) -> list[jax.Array]:
+    """The order, and the targets and weights in this order, each `[S,B,K]`; the end is padded: T, 0 and 0."""
+    pad = -order_BxT.shape[1] % size
+    ordered = order_BxT, *(jnp.take_along_axis(x, order_BxT, axis=1) for x in (targets_BxT, weights_BxT))
+    fills = (order_BxT.shape[1], 0, 0)
+    padded = [jnp.pad(x, ((0, 0), (0, pad)), constant_values=c) for x, c in zip(ordered, fills, strict=True)]
+    return [jnp.moveaxis(x.reshape(len(x), -1, size), 1, 0) for x in padded]
 
 
-def _unchunked(x_SxBxK: jax.Array, order_BxT: jax.Array) -> jax.Array:
-    """The inverse of `_chunks`."""
-    x_BxT = jnp.moveaxis(x_SxBxK, 0, 1).reshape(x_SxBxK.shape[1], -1, *x_SxBxK.shape[3:])
-    return _ordered(x_BxT, jnp.argsort(order_BxT, axis=1))
+def _rows(h_BxTxD: jax.Array, places_BxK: jax.Array) -> jax.Array:
+    """`[B,K,D]`: the hidden states of one chunk, zeros at the place T. No ordered copy of all of them is made."""
+    return jnp.take_along_axis(h_BxTxD, places_BxK[..., None], axis=1, mode="fill", fill_value=0)
 
 
-def _ordered(x_BxT: jax.Array, order_BxT: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(x_BxT, order_BxT.reshape(order_BxT.shape + (1,) * (x_BxT.ndim - 2)), axis=1)
+def _unchunked(x_SxBxKxD: jax.Array, order_BxT: jax.Array) -> jax.Array:
+    """`[B,T,D]`: the rows of all chunks in their first order."""
+    x_BxTxD = jnp.moveaxis(x_SxBxKxD, 0, 1).reshape(x_SxBxKxD.shape[1], -1, x_SxBxKxD.shape[3])
+    return jnp.take_along_axis(x_BxTxD, jnp.argsort(order_BxT, axis=1)[..., None], axis=1)
 
 
 def _weighted_chunks(weights_SxBxK: jax.Array) -> jax.Array:
@@ -101,10 +103,10 @@ def _weighted_chunks(weights_SxBxK: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(static: _Static, h: Any, targets: Any, weights: Any, order: Any, *consts: Any) -> jax.Array:
-    h_SxBxKxD, targets_SxBxK, weights_SxBxK = (_chunks(x, order, static.size) for x in (h, targets, weights))
+    order_SxBxK, targets_SxBxK, weights_SxBxK = _chunks(order, targets, weights, static.size)
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        return total + static.nll(h_SxBxKxD[i], targets_SxBxK[i], weights_SxBxK[i], consts)
+        return total + static.nll(_rows(h, order_SxBxK[i]), targets_SxBxK[i], weights_SxBxK[i], consts)
 
     return jax.lax.fori_loop(0, _weighted_chunks(weights_SxBxK), add, static.zero(len(targets)))
 
@@ -113,7 +115,7 @@ def _chunked_fwd(static: _Static, *args: Any) -> tuple[jax.Array, Any]:
     """The sum, and its gradients for `h` and for those of `consts` that are perturbed (the others: None)."""
     h, targets, weights, order, *consts = [arg.value for arg in args]
     # Ordered in here and put back by a gather: left to autodiff, the way back would be a scatter.
-    h_SxBxKxD, targets_SxBxK, weights_SxBxK = (_chunks(x, order, static.size) for x in (h, targets, weights))
+    order_SxBxK, targets_SxBxK, weights_SxBxK = _chunks(order, targets, weights, static.size)
     learned = [i for i, arg in enumerate(args[4:]) if arg.perturbed]
     in_forward = [] if static.per_row else learned
 
@@ -122,11 +124,11 @@ def _chunked_fwd(static: _Static, *args: Any) -> tuple[jax.Array, Any]:
             return static.nll(h, targets_SxBxK[i], weights_SxBxK[i], _replaced(consts, some))
 
         total, dh_SxBxKxD, dconsts = carry
-        value, vjp = jax.vjp(nll, h_SxBxKxD[i], {n: consts[n] for n in in_forward})
+        value, vjp = jax.vjp(nll, _rows(h, order_SxBxK[i]), {n: consts[n] for n in in_forward})
         dh, more = vjp(jnp.ones_like(value))
         return total + value, dh_SxBxKxD.at[i].set(dh), jax.tree.map(lambda d, m: d + m.astype(d.dtype), dconsts, more)
 
-    start = static.zero(len(targets)), jnp.zeros_like(h_SxBxKxD), _zeros(consts, in_forward)
+    start = static.zero(len(targets)), jnp.zeros((*order_SxBxK.shape, h.shape[-1]), h.dtype), _zeros(consts, in_forward)
     total, dh_SxBxKxD, dconsts = jax.lax.fori_loop(0, _weighted_chunks(weights_SxBxK), add, start)
     dh_BxTxD = _unchunked(dh_SxBxKxD, order)
     if static.per_row:  # the gradient of the head waits for the rows' cotangents; the dict's keys stay static
@@ -149,11 +151,13 @@ def _head_gradient(
 ) -> list[jax.Array | None]:
     """The gradient of the rows' sums, weighted by `g_B`, for the arrays of the head that are `learned`."""
     h, targets, weights, order, consts, learned = inputs
-    h_SxBxKxD, targets_SxBxK, weights_SxBxK = (_chunks(x, order, static.size) for x in (h, targets, weights))
+    order_SxBxK, targets_SxBxK, weights_SxBxK = _chunks(order, targets, weights, static.size)
 
     def add(i: jax.Array, dconsts: Any) -> Any:
         def nll(some: dict[int, jax.Array]) -> jax.Array:
-            return jnp.sum(static.nll(h_SxBxKxD[i], targets_SxBxK[i], weights_SxBxK[i], _replaced(consts, some)) * g_B)
+            return jnp.sum(
+                static.nll(_rows(h, order_SxBxK[i]), targets_SxBxK[i], weights_SxBxK[i], _replaced(consts, some)) * g_B
+            )
 
         more = jax.grad(nll)({n: consts[n] for n in learned})
         return jax.tree.map(lambda d, m: d + m.astype(d.dtype), dconsts, more)
