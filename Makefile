@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPU := $(VENV)/gpu
 LOGGERS := $(VENV)/loggers
+WHEELS := build/gpu-wheels
+SITE := build/gpu-site
 
 # LLVM optimizes little, which halves the time of these tests. `make numerics` and `make parity` compile as users do.
 FAST := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS=--xla_cpu_parallel_codegen_split_count=1
@@ -11,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # The folders of tests that have a target of their own: they need more than pip, or no compile option.
 APART := accelerators notebooks numerics parity tools
 
-.PHONY: quickstart test test-all numerics parity tpu docs notebooks test-tools bench tables lint format clean
+.PHONY: quickstart test test-all numerics parity tpu docs notebooks test-tools bench gpu-bench gpu-wheels tables lint format clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m experiments.quickstart
@@ -40,6 +42,18 @@ notebooks: $(VENV)/ready-dev
 test-tools: docs $(VENV)/ready-loggers
 	command -v chromedriver || (apt-get update -qq && apt-get install -qq --no-install-recommends chromium chromium-driver)
 	PYTHONPATH=$(LOGGERS) $(FAST) $(BIN)/python -m pytest tests/tools
+
+# Any machine with an NVIDIA GPU. One without a network that brings its own Python 3.12, jax and torch takes that Python
+# and the wheels that `make gpu-wheels` wrote beforehand: make gpu-bench GPU_PYTHON=python3
+gpu-bench: $(if $(GPU_PYTHON),,$(VENV)/ready-cuda-bench)
+	$(if $(GPU_PYTHON),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --upgrade --target $(SITE) $(WHEELS)/*.whl)
+	PYTHONPATH=$(SITE) $(or $(GPU_PYTHON),$(BIN)/python) -m experiments.bench.gpu
+
+# What such a machine lacks, at most 55 MB.
+gpu-wheels: $(BIN)/python
+	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		--platform manylinux_2_24_x86_64 --platform any -d $(WHEELS) bitsandbytes gguf
+	test $$(du -sb $(WHEELS) | cut -f1) -le 55000000
 
 bench: $(VENV)/ready-parity
 	$(BIN)/python -m experiments.bench.step

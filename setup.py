@@ -34,6 +34,7 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda12]"],
+        "cuda-bench": ["bitsandbytes>=0.50", "jax[cuda12]", "peft>=0.21", "torch", "transformers>=5.0,<5.24"],
         "tpu": ["jax[tpu]"],
         "wandb": ["wandb"],
         "mlflow": ["alembic", "mlflow-skinny", "sqlalchemy"],

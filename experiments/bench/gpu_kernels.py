@@ -1,0 +1,113 @@
+"""The kernels of a GPU in JAX: compared with float64, or timed in every form (a part of `experiments.bench.gpu`)."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import kernels
+from experiments.bench.kernels import Arrays, Problem
+from lowrank.core.weight import is_weight, materialize
+
+RELATIVE = 2e-2  # bfloat16 results of float32 sums, and gradients that are rounded once more
+SECONDS = 0.05  # for which the calls of one measurement run
+ROUNDS = 5
+
+
+def main(check: bool, toy: bool) -> None:
+    """Prints a JSON line per result."""
+    device = jax.devices()[0]
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib")}
+    print(json.dumps({"device": device.device_kind, "versions": versions}), flush=True)
+    for name, problem in _problems(check, toy).items():
+        inputs = jax.jit(problem.inputs)(jax.random.key(0))
+        given = (*inputs, kernels.cotangent(problem, inputs, jax.random.key(1)))
+        if check:
+            print(json.dumps({"correctness": {name: differences(problem, given)}}), flush=True)
+        else:
+            print(json.dumps({"kernels": {name: {"jax": times(problem, given)}}}), flush=True)
+
+
+def _problems(check: bool, toy: bool) -> dict[str, Problem]:
+    if check or not toy:
+        return kernels.CHECKS if check else kernels.PROBLEMS
+    return {"lora": kernels.CHECKS["lora"]}
+
+
+def differences(problem: Problem, given: Arrays) -> dict[str, Any]:
+    """The largest relative difference to float64 of each form's result and gradients, and whether all are small."""
+    want = problem.exact(*(_wide(x) for x in given))
+    found = {}
+    for name, form in problem.forms.items():
+        got = jax.jit(kernels.forward_and_backward(problem, form))(*given)
+        found[name] = max(_difference(np.asarray(y, np.float64), z) for y, z in zip(got, want, strict=True))
+    return {"relative": found, "agrees": max(found.values()) <= RELATIVE}
+
+
+def _wide(x: Any) -> np.ndarray:
+    array = np.asarray(materialize(x) if is_weight(x) else x)
+    return array if np.issubdtype(array.dtype, np.integer) else array.astype(np.float64)
+
+
+def _difference(found: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def times(problem: Problem, given: Arrays) -> dict[str, Any]:
+    """Milliseconds of each form, forward alone and with the backward pass: the median and the range of the rounds."""
+    found: dict[str, Any] = {}
+    for name, form in problem.forms.items():
+        try:
+            forward = seconds(form, given[:-1])
+            both = seconds(kernels.forward_and_backward(problem, form), given)
+        except jax.errors.JaxRuntimeError as e:  # a form that does not fit into the memory has no time
+            found[name] = {"failed": str(e).splitlines()[0]}
+            continue
+        found[name] = {"forward": forward, "both": both}
+    return found
+
+
+def seconds(call: Callable[..., Any], given: Arrays) -> dict[str, float]:
+    """Milliseconds of one call inside a program that makes many, in which the launch of a program costs nothing."""
+    program = jax.jit(_repeated(call))
+    jax.block_until_ready(program(1, 0.0, *given))
+    count = max(1, int(SECONDS / max(_timed(program, 1, given), 1e-6)))
+    rounds = sorted(1e3 * _timed(program, count, given) / count for _ in range(ROUNDS))
+    return {"median": rounds[ROUNDS // 2], "least": rounds[0], "most": rounds[-1], "calls": count}
+
+
+def _repeated(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`run(count, zero, *given)`: as many calls, each of which waits for the one before it.
+
+    An entry of the first input is changed by `zero` times an entry of the last result, of which the compiler does not
+    know that it is 0.
+    """
+
+    def run(count: jax.Array, zero: jax.Array, *given: Any) -> Any:
+        def again(_: jax.Array, carry: Any) -> Any:
+            x, y = carry
+            first = jnp.ravel(jax.tree.leaves(y)[0])[0]
+            x = x.at[(0,) * x.ndim].add((zero * first).astype(x.dtype))
+            return x, call(x, *given[1:])
+
+        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(call, *given))
+        return jax.lax.fori_loop(0, count, again, (given[0], start))[1]
+
+    return run
+
+
+def _timed(program: Callable[..., Any], count: int, given: Arrays) -> float:
+    """Seconds of one run of the compiled program."""
+    start = time.perf_counter()
+    jax.block_until_ready(program(count, 0.0, *given))
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

@@ -1,0 +1,39 @@
+"""The benchmark of a GPU, up to the device: its kernels agree with float64, and it needs no package of the data's."""
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from experiments.bench import gpu, gpu_kernels, gpu_sizes, kernels
+from lowrank import pretrained
+from tests.support import thinning
+
+
+@pytest.mark.parametrize("name", thinning.keep(kernels.CHECKS, ("lora rank 1", "adapters")))
+def test_every_form_agrees_with_float64(name):
+    problem = kernels.CHECKS[name]
+    inputs = problem.inputs(jax.random.key(0))
+    found = gpu_kernels.differences(problem, (*inputs, kernels.cotangent(problem, inputs, jax.random.key(1))))
+    assert set(found["relative"]) == set(problem.forms)
+    assert found["agrees"]
+
+
+def test_our_side_imports_no_package_that_the_machine_may_lack():
+    lacking = ("grain", "tensorflow_datasets", "array_record", "orbax", "ml_collections", "sacrebleu")
+    program = f"import sys, experiments.bench.gpu_ours; print([n for n in {lacking} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[-2] == "[]"
+
+
+def test_lines_of_results_are_merged_key_by_key():
+    results = {"steps": {"a": {"ours": 1}}, "device": "x"}
+    gpu.merge(results, {"steps": {"a": {"peft": 2}, "b": {"ours": 3}}})
+    assert results == {"steps": {"a": {"ours": 1, "peft": 2}, "b": {"ours": 3}}, "device": "x"}
+
+
+def test_the_share_of_the_peak_counts_four_operations_an_entry():
+    config = pretrained.describe(str(gpu_sizes.BASES / "llama-3.1-8b"), planned=True)[0]
+    entries = gpu_sizes.model_flops(config, 1) / 4
+    assert entries == 8_030_261_248 - 128256 * 4096 - (2 * 32 + 1) * 4096  # all but the embedding and the norms
