@@ -40,7 +40,7 @@ class Case(NamedTuple):
     def words(self) -> list[str]:
         """The arguments of `python -m launch.preflight`."""
         argument, changes = METHODS[self.method]
-        mesh = [f"mesh.{axis}={size}" for axis, size in self.mesh.items()]
+        mesh = [f"mesh.{axis}={size}" for axis, size in self.mesh.items() if size > 1]
         data = [f"data.seq_len={self.length}", f"data.batch_size={self.rows}"]
         changes = (f"model.name={BASES / self.base}", "optim.b_ratio=1.0", *changes, *data, *mesh)
         config = f"--config=configs/llama_sft_jsonl.py:{argument}"
@@ -49,8 +49,10 @@ class Case(NamedTuple):
 
 def cases() -> list[Case]:
     """All cases, each once: the methods, then attention at length, then the models."""
-    found = [*method_cases(), *attention_cases(), *model_cases()]
-    return list({case.key: case for case in reversed(found)}.values())[::-1]
+    found: dict[str, Case] = {}
+    for case in (*method_cases(), *attention_cases(), *model_cases()):
+        found.setdefault(case.key, case)
+    return list(found.values())
 
 
 def method_cases() -> Iterator[Case]:
