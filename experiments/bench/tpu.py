@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
 
 def plan(case: Case) -> None:
     """Adds the case to the results, unless it is there."""
-    results = json.loads(OUT.read_text()) if OUT.exists() else {}
+    results = read()
     known = {} if AGAIN.value else results.get(case.key, {})
     known = known if known.get("words") == case.words else {}
     if known and (FORMULA.value or "compiled" in known or not asks_for_compilation(case, known)):
@@ -52,9 +52,26 @@ def plan(case: Case) -> None:
             known = measure(case, compiles=True)
     except UserError as e:
         known = {"words": case.words, "refused": str(e)}
-    write_json(OUT, dict(sorted({**results, case.key: known}.items())))
+    add(case.key, known)
     print(case.key, known.get("refused") or {name: known[name] for name in ("needed", "memory", "fits")}, flush=True)
     jax.clear_caches()
+
+
+def read() -> dict[str, Any]:
+    """The results by key; empty before the first."""
+    return json.loads(OUT.read_text()) if OUT.exists() else {}
+
+
+def add(key: str, result: dict[str, Any]) -> None:
+    """Writes the result into the file."""
+    write_json(OUT, dict(sorted({**read(), key: result}.items())))
+
+
+def restart_for_tpus(module: str) -> None:
+    """Starts this process again in the environment of one that compiles for TPUs, unless it has that."""
+    environment = tpus.environment("v5e:4x4")  # any: every topology can be named in it
+    if any(os.environ.get(name) != value for name, value in environment.items()):
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | environment)
 
 
 def asks_for_compilation(case: Case, known: dict[str, Any]) -> bool:
@@ -83,9 +100,5 @@ def figures(case: Case, r: Report) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    environment = tpus.environment("v5e:4x4")  # any: every topology can be named in it
-    if any(os.environ.get(name) != value for name, value in environment.items()):
-        os.execve(
-            sys.executable, [sys.executable, "-m", "experiments.bench.tpu", *sys.argv[1:]], os.environ | environment
-        )
+    restart_for_tpus("experiments.bench.tpu")
     app.run(main)
