@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import kernels
-from experiments.bench.kernels import Arrays, Problem
+from experiments.bench import gpu_problems
+from experiments.bench.gpu_problems import Arrays, Problem
 from lowrank.core.weight import is_weight, materialize
 
 RELATIVE = 2e-2  # bfloat16 results of float32 sums, and gradients that are rounded once more
@@ -27,7 +27,7 @@ def main(check: bool, toy: bool) -> None:
     print(json.dumps({"device": device.device_kind, "versions": versions}), flush=True)
     for name, problem in _problems(check, toy).items():
         inputs = jax.jit(problem.inputs)(jax.random.key(0))
-        given = (*inputs, kernels.cotangent(problem, inputs, jax.random.key(1)))
+        given = (*inputs, gpu_problems.cotangent(problem, inputs, jax.random.key(1)))
         if check:
             print(json.dumps({"correctness": {name: differences(problem, given)}}), flush=True)
         else:
@@ -36,8 +36,8 @@ def main(check: bool, toy: bool) -> None:
 
 def _problems(check: bool, toy: bool) -> dict[str, Problem]:
     if check or not toy:
-        return kernels.CHECKS if check else kernels.PROBLEMS
-    return {"lora": kernels.CHECKS["lora"]}
+        return gpu_problems.CHECKS if check else gpu_problems.PROBLEMS
+    return {"lora": gpu_problems.CHECKS["lora"]}
 
 
 def differences(problem: Problem, given: Arrays) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def differences(problem: Problem, given: Arrays) -> dict[str, Any]:
     want = problem.exact(*(_wide(x) for x in given))
     found = {}
     for name, form in problem.forms.items():
-        got = jax.jit(kernels.forward_and_backward(problem, form))(*given)
+        got = jax.jit(gpu_problems.forward_and_backward(problem, form))(*given)
         found[name] = max(_difference(np.asarray(y, np.float64), z) for y, z in zip(got, want, strict=True))
     return {"relative": found, "agrees": max(found.values()) <= RELATIVE}
 
@@ -65,7 +65,7 @@ def times(problem: Problem, given: Arrays) -> dict[str, Any]:
     for name, form in problem.forms.items():
         try:
             forward = seconds(form, given[:-1])
-            both = seconds(kernels.forward_and_backward(problem, form), given)
+            both = seconds(gpu_problems.forward_and_backward(problem, form), given)
         except jax.errors.JaxRuntimeError as e:  # a form that does not fit into the memory has no time
             found[name] = {"failed": str(e).splitlines()[0]}
             continue

@@ -6,16 +6,16 @@ import sys
 import jax
 import pytest
 
-from experiments.bench import gpu, gpu_kernels, gpu_sizes, kernels
+from experiments.bench import gpu, gpu_kernels, gpu_problems, gpu_sizes
 from lowrank import pretrained
 from tests.support import thinning
 
 
-@pytest.mark.parametrize("name", thinning.keep(kernels.CHECKS, ("lora rank 1", "adapters")))
+@pytest.mark.parametrize("name", thinning.keep(gpu_problems.CHECKS, ("lora rank 1", "adapters")))
 def test_every_form_agrees_with_float64(name):
-    problem = kernels.CHECKS[name]
+    problem = gpu_problems.CHECKS[name]
     inputs = problem.inputs(jax.random.key(0))
-    found = gpu_kernels.differences(problem, (*inputs, kernels.cotangent(problem, inputs, jax.random.key(1))))
+    found = gpu_kernels.differences(problem, (*inputs, gpu_problems.cotangent(problem, inputs, jax.random.key(1))))
     assert set(found["relative"]) == set(problem.forms)
     assert found["agrees"]
 
