@@ -28,7 +28,9 @@ def relora(every: float = 0.25, warmup: float = 0.1, prune: float = 0.99, **kwar
     0 to its schedule over `warmup` steps. Values of `every` below 1 are a share of the run, and values of `warmup`
     below 1 are a share of `every`. The base changes, so it must be a plain kernel, and an adapter saves it.
 
-    Differs from the paper: the schedule goes on during the warmup, where the authors' code holds it.
+    Differs from the paper: the schedule goes on during the warmup, where the authors' code holds it. An entry keeps its
+    moments only if all of them are among the largest, where the code prunes each on its own: Adam would divide a first
+    moment by a second one of 0, as A has no gradient while B is 0.
     """
     targets.check_positive(every=every, warmup=warmup, prune=prune)
     if prune > 1:
@@ -93,7 +95,8 @@ def prune_moments(
 ) -> optax.GradientTransformationExtraArgs:
     """`plain`, whose moments of LoRA's factors are pruned before updates `every`, `2 every`, ... (from 0).
 
-    In each moment of one matrix, the `share` of the entries with the smallest magnitudes becomes 0.
+    In each moment of one matrix, the `share` of the entries with the smallest magnitudes is pruned. An entry that is
+    pruned in one moment becomes 0 in all of them.
     """
 
     def init(trained: PyTree) -> PruningState:
@@ -101,19 +104,34 @@ def prune_moments(
 
     def update(gradient: PyTree, state: PruningState, trained: PyTree, **extra: Any) -> tuple[PyTree, PruningState]:
         due = (state.count > 0) & (state.count % every == 0)
-
-        def prune(moment: Any, stack_axes: int) -> Any:
-            if isinstance(moment, optax.MaskedNode) or stack_axes < 0:
-                return moment
-            return jax.lax.cond(due, lambda: _without_smallest(moment, share, stack_axes), lambda: moment)
-
-        inner = optax.tree.map_params(
-            plain, prune, state.inner, _stack_axes(trained), is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-        )
+        inner = jax.lax.cond(due, lambda s: _pruned(plain, s, trained, share), lambda s: s, state.inner)
         updates, inner = plain.update(gradient, inner, trained, **extra)
         return updates, PruningState(inner, state.count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _pruned(plain: optax.GradientTransformation, state: PyTree, trained: PyTree, share: float) -> PyTree:
+    """The `state` of `plain` after pruning."""
+    leaves, structure = jax.tree.flatten(trained)
+    axes, places = _stack_axes(trained), jax.tree.unflatten(structure, range(len(leaves)))
+    kept: dict[int, jax.Array] = {}  # by the place of the leaf: the entries that are large in all moments
+
+    def collect(moment: Any, stack_axes: int, place: int) -> Any:
+        if not _masked(moment) and stack_axes >= 0:
+            kept[place] = kept.get(place, True) & _largest(moment, share, stack_axes)
+        return moment
+
+    def prune(moment: Any, stack_axes: int, place: int) -> Any:
+        return jnp.where(kept[place], moment, 0) if place in kept and not _masked(moment) else moment
+
+    for fn in (collect, prune):
+        state = optax.tree.map_params(plain, fn, state, axes, places, is_leaf=_masked)
+    return state
+
+
+def _masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def _stack_axes(trained: PyTree) -> PyTree:
@@ -125,7 +143,7 @@ def _stack_axes(trained: PyTree) -> PyTree:
     return jax.tree.map(count, trained, is_leaf=weight.is_weight)
 
 
-def _without_smallest(x: jax.Array, share: float, stack_axes: int) -> jax.Array:
+def _largest(x: jax.Array, share: float, stack_axes: int) -> jax.Array:
+    """Bools: the entries of each matrix that are not among the `share` with the smallest magnitudes."""
     size = jnp.abs(x)
-    threshold = jnp.quantile(size, share, axis=tuple(range(stack_axes, x.ndim)), keepdims=True)
-    return jnp.where(size > threshold, x, 0)
+    return size > jnp.quantile(size, share, axis=tuple(range(stack_axes, x.ndim)), keepdims=True)
