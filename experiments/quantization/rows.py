@@ -34,7 +34,7 @@ ROWS |= {
     "nf4+qlora": Row("QLoRA", {"name": "lora", "target": KERNELS}, RATES, BOTH, BASES["nf4"]),
     "nf4+qdora": Row("QDoRA", {"name": "dora", "target": KERNELS}, RATES, TOPICS, BASES["nf4"]),
     "nf4+loftq": Row("LoftQ", {"name": "loftq", "quantize": "nf4"}, RATES, BOTH),
-    "nf4+ir_qlora": Row("IR-QLoRA", {"name": "ir_qlora"}, RATES, formulas=1),
+    "nf4+ir_qlora": Row("IR-QLoRA", {"name": "ir_qlora"}, RATES, formulas={"topics": 1}),
     "int4_asymmetric+qa_lora": Row("QA-LoRA", {"name": "qa_lora", "block": 32}, RATES, BOTH),
     "int8+modulora": Row("ModuLoRA", {"name": "modulora"}, RATES, TOPICS),
     "int4+qat": Row("QAT", {"name": "qat", "quantize": "int4"}, (1e-4,), TOPICS),

@@ -19,8 +19,8 @@ GRID = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1
 class Row(NamedTuple):
     """An entry of the comparison: a method, the options of its base, and the learning rates of its sweep.
 
-    The row is timed at the first rate. `formulas` is raised where the method computes something else under the same
-    config: a table marks the scores of cells that have a lower number.
+    The row is timed at the first rate. The number of a task in `formulas` is raised where the method computes something
+    else under the same config: a table marks the scores of cells that have a lower number.
     """
 
     family: str
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     tasks: tuple[str, ...] = ("topics",)
     model: Mapping[str, Any] = MappingProxyType({})  # in addition to the task's own model options
     optim: Mapping[str, Any] = MappingProxyType({})  # in addition to the task's own optimizer options
-    formulas: int = 0
+    formulas: Mapping[str, int] = MappingProxyType({})  # by task, 0 if it is missing
 
 
 @dataclasses.dataclass(frozen=True)

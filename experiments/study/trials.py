@@ -48,11 +48,15 @@ class Cell:
 
     def is_earlier(self, numbers: Mapping[str, Any]) -> bool:
         """Whether `numbers` of this cell are of earlier formulas than the row's."""
-        return numbers.get("formulas", 0) < self.row.formulas
+        return numbers.get("formulas", 0) < self._formulas
 
     @property
     def _description(self) -> dict[str, Any]:
-        return {"config": files.to_json(self.config), "formulas": self.row.formulas}
+        return {"config": files.to_json(self.config), "formulas": self._formulas}
+
+    @property
+    def _formulas(self) -> int:
+        return self.row.formulas.get(self.task.name, 0)
 
     def run(self) -> dict[str, Any]:
         """Trains, and stores the numbers; only the seed that chooses the rate is scored on validation."""
