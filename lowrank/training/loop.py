@@ -57,7 +57,7 @@ def run(
     """
     run = build_run(config)
     folder = Path(directory)
-    workdir.check_config(folder, config)
+    workdir.check_config(directory, config)
     every, keep = run.checkpoint.every, run.checkpoint.keep
     with workdir.lock(folder), StopSignal() as stop, Checkpointer(folder / "checkpoints", every, keep) as saver:
         start = saver.latest() or 0

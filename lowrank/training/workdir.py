@@ -35,9 +35,11 @@ def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
     """The config of the run in `workdir`, or None. Nothing is written.
 
     Raises:
-      UserError: the folder holds a run with another config (the error names the first key that differs), a
-        `config.json` that cannot be read, or checkpoints without a config.
+      UserError: the folder is a URL, or it holds a run with another config (the error names the first key that
+        differs), a `config.json` that cannot be read, or checkpoints without a config.
     """
+    if "://" in os.fspath(workdir):  # a path would drop a slash of it and name a folder in the working directory
+        raise UserError(f"workdir {os.fspath(workdir)} is a URL: mount the storage, and give the mounted folder")
     workdir, config = Path(workdir), to_json(config, "config")
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir {workdir} is a file, not a folder: choose another workdir")

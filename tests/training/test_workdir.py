@@ -91,6 +91,13 @@ def test_a_file_is_not_a_workdir(tmp_path):
         claim(tmp_path / "f", CONFIG)
 
 
+def test_a_url_is_not_a_workdir_and_makes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="workdir gs://b/x is a URL: mount the storage"):
+        claim("gs://b/x", CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_value_that_json_cannot_hold_is_named(tmp_path):
     with pytest.raises(UserError, match=r"config\.data\.fn\[0\] is a function, which JSON cannot hold"):
         claim(tmp_path, {"data": {"fn": [lambda: 0]}})
