@@ -104,7 +104,7 @@ def _slices(devices: Sequence[Any], num_slices: int) -> list[Sequence[Any]]:
         raise UserError(
             f"mesh.num_slices={num_slices} does not divide {plural(len(devices), 'device')}: give the number of slices"
         )
-    own = [device.slice_index if device.platform == "tpu" else 0 for device in devices]
+    own = [getattr(device, "slice_index", 0) if device.platform == "tpu" else 0 for device in devices]
     if len(set(own)) not in (1, num_slices) or (len(set(own)) == 1 < num_slices and devices[0].platform == "tpu"):
         found = plural(len(set(own)), "slice")
         raise UserError(f"mesh.num_slices={num_slices}, but the devices are {found}: set it to {len(set(own))}")
@@ -117,6 +117,8 @@ def _lay_out(devices: Sequence[Any], sizes: Sequence[int], axes: str) -> np.ndar
     """The devices of one slice as an array of these sizes, in which the neighbors on an axis are near each other."""
     try:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except AssertionError:  # jax lays out chips of one device; where a chip has two, they follow each other
+        return np.asarray(devices).reshape(sizes)
     except (NotImplementedError, ValueError) as e:
         raise UserError(
             f"the mesh {axes} cannot be laid out on {plural(len(devices), 'device')} of kind "

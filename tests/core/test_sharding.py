@@ -90,10 +90,12 @@ def test_mesh_sizes_that_do_not_fit_are_refused(sizes, remedy):
 class Chip:
     """A TPU of a slice, as far as a mesh asks for it."""
 
-    platform, device_kind, process_index = "tpu", "TPU v4", 0
+    platform, device_kind, process_index, coords = "tpu", "TPU v4", 0, (0, 0, 0)
 
-    def __init__(self, slice_index):
-        self.slice_index = slice_index
+    def __init__(self, slice_index=None, core_on_chip=0):
+        self.id = self.core_on_chip = core_on_chip
+        if slice_index is not None:  # a topology of one slice to compile for has none
+            self.slice_index = slice_index
 
 
 def test_the_data_axis_alone_spans_slices():
@@ -111,6 +113,11 @@ def test_the_data_axis_alone_spans_slices():
         sharding.make_mesh_of_devices([Chip(0), Chip(1), Chip(0), Chip(1)])
     with pytest.raises(UserError, match=r"mesh\.num_slices=2, but the devices are 1 slice: set it to 1"):
         sharding.make_mesh_of_devices([Chip(0)] * 4, num_slices=2)
+
+
+def test_chips_of_two_devices_and_chips_that_know_no_slice_have_a_mesh():
+    cores = [Chip(core_on_chip=0), Chip(core_on_chip=1)]
+    assert sharding.make_mesh_of_devices(cores, data=1, tensor=2).devices.tolist() == [[[cores]]]
 
 
 def test_a_batch_that_does_not_divide_is_refused():
