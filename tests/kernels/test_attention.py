@@ -109,7 +109,8 @@ def shapes(length, width=64, dtype=jnp.bfloat16, keys=0):
 @pytest.mark.parametrize(
     ("platform", "inputs", "mask", "form"),
     [
-        ("cpu", shapes(1024), Mask(), "dense"),
+        ("cpu", shapes(512), Mask(), "dense"),
+        ("cpu", shapes(520), Mask(), "blockwise"),
         ("rocm", shapes(2048), Mask(), "blockwise"),
         ("tpu", shapes(1, keys=2**15), Mask(), "dense"),
         ("tpu", shapes(256), Mask(causal=True), "dense"),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from lowrank.kernels.attention.mask import Mask, Tokens
 
-BLOCK = 512  # the queries, and the keys, whose scores exist at a time
+BLOCK = 512  # the most queries, and keys, whose scores exist at a time
 LOWEST, LEAST_TOTAL = -1e30, 1e-30  # finite, so that a query that sees no key divides 0 by a number
 
 
@@ -37,10 +37,14 @@ def attend(
     *,
     scale: float | None = None,
     softcap: float = 0.0,
-    block: int = BLOCK,
+    block: int = 0,
 ) -> jax.Array:
-    """`softmax(scale * q k) v`, `[B, T, N, H]`, summed in float32; 0 for a query that sees no key."""
+    """`softmax(scale * q k) v`, `[B, T, N, H]`, summed in float32; 0 for a query that sees no key.
+
+    `block` is the number of queries, and of keys, in a block; 0: 128 to `BLOCK`, for 4 to 8 blocks in a short row.
+    """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    block = block or min(BLOCK, max(128, 2 ** (T.bit_length() - 3)))
     options = Options(H**-0.5 if scale is None else scale, softcap, min(block, T), min(block, S))
     return _attend(q.reshape(B, T, K, N // K, H), k, v, mask, options).reshape(B, T, N, H)
 
