@@ -1,5 +1,7 @@
 """Attention divided over the rows, the tokens and the heads of a mesh, beside attention on one device."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lowrank.kernels.attention import context, dispatch
+from lowrank.kernels.attention import context, dispatch, splash
 from tests.kernels.test_attention import output_and_gradients
 from tests.support.attention_cases import Case, mask_of
 from tests.support.close import assert_close
@@ -44,6 +46,20 @@ def test_a_mesh_with_context_computes_what_one_device_computes(name, form):
             jax.device_put(x, NamedSharding(mesh, divided if x.shape[1] == 32 else P("data"))) for x in (q, k, v, g)
         ]
         shared = output_and_gradients(attend(mask, case, form), *placed)
+    for ours, exact in zip(shared, alone, strict=True):
+        assert_close(ours, exact, relative=2e-5, size=np.max(np.abs(exact)))
+
+
+def test_splash_has_the_mask_of_the_queries_of_each_device():
+    """Run by Pallas's interpreter."""
+    case = Case(((0,) * 3 + (1,) * 250 + (2,) * 259,), window=200, local=True, cap=2.0)
+    mask, mesh = mask_of(case), mesh_of(parts=2)
+    q, k, v, g = (normal(i, 1, 512, heads, 8) for i, heads in enumerate((2, 1, 1, 2)))
+    alone = output_and_gradients(attend(mask, case, "dense"), q, k, v, g)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, P("data", "context"))) for x in (q, k, v, g)]
+        form = partial(splash.attend, mask=mask, softcap=case.cap, interpret=True)
+        shared = output_and_gradients(form, *placed)
     for ours, exact in zip(shared, alone, strict=True):
         assert_close(ours, exact, relative=2e-5, size=np.max(np.abs(exact)))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank.kernels.attention.mask import Mask
 
@@ -42,6 +43,18 @@ def restore(x: jax.Array) -> jax.Array:
     parts = _ordered(*jnp.split(x, 2, axis=1))
     back = ([(to, at) for at, to in _moves(half)] for half in (0, 1))
     return jnp.concatenate([jax.lax.ppermute(part, AXIS, b) for part, b in zip(parts, back, strict=True)], axis=1)
+
+
+def balanced_slots(length: int, parts: int) -> np.ndarray:
+    """The slots `[length]` of the queries that `balance` gives the devices, one device after another."""
+    chunks = np.arange(length, dtype=np.int32).reshape(2 * parts, -1)
+    return np.concatenate([chunks[[i, 2 * parts - 1 - i]].reshape(-1) for i in range(parts)])
+
+
+def own_part(x: jax.Array, axis: int) -> jax.Array:
+    """This device's part of an array that all devices hold."""
+    size = x.shape[axis] // jax.lax.axis_size(AXIS)
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(AXIS) * size, size, axis)
 
 
 def _moves(half: int) -> list[tuple[int, int]]:
