@@ -44,15 +44,26 @@ def possible_options(run: Run, memory: int) -> Iterator[Option]:
     if not run.optim.paged:
         yield Option({"optim.paged": True}, "same numbers; the optimizer's state is copied from the host and back")
     yield from _meshes(run)
-    if model.dtype == "float32":
-        yield Option({"model.dtype": "bfloat16"}, "activations rounded to 8 bits of mantissa; faster on accelerators")
-    if run.model.param_dtype == "float32":
-        yield Option({"model.param_dtype": "bfloat16"}, "frozen weights rounded to 8 bits of mantissa")
+    yield from _dtypes(run)
     if c.method.get("rank", 0) > 1:
         yield Option({"method.rank": c.method["rank"] // 2}, "an adapter that can learn less")
     if not run.model.quantize:
         yield Option({"model.quantize": "int8"}, "kernels in 8 bits: a small loss of quality")
         yield Option({"model.quantize": {"name": "nf4", "double": True}}, "kernels in 4 bits: QLoRA's loss of quality")
+
+
+def _dtypes(run: Run) -> Iterator[Option]:
+    """Narrower dtypes: by `model.precision` where the config sets it, otherwise by the options that it stands for."""
+    activations = "activations rounded to 8 bits of mantissa; faster on accelerators"
+    weights = "frozen weights rounded to 8 bits of mantissa"
+    if run.model.precision:
+        if run.model.precision != "bf16":
+            yield Option({"model.precision": "bf16"}, f"{weights}; {activations}")
+        return
+    if run.network.config.dtype == "float32":
+        yield Option({"model.dtype": "bfloat16"}, activations)
+    if run.model.param_dtype == "float32":
+        yield Option({"model.param_dtype": "bfloat16"}, weights)
 
 
 def _microbatches(run: Run, memory: int) -> int:

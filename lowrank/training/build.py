@@ -16,7 +16,7 @@ from lowrank.evaluation.evaluator import EvalConfig, Evaluator
 from lowrank.methods import Method
 from lowrank.objectives import Objective, build_objective
 from lowrank.training import optimizer
-from lowrank.training.config import CheckpointConfig, Group, ModelConfig, RunConfig
+from lowrank.training.config import CheckpointConfig, Group, ModelConfig, RunConfig, with_precision
 from lowrank.training.offload import HOST, has_host
 from lowrank.training.optimizer import OptimConfig
 from lowrank.training.run import Run
@@ -67,7 +67,7 @@ def _read_groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
     held = method.hooks.holdout
     asked = {"holdout": held.share, "holdout_batches": held.batches(top.steps)} if held else {}
     make_mesh = sharding.make_mesh if devices is None else functools.partial(sharding.make_mesh_of_devices, devices)
-    own, others = _partition_keys(top.model, {f.name for f in dataclasses.fields(ModelConfig)})
+    own, others = _partition_keys(with_precision(top.model), {f.name for f in dataclasses.fields(ModelConfig)})
     groups = _Groups(
         top=top,
         objective=objective,

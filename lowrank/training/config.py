@@ -9,6 +9,13 @@ from lowrank.training.loggers import check_loggers
 
 Group = Mapping[str, Any]
 MODES = ("auto", "min", "max")
+# The dtype of the frozen leaves, and that of the activations. Products of float32 activations with bfloat16 weights
+# round the activations to bfloat16, and sum in float32.
+PRECISIONS = {
+    "float32": {"param_dtype": "float32", "dtype": "float32"},
+    "bf16": {"param_dtype": "bfloat16", "dtype": "bfloat16"},
+    "bf16_f32": {"param_dtype": "bfloat16", "dtype": "float32"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +53,27 @@ class ModelConfig:
 
     name: str
     param_dtype: str = "float32"  # of the frozen leaves; the trained leaves are float32
+    precision: str = ""  # a key of PRECISIONS, which sets `param_dtype` and the option `dtype`; "": they are as given
     quantize: Group | str | None = None  # the name of a scheme, or its name, target and options
     upcycle: Group | None = None  # experts and top_k: each MLP becomes a mixture of experts
+
+
+def with_precision(group: Group) -> Group:
+    """The `model` group with the dtypes that its `precision` sets.
+
+    Raises UserError for an unknown precision, and for a dtype that the group sets to another value.
+    """
+    name = group.get("precision")
+    if not name:
+        return group
+    if name not in PRECISIONS:
+        raise unknown("model.precision", name, PRECISIONS)
+    for key, dtype in PRECISIONS[name].items():
+        if group.get(key, dtype) != dtype:
+            raise UserError(
+                f"model.{key}={group[key]} contradicts model.precision={name}, which sets it to {dtype}: leave one out"
+            )
+    return {**group, **PRECISIONS[name]}
 
 
 @dataclasses.dataclass(frozen=True)

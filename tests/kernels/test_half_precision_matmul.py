@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lowrank.core.weight import dot
 from lowrank.kernels import half_precision_matmul
+from lowrank.weights.lora import LoRA
 from tests.support.close import FLOAT32, assert_close
 
 
@@ -62,3 +64,31 @@ def test_vectorizes_over_a_stack_of_kernels():
     np.testing.assert_array_equal(
         many, jnp.stack([half_precision_matmul.matmul(x, w), -half_precision_matmul.matmul(x, w)])
     )
+
+
+@pytest.mark.parametrize("product", [half_precision_matmul.matmul, half_precision_matmul.matmul_to_float32])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_float32_rows_and_a_bfloat16_kernel_round_operands_alone(axis, product):
+    x, w = case(axis, jnp.float32)[0], case(axis)[1]
+    y, pull = jax.vjp(lambda x, w: product(x, w, axis), x, w)
+    g = jnp.cos(y)
+    dx, dw = pull(g)
+    rows, kernel, slope = (np.float64(v.astype(jnp.bfloat16)) for v in (x, w if axis == 0 else w.T, g))
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
+    assert_close(y, rows @ kernel)
+    assert_close(dx, slope @ kernel.T)
+    exact = np.einsum("abi,abo->io", rows, slope)
+    assert_close(dw, exact if axis == 0 else exact.T, relative=float(jnp.finfo(jnp.bfloat16).eps))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_the_mixed_policy_asks_for_float32_in_both_directions(platform):
+    def step(a, w, x):
+        loss = lambda a, x: jnp.sum(jnp.sin(dot(x, LoRA(base=w, a=a, b=jnp.ones((2, 5)), scale=jnp.float32(1)))))  # noqa: E731
+        return jax.grad(loss, argnums=(0, 1))(a, x)
+
+    x, w = case(0, jnp.float32)[0], case(0)[1]
+    text = jax.jit(step).trace(jnp.ones((7, 2)), w, x).lower(lowering_platforms=(platform,)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert all(line.endswith("xf32>") for line in products)  # those of the adapter have float32 operands
+    assert sum("xbf16>, tensor" in line for line in products) == 2
