@@ -100,22 +100,20 @@ def run_locally(count: int, words: Sequence[str]) -> int:
 
 def _watch(processes: Sequence[subprocess.Popen]) -> int:
     """The exit code of the first process that fails, or of all; the others have `GRACE` to end after it."""
-    fine = (None, 0, command.STOPPED)
-    while any(process.poll() is None for process in processes):
-        failed = [i for i, process in enumerate(processes) if process.returncode not in fine]
-        if failed:
-            break
+    fine, codes, give_up = (None, 0, command.STOPPED), [None], float("inf")
+    while None in codes and time.monotonic() < give_up:
         time.sleep(0.05)
-    codes = [process.returncode for process in processes]
-    failed = [i for i, code in enumerate(codes) if code not in fine]
-    if not failed:
-        return max(codes)
-    first = min(failed, key=lambda i: codes[i] == -signal.SIGABRT)  # with it, the others end whose process 0 is gone
-    print(f"error: process {first} of {len(processes)} {_ending(codes[first])}; the others are ended", file=sys.stderr)
-    give_up = time.monotonic() + GRACE
-    while any(process.poll() is None for process in processes) and time.monotonic() < give_up:
-        time.sleep(0.05)
-    return codes[first] if codes[first] > 0 else 128 - codes[first]
+        codes = [process.poll() for process in processes]
+        failed = [i for i, code in enumerate(codes) if code not in fine]
+        if failed and give_up == float("inf"):
+            give_up = time.monotonic() + GRACE
+            first = min(failed, key=lambda i: codes[i] == -signal.SIGABRT)  # others abort when process 0 is gone
+            found = f"process {first} of {len(processes)} {_ending(processes[first].returncode)}"
+            print(f"error: {found}; the others are ended", file=sys.stderr)
+    if give_up == float("inf"):
+        return max(process.returncode for process in processes)
+    code = processes[first].returncode
+    return code if code > 0 else 128 - code
 
 
 def _ending(code: int) -> str:
