@@ -6,6 +6,7 @@ GPU := $(VENV)/gpu
 LOGGERS := $(VENV)/loggers
 WHEELS := build/gpu-wheels
 SITE := build/gpu-site
+TUNIX ?= $(wildcard $(VENV)/tunix/bin/python)
 
 # LLVM optimizes little, which halves the time of these tests. `make numerics` and `make parity` compile as users do.
 FAST := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS=--xla_cpu_parallel_codegen_split_count=1
@@ -13,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # The folders of tests that have a target of their own: they need more than pip, or no compile option.
 APART := accelerators notebooks numerics parity tools
 
-.PHONY: quickstart test test-all numerics parity tpu docs notebooks test-tools bench gpu-bench gpu-wheels tables lint format clean
+.PHONY: quickstart test test-all numerics parity tpu docs notebooks test-tools bench bench-check gpu-bench gpu-wheels tables lint format clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m experiments.quickstart
@@ -56,7 +57,10 @@ gpu-wheels: $(BIN)/python
 	test $$(du -sb $(WHEELS) | cut -f1) -le 55000000
 
 bench: $(VENV)/ready-parity
-	$(BIN)/python -m experiments.bench.step
+	$(BIN)/python -m experiments.bench.step --tunix=$(TUNIX)
+
+bench-check: $(VENV)/ready-parity
+	$(BIN)/python -m experiments.bench.step --check
 
 tables: $(VENV)/ready
 	$(BIN)/python -m experiments.tables
@@ -92,6 +96,12 @@ $(VENV)/ready-gpu: $(VENV)/ready-parity
 # The packages of optional loggers have a folder of their own: they pin what others need in newer versions.
 $(VENV)/ready-loggers: setup.py $(VENV)/ready-dev
 	$(BIN)/python -m pip install -q --target $(LOGGERS) --upgrade alembic mlflow-skinny sqlalchemy wandb
+	touch $@
+
+# A peer of `make bench`, which runs without it too.
+$(VENV)/ready-tunix:
+	$(PYTHON) -m venv $(VENV)/tunix
+	$(VENV)/tunix/bin/python -m pip install -q google-tunix
 	touch $@
 
 $(VENV)/ready-%: setup.py | $(BIN)/python

@@ -28,8 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         objective="causal_lm",
         model={
             "name": "smollm2-135m",
-            "param_dtype": "bfloat16",
-            "dtype": "bfloat16",
+            "precision": "bf16",
             "remat": "full",
             "quantize": config_dict.placeholder(str),
         },

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments.bench import page
+from experiments.bench.step_cases import CASES
 from experiments.study.numbers import earlier_mark, format_mean, same_mark
 from lowrank.core.files import write_text
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "experiments" / "bench" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 # Nine methods to start from, each a row of the study, and the reason to take it.
 FIRST_CHOICES = {
     "lora": "The default: it merges into the base, every tool reads it, and it works on quantized bases.",
@@ -28,18 +30,27 @@ FIRST_CHOICES = {
     "full": "Memory is plentiful, and an upper bound of quality is wanted.",
 }
 
+TITLES = {"lora": "LoRA", "dora": "DoRA"}
+
 
 def bench_step() -> str:
-    """The step beside peft's, from `experiments/bench/results/step.json`."""
-    results = _json("experiments/bench/results/step.json")
-    head = "| | ours, s/step | peft, s/step | peft / ours | ours, peak MB | peft, peak MB | first step, ours / peft |"
-    rows = [
-        f"| {name} | {r['ours_s']:.2f} | {r['peft_s']:.2f} | **{r['ratio']:.2f}** | {r['ours_rss_mb']:.0f} "
-        f"| {r['peft_rss_mb']:.0f} | {r['ours_first_step_s']:.1f} / {r['peft_first_step_s']:.1f} |"
-        for name, r in (("LoRA", results["lora"]), ("DoRA", results["dora"]))
-    ]
-    rows.append(f"| the frozen weights' products alone, torch | | {results['products']['torch_s']:.2f} | | | | |")
-    return "\n".join([head, "|---|" + "---:|" * 6, *rows])
+    """The step beside peft's on every processor, from `experiments/bench/results/step.json`."""
+    head = (
+        "| | ours, s/step | peft, s/step | peft / ours | products / ours | ours, peak MB | peft, peak MB | first step |"
+    )
+    lines = []
+    for processor, results in _json("experiments/bench/results/step.json").items():
+        lines.append(f"| **{processor}** | | | | | | | ours, ours compiled before / peft |")
+        for case in (case for case in CASES if case.name in results):
+            r = results[case.name]
+            again = f"{r['ours_first_step_cached_s']:.1f}" if "ours_first_step_cached_s" in r else "-"
+            lines.append(
+                f"| {TITLES[case.method]} {case.precision} "
+                f"| {r['ours_s']:.2f} | {r['peft_s']:.2f} | **{r['ratio']:.2f}** | {r['share_of_limit']:.2f} "
+                f"| {r['ours_rss_mb']:.0f} | {r['peft_rss_mb']:.0f} "
+                f"| {r['ours_first_step_s']:.1f}, {again} / {r['peft_first_step_s']:.1f} |"
+            )
+    return "\n".join([head, "|---|" + "---:|" * 7, *lines])
 
 
 def bench_answers() -> str:
@@ -147,6 +158,7 @@ def _score(row: dict[str, str] | None, marks: str = "") -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "bench/answers": bench_answers,
     "bench/nf4": nf4,
+    "bench/page": page.table,
     "bench/step": bench_step,
     "counts": counts,
     "methods": methods,
@@ -175,5 +187,5 @@ def _csv(path: str) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    for page in PAGES:
-        write_text(page, with_tables(page.read_text()))
+    for path in PAGES:
+        write_text(path, with_tables(path.read_text()))

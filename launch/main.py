@@ -16,6 +16,7 @@ from ml_collections.config_flags import config_flags
 
 from launch import command, processes
 from lowrank.core import config_file
+from lowrank.core.compilation_cache import keep_programs
 from lowrank.core.errors import UserError
 from lowrank.training import loop
 
@@ -25,6 +26,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, logs, report and adapter.")
 
+_PROGRAMS = flags.DEFINE_string(
+    "programs", "~/.cache/lowrank/programs", "The folder of compiled programs; empty: each run compiles its own."
+)
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs the training that the flags describe; returns the exit code."""
@@ -32,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
     if (code := processes.launched()) is not None:
         return code
     config = _CONFIG.value.lock()
+    if _PROGRAMS.value:
+        keep_programs(_PROGRAMS.value)
     try:
         processes.connect(config.get("distributed", False) is True)
         again = shlex.join(["python", "-m", "launch.main", *sys.argv[1:]])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from absl import app
 
-from experiments.bench.sides import OURS_ENV, loss_difference, started, take_turns
+from experiments.bench.sides import OURS_ENV, Asked, loss_difference, started, take_turns
 from experiments.bench.worker import machine
 from lowrank.core.files import write_json
 
@@ -22,8 +22,8 @@ def main(argv: list[str]) -> None:
     """Measures and writes `{"0": seconds, "128": seconds, "peft": seconds, "answers": share, ...}`."""
     del argv
     with tempfile.TemporaryDirectory() as folder:
-        asked = {str(rows): ("headlines", OURS_ENV, {"rows": rows, "folder": folder}) for rows in CHUNKS}
-        asked["peft"] = ("theirs", {}, {"method_name": "lora", "folder": folder})
+        asked = {str(rows): Asked("headlines", OURS_ENV, {"rows": rows, "folder": folder}) for rows in CHUNKS}
+        asked["peft"] = Asked("theirs", {}, {"adapter": "lora", "folder": folder})
         with started(asked) as sides:
             take_turns(sides, ROUNDS)
         results = {name: side.median("seconds") for name, side in sides.items()}

@@ -10,29 +10,38 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.bench.sides import LENGTH, ROWS
 from experiments.bench.worker import serve
 from lowrank import data, methods, models, pretrained
 from lowrank.adapters import peft
 from lowrank.core import sharding, tree, weight
+from lowrank.core.compilation_cache import keep_programs
 from lowrank.core.typing import Batch
 from lowrank.objectives.causal_lm import language_loss
 from lowrank.training import optimizer as optim
 from lowrank.training import step
+from lowrank.training.config import PRECISIONS
 
-MODEL, ROWS, LENGTH = "smollm2-135m", 4, 128
+MODEL = "smollm2-135m"
 OPTIM = optim.OptimConfig(lr=1e-4, clip=0.0)
 
 
-def main(method_name: str, folder: str) -> None:
-    """Loads the model, leaves `batch.npz` and the initial adapter for the other side, then serves steps."""
-    method = methods.build_method({"name": method_name, "rank": 8, "alpha": 16})
-    mesh = sharding.make_mesh()
-    base = pretrained.load(MODEL, mesh=mesh, rules=sharding.DEFAULT_RULES, model={"remat": "dots"})
+def main(method_name: str, precision: str, folder: str) -> None:
+    """Loads the model, leaves `batch.npz` and the adapter `METHOD-PRECISION` for the other side, then serves steps.
+
+    The compiled program is kept in the folder, where a second process with the same arguments finds it.
+    """
+    keep_programs(Path(folder) / f"programs-{method_name}-{precision}")
+    group = {"name": method_name, "rank": 8, "alpha": 16}
+    method, mesh, dtypes = methods.build_method(group), sharding.make_mesh(), PRECISIONS[precision]
+    model = {"remat": "dots", "dtype": dtypes["dtype"]}
+    base = pretrained.load(
+        MODEL, mesh=mesh, rules=sharding.DEFAULT_RULES, model=model, param_dtype=dtypes["param_dtype"]
+    )
     params = methods.attach(method, base.params, jax.random.key(0))
     trained, frozen = tree.split(params, weight.declared_mask(params, method.trainable))
     trained, frozen = (jax.device_put(t, sharding.parameter_shardings(t, mesh)) for t in (trained, frozen))
-    group = {"name": method_name, "rank": 8, "alpha": 16}
-    peft.save(params, base, Path(folder) / method_name, method=group)
+    peft.save(params, base, Path(folder) / f"{method_name}-{precision}", method=group)
     batch = sharding.make_global_batch(_batch(base.tokenizer, Path(folder)), mesh)
     del params, base.params["layers"]
 

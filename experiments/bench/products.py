@@ -1,8 +1,11 @@
 """The products of one step with frozen weights, and nothing else, in torch: all of them for each line on stdin.
 
-Forward `x @ W` and backward `g @ W.T` for every kernel of every layer and the head, 512 rows, float32. A step of LoRA
-makes them all, whatever computes it: on one machine they bound how much faster a step can become.
+Forward `x @ W` and backward `g @ W.T` for every kernel of every layer and the head, 512 rows. A step of LoRA makes them
+all, whatever computes it: on one machine they bound how much faster a step can become.
 """
+
+import json
+import sys
 
 import torch
 
@@ -12,11 +15,11 @@ from experiments.bench.worker import serve
 ROWS = 512
 
 
-def main() -> None:
-    """Loads the weights, then serves."""
-    model = base()
+def main(dtype: str) -> None:
+    """Loads the weights in `dtype`, then serves."""
+    model = base(dtype)
     kernels = [m.weight.detach() for m in model.modules() if isinstance(m, torch.nn.Linear)]  # [out, in], head last
-    rows = {size: torch.randn(ROWS, size) for w in kernels for size in w.shape}
+    rows = {size: torch.randn(ROWS, size, dtype=kernels[0].dtype) for w in kernels for size in w.shape}
 
     def every_product() -> float:
         with torch.inference_mode():
@@ -30,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(**json.loads(sys.argv[1]))

@@ -8,22 +8,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+ROWS, LENGTH = 4, 128  # of the batch of a step
 WARMUP = 2  # the number of turns that do not count
 PAUSE = 0.5  # seconds between turns: torch's threads spin for a while after a step, and would slow the next one
 # Huge pages spare the CPU's TLB, as the README advises on a CPU; they do not make torch faster.
 OURS_ENV = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
+class Asked(NamedTuple):
+    """A worker: `main(**arguments)` of a module of this package."""
+
+    module: str
+    env: Mapping[str, str]
+    arguments: Mapping[str, Any]
+    python: str = sys.executable
+
+
 class Side:
     """A worker process that runs one step per request."""
 
-    def __init__(self, module: str, env: Mapping[str, str], **arguments: Any):
-        """Starts the worker, `main(**arguments)` of a module of this package, and waits until it has loaded."""
+    def __init__(self, asked: Asked):
+        """Starts the worker and waits until it has loaded."""
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-m", f"experiments.bench.{module}", json.dumps(arguments)]
-        self.process = subprocess.Popen(command, env={**os.environ, **env}, **pipes)
+        command = [asked.python, "-m", f"experiments.bench.{asked.module}", json.dumps(asked.arguments)]
+        self.process = subprocess.Popen(command, env={**os.environ, **asked.env}, **pipes)
         self.steps: list[dict[str, float]] = []
         self._answer()
 
@@ -49,16 +59,13 @@ class Side:
         return [min(seconds), max(seconds)]
 
 
-Asked = tuple[str, Mapping[str, str], Mapping[str, Any]]  # the module, its environment, the arguments of its `main`
-
-
 @contextlib.contextmanager
 def started(asked: Mapping[str, Asked]) -> Iterator[dict[str, Side]]:
     """The sides, started one after the other, so that a side may read the files of those before it."""
     sides: dict[str, Side] = {}
     try:
-        for name, (module, env, arguments) in asked.items():
-            sides[name] = Side(module, env, **arguments)
+        for name, worker in asked.items():
+            sides[name] = Side(worker)
         yield sides
     finally:
         for side in sides.values():

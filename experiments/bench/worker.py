@@ -41,5 +41,13 @@ def peak_mb() -> float:
 
 def machine(*packages: str) -> dict[str, Any]:
     """The machine, how busy it is, and the versions of `packages`."""
+    from lowrank.core.processor import processor_name  # here, as a peer's environment may lack what the package imports
+
     versions = {name: metadata.version(name) for name in packages}
-    return {"cpus": os.cpu_count(), "platform": platform.platform(), "load": os.getloadavg(), **versions}
+    return {
+        "processor": processor_name(),
+        "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+        "load": os.getloadavg(),
+        **versions,
+    }

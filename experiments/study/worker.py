@@ -8,13 +8,12 @@ import sys
 import tempfile
 import time
 
-import jax
-
 from experiments.study import BEGAN
 from experiments.study.compute_cost import add_core_seconds
 from experiments.study.stages import PHASES
 from experiments.study.study import load_study
 from experiments.study.tasks import TASKS
+from lowrank.core.compilation_cache import keep_programs
 from lowrank.core.errors import UserError
 
 
@@ -22,7 +21,7 @@ def main(argv: list[str]) -> int:
     """Runs the cells; returns the exit code, which is 2 for bad input."""
     (study, phase, task, name, results, *flags), since = argv, BEGAN
     with tempfile.TemporaryDirectory() as programs:
-        _keep_programs(programs)
+        keep_programs(programs)
         try:
             loaded = load_study(study, "quick" in flags, results, "renew" in flags)
             for cell in PHASES[phase](loaded, TASKS[task], name):
@@ -34,13 +33,6 @@ def main(argv: list[str]) -> int:
             print(f"error: {task}/{name}: {e}", file=sys.stderr)
             return 2
     return 0
-
-
-def _keep_programs(folder: str) -> None:
-    """Caches the compiled programs in `folder`, as the runs of a row share them across rates and seeds."""
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class WithOutliers(PerChannel):
     def dot(self, x: jax.Array) -> jax.Array:
         """`x @ codes * scale + x[index] @ outliers`."""
         inliers = PerChannel(codes=self.codes, scale=self.scale, rows=self.rows, dtype_name=self.dtype_name)
-        return inliers.dot(x) + dot(jnp.take(x, self.index, axis=-1), self.outliers)
+        return inliers.dot(x) + dot(jnp.take(x, self.index, axis=-1), self.outliers.astype(self.dtype))
 
 
 def quantize_int8(w: jax.Array) -> PerChannel:
