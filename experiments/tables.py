@@ -12,8 +12,10 @@ from typing import Any
 
 from experiments.bench import page
 from experiments.bench.step_cases import CASES
+from experiments.bench.tpu_cases import Case, attention_cases, cases
 from experiments.study.numbers import earlier_mark, format_mean, same_mark
 from lowrank.core.files import write_text
+from lowrank.memory.report import format_bytes
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "experiments" / "bench" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -74,6 +76,40 @@ def nf4() -> str:
         if name != "machine"
     ]
     return "\n".join([head, "|---|---|" + "---:|" * 4, *rows])
+
+
+def tpu_steps() -> str:
+    """The steps of each method as a TPU's compiler makes them, from `experiments/bench/results/tpu.json`."""
+    head = "| base, method | mesh | arguments | temporaries | in all | by formula | its collectives move |"
+    rows = []
+    for case, r in _tpu_results():
+        if case.required and "total" in r.get("compiled", {}):
+            compiled, moved = r["compiled"], sum(size for _, size in r["collectives"].values())
+            sizes = (compiled["arguments"], compiled["temporary"], compiled["total"], r["formula"]["peak"], moved)
+            axes = ", ".join(f"{axis} {size}" for axis, size in case.mesh.items() if size > 1)
+            cells = " | ".join(map(format_bytes, sizes))
+            rows.append(f"| {case.base}, {case.method} | {case.topology}: {axes} | {cells} |")
+    return "\n".join([head, "|---|---|" + "---:|" * 5, *rows])
+
+
+def tpu_attention() -> str:
+    """LoRA at four lengths on four slices, from `experiments/bench/results/tpu.json`."""
+    wanted, cells = {case.key for case in attention_cases()}, dict[str, dict[int, str]]()
+    for case, r in _tpu_results():
+        if case.key in wanted and "needed" in r:
+            verdict = "fits" if r["fits"] else "does not fit"
+            how = "compiled" if "compiled" in r else "formula"
+            cells.setdefault(case.topology, {})[case.length] = f"{format_bytes(r['needed'])}, {verdict} ({how})"
+    lengths = sorted({length for row in cells.values() for length in row})
+    head = f"| slice | {' | '.join(f'{n // 1024}k tokens' for n in lengths)} |"
+    rows = [f"| {name} | {' | '.join(row.get(n, '') for n in lengths)} |" for name, row in cells.items()]
+    return "\n".join([head, "|---|" + "---:|" * len(lengths), *rows])
+
+
+def _tpu_results() -> list[tuple[Case, dict[str, Any]]]:
+    """The cases that are in the results, in their order."""
+    results = _json("experiments/bench/results/tpu.json")
+    return [(case, results[case.key]) for case in cases() if case.key in results]
 
 
 def quickstart() -> str:
@@ -166,6 +202,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan": plan,
     "quantization": quantization,
     "quickstart": quickstart,
+    "tpu/attention": tpu_attention,
+    "tpu/steps": tpu_steps,
 }
 
 

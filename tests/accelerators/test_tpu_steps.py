@@ -1,0 +1,72 @@
+"""Training steps at real shapes: what the committed results of the TPU's compiler show, and what their traces hold."""
+
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.bench import tpu, tpu_cases
+from launch import preflight
+from lowrank.core import tree
+from lowrank.core.weight import is_weight
+from lowrank.memory import residuals, shapes
+from lowrank.training import build, step
+from tests.support.tiny_runs import config_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
+METHODS = ("lora", "dora", "qlora", "qlora int4", "prompt", "full")
+ROWS, LENGTH = 2, 256
+
+
+def traced_run(method):
+    """A run on the shapes of Llama-3.1-8B, on one device."""
+    case = tpu_cases.Case("llama-3.1-8b", method, "v5e:4x4", ROWS, LENGTH, {})
+    options, changes = preflight.parse(case.words)
+    changes = [*changes, "--config.mesh.fsdp=1"]
+    return build.build_run(preflight.load_config(options.config, changes), jax.devices()[:1], planned=True)
+
+
+def kernel_products(files, arg, **changes):
+    """The products in a small compiled step whose result has the shape of a kernel, in either orientation."""
+    run = build.build_run(config_of(files, arg, mesh__data=1, **changes))
+    inputs = shapes.step_inputs(run)
+    text = step.compile_step(run.step(run.optimizer()), inputs.state, inputs.frozen, inputs.batch).as_text()
+    kernels = {tuple(w.shape[-2:]) for name, w in tree.named_leaves(run.shapes, is_weight) if name.endswith("kernel")}
+    found = [tuple(map(int, dims.split(","))) for dims in re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text)]
+    assert found
+    return [shape for shape in found if shape in kernels or shape[::-1] in kernels]
+
+
+def test_frozen_kernels_get_no_gradient(files):
+    assert not kernel_products(files, "rank=2")
+    assert not kernel_products(files, "rank=2", model__quantize={"name": "nf4", "block": 8})
+    assert kernel_products(files, "method=full")  # where there is one, it is seen
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_block_saves_an_activation_in_float32(method):
+    run = traced_run(method)
+    saved = residuals._residuals(run, shapes.step_inputs(run), ROWS)
+    layers = [x for x in saved if x.shape[:3] == (run.network.config.layers, ROWS, LENGTH)]
+    assert [x.dtype for x in layers] == [jnp.bfloat16]  # the input of each block
+    wide = [x for x in saved if x.dtype == jnp.float32 and math.prod(x.shape) >= ROWS * LENGTH * 1024]
+    assert len(wide) <= 2  # of the last norm and of the loss, once for the whole model
+
+
+def test_the_compiled_steps_gather_the_base_layer_by_layer():
+    """Beside the residuals and the head, a step's temporaries are below an eighth of a base that is gathered whole."""
+    compiled = {key: r for key, r in tpu.read().items() if "compiled" in r and "llama-3.1-8b" in key}
+    assert compiled
+    head, base = 2 * 4096 * 128256, 2 * 8.03e9
+    for key, r in compiled.items():
+        assert "refused" not in r["compiled"], key
+        assert r["compiled"]["temporary"] < r["formula"]["activations"] + 2 * head + base / 8, key
+
+
+def test_a_case_whose_command_changed_is_not_read_from_the_results():
+    known = {case.key: case.words for case in tpu_cases.cases()}
+    results = json.loads(tpu.OUT.read_text())
+    assert {key: r["words"] for key, r in results.items()} == {key: known[key] for key in results}
