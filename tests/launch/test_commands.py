@@ -54,3 +54,18 @@ def test_an_option_that_the_file_does_not_list_can_be_set(monkeypatch):
     assert "b_ratio" not in tiny_config.get_config().optim
     assert main._CONFIG.value.optim.b_ratio == 16
     assert main._CONFIG.value.method.rank == 3
+
+
+@pytest.mark.parametrize(
+    ("flag", "kept"), [([], ["~/.cache/lowrank/programs"]), (["--programs=p"], ["p"]), (["--programs="], [])]
+)
+def test_compiled_programs_are_kept_unless_a_flag_says_no(flag, kept, monkeypatch):
+    folders, words = [], ["main", CONFIG, "--workdir=w", *flag]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(main, "keep_programs", folders.append)
+    monkeypatch.setattr(main.loop, "run", lambda config, workdir, command: {})
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS["programs"].value = flags.FLAGS["programs"].default
+    main.parse(words)
+    main.main(words)
+    assert folders == kept
