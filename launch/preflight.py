@@ -3,7 +3,7 @@
     --device=h100[:8]    the device of the run, and the number of devices; by default, the devices of this machine
                          (to compile for a GPU that this machine lacks: pip install 'jax[cuda12-local]')
     --topology=v5e:4x4   compile for a TPU slice, on a machine without TPUs (needs the extra `tpu`), or for several
-                         slices, v5e:4x4,slices=2
+                         slices, v5e:4x4,slices=2 with --config.mesh.num_slices=2
     --formula            compile nothing: the memory by formula alone, in seconds
     --json               print the report as JSON
 
