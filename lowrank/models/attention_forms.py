@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.errors import plural
-from lowrank.kernels.attention import dispatch
+from lowrank.core.errors import UserError, plural
+from lowrank.kernels.attention import context, dispatch, sharded
 from lowrank.kernels.attention.mask import Mask
 from lowrank.models import attention_masks
 from lowrank.models.decoder_config import DecoderConfig
@@ -20,8 +20,10 @@ from lowrank.models.shifted_sparse_attention import attend_shifted
 def describe_attention(config: DecoderConfig | EncoderConfig, device: Any, rows: int, length: int) -> str:
     """One line: the form that every layer takes for rows of `length` tokens on a device like this.
 
-    Raises UserError if the config names a form that cannot run.
+    Raises UserError if the config names a form that cannot run, or if the tokens do not divide over the mesh of
+    `jax.sharding.use_abstract_mesh`.
     """
+    _check_context(length, config.num_prompt)
     chosen: set[str] = set()
     platform, softcap = dispatch.platform_of(device), getattr(config, "attn_logit_softcap", 0.0)
 
@@ -41,6 +43,20 @@ def describe_attention(config: DecoderConfig | EncoderConfig, device: Any, rows:
     jax.eval_shape(layer, jax.ShapeDtypeStruct((rows, length), jnp.int32))
     of = f"in {plural(config.layers, 'layer')}, for rows of {plural(length, 'token')}"
     return f"attention on {device.device_kind}: {', '.join(sorted(chosen))} {of}"
+
+
+def _check_context(length: int, num_prompt: int) -> None:
+    """Raises UserError if the mesh's axis `context` does not divide a row into its chunks."""
+    mesh = jax.sharding.get_abstract_mesh()
+    size = mesh.shape.get(context.AXIS, 1) if not mesh.empty else 1
+    total, chunks = length + num_prompt, 2 * size
+    if size > 1 and not sharded.divides_tokens(mesh, total):
+        virtual = f" and {plural(num_prompt, 'virtual token')}" if num_prompt else ""
+        fits = total + -total % chunks - num_prompt
+        raise UserError(
+            f"a row of {plural(length, 'token')}{virtual} does not divide into {chunks} chunks, two for each device of "
+            f"mesh.context={size}: set data.seq_len to {fits}, or choose another mesh"
+        )
 
 
 def _mask(config: DecoderConfig | EncoderConfig, tokens_BxT: jax.Array) -> Mask:

@@ -2,8 +2,10 @@
 
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from lowrank.core.errors import UserError
 from lowrank.models import DecoderConfig, EncoderConfig, describe_attention
@@ -47,3 +49,13 @@ def test_a_form_that_cannot_run_is_refused_before_a_run_starts():
         DecoderConfig(**{**SIZES, **LLAMA, "attention": "flash"})
     with pytest.raises(UserError, match="attention=splash cannot run: it is only for tpu, not for cpu"):
         describe_attention(DecoderConfig(**{**SIZES, **LLAMA, "attention": "splash"}), CPU, 4, 2048)
+
+
+def test_tokens_that_do_not_divide_over_context_are_refused():
+    config = DecoderConfig(**{**SIZES, **LLAMA, "num_prompt": 4})
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1, 4), ("data", "context"))):
+        assert "dense" in describe_attention(config, CPU, 4, 28)
+        with pytest.raises(
+            UserError, match=r"32 tokens and 4 virtual tokens .* into 8 chunks.* set data.seq_len to 36"
+        ):
+            describe_attention(config, CPU, 4, 32)
