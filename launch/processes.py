@@ -100,7 +100,8 @@ def run_locally(count: int, words: Sequence[str]) -> int:
 
 def _watch(processes: Sequence[subprocess.Popen]) -> int:
     """The exit code of the first process that fails, or of all; the others have `GRACE` to end after it."""
-    fine, codes, give_up = (None, 0, command.STOPPED), [None], float("inf")
+    fine, give_up = (None, 0, command.STOPPED), float("inf")
+    codes: list[int | None] = [None]
     while None in codes and time.monotonic() < give_up:
         time.sleep(0.05)
         codes = [process.poll() for process in processes]
