@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from lowrank.core.errors import UserError
 from lowrank.kernels.attention import blockwise, cudnn, dense, dispatch, splash
@@ -147,6 +148,12 @@ H100, A100, V100 = (
     SimpleNamespace(platform="gpu", device_kind=f"NVIDIA {name}", compute_capability=capability)
     for name, capability in (("H100", "9.0"), ("A100", "8.0"), ("V100", "7.0"))
 )
+
+
+def test_cudnn_is_not_asked_for_a_part_of_a_row(monkeypatch):
+    monkeypatch.setattr(cudnn, "nvidia_devices", lambda: [H100])
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("context",))):
+        assert dispatch.choose("cuda", *shapes(128), Mask(causal=True)) == "dense"
 
 
 @pytest.mark.parametrize(

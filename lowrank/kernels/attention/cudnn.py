@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.kernels.attention import dense
+from lowrank.kernels.attention import dense, sharded
 from lowrank.kernels.attention.mask import Mask
 
 MASKED_SCORES = 4096 * 4096  # T * S of the longest rows with a mask that is not static
@@ -28,6 +28,8 @@ def refusal(q: Any, k: Any, mask: Mask, softcap: float) -> str:
         return f"cuDNN computes in half precision, not in {q.dtype}"
     if T % 2 or S % 2 or H % 8 or H > 256:
         return f"cuDNN takes even lengths and heads of a multiple of 8 up to 256, not {T} queries, {S} keys and {H}"
+    if sharded.divides_tokens(jax.sharding.get_abstract_mesh(), T):
+        return "cuDNN's masks do not know the part of a row that a device of mesh.context has"
     if not mask.is_static and T * S > MASKED_SCORES:
         return "cuDNN has no segments, and the bools of this mask would take too much memory"
     return _device_refusal(H)
