@@ -49,7 +49,7 @@ ROWS: dict[str, Row] = {
     "adalora": Row(LOW_RANK, {"name": "adalora"}, LARGER, BOTH),
     "dora": Row(LOW_RANK, {"name": "dora"}, MEDIUM, BOTH),
     "edora": Row(LOW_RANK, {"name": "edora"}, LARGE),
-    "bidora": Row(LOW_RANK, {"name": "bidora"}, LARGE, formulas={"topics": 1}),
+    "bidora": Row(LOW_RANK, {"name": "bidora"}, LARGE, formulas={"topics": 2}),
     "loha": Row(LOW_RANK, {"name": "loha"}, LARGE),
     "lokr": Row(LOW_RANK, {"name": "lokr"}, LARGE),
     "hira": Row(LOW_RANK, {"name": "hira"}, LARGE),

@@ -23,7 +23,7 @@ MAGNITUDE = r"(.*/)?magnitude"
 
 
 @with_options_of(dora)
-def bidora(holdout: float = 0.2, retrain: float = 0.25, orthogonal: float = 0.001, **kwargs: Any) -> Method:
+def bidora(holdout: float = 0.2, retrain: float = 0.5, orthogonal: float = 0.001, **kwargs: Any) -> Method:
     """BiDoRA: DoRA, optimized at two levels (Qin et al. 2024, arXiv:2410.09758). Takes the options of `dora`.
 
     A share `holdout` of the training records is the validation split of the upper level. Steps 1, 3, ... (from 0) take
@@ -33,9 +33,9 @@ def bidora(holdout: float = 0.2, retrain: float = 0.25, orthogonal: float = 0.00
     `dL_val/dm - xi d2L_train/dm dV . dL_val/dV`, where xi is the learning rate. The product with the second derivative
     is the difference of two gradients of that batch, at V +- 0.01 dL_val/dV / ||dL_val/dV|| (Liu et al. 2019,
     arXiv:1806.09055, equation 8). For the last share `retrain` of the steps, the magnitudes are constant, and all
-    other trained leaves are trained on all records, from their initial values and with new moments. `orthogonal` is the
-    factor of the regularizer of the training loss, the mean over all adapted layers of `||D^T D - I||`, where D is the
-    direction with unit columns.
+    other trained leaves are trained on all records, from their initial values and with new moments: they keep nothing of
+    the steps before, so that the share is not small. `orthogonal` is the factor of the regularizer of the training loss,
+    the mean over all adapted layers of `||D^T D - I||`, where D is the direction with unit columns.
 
     Differs from the paper: one learning rate, one schedule and one optimizer setting serve both levels and the
     retraining, where the authors' code (t2ance/BiDoRA) has its own for each.
