@@ -32,10 +32,10 @@ def bidora(holdout: float = 0.2, retrain: float = 0.5, orthogonal: float = 0.001
     updates the magnitudes m by the gradient of the validation loss one step of V ahead,
     `dL_val/dm - xi d2L_train/dm dV . dL_val/dV`, where xi is the learning rate. The product with the second derivative
     is the difference of two gradients of that batch, at V +- 0.01 dL_val/dV / ||dL_val/dV|| (Liu et al. 2019,
-    arXiv:1806.09055, equation 8). For the last share `retrain` of the steps, the magnitudes are constant, and all
-    other trained leaves are trained on all records, from their initial values and with new moments: they keep nothing of
-    the steps before, so that the share is not small. `orthogonal` is the factor of the regularizer of the training loss,
-    the mean over all adapted layers of `||D^T D - I||`, where D is the direction with unit columns.
+    arXiv:1806.09055, equation 8). For the last share `retrain` of the steps, the magnitudes are constant, and all other
+    trained leaves are trained on all records, from their initial values and with new moments: they keep nothing of
+    the steps before, so that the share is not small. `orthogonal` is the factor of the regularizer of the training
+    loss, the mean over all adapted layers of `||D^T D - I||`, where D is the direction with unit columns.
 
     Differs from the paper: one learning rate, one schedule and one optimizer setting serve both levels and the
     retraining, where the authors' code (t2ance/BiDoRA) has its own for each.
