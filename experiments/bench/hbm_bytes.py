@@ -94,7 +94,8 @@ def _instruction_bytes(program: Program, inside: dict[str, Instruction], i: Inst
         return _fusion_bytes(program.instructions(called["calls"]), inside, i)
     estimate = re.search(r'"?bytes_accessed"?: ?"?(\d+)', i.rest) if i.opcode == "custom-call" else None
     if estimate:
-        return int(estimate[1])
+        near = sum(_moved(1, shape) - array_bytes(shape) for shape in (i.shape, *(inside[o].shape for o in i.operands)))
+        return max(0, int(estimate[1]) - near)  # what lies in VMEM was counted as it was copied there
     if i.opcode == "copy-start":  # its result is (destination, source, context)
         return sum(array_bytes(part) for part in _tuple_parts(i.shape)[:2])
     if i.opcode in SLICES:

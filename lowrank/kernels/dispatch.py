@@ -25,7 +25,10 @@ MOSAIC_GPUS = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # the kinds of GPU
 # Kind of device -> operation -> the body that `auto` takes in place of plain JAX. A line is allowed where a file of
 # experiments/bench/results shows that body to be faster on that GPU than the fastest form in plain JAX, or as compiled
 # for that TPU to move fewer bytes with no more temporaries at equal FLOPs.
-SHOWN: dict[str, dict[str, str]] = {}
+SHOWN: dict[str, dict[str, str]] = {
+    "TPU v5 lite": {"grouped_lora": "pallas_tpu"},
+    "TPU v6 lite": {"grouped_lora": "pallas_tpu"},
+}
 
 Body = Callable[..., Any]
 

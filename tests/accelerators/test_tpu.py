@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from launch import preflight as command
+from lowrank.kernels import dispatch
 from lowrank.memory import tpus
 
 
@@ -28,6 +29,21 @@ def test_a_large_product_and_its_gradient_make_no_copy_of_the_kernel(scheme, row
     assert max(temporaries) < 32e6
     assert bytes_moved[0] < moved[0]
     assert bytes_moved[1] < moved[1]
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_kernels_compile_and_take_what_their_results_say(chip):
+    """`auto` takes the Pallas body of many adapters; the loss of a chunk's logits makes no other temporary."""
+    words = [sys.executable, "-m", "tests.support.compiled_kernels", chip]
+    environment = os.environ | tpus.environment(f"{chip}:2x2")
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["kind"] in dispatch.SHOWN
+    assert found["grouped_lora"]
+    assert found["nf4_decoding"]
+    if chip == "v5e":
+        assert found["temporary"] < 530e6
+        assert found["products"] < 2.01
 
 
 def test_a_run_is_planned_for_a_slice(files, capfd):

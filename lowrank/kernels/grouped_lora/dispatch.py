@@ -12,8 +12,12 @@ from lowrank.core.errors import UserError
 from lowrank.kernels.dispatch import Operation
 from lowrank.kernels.grouped_lora import plain, tpu
 
-_OPERATION = Operation("grouped_lora", xla=plain.multiply, pallas_tpu=tpu.multiply)
-SMALL_RANK = 64  # up to which the TPU body, as compiled, moves fewer bytes than the sorted form
+_OPERATION = Operation(
+    "grouped_lora", xla={"tpu": plain.multiply_on_tpu, "default": plain.multiply}, pallas_tpu=tpu.multiply
+)
+# The adapters for which the TPU body, as compiled, moves fewer bytes than plain JAX: so many ranks in all, of which no
+# adapter has more than these.
+SHOWN_RANKS, SHOWN_RANK = 4096, 64
 
 
 def grouped_lora(
@@ -25,7 +29,7 @@ def grouped_lora(
     that of the form in plain JAX. `check_ids` refuses ids on the host; in a compiled program, a row whose id is out of
     range is zero.
     """
-    unshown = a.shape[0] * a.shape[1] <= plain.MASKED_RANKS or a.shape[1] > SMALL_RANK
+    unshown = a.shape[0] * a.shape[1] < SHOWN_RANKS or a.shape[1] > SHOWN_RANK
     return _product("xla" if implementation == "auto" and unshown else implementation, x, a, b, scale, ids)
 
 

@@ -1,0 +1,74 @@
+"""The product on a TPU: tiles of codes are decoded in VMEM, beside which all rows stay. The speed is not measured."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+ROWS, COLUMNS = 512, 512  # of a tile of codes
+SUBLANES = 16  # rows are padded to a multiple: the rows of a register of bfloat16
+
+
+def multiply(
+    x: jax.Array, codes: jax.Array, scale: jax.Array, *, levels: Sequence[float], block: int, interpret: bool = False
+) -> jax.Array:
+    """`x @ (levels[code] * scale)`, for blocks whose halves are multiples of 8 rows and divide a tile."""
+    rows, (packed, out) = len(x), codes.shape
+    x = jnp.pad(x, ((0, -rows % SUBLANES), (0, 2 * packed - x.shape[1])))
+    halves = x.reshape(len(x), -1, 2, block // 2)
+    missing = -packed % ROWS
+    low, high = (jnp.pad(halves[:, :, i].reshape(len(x), packed), ((0, 0), (0, missing))) for i in range(2))
+    codes = jnp.pad(codes, ((0, missing), (0, 0)))
+    scale = jnp.pad(scale.astype(jnp.float32), ((0, len(codes) // (block // 2) - len(scale)), (0, 0)))
+    moved = 2 * low.nbytes + codes.nbytes + scale.nbytes + len(x) * out * x.dtype.itemsize
+    across, down = lambda j, k: (0, k), lambda j, k: (k, j)
+    y = pl.pallas_call(
+        functools.partial(_tile, tuple(levels), block // 2),
+        out_shape=jax.ShapeDtypeStruct((len(x), out), x.dtype),
+        grid=(pl.cdiv(out, COLUMNS), len(codes) // ROWS),
+        in_specs=[
+            pl.BlockSpec((len(x), ROWS), across),
+            pl.BlockSpec((len(x), ROWS), across),
+            pl.BlockSpec((ROWS, COLUMNS), down),
+            pl.BlockSpec((ROWS // (block // 2), COLUMNS), down),
+        ],
+        out_specs=pl.BlockSpec((len(x), COLUMNS), lambda j, k: (0, j)),
+        scratch_shapes=[pltpu.VMEM((len(x), COLUMNS), jnp.float32)],
+        cost_estimate=pl.CostEstimate(flops=4 * len(x) * codes.size, bytes_accessed=moved, transcendentals=0),
+        interpret=interpret,
+    )(low, high, codes, scale)
+    return y[:rows]
+
+
+def _tile(
+    levels: Sequence[float], half: int, low: Any, high: Any, codes: Any, scale: Any, out: Any, total: Any
+) -> None:
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
+
+    packed = codes[...].astype(jnp.int32)
+    spread = jnp.broadcast_to(scale[...][:, None, :], (len(scale), half, packed.shape[1])).reshape(packed.shape)
+    for x, code in ((low, packed & 15), (high, packed >> 4)):
+        w = (_values(code, levels) * spread).astype(x.dtype)
+        total[...] += jnp.dot(x[...], w, preferred_element_type=jnp.float32)
+
+    @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+    def _() -> None:
+        out[...] = total[...].astype(out.dtype)
+
+
+def _values(code: jax.Array, levels: Sequence[float]) -> jax.Array:
+    """`levels[code]`: arithmetic where the levels are a step apart, and a tree of selections elsewhere."""
+    step = levels[1] - levels[0]
+    if all(level == levels[0] + i * step for i, level in enumerate(levels)):
+        return code.astype(jnp.float32) * step + levels[0]
+    values: list[Any] = list(levels)
+    for bit in range(4):
+        odd = (code >> bit) & 1 != 0
+        values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]

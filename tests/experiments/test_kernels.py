@@ -1,0 +1,52 @@
+"""The table of kernels: each form computes what its reference says, and `auto` takes what the results speak for."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.bench import tpu_kernels
+from experiments.bench.kernels import KERNELS
+from lowrank.kernels import dispatch
+from lowrank.kernels.grouped_lora.dispatch import SHOWN_RANK, SHOWN_RANKS
+from tests.support.close import assert_close
+
+CHIPS = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e"}
+SMALL = {
+    "rows": 6,
+    "adapters": 3,
+    "rank": 4,
+    "inputs": 64,
+    "outputs": 24,
+    "batch": 2,
+    "time": 3,
+    "width": 8,
+    "vocabulary": 11,
+    "n": 256,
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_each_form_computes_what_the_reference_says(name):
+    kernel = KERNELS[name]
+    arguments = kernel.arguments(jax.random.key(0), **{axis: SMALL[axis] for axis in kernel.sizes[0]})
+    expected = kernel.reference(*arguments)
+    for form, compute in kernel.forms.items():
+        if form not in dispatch.IMPLEMENTATIONS or form == "xla":
+            computed = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.jit(compute)(*arguments))
+            assert_close(computed, expected, relative=0.02, name=form)
+
+
+@pytest.mark.parametrize("kind", dispatch.SHOWN)
+def test_auto_takes_a_body_only_where_it_moves_fewer_bytes(kind):
+    results = json.loads(tpu_kernels.OUT.read_text())
+    assert set(dispatch.SHOWN[kind]) == {"grouped_lora"}
+    shown = 0
+    for size in KERNELS["grouped_lora"].sizes:
+        if size["adapters"] * size["rank"] >= SHOWN_RANKS and size["rank"] <= SHOWN_RANK:
+            found = results[tpu_kernels.key_of(CHIPS[kind], "grouped_lora", size)]
+            assert found["pallas_tpu"]["moved"] < found["xla"]["moved"]
+            assert found["pallas_tpu"]["temporary"] <= found["xla"]["temporary"]
+            shown += 1
+    assert shown
