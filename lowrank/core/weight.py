@@ -63,7 +63,8 @@ def form(cls: F) -> F:
 class Weight:
     """The base class of forms, each of which takes the place of a kernel `[..., in, out]`.
 
-    Its products materialize the kernel, which is correct and slow. A form overrides `dot` for speed.
+    Its products materialize the kernel, which is correct and slow. A form overrides `dot_to_float32` for speed, and so
+    every sum and every gain of a form is rounded once, at the end.
     """
 
     stored: ClassVar[bool] = False  # True for a quantized or otherwise stored kernel, False for an adapter
@@ -90,12 +91,20 @@ class Weight:
         raise NotImplementedError(type(self).__name__)
 
     def dot(self, x: jax.Array) -> jax.Array:
-        """`x @ materialize()` for `x: [..., in]`."""
-        return dot(x, self.materialize())
+        """`x @ materialize()` for `x: [..., in]`, in the dtype of `x`: `dot_to_float32`, rounded once."""
+        return self.dot_to_float32(x).astype(x.dtype)
+
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
+        """`x @ materialize()` for `x: [..., in]`, in float32 for half-precision `x`, otherwise in the dtype of `x`."""
+        return dot_to_float32(x, self.materialize())
 
     def affine(self, x: jax.Array, bias: jax.Array) -> jax.Array:
-        """`dot(x) + bias`; (IA)^3 scales the bias as well."""
-        return _add_bias(self.dot(x), bias)
+        """`dot(x) + bias`, rounded once."""
+        return self.affine_to_float32(x, bias).astype(x.dtype)
+
+    def affine_to_float32(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+        """`affine(x)` in float32 for half-precision `x`, otherwise in the dtype of `x`; (IA)^3 scales the bias too."""
+        return _add_bias(self.dot_to_float32(x), bias)
 
     def merged_bias(self, bias: jax.Array) -> jax.Array:
         """The bias of the layer whose kernel is `materialize()`."""
@@ -103,7 +112,11 @@ class Weight:
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """`x[i] @ materialize()[g]` for a stack `[G, in, out]` and rows sorted by group, `sizes: [G]` of each."""
-        return grouped(x, self.materialize(), sizes)
+        return self.grouped_to_float32(x, sizes).astype(x.dtype)
+
+    def grouped_to_float32(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """`grouped(x, sizes)` in float32 for half-precision `x`, otherwise in the dtype of `x`."""
+        return grouped_to_float32(x, self.materialize(), sizes)
 
     def take(self, ids: jax.Array) -> jax.Array:
         """The rows `ids` of an embedding table `[vocab, width]`."""
@@ -131,9 +144,13 @@ def dot(x: jax.Array, w: Any) -> jax.Array:
 
 
 def dot_to_float32(x: jax.Array, w: Any, axis: int = 0) -> jax.Array:
-    """`dot(x, w)` in float32; `axis` is the axis of `w` to sum over: 1 for an embedding `[vocab, width]`."""
+    """`dot(x, w)` before it is rounded: in float32 for half-precision `x`, otherwise in the dtype of `x`.
+
+    `axis` is the axis of `w` to sum over: 1 for an embedding `[vocab, width]`. The result has no checkpoint name, so
+    that no policy saves it in float32.
+    """
     if is_weight(w) and axis == 0:
-        return dot(x, w).astype(jnp.float32)
+        return w.dot_to_float32(x)
     return half_precision_matmul.matmul_to_float32(x, materialize(w), axis)
 
 
@@ -144,9 +161,23 @@ def affine(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
     return name_product(w.affine(x, bias)) if is_weight(w) else _add_bias(dot(x, w), bias)
 
 
+def affine_to_float32(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
+    """`affine(x, w, bias)` before it is rounded, as `dot_to_float32`."""
+    if bias is None:
+        return dot_to_float32(x, w)
+    return w.affine_to_float32(x, bias) if is_weight(w) else _add_bias(dot_to_float32(x, w), bias)
+
+
 def grouped(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
     """`x[i] @ w[g]` for `w: [G, in, out]` and rows `x: [rows, in]` sorted by group, `sizes: [G]` of each group."""
     return name_product(w.grouped(x, sizes) if is_weight(w) else ragged_dot(x, w.astype(x.dtype), sizes))
+
+
+def grouped_to_float32(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
+    """`grouped(x, w, sizes)` before it is rounded, as `dot_to_float32`."""
+    if is_weight(w):
+        return w.grouped_to_float32(x, sizes)
+    return ragged_dot(x, w.astype(x.dtype), sizes, at_least_float32(x).dtype)
 
 
 def take(w: Any, ids: jax.Array) -> jax.Array:
@@ -175,7 +206,9 @@ def name_product(y: jax.Array) -> jax.Array:
 
 
 def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+    """`y + bias` in the dtype of `y`, added in float32, in which the gradient of the bias is summed."""
+    wide = at_least_float32(y)
+    return (wide + jnp.broadcast_to(bias.astype(wide.dtype), y.shape)).astype(y.dtype)
 
 
 def merge(params: PyTree) -> PyTree:

@@ -12,6 +12,7 @@ size n: 0 for `x @ w`, 1 for `x @ w.T`. In half precision the products are diffe
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def matmul(x: jax.Array, w: jax.Array, axis: int = 0) -> jax.Array:
 
 
 def matmul_to_float32(x: jax.Array, w: jax.Array, axis: int = 0) -> jax.Array:
-    """The product of `x` and `w` in float32, at the cost of a product in the dtype of `x`.
+    """The product of `x` and `w` in float32, or in float64 for such `x`, at the cost of a product in the dtype of `x`.
 
     For half-precision operands, the result is not rounded, and the gradient is rounded before it is multiplied. So
     every product, forward and backward, has half-precision operands.
@@ -38,12 +39,28 @@ def matmul_to_float32(x: jax.Array, w: jax.Array, axis: int = 0) -> jax.Array:
     return (_half_to_float32 if x.dtype in HALF else _to_float32)(x, w, axis)
 
 
-def _contract(x: jax.Array, w: jax.Array, axis: int, out: type | None = None) -> jax.Array:
+def matmul_in(dtype: Any, x: jax.Array, w: jax.Array, axis: int = 0) -> jax.Array:
+    """The product of `x` and `w` in `dtype`, which is that of `x` or, for half-precision `x`, float32."""
+    return (matmul if dtype == x.dtype else matmul_to_float32)(x, w, axis)
+
+
+def split(x: jax.Array, dtype: Any, parts: int) -> list[jax.Array]:
+    """Arrays of the half-precision `dtype` whose sum is `x`, in float32, to about `parts` times its precision."""
+    precision, pieces = jnp.finfo(dtype), []
+    for _ in range(parts):
+        # The compiler might remove a cast to half precision and back.
+        piece = jax.lax.reduce_precision(x, exponent_bits=precision.nexp, mantissa_bits=precision.nmant)
+        pieces.append(piece.astype(dtype))
+        x = x - piece
+    return pieces
+
+
+def _contract(x: jax.Array, w: jax.Array, axis: int, out: Any = None) -> jax.Array:
     return jax.lax.dot_general(x, w, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=out)
 
 
 def _to_float32(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
-    return _contract(x, w.astype(x.dtype), axis, jnp.float32)
+    return _contract(x, w.astype(x.dtype), axis, jnp.promote_types(x.dtype, jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -68,24 +85,35 @@ def _mixed(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
     return _contract(x.astype(w.dtype), w, axis, jnp.float32)
 
 
-def _mixed_backward(axis: int, residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    _, dw = _backward(jnp.float32, axis, residuals, g)
-    return _contract(g.astype(jnp.bfloat16), residuals[1], 1 - axis, jnp.float32), dw
+Residuals = tuple[jax.Array | None, jax.Array]
 
 
-_mixed.defvjp(lambda x, w, axis: (_mixed(x, w, axis), (x.astype(w.dtype), w)), _mixed_backward)
+def _forward(multiply: Any, x: Any, w: Any, axis: int) -> tuple[jax.Array, Residuals]:
+    """The product and its residuals: `x` is kept only for the gradient of `w`, which a frozen `w` has not."""
+    half = x.value.dtype if x.value.dtype in HALF else w.value.dtype
+    kept = (x.value.astype(half), w.value) if w.perturbed else (None, w.value.astype(half))
+    return multiply(x.value, w.value, axis), kept
 
 
-def _backward(
-    out: type | None, axis: int, residuals: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The gradients of `x` and `w`; that of `w` is summed, and exchanged between devices, in the dtype `out`."""
+def _backward(out: Any, wide: bool, axis: int, residuals: Residuals, g: Any) -> tuple[jax.Array, jax.Array | None]:
+    """The gradients of `x`, in float32 if `wide`, and of `w`, summed and exchanged between devices in `out`."""
     x, w = residuals
-    g, rows = g.astype(x.dtype), tuple(range(x.ndim - 1))
+    if isinstance(g, jax.custom_derivatives.SymbolicZero):
+        g = jnp.zeros(g.shape, g.dtype)
+    g, rows = g.astype(w.dtype if x is None else x.dtype), tuple(range(g.ndim - 1))
+    dx = (matmul_to_float32 if wide else matmul)(g, w, 1 - axis)
+    if x is None:
+        return dx, None
     pair = (x, g) if axis == 0 else (g, x)
-    dw = jax.lax.dot_general(*pair, ((rows, rows), ((), ())), preferred_element_type=out)
-    return matmul(g, w, 1 - axis), dw.astype(w.dtype)
+    dw = jax.lax.dot_general(pair[0], pair[1], ((rows, rows), ((), ())), preferred_element_type=out)
+    return dx, dw.astype(w.dtype)
 
 
-_bfloat16.defvjp(lambda x, w, axis: (_bfloat16(x, w, axis), (x, w)), functools.partial(_backward, None))
-_half_to_float32.defvjp(lambda x, w, axis: (_to_float32(x, w, axis), (x, w)), functools.partial(_backward, jnp.float32))
+for _product, _multiply, _out, _wide in (
+    (_bfloat16, _bfloat16, None, False),
+    (_half_to_float32, _to_float32, jnp.float32, False),
+    (_mixed, _mixed, jnp.float32, True),
+):
+    _product.defvjp(
+        functools.partial(_forward, _multiply), functools.partial(_backward, _out, _wide), symbolic_zeros=True
+    )

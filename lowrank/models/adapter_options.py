@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from lowrank.core.errors import UserError, plural, unknown
+from lowrank.core.weight import at_least_float32
 from lowrank.models.layers import ACTIVATIONS, Linear
 
 SUBLAYERS = ("attn", "mlp")
@@ -97,7 +97,7 @@ class Bottleneck(nn.Module):
         """`[B, T, D] -> [B, T, D]`."""
         h_BxTxW = ACTIVATIONS[self.activation](Linear(self.width, True, DOWN_INIT, name="down")(x_BxTxD))
         y = Linear(x_BxTxD.shape[-1], True, nn.initializers.zeros, name="up")(h_BxTxW)
-        return y * jnp.asarray(self.scale, y.dtype) if self.scale != 1 else y
+        return (at_least_float32(y) * self.scale).astype(y.dtype) if self.scale != 1 else y
 
 
 DOWN_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # as LoRA's A: within 1 / sqrt(D)

@@ -23,7 +23,7 @@ from lowrank.models.embeddings import Embeddings
 from lowrank.models.kv_cache import Cache
 from lowrank.models.layer_router import apply_with_gates, layer_gates
 from lowrank.models.layer_stack import scan_layers, split_by_stack, stack_depths
-from lowrank.models.layers import MLP, LMHead, Norm
+from lowrank.models.layers import MLP, Head, Norm
 from lowrank.models.moe import MoE
 from lowrank.models.virtual_tokens import Prefix, Prompt
 
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
             self.top = scan_layers(Block, c, stack_depths(c)["top"])
         self.norm = Norm(c.norm, c.norm_eps, c.norm_offset)
         if c.num_labels or not c.tied:
-            self.head = LMHead(c.num_labels or c.vocab_size)
+            self.head = Head(c.num_labels or c.vocab_size)
 
     def __call__(
         self,

@@ -49,7 +49,8 @@ class Embeddings(nn.Module):
         return h_BxTxD if self.norm_eps is None else self.norm(h_BxTxD)
 
     def _add(self, h_BxTxD: jax.Array, table: jax.Array, ids_BxT: jax.Array) -> jax.Array:
-        return h_BxTxD + jnp.broadcast_to(weight.take(table, ids_BxT).astype(h_BxTxD.dtype), h_BxTxD.shape)
+        # Rounded after they are spread over the rows, whose gradients are then summed in the table's dtype.
+        return h_BxTxD + jnp.broadcast_to(weight.take(table, ids_BxT), h_BxTxD.shape).astype(h_BxTxD.dtype)
 
     def to_logits(self, h_BxTxD: jax.Array) -> jax.Array:
         """Logits float32 `[B, T, V]` of a model whose head is the embedding table."""

@@ -22,7 +22,7 @@ from lowrank.models.attention_masks import AttentionInputs
 from lowrank.models.embeddings import Embeddings
 from lowrank.models.layer_router import apply_with_gates, layer_gates
 from lowrank.models.layer_stack import check_model_options, scan_layers, split_by_stack, stack_depths
-from lowrank.models.layers import MLP, Linear, Norm
+from lowrank.models.layers import MLP, Head, Linear, Norm
 from lowrank.models.virtual_tokens import Prefix, Prompt
 
 Segments = jax.Array | None  # int32 `[B, T]`
@@ -99,8 +99,8 @@ class DenseHead(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxD: jax.Array) -> jax.Array:
-        """`[B, D] -> [B, C]`."""
-        return Linear(self.labels, True, name="out")(jnp.tanh(Linear(x_BxD.shape[-1], True, name="dense")(x_BxD)))
+        """`[B, D]` -> float32 `[B, C]`."""
+        return Head(self.labels, True, name="out")(jnp.tanh(Linear(x_BxD.shape[-1], True, name="dense")(x_BxD)))
 
 
 class Encoder(nn.Module):
@@ -127,7 +127,7 @@ class Encoder(nn.Module):
         if c.pooling == "pooler":
             self.pooler = Linear(c.width, True)
         if c.num_labels:
-            self.head = DenseHead(c.num_labels) if c.dense_head else Linear(c.num_labels, True)
+            self.head = DenseHead(c.num_labels) if c.dense_head else Head(c.num_labels, True)
 
     def __call__(self, tokens: jax.Array, segments: Segments = None, types: jax.Array | None = None) -> jax.Array:
         """Label logits float32 `[B, C]` when `num_labels` is set, else features `[B, T, D]`."""
@@ -177,4 +177,4 @@ class Encoder(nn.Module):
 
     def label_logits(self, pooled_BxD: jax.Array) -> jax.Array:
         """The label logits of pooled features `[B, D]`, float32 `[B, C]`."""
-        return self.head(pooled_BxD).astype(jnp.float32)
+        return self.head(pooled_BxD)

@@ -96,12 +96,15 @@ class MLP(nn.Module):
         return Linear(x_BxTxD.shape[-1], self.bias, name="down")(h)
 
 
-class LMHead(nn.Module):
-    """`x @ kernel`, accumulated and returned in float32."""
+class Head(nn.Module):
+    """`x @ kernel (+ bias)`, accumulated and returned in float32; the kernel may be any weight."""
 
     features: int
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in] -> [..., features]`."""
-        return weight.dot_to_float32(x, read_parameter(self, "kernel", kernel_init, (x.shape[-1], self.features)))
+        kernel = read_parameter(self, "kernel", kernel_init, (x.shape[-1], self.features))
+        bias = read_parameter(self, "bias", nn.initializers.zeros, (self.features,)) if self.bias else None
+        return weight.affine_to_float32(x, kernel, bias)

@@ -107,7 +107,8 @@ class RoutedAdapter(nn.Module):
         x = x_BxTxD.reshape(-1, D)[rows.tokens]
         low = GroupedLinear(experts, self.width, DOWN_INIT, name="down")(x, rows.sizes)
         y = GroupedLinear(experts, D, nn.initializers.zeros, name="up")(low, rows.sizes)
-        return self.scale * combine_experts(y, rows, k).reshape(x_BxTxD.shape)
+        y = combine_experts(y, rows, k).reshape(x_BxTxD.shape)
+        return (weight.at_least_float32(y) * self.scale).astype(y.dtype)
 
 
 class MoE(nn.Module):

@@ -25,10 +25,11 @@ class Prompt(nn.Module):
     @nn.compact
     def __call__(self, h_BxTxD: jax.Array) -> jax.Array:
         """`[B, length + T, D]`: the virtual tokens, then `h`."""
-        table = read_parameter(self, "embedding", kernel_init, (self.length, self.width)).astype(h_BxTxD.dtype)
-        table = table * jnp.asarray(self.scale, table.dtype) if self.scale != 1 else table
-        table = jnp.broadcast_to(table[None], (h_BxTxD.shape[0], self.length, self.width))
-        return jnp.concatenate([table, h_BxTxD], axis=1)
+        table = read_parameter(self, "embedding", kernel_init, (self.length, self.width))
+        # Rounded after it is spread over the rows, whose gradients are then summed in the table's dtype.
+        rows = jnp.broadcast_to(table[None], (h_BxTxD.shape[0], *table.shape)).astype(h_BxTxD.dtype)
+        rows = rows * jnp.asarray(self.scale, rows.dtype) if self.scale != 1 else rows
+        return jnp.concatenate([rows, h_BxTxD], axis=1)
 
 
 class Prefix(nn.Module):

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import at_least_float32, dot, form, trainable
+from lowrank.core.weight import at_least_float32, dot_to_float32, form, trainable
+from lowrank.weights.gains import scale_product
 from lowrank.weights.lora import LoRA, project_up
 
 
@@ -26,9 +27,8 @@ class AdaLoRA(LoRA):
 
     def low_rank_update(self, x: jax.Array) -> jax.Array:
         """`scale * (drop(x) @ A) * E @ B` for `x: [..., in]`."""
-        gain = (at_least_float32(self.e) * self.scale).astype(x.dtype)
-        t = dot(self._drop(x), self.a)
-        return project_up(t * jnp.broadcast_to(gain, t.shape), self.b)
+        t = scale_product(dot_to_float32(self._drop(x), self.a), at_least_float32(self.e) * self.scale, x.dtype)
+        return project_up(t.astype(x.dtype), self.b)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """`(A @ diag(E), B)`."""

@@ -12,17 +12,17 @@ import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
 from lowrank.core.weight import (
-    Weight,
     at_least_float32,
     dot,
+    dot_to_float32,
     form,
     frozen,
     is_stored,
-    is_weight,
     materialize,
-    name_product,
     trainable,
 )
+from lowrank.kernels import half_precision_matmul
+from lowrank.weights.gains import group_of_rows, scale_product
 from lowrank.weights.lora import LoRA
 
 
@@ -40,15 +40,15 @@ class DoRA(LoRA):
         norm = jax.lax.stop_gradient(jnp.linalg.norm(direction, axis=-2))
         return (direction * (self.magnitude / norm)[..., None, :]).astype(base.dtype)
 
-    def dot(self, x: jax.Array) -> jax.Array:
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
         """`(x @ W + scale * drop(x) @ A @ B) * magnitude / norm`, with no `in x out` temporary."""
         gain = self.magnitude / jax.lax.stop_gradient(self.column_norm())
-        y = name_product(dot(x, self.base) + self.low_rank_update(x))  # the magnitude's gradient needs the sum only
-        return y * jnp.broadcast_to(gain.astype(y.dtype), y.shape)
+        return scale_product(super().dot_to_float32(x), gain, x.dtype)
 
-    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """`x[i] @ W'_g`, with every expert's kernel formed whole, since its norms depend on all of its entries."""
-        return Weight.grouped(self, x, sizes)
+    def grouped_to_float32(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """`(x[i] @ W_g + scale_g * drop(x[i]) @ A_g @ B_g) * magnitude_g / norm_g` for rows sorted by group."""
+        gain = self.magnitude / jax.lax.stop_gradient(jax.lax.map(DoRA.column_norm, self))
+        return scale_product(super().grouped_to_float32(x, sizes), gain, x.dtype, group_of_rows(sizes, len(x)))
 
     def column_norm(self) -> jax.Array:
         """`||W + scale A B||` of each column `[out]`, in float32, computed from products of rank r only.
@@ -64,15 +64,10 @@ class DoRA(LoRA):
 
 def _wide_dot(x: jax.Array, w: Any) -> jax.Array:
     """`x @ w` in float32 without a float32 copy of a bfloat16 `w`: each float32 of x is the sum of three bfloat16s."""
-    if is_weight(w) or w.dtype != jnp.bfloat16:
+    if w.dtype != jnp.bfloat16:
         return dot(x, w)
-    parts, rest = [], x
-    for _ in range(3):
-        # The compiler might remove a cast to bfloat16 and back.
-        parts.append(jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
-        rest = rest - parts[-1]
-    products = jnp.matmul(jnp.stack(parts).astype(w.dtype), w, preferred_element_type=jnp.float32)
-    return jnp.sum(products, axis=0)
+    parts = jnp.concatenate(half_precision_matmul.split(x, w.dtype, 3))
+    return jnp.sum(dot_to_float32(parts, w).reshape(3, len(x), -1), axis=0)
 
 
 def attach(lora: LoRA) -> DoRA:

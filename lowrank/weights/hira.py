@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, frozen, materialize, trainable
+from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot_to_float32, form, frozen, materialize, trainable
 from lowrank.weights import stacked_layers
 
 
@@ -25,8 +25,8 @@ class HiRA(Weight):
         """`W * (1 + A @ B)`, in float32 and rounded once to the base's dtype."""
         return _fused(self.base, self.a, self.b, "highest")
 
-    def dot(self, x: jax.Array) -> jax.Array:
-        """`x @ (W * (1 + A @ B))`: one product with a kernel `[in, out]` that is formed for it.
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
+        """`x @ (W * (1 + A @ B))`: one product with a kernel `[in, out]` that is formed for it, in the base's dtype.
 
         No cheaper way is known, because W has full rank. The backward pass recomputes the kernel.
         """
@@ -42,7 +42,7 @@ def _fused(base: Any, a: jax.Array, b: jax.Array, precision: str | None = None) 
 
 @jax.checkpoint
 def _dot(x: jax.Array, base: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-    return dot(x, _fused(base, a, b))
+    return dot_to_float32(x, _fused(base, a, b))
 
 
 def attach(key: jax.Array, w: Any, *, ranks: Sequence[int]) -> HiRA:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.core.weight import at_least_float32, dot, form, trainable
+from lowrank.core.weight import at_least_float32, dot_to_float32, form, name_product, trainable
 from lowrank.weights.lora import LoRA, project_up
 
 
@@ -38,7 +38,8 @@ class IRLoRA(LoRA):
     def low_rank_update(self, x: jax.Array) -> jax.Array:
         """`drop(x)` `[..., in]` times the update."""
         a, b = self.factors()
-        return project_up(dot(self._drop(x), a) * self.scale.astype(x.dtype), b)
+        t = dot_to_float32(self._drop(x), a) * self.scale
+        return project_up(name_product(t.astype(x.dtype)), b)
 
 
 def pooling_matrix(n: int, m: int) -> np.ndarray:

@@ -11,7 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, frozen, materialize, trainable
+from lowrank.core.weight import (
+    KERNEL,
+    Weight,
+    at_least_float32,
+    dot,
+    dot_to_float32,
+    form,
+    frozen,
+    materialize,
+    name_product,
+    trainable,
+)
 from lowrank.weights import stacked_layers
 from lowrank.weights.lora import project_up
 
@@ -34,18 +45,22 @@ class LoHa(Weight):
         first, second = (jnp.matmul(at_least_float32(a), at_least_float32(b), precision="highest") for a, b in pairs)
         return (at_least_float32(base) + first * second * self.scale[..., None, None]).astype(base.dtype)
 
-    def dot(self, x: jax.Array) -> jax.Array:
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
         """`x @ W` plus the update, which is computed as factors of rank r^2 where these are smaller than `in x out`.
 
         `(A1 @ B1) * (A2 @ B2) = A @ B` with `A[i, pq] = A1[i, p] A2[i, q]` and `B[pq, o] = B1[p, o] B2[q, o]`.
-        Where the update `in x out` is smaller than the factors, it is formed, and the backward pass recomputes it.
+        Where the update `in x out` is smaller than the factors, it is formed, and the backward pass recomputes it. In
+        half precision, the update that is formed, or else A, B and `x @ A`, and their products are rounded.
         """
-        scale, (n_in, n_out), rank = self.scale.astype(x.dtype), self.shape, self.a1.shape[-1]
+        (n_in, n_out), rank = self.shape, self.a1.shape[-1]
         if rank**2 * (n_in + n_out) > n_in * n_out:
-            return dot(x, self.base) + _product(x, self.a1, self.b1, self.a2, self.b2) * scale
+            update = at_least_float32(_product(x, self.a1, self.b1, self.a2, self.b2))
+            return dot_to_float32(x, self.base) + update * self.scale
         a = jnp.einsum("ip,iq->ipq", self.a1, self.a2).reshape(n_in, rank**2)
         b = jnp.einsum("po,qo->pqo", self.b1, self.b2).reshape(rank**2, n_out)
-        return dot(x, self.base) + project_up(dot(x, a) * scale, b)
+        y = dot_to_float32(x, self.base)
+        t = (dot_to_float32(x, a) * self.scale).astype(x.dtype)
+        return y + at_least_float32(project_up(name_product(t), b))
 
 
 @jax.checkpoint

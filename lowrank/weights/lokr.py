@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, frozen, materialize, trainable
+from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot_to_float32, form, frozen, materialize, trainable
 from lowrank.weights import stacked_layers
 
 
@@ -45,14 +45,17 @@ class LoKr(Weight):
         update = jnp.einsum("...ml,...nk->...mnlk", *factors, precision="highest").reshape(base.shape)
         return (at_least_float32(base) + update * self.scale[..., None, None]).astype(base.dtype)
 
-    def dot(self, x: jax.Array) -> jax.Array:
-        """`x @ W` plus the update: x is reshaped to matrices `[m, n]`, with W1 on their left and W2 on their right."""
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
+        """`x @ W` plus the update: x is reshaped to matrices `[m, n]`, with W1 on their left and W2 on their right.
+
+        In half precision, the factors of the update and each of its products are rounded.
+        """
         first, second = ([part.astype(x.dtype) for part in parts] for parts in self.factors())
         x_mn = x.reshape(*x.shape[:-1], first[0].shape[0], second[0].shape[0])
         left, right = "mpl" if len(first) == 2 else "ml", "nqk" if len(second) == 2 else "nk"
         pairs = [a + b for letters in (left, right) for a, b in itertools.pairwise(letters)]
         update = jnp.einsum(f"...mn,{','.join(pairs)}->...lk", x_mn, *first, *second, optimize="optimal")
-        return dot(x, self.base) + update.reshape(*x.shape[:-1], -1) * self.scale.astype(x.dtype)
+        return dot_to_float32(x, self.base) + at_least_float32(update.reshape(*x.shape[:-1], -1)) * self.scale
 
 
 class FactorSizes(NamedTuple):

@@ -22,11 +22,14 @@ from lowrank.core.weight import (
     Weight,
     at_least_float32,
     dot,
+    dot_to_float32,
     form,
     frozen,
     grouped,
+    grouped_to_float32,
     is_weight,
     materialize,
+    name_product,
     static,
     trainable,
 )
@@ -54,15 +57,19 @@ class LoRA(Weight):
         base = materialize(self.base)
         return (at_least_float32(base) + self.delta()).astype(base.dtype)
 
-    def dot(self, x: jax.Array) -> jax.Array:
-        """`x @ W + scale * drop(x) @ A @ B` without forming `A @ B`."""
-        return dot(x, self.base) + self.low_rank_update(x)
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
+        """`x @ W + scale * drop(x) @ A @ B` without forming `A @ B`.
+
+        In half precision, A, B, `scale * drop(x) @ A` and the update are rounded, and the product with W is not.
+        """
+        return dot_to_float32(x, self.base) + at_least_float32(self.low_rank_update(x))
 
     def low_rank_update(self, x: jax.Array) -> jax.Array:
         """`scale * drop(x) @ A @ B` for `x: [..., in]`."""
-        return project_up(dot(self._drop(x), self.a) * self.scale.astype(x.dtype), self.b)
+        t = dot_to_float32(self._drop(x), self.a) * self.scale
+        return project_up(name_product(t.astype(x.dtype)), self.b)
 
-    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+    def grouped_to_float32(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """`x W_g + scale_g * drop(x) A_g B_g` for rows sorted by group; `A B` is not formed for any group.
 
         All groups use the first group's dropout key, which is safe because each row belongs to one group.
@@ -70,7 +77,8 @@ class LoRA(Weight):
         key = self.key if self.key is None else self.key[0]
         a, b = self.factors()
         low = grouped(dataclasses.replace(self, key=key)._drop(x), a, sizes)
-        return grouped(x, self.base, sizes) + grouped(low, b * self.scale[:, None, None], sizes)
+        update = grouped(low, b * self.scale[:, None, None], sizes)
+        return grouped_to_float32(x, self.base, sizes) + at_least_float32(update)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """`(A, B)`, whose product times the scale is the update."""
@@ -94,7 +102,7 @@ def project_up(t: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _widen_fwd(t: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return dot(t, b), (t, b)
+    return project_up(t, b), (t, b)
 
 
 def _widen_bwd(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import at_least_float32, dot, form, frozen, materialize, trainable
+from lowrank.core.weight import (
+    at_least_float32,
+    dot,
+    dot_to_float32,
+    form,
+    frozen,
+    materialize,
+    name_product,
+    trainable,
+)
 from lowrank.weights import dora
 from lowrank.weights.dora import DoRA
 from lowrank.weights.lora import LoRA, project_up
@@ -32,9 +41,9 @@ class LoRAXS(LoRA):
         return jnp.matmul(left, b, precision="highest") * self.scale[..., None, None]
 
     def low_rank_update(self, x: jax.Array) -> jax.Array:
-        """`scale * drop(x) @ A @ R @ B` for `x: [..., in]`."""
-        t = dot(dot(self._drop(x), self.a) * self.scale.astype(x.dtype), self.core)
-        return project_up(t, self.b)
+        """`scale * drop(x) @ A @ R @ B` for `x: [..., in]`; in half precision, all products are rounded."""
+        t = (dot_to_float32(self._drop(x), self.a) * self.scale).astype(x.dtype)
+        return project_up(dot(name_product(t), self.core), self.b)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """`(A @ R, B)`."""

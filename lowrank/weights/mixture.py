@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, frozen, static, trainable
+from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, dot_to_float32, form, frozen, static, trainable
+from lowrank.weights.gains import scale_rounded
 from lowrank.weights.lora import LoRA, project_up
 
 
@@ -94,11 +95,11 @@ class Mixture(Routed):
     strength: jax.Array | None = frozen(default=None)  # the balance loss's strength, bound together with the mask
     per_token: int = static(default=1)
 
-    def dot(self, x: jax.Array) -> jax.Array:
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
         """`[..., in] -> [..., out]`; the products of rank r of all experts are formed, then weighed by the gates."""
         g = top_k_gates(dot(x, self.router), self.per_token, self.mask, self.strength) * self.scale
-        low = dot(x, self.a).reshape(*x.shape[:-1], g.shape[-1], -1) * g[..., None].astype(x.dtype)
-        return dot(x, self.base) + project_up(low.reshape(*x.shape[:-1], -1), self.b)
+        low = scale_rounded(dot(x, self.a).reshape(*x.shape[:-1], g.shape[-1], -1), g[..., None])
+        return dot_to_float32(x, self.base) + at_least_float32(project_up(low.reshape(*x.shape[:-1], -1), self.b))
 
 
 def attach(key: jax.Array, w: Any, *, rank: int, experts: int, alpha: float, per_token: int) -> Mixture:
@@ -138,10 +139,9 @@ class Gated(LoRA):
             raise UserError(
                 "this LoRA is gated by the prompt, and it has no gate: bind it to a batch, in a layer with a router"
             )
-        y = LoRA.low_rank_update(self, x)
-        return y * jnp.broadcast_to(self.gate.astype(y.dtype)[..., None], y.shape)
+        return scale_rounded(LoRA.low_rank_update(self, x), self.gate[..., None])
 
-    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+    def grouped_to_float32(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """Raises UserError, since the rows of one expert come from many prompts."""
         raise UserError(
             "the kernels of experts multiply rows of many prompts, so they cannot be gated by the prompt: leave them "

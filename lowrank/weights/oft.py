@@ -11,7 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError, plural
-from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, frozen, materialize, static, trainable
+from lowrank.core.weight import (
+    KERNEL,
+    Weight,
+    at_least_float32,
+    dot_to_float32,
+    form,
+    frozen,
+    materialize,
+    static,
+    trainable,
+)
+from lowrank.weights.gains import scale_product
 from lowrank.weights.rotation import cayley, rotate
 
 
@@ -41,9 +52,9 @@ class OFT(Weight):
         columns = jnp.vectorize(lambda w, r: rotate(w.T, r, True, "highest").T, signature="(i,o),(f,k,a,b)->(i,o)")
         return columns(w, self.rotation_blocks())
 
-    def dot(self, x: jax.Array) -> jax.Array:
-        """`(x @ R) @ W`, with x rotated block by block."""
-        return dot(rotate(x, self.rotation_blocks()), self.base)
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
+        """`(x @ R) @ W`, with x rotated block by block; in half precision, each factor and its product are rounded."""
+        return dot_to_float32(rotate(x, self.rotation_blocks()), self.base)
 
 
 @form
@@ -61,10 +72,9 @@ class BOFT(OFT):
         base = materialize(self.base)
         return (self._rotate(at_least_float32(base)) * self.s[..., None, :]).astype(base.dtype)
 
-    def dot(self, x: jax.Array) -> jax.Array:
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
         """`((x @ R) @ W) * s`; a bias is not scaled."""
-        y = super().dot(x)
-        return y * jnp.broadcast_to(self.s.astype(y.dtype), y.shape)
+        return scale_product(super().dot_to_float32(x), self.s, x.dtype)
 
 
 def attach(w: Any, *, block: int, share: bool = False, terms: int = 0) -> OFT:

@@ -17,10 +17,12 @@ from lowrank.core.weight import (
     Weight,
     at_least_float32,
     dot,
+    dot_to_float32,
     form,
     frozen,
     is_weight,
     materialize,
+    name_product,
     static,
     trainable,
 )
@@ -48,12 +50,16 @@ class QALoRA(Weight):
         rows = jnp.repeat(self.delta(), self.block, axis=-2)[..., : base.shape[-2], :]
         return (at_least_float32(base) + rows).astype(base.dtype)
 
-    def dot(self, x: jax.Array) -> jax.Array:
-        """`x @ W + scale * (sums of x over the groups) @ A @ B`."""
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
+        """`x @ W + scale * (sums of x over the groups) @ A @ B`.
+
+        In half precision, the sums, A, B, `scale * sums @ A` and the update are rounded.
+        """
         missing = self.a.shape[-2] * self.block - x.shape[-1]
         padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-        sums = padded.reshape(*x.shape[:-1], -1, self.block).sum(-1)
-        return dot(x, self.base) + dot(dot(sums, self.a) * self.scale.astype(x.dtype), self.b)
+        sums = jnp.sum(at_least_float32(padded.reshape(*x.shape[:-1], -1, self.block)), axis=-1).astype(x.dtype)
+        t = name_product((dot_to_float32(sums, self.a) * self.scale).astype(x.dtype))
+        return dot_to_float32(x, self.base) + at_least_float32(dot(t, self.b))
 
     def absorbed(self) -> Uniform:
         """The base with the update added to its zeros: the codes stay the same, and nothing is rounded again."""

@@ -12,10 +12,10 @@ from lowrank.core.weight import (
     KERNEL,
     Weight,
     at_least_float32,
-    dot,
+    dot_to_float32,
     form,
     frozen,
-    grouped,
+    grouped_to_float32,
     materialize,
     static,
     trainable,
@@ -44,7 +44,7 @@ class SelectedExperts(Weight):
             add = jax.vmap(add)
         return add(at_least_float32(base), self.rows, at_least_float32(self.delta)).astype(base.dtype)
 
-    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+    def grouped_to_float32(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """`x[i] @ W_g`, plus `x[i] @ delta_s` for the rows of selected experts, which alone are multiplied by it."""
         experts, slots = sizes.shape[0], self.rows.shape[0]
         slot_of = jnp.full(experts, slots).at[self.rows].set(jnp.arange(slots), mode="drop")
@@ -52,8 +52,8 @@ class SelectedExperts(Weight):
         order = jnp.argsort(slot)
         counts = jnp.bincount(slot, length=slots + 1)[:slots].astype(jnp.int32)
         changed = jnp.arange(x.shape[0]) < jnp.sum(counts)
-        update = jnp.where(changed[:, None], grouped(x[order], self.delta, counts), 0)
-        return grouped(x, self.base, sizes) + update[jnp.argsort(order)]
+        update = jnp.where(changed[:, None], grouped_to_float32(x[order], self.delta, counts), 0)
+        return grouped_to_float32(x, self.base, sizes) + update[jnp.argsort(order)]
 
 
 def attach(w: Any, slots: int) -> SelectedExperts:
@@ -82,9 +82,9 @@ class ExpertUsageProbe(Weight):
         """The router's kernel."""
         return materialize(self.base)
 
-    def dot(self, x: jax.Array) -> jax.Array:
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
         """The router's logits, unchanged."""
-        logits = dot(x, self.base)
+        logits = dot_to_float32(x, self.base)
         return _with_tally_gradient(logits, self.tally, jax.lax.stop_gradient(self._usage(logits)))
 
     def _usage(self, logits: jax.Array) -> jax.Array:

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import KERNEL, at_least_float32, dot, form, frozen, static, trainable
+from lowrank.core.weight import KERNEL, at_least_float32, dot, dot_to_float32, form, frozen, static, trainable
+from lowrank.weights.gains import scale
 from lowrank.weights.mixture import Routed, top_k_mask, with_balance_loss
 
 ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "identity": lambda x: x}
@@ -38,11 +39,11 @@ class SMoRE(Routed):
     fanout: tuple[int, ...] = static(default=(1,))
     activation: str = static(default="tanh")
 
-    def dot(self, x: jax.Array) -> jax.Array:
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
         """`[..., in] -> [..., out]`."""
         token = dot(x, self.narrow)[..., None, :]
         root = self._node(len(self.fanout) - 1, x, token)[..., 0, :]
-        return dot(x, self.base) + dot(root, self.up) * self.scale.astype(x.dtype)
+        return dot_to_float32(x, self.base) + at_least_float32(dot(root, self.up)) * self.scale
 
     def _node(self, level: int, x: jax.Array, context: jax.Array) -> jax.Array:
         """The outputs `[..., P, d_(l+1)]` of P nodes, whose `context` `[..., P, c]` is the token and the keys above."""
@@ -59,7 +60,8 @@ class SMoRE(Routed):
             outputs = self._node(level - 1, x, flat)
             outputs = outputs.reshape(*children.shape, outputs.shape[-1])
             h = h + dot(outputs, self.mixes[level - 1])
-        return jnp.sum(ACTIVATIONS[self.activation](h) * gates[..., None].astype(h.dtype), axis=-2)
+        outputs = ACTIVATIONS[self.activation](h)
+        return jnp.sum(scale(at_least_float32(outputs), gates[..., None], outputs), axis=-2).astype(x.dtype)
 
     def _route(self, logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         """`(gates, children)`, both `[..., P, k]`: the softmax over the k largest logits, and their indices."""

@@ -18,7 +18,7 @@ class TrainableTokens(Weight):
     rows: jax.Array = trainable(decay=False)
 
     def materialize(self) -> jax.Array:
-        """The whole table, by which a tied head multiplies."""
+        """The whole table, by which a tied head multiplies, in the base's dtype."""
         base = materialize(self.base)
         return _set(base, self.ids, self.rows.astype(base.dtype))
 

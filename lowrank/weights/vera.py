@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot, form, frozen, materialize, trainable
+from lowrank.core.weight import (
+    KERNEL,
+    Weight,
+    at_least_float32,
+    dot,
+    dot_to_float32,
+    form,
+    frozen,
+    materialize,
+    trainable,
+)
+from lowrank.weights.gains import scale, scale_product
 
 
 @form
@@ -33,19 +44,21 @@ class VeRA(Weight):
         update = jnp.matmul(at_least_float32(a) * self.lambda_d[..., None, :], at_least_float32(b), precision="highest")
         return (at_least_float32(base) + update * self.lambda_b[..., None, :]).astype(base.dtype)
 
-    def dot(self, x: jax.Array) -> jax.Array:
-        """`x @ W + (((x @ A) * lambda_d) @ B) * lambda_b`."""
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
+        """`x @ W + (((x @ A) * lambda_d) @ B) * lambda_b`.
+
+        In half precision, A, B, `(x @ A) * lambda_d` and its product with B are rounded.
+        """
         a, b = self._shared()
-        return dot(x, self.base) + _times(dot(_times(dot(x, a), self.lambda_d), b), self.lambda_b)
+        y = dot_to_float32(x, self.base)
+        t = scale_product(dot_to_float32(x, a), self.lambda_d, x.dtype).astype(x.dtype)
+        update = dot(t, b)
+        return y + scale(at_least_float32(update), self.lambda_b, update)
 
     def _shared(self) -> tuple[jax.Array, jax.Array]:
         if self.a is None or self.b is None:
             raise UserError("a VeRA has no matrices A and B, which all weights share: apply the method's `bind` first")
         return self.a, self.b
-
-
-def _times(x: jax.Array, s: jax.Array) -> jax.Array:
-    return x * jnp.broadcast_to(s.astype(x.dtype), x.shape)
 
 
 def attach(w: Any, rank: int, d_initial: float) -> VeRA:

@@ -58,6 +58,22 @@ def test_only_a_cpu_is_asked_for_float32(platform, out):
     assert all("xbf16>, tensor" in line and line.endswith(f"x{out}>") for line in products)
 
 
+@pytest.mark.parametrize("multiply", [half_precision_matmul.matmul, half_precision_matmul.matmul_to_float32])
+def test_the_inputs_are_kept_only_for_the_gradient_of_a_kernel(multiply):
+    x, w = case(0)
+    shapes = lambda *argnums: [  # noqa: E731
+        v.aval.shape
+        for v in jax.make_jaxpr(
+            lambda x, w: jax.vjp(
+                lambda *some: multiply(*(dict(enumerate((x, w))) | dict(zip(argnums, some, strict=True))).values()),
+                *((x, w)[i] for i in argnums),
+            )[1]
+        )(x, w).jaxpr.outvars
+    ]
+    assert x.shape not in shapes(0)
+    assert x.shape in shapes(0, 1)
+
+
 def test_vectorizes_over_a_stack_of_kernels():
     x, w = case(0)
     many = jax.vmap(half_precision_matmul.matmul, in_axes=(None, 0))(x, jnp.stack([w, -w]))

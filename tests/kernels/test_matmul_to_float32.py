@@ -37,6 +37,15 @@ def test_half_precision_gradients_are_those_of_single_precision_rounded(axis):
     assert [g.dtype for g in half] == [x.dtype, w.dtype]
 
 
+@pytest.mark.parametrize("name", ["lora", "dora", "nf4", "int8", "ia3 in"])
+def test_logits_of_a_head_that_is_a_form_are_not_rounded(name):
+    x, w, _ = inputs(0)
+    form = FORMS[name](jax.random.key(0), w.astype(jnp.bfloat16))
+    logits = jax.jit(dot_to_float32)(x, form)
+    assert logits.dtype == jnp.float32
+    assert_close(logits, np.asarray(x, np.float64) @ np.asarray(form.materialize(), np.float64), relative=2e-5)
+
+
 def test_a_head_may_be_a_form():
     x, w, _ = inputs(0)
     form = shaken(FORMS["lora"](jax.random.key(0), w), jax.random.key(1))

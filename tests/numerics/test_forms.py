@@ -8,16 +8,10 @@ import pytest
 from lowrank.core import tree
 from lowrank.core.weight import declared_mask, dot, materialize
 from tests.support.close import assert_close
+from tests.support.float64 import in_float64
 from tests.support.weight_forms import FORMS, IN, kernel, shaken
 
 X = np.random.default_rng(0).standard_normal((2, 5, IN)).astype(np.float32)
-
-
-def in_float64(function, *arguments):
-    """The result of `function` with every float32 leaf of the arguments in float64."""
-    with jax.enable_x64(True):
-        double = jax.tree.map(lambda x: np.float64(x) if x.dtype == np.float32 else x, jax.device_get(arguments))
-        return jax.device_get(jax.jit(function)(*double))
 
 
 @pytest.mark.parametrize("name", FORMS)

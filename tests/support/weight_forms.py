@@ -158,6 +158,19 @@ FORMS |= {
 }
 
 
+# How many times the product of a form is rounded in half precision, besides the last time, as its docstrings say: once
+# for each kernel that is formed or decoded, for each factor of a rotation and its result, and for scaled inputs. The
+# roundings of an update's factors count where the update is as large as the output. Others: 0.
+ROUNDINGS: dict[str, int] = {
+    **dict.fromkeys(ROUNDED, 1),
+    **dict.fromkeys(("sparse", "rows", "hira"), 1),
+    **dict.fromkeys(("oft", "oft one block for all", "oft by a series"), 2),
+    **dict.fromkeys(("awq", "hira of nf4", "hira of ia3"), 2),
+    **dict.fromkeys(("pissa", "olora", "lora_xs", "lora_xs ranks by layer", "lora_xs of ia3", "edora"), 6),
+    "oft of nf4": 3,
+    "boft": 4,
+}
+
 # Forms that differ from another one in an option, or are two of the others in one: their laws are in `make test-all`.
 VARIANTS = (
     *("rslora gaussian", "lora zero A", "olora", "lora_xs ranks by layer", "lora_xs of ia3", "hira of ia3"),
@@ -171,25 +184,25 @@ def kernel(stacked: bool) -> jax.Array:
     return jax.random.normal(jax.random.key(0), (L, IN, OUT) if stacked else (IN, OUT))
 
 
-def shaken(w: Any, key: jax.Array) -> Any:
-    """The form after some training: every declared trainable leaf moved, padding left alone."""
+def shaken(w: Any, key: jax.Array, size: float = 0.3) -> Any:
+    """The form after some training: every declared trainable leaf moved by about `size`, padding left alone."""
     moved = {}
     for field in dataclasses.fields(w) if dataclasses.is_dataclass(w) else ():
         value, field_key = getattr(w, field.name), jax.random.fold_in(key, len(moved))
         if dataclasses.is_dataclass(value):
-            moved[field.name] = shaken(value, field_key)
+            moved[field.name] = shaken(value, field_key, size)
         elif field.metadata.get("trainable") and value is not None:
-            moved[field.name] = _moved(w, field.name, value, field_key)
+            moved[field.name] = _moved(w, field.name, value, field_key, size)
     return dataclasses.replace(w, **moved) if moved else w
 
 
 PAIRS = (("a", "b"), ("a1", "b1"), ("a2", "b2"))  # factors whose ranks may be padded
 
 
-def _moved(w: Any, name: str, value: Any, key: jax.Array) -> Any:
+def _moved(w: Any, name: str, value: Any, key: jax.Array, size: float) -> Any:
     if isinstance(value, tuple):
-        return tuple(x + 0.3 * jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(value))
-    noise = 0.3 * jax.random.normal(key, value.shape)
+        return tuple(x + size * jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(value))
+    noise = size * jax.random.normal(key, value.shape)
     pair = next((pair for pair in PAIRS if name in pair and hasattr(w, pair[0])), None)
     if not pair:
         return value + noise

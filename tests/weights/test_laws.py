@@ -1,5 +1,6 @@
 """The laws of a weight, for every form in the table."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,8 +12,9 @@ from lowrank.core import tree, weight
 from lowrank.core.tree import flatten_named, unflatten_named
 from lowrank.core.weight import declared_mask
 from tests.support.close import assert_close
+from tests.support.float64 import in_float64
 from tests.support.thinning import leave
-from tests.support.weight_forms import FORMS, IN, OUT, ROUNDED, VARIANTS, L, kernel, shaken
+from tests.support.weight_forms import FORMS, IN, OUT, ROUNDED, ROUNDINGS, VARIANTS, L, kernel, shaken
 
 # One program each for a form, where its operations one by one are ten.
 materialize, dot, affine, grouped, merge = map(
@@ -20,6 +22,7 @@ materialize, dot, affine, grouped, merge = map(
 )
 KEY = jax.random.key(1)
 X = jax.random.normal(jax.random.key(2), (2, 5, IN))
+BIAS = jnp.linspace(-1, 1, OUT)
 each_form = pytest.mark.parametrize("name", leave(FORMS, VARIANTS))
 
 
@@ -100,14 +103,78 @@ def test_gradient_of_dot_is_the_gradient_through_materialize(name):
     assert_close(fast, plain, relative=2e-5)
 
 
+def rms(values):
+    return np.sqrt(np.mean(np.square(np.asarray(values, np.float64))))
+
+
+def assert_rounded(actual, exact, times):
+    """Holds bfloat16 values to the error of rounding the exact ones once, and `times` times more."""
+    assert actual.dtype == jnp.bfloat16
+    once = rms(np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float64) - exact)
+    assert rms(np.asarray(actual, np.float64) - exact) <= 1.2 * np.sqrt(1 + times) * once
+
+
 @each_form
-def test_bfloat16_base_keeps_its_dtype_and_stays_close(name):
-    w = FORMS[name](KEY, kernel(False).astype(jnp.bfloat16))
+def test_a_bfloat16_product_is_rounded_as_often_as_the_form_says(name):
+    w = shaken(FORMS[name](KEY, kernel(False).astype(jnp.bfloat16)), jax.random.key(3), 0.1)
+    x = jax.random.normal(jax.random.key(5), (100, IN), jnp.bfloat16)
     assert materialize(w).dtype == jnp.bfloat16
-    y = dot(X.astype(jnp.bfloat16), w)
-    assert y.dtype == jnp.bfloat16
-    near = materialize(w).astype(jnp.float32) if name in ROUNDED else kernel(False)
-    assert_close(y.astype(jnp.float32), X @ near, relative=0.04)
+    assert_rounded(dot(x, w), in_float64(lambda x, w: x @ weight.materialize(w), x, w), ROUNDINGS.get(name, 0))
+
+
+@each_form
+def test_the_backward_pass_of_a_bfloat16_product_keeps_no_float32_activation(name):
+    rows = 97  # a number that no dimension of a form has
+    w = shaken(FORMS[name](KEY, kernel(False).astype(jnp.bfloat16)), jax.random.key(3))
+    trained, frozen = tree.split(w, declared_mask({"kernel": w}, [])["kernel"])
+    pullback = lambda t, x: jax.vjp(lambda t, x: weight.affine(x, tree.join(t, frozen), BIAS), t, x)[1]  # noqa: E731
+    program = jax.make_jaxpr(pullback)(trained, jnp.ones((rows, IN), jnp.bfloat16)).jaxpr
+    kept = [v.aval for v in program.outvars if v.aval.shape[:1] == (rows,) and v.aval.size > rows]
+    assert not [x for x in kept if x.dtype == jnp.float32]
+
+
+GAINS = ("dora", "edora", "ia3 out", "ia3 in", "lora", "ia3 of dora")
+
+
+@pytest.mark.parametrize("name", leave(GAINS, ("lora", "ia3 of dora")))
+def test_a_grouped_bfloat16_product_is_rounded_as_often(name):
+    w = shaken(FORMS[name](KEY, kernel(True).astype(jnp.bfloat16)), jax.random.key(3), 0.1)
+    x, sizes = jax.random.normal(jax.random.key(5), (100, IN), jnp.bfloat16), jnp.array([30, 0, 70], jnp.int32)
+    experts = np.repeat(np.arange(L), sizes)
+    kernels = in_float64(weight.materialize, w)
+    assert_rounded(
+        grouped(x, w, sizes), np.einsum("ni,nio->no", np.float64(x), kernels[experts]), ROUNDINGS.get(name, 0)
+    )
+
+
+FACTORS = {"dora": "magnitude", "ia3 out": "s", "ia3 in": "s", "boft": "s"}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_small_gain_moves_bfloat16_outputs_by_as_much(name):
+    w = FORMS[name](KEY, kernel(False).astype(jnp.bfloat16))
+    x = jax.random.normal(jax.random.key(5), (1000, IN), jnp.bfloat16)
+    exact = np.float64(x) @ np.float64(kernel(False).astype(jnp.bfloat16))
+    raised = dataclasses.replace(w, **{FACTORS[name]: 1.002 * getattr(w, FACTORS[name])})
+    assert abs(np.sum(np.float64(dot(x, raised)) * exact) / np.sum(exact * exact) - 1.002) < 5e-4
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_the_gradient_of_a_gain_is_summed_in_float32(name):
+    w, x = FORMS[name](KEY, jnp.ones((IN, OUT), jnp.bfloat16)), jnp.ones((5000, IN), jnp.bfloat16)
+
+    def total(gain, x, w):  # all are arguments, since XLA on CPUs folds products of constant ones to 1
+        return jnp.sum(weight.dot(x, dataclasses.replace(w, **{FACTORS[name]: gain})).astype(jnp.float32))
+
+    gain = getattr(w, FACTORS[name])
+    assert_close(jax.jit(jax.grad(total))(gain, x, w), 5000 * IN * OUT / gain.size / gain)
+
+
+def test_a_bias_of_a_bfloat16_layer_has_a_float32_gradient():
+    x, w = jnp.ones((5000, IN), jnp.bfloat16), kernel(False).astype(jnp.bfloat16)
+    for form in (w, FORMS["lora"](KEY, w), FORMS["ia3 in"](KEY, w)):
+        total = jax.jit(jax.grad(lambda bias, form=form: jnp.sum(affine(x, form, bias).astype(jnp.float32))))
+        np.testing.assert_array_equal(total(jnp.zeros(OUT)), np.full(OUT, 5000, np.float32))
 
 
 @each_form

@@ -1,5 +1,7 @@
 """The grouped product on a CPU: a loop over the blocks of each group's rows, whose length the data decides."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -8,8 +10,8 @@ from lowrank.kernels import half_precision_matmul
 BLOCK = 64  # the largest number of rows that are multiplied at a time
 
 
-def multiply_rows(x: jax.Array, w: jax.Array, sizes: jax.Array, contracted: int) -> jax.Array:
-    """`x[i]` times `w[g]`, summed over the axis `contracted` of `w[g]`.
+def multiply_rows(x: jax.Array, w: jax.Array, sizes: jax.Array, contracted: int, dtype: Any) -> jax.Array:
+    """`x[i]` times `w[g]`, summed over the axis `contracted` of `w[g]`, in `dtype`.
 
     The last block of a group runs into the rows of the next group, which then writes its own values there.
     """
@@ -21,12 +23,12 @@ def multiply_rows(x: jax.Array, w: jax.Array, sizes: jax.Array, contracted: int)
 
         def add_block(i: jax.Array, out: jax.Array) -> jax.Array:
             part = jax.lax.dynamic_slice_in_dim(x, start + i * block, block)
-            part = half_precision_matmul.matmul(part, kernel, contracted)
+            part = half_precision_matmul.matmul_in(dtype, part, kernel, contracted)
             return jax.lax.dynamic_update_slice_in_dim(out, part, start + i * block, 0)
 
         return jax.lax.fori_loop(0, -(-sizes[g] // block), add_block, out)
 
-    out = jnp.zeros((rows + block, w.shape[2 - contracted]), x.dtype)
+    out = jnp.zeros((rows + block, w.shape[2 - contracted]), dtype)
     return jax.lax.fori_loop(0, len(w), add_group, out)[:rows]
 
 

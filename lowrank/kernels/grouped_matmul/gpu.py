@@ -5,7 +5,7 @@ largest that any sizes need. A block has `BLOCK` rows. The last block of a group
 which then writes its own values there.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,17 +33,20 @@ def plan_steps(sizes: jax.Array, rows: int) -> Steps:
     return Steps(group, jnp.where(i < after[-1], start, rows), ends[group])
 
 
-def multiply_rows(x: jax.Array, w: jax.Array, sizes: jax.Array, contracted: int) -> jax.Array:
-    """`x[i]` times `w[g]`, summed over the axis `contracted` of `w[g]`; rows beyond the last group hold any values."""
+def multiply_rows(x: jax.Array, w: jax.Array, sizes: jax.Array, contracted: int, dtype: Any) -> jax.Array:
+    """`x[i]` times `w[g]`, summed over the axis `contracted` of `w[g]`, in `dtype`.
+
+    Rows beyond the last group hold any values.
+    """
     rows, steps = len(x), plan_steps(sizes, len(x))
     x = jnp.pad(x, ((0, BLOCK), (0, 0)))
 
     def write_block(i: jax.Array, out: jax.Array) -> jax.Array:
         part = jax.lax.dynamic_slice_in_dim(x, steps.start[i], BLOCK)
-        part = half_precision_matmul.matmul(part, w[steps.group[i]], contracted)
+        part = half_precision_matmul.matmul_in(dtype, part, w[steps.group[i]], contracted)
         return jax.lax.dynamic_update_slice_in_dim(out, part, steps.start[i], 0)
 
-    out = jnp.zeros((len(x), w.shape[2 - contracted]), x.dtype)
+    out = jnp.zeros((len(x), w.shape[2 - contracted]), dtype)
     return jax.lax.fori_loop(0, len(steps.group), write_block, out)[:rows]
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.core.weight import Weight
+from lowrank.core.weight import Weight, at_least_float32
 from lowrank.kernels import half_precision_matmul
 from lowrank.weights.quantized.partitioned_matmul import is_partitioned, partition_matmul
 
@@ -83,7 +83,11 @@ class Quantized(Weight):
 
     def dot(self, x: jax.Array) -> jax.Array:
         """`x @ W`, tile by tile."""
-        return _product(x, self)
+        return _product(x, self, x.dtype, x.dtype)
+
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
+        """`x @ W`, tile by tile, which is not rounded; each tile of W is rounded to the dtype of `x`."""
+        return _product(x, self, x.dtype, at_least_float32(x).dtype)
 
     def tile_alignment(self) -> tuple[int, int]:
         """`(run, unit)`: a tile of rows lies within one run of rows, and its height is a multiple of the unit."""
@@ -110,17 +114,20 @@ def slice_axis(x: jax.Array, start: Any, size: int, axis: int, aligned: bool) ->
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, w: Quantized) -> jax.Array:
-    return _multiply(_by_columns, 0, x, w)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: jax.Array, w: Quantized, dtype: Any, out: Any) -> jax.Array:
+    """`x @ W` in the dtype `out`; the gradient is rounded to `dtype`, that of `x`, before it is multiplied."""
+    del dtype
+    return _multiply(_by_columns, 0, x, w, out)
 
 
-def _backward(w: Quantized, g: jax.Array) -> tuple[jax.Array, Any]:
+def _backward(dtype: Any, out: Any, w: Quantized, g: jax.Array) -> tuple[jax.Array, Any]:
     """`g @ W.T`, and zero cotangents for the frozen weight."""
-    return _multiply(_by_rows, 1, g, w), zero_cotangents(w)
+    del out
+    return _multiply(_by_rows, 1, g.astype(dtype), w, dtype), zero_cotangents(w)
 
 
-_product.defvjp(lambda x, w: (_product(x, w), w), _backward)
+_product.defvjp(lambda x, w, dtype, out: (_product(x, w, dtype, out), w), _backward)
 
 
 def zero_cotangents(w: Weight) -> Any:
@@ -133,8 +140,8 @@ def zero_cotangents(w: Weight) -> Any:
     return jax.tree.map(zero, w)
 
 
-def _multiply(by_tiles: Callable[..., jax.Array], contracted: int, x: jax.Array, w: Quantized) -> jax.Array:
-    """`x` times the kernel, summed over its axis `contracted`.
+def _multiply(by_tiles: Callable[..., jax.Array], contracted: int, x: jax.Array, w: Quantized, out: Any) -> jax.Array:
+    """`x` times the kernel, summed over its axis `contracted`, in the dtype `out`.
 
     TPU programs have no custom partitioning. Where a TPU mesh shards the kernel, the product is a plain one, inside
     which the TPU's compiler dequantizes.
@@ -142,9 +149,9 @@ def _multiply(by_tiles: Callable[..., jax.Array], contracted: int, x: jax.Array,
     w = w.with_plain_scales()
 
     def undivided(x: jax.Array, w: Quantized) -> jax.Array:
-        return half_precision_matmul.matmul(x, w.materialize(), contracted)
+        return half_precision_matmul.matmul_in(out, x, w.materialize(), contracted)
 
-    tiles = lambda elements: functools.partial(by_tiles, elements)  # noqa: E731
+    tiles = lambda elements: functools.partial(by_tiles, elements, out)  # noqa: E731
     return jax.lax.platform_dependent(
         *(x, w),
         tpu=undivided if is_partitioned(w.codes) else tiles(TPU_TILE_ELEMENTS),
@@ -153,20 +160,22 @@ def _multiply(by_tiles: Callable[..., jax.Array], contracted: int, x: jax.Array,
     )
 
 
-def _by_columns(elements: int, x: jax.Array, w: Quantized) -> jax.Array:
+def _by_columns(elements: int, out: Any, x: jax.Array, w: Quantized) -> jax.Array:
     """`x @ W`, by tiles of columns of about this number of elements."""
     unit = min(LANES, w.shape[-1])
     width = _tile_units(elements // (w.padded_rows * unit), -(-w.shape[-1] // unit)) * unit
-    part = lambda start, size: half_precision_matmul.matmul(x, w.tile(1, start, size).materialize())  # noqa: E731
-    return _fill_by_tiles(part, (*x.shape[:-1], w.shape[-1]), x.dtype, width, w.shape[-1])
+    multiply = functools.partial(half_precision_matmul.matmul_in, out, x)
+    part = lambda start, size: multiply(w.tile(1, start, size).materialize())  # noqa: E731
+    return _fill_by_tiles(part, (*x.shape[:-1], w.shape[-1]), out, width, w.shape[-1])
 
 
-def _by_rows(elements: int, g: jax.Array, w: Quantized) -> jax.Array:
+def _by_rows(elements: int, out: Any, g: jax.Array, w: Quantized) -> jax.Array:
     """`g @ W.T`, by tiles of rows of about this number of elements."""
     run, unit = w.tile_alignment()
     height = _tile_units(elements // (w.shape[-1] * unit), run // unit) * unit
-    part = lambda start, size: half_precision_matmul.matmul(g, w.tile(0, start, size).materialize(), 1)  # noqa: E731
-    return _fill_by_tiles(part, (*g.shape[:-1], w.padded_rows), g.dtype, height, run)[..., : w.rows]
+    multiply = functools.partial(half_precision_matmul.matmul_in, out, g)
+    part = lambda start, size: multiply(w.tile(0, start, size).materialize(), 1)  # noqa: E731
+    return _fill_by_tiles(part, (*g.shape[:-1], w.padded_rows), out, height, run)[..., : w.rows]
 
 
 def _tile_units(limit: int, total: int) -> int:

@@ -4,6 +4,7 @@ The form uses `decode(state) -> [in, out]` of the quantizer and nothing else. Th
 dequantize the whole kernel, not tiles of it, and the residuals hold the state only.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -48,22 +49,23 @@ class BlackBox(Weight):
             decode = jax.vmap(decode)
         return decode(self.state).astype(self.dtype)
 
-    def dot(self, x: jax.Array) -> jax.Array:
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
         """`x @ W`."""
-        return _product(x, self)
+        return _product(x, self, x.dtype)
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, w: BlackBox) -> jax.Array:
-    return half_precision_matmul.matmul(x, w.materialize())
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, w: BlackBox, dtype: Any) -> jax.Array:
+    del dtype  # that of x, to which the gradient is rounded before it is multiplied
+    return half_precision_matmul.matmul_to_float32(x, w.materialize())
 
 
-def _backward(w: BlackBox, g: jax.Array) -> tuple[jax.Array, Any]:
-    dx = half_precision_matmul.matmul(g, w.materialize(), 1)
+def _backward(dtype: Any, w: BlackBox, g: jax.Array) -> tuple[jax.Array, Any]:
+    dx = half_precision_matmul.matmul(g.astype(dtype), w.materialize(), 1)
     return dx, zero_cotangents(w)
 
 
-_product.defvjp(lambda x, w: (_product(x, w), w), _backward)
+_product.defvjp(lambda x, w, dtype: (_product(x, w, dtype), w), _backward)
 
 
 def absmax(kernel: jax.Array) -> tuple[Any, Callable[[Any], jax.Array]]:

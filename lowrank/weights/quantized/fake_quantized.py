@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.weight import KERNEL, Weight, at_least_float32, form, static, trainable
-from lowrank.kernels.half_precision_matmul import matmul
+from lowrank.kernels.half_precision_matmul import matmul_to_float32
 from lowrank.weights.quantized.base import Quantized
 from lowrank.weights.quantized.schemes import SCHEMES
 
@@ -47,10 +47,10 @@ class FakeQuantized(Weight):
         values = self.codes().materialize().astype(self.latent.dtype)
         return (self.latent + jax.lax.stop_gradient(values - self.latent)).astype(self.dtype)
 
-    def dot(self, x: jax.Array) -> jax.Array:
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
         """`x @ W`, with `x` rounded to `activations` bits unless they are 0."""
         x = round_activations(x, self.activations) if self.activations else x
-        return matmul(x, self.materialize())
+        return matmul_to_float32(x, self.materialize())
 
 
 def round_activations(x: jax.Array, bits: int) -> jax.Array:

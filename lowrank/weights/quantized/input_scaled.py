@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.weight import Weight, at_least_float32, dot, form, frozen
+from lowrank.core.weight import Weight, at_least_float32, dot_to_float32, form, frozen
+from lowrank.weights.gains import scale_rounded
 from lowrank.weights.quantized.base import Quantized
 
 
@@ -44,9 +45,9 @@ class InputScaled(Weight):
         spread = jnp.broadcast_to(self.inputs[..., None].astype(values.dtype), values.shape)
         return (values * spread).astype(self.dtype)
 
-    def dot(self, x: jax.Array) -> jax.Array:
-        """`(x * inputs) @ Q`."""
-        return dot(x * jnp.broadcast_to(self.inputs.astype(x.dtype), x.shape), self.scaled)
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
+        """`(x * inputs) @ Q`; in half precision, `x * inputs` is rounded, as Q is."""
+        return dot_to_float32(scale_rounded(x, self.inputs), self.scaled)
 
 
 def scale_inputs(w: jax.Array, scale: jax.Array, quantize: Callable[[jax.Array], Quantized]) -> InputScaled:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.core.errors import UserError
-from lowrank.core.weight import Weight, dot, form, frozen, static
+from lowrank.core.weight import Weight, dot_to_float32, form, frozen, static
 from lowrank.weights.quantized import codebook, lookup_tables
 from lowrank.weights.quantized.double_quantization import SECOND_BLOCK
 from lowrank.weights.quantized.packing import split_blocks
@@ -68,7 +68,7 @@ class Mixed(Weight):
         groups = jnp.take_along_axis(groups, order[..., None, None], axis=-3)
         return groups.reshape(kernel.shape)[..., : self.rows, :]
 
-    def dot(self, x: jax.Array) -> jax.Array:
+    def dot_to_float32(self, x: jax.Array) -> jax.Array:
         """`x[high] @ high + x[low] @ low`, where the inputs are reordered, not the kernel."""
         n = self.index.shape[-1]
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n * self.block - self.rows)])
@@ -76,7 +76,7 @@ class Mixed(Weight):
         y: Any = 0
         x, first = groups.reshape(x.shape), 0
         for part in self.parts:
-            y = y + dot(x[..., first : first + part.rows], part)
+            y = y + dot_to_float32(x[..., first : first + part.rows], part)
             first += part.rows
         return y
 
