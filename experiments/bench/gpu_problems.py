@@ -3,6 +3,7 @@
 Shapes: T rows, d inputs, k outputs, r rank, n adapters, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from lowrank.weights.lora import LoRA
 from lowrank.weights.quantized.schemes import SCHEMES
 
 SCALE = 2.0
-OURS = "ours"
+OURS, BODY = "ours", "pallas_gpu"  # the form that users get, and the Pallas body, which no GPU may have checked
 Arrays = tuple[Any, ...]
 
 
@@ -69,8 +70,8 @@ def four_bits(scheme: str, T: int, d: int, k: int) -> Problem:
 def adapters(T: int, d: int, k: int, r: int, n: int) -> Problem:
     """`(x A_i) B_i` where each row has an adapter `i` of its own: gathered, masked and grouped forms."""
 
-    def ours(x, a, b, ids):
-        return grouped_lora(x, jnp.swapaxes(a, 1, 2), b, jnp.ones(n), ids)
+    def ours(x, a, b, ids, implementation="auto"):
+        return grouped_lora(x, jnp.swapaxes(a, 1, 2), b, jnp.ones(n), ids, implementation)
 
     def gathered(x, a, b, ids):
         return jnp.einsum("tr,trk->tk", jnp.einsum("td,tdr->tr", x, a[ids]), b[ids])
@@ -98,9 +99,8 @@ def adapters(T: int, d: int, k: int, r: int, n: int) -> Problem:
         drawn = (_normal(key, i, *shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes))
         return *drawn, jax.random.randint(key, (T,), 0, n)
 
-    return Problem(
-        inputs, {OURS: ours, "gathered": gathered, "masked": masked, "ragged_dot": grouped}, exact, (0, 1, 2)
-    )
+    forms = {OURS: ours, "gathered": gathered, "masked": masked, "ragged_dot": grouped}
+    return Problem(inputs, {**forms, BODY: functools.partial(ours, implementation=BODY)}, exact, (0, 1, 2))
 
 
 def head_loss(T: int, d: int, V: int) -> Problem:

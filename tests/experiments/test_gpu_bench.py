@@ -16,8 +16,25 @@ def test_every_form_agrees_with_float64(name):
     problem = gpu_problems.CHECKS[name]
     inputs = problem.inputs(jax.random.key(0))
     found = gpu_kernels.differences(problem, (*inputs, gpu_problems.cotangent(problem, inputs, jax.random.key(1))))
-    assert set(found["relative"]) == set(problem.forms)
+    assert set(found["relative"]) == set(problem.forms) - {gpu_problems.BODY}
     assert found["agrees"]
+
+
+def test_a_pallas_body_that_fails_or_disagrees_is_left_out_of_what_is_timed(monkeypatch):
+    problem = gpu_problems.CHECKS["lora rank 1"]
+    ours = problem.forms[gpu_problems.OURS]
+    inputs = problem.inputs(jax.random.key(0))
+    given = (*inputs, gpu_problems.cotangent(problem, inputs, jax.random.key(1)))
+    monkeypatch.setattr(gpu_kernels.dispatch, "runs_on", lambda name, kind: True)
+    monkeypatch.setattr(gpu_kernels, "seconds", lambda call, given: {"median": 1.0})
+
+    def refused(*arrays):
+        raise ValueError("no layout\nat line 3")
+
+    for body, why in ((refused, "no layout"), (lambda *arrays: 2 * ours(*arrays), "it differs from ours by 1.0e+00")):
+        changed = problem._replace(forms={gpu_problems.OURS: ours, gpu_problems.BODY: body})
+        assert gpu_kernels.differences(changed, given)["agrees"]
+        assert gpu_kernels.times(changed, given)[gpu_problems.BODY] == {"failed": why}
 
 
 def test_our_side_imports_no_package_that_the_machine_may_lack():

@@ -1,14 +1,18 @@
 """The low-rank products of many adapters in one batch against loops in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lowrank.core.errors import UserError
-from lowrank.kernels.grouped_lora import plain, tpu
+from lowrank.kernels.grouped_lora import gpu, plain
 from lowrank.kernels.grouped_lora.dispatch import check_ids, grouped_lora, stack_adapters
+from lowrank.kernels.grouped_lora.steps import plan_steps
 from tests.support.close import assert_close
+from tests.support.gpu_interpreter import interpreted
 
 FORMS = {
     "masked": plain.multiply_masked,
@@ -96,9 +100,42 @@ def test_a_nan_in_one_adapter_reaches_no_other_gradient(broken):
     assert not any(np.isfinite(f).any() for f in (dx[ids == 2], *(f[2] for f in found)))
 
 
+@pytest.mark.parametrize(
+    ("ranks", "rows", "dtype", "relative"),
+    [((4, 1, 7), 135, jnp.bfloat16, 2e-2), ((1, 1), 1, jnp.bfloat16, 2e-2), ((72, 3, 16), 70, jnp.float16, 4e-3)],
+)
+def test_the_gpu_body_meets_each_rows_own_adapter(ranks, rows, dtype, relative):
+    adapters, x, ids = case(ranks, rows, dtype=dtype, none=min(4, rows - 1))
+    a, b, scale = stack_adapters(adapters)
+    b = b.at[-1].set(jnp.where(rows > 1, jnp.nan, b[-1]))
+    with interpreted():
+        y = np.asarray(jax.jit(gpu.multiply)(x, a, b, scale, ids), np.float64)
+    whole = (ids != len(ranks) - 1) | (rows == 1)
+    assert_close(y[whole], expected(adapters, x, ids)[whole], relative=relative)
+    assert np.isnan(y[~whole]).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "adapters", "rank", "width", "out"),
+    [(256, 64, 16, 4096, 4096), (8192, 4, 512, 4096, 14336), (37, 3, 7, 24, 40), (1, 1, 1, 8, 8)],
+)
+def test_the_gpu_body_lowers(rows, adapters, rank, width, out):
+    shapes = ((rows, width), (adapters, rank, width), (adapters, rank, out))
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    arrays += [jax.ShapeDtypeStruct((adapters,), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)]
+    run = functools.partial(grouped_lora, implementation="pallas_gpu")
+    assert "mosaic_gpu" in jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_what_the_gpu_body_cannot_take_is_refused():
+    adapters, x, ids = case((513, 2), 4)
+    with pytest.raises(UserError, match="bfloat16 or float16 and ranks to 512, not float32 and 513: use 'xla'"):
+        grouped_lora(x, *stack_adapters(adapters), ids, "pallas_gpu")
+
+
 def test_every_tile_of_rows_is_visited_once_for_each_of_its_adapters():
     keys = jnp.asarray(np.repeat([0, 2, 3], [130, 6, 248]), jnp.int32)
-    group, tile = tpu.plan_steps(keys, 3)
+    group, tile = plan_steps(keys, 3, 128)
     assert list(zip(group.tolist(), tile.tolist(), strict=True)) == [(0, 0), (0, 1), (2, 1), (3, 1), (3, 2), (3, 2)]
 
 

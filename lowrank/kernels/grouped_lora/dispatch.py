@@ -10,10 +10,13 @@ import numpy as np
 
 from lowrank.core.errors import UserError
 from lowrank.kernels.dispatch import Operation
-from lowrank.kernels.grouped_lora import plain, tpu
+from lowrank.kernels.grouped_lora import gpu, plain, tpu
 
 _OPERATION = Operation(
-    "grouped_lora", xla={"tpu": plain.multiply_on_tpu, "default": plain.multiply}, pallas_tpu=tpu.multiply
+    "grouped_lora",
+    xla={"tpu": plain.multiply_on_tpu, "default": plain.multiply},
+    pallas_tpu=tpu.multiply,
+    pallas_gpu=gpu.multiply,
 )
 # The adapters for which the TPU body, as compiled, moves fewer bytes than plain JAX: so many ranks in all, of which no
 # adapter has more than these.
@@ -27,8 +30,10 @@ def grouped_lora(
 
     A value of one adapter that is not finite reaches the rows and the gradient of that adapter only. The gradient is
     that of the form in plain JAX. `check_ids` refuses ids on the host; in a compiled program, a row whose id is out of
-    range is zero.
+    range is zero. Raises UserError for a dtype or a rank that the body for GPUs, where it is named, cannot take.
     """
+    if implementation == "pallas_gpu":
+        gpu.check(x.dtype, a.shape[1])
     unshown = a.shape[0] * a.shape[1] < SHOWN_RANKS or a.shape[1] > SHOWN_RANK
     return _product("xla" if implementation == "auto" and unshown else implementation, x, a, b, scale, ids)
 

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lowrank.kernels.grouped_lora.plain import sort_keys
+from lowrank.kernels.grouped_lora.steps import plan_steps
 
 TILE = 128  # rows
 SUBLANES = 16  # ranks are padded to a multiple: the rows of a register of bfloat16
@@ -32,28 +33,11 @@ def multiply(
     return y[:rows][jnp.argsort(order)]
 
 
-def plan_steps(keys: jax.Array, adapters: int) -> tuple[jax.Array, jax.Array]:
-    """`(group, tile)` of each step, for sorted keys `[T]` of which N stands for no adapter.
-
-    Steps that are not needed repeat the last tile for no adapter.
-    """
-    tiles, groups = len(keys) // TILE, jnp.arange(adapters + 1)
-    first = jnp.searchsorted(keys, groups, side="left")
-    end = jnp.searchsorted(keys, groups, side="right")
-    counts = jnp.where(end > first, (end - 1) // TILE - first // TILE + 1, 0)
-    after = jnp.cumsum(counts)
-    step = jnp.arange(tiles + adapters)
-    group = jnp.minimum(jnp.searchsorted(after, step, side="right"), adapters)
-    tile = first[group] // TILE + step - (after - counts)[group]
-    needed = step < after[-1]
-    return jnp.where(needed, group, adapters).astype(jnp.int32), jnp.where(needed, tile, tiles - 1).astype(jnp.int32)
-
-
 def _multiply_sorted(
     x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, keys: jax.Array, interpret: Any
 ) -> Any:
     (adapters, ranks, width), out = a.shape, b.shape[2]
-    group, tile = plan_steps(keys, adapters)
+    group, tile = plan_steps(keys, adapters, TILE)
     own = lambda step, group, tile, scale: (jnp.minimum(group[step], adapters - 1), 0, 0)  # noqa: E731
     rows = lambda step, group, tile, scale: (tile[step], 0)  # noqa: E731
     moved = x.nbytes + a.nbytes + b.nbytes + len(x) * out * x.dtype.itemsize
