@@ -10,9 +10,9 @@ import numpy as np
 
 from lowrank.core.errors import UserError
 from lowrank.kernels.dispatch import Operation
-from lowrank.kernels.four_bit_matmul import plain, tpu
+from lowrank.kernels.four_bit_matmul import gpu, plain, tpu
 
-_OPERATION = Operation("four_bit_matmul", xla=plain.multiply, pallas_tpu=tpu.multiply)
+_OPERATION = Operation("four_bit_matmul", xla=plain.multiply, pallas_tpu=tpu.multiply, pallas_gpu=gpu.multiply)
 LEVELS, UNIT = 16, 16  # the levels of a code, and what divides a block whose halves fill a TPU's registers
 
 
@@ -27,7 +27,7 @@ def four_bit_matmul(
 ) -> jax.Array:
     """`x @ W` `[M, out]` for the frozen kernel of `codes` and `scale`, in the dtype of `x`.
 
-    Raises UserError unless there are 16 levels, and unless a named body can take blocks of this size.
+    Raises UserError unless there are 16 levels, and unless a named body can take blocks of this size and these rows.
     """
     if len(levels) != LEVELS:
         raise UserError(f"a code of four bits needs 16 levels, not {len(levels)}: give one for each code")
@@ -37,6 +37,8 @@ def four_bit_matmul(
             f"implementation={implementation!r} takes blocks of 16 to 1024 rows that are a power of two, not "
             f"{block}: use 'xla'"
         )
+    if implementation == "pallas_gpu":
+        gpu.check(len(x), x.dtype)
     return _product(implementation, tuple(levels), block, x, codes, scale)
 
 

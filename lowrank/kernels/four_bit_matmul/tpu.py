@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lowrank.kernels.four_bit_matmul.levels import values_of
+
 ROWS, COLUMNS = 512, 512  # of a tile of codes
 SUBLANES = 16  # rows are padded to a multiple: the rows of a register of bfloat16
 
@@ -54,21 +56,9 @@ def _tile(
     packed = codes[...].astype(jnp.int32)
     spread = jnp.broadcast_to(scale[...][:, None, :], (len(scale), half, packed.shape[1])).reshape(packed.shape)
     for x, code in ((low, packed & 15), (high, packed >> 4)):
-        w = (_values(code, levels) * spread).astype(x.dtype)
+        w = (values_of(code, levels) * spread).astype(x.dtype)
         total[...] += jnp.dot(x[...], w, preferred_element_type=jnp.float32)
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _() -> None:
         out[...] = total[...].astype(out.dtype)
-
-
-def _values(code: jax.Array, levels: Sequence[float]) -> jax.Array:
-    """`levels[code]`: arithmetic where the levels are a step apart, and a tree of selections elsewhere."""
-    step = levels[1] - levels[0]
-    if all(level == levels[0] + i * step for i, level in enumerate(levels)):
-        return code.astype(jnp.float32) * step + levels[0]
-    values: list[Any] = list(levels)
-    for bit in range(4):
-        odd = (code >> bit) & 1 != 0
-        values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
