@@ -94,5 +94,5 @@ def test_blocks_that_a_body_cannot_take_are_refused():
 @pytest.mark.parametrize(("rows", "dtype"), [(65, jnp.bfloat16), (2, jnp.float32)])
 def test_what_the_gpu_body_cannot_take_is_refused(rows, dtype):
     x, w = case("nf4", rows, (64, 8), dtype)
-    with pytest.raises(UserError, match=f"to 64 rows of bfloat16 or float16, not {rows} of {x.dtype}: use 'xla'"):
+    with pytest.raises(UserError, match=f"float16 and a batch to 64, not {x.dtype} and {rows}: use 'xla'"):
         multiply(x, w, "nf4", "pallas_gpu")

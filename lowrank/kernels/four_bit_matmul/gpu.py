@@ -27,8 +27,8 @@ def check(rows: int, dtype: Any) -> None:
     """Raises UserError unless the body multiplies so many rows of this dtype."""
     if rows > ROWS or dtype not in DTYPES:
         raise UserError(
-            f"implementation='pallas_gpu' of four_bit_matmul takes 1 to {ROWS} rows of bfloat16 or float16, not {rows} "
-            f"of {dtype}: use 'xla'"
+            f"implementation='pallas_gpu' of four_bit_matmul takes bfloat16 or float16 and a batch to {ROWS}, not "
+            f"{dtype} and {rows}: use 'xla'"
         )
 
 
