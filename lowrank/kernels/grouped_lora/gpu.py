@@ -5,6 +5,7 @@ tile of columns at a time. A tile that adapters share is multiplied once for eac
 the rows of its own adapter. The speed is not measured.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -95,14 +96,19 @@ def _step(
 def _shrink(x: Any, a: Any, scale: Any, block: Any, start: int, low: Any) -> None:
     """`scale * x @ a.T` of a tile of rows, for the chunk of ranks from `start` on, into `low`."""
     ranks, steps = min(CHUNK, a.shape[0]), x.shape[1] // DEPTH
+    behind = min(1, steps - 1)  # products that may still run, and whose tiles are kept, when the next is begun
+
+    def multiply_tile(total: Any, _: Any, x: Any, a: Any) -> None:
+        plgpu.wgmma(total, x, plgpu.transpose_ref(a, (1, 0)))
+        plgpu.wgmma_wait(behind)
 
     def accumulate(total: Any) -> None:
         plgpu.emit_pipeline(
-            lambda _, x, a: plgpu.wgmma(total, x, plgpu.transpose_ref(a, (1, 0))),
+            functools.partial(multiply_tile, total),
             grid=(steps,),
             in_specs=[
-                plgpu.BlockSpec((ROWS, DEPTH), lambda k: (block, k), delay_release=min(1, steps - 1)),
-                plgpu.BlockSpec((ranks, DEPTH), lambda k: (start // CHUNK, k), delay_release=min(1, steps - 1)),
+                plgpu.BlockSpec((ROWS, DEPTH), lambda k: (block, k), delay_release=behind),
+                plgpu.BlockSpec((ranks, DEPTH), lambda k: (start // CHUNK, k), delay_release=behind),
             ],
             max_concurrent_steps=min(STAGES, steps),
         )(x, a)
