@@ -53,7 +53,7 @@ def test_an_adapter_holds_what_the_mlp_makes_and_not_the_mlp(files, tmp_path, mo
     # A run's `bind` leaves them as they are, so that a finished run can be scored.
     method = methods.build_method({"name": "mam", "length": 4, "width": 4, "reparam": True})
     assert method.bind(loaded.params, None, None) is loaded.params
-    batch = {n: np.ones((1, 4), np.int32) for n in ("tokens", "targets", "positions", "segments")}
+    batch = {n: np.ones((1, 4), np.int32) for n in ("tokens", "targets", "positions", "segments", "prompt")}
     scores = evaluate(
         causal_lm(),
         build_model(loaded.config),

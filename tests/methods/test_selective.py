@@ -61,7 +61,9 @@ def expected(choose, w, batches):
 @pytest.mark.parametrize("choose", ["magnitude", "fisher", "saliency", "movement"])
 def test_the_places_have_the_largest_scores_of_the_paper(choose, scope):
     w, batches = regression()
-    group = {"name": "sparse", "density": 0.3, "choose": choose, "batches": STEPS, "warm_lr": LR, "scope": scope}
+    seeing = {"batches": STEPS} if choose in SEEING else {}
+    moving = {"warm_lr": LR} if choose == "movement" else {}
+    group = {"name": "sparse", "density": 0.3, "choose": choose, "scope": scope, **seeing, **moving}
     method = methods.build_method(group)
     params = methods.attach(method, {"attn": {"q": {"kernel": jnp.asarray(w, jnp.float32)}}}, jax.random.key(0))
     if method.hooks.calibrate:

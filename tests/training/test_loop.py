@@ -224,12 +224,12 @@ def test_a_workdir_of_another_config_is_refused(finished, files):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(files, tmp_path, monkeypatch):
     weights = iter([1.0] * 4 + [np.nan] * 10)
-    batches = loop.sharding.make_global_batch
+    batches = sharding.make_global_batch
 
-    def poisoned(batch, mesh):
-        return batches({**batch, "weights": batch["weights"] * np.float32(next(weights))}, mesh)
+    def poisoned(batch, *args):
+        return batches({**batch, "weights": batch["weights"] * np.float32(next(weights))}, *args)
 
-    monkeypatch.setattr(loop.sharding, "make_global_batch", poisoned)
+    monkeypatch.setattr(sharding, "make_global_batch", poisoned)
     with pytest.raises(UserError, match=r"loss is nan at step 5; the checkpoint of step 4 is intact"):
         loop.run(config_of(files, "rank=2", mesh__data=1), tmp_path)
     with Checkpointer(tmp_path / "checkpoints") as saver:
