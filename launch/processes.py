@@ -82,13 +82,13 @@ def run_locally(count: int, words: Sequence[str]) -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         shared = {VARIABLES[ADDRESS]: f"localhost:{free.getsockname()[1]}", VARIABLES[COUNT]: str(count)}
-    processes = [
-        subprocess.Popen(words, env={**os.environ, **shared, VARIABLES[INDEX]: str(i)}, start_new_session=True)
-        for i in range(count)
-    ]
-    stop = lambda *unused: processes[0].send_signal(signal.SIGTERM)  # noqa: E731
+    processes: list[subprocess.Popen] = []
+    stop = lambda *unused: [process.send_signal(signal.SIGTERM) for process in processes[:1]]  # noqa: E731
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        for i in range(count):
+            environment = {**os.environ, **shared, VARIABLES[INDEX]: str(i)}
+            processes.append(subprocess.Popen(words, env=environment, start_new_session=True))
         return _watch(processes)
     finally:
         for process in processes:

@@ -192,7 +192,10 @@ def test_advice_goes_from_cheap_to_dear_and_adds_up(files):
     keys = [next((k for k in s.option.changes if k in COSTS), "model.quantize") for s in steps]
     order = [*COSTS, "model.quantize"]
     assert keys == sorted(keys, key=order.index)
-    assert {"optim.accumulate", "model.remat", "mesh.fsdp", "method.rank", "model.quantize"} <= set(keys)
+    assert {"optim.accumulate", "model.remat", "mesh.fsdp", "method.rank"} <= set(keys)
+    quantized = build.build_run(config_of(files, "rank=4", mesh__data=1, model__remat="none", model__quantize="int8"))
+    assert advice.formulas.estimate_memory(quantized).weights < advice.formulas.estimate_memory(run).weights
+    assert any("model.quantize" in option.changes for option in advice.possible_options(run, memory=0))
     left = [s.leaves_with_all_before for s in steps]
     assert left == sorted(left, reverse=True)
     assert all(s.saves > 0 for s in steps)
