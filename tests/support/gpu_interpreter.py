@@ -1,7 +1,7 @@
 """Pallas's interpreter of GPU kernels, which is private to jax: bodies in Mosaic GPU run in it on a CPU.
 
-It lacks two things that are added here: the cast of a register layout, which changes no value, and a second operand of
-a product that is a transposed reference.
+It lacks two things that are added here: the cast of a register layout, which changes no value, and operands of a
+product that are transposed references.
 """
 
 import contextlib
@@ -32,13 +32,18 @@ def interpreted() -> Iterator[None]:
         yield
 
 
-def _product(product: Any, *, b_transforms: tuple[Any, ...], **options: Any) -> Any:
-    """The interpreter's product, in which a transposed second operand is read as it lies and transposed."""
+def _product(product: Any, *, a_transforms: Any, b_transforms: Any, **options: Any) -> Any:
+    """The interpreter's product, in which a transposed operand is read as it lies and transposed."""
     from jax._src.state.types import TransposeTransform
 
-    kept = tuple(t for t in b_transforms if not isinstance(t, TransposeTransform))
-    if len(kept) == len(b_transforms):
-        return product(b_transforms=b_transforms, **options)
+    both = (a_transforms, b_transforms)
+    kept = [tuple(t for t in of if not isinstance(t, TransposeTransform)) for of in both]
+    turned = [len(k) < len(of) for k, of in zip(kept, both, strict=True)]
     matmul = np.matmul
-    with mock.patch.object(np, "matmul", lambda a, b, dtype: matmul(a, b.T, dtype=dtype)):
-        return product(b_transforms=kept, **options)
+
+    def multiply(*operands: np.ndarray, dtype: Any) -> np.ndarray:
+        a, b = (x.T if turn else x for x, turn in zip(operands, turned, strict=True))
+        return matmul(a, b, dtype=dtype)
+
+    with mock.patch.object(np, "matmul", multiply):
+        return product(a_transforms=kept[0], b_transforms=kept[1], **options)
