@@ -16,7 +16,12 @@ import numpy as np
 
 from lowrank.core.weight import Weight, at_least_float32
 from lowrank.kernels import half_precision_matmul
-from lowrank.weights.quantized.partitioned_matmul import is_partitioned, partition_matmul
+from lowrank.weights.quantized.partitioned_matmul import (
+    axes_to_gather,
+    gather_codes,
+    is_partitioned,
+    partition_matmul,
+)
 
 TILE_ELEMENTS = 1 << 20  # the approximate number of dequantized values that exist at a time: 4 MB in float32
 # An accelerator reads the rows once a tile. As compiled for a v5e, the gradient of 8192 rows of a 4096 x 14336 kernel
@@ -143,10 +148,11 @@ def zero_cotangents(w: Weight) -> Any:
 def _multiply(by_tiles: Callable[..., jax.Array], contracted: int, x: jax.Array, w: Quantized, out: Any) -> jax.Array:
     """`x` times the kernel, summed over its axis `contracted`, in the dtype `out`.
 
-    TPU programs have no custom partitioning. Where a TPU mesh shards the kernel, the product is a plain one, inside
-    which the TPU's compiler dequantizes.
+    TPU programs have no custom partitioning. There the codes are gathered first. Where a TPU mesh shards the kernel
+    still, the product is a plain one, inside which the TPU's compiler dequantizes.
     """
-    w = w.with_plain_scales()
+    gathered = axes_to_gather(x, w)
+    w = gather_codes(w, gathered).with_plain_scales()
 
     def undivided(x: jax.Array, w: Quantized) -> jax.Array:
         return half_precision_matmul.matmul_in(out, x, w.materialize(), contracted)
@@ -154,7 +160,7 @@ def _multiply(by_tiles: Callable[..., jax.Array], contracted: int, x: jax.Array,
     tiles = lambda elements: functools.partial(by_tiles, elements, out)  # noqa: E731
     return jax.lax.platform_dependent(
         *(x, w),
-        tpu=undivided if is_partitioned(w.codes) else tiles(TPU_TILE_ELEMENTS),
+        tpu=undivided if is_partitioned(w.codes, gathered) else tiles(TPU_TILE_ELEMENTS),
         cuda=partition_matmul(tiles(GPU_TILE_ELEMENTS), contracted),
         default=partition_matmul(tiles(TILE_ELEMENTS), contracted),
     )
