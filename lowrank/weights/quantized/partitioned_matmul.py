@@ -50,8 +50,8 @@ def gather_codes(w: Any, axes: frozenset[str]) -> Any:
     if not axes:
         return w
     whole = PartitionSpec()
-    gather = jax.shard_map(lambda w: w, in_specs=whole, out_specs=whole, axis_names=axes, check_vma=False)
-    return gather(w)
+    on = {"mesh": jax.typeof(w.codes).sharding.mesh, "axis_names": axes}
+    return jax.shard_map(lambda w: w, in_specs=whole, out_specs=whole, check_vma=False, **on)(w)
 
 
 def is_partitioned(codes: jax.Array, gathered: frozenset[str]) -> bool:
