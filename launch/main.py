@@ -29,6 +29,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, 
 _PROGRAMS = flags.DEFINE_string(
     "programs", "~/.cache/lowrank/programs", "The folder of compiled programs; empty: each run compiles its own."
 )
+_PROFILE = flags.DEFINE_integer(
+    "profile", 0, "The number of steps to trace, after the first one, into WORKDIR/profile, which xprof opens."
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         processes.connect(config.get("distributed", False) is True)
         again = shlex.join(["python", "-m", "launch.main", *sys.argv[1:]])
-        summary = loop.run(config, _WORKDIR.value, command=again)
+        summary = loop.run(config, _WORKDIR.value, command=again, profile=_PROFILE.value)
     except UserError as e:
         command.fail(e)
     return command.STOPPED if "stopped_at" in summary else 0

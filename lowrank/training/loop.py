@@ -25,6 +25,7 @@ from lowrank.training.build import build_run
 from lowrank.training.checkpoint import Checkpointer
 from lowrank.training.log import LOSS, METRICS, RunLog, read_metrics
 from lowrank.training.preemption import StopSignal
+from lowrank.training.profile import Profile
 from lowrank.training.run import Run
 
 SUMMARY, BEFORE, ADAPTER, BEST = "summary.json", "before.json", "adapter", "best"
@@ -38,6 +39,7 @@ def run(
     command: str = "",
     before: bool = True,
     after: bool = True,
+    profile: int = 0,
 ) -> dict[str, Any]:
     """Trains the run of `config` (a ConfigDict or nested dicts) in `directory`; returns the summary that it writes.
 
@@ -50,9 +52,11 @@ def run(
       command: the shell command that repeats the run, for the report.
       before: whether the model is scored before the first step.
       after: whether the model is scored after the last step.
+      profile: the number of steps that are traced, into the folder `profile`.
 
     Raises:
-      UserError: the config is wrong, which is found before any compute, or the disk cannot be written.
+      UserError: the config is wrong, or `profile` exceeds the run, which is found before any compute; or the disk
+        cannot be written.
       Diverged: a loss or a gradient is not finite.
     """
     run = build_run(config)
@@ -63,6 +67,7 @@ def run(
         start = saver.latest() or 0
         if (summary := _finished_summary(folder, start)) is not None:
             return summary
+        traces = Profile(folder, profile, run.config.steps - start)
         settings = {"loggers": run.config.loggers, "config": files.to_json(config)}
         with RunLog(folder, run.config.steps, start=start, tokens_per_step=run.tokens_per_step, **settings) as log:
             log.say(run.table)
@@ -70,7 +75,7 @@ def run(
             log.say(run.attention)
             trainer = Trainer(run, folder, saver, log, stop, command)
             workdir.claim(folder, config)
-            return trainer.train(before, after)
+            return trainer.train(before, after, traces)
 
 
 def _finished_summary(folder: Path, last: int) -> dict[str, Any] | None:
@@ -107,10 +112,11 @@ class Trainer:
         if latest is not None:
             self._restore(latest)
 
-    def train(self, before: bool = True, after: bool = True) -> dict[str, Any]:
+    def train(self, before: bool, after: bool, profile: Profile) -> dict[str, Any]:
         """Trains the run and writes the adapter and the report; returns the summary, as `run` describes."""
         first = self._scores_before() if before else UNSCORED
-        done = self._train_steps()
+        with profile:
+            done = self._train_steps(profile)
         if done < self.run.config.steps and not self.best.exhausted:
             self.log.say(f"stopped after step {done}; the same command continues")
             return {"stopped_at": done}
@@ -135,7 +141,7 @@ class Trainer:
         self.state = unflatten_named(self.state, arrays)
         self.frozen = tree.map_named(lambda name, x: frozen.get(name, x), self.frozen)
 
-    def _train_steps(self) -> int:
+    def _train_steps(self, profile: Profile) -> int:
         """Trains until the last step, SIGTERM or the end of `patience`, and saves; returns the number of steps done."""
         c, start, program = self.run.config, int(self.state.step), None
         done = start
@@ -145,7 +151,8 @@ class Trainer:
             batch = self._batch(done)
             program = program or self._compile(batch)
             previous = self.metrics
-            self.state, self.metrics = program(self.state, self.frozen, batch, self.run.learning_rates[done])
+            with profile.before(done, previous):
+                self.state, self.metrics = program(self.state, self.frozen, batch, self.run.learning_rates[done])
             self._check_finite(done, previous)  # one step behind, so that the device does not wait for the host
             done += 1
             if done % c.log_every == 0 or done == c.steps:
