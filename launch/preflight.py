@@ -5,6 +5,7 @@
     --topology=v5e:4x4   compile for a TPU slice, on a machine without TPUs (needs the extra `tpu`), or for several
                          slices, v5e:4x4,slices=2 with --config.mesh.num_slices=2
     --formula            compile nothing: the memory by formula alone, in seconds
+    --search             with --topology, the microbatches, rematerialization and mesh of the least time that fit
     --json               print the report as JSON
 
     python -m launch.preflight --table               the literature's figures beside ours
@@ -30,11 +31,12 @@ from experiments.plan import literature, number_formats
 from launch import command
 from lowrank.core import config_file
 from lowrank.core.errors import UserError
-from lowrank.memory import advice, compiled, devices, flops, formulas, gpus, report, roofline, tpus
+from lowrank.memory import advice, compiled, devices, flops, formulas, gpus, report, roofline, search, tpus, traffic
 from lowrank.memory.shapes import StepInputs, step_inputs
 from lowrank.training import build
 from lowrank.training.run import Run
 
+FINALISTS = 3  # of a search, which are compiled until one fits
 WORKER = "--worker"  # marks the process that compiles for a slice or for several devices
 
 
@@ -50,7 +52,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for flag in ("--config", "--topology", "--device"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
-    for flag in ("--json", "--table", "--formula", WORKER):
+    for flag in ("--json", "--table", "--formula", "--search", WORKER):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     changes = [word for word in argv if word.startswith("--config.")]
@@ -92,9 +94,26 @@ def _preflight(args: argparse.Namespace, changes: Sequence[str], argv: Sequence[
         target = devices.parse_topology(args.topology) if args.topology else devices.parse_device(args.device)
     if target and not args.worker and (target.topology or target.num_devices > 1):
         return _run_worker(target, argv)
+    if args.search:
+        return _search(load_config(args.config, changes), target, args)
     result = with_advice(make_report(load_config(args.config, changes), target, compiles=not args.formula))
     print(json.dumps(report.to_json(result), indent=2) if args.json else report.to_text(result))
     return 0 if result.fits else 1
+
+
+def _search(config: Any, target: devices.Target | None, args: argparse.Namespace) -> int:
+    """Prints the settings that fit the target; returns 1 if none does."""
+    if not target or not target.tpu:
+        raise UserError("--search orders runs by the figures of TPU chips: give --topology=v5e:4x4 or another slice")
+    found = search.candidates(config, target, jax.devices())
+    for i, candidate in enumerate(() if args.formula else found[:FINALISTS]):
+        print(f"compiling {i + 1} of at most {FINALISTS}: {candidate.flags}", file=sys.stderr, flush=True)
+        varied = config_file.with_changes(config, candidate.changes)
+        found[i] = dataclasses.replace(candidate, compiled=make_report(varied, target).needed)
+        if search.chosen(found, target):
+            break
+    print(json.dumps(search.to_json(found, target), indent=2) if args.json else search.to_text(found, target))
+    return 0 if search.chosen(found, target) else 1
 
 
 def load_config(spec: str, changes: Sequence[str]) -> Any:
@@ -130,7 +149,8 @@ def make_report(config: Any, target: devices.Target | None, compiles: bool = Tru
     inputs = step_inputs(run)
     by_formula, operations = formulas.estimate_memory(run, inputs), flops.step_flops(run, inputs)
     by_compiler = _compile_programs(run, inputs, target) if compiles else None
-    bound = roofline.bound(target, run, operations, by_formula, by_compiler)
+    moved = by_compiler.step.moved if by_compiler and native else traffic.moved_bytes(run, inputs)
+    bound = roofline.bound(target, run, operations, by_formula, moved)
     return report.Report(run, target, by_formula, by_compiler, native, [], operations, bound)
 
 

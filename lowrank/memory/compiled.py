@@ -34,6 +34,11 @@ class Program:
         """The sum of the parts on the device, or the memory that the compiler reports as needed."""
         return self.refused or self.arguments + self.temporary + self.outputs + self.code
 
+    @property
+    def moved(self) -> int:
+        """The bytes of all collectives."""
+        return sum(of.bytes for of in self.collectives.values())
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:

@@ -112,16 +112,22 @@ def gathered_bytes(run: Run, r: StepInputs) -> int:
     """The other devices' shards of one block's leaves and of the head's kernel, which are gathered for their use."""
     if run.mesh.shape["fsdp"] * run.mesh.shape["context"] == 1:
         return 0
-    named = [pair for part in (r.state.trained, r.frozen) for pair in tree.named_leaves(part)]
-    read = "embed/embedding" if getattr(run.network.config, "tied", False) else "head/kernel"
-    table = [x for name, x in named if name.startswith(read) and run.objective.vocabulary_logits]
-    layers = [x for name, x in named if _in_layers(name)]
-    total = _total_bytes(layers) / run.network.config.layers + _total_bytes(table)
+    layers, table = gathered_leaves(run, r)
+    total = total_bytes(layers) / run.network.config.layers + total_bytes(table)
     shards = device_bytes(layers) / run.network.config.layers + device_bytes(table)
     return math.ceil(total / run.mesh.shape["tensor"] - shards)
 
 
-def _total_bytes(leaves: Sequence[Any]) -> float:
+def gathered_leaves(run: Run, r: StepInputs) -> tuple[list[Any], list[Any]]:
+    """`(layers, table)`: the leaves of all layers, and those of the head's kernel, which products read."""
+    named = [pair for part in (r.state.trained, r.frozen) for pair in tree.named_leaves(part)]
+    read = "embed/embedding" if getattr(run.network.config, "tied", False) else "head/kernel"
+    table = [x for name, x in named if name.startswith(read) and run.objective.vocabulary_logits]
+    return [x for name, x in named if _in_layers(name)], table
+
+
+def total_bytes(leaves: Sequence[Any]) -> float:
+    """The bytes of all shards of arrays together."""
     return sum(x.size * parameter_summary.bits_per_element(x.dtype) / 8 for x in leaves)
 
 

@@ -1,13 +1,12 @@
 """The least time that a step takes by the figures of its chips: a bound, never a measured time.
 
 Each of three times is what one resource needs if nothing else held it up: the matrix units for the operations by
-formula, the memory for reading the base once a pass, and the links for the bytes of the compiled collectives.
+formula, the memory for reading the base once a pass, and the links for the bytes of the collectives.
 """
 
 import dataclasses
 import math
 
-from lowrank.memory.compiled import Compiled
 from lowrank.memory.devices import Target
 from lowrank.memory.flops import Flops
 from lowrank.memory.formulas import Memory
@@ -20,7 +19,7 @@ class Roofline:
 
     compute: float
     memory: float
-    links: float  # 0 where the step was not compiled
+    links: float
     mfu: float
 
     @property
@@ -29,8 +28,11 @@ class Roofline:
         return max(self.compute, self.memory, self.links)
 
 
-def bound(target: Target, run: Run, flops: Flops, formula: Memory, program: Compiled | None) -> Roofline | None:
-    """The bound of `run` on `target`; None where the figures of its chips are not in the table."""
+def bound(target: Target, run: Run, flops: Flops, formula: Memory, moved: int) -> Roofline | None:
+    """The bound of `run` on `target`, whose step moves `moved` bytes between its devices.
+
+    None where the figures of the target's chips are not in the table.
+    """
     tpu = target.tpu
     if not tpu:
         return None
@@ -38,7 +40,6 @@ def bound(target: Target, run: Run, flops: Flops, formula: Memory, program: Comp
     gathered = math.prod(run.mesh.shape.get(axis, 1) for axis in ("fsdp", "context"))  # each device reads all shards
     passes = run.optim.accumulate * (3 if flops.recomputed else 2)
     read = passes * gathered * (formula.weights + formula.adapter) + 2 * formula.moments
-    moved = sum(of.bytes for of in program.step.collectives.values()) if program else 0
     compute = flops.executed / (devices * peak)
     memory, links = read / (1e9 * tpu.bandwidth / tpu.devices), moved / (1e9 * tpu.links / tpu.devices)
     return Roofline(compute, memory, links, flops.model / (devices * peak) / max(compute, memory, links))
