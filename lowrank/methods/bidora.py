@@ -35,7 +35,7 @@ def bidora(holdout: float = 0.2, retrain: float = 0.5, orthogonal: float = 0.001
     arXiv:1806.09055, equation 8). For the last share `retrain` of the steps, the magnitudes are constant, and all other
     trained leaves are trained on all records, from their initial values and with new moments: they keep nothing of
     the steps before, so that the share is not small. `orthogonal` is the factor of the regularizer of the training
-    loss, the mean over all adapted layers of `||D^T D - I||`, where D is the direction with unit columns.
+    loss, the mean over all adapted kernels of `||D^T D - I||`, where D is the direction with unit columns.
 
     Differs from the paper: one learning rate, one schedule and one optimizer setting serve both levels and the
     retraining, where the authors' code (t2ance/BiDoRA) has its own for each.
@@ -64,13 +64,14 @@ def _mean_distance(params: PyTree) -> jax.Array:
 
 
 def _distances(w: DoRA) -> jax.Array:
-    """One distance per layer, computed one layer at a time: each needs some copies of its kernel."""
-    one = jax.checkpoint(_distance)
-    return jax.lax.map(one, w) if len(w.shape) > 2 else one(w)[None]
+    """One distance per kernel of a stack, computed one kernel at a time: each needs some copies of it."""
+    if len(w.shape) > 2:
+        return jax.lax.map(_distances, w).reshape(-1)
+    return jax.checkpoint(_distance)(w)[None]
 
 
 def _distance(w: DoRA) -> jax.Array:
-    """`||D^T D - I||` (Frobenius) of one layer, from the smaller of `D^T D` and `D D^T`, whose norms are the same.
+    """`||D^T D - I||` (Frobenius) of one kernel, from the smaller of `D^T D` and `D D^T`, whose norms are the same.
 
     Columns have unit length, so `||D^T D - I||^2 = ||D^T D||^2 - out`.
     """

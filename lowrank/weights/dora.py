@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.errors import UserError
 from lowrank.core.weight import (
     at_least_float32,
     dot,
@@ -71,15 +70,7 @@ def _wide_dot(x: jax.Array, w: Any) -> jax.Array:
 
 
 def attach(lora: LoRA) -> DoRA:
-    """The DoRA with the kernel of `lora`: its magnitudes are the column norms of `W + scale * A @ B`.
-
-    Raises UserError for dropout on the experts of a mixture, whose kernels are formed whole.
-    """
-    if lora.dropout and len(lora.shape) > 3:
-        raise UserError(
-            f"method.dropout={lora.dropout} would not act on experts, as DoRA forms their kernels whole: set it to 0, "
-            "or leave the experts out of method.target"
-        )
+    """The DoRA with the kernel of `lora`: its magnitudes are the column norms of `W + scale * A @ B`."""
     by_layer = is_stored(lora.base) and len(lora.shape) == 3  # so that one layer is decoded at a time
     magnitude, base_sq = jax.lax.map(_norms, lora) if by_layer else _norms(lora)
     return DoRA(

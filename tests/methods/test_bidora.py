@@ -78,14 +78,15 @@ def test_a_batch_of_other_records_follows_each_held_out_one(steps, retrain, batc
     assert methods.build_method({"name": "bidora", "retrain": retrain}).hooks.holdout.batches(steps) == batches
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 6), (3, 6, 8)])
+@pytest.mark.parametrize("shape", [(3, 8, 6), (3, 6, 8), (2, 3, 6, 5)])
 def test_the_regularizer_is_the_mean_distance_of_directions_from_orthogonal(shape):
     kernel = jax.random.normal(jax.random.key(0), shape)
     group = {"name": "bidora", "rank": 2, "alpha": 4.0, "orthogonal": 0.3, "target": Q}
     params, _ = adapted({"layers": {"attn": {"q": {"kernel": kernel}}}}, group)
     w = params["layers"]["attn"]["q"]["kernel"]
     distances = []
-    for base_, a, b in zip(*(np.asarray(x, np.float64) for x in (w.base, w.a, w.b)), strict=True):
+    kernels = (np.asarray(x, np.float64).reshape(-1, *x.shape[-2:]) for x in (w.base, w.a, w.b))
+    for base_, a, b in zip(*kernels, strict=True):
         v = base_ + 4 / 2 * a @ b
         d = v / np.linalg.norm(v, axis=0)
         distances.append(np.linalg.norm(d.T @ d - np.eye(shape[-1])))

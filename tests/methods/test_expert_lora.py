@@ -7,7 +7,6 @@ import pytest
 
 from lowrank import methods
 from lowrank.core import tree
-from lowrank.core.errors import UserError
 from lowrank.core.weight import grouped, merge
 from tests.support.close import assert_close, difference
 from tests.support.tiny_models import decoder, run, tokens
@@ -67,9 +66,17 @@ def test_dropout_has_a_key_for_each_layer():
 
 
 @pytest.mark.parametrize("name", ["dora", "edora", "bidora"])
-def test_dropout_that_would_not_act_on_experts_is_refused(name):
-    with pytest.raises(UserError, match=r"method.dropout=0.5 would not act on experts"):
-        attached(name=name, rank=2, dropout=0.5)
+def test_dropout_acts_on_the_input_of_the_update_of_experts_in_float64(name):
+    group = {"name": name, "rank": 2, "target": UP, "dropout": 0.5}
+    bound = methods.build_method(group).bind(attached(**group), None, jax.random.key(5))
+    w = jax.tree.map(lambda leaf: leaf[0], bound["layers"]["mlp"]["experts"]["up"]["kernel"])
+    w = shaken(w, jax.random.key(6))
+    x, sizes = np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32), np.int32([8, 0, 0, 0])
+    kept = np.asarray(jax.random.bernoulli(w.key[0], 0.5, x.shape))
+    a, b = (np.asarray(t[0], np.float64) for t in w.factors())
+    base, scale, magnitude = (np.asarray(t[0], np.float64) for t in (w.base, w.scale, w.magnitude))
+    gain = magnitude / np.linalg.norm(base + scale * a @ b, axis=0)
+    assert_close(jax.jit(grouped)(x, w, sizes), (x @ base + scale * (2 * kept * x) @ a @ b) * gain)
 
 
 def test_no_experts_update_is_formed():
