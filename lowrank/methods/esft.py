@@ -39,7 +39,8 @@ def esft(
     Differs from the paper: at most a share `capacity` of all experts is trained, so that the shapes do not depend on
     the data; decay draws an expert to 0 there; the sample is 32 sequences of 4096 tokens there. All tokens have the
     same weight, as in the authors' code (deepseek-ai/ESFT); the paper takes the mean of each sequence first. Relevance
-    is relative to the layer, as in the paper; the code divides by the sum of an expert over layers.
+    is relative to the layer, as in the paper and in the scores that the authors publish; their script for new scores
+    divides by the sum of an expert over layers.
     """
     if score not in SHARES:
         raise unknown("ESFT score", score, SHARES)

@@ -24,7 +24,8 @@ def intrinsic(
     Memory is O(D). Raises UserError for a dim that is not in 1..D, or that leaves no entry of z beside the scales.
 
     Differs from the paper: the columns of P have a length of 1 on average, where the paper normalizes each, and the
-    blocks of Fastfood share 64 permutations.
+    blocks of Fastfood share 64 permutations. The code of the authors of SAID normalizes P within each parameter tensor,
+    so that small tensors change as much as large ones, and has a scale for each tensor.
     """
     if projection not in PROJECTIONS:
         raise unknown("projection", projection, PROJECTIONS)

@@ -29,8 +29,9 @@ def longlora(
     are divided by it, so that rows may be `factor` times as long as the base's positions, in training and after it.
     This is the `linear` scaling of RoPE, on top of a scaling that the base has.
 
-    Differs from the paper: the first and the last shifted group are half as long, where the authors' code rolls the
-    tokens, so that the first ones see the last. The number of tokens in a group is fixed, not a share of the row.
+    Differs from the paper: the first and the last shifted group are half as long, as in the authors' code with
+    FlashAttention (dvlab-research/LongLoRA). The paper, and their code without it, roll the tokens, so that the first
+    ones see the last. The number of tokens in a group is fixed, not a share of the row.
     """
     if group < 2 or group % 2:
         raise UserError(f"method.group must be a positive even number of tokens, not {group}")

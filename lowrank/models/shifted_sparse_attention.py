@@ -1,8 +1,8 @@
 """Shifted sparse attention: tokens see only their group, and half of the heads have groups shifted by half a group.
 
 LongLoRA (Chen et al. 2024, arXiv:2309.12307) trains with it, at a cost linear in the length, and decodes with full
-attention. The paper rolls the tokens; here the first and the last shifted group are half as long instead, so that the
-end of a row never sees its start.
+attention. The paper rolls the tokens; here the first and the last shifted group are half as long instead, as in the
+authors' code with FlashAttention, so that the start of a row never sees its end.
 
 Shapes: B rows, T tokens, N query heads, K key heads, H head width, G tokens per group, C groups per row.
 """
