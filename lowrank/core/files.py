@@ -1,27 +1,35 @@
-"""Atomic writes, which leave a complete file or none, and the conversion of values to JSON."""
+"""Atomic writes, which leave a complete file or none, and the conversion of values to JSON.
+
+A path is a local path or one in a bucket, as `paths.as_path` takes it.
+"""
 
 import json
 import os
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lowrank.core.errors import UserError
+from lowrank.core.paths import AnyPath, PathLike, as_path, in_bucket, read_text, write_object
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> Path:
+def write_text(path: PathLike, text: str) -> AnyPath:
     """Writes a file beside `path` and renames it: readers see the old text or the new text, never a part.
+
+    In a bucket, an object is written in one request, which has the same effect.
 
     Raises UserError naming the file, which keeps its old content, when the disk refuses the write.
     """
     return write_bytes(path, text.encode())
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+def write_bytes(path: PathLike, data: bytes) -> AnyPath:
     """`write_text` for bytes, with the same errors."""
-    path = Path(path)
+    path = as_path(path)
     try:
+        if in_bucket(path):
+            write_object(path, data)
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -37,15 +45,15 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     return path
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+def write_json(path: PathLike, value: Any) -> AnyPath:
     """`write_text` of `value` as indented JSON. NaN and infinities become strings, as in `to_json`."""
     return write_text(path, json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: PathLike) -> Any:
     """The value of a JSON file. Raises UserError when it cannot be read."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(read_text(path))
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read: {e}") from None
 

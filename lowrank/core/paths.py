@@ -1,0 +1,137 @@
+"""Paths of a run's files: a local path, or an object in a bucket, `gs://BUCKET/...`.
+
+A local path is a `pathlib.Path`, and a path in a bucket is an `etils.epath.Path`, the type that Orbax uses. Both join,
+and have names and parents. The functions of this module read and list them; `files` writes them whole, `generations`
+creates and replaces them on conditions, and `mirror` appends to them.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from lowrank.core.errors import UserError
+
+AnyPath = pathlib.Path | epath.Path
+PathLike = str | os.PathLike[str]
+BUCKET = "gs://"
+
+
+def as_path(path: PathLike) -> AnyPath:
+    """The path as an object. Raises UserError for a URL that is not `gs://BUCKET/...`, and without gcsfs for those."""
+    text = os.fspath(path)
+    if not (url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)):
+        return pathlib.Path(text)
+    if not re.match(r"gs://[^/]", text):  # a pathlib.Path has dropped a slash of its URL
+        raise UserError(f"{text} is a URL of {url[1]}: give a local path, or gs://BUCKET/FOLDER as a string")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{text} needs the package gcsfs: install it with pip install 'lowrank[gcs]'")
+    _store()
+    return epath.Path(text)
+
+
+def in_bucket(path: PathLike) -> bool:
+    """Whether the path is that of an object in a bucket."""
+    return os.fspath(path).startswith(BUCKET)
+
+
+def read_bytes(path: PathLike) -> bytes:
+    """The content of a file. Raises OSError if it cannot be read, and FileNotFoundError if it does not exist."""
+    if not in_bucket(path):
+        return pathlib.Path(path).read_bytes()
+    with store_errors(path):
+        return _store().cat_file(os.fspath(path))
+
+
+def read_text(path: PathLike) -> str:
+    """`read_bytes` as UTF-8; text of another encoding is a ValueError."""
+    return read_bytes(path).decode()
+
+
+def write_object(path: PathLike, data: bytes) -> None:
+    """Writes an object of a bucket in one piece. Raises OSError; `files.write_bytes` takes any path."""
+    with store_errors(path):
+        _store().pipe_file(os.fspath(path), data)
+
+
+def exists(path: PathLike) -> bool:
+    """Whether there is a file or a folder at the path. Raises OSError where the store does not answer."""
+    return _kind(path) is not None
+
+
+def is_folder(path: PathLike) -> bool:
+    """Whether there is a folder at the path; a bucket has the folders that its objects are in."""
+    return _kind(path) == "directory"
+
+
+def children(path: PathLike) -> list[AnyPath]:
+    """The files and folders in a folder by name; none if the folder does not exist."""
+    if not in_bucket(path):
+        return sorted(pathlib.Path(path).iterdir()) if is_folder(path) else []
+    if not is_folder(path):
+        return []
+    with store_errors(path):
+        names = {name.rstrip("/").rpartition("/")[2] for name in _store().ls(os.fspath(path), detail=False)}
+    return [as_path(path) / name for name in sorted(names)]
+
+
+def size(path: PathLike) -> int:
+    """The bytes of a file, or of all the files in a folder."""
+    if in_bucket(path):
+        with store_errors(path):
+            return _store().du(os.fspath(path))
+    path = pathlib.Path(path)
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return sum(p.stat().st_size for p in files)
+
+
+@contextlib.contextmanager
+def local_file(path: PathLike) -> Iterator[pathlib.Path]:
+    """A local file with the content of the file: itself, or a copy of an object, which is then deleted."""
+    if not in_bucket(path):
+        yield pathlib.Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="lowrank-") as folder:
+        copy = pathlib.Path(folder) / as_path(path).name
+        with store_errors(path):
+            _store().get_file(os.fspath(path), str(copy))
+        yield copy
+
+
+@contextlib.contextmanager
+def store_errors(path: PathLike) -> Iterator[None]:
+    """Raises every error of a store as an OSError of one line that names the path."""
+    try:
+        yield
+    except FileNotFoundError as e:
+        raise FileNotFoundError(2, "No such object or bucket", os.fspath(path)) from e
+    except Exception as e:  # the store's libraries have many kinds
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        raise OSError(5, " ".join([lines[0], *lines[1:2]])[:300], os.fspath(path)) from e
+
+
+def _kind(path: PathLike) -> str | None:
+    if not in_bucket(path):
+        local = pathlib.Path(path)
+        return "directory" if local.is_dir() else "file" if local.exists() else None
+    try:
+        with store_errors(path):
+            return _store().info(os.fspath(path))["type"]
+    except FileNotFoundError:
+        return None
+
+
+@functools.cache
+def _store() -> Any:
+    """The file system that Orbax uses as well. Lists are read anew each time, as other processes write objects."""
+    import fsspec
+
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    return fsspec.filesystem("gcs", finalize_on_close=True)
