@@ -8,7 +8,18 @@ setup(
     description="Parameter-efficient fine-tuning in JAX, from a laptop to a TPU pod",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["lowrank", "lowrank.*", "launch", "configs", "experiments", "experiments.plan"]),
+    packages=find_packages(
+        include=[
+            "lowrank",
+            "lowrank.*",
+            "launch",
+            "launch.*",
+            "configs",
+            "configs.*",
+            "experiments",
+            "experiments.plan",
+        ]
+    ),
     install_requires=[
         "absl-py",
         "array_record",
@@ -24,9 +35,11 @@ setup(
         "numpy",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
+        "rich",
         "rouge-score",
         "sacrebleu",
         "safetensors",
+        "scipy",
         "tensorboardX",
         "tensorflow-datasets",
         "tokenizers",

@@ -1,5 +1,6 @@
 """The behavior that all commands share: exit codes, one line on stderr for bad input, and quiet libraries."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -10,6 +11,18 @@ from lowrank.core.errors import Diverged, UserError
 
 STOPPED = 42  # the run was asked to stop, and the same command continues it
 BAD_INPUT, DIVERGED = 2, 3  # the same command would fail again
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of argparse whose errors are one line. `description` is printed as it is written."""
+
+    def __init__(self, prog: str, description: str | None):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=formatter)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError, which is printed as one line in place of the usage."""
+        raise UserError(message)
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
@@ -40,16 +40,9 @@ FINALISTS = 3  # of a search, which are compiled until one fits
 WORKER = "--worker"  # marks the process that compiles for a slice or for several devices
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError, which is printed as one line in place of the usage."""
-        raise UserError(message)
-
-
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """`(options, [--config.a.b=c, ...])`. Raises UserError for an unknown flag."""
-    parser = _Parser("python -m launch.preflight", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command.Parser("python -m launch.preflight", __doc__)
     for flag in ("--config", "--topology", "--device"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
     for flag in ("--json", "--table", "--formula", "--search", WORKER):
@@ -120,21 +113,23 @@ def load_config(spec: str, changes: Sequence[str]) -> Any:
     """The config of a file with its changes, `--config.a.b=c`. Raises UserError for a change that it does not have."""
     config = config_file.load_config(spec)
     for word in changes:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not equals:
-            raise UserError(f"{word} is not --config.KEY=VALUE")
-        config_file.override_value(config, name, value)
+        config_file.override_word(config, word)
     return config
 
 
 def _run_worker(target: devices.Target, argv: Sequence[str]) -> int:
-    """Runs the command in a process whose environment names the slice or devices, as jax reads it when it starts."""
+    """Runs the command in a process that has the target's devices."""
+    words = [sys.executable, "-m", "launch.preflight", WORKER, *argv]
+    return subprocess.run(words, env=environment(target), check=False).returncode
+
+
+def environment(target: devices.Target) -> dict[str, str]:
+    """The environment of a process whose jax has the slice or devices, which it reads when it starts."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={target.num_devices}"
     settings = tpus.environment(target.topology) if target.topology else {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     if target.topology and not importlib.util.find_spec("libtpu"):
         raise UserError("--topology compiles with libtpu, which is not installed: pip install 'lowrank[tpu]'")
-    words = [sys.executable, "-m", "launch.preflight", WORKER, *argv]
-    return subprocess.run(words, env={**os.environ, **settings}, check=False).returncode
+    return {**os.environ, **settings}
 
 
 def make_report(config: Any, target: devices.Target | None, compiles: bool = True) -> report.Report:
@@ -142,7 +137,7 @@ def make_report(config: Any, target: devices.Target | None, compiles: bool = Tru
 
     A process that compiles for a topology needs the environment of `tpus.environment`.
     """
-    abstract_devices = _compile_only_devices(target) if target else None
+    abstract_devices = compile_only_devices(target) if target else None
     run = build.build_run(config, abstract_devices, planned=True)
     native = target is None or bool(abstract_devices) or _is_local(target)
     target = target or devices.local_target(list(run.mesh.devices.flat))
@@ -169,7 +164,7 @@ def _compile_programs(run: Run, inputs: StepInputs, target: devices.Target) -> c
         raise UserError(f"the run does not compile for {target.name}: {str(e).splitlines()[0]}") from e
 
 
-def _compile_only_devices(target: devices.Target) -> list[Any] | None:
+def compile_only_devices(target: devices.Target) -> list[Any] | None:
     """The target's devices to compile for; None if they are in this machine, or if their compiler is not installed."""
     if target.topology:
         return tpus.compile_only_devices(target.topology, target.slices)

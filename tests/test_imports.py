@@ -35,8 +35,10 @@ ALLOWED = {  # module -> the modules of the project that it may import (by prefi
     "lowrank/evaluation": (*OBJECTIVES, "lowrank.evaluation"),
     "lowrank/training": TRAINING,
     "lowrank/memory": (*TRAINING, "lowrank.memory"),
+    "lowrank/sweeps": (*TRAINING, "lowrank.sweeps"),
     "lowrank": (CORE, "lowrank.methods"),
     "configs": (CORE, "lowrank.methods", "configs"),
+    "configs/sweeps": ("lowrank.sweeps", "configs"),
     "launch": ("lowrank", "launch", "experiments.plan"),
     "experiments": ("lowrank", "launch", "configs", "experiments"),
 }

@@ -55,14 +55,22 @@ def override_value(config: ConfigDict, name: str, text: str) -> None:
         raise UserError(f"--{name}={text} is not of type {old.__name__}") from None
 
 
+def override_word(config: ConfigDict, word: str) -> None:
+    """`override_value` of a word of the command line, `--config.a.b=c`, which must have this form."""
+    name, equals, value = word.removeprefix("--").partition("=")
+    if not equals:
+        raise UserError(f"{word} is not --config.KEY=VALUE")
+    override_value(config, name, value)
+
+
 def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of nested groups with the changes `{"group.key": value}`."""
+    """A copy of nested groups with the changes `{"group.key": value}`; a missing group is made."""
     copy = {k: with_changes(v, {}) if isinstance(v, Mapping) or hasattr(v, "items") else v for k, v in config.items()}
     for name, value in changes.items():
         *groups, key = name.split(".")
         group = copy
         for part in groups:
-            group = group[part]
+            group = group.setdefault(part, {})
         group[key] = value
     return copy
 

@@ -1,0 +1,37 @@
+"""The state of a study: `python -m launch.status FOLDER`, from any machine that sees the folder.
+
+    --tables=DIR    write the tables of the results, table.csv, table.md and table.tex, to DIR
+
+Nothing is written to the study's folder. The exit code is 0.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import command
+from lowrank.core.errors import UserError
+from lowrank.sweeps import tables
+from lowrank.sweeps.folder import read_folder
+from lowrank.sweeps.status import Status
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    parser = command.Parser("python -m launch.status", __doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tables", type=Path)
+    try:
+        args = parser.parse_args(argv)
+        status = Status(read_folder(args.folder))
+        print(status.text())
+        if args.tables:
+            paths = tables.write_tables(status.study, status.results, args.tables)
+            print("\ntables:", ", ".join(map(str, paths)))
+    except UserError as e:
+        return command.print_error(e)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
