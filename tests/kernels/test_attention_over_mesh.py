@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lowrank.kernels.attention import context, dispatch, splash
+from lowrank.kernels.attention import context, dispatch, splash, splash_masks
 from tests.kernels.test_attention import output_and_gradients
 from tests.support import thinning
 from tests.support.attention_cases import Case, mask_of
@@ -92,3 +93,20 @@ def test_the_gradients_of_keys_are_scattered_and_no_device_holds_the_scores_of_a
         program = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=(at, at, at)).lower(shape, shape, shape).compile()
     assert "reduce-scatter" in program.as_text()
     assert program.memory_analysis().temp_size_in_bytes < 2 * 4 * T * T // 8  # two heads
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("window", [(), (24, 0), (3, None), (None, 40)])
+def test_the_blocks_of_a_mask_are_those_of_all_its_scores_and_are_computed_only_where_they_differ(window, parts):
+    T, block = 128, 16
+    ours, theirs = (
+        of.LocalMask((T, T), window, 0) if window else of.CausalMask((T, T)) for of in (splash_masks, splash_attention)
+    )
+    ours.q_sequence = theirs.q_sequence = context.balanced_slots(T, parts)
+    alike = set()
+    for q, k in np.ndindex(T // block, T // block):
+        index = slice(q * block, (q + 1) * block), slice(k * block, (k + 1) * block)
+        expected = theirs[index]
+        assert np.array_equal(np.broadcast_to(ours[index], expected.shape), expected)
+        alike.add((ours[index].size == 1, expected.all() or not expected.any()))
+    assert alike == {(True, True), (False, False)}

@@ -88,9 +88,11 @@ def _kernel(
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # here, as the import takes half a second
 
-    mask: Any = splash.CausalMask((S, S)) if causal else splash.FullMask((S, S))
+    from lowrank.kernels.attention import splash_masks
+
+    mask: Any = splash_masks.CausalMask((S, S)) if causal else splash.FullMask((S, S))
     if window:
-        mask = splash.LocalMask((S, S), (window - 1, 0 if causal else None), 0)
+        mask = splash_masks.LocalMask((S, S), (window - 1, 0 if causal else None), 0)
     if causal and parts > 1:
         mask.q_sequence = context.balanced_slots(S, parts)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
