@@ -187,19 +187,18 @@ def test_what_does_not_fit_is_told_by_how_much_and_what_to_change(files, capsys,
 
 
 def test_advice_goes_from_cheap_to_dear_and_adds_up(files):
-    run = build.build_run(config_of(files, "rank=4", mesh__data=1, model__remat="none", data__seq_len=64))
+    # Two rows allow two devices: with two rows of a kernel on each of eight, scales would take what codes save.
+    options = {"mesh__data": 1, "model__remat": "none", "data__seq_len": 64, "data__batch_size": 2}
+    run = build.build_run(config_of(files, "rank=4", **options))
     steps = advice.advise(run, memory=0)
     keys = [next((k for k in s.option.changes if k in COSTS), "model.quantize") for s in steps]
     order = [*COSTS, "model.quantize"]
     assert keys == sorted(keys, key=order.index)
-    assert {"optim.accumulate", "model.remat", "mesh.fsdp", "method.rank"} <= set(keys)
-    quantized = build.build_run(config_of(files, "rank=4", mesh__data=1, model__remat="none", model__quantize="int8"))
-    assert advice.formulas.estimate_memory(quantized).weights < advice.formulas.estimate_memory(run).weights
-    assert any("model.quantize" in option.changes for option in advice.possible_options(run, memory=0))
+    assert {"optim.accumulate", "model.remat", "mesh.fsdp", "method.rank", "model.quantize"} <= set(keys)
     left = [s.leaves_with_all_before for s in steps]
     assert left == sorted(left, reverse=True)
     assert all(s.saves > 0 for s in steps)
     remat = next(s for s in steps if "model.remat" in s.option.changes)
-    block = build.build_run(config_of(files, "rank=4", mesh__data=1, model__remat="full", data__seq_len=64))
+    block = build.build_run(config_of(files, "rank=4", **{**options, "model__remat": "full"}))
     assert remat.leaves == advice.formulas.estimate_memory(block).peak
     assert [s.option.changes for s in advice.advise(run, memory=left[0])] == [steps[0].option.changes]
