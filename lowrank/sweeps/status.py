@@ -34,7 +34,7 @@ class Status:
     def _now(self) -> float:
         """The store's time of the last write in the folder, or this machine's time if it is later."""
         times = [*store.times(self.study.path / claims.WORKERS).values(), *store.times(self.ledger.folder).values()]
-        return max(time.time(), *times)
+        return max([time.time(), *times])
 
     @property
     def counts(self) -> dict[str, int]:
