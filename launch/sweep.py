@@ -2,16 +2,14 @@
 
     --engine=local       who starts the workers; its own options are below
     --dry_run            list the cells, what each computes and whether it fits, and start nothing
-    --device=h100[:8]    with --dry_run: the device of each run, and the number of devices; by default, this machine's
-    --topology=v5e:4x4   with --dry_run: the TPU slice of each run
+    --device=h100[:8]    the device of each run, and the number of devices; by default, this machine's
+    --topology=v5e:4x4   the TPU slice of each run, or v5e:4x4,slices=2 for several
 
 The study file has a function `get_study`; `--config.a.b=c` changes its base config. All cells are checked before the
 first starts. The same command continues a study that was stopped, and runs no cell twice. The exit code is 0 when every
 cell is done, 1 when some have failed, 42 when the study was stopped, and 2 for bad input, with one line on stderr.
-With --dry_run it is 1 if a cell does not fit.
-
-Engines:
-
+With --dry_run it is 1 if a cell does not fit. The engines of a cluster hand the workers over, and end with 0 when it
+has taken them; `launch.status` shows the study.
 """
 
 import argparse
@@ -23,7 +21,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from launch import command, preflight, sweep_plan
+from launch import command, engines, preflight, sweep_plan
 from launch.engines import ENGINES
 from lowrank.core import config_file
 from lowrank.core.errors import UserError, unknown
@@ -36,14 +34,14 @@ PLANNER = "--planner"  # marks the process that checks the cells, which alone ta
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """`(options, [--config.a.b=c, ...])`. Raises UserError for an unknown flag."""
-    parser = command.Parser("python -m launch.sweep", __doc__)
+    parser = command.Parser("python -m launch.sweep", f"{__doc__}\n{engines.HELP}")
     for flag in ("--study", "--folder", "--device", "--topology"):
         parser.add_argument(flag, default="", help=argparse.SUPPRESS)
     parser.add_argument("--engine", default="local", help=argparse.SUPPRESS)
     for flag in ("--dry_run", PLANNER):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
-    for engine in ENGINES.values():
-        engine.add_flags(parser)
+    for add_flags in dict.fromkeys(engine.add_flags for engine in ENGINES.values()):  # which engines may share
+        add_flags(parser)
     changes = [word for word in argv if word.startswith("--config.")]
     args = parser.parse_args([word for word in argv if word not in changes])
     if args.engine not in ENGINES:
@@ -64,7 +62,9 @@ def main(argv: Sequence[str]) -> int:
         if args.folder:
             check_folder(study, Path(args.folder))
         ENGINES[args.engine].check(args)
-        code = _run_planner(argv, target)
+        code = _run_planner(argv, target if args.dry_run or not target else target._replace(topology=""))
+        if args.dry_run:
+            print(ENGINES[args.engine].describe(args), end="")
         if args.dry_run or code:
             return code
         return ENGINES[args.engine].run(open_study(study, Path(args.folder)), args)

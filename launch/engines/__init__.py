@@ -4,22 +4,16 @@ An engine adds its flags to the parser of `launch.sweep`, and starts workers. Cl
 workers' own, and the results are files: an engine has nothing else to do.
 """
 
-import argparse
-from collections.abc import Callable
-from typing import NamedTuple
-
-from launch.engines import local
-from lowrank.sweeps.folder import StudyFolder
-
-
-class Engine(NamedTuple):
-    """One way to start workers."""
-
-    add_flags: Callable[[argparse.ArgumentParser], None]
-    check: Callable[[argparse.Namespace], None]  # raises UserError for flags that do not fit, and for a missing tool
-    run: Callable[[StudyFolder, argparse.Namespace], int]  # returns the exit code of the command
-
+from launch.engines import cluster, jobset, local, skypilot, slurm, tpu_vm, xpk
+from launch.engines.engine import Engine
 
 ENGINES: dict[str, Engine] = {
     "local": Engine(local.add_flags, local.check, local.run),
+    "jobset": jobset.ENGINE,
+    "skypilot": skypilot.ENGINE,
+    "slurm": slurm.ENGINE,
+    "tpu_vm": tpu_vm.ENGINE,
+    "xpk": xpk.ENGINE,
 }
+
+HELP = "\n".join(part.__doc__ or "" for part in (local, cluster))
