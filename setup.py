@@ -35,6 +35,7 @@ setup(
         "numpy",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
+        "pyyaml",
         "rich",
         "rouge-score",
         "sacrebleu",
