@@ -1,6 +1,7 @@
 """A worker of a study: `python -m launch.worker FOLDER`. Any number of them may work on a folder, on any machines.
 
     --cores=0,1    the cores that the worker and its runs may use; by default those that the machine allows
+    --group=NAME --process=0   one of the processes that are one worker, on the hosts of its slices (`worker_group`)
 
 It runs one cell after another until none is left, each by `launch.main` as a process. The exit code is 0 when no cell
 is left, and 42 if SIGTERM or SIGINT has come: the cell has saved, and whoever claims it continues it.
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import command, recorded
+from launch import command, recorded, worker_group
 from lowrank.core.errors import UserError
 from lowrank.sweeps.cells import Cell
 from lowrank.sweeps.folder import RECORD, StudyFolder, read_folder
@@ -34,13 +35,27 @@ def main(argv: Sequence[str]) -> int:
     parser = command.Parser("python -m launch.worker", __doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cores", default="")
+    parser.add_argument("--group", default="")
+    parser.add_argument("--process", type=int, default=-1)
     try:
         args = parser.parse_args(argv)
         if args.cores:
             use_cores(args.cores)
-        return Worker(read_folder(args.folder), run_command, lambda line: print(line, flush=True)).run()
+        if bool(args.group) != (args.process >= 0):
+            raise UserError("--group=NAME and --process=INDEX, from 0 on, belong together: give both or neither")
+        study = read_folder(args.folder)
+        if args.process > 0:
+            return worker_group.Follower(study, args.group, args.process, run_command, say).run()
+        if args.group:
+            return worker_group.lead(study, args.group, run_command, say)
+        return Worker(study, run_command, say).run()
     except UserError as e:
         return command.print_error(e)
+
+
+def say(line: str) -> None:
+    """Prints a line at once."""
+    print(line, flush=True)
 
 
 def use_cores(text: str) -> None:
