@@ -13,9 +13,10 @@ from typing import Any
 from experiments.bench import page
 from experiments.bench.step_cases import CASES
 from experiments.bench.tpu_cases import Case, attention_cases, cases
-from experiments.study.numbers import earlier_mark, format_mean, same_mark
+from experiments.study.numbers import earlier_mark, same_mark
 from lowrank.core.files import write_text
 from lowrank.memory.report import format_bytes
+from lowrank.sweeps.tables import format_mean
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "experiments" / "bench" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))

@@ -7,10 +7,10 @@ Nothing is written to the study's folder. The exit code is 0.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from launch import command
 from lowrank.core.errors import UserError
+from lowrank.core.paths import as_path
 from lowrank.sweeps import tables
 from lowrank.sweeps.folder import read_folder
 from lowrank.sweeps.status import Status
@@ -19,8 +19,8 @@ from lowrank.sweeps.status import Status
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = command.Parser("python -m launch.status", __doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tables", type=Path)
+    parser.add_argument("folder", type=as_path)
+    parser.add_argument("--tables", type=as_path)
     try:
         args = parser.parse_args(argv)
         status = Status(read_folder(args.folder))

@@ -17,7 +17,6 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -25,6 +24,7 @@ from launch import command, engines, preflight, sweep_plan
 from launch.engines import ENGINES
 from lowrank.core import config_file
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.paths import as_path
 from lowrank.memory import devices
 from lowrank.sweeps.folder import check_folder, open_study
 from lowrank.sweeps.study import Study, load_study
@@ -60,14 +60,14 @@ def main(argv: Sequence[str]) -> int:
             raise UserError("--folder=DIR is required: the study's claims, runs and results go there")
         study.cells()
         if args.folder:
-            check_folder(study, Path(args.folder))
+            check_folder(study, as_path(args.folder))
         ENGINES[args.engine].check(args)
         code = _run_planner(argv, target if args.dry_run or not target else target._replace(topology=""))
         if args.dry_run:
             print(ENGINES[args.engine].describe(args), end="")
         if args.dry_run or code:
             return code
-        return ENGINES[args.engine].run(open_study(study, Path(args.folder)), args)
+        return ENGINES[args.engine].run(open_study(study, as_path(args.folder)), args)
     except UserError as e:
         return command.print_error(e)
 

@@ -10,10 +10,10 @@ is left, and 42 if SIGTERM or SIGINT has come: the cell has saved, and whoever c
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from launch import command, recorded, worker_group
 from lowrank.core.errors import UserError
+from lowrank.core.paths import AnyPath, as_path
 from lowrank.sweeps.cells import Cell
 from lowrank.sweeps.folder import RECORD, StudyFolder, read_folder
 from lowrank.sweeps.worker import Worker
@@ -25,7 +25,7 @@ def run_command(study: StudyFolder, cell: Cell) -> list[str]:
     return [sys.executable, "-m", "launch.main", f"--config={config}", f"--workdir={study.run_path(cell.key)}"]
 
 
-def worker_command(folder: Path) -> list[str]:
+def worker_command(folder: AnyPath) -> list[str]:
     """The command that starts a worker on this machine."""
     return [sys.executable, "-m", "launch.worker", str(folder)]
 
@@ -33,7 +33,7 @@ def worker_command(folder: Path) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = command.Parser("python -m launch.worker", __doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=as_path)
     parser.add_argument("--cores", default="")
     parser.add_argument("--group", default="")
     parser.add_argument("--process", type=int, default=-1)

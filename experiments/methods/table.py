@@ -9,12 +9,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.study.compute_cost import cost_summary
-from experiments.study.numbers import EARLIER, SAME, earlier_mark, format_mean, interval, same_mark, write_csv
+from experiments.study.numbers import EARLIER, earlier_mark, same_mark
 from experiments.study.stages import ScoredCells, is_earlier, scored_cells
 from experiments.study.study import Study
 from experiments.study.tasks import TASKS, Task
 from experiments.study.timing import Timing
 from lowrank.core.files import write_bytes, write_text
+from lowrank.sweeps.statistics import interval, paired_difference
+from lowrank.sweeps.tables import SAME, format_mean, write_csv
 
 COLUMNS = ("method", "family", "task", "seeds", "score_mean", "score_ci95", "trained_params", "step_s", "peak_mb")
 COLUMNS += ("adapter_kb", "forgetting", "minus_lora_mean", "minus_lora_ci95", "earlier_formulas")
@@ -46,10 +48,9 @@ def rows(study: Study, known: Callable[[Task], float]) -> list[dict[str, Any]]:
 
 def _difference(cells: ScoredCells, lora: ScoredCells) -> dict[str, float]:
     """The mean of the differences of scores from LoRA's at the same seed, with its interval; NaN without a pair."""
-    reference = {cell.seed: numbers["test"] for cell, numbers in lora}
-    pairs = [numbers["test"] - reference[cell.seed] for cell, numbers in cells if cell.seed in reference]
-    mean = statistics.mean(pairs) if pairs else math.nan
-    return {"minus_lora_mean": mean, "minus_lora_ci95": interval(pairs)}
+    scores, reference = ({cell.seed: numbers["test"] for cell, numbers in of} for of in (cells, lora))
+    found = paired_difference(scores, reference)
+    return {"minus_lora_mean": found.mean, "minus_lora_ci95": found.half}
 
 
 def _row(

@@ -10,12 +10,14 @@ from matplotlib.figure import Figure
 
 from experiments.quantization.bases import bits_under, measured
 from experiments.quantization.rows import BASES
-from experiments.study.numbers import EARLIER, earlier_mark, format_mean, interval, write_csv
+from experiments.study.numbers import EARLIER, earlier_mark
 from experiments.study.stages import is_earlier, scored_cells
 from experiments.study.study import Study
 from experiments.study.tasks import TASKS
 from experiments.study.timing import Timing
 from lowrank.core.files import write_bytes, write_text
+from lowrank.sweeps.statistics import interval
+from lowrank.sweeps.tables import format_mean, write_csv
 
 COLUMNS = ("base", "method", "task", "seeds", "bits_per_weight", "bits_on_disk", "score_mean", "score_ci95", "step_s")
 COLUMNS += ("peak_mb", "earlier_formulas")

@@ -8,13 +8,16 @@ import argparse
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from launch import command, worker
 from launch.live_table import LiveTable
 from lowrank.core.errors import UserError
+from lowrank.core.paths import in_bucket
 from lowrank.sweeps import tables
 from lowrank.sweeps.folder import StudyFolder
 from lowrank.sweeps.status import Status
@@ -67,7 +70,8 @@ class Workers:
         flags = [[f"--cores={share}"] if pinned and share else [] for share in _shares(cores, count)]
         self._commands = [[*worker.worker_command(study.path), *flag] for flag in flags]
         self._environments = [_environment(share) for share in _shares(devices, count)]
-        self._logs = [study.path / "logs" / f"local-{i}.txt" for i in range(count)]
+        logs = tempfile.mkdtemp(prefix="lowrank-") if in_bucket(study.path) else study.path / "logs"
+        self._logs = [Path(logs) / f"local-{i}.txt" for i in range(count)]
         self._restarts, self.stopping = [RESTARTS] * count, False
         self._processes: list[subprocess.Popen] = []
 

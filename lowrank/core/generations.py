@@ -63,6 +63,33 @@ def store_time(folder: PathLike) -> float:
     return found.modified
 
 
+def modified_times(folder: PathLike) -> dict[str, float]:
+    """`{name: time of its last write}` of the files in a folder, by the store's clock; none if it does not exist.
+
+    Names that start with a dot are left out: files that are being written. Raises OSError where the store does not
+    answer.
+    """
+    return _object_times(folder) if in_bucket(folder) else _local_times(pathlib.Path(folder))
+
+
+def _local_times(folder: pathlib.Path) -> dict[str, float]:
+    times = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                with contextlib.suppress(FileNotFoundError):
+                    times[entry.name] = os.stat(entry.path).st_mtime
+    return times
+
+
+def _object_times(folder: PathLike) -> dict[str, float]:
+    bucket, _, prefix = os.fspath(as_path(folder)).removeprefix("gs://").partition("/")
+    with store_errors(folder):
+        blobs = list(_client().list_blobs(bucket, prefix=f"{prefix}/", delimiter="/"))
+    named = {blob.name.rpartition("/")[2]: blob.updated.timestamp() for blob in blobs}
+    return {name: time for name, time in named.items() if name and not name.startswith(".")}
+
+
 def _put(path: PathLike, data: bytes, generation: int) -> int | None:
     local = pathlib.Path(as_path(path))
     try:

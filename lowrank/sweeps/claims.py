@@ -13,19 +13,19 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from lowrank.core import generations
 from lowrank.core.errors import UserError
-from lowrank.core.files import read_json, to_json
-from lowrank.sweeps import store
+from lowrank.core.files import read_json, to_json, write_json
+from lowrank.core.paths import AnyPath, exists, read_bytes
 from lowrank.sweeps.study import Limits
 
 CLAIMED, STOPPED, FAILED = "claimed", "stopped", "failed"
 DONE, DIVERGED, REFUSED, PRUNED = "done", "diverged", "refused", "pruned"
 WAITING, RUNNING, LOST = "waiting", "running", "lost"  # states that no event names
 FINAL = (DONE, DIVERGED, REFUSED, PRUNED)  # no worker claims such a cell
-EVENTS, WORKERS = "events", "workers"  # folders of a study
+EVENTS = "events"  # the folder of the files, in that of a study
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +78,14 @@ class History:
 class Ledger:
     """The events of all cells in the folder of a study."""
 
-    def __init__(self, folder: Path, limits: Limits):
+    def __init__(self, folder: AnyPath, limits: Limits):
         """The ledger in `folder`, which need not exist yet."""
         self.folder, self.limits = folder / EVENTS, limits
         self._read: dict[str, Mapping[str, Any]] = {}  # events by file name, as they never change
 
     def histories(self, keys: Sequence[str]) -> dict[str, History]:
         """The history of each key."""
-        times = store.times(self.folder)
+        times = generations.modified_times(self.folder)
         numbers: dict[str, int] = {}
         for name in times:
             if name.endswith(".json"):
@@ -102,9 +102,9 @@ class Ledger:
 
     def renew(self, claim: Claim, progress: Mapping[str, Any]) -> bool:
         """Renews a claim and notes its progress; False if another worker has taken it over."""
-        if store.exists(self._path(claim.key, claim.number + 1)):
+        if exists(self._path(claim.key, claim.number + 1)):
             return False
-        store.write_and_time(self._path(claim.key, claim.number, "beat"), json.dumps(to_json(progress)).encode())
+        write_json(self._path(claim.key, claim.number, "beat"), progress)
         return True
 
     def close(self, claim: Claim, state: str, **facts: Any) -> bool:
@@ -115,15 +115,15 @@ class Ledger:
         """What the owner of the last claim has noted with its last heartbeat."""
         path = self._path(history.key, len(history.events), "beat")
         try:
-            return read_json(path) if store.exists(path) else {}
+            return read_json(path) if exists(path) else {}
         except UserError:  # it is being written
             return {}
 
     def _add(self, key: str, number: int, event: Mapping[str, Any]) -> bool:
         text = json.dumps(to_json(event, "event"), indent=2, allow_nan=False) + "\n"
-        return store.create(self._path(key, number), text.encode())
+        return create(self._path(key, number), text.encode())
 
-    def _path(self, key: str, number: int, kind: str = "json") -> Path:
+    def _path(self, key: str, number: int, kind: str = "json") -> AnyPath:
         return self.folder / f"{key}.{number:04d}.{kind}"
 
     def _history(self, key: str, count: int, times: Mapping[str, float]) -> History:
@@ -134,3 +134,11 @@ class Ledger:
         beat = self._path(key, count, "beat").name
         seen = max((times[name] for name in (beat, *[path.name for path in paths[-1:]]) if name in times), default=0.0)
         return History(key, tuple(self._read[path.name] for path in paths), seen)
+
+
+def create(path: AnyPath, data: bytes) -> bool:
+    """Creates a file with this content; False if it exists with another one.
+
+    A file with the same content is this writer's own: the store has made it, and its reply was lost.
+    """
+    return generations.create_exclusive(path, data) is not None or read_bytes(path) == data

@@ -1,26 +1,28 @@
 """The folder of a study: `study.json`, written once, from which any worker on any machine takes the cells.
 
-study.json           the cells with their configs, and the settings of the study
-limits.json          its limits, which may change from one start to the next
-events/              the claims and the results: one file for each event of a cell
-runs/KEY/            the folder of a cell's run: checkpoints, log, report, adapter
-logs/KEY.0001.txt    what the run said under the first claim on it
-workers/             a file of each worker, whose time is the clock of the leases
-table.csv, .md, .tex the results, written by `launch.status` and at the end
+    study.json           the cells with their configs, and the settings of the study
+    limits.json          its limits, which may change from one start to the next
+    events/              the claims and the results: one file for each event of a cell
+    rungs/               the scores at each rung of successive halving
+    runs/KEY/            the folder of a cell's run: checkpoints, log, report, adapter
+    logs/KEY.0001.txt    what the run said under the first claim on it
+    table.csv, .md, .tex the results, which an engine writes at its end
+
+It is a local folder or one in a bucket.
 """
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lowrank.core.errors import UserError, plural
 from lowrank.core.files import read_json, to_json, write_json
-from lowrank.sweeps import store
+from lowrank.core.paths import AnyPath, exists
 from lowrank.sweeps.axes import Point
 from lowrank.sweeps.cells import Cell
+from lowrank.sweeps.claims import create
 from lowrank.sweeps.study import Halving, Limits, Study
 
 RECORD, LIMITS = "study.json", "limits.json"
@@ -30,7 +32,7 @@ RECORD, LIMITS = "study.json", "limits.json"
 class StudyFolder:
     """A study as its folder records it."""
 
-    path: Path
+    path: AnyPath
     name: str
     cells: tuple[Cell, ...]
     metric: str
@@ -39,37 +41,37 @@ class StudyFolder:
     halving: Halving | None
     limits: Limits
 
-    def run_path(self, key: str) -> Path:
+    def run_path(self, key: str) -> AnyPath:
         """The folder of a cell's run."""
         return self.path / "runs" / key
 
-    def log_path(self, key: str, number: int) -> Path:
+    def log_path(self, key: str, number: int) -> AnyPath:
         """The file of what a cell's run said under the claim of this number."""
         return self.path / "logs" / f"{key}.{number:04d}.txt"
 
 
-def check_folder(study: Study, path: Path) -> None:
+def check_folder(study: Study, path: AnyPath) -> None:
     """Raises UserError if `path` is the folder of another study or of another version of it. Nothing is written."""
-    if store.exists(path / RECORD):
+    if exists(path / RECORD):
         _check_same(read_json(path / RECORD), _record(study), path)
 
 
-def open_study(study: Study, path: Path) -> StudyFolder:
+def open_study(study: Study, path: AnyPath) -> StudyFolder:
     """Makes `path` the folder of a study, or checks that it is one.
 
     Raises UserError as `check_folder` and `Study.cells` do.
     """
     record = _record(study)
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    if not store.create(path / RECORD, text.encode()):
+    if not create(path / RECORD, text.encode()):
         _check_same(read_json(path / RECORD), record, path)
     write_json(path / LIMITS, dataclasses.asdict(study.limits))
     return read_folder(path)
 
 
-def read_folder(path: Path) -> StudyFolder:
+def read_folder(path: AnyPath) -> StudyFolder:
     """The study in a folder. Raises UserError if there is none."""
-    if not store.exists(path / RECORD):
+    if not exists(path / RECORD):
         raise UserError(f"{path} is not the folder of a study: it has no {RECORD}")
     record, limits = read_json(path / RECORD), read_json(path / LIMITS)
     try:
@@ -95,7 +97,7 @@ def _record(study: Study) -> dict[str, Any]:
     return to_json(record, "study")
 
 
-def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> None:
+def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: AnyPath) -> None:
     """Raises UserError if the folder's study has other cells or settings."""
     for key in ("name", "metric", "mode", "baseline", "halving"):
         if theirs.get(key) != ours[key]:

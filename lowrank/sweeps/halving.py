@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from lowrank.core.files import read_json
-from lowrank.sweeps import store
+from lowrank.core.generations import modified_times
+from lowrank.core.paths import AnyPath
+from lowrank.sweeps.claims import create
 from lowrank.sweeps.study import Halving
 
 RUNGS = "rungs"  # a folder of a study, with a file for each cell at each rung
@@ -31,8 +32,8 @@ def goes_on(score: float, scores: Sequence[float], halving: Halving, mode: str) 
     return alone or (score == score and better <= (len(scores) - 1) / halving.reduction)
 
 
-def record_score(folder: Path, rung: int, key: str, score: float) -> list[float]:
+def record_score(folder: AnyPath, rung: int, key: str, score: float) -> list[float]:
     """Records a cell's score at a rung, once, and returns the scores of all cells there."""
     level = folder / RUNGS / str(rung)
-    store.create(level / f"{key}.json", json.dumps(str(score)).encode())
-    return [float(read_json(level / name)) for name in store.times(level)]
+    create(level / f"{key}.json", json.dumps(str(score)).encode())
+    return [float(read_json(level / name)) for name in modified_times(level)]

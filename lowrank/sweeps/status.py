@@ -9,7 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from lowrank.core.errors import plural
-from lowrank.sweeps import claims, store
+from lowrank.core.generations import modified_times
+from lowrank.sweeps import claims
 from lowrank.sweeps.claims import Ledger
 from lowrank.sweeps.folder import StudyFolder
 from lowrank.sweeps.results import Result, read_results
@@ -33,8 +34,7 @@ class Status:
 
     def _now(self) -> float:
         """The store's time of the last write in the folder, or this machine's time if it is later."""
-        times = [*store.times(self.study.path / claims.WORKERS).values(), *store.times(self.ledger.folder).values()]
-        return max([time.time(), *times])
+        return max([time.time(), *modified_times(self.ledger.folder).values()])
 
     @property
     def counts(self) -> dict[str, int]:

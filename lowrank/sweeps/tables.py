@@ -7,11 +7,11 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lowrank.core.errors import plural
 from lowrank.core.files import write_text
+from lowrank.core.paths import AnyPath
 from lowrank.sweeps import claims
 from lowrank.sweeps.cells import spell
 from lowrank.sweeps.folder import StudyFolder
@@ -91,7 +91,7 @@ def note(study: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> str:
     return " ".join(parts)
 
 
-def write_tables(study: StudyFolder, results: Sequence[Result], folder: Path | None = None) -> list[Path]:
+def write_tables(study: StudyFolder, results: Sequence[Result], folder: AnyPath | None = None) -> list[AnyPath]:
     """Writes `table.csv`, `table.md` and `table.tex` in `folder`, by default the study's; returns their paths."""
     rows, folder = table_rows(study, results), folder or study.path
     title = f"**{study.name}**: {study.metric} ({'lower' if study.mode == 'min' else 'higher'} is better)"
@@ -155,7 +155,7 @@ def format_mean(mean: float, spread: float, mark: str = "") -> str:
     return f"{mean:{digits}}" + ("" if math.isnan(spread) else f" ± {spread:{digits}}") + mark
 
 
-def write_csv(path: Path, columns: Sequence[str], table: Sequence[Mapping[str, Any]]) -> Path:
+def write_csv(path: AnyPath, columns: Sequence[str], table: Sequence[Mapping[str, Any]]) -> AnyPath:
     """Writes the table with these columns, and its fractions with six digits."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

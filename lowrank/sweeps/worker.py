@@ -4,19 +4,23 @@ Retries, timeouts, preemption and resumption are here alone. Every engine starts
 """
 
 import dataclasses
-import json
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from lowrank.core import files
 from lowrank.core.errors import UserError
 from lowrank.core.files import read_json
-from lowrank.sweeps import claims, halving, store
+from lowrank.core.generations import store_time
+from lowrank.core.paths import exists, in_bucket
+from lowrank.sweeps import claims, halving
 from lowrank.sweeps.cells import Cell
 from lowrank.sweeps.claims import Claim, History, Ledger
 from lowrank.sweeps.code_version import code_version
@@ -65,9 +69,10 @@ class Worker:
         try:
             self._report_skew()
             while not self._stopping:
+                now = self._now()  # before the histories are read, so that no claim looks older than it is
                 if not (waiting := self._open_histories()):
                     return OK
-                if not self._run_one(waiting):
+                if not self._run_one(waiting, now):
                     self._sleep(self.limits.lease / BEATS)
             return STOPPED
         finally:
@@ -84,8 +89,7 @@ class Worker:
 
     def _now(self) -> float:
         """The store's time."""
-        about = {"name": self.name, "host": socket.gethostname(), "pid": os.getpid()}
-        return store.write_and_time(self.study.path / claims.WORKERS / f"{self.name}.json", json.dumps(about).encode())
+        return store_time(self.study.path)
 
     def _report_skew(self) -> None:
         skew = self._now() - time.time()
@@ -98,9 +102,9 @@ class Worker:
         found = self.ledger.histories([cell.key for cell in self.study.cells]).values()
         return sorted((h for h in found if not h.is_final(self.limits)), key=lambda h: len(h.events))
 
-    def _run_one(self, histories: Sequence[History]) -> bool:
-        """Claims the first cell that is free, and runs it; False if none is free."""
-        now, facts = self._now(), {"host": socket.gethostname(), "code": code_version()}
+    def _run_one(self, histories: Sequence[History], now: float) -> bool:
+        """Claims the first cell that is free at the store's time `now`, and runs it; False if none is free."""
+        facts = {"host": socket.gethostname(), "code": code_version()}
         for history in histories:
             if claim := self.ledger.claim(history, self.name, now, **facts):
                 self._run_cell(next(cell for cell in self.study.cells if cell.key == claim.key), claim)
@@ -128,9 +132,16 @@ class Worker:
         return self._stopping
 
     def start(self, cell: Cell, claim: Claim) -> CellProcess:
-        """Starts the process of a cell."""
+        """Starts the process of a cell. Its log is a local file, which `keep_log` copies to a folder in a bucket."""
         log = self.study.log_path(cell.key, claim.number)
-        return CellProcess(self.command(self.study, cell), log, self._grace)
+        local = Path(tempfile.gettempdir()) / f"{self.name}-{log.name}" if in_bucket(log) else Path(log)
+        return CellProcess(self.command(self.study, cell), local, self._grace)
+
+    def keep_log(self, claim: Claim, process: CellProcess) -> None:
+        """Leaves the log of a process that has ended in the study's folder."""
+        if in_bucket(log := self.study.log_path(claim.key, claim.number)):
+            files.write_bytes(log, process.log.read_bytes())
+            process.log.unlink()
 
     def wait(self) -> None:
         """Waits until the processes are looked at again."""
@@ -161,6 +172,7 @@ class Attempt:
                     process.stop()
                 worker.wait()
             state, facts = self._end(code, process)
+            worker.keep_log(self.claim, process)
             return state, {"seconds": round(process.seconds, 3), **facts}
 
     def _beat(self) -> bool:
@@ -181,7 +193,7 @@ class Attempt:
 
     def _metrics(self) -> list[dict[str, Any]]:
         path = self.worker.study.run_path(self.cell.key) / METRICS
-        return read_metrics(path) if path.exists() else []
+        return read_metrics(path) if exists(path) else []
 
     def _rung(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The last rung that the run has reached and its score, if the cell does not go on from there."""
@@ -206,7 +218,7 @@ class Attempt:
     def _end(self, code: int, process: CellProcess) -> tuple[str, dict[str, Any]]:
         """The state and facts for an exit code; a run that has ended counts, whatever it was asked."""
         summary = self.worker.study.run_path(self.cell.key) / SUMMARY
-        if code == OK and summary.exists():
+        if code == OK and exists(summary):
             return claims.DONE, {"summary": {k: v for k, v in read_json(summary).items() if k != "samples"}}
         if self.why:
             return claims.FAILED, {"why": self.why}

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import math
 
 import numpy as np
 import pytest
@@ -168,13 +167,6 @@ def test_the_catalogue_says_what_merges_and_how_much_is_trained(tmp_path):
     assert (prompt["merges"], prompt["trained_params"]) == (False, 20 * width)
     assert (head["merges"], head["trained_params"]) == (True, len(tiny.vocabulary()) * width)
     assert catalogue.entry(Row("x", {"name": "lora", "rank": 1000}, ()), model)["why"].startswith("rank 1000")
-
-
-def test_the_interval_is_students():
-    values = [0.9, 0.92, 0.97]
-    half = 4.303 * np.std(values, ddof=1) / np.sqrt(3)
-    assert_close(numbers.interval(values), half, relative=1e-9)
-    assert math.isnan(numbers.interval([1.0]))
 
 
 def test_every_method_has_a_row_and_every_row_a_rate_to_start_from():

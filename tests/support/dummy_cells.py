@@ -7,8 +7,7 @@ import textwrap
 from pathlib import Path
 
 from configs import tiny
-from lowrank.sweeps.axes import axis, combine, product, seeds
-from lowrank.sweeps.cells import make_cells
+from lowrank.sweeps.axes import seeds
 from lowrank.sweeps.folder import open_study
 from lowrank.sweeps.study import Limits, Study
 
@@ -30,7 +29,8 @@ note("start")
 def make_study(count=3, **settings):
     """A study of `count` seeds on the tiny config."""
     limits = {"lease": 2.0, "stall": 0.0, **settings.pop("limits", {})}
-    return Study("dummy", tiny.get_config(), seeds(count), limits=Limits(**limits), **settings)
+    settings = {"points": seeds(count), **settings}
+    return Study("dummy", tiny.get_config(), limits=Limits(**limits), **settings)
 
 
 def make_folder(path: Path, count=3, **settings):
@@ -65,6 +65,3 @@ def notes(folder: Path) -> list[str]:
     """What the cells did, one `WORD KEY` each."""
     path = folder / "runs" / "notes.txt"
     return path.read_text().splitlines() if path.exists() else []
-
-
-__all__ = ["axis", "combine", "command", "make_cells", "make_folder", "make_study", "notes", "product", "start_worker"]
