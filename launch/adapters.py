@@ -1,12 +1,12 @@
 """The flags of the commands that read an adapter, from the folder of a run or of an adapter."""
 
 import json
-from pathlib import Path
 
 from absl import flags
 
 from lowrank.adapters import load
 from lowrank.core.errors import UserError
+from lowrank.core.paths import AnyPath, as_path, read_text
 from lowrank.pretrained import Pretrained
 from lowrank.training import loop, workdir
 
@@ -22,15 +22,15 @@ def adapted() -> Pretrained:
     return load.load_adapted(directory, spec, any_base=_ANY_BASE.value)
 
 
-def _source() -> tuple[Path, str | None]:
+def _source() -> tuple[AnyPath, str | None]:
     """`(folder of the adapter, name of the model or None)`."""
     if bool(_WORKDIR.value) == bool(_ADAPTER.value):
         raise UserError("the adapter comes from one folder: give either --workdir=RUN or --adapter=DIR")
     if _ADAPTER.value:
-        return Path(_ADAPTER.value), _BASE.value
-    config = Path(_WORKDIR.value) / workdir.CONFIG
+        return as_path(_ADAPTER.value), _BASE.value
+    config = as_path(_WORKDIR.value) / workdir.CONFIG
     try:
-        model = json.loads(config.read_text())["model"]["name"]
+        model = json.loads(read_text(config))["model"]["name"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{_WORKDIR.value} is not the folder of a run: {config}: {e}") from None
-    return Path(_WORKDIR.value) / loop.ADAPTER, _BASE.value or model
+    return as_path(_WORKDIR.value) / loop.ADAPTER, _BASE.value or model

@@ -6,9 +6,7 @@ stderr and exit code 2.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,16 +17,17 @@ from launch.main import parse  # and the flags --config and --workdir
 from lowrank.adapters import load
 from lowrank.core import files, sharding
 from lowrank.core.errors import UserError
+from lowrank.core.paths import PathLike, as_path, is_folder
 from lowrank.training import build, loop
 
 
-def evaluate(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> dict[str, float]:
+def evaluate(config: Mapping[str, Any], directory: PathLike) -> dict[str, float]:
     """The scores of the adapter in the run's folder. Raises UserError if it is missing or fits another model."""
     run = build.build_run(config)
     if run.scorer is None:
         raise UserError("eval.split is not set: it names what to score on")
-    found = Path(directory) / loop.ADAPTER
-    if not found.is_dir():
+    found = as_path(directory) / loop.ADAPTER
+    if not is_folder(found):
         raise UserError(f"{directory} holds no finished run: {found} does not exist")
     model = load.load_adapted(found, run.model.name, model=run.options, param_dtype=run.model.param_dtype)
     params = jax.device_put(model.params, sharding.parameter_shardings(model.params, run.mesh))
@@ -40,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     try:
         scores = evaluate(flags.FLAGS.config.lock(), flags.FLAGS.workdir)
-        files.write_json(Path(flags.FLAGS.workdir) / "evaluation.json", scores)
+        files.write_json(as_path(flags.FLAGS.workdir) / "evaluation.json", scores)
     except UserError as e:
         command.fail(e)
     print(json.dumps(scores, indent=2))

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,8 +13,9 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
 
 from lowrank.adapters import peft
-from lowrank.core import files, tree
+from lowrank.core import files, paths, tree
 from lowrank.core.errors import UserError, nearest
+from lowrank.core.paths import AnyPath, PathLike, as_path
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_stored, is_weight
 from lowrank.models.adapter_options import AdapterOptions
@@ -31,7 +30,7 @@ BASES = {"quantized": "quantized_base.json", "upcycled": "upcycled_base.json"}
 def save(
     params: PyTree,
     base: Any,
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     *,
     mask: PyTree,
     method: Mapping[str, Any],
@@ -53,7 +52,7 @@ def save(
     """
     for field, file in BASES.items():
         if getattr(base, field, None) and jax.process_index() == 0:
-            files.write_json(Path(directory) / file, dict(getattr(base, field)))
+            files.write_json(as_path(directory) / file, dict(getattr(base, field)))
     trained = [name for name, learns in tree.named_leaves(mask) if learns]
     why = "no weight was rewritten"
     rewritten = (is_weight(w) and not is_stored(w) for w in jax.tree.leaves(params, is_leaf=is_weight))
@@ -68,33 +67,35 @@ def save(
         except UserError as e:
             why = str(e)
     about = {"base": base.name, "model": options, "method": dict(method), "not_peft": why}
-    _save_leaves(params, trained, about, Path(directory))
+    _save_leaves(params, trained, about, as_path(directory))
     return "trained leaves by name"
 
 
-def base_of(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def base_of(directory: PathLike) -> dict[str, Any]:
     """The keywords of `pretrained.load` for the base of an adapter that was quantized or upcycled; empty otherwise."""
     found = {}
     for field, file in BASES.items():
-        path = Path(directory) / file
-        if path.exists():
+        path = as_path(directory) / file
+        if paths.exists(path):
             try:
-                found[field] = dict(json.loads(path.read_text()))
+                found[field] = dict(json.loads(paths.read_text(path)))
             except (OSError, ValueError, TypeError) as e:
                 raise UserError(f"cannot read {path}: {e}") from None
     dtype = found.get("quantized", {}).pop("param_dtype", None)
     return found | ({"param_dtype": dtype} if dtype else {})
 
 
-def load_leaves(directory: str | os.PathLike[str], params: PyTree, base_name: str) -> PyTree:
+def load_leaves(directory: PathLike, params: PyTree, base_name: str) -> PyTree:
     """`params`, to which the same method was attached, with the leaves that `save` wrote by name.
 
     Raises UserError when the files cannot be read, when the adapter belongs to another base, and when a leaf differs
     from `params` in name or shape.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     try:
-        about, arrays = json.loads((directory / ABOUT).read_text()), load_file(directory / ARRAYS)
+        about = json.loads(paths.read_text(directory / ABOUT))
+        with paths.local_file(directory / ARRAYS) as file:
+            arrays = load_file(file)
     except (OSError, ValueError, SafetensorError) as e:
         raise UserError(f"adapter {directory} cannot be read: {e}") from None
     if about.get("base") != base_name:
@@ -109,7 +110,7 @@ def load_leaves(directory: str | os.PathLike[str], params: PyTree, base_name: st
     return tree.map_named(lambda name, leaf: put(name, leaf) if name in arrays else leaf, params)
 
 
-def _save_leaves(params: PyTree, trained: list[str], about: Mapping[str, Any], directory: Path) -> None:
+def _save_leaves(params: PyTree, trained: list[str], about: Mapping[str, Any], directory: AnyPath) -> None:
     leaves = dict(tree.named_leaves(params))
     arrays = {name: _on_host(leaves[name]) for name in trained}
     if jax.process_index() == 0:

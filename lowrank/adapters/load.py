@@ -2,19 +2,19 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lowrank import methods, pretrained
 from lowrank.adapters import adapter_files, peft
+from lowrank.core import paths
 from lowrank.core.errors import UserError
+from lowrank.core.paths import AnyPath, PathLike, as_path
 from lowrank.pretrained import Pretrained
 
 
 def load_adapted(
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     spec: str | None = None,
     *,
     any_base: bool = False,
@@ -29,14 +29,14 @@ def load_adapted(
     set, and for the reasons of `pretrained.load` and `peft.load`.
     """
     read = {"param_dtype": param_dtype, **adapter_files.base_of(directory)}
-    if (Path(directory) / adapter_files.ABOUT).exists():
-        return _with_leaves(Path(directory), spec, model or {}, read)
+    if paths.exists(as_path(directory) / adapter_files.ABOUT):
+        return _with_leaves(as_path(directory), spec, model or {}, read)
     about = peft.describe_adapter(directory)
     base = _base(spec, about.base, directory, model={**(model or {}), **about.model}, **read)
     return dataclasses.replace(base, params=peft.load(directory, base.params, base, any_base=any_base))
 
 
-def _base(spec: str | None, recorded: str | None, directory: str | os.PathLike[str], **how: Any) -> Pretrained:
+def _base(spec: str | None, recorded: str | None, directory: PathLike, **how: Any) -> Pretrained:
     """The model `spec`, or the recorded base, which may be no more than the name of a folder."""
     if not (spec or recorded):
         raise UserError(f"the adapter in {directory} does not record its base: name the base")
@@ -49,9 +49,9 @@ def _base(spec: str | None, recorded: str | None, directory: str | os.PathLike[s
         raise UserError(f"{where}: {e} (give its place as spec, or as --base=MODEL)") from None
 
 
-def _with_leaves(directory: Path, spec: str | None, model: Mapping[str, Any], read: Mapping[str, Any]) -> Pretrained:
+def _with_leaves(directory: AnyPath, spec: str | None, model: Mapping[str, Any], read: Mapping[str, Any]) -> Pretrained:
     try:
-        about = json.loads((directory / adapter_files.ABOUT).read_text())
+        about = json.loads(paths.read_text(directory / adapter_files.ABOUT))
         recorded, options, group = about["base"], about["model"], about["method"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"cannot read {directory / adapter_files.ABOUT}: {e}") from None

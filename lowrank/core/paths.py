@@ -13,13 +13,13 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from etils import epath
 
 from lowrank.core.errors import UserError
 
-AnyPath = pathlib.Path | epath.Path
+AnyPath: TypeAlias = pathlib.Path  # or an epath.Path, which is `Any` to mypy
 PathLike = str | os.PathLike[str]
 BUCKET = "gs://"
 

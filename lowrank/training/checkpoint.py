@@ -7,7 +7,6 @@ earlier steps as they were. Only arrays and JSON are stored; nothing is pickled.
 import contextlib
 import json
 import logging as std_logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from etils import epath
 
 from lowrank.core.errors import UserError
 from lowrank.core.multihost import gather_values, own_value
+from lowrank.core.paths import PathLike, as_path, in_bucket
 from lowrank.core.tree import check_same_names
 from lowrank.core.typing import Arrays
 
@@ -38,13 +38,13 @@ class Checkpointer:
     Every process of a multi-process run creates a checkpointer and calls the same methods in the same order.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], every: int = 0, keep: int = 2):
+    def __init__(self, directory: PathLike, every: int = 0, keep: int = 2):
         """Opens or creates `directory` and deletes the half-written steps of an interrupted save.
 
         Only one run may use the folder at a time: to open the folder of a run that is saving makes its save fail.
 
         Args:
-          directory: the folder of the steps, a local path or `gs://...`.
+          directory: the folder of the steps, a local path or `gs://BUCKET/...`.
           every: the number of steps between periodic checkpoints (see `due`); 0 for no periodic checkpoint.
           keep: the number of steps that stay on disk, at least 1.
 
@@ -53,7 +53,8 @@ class Checkpointer:
         """
         if every < 0 or keep < 1:
             raise UserError(f"checkpoint.every={every} must be >= 0 and checkpoint.keep={keep} must be >= 1")
-        self.directory = epath.Path(directory).absolute()
+        path = as_path(directory)
+        self.directory = epath.Path(path if in_bucket(path) else path.absolute())
         self.every = every
         try:
             self.directory.mkdir(parents=True, exist_ok=True)

@@ -2,21 +2,22 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 
 from lowrank.core.errors import UserError
 from lowrank.core.files import to_json, write_text
+from lowrank.core.mirror import Mirror
+from lowrank.core.paths import PathLike, as_path, exists, read_text
 from lowrank.training.loggers import LOGGERS, LoggedRun
 from lowrank.training.progress import Clock, Progress
 
 METRICS = "metrics.jsonl"
+COPY_SECONDS = 10.0  # the time between two copies to a bucket of a log that grows
 LOSS = "train/loss"  # a line that holds it moves the progress bar
 
 
@@ -25,7 +26,7 @@ class RunLog:
 
     def __init__(
         self,
-        workdir: str | os.PathLike[str],
+        workdir: PathLike,
         total_steps: int,
         *,
         start: int = 0,
@@ -54,12 +55,15 @@ class RunLog:
         self._clock = Clock(tokens_per_step, start)
         if not self._writes:
             return
-        workdir = Path(workdir)
-        self._clock.seconds_before = _rewind(workdir / METRICS, start)
+        self._path = as_path(workdir) / METRICS
+        self._mirror = Mirror(workdir)
+        earlier, self._clock.seconds_before = _earlier_lines(self._path, start)
         self._progress = Progress(total_steps, start, every_seconds, stream or sys.stderr)
-        with _write_errors(workdir):
-            self._lines = open(workdir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
-            facts = LoggedRun(workdir, start, to_json(config or {}))
+        with _write_errors(self._path.parent):
+            file = write_text(self._mirror.local / METRICS, earlier)
+            self._mirror.copy()
+            self._lines = open(file, "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
+            facts = LoggedRun(self._path.parent, start, to_json(config or {}), self._mirror.local)
             self._loggers = [LOGGERS[name](facts) for name in loggers]
 
     def __enter__(self) -> "RunLog":
@@ -94,16 +98,17 @@ class RunLog:
             values |= {} if rate is None else {"train/tokens_per_s": rate}
             self._progress.show(step, values[LOSS], rate)
         line = {"step": int(step), "seconds": round(self.seconds, 3), **values}
-        with _write_errors(Path(self._lines.name)):
+        with _write_errors(self._path):
             self._lines.write(json.dumps(to_json(line), allow_nan=False) + "\n")
             self._lines.flush()
             for logger in self._loggers:
                 logger.scalars(step, values)
+            self._mirror.copy(COPY_SECONDS)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Sends Markdown, such as samples, to the loggers under `tag`."""
         if self._writes:
-            with _write_errors(Path(self._lines.name)):
+            with _write_errors(self._path):
                 for logger in self._loggers:
                     logger.text(step, tag, text)
 
@@ -124,28 +129,29 @@ class RunLog:
     def flush(self) -> None:
         """Writes the records that are still in memory to the files."""
         if self._writes:
-            with _write_errors(Path(self._lines.name)):
+            with _write_errors(self._path):
                 for logger in self._loggers:
                     logger.flush()
+                self._mirror.copy()
 
     def close(self) -> None:
         """Flushes and closes the files and the bar. A second call does nothing."""
         if self._writes:
             self._writes = False
-            with _write_errors(Path(self._lines.name)), contextlib.ExitStack() as stack:
+            with _write_errors(self._path), contextlib.ExitStack() as stack:
                 stack.callback(self._progress.close)
+                stack.callback(self._mirror.copy)
                 stack.callback(self._lines.close)
                 for logger in self._loggers:
                     stack.callback(logger.close)
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_metrics(path: PathLike) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`, each `{"step": int, "seconds": float, name: float, ...}`.
 
     A last line that a crash cut short is omitted. Raises UserError for any other line that is not JSON.
     """
-    path, out = Path(path), []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    out, lines = [], read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
         try:
             out.append({k: float(v) if isinstance(v, str) else v for k, v in json.loads(line).items()})
@@ -156,15 +162,15 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return out
 
 
-def _rewind(path: Path, start: int) -> float:
-    """Deletes the lines after step `start` (all lines for 0); returns the seconds of the last line that stays."""
-    lines = [line for line in read_metrics(path) if line["step"] <= start] if start and path.exists() else []
-    write_text(path, "".join(json.dumps(to_json(line), allow_nan=False) + "\n" for line in lines))
-    return lines[-1]["seconds"] if lines else 0.0
+def _earlier_lines(path: PathLike, start: int) -> tuple[str, float]:
+    """The lines up to step `start` (none for 0), and the seconds of the last one."""
+    lines = [line for line in read_metrics(path) if line["step"] <= start] if start and exists(path) else []
+    text = "".join(json.dumps(to_json(line), allow_nan=False) + "\n" for line in lines)
+    return text, lines[-1]["seconds"] if lines else 0.0
 
 
 @contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def _write_errors(path: PathLike) -> Iterator[None]:
     """Raises a UserError that names the log where the file system refuses a write."""
     try:
         yield

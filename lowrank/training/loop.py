@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-import os
 import re
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +14,7 @@ from lowrank import methods
 from lowrank.adapters import adapter_files
 from lowrank.core import files, parameter_summary, tree
 from lowrank.core.errors import Diverged, UserError
+from lowrank.core.paths import AnyPath, PathLike, as_path, exists
 from lowrank.core.tree import flatten_named, unflatten_named
 from lowrank.core.typing import PyTree
 from lowrank.kernels import dispatch
@@ -35,7 +34,7 @@ FROZEN = "frozen"  # the root of the frozen leaves in a checkpoint, which calibr
 
 def run(
     config: Mapping[str, Any],
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     command: str = "",
     before: bool = True,
     after: bool = True,
@@ -48,7 +47,7 @@ def run(
 
     Args:
       config: the config of the run.
-      directory: the folder of the run.
+      directory: the folder of the run, local or `gs://BUCKET/...`.
       command: the shell command that repeats the run, for the report.
       before: whether the model is scored before the first step.
       after: whether the model is scored after the last step.
@@ -59,11 +58,11 @@ def run(
         cannot be written.
       Diverged: a loss or a gradient is not finite.
     """
+    folder = as_path(directory)
     run = build_run(config)
-    folder = Path(directory)
     workdir.check_config(directory, config)
     every, keep = run.checkpoint.every, run.checkpoint.keep
-    with workdir.lock(folder), StopSignal() as stop, Checkpointer(folder / "checkpoints", every, keep) as saver:
+    with workdir.lock(folder) as hold, StopSignal() as stop, Checkpointer(folder / "checkpoints", every, keep) as saver:
         start = saver.latest() or 0
         if (summary := _finished_summary(folder, start)) is not None:
             return summary
@@ -73,15 +72,15 @@ def run(
             log.say(run.table)
             log.say(dispatch.describe(run.mesh.devices.flat[0].device_kind))
             log.say(run.attention)
-            trainer = Trainer(run, folder, saver, log, stop, command)
+            trainer = Trainer(run, folder, saver, log, stop, hold, command)
             workdir.claim(folder, config)
             return trainer.train(before, after, traces)
 
 
-def _finished_summary(folder: Path, last: int) -> dict[str, Any] | None:
+def _finished_summary(folder: AnyPath, last: int) -> dict[str, Any] | None:
     """The summary of a run that has ended at step `last`, the step of its last checkpoint; None if it has not ended."""
     path = folder / SUMMARY
-    summary = files.read_json(path) if last and path.exists() else {}
+    summary = files.read_json(path) if last and exists(path) else {}
     if summary.get("steps_done", summary.get("steps")) != last:
         return None
     if jax.process_index() == 0:
@@ -92,9 +91,19 @@ def _finished_summary(folder: Path, last: int) -> dict[str, Any] | None:
 class Trainer:
     """The training of one run, which starts from its last checkpoint."""
 
-    def __init__(self, run: Run, folder: Path, saver: Checkpointer, log: RunLog, stop: StopSignal, command: str):
+    def __init__(
+        self,
+        run: Run,
+        folder: AnyPath,
+        saver: Checkpointer,
+        log: RunLog,
+        stop: StopSignal,
+        hold: Callable[[], None],
+        command: str,
+    ):
         """Loads the base, attaches the method and restores the last checkpoint, if there is one."""
-        self.run, self.folder, self.saver, self.log, self.stop, self.command = run, folder, saver, log, stop, command
+        self.run, self.folder, self.saver, self.log, self.command = run, folder, saver, log, command
+        self.stop, self.hold = stop, hold
         base = run.load()
         _check_new(base.new, run.frozen, run.method)
         self.base = dataclasses.replace(base, params=None)
@@ -146,6 +155,7 @@ class Trainer:
         c, start, program = self.run.config, int(self.state.step), None
         done = start
         while done < c.steps and not self.best.exhausted and not self.stop.requested(done):
+            self.hold()
             if self.run.restarts_at(done):
                 self._restart(done)
             batch = self._batch(done)
@@ -192,6 +202,8 @@ class Trainer:
 
     def _save(self, done: int, block: bool = False) -> None:
         self._check_finite(done, self.metrics)
+        self.hold()
+        self.log.flush()  # a run that resumes from the checkpoint finds the lines before it
         self.saver.save(done, self._arrays(), self._meta(done), block=block, host=self.run.loader.get_state())
 
     def _meta(self, done: int) -> dict[str, Any]:
@@ -245,7 +257,7 @@ class Trainer:
     def _scores_before(self) -> dict[str, Any]:
         """The scores and texts before the first step, read from the file if the run is resumed."""
         path = self.folder / BEFORE
-        if int(self.state.step) == 0 or not path.exists():
+        if int(self.state.step) == 0 or not exists(path):
             files.write_json(path, self._evaluate())
         return files.read_json(path)
 
@@ -292,7 +304,7 @@ class Trainer:
         if self.metrics:
             return float(self.metrics["loss"])
         path = self.folder / METRICS
-        logged = [line[LOSS] for line in read_metrics(path) if LOSS in line] if path.exists() else []
+        logged = [line[LOSS] for line in read_metrics(path) if LOSS in line] if exists(path) else []
         return logged[-1] if logged else None
 
     def _report(self, summary: dict[str, Any], kind: str) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import resource
 import sys
@@ -15,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lowrank.core.files import to_json, write_bytes, write_text
+from lowrank.core.paths import AnyPath, PathLike, as_path, exists, size
 from lowrank.training.log import LOSS, METRICS, read_metrics
 
 EVAL_LOSS = "eval/loss"
@@ -22,7 +22,7 @@ _SKIPPED = ("before", "after", "samples")  # keys of a summary that have a secti
 
 
 def write(
-    workdir: str | os.PathLike[str],
+    workdir: PathLike,
     summary: Mapping[str, Any],
     rules: str = "",
     *,
@@ -31,7 +31,7 @@ def write(
     config: Mapping[str, Any] | None = None,
     samples: Sequence[Mapping[str, str]] = (),
     files: Mapping[str, str] | None = None,
-) -> Path:
+) -> AnyPath:
     """Writes `report.md`, and `loss.png` where `metrics.jsonl` has losses, into `workdir`; returns the report's path.
 
     Args:
@@ -45,7 +45,7 @@ def write(
       samples: per sample, heading -> text, for instance prompt, reference, before, after.
       files: path (absolute, or relative to `workdir`) -> description; the report adds their sizes.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     plot = plot_losses(workdir)
     parts = [
         f"# {title}",
@@ -61,10 +61,10 @@ def write(
     return write_text(workdir / "report.md", "\n\n".join(part for part in parts if part) + "\n")
 
 
-def plot_losses(workdir: str | os.PathLike[str]) -> Path | None:
+def plot_losses(workdir: PathLike) -> AnyPath | None:
     """Draws `loss.png` from the `metrics.jsonl` of `workdir`; returns None if no finite loss was logged."""
-    path = Path(workdir) / METRICS
-    lines = read_metrics(path) if path.exists() else []
+    path = as_path(workdir) / METRICS
+    lines = read_metrics(path) if exists(path) else []
     train, held_out = _series(lines, LOSS), _series(lines, EVAL_LOSS)
     if not len(train) and not len(held_out):
         return None
@@ -171,12 +171,8 @@ def _sample(number: int, sample: Mapping[str, str]) -> str:
     return "\n\n".join([f"### Sample {number}", *(f"**{name}**\n\n{_fenced(text)}" for name, text in sample.items())])
 
 
-def _files(workdir: Path, files: Mapping[str, str]) -> str:
+def _files(workdir: AnyPath, files: Mapping[str, str]) -> str:
     known = {METRICS: "every logged number", "tensorboard": "the same for TensorBoard", "config.json": "the config"}
-    shown = {path: what for path, what in {**files, **known}.items() if (workdir / path).exists()}
-    return _table(("path", "size", "what"), [(f"`{p}`", _size(workdir / p), what) for p, what in shown.items()])
-
-
-def _size(path: Path) -> str:
-    parts = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    return tqdm.format_sizeof(sum(p.stat().st_size for p in parts), "B")
+    shown = {path: what for path, what in {**files, **known}.items() if exists(workdir / path)}
+    sizes = {path: tqdm.format_sizeof(size(workdir / path), "B") for path in shown}
+    return _table(("path", "size", "what"), [(f"`{path}`", sizes[path], what) for path, what in shown.items()])

@@ -3,22 +3,23 @@
 import contextlib
 import fcntl
 import json
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import tensorstore
 
 from lowrank.core.errors import UserError
 from lowrank.core.files import to_json, write_json
+from lowrank.core.lease import Lease
+from lowrank.core.paths import AnyPath, PathLike, as_path, children, exists, in_bucket, is_folder, read_text
 
 CONFIG = "config.json"
 MAY_CHANGE = ("mesh", "checkpoint", "log_every", "loggers", "distributed")  # keys that a resumed run may change
 _ABSENT = object()
 
 
-def claim(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> Path:
+def claim(workdir: PathLike, config: Mapping[str, Any]) -> AnyPath:
     """Makes `workdir` the folder of a run with this config, or checks that it already is one; returns its path.
 
     The first run writes `config.json` after its model is read, so that a run that could not start does not bind
@@ -27,41 +28,53 @@ def claim(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> Path:
     """
     recorded, config = check_config(workdir, config), to_json(config)
     if jax.process_index() == 0 and recorded != config:
-        write_json(Path(workdir) / CONFIG, config)
-    return Path(workdir)
+        write_json(as_path(workdir) / CONFIG, config)
+    return as_path(workdir)
 
 
-def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> dict[str, Any] | None:
+def check_config(workdir: PathLike, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The config of the run in `workdir`, or None. Nothing is written.
 
     Raises:
-      UserError: the folder is a URL, or it holds a run with another config (the error names the first key that
-        differs), a `config.json` that cannot be read, or checkpoints without a config.
+      UserError: the path is a URL that `as_path` refuses, or the folder holds a run with another config (the error
+        names the first key that differs), a `config.json` that cannot be read, or checkpoints without a config.
     """
-    if "://" in os.fspath(workdir):  # a path would drop a slash of it and name a folder in the working directory
-        raise UserError(f"workdir {os.fspath(workdir)} is a URL: mount the storage, and give the mounted folder")
-    workdir, config = Path(workdir), to_json(config, "config")
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"workdir {workdir} is a file, not a folder: choose another workdir")
-    path = workdir / CONFIG
-    recorded = _read(path) if path.exists() else None
+    workdir, config = as_path(workdir), to_json(config, "config")
+    try:
+        found, path = exists(workdir), workdir / CONFIG
+        if found and not is_folder(workdir):
+            raise UserError(f"workdir {workdir} is a file, not a folder: choose another workdir")
+        recorded = _read(path) if found and exists(path) else None
+    except OSError as e:
+        raise UserError(f"cannot read workdir {workdir}: {e.strerror or e}") from e
     if recorded is not None:
         _check_same(recorded, config, workdir)
-    elif (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
+    elif found and children(workdir / "checkpoints"):
         raise UserError(f"workdir {workdir} holds checkpoints without a {CONFIG}: choose another workdir")
     return recorded
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
-    """Creates `workdir` and locks it for one run at a time; the lock ends with the process in every case.
+def lock(workdir: AnyPath) -> Iterator[Callable[[], None]]:
+    """Creates `workdir` and locks it for one run at a time; yields a function that raises UserError once that is lost.
 
-    A file system without locks does not protect the folder. Raises UserError if another run holds the lock, or if the
-    folder cannot be written.
+    The lock of a local folder ends with the process in every case, and a file system without locks does not protect
+    the folder. That of a bucket is a lease, which a killed process keeps for up to a minute. Raises UserError if
+    another run holds the lock, or if the folder cannot be written.
     """
     if jax.process_index() != 0:
-        yield
-        return
+        yield _never_lost
+    elif in_bucket(workdir):
+        with Lease(workdir / ".lock") as lease:
+            _check_tensorstore(workdir)
+            yield lease.check
+    else:
+        with _local_lock(workdir):
+            yield _never_lost
+
+
+@contextlib.contextmanager
+def _local_lock(workdir: AnyPath) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / ".lock", "a")  # noqa: SIM115 (closed below)
@@ -77,9 +90,24 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _check_tensorstore(workdir: AnyPath) -> None:
+    """Raises UserError if TensorStore, which writes the arrays of checkpoints, cannot write; its login is its own."""
+    probe = workdir / ".probe"
     try:
-        config = json.loads(path.read_text())
+        store = tensorstore.KvStore.open(f"{workdir}/").result()
+        store.write(probe.name, b"").result()
+        store.delete_range(tensorstore.KvStore.KeyRange(probe.name, f"{probe.name}0")).result()
+    except (ValueError, OSError) as e:
+        raise UserError(f"TensorStore, which writes checkpoints, cannot write {probe}: {e}") from None
+
+
+def _never_lost() -> None:
+    """A local lock ends with the process, and not before."""
+
+
+def _read(path: AnyPath) -> dict[str, Any]:
+    try:
+        config = json.loads(read_text(path))
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read: {e}; choose another workdir") from None
     if not isinstance(config, dict):
@@ -87,7 +115,7 @@ def _read(path: Path) -> dict[str, Any]:
     return config
 
 
-def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], workdir: Path) -> None:
+def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], workdir: AnyPath) -> None:
     theirs, ours = _flat(theirs), _flat(ours)
     for key in [*ours, *theirs]:
         a, b = theirs.get(key, _ABSENT), ours.get(key, _ABSENT)

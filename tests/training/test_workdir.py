@@ -91,10 +91,10 @@ def test_a_file_is_not_a_workdir(tmp_path):
         claim(tmp_path / "f", CONFIG)
 
 
-def test_a_url_is_not_a_workdir_and_makes_no_folder(tmp_path, monkeypatch):
+def test_a_url_of_another_kind_is_not_a_workdir_and_makes_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="workdir gs://b/x is a URL: mount the storage"):
-        claim("gs://b/x", CONFIG)
+    with pytest.raises(UserError, match="memory://b/x is a URL of memory: give a local path, or gs://BUCKET/FOLDER"):
+        claim("memory://b/x", CONFIG)
     assert not list(tmp_path.iterdir())
 
 
@@ -130,7 +130,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path
     def full(*unused):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(workdir.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match=r"cannot write .*a\.txt: No space left on device"):
         write_bytes(path, b"new")
     assert path.read_text() == "old"

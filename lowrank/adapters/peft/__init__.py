@@ -5,9 +5,7 @@ The table `forms.FORMS` lists the forms of weights that the format holds; `promp
 exactly the tensors that the JSON asks for, in their shapes.
 """
 
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +16,7 @@ from lowrank.adapters.peft.forms import FORMS
 from lowrank.adapters.peft.modules import Base
 from lowrank.adapters.peft.reading import AdapterDescription
 from lowrank.core import files
+from lowrank.core.paths import AnyPath, PathLike, as_path
 from lowrank.core.typing import PyTree
 
 WHOLE_MODEL_TYPES: dict[str, ModuleType] = {
@@ -26,7 +25,7 @@ WHOLE_MODEL_TYPES: dict[str, ModuleType] = {
 }  # adapters that are not a set of adapted modules
 
 
-def describe_adapter(directory: str | os.PathLike[str]) -> AdapterDescription:
+def describe_adapter(directory: PathLike) -> AdapterDescription:
     """The type of the adapter in `directory`, its base, and the model options that it needs, without its tensors.
 
     Raises UserError for a directory or a JSON that `load` refuses.
@@ -38,7 +37,7 @@ def describe_adapter(directory: str | os.PathLike[str]) -> AdapterDescription:
     return AdapterDescription(raw["peft_type"], raw.get("base_model_name_or_path"), options)
 
 
-def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
+def load(directory: PathLike, params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
     """`params`, the plain tree of `base`, with the adapter in `directory` attached.
 
     Raises:
@@ -64,12 +63,12 @@ def can_write(params: PyTree) -> bool:
 def save(
     params: PyTree,
     base: Base,
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     *,
     trained: Iterable[str] = (),
     method: Mapping[str, Any] | None = None,
     original: PyTree | None = None,
-) -> Path:
+) -> AnyPath:
     """Writes the adapter in `params`, the adapted tree of `base`, and returns its folder. Every process must call it.
 
     Args:
@@ -87,8 +86,8 @@ def save(
     summary, arrays = tokens.add_tokens(rows, base, summary, arrays)
     if jax.process_index() == 0:
         tensors.write_tensors(directory, arrays)
-        files.write_json(Path(directory) / config.NAME, dict(sorted(summary.items())))
-    return Path(directory)
+        files.write_json(as_path(directory) / config.NAME, dict(sorted(summary.items())))
+    return as_path(directory)
 
 
 __all__ = ["FORMS", "AdapterDescription", "can_write", "describe_adapter", "load", "save"]

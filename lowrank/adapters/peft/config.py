@@ -1,15 +1,14 @@
 """`adapter_config.json`: its keys, their defaults, and the checks against keys that would change the computation."""
 
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lowrank.adapters.peft.forms import FORMS, PeftForm
 from lowrank.core.errors import UserError, nearest, unknown
+from lowrank.core.paths import AnyPath, PathLike, as_path, read_text
 from lowrank.models import DecoderConfig
 
 NAME = "adapter_config.json"
@@ -46,24 +45,24 @@ def common_keys(peft_type: str, base: Any) -> dict[str, Any]:
     }
 
 
-def read_config(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], PeftForm]:
+def read_config(directory: PathLike) -> tuple[dict[str, Any], PeftForm]:
     """The adapter's JSON with PEFT's defaults filled in, and the form it describes.
 
     Raises UserError for a directory without an adapter, for an unknown `peft_type`, for an unknown key that is switched
     on, and for a value that is not supported.
     """
-    path, raw = Path(directory) / NAME, parse_json(directory)
+    path, raw = as_path(directory) / NAME, parse_json(directory)
     form = _form(raw, path)
     for key, value in raw.items():
         _check(key, value, form, path)
     return {**dict.fromkeys(ABOUT), **form.obeyed_keys, **raw}, form
 
 
-def parse_json(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def parse_json(directory: PathLike) -> dict[str, Any]:
     """The adapter's JSON, unchanged. Raises UserError for a directory without one, and for an unknown `peft_type`."""
-    path = Path(directory) / NAME
+    path = as_path(directory) / NAME
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(read_text(path))
     except FileNotFoundError:
         raise UserError(f"{directory} holds no PEFT adapter: it has no {NAME}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
@@ -76,7 +75,7 @@ def parse_json(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return raw
 
 
-def _form(raw: Mapping[str, Any], path: Path) -> PeftForm:
+def _form(raw: Mapping[str, Any], path: AnyPath) -> PeftForm:
     peft_type = raw.get("peft_type")
     alike = [form for form in FORMS.values() if form.peft_type == peft_type]
     for form in alike:
@@ -86,7 +85,7 @@ def _form(raw: Mapping[str, Any], path: Path) -> PeftForm:
     raise UserError(f"{path}: the values of {flags} are not supported together for {peft_type}")
 
 
-def _check(key: str, value: Any, form: PeftForm, path: Path) -> None:
+def _check(key: str, value: Any, form: PeftForm, path: AnyPath) -> None:
     known = (*ABOUT, *form.obeyed_keys, *form.ignored_keys, *form.flags)
     if key in form.supported:
         if value not in form.supported[key]:
@@ -97,7 +96,7 @@ def _check(key: str, value: Any, form: PeftForm, path: Path) -> None:
         raise UserError(f"{path}: {key}={value!r} is not supported{nearest(key, known)}")
 
 
-def check_base(config: Mapping[str, Any], name: str, directory: str | os.PathLike[str], any_base: bool) -> None:
+def check_base(config: Mapping[str, Any], name: str, directory: PathLike, any_base: bool) -> None:
     """Raises UserError when the adapter records another base than `name`, unless `any_base`."""
     recorded = config["base_model_name_or_path"]
     if recorded and not any_base and not _same(recorded, name):

@@ -6,10 +6,8 @@ both are adapted, the keys of the first have `experts.base_layer`. Gate and up h
 fused pair has rank r_gate + r_up, each half feeding one half of the outputs, unless both have the same A.
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +21,7 @@ from lowrank.adapters.peft.forms import PeftForm, ranked
 from lowrank.adapters.peft.modules import Base
 from lowrank.core import tree
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.paths import PathLike, as_path
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
 from lowrank.pretrained.families import FAMILIES
@@ -161,11 +160,11 @@ def attach(
     found: Mapping[str, np.ndarray],
     params: PyTree,
     base: Base,
-    directory: str | os.PathLike[str],
+    directory: PathLike,
 ) -> PyTree:
     """`params`, the plain tree of `base`, with the adapter attached; the arguments are those of `reading.attach`."""
     if form.kind is not LoRA:
-        raise UserError(f"{Path(directory) / configs.NAME}: {KEY} is supported with plain LoRA only")
+        raise UserError(f"{as_path(directory) / configs.NAME}: {KEY} is supported with plain LoRA only")
     theirs = {key: x for key, x in found.items() if _TENSOR.fullmatch(key)}
     targeted = _targeted(config, base)
     leaves = dict(tree.named_leaves(params, is_weight))

@@ -5,9 +5,7 @@ width: each row has layer l's keys at 2l and its values at 2l + 1. The cache hol
 token has position T. Names of other tensors lack the `model.` of adapters of weights.
 """
 
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +18,7 @@ from lowrank.adapters.peft.config import Content
 from lowrank.adapters.peft.modules import HEADS, Base, Place, base_modules
 from lowrank.core import tree
 from lowrank.core.errors import UserError, nearest, plural
+from lowrank.core.paths import PathLike, as_path
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
 from lowrank.models import DecoderConfig
@@ -51,9 +50,9 @@ def model_options(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     return {OPTIONS[config["peft_type"]]: length} | ({"num_labels": heads[0]} if heads else {})
 
 
-def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
+def load(directory: PathLike, params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
     """`params`, the tree of `base` loaded with its model options, and the prompt or prefix in it."""
-    path, config = Path(directory) / configs.NAME, configs.parse_json(directory)
+    path, config = as_path(directory) / configs.NAME, configs.parse_json(directory)
     for key, value in config.items():
         if value and key not in (*configs.ABOUT, *_IGNORED):
             raise UserError(f"{path}: {key}={value!r} is not supported{nearest(key, _IGNORED)}")

@@ -1,8 +1,6 @@
 """`adapter_model.safetensors`: float32 arrays by PEFT's names. A pickle is never read."""
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +10,7 @@ from safetensors.numpy import save
 
 from lowrank.core import files
 from lowrank.core.errors import UserError, nearest
+from lowrank.core.paths import AnyPath, PathLike, as_path, exists, local_file
 
 NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -24,51 +23,50 @@ def on_host(x: jax.Array | np.ndarray) -> np.ndarray:
     return np.asarray(x, dtype=np.float32)
 
 
-def write_tensors(directory: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+def write_tensors(directory: PathLike, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes the tensors to a file that is then renamed into place."""
     arrays = {key: np.ascontiguousarray(array, np.float32) for key, array in tensors.items()}
-    files.write_bytes(Path(directory) / NAME, save(arrays, metadata={"format": "pt"}))
+    files.write_bytes(as_path(directory) / NAME, save(arrays, metadata={"format": "pt"}))
 
 
-def read_tensors(directory: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_tensors(directory: PathLike) -> dict[str, np.ndarray]:
     """All tensors as float32. Raises UserError for a file that is missing, broken or holds NaN or infinity."""
     path = _path(directory)
     try:
-        tensors = {key: np.asarray(x, np.float32) for key, x in flax.load_file(path).items()}
+        with local_file(path) as file:
+            tensors = {key: np.asarray(x, np.float32) for key, x in flax.load_file(file).items()}
     except (SafetensorError, OSError, ValueError, TypeError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
     check_finite(path, tensors)
     return tensors
 
 
-def check_finite(where: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+def check_finite(where: PathLike, tensors: Mapping[str, np.ndarray]) -> None:
     """Raises UserError naming the first tensor that holds NaN or infinity."""
     for key, array in tensors.items():
         if not np.all(np.isfinite(array)):
             raise UserError(f"{where}: {key} holds NaN or infinite values: the adapter is broken")
 
 
-def read_shapes(directory: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+def read_shapes(directory: PathLike) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, from the file's header alone."""
     path = _path(directory)
     try:
-        with safe_open(path, framework="numpy") as file:
+        with local_file(path) as local, safe_open(local, framework="numpy") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
 
 
-def _path(directory: str | os.PathLike[str]) -> Path:
-    path = Path(directory) / NAME
-    if not path.exists():
+def _path(directory: PathLike) -> AnyPath:
+    path = as_path(directory) / NAME
+    if not exists(path):
         pickled = " (adapter_model.bin is a pickle, which is never read)"
-        raise UserError(f"{directory} has no {NAME}{pickled if path.with_name('adapter_model.bin').exists() else ''}")
+        raise UserError(f"{directory} has no {NAME}{pickled if exists(path.with_name('adapter_model.bin')) else ''}")
     return path
 
 
-def check_shapes(
-    path: str | os.PathLike[str], found: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_shapes(path: PathLike, found: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises UserError unless `found` has exactly the `expected` names and shapes; it names the first culprit."""
     missing = [key for key in expected if key not in found]
     extra = sorted(key for key in found if key not in expected)

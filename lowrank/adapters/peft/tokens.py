@@ -4,9 +4,7 @@ Where the head shares the embedding, the file repeats the rows under the head's 
 once, as `<embedding>.token_adapter.trainable_tokens_delta`, and the JSON has `trainable_token_indices`.
 """
 
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +17,7 @@ from lowrank.adapters.peft.config import Content
 from lowrank.adapters.peft.modules import Base, base_modules
 from lowrank.core import tree
 from lowrank.core.errors import UserError, nearest
+from lowrank.core.paths import AnyPath, PathLike, as_path
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_stored, is_weight
 from lowrank.weights.token_embeddings import TrainableTokens
@@ -39,9 +38,9 @@ def model_options(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     return {}
 
 
-def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
+def load(directory: PathLike, params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
     """`params`, the plain tree of `base`, with the rows in `directory`. Raises UserError if they do not suit it."""
-    path, config = Path(directory) / configs.NAME, configs.parse_json(directory)
+    path, config = as_path(directory) / configs.NAME, configs.parse_json(directory)
     for key, value in config.items():
         if value and key not in (*configs.ABOUT, *_KEYS):
             raise UserError(f"{path}: {key}={value!r} is not supported{nearest(key, _KEYS)}")
@@ -64,7 +63,7 @@ def load(directory: str | os.PathLike[str], params: PyTree, base: Base, *, any_b
     )
 
 
-def _ids(path: Path, key: str, ids: Any, table: Any) -> list[int]:
+def _ids(path: AnyPath, key: str, ids: Any, table: Any) -> list[int]:
     if not ids or len(set(ids)) != len(ids) or not all(0 <= i < table.shape[0] for i in ids):
         raise UserError(f"{path}: {key} {ids} must be distinct ids below the vocabulary size {table.shape[0]}")
     return ids
@@ -75,10 +74,10 @@ def split_tokens(
     found: Mapping[str, np.ndarray],
     params: PyTree,
     base: Base,
-    directory: str | os.PathLike[str],
+    directory: PathLike,
 ) -> tuple[TrainableTokens | None, dict[str, np.ndarray]]:
     """`(the token rows of an adapter of weights, or None; its other tensors)`."""
-    wanted, path = config.get(INDICES), Path(directory) / configs.NAME
+    wanted, path = config.get(INDICES), as_path(directory) / configs.NAME
     if not wanted:
         return None, dict(found)
     module, table = _path(base), params["embed"]["embedding"]

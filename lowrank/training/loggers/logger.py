@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from lowrank.core.errors import UserError
 from lowrank.core.files import read_json, write_json
+from lowrank.core.paths import AnyPath, exists
 
 
 class Logger(Protocol):
@@ -32,14 +33,20 @@ class Logger(Protocol):
 class LoggedRun:
     """The facts about a run that a logger is made from."""
 
-    folder: Path  # of the run
+    folder: AnyPath  # of the run
     start: int  # the step that the run resumes from; 0 for a new run
     config: Mapping[str, Any]
+    mirror: Path | None = None  # a local folder whose files are copied to a run's folder in a bucket
+
+    @property
+    def local(self) -> Path:
+        """The local folder for files that grow."""
+        return self.mirror or self.folder
 
     def saved_id(self, file: str) -> str | None:
         """The id that `save_id` wrote to the folder when the run began, if this is a resumed run; else None."""
         path = self.folder / file
-        return read_json(path)["id"] if self.start and path.exists() else None
+        return read_json(path)["id"] if self.start and exists(path) else None
 
     def save_id(self, file: str, id_: str) -> None:
         """Writes the id that a logger's server gave the run, for a resumed run to continue it."""

@@ -6,9 +6,10 @@ of the run.
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from lowrank.core.errors import UserError
+from lowrank.core.paths import AnyPath, in_bucket
 from lowrank.training.loggers.logger import LoggedRun, finite, import_extra
 
 FILE = "mlflow_run.json"  # in the run's folder: the id of the MLflow run
@@ -20,6 +21,8 @@ class MLflow:
     def __init__(self, run: LoggedRun):
         mlflow = import_extra("mlflow")
         local = not mlflow.is_tracking_uri_set()
+        if local and in_bucket(run.folder):
+            raise UserError(f"the logger 'mlflow' cannot keep a database in {run.folder}: set MLFLOW_TRACKING_URI")
         uri = f"sqlite:///{run.folder.absolute() / 'mlflow.db'}" if local else None
         self._client: Any = mlflow.MlflowClient(tracking_uri=uri)
         self._metric = mlflow.entities.Metric
@@ -29,7 +32,7 @@ class MLflow:
         if not known:
             self._client.log_dict(self._id, dict(run.config), "config.json")
 
-    def _create_run(self, folder: Path, local: bool) -> str:
+    def _create_run(self, folder: AnyPath, local: bool) -> str:
         """The id of a new run; a local one keeps its files in the run's folder, not in the working directory."""
         experiment = "0"  # MLflow's default
         if local:

@@ -14,7 +14,7 @@ class TensorBoard:
     """Event files that tensorboardX writes in this thread, as its own queue hangs forever on a full disk."""
 
     def __init__(self, run: LoggedRun):
-        directory, start = run.folder / "tensorboard", run.start
+        directory, start = run.local / "tensorboard", run.start
         with _hidden("torch"):
             from tensorboardX import event_file_writer, summary
             from tensorboardX.proto import event_pb2

@@ -15,7 +15,7 @@ class WandB:
         self._wandb: Any = import_extra("wandb")
         known = run.saved_id(FILE)
         self._run = self._wandb.init(
-            id=known, resume="allow" if known else None, name=run.folder.name, dir=run.folder, config=dict(run.config)
+            id=known, resume="allow" if known else None, name=run.folder.name, dir=run.local, config=dict(run.config)
         )
         run.save_id(FILE, self._run.id)
         self._run.define_metric("*", step_metric="step")
