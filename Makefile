@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPU := $(VENV)/gpu
 LOGGERS := $(VENV)/loggers
+LAUNCHERS := $(VENV)/launchers
 WHEELS := build/gpu-wheels
 SITE := build/gpu-site
 TUNIX ?= $(wildcard $(VENV)/tunix/bin/python)
@@ -40,8 +41,9 @@ docs: $(VENV)/ready-docs
 notebooks: $(VENV)/ready-dev
 	$(FAST) $(PYTEST) tests/notebooks
 
-test-tools: docs $(VENV)/ready-loggers
-	command -v chromedriver || (apt-get update -qq && apt-get install -qq --no-install-recommends chromium chromium-driver)
+test-tools: docs $(VENV)/ready-loggers $(VENV)/ready-launchers
+	command -v chromedriver slurmctld slurmd sbatch || (apt-get update -qq && apt-get install -qq --no-install-recommends \
+		chromium chromium-driver slurmctld slurmd slurm-client)
 	PYTHONPATH=$(LOGGERS) $(FAST) $(BIN)/python -m pytest tests/tools
 
 # Any machine with an NVIDIA GPU. One without a network that brings its own Python 3.12, jax and torch takes that Python
@@ -96,6 +98,12 @@ $(VENV)/ready-gpu: $(VENV)/ready-parity
 # The packages of optional loggers have a folder of their own: they pin what others need in newer versions.
 $(VENV)/ready-loggers: setup.py $(VENV)/ready-dev
 	$(BIN)/python -m pip install -q --target $(LOGGERS) --upgrade alembic mlflow-skinny sqlalchemy wandb
+	touch $@
+
+# The tools that start jobs on clusters pin much, and have an environment of their own.
+$(VENV)/ready-launchers: $(BIN)/python
+	$(PYTHON) -m venv $(LAUNCHERS)
+	$(LAUNCHERS)/bin/python -m pip install -q --no-compile kubernetes-validate xpk
 	touch $@
 
 # A peer of `make bench`, which runs without it too.

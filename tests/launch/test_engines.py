@@ -1,10 +1,6 @@
 """The engines of a cluster: what their job files and commands say, and which jobs they refuse."""
 
-import json
-import os
 import re
-import shlex
-import subprocess
 
 import pytest
 import yaml
@@ -13,25 +9,11 @@ from launch import sweep
 from launch.engines import ENGINES
 from lowrank.core.errors import UserError
 from lowrank.memory import tpus
+from tests.support.job_files import FOLDER, calls, describe, fake_tools, files, run_script
 
-FOLDER = "gs://bucket/Ranks_of_LoRA"
 WORKER = f"python -m launch.worker {FOLDER}"
 POD = ("--topology=v5e:4x4", "--image=registry/lowrank")
 VM = ("--topology=v5e:4x4", "--zone=us-west4-a")
-
-
-def describe(engine, *flags):
-    """What `--dry_run` prints of an engine."""
-    args, _ = sweep.parse(["--study=s.py", f"--folder={FOLDER}", "--dry_run", f"--engine={engine}", *flags])
-    ENGINES[engine].check(args)
-    return ENGINES[engine].describe(args)
-
-
-def files(text):
-    """`{name: text}` of the files in it, and the commands."""
-    body, *commands = re.split(r"^\$ ", text, flags=re.MULTILINE)
-    parts = re.split(r"^# jobs/[^/\n]+/(\S+)\n", body, flags=re.MULTILINE)[1:]
-    return dict(zip(parts[::2], parts[1::2], strict=True)), [shlex.split(command) for command in commands]
 
 
 def jobsets(*flags):
@@ -154,31 +136,6 @@ def test_skypilot_gets_a_task_for_each_worker():
     gpus = yaml.safe_load(files(describe("skypilot", "--device=h100:8", "--hosts=2"))[0]["ranks-of-lora-0.yaml"])
     assert (gpus["resources"]["accelerators"], gpus["num_nodes"]) == ("H100:8", 2)
     assert 'JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"' in gpus["run"]
-
-
-def fake_tools(folder, **scripts):
-    """A folder of commands that note their arguments, then do as `scripts` say."""
-    tools = folder / "tools"
-    tools.mkdir()
-    for name, script in scripts.items():
-        note = f'import json, sys; open("{folder}/calls", "a").write(json.dumps(["{name}", *sys.argv[1:]]) + "\\n")'
-        tools.joinpath(name).write_text(f'#!/usr/bin/env bash\npython3 -c {shlex.quote(note)} "$@"\n{script}\n')
-        tools.joinpath(name).chmod(0o755)
-    return tools
-
-
-def calls(folder, *words):
-    """The arguments of the calls of the fake tools that start with `words`, in order."""
-    path = folder / "calls"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line for line in lines if line[: len(words)] == list(words)]
-
-
-def run_script(text, tools, *args, **variables):
-    path = tools.parent / "script.sh"
-    path.write_text(text)
-    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", **variables}
-    return subprocess.run(["bash", str(path), *args], env=environment, timeout=60, check=False).returncode
 
 
 # The states that the API reports one after another, the codes of the ssh commands, the script's code, and how often a
