@@ -15,6 +15,7 @@ from absl import app, flags
 from launch import adapters, command
 from lowrank.adapters import export
 from lowrank.core.errors import UserError
+from lowrank.core.paths import as_local_path
 
 _OUTPUT = flags.DEFINE_string("output", None, "Where the checkpoint goes: an empty folder, or a new one.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "The dtype of the stored tensors: float32 or bfloat16.")
@@ -28,9 +29,9 @@ def main(argv: Sequence[str]) -> None:
     try:
         if not _OUTPUT.value:
             raise UserError("--output=DIR is required")
-        model = adapters.adapted()
+        output, model = as_local_path(_OUTPUT.value), adapters.adapted()
         options = {"dtype": _DTYPE.value, "labels": _LABELS.value, "codes": _CODES.value}
-        print(export.merge_to_hf(model.params, model, _OUTPUT.value, **options))
+        print(export.merge_to_hf(model.params, model, output, **options))
     except UserError as e:
         command.fail(e)
 

@@ -1,9 +1,7 @@
 """An adapted model as a plain Hugging Face checkpoint, and the error of the adapter's update in that dtype."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +11,7 @@ import numpy as np
 from lowrank import pretrained
 from lowrank.core import tree
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.paths import PathLike, as_local_path
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import Weight, is_stored, is_weight, materialize
 from lowrank.pretrained import Pretrained
@@ -48,7 +47,7 @@ class MergeReport:
 def merge_to_hf(
     params: PyTree,
     base: Pretrained,
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     *,
     dtype: str = "float32",
     labels: Sequence[str] = (),
@@ -58,7 +57,7 @@ def merge_to_hf(
 
     `labels` name a classifier's classes; `codes` is as for `merged`. Raises UserError as `pretrained.export` does.
     """
-    directory = Path(directory)
+    directory = as_local_path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not an empty directory")
     plain, report = merged(params, dtype, _requantized(base) if check_codes(codes) == "requantize" else None)

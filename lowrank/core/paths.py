@@ -42,6 +42,13 @@ def in_bucket(path: PathLike) -> bool:
     return os.fspath(path).startswith(BUCKET)
 
 
+def as_local_path(path: PathLike) -> pathlib.Path:
+    """`as_path` of a path that must be local. Raises UserError for one in a bucket."""
+    if in_bucket(path):
+        raise UserError(f"{os.fspath(path)} is in a bucket: give a local folder")
+    return as_path(path)
+
+
 def read_bytes(path: PathLike) -> bytes:
     """The content of a file. Raises OSError if it cannot be read, and FileNotFoundError if it does not exist."""
     if not in_bucket(path):

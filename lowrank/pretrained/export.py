@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from lowrank.core import tree
 from lowrank.core.errors import UserError, plural, unknown
+from lowrank.core.paths import PathLike, as_local_path
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_stored
 from lowrank.pretrained import quantized_checkpoint
@@ -41,7 +42,7 @@ BIASES = ("attention_bias", "mlp_bias")  # the keys of `biases` in config.json, 
 def export(
     params: PyTree,
     base: Pretrained,
-    directory: Path | str,
+    directory: PathLike,
     *,
     dtype: str = "float32",
     labels: Sequence[str] = (),
@@ -55,7 +56,7 @@ def export(
     classes; a file holds at most `shard_bytes`. The directory is written beside its place and renamed. Raises UserError
     for a directory that is not empty, and for a leaf or an option that a Hugging Face checkpoint cannot hold.
     """
-    directory = Path(directory)
+    directory = as_local_path(directory)
     if dtype not in PARAM_DTYPES:
         raise unknown("dtype", dtype, PARAM_DTYPES)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

@@ -11,6 +11,7 @@ import numpy as np
 from lowrank import data, pretrained
 from lowrank.core import tree
 from lowrank.core.errors import UserError
+from lowrank.core.paths import PathLike, as_local_path
 from lowrank.core.typing import PyTree
 from lowrank.pretrained import Pretrained
 from lowrank.pretrained.quantize_config import build_rounding, calibration_options
@@ -26,7 +27,7 @@ CALIBRATORS = {"gptq": gptq.quantize_gptq, "awq": awq.quantize_awq}
 def write_quantized(
     model: str,
     scheme: Mapping[str, Any] | str,
-    directory: Path | str,
+    directory: PathLike,
     *,
     dtype: str = "float32",
     text: data.DataConfig | None = None,
@@ -38,7 +39,7 @@ def write_quantized(
     of `text.seq_len` tokens. Raises UserError for these schemes without data or with too few, and for all that
     `pretrained.load` and `pretrained.export` raise it for.
     """
-    group = scheme_group(scheme)
+    directory, group = as_local_path(directory), scheme_group(scheme)
     build_rounding(group)
     if group["name"] not in CALIBRATORS:
         base = pretrained.load(model, quantized=group, param_dtype=dtype)

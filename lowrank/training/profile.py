@@ -1,11 +1,12 @@
 """A trace of a run's steps for xprof: what each device and the host do, and when."""
 
-import os
 from typing import Any
 
 import jax
 
 from lowrank.core.errors import UserError
+from lowrank.core.mirror import Mirror
+from lowrank.core.paths import PathLike, as_path
 
 PROFILE = "profile"  # the folder of traces in a run's folder
 WARM_UP = 1  # the first step of a process loads programs and fills caches, and would hide the others
@@ -18,14 +19,14 @@ class Profile:
     of many processes each one writes a file of its own.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], steps: int, remaining: int):
+    def __init__(self, folder: PathLike, steps: int, remaining: int):
         """Raises UserError if the run's `remaining` steps are fewer than the traced ones and the first one."""
         if steps < 0 or (steps and steps > remaining - WARM_UP):
             most = max(0, remaining - WARM_UP)
             raise UserError(
                 f"--profile={steps} is not in 0..{most}: {remaining} steps are left, and the first warms up"
             )
-        self._folder, self._steps, self._seen, self._tracing = os.path.join(folder, PROFILE), steps, 0, False
+        self._mirror, self._steps, self._seen, self._tracing = Mirror(as_path(folder) / PROFILE), steps, 0, False
 
     def __enter__(self) -> "Profile":
         return self
@@ -33,6 +34,7 @@ class Profile:
     def __exit__(self, *unused: Any) -> None:
         if self._tracing:
             jax.profiler.stop_trace()
+            self._mirror.copy()
             self._tracing = False
 
     def before(self, step: int, previous: Any = None) -> Any:
@@ -45,7 +47,7 @@ class Profile:
         if self._steps and traced in (0, self._steps):
             jax.block_until_ready(previous)
         if self._steps and traced == 0:
-            jax.profiler.start_trace(self._folder)
+            jax.profiler.start_trace(str(self._mirror.local))
             self._tracing = True
         if traced == self._steps:
             self.__exit__()

@@ -5,8 +5,10 @@ import pathlib
 
 import pytest
 
+from lowrank.adapters.export import merge_to_hf
 from lowrank.core import files, paths
 from lowrank.core.errors import UserError
+from lowrank.quantization import write_quantized
 
 
 @pytest.fixture(params=["local", "bucket"])
@@ -62,6 +64,13 @@ def test_another_url_is_refused_and_makes_no_folder(url, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"{url} is a URL of .*: give a local path, or gs://BUCKET/FOLDER"):
         files.write_text(url, "")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_a_model_is_not_written_to_a_bucket(tmp_path):
+    assert paths.as_local_path(str(tmp_path)) == tmp_path
+    for write in (lambda url: merge_to_hf({}, None, url), lambda url: write_quantized("none", "nf4", url)):
+        with pytest.raises(UserError, match="gs://b/model is in a bucket: give a local folder"):
+            write("gs://b/model")
 
 
 def test_without_gcsfs_a_bucket_says_how_to_install_it(monkeypatch):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from lowrank.training import loop, workdir
 from lowrank.training.checkpoint import Checkpointer
 from lowrank.training.log import RunLog, read_metrics
 from lowrank.training.loggers import LOGGERS, LoggedRun
+from lowrank.training.profile import Profile
 from tests.support.bucket import environment
 from tests.support.tiny_runs import config_of
 
@@ -185,6 +187,17 @@ def test_a_log_in_a_bucket_loses_no_line_at_a_resume(bucket, tmp_path, monkeypat
     assert [line["step"] for line in read_metrics(f"{url}/metrics.jsonl")] == [1, 2, 3]
     assert len(paths.children(f"{url}/tensorboard")) == 2
     first.close()
+
+
+def test_a_trace_reaches_the_bucket(bucket, tmp_path, monkeypatch):
+    folder = paths.as_path(bucket) / tmp_path.name
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda local: (Path(local) / "a.xplane.pb").write_text("trace"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    with Profile(folder, 1, 3) as profile:
+        for step in range(3):
+            with profile.before(step):
+                pass
+    assert paths.read_text(folder / "profile" / "a.xplane.pb") == "trace"
 
 
 def test_mlflow_without_a_server_is_refused_in_a_bucket(bucket, monkeypatch):
