@@ -19,6 +19,7 @@ import numpy as np
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.weight import (
     KERNEL,
+    PRODUCT,
     Weight,
     at_least_float32,
     dot,
@@ -33,6 +34,7 @@ from lowrank.core.weight import (
     static,
     trainable,
 )
+from lowrank.kernels.lora_matmul.dispatch import lora_matmul
 from lowrank.weights import stacked_layers
 
 
@@ -57,12 +59,25 @@ class LoRA(Weight):
         base = materialize(self.base)
         return (at_least_float32(base) + self.delta()).astype(base.dtype)
 
+    def dot(self, x: jax.Array) -> jax.Array:
+        """`dot_to_float32`, rounded once."""
+        return self._multiply(x, x.dtype) if self._is_fused() else super().dot(x)
+
     def dot_to_float32(self, x: jax.Array) -> jax.Array:
         """`x @ W + scale * drop(x) @ A @ B` without forming `A @ B`.
 
         In half precision, A, B, `scale * drop(x) @ A` and the update are rounded, and the product with W is not.
         """
+        if self._is_fused():
+            return self._multiply(x, jnp.promote_types(x.dtype, jnp.float32))
         return dot_to_float32(x, self.base) + at_least_float32(self.low_rank_update(x))
+
+    def _is_fused(self) -> bool:
+        """Whether one operation multiplies by W, A and B: W is an array, and no dropout or other form changes A B."""
+        return type(self) is LoRA and not is_weight(self.base) and (self.key is None or not self.dropout)
+
+    def _multiply(self, x: jax.Array, dtype: Any) -> jax.Array:
+        return lora_matmul(x, self.base, self.a, self.b, self.scale, dtype=dtype, name=PRODUCT)
 
     def low_rank_update(self, x: jax.Array) -> jax.Array:
         """`scale * drop(x) @ A @ B` for `x: [..., in]`."""

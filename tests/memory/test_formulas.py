@@ -107,6 +107,21 @@ def test_dots_keeps_each_product_once_whatever_its_weight_is(files, adapted, cha
     assert residuals.activation_bytes(run, inputs, "dots") - residuals.activation_bytes(run, inputs, "full") == products
 
 
+@pytest.mark.parametrize(
+    ("target", "inputs"),
+    [
+        (r".*attn/(q|v)/kernel", WIDTH),
+        (r"layers/.*kernel", 3 * WIDTH + HIDDEN),
+    ],  # q, k and v share one; gate and up another
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_fa_keeps_no_input_of_an_adapted_kernel(files, target, inputs, dtype):
+    changes = {"method__target": target, "model__remat": "none", "data__seq_len": 64, "model__dtype": dtype}
+    runs = [job_of(files, arg, **changes) for arg in ("rank=2", "method=lora_fa,rank=2")]
+    kept, kept_fa = (residuals.activation_bytes(run, shapes.step_inputs(run)) for run in runs)
+    assert kept - kept_fa == LAYERS * 8 * 64 * inputs * (4 if dtype == "float32" else 2)
+
+
 def test_a_rematerialized_block_keeps_its_input_alone():
     run = literature.plan("LLaMA-7B", {"name": "lora", "rank": 8})
     found = literature.arrays(run, rows=2, length=1024)
