@@ -4,6 +4,7 @@ The owner renews an object by its generation. A process that is killed no longer
 the object once it is `SECONDS` old by the store's clock. An owner that was paused for so long finds another generation.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -46,13 +47,13 @@ class Lease:
     def __exit__(self, *unused: Any) -> None:
         self._end.set()
         self._thread.join()
-        with self._lock:
+        with self._lock, contextlib.suppress(UserError):  # without a reply, the lease ends by itself
             if not self._lost:
                 replace_if(self.path, self._data(None), self._generation)
 
     def check(self) -> None:
-        """Raises UserError if another process has taken the lease, as it may where this one was paused."""
-        if time.monotonic() - self._renewed > self.seconds / 2:
+        """Raises UserError if another process may have the lease: this one was paused, or cannot reach the bucket."""
+        if time.monotonic() - self._renewed > self.seconds * 3 / 4:
             self._renew()
         if self._lost:
             raise self._in_use()

@@ -20,14 +20,16 @@ class Mirror:
         if self._apart:
             weakref.finalize(self, shutil.rmtree, self.local, ignore_errors=True)
         self._sizes: dict[pathlib.Path, int] = {}  # of the copied files
-        self._copied = -float("inf")
+        self._copied, self._took = -float("inf"), 0.0  # the time of the last copy, and the seconds that it took
 
     def copy(self, every_seconds: float = 0.0) -> None:
         """Copies the files that have grown, whole, unless the last copy is less than `every_seconds` old.
 
-        Raises UserError if the bucket cannot be written.
+        With `every_seconds`, copies take at most a twentieth of the time. Raises UserError if the bucket cannot be
+        written.
         """
-        if not self._apart or time.monotonic() - self._copied < every_seconds:
+        began = time.monotonic()
+        if not self._apart or (every_seconds and began - self._copied < max(every_seconds, 20 * self._took)):
             return
         for path in sorted(p for p in self.local.rglob("*") if p.is_file()):
             data = path.read_bytes()
@@ -35,3 +37,4 @@ class Mirror:
                 write_bytes(self.folder / path.relative_to(self.local).as_posix(), data)
                 self._sizes[path] = len(data)
         self._copied = time.monotonic()
+        self._took = self._copied - began
