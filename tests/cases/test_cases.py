@@ -1,0 +1,28 @@
+"""Small inputs that go wrong where a reader guesses: each case tries one, says what came back, and exits with 0 if it
+is right. `python tests/cases/NAME.py` runs one alone."""
+
+import os
+import runpy
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+HERE = Path(__file__).parent
+CASES = ["ctrl_c"]
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch):
+    """The state of the process that cases change."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", huggingface_hub.snapshot_download)
+    mask = os.umask(0o022)
+    yield
+    os.umask(mask)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(name):
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
+    assert end.value.code == 0
