@@ -13,11 +13,9 @@ import numpy as np
 
 from lowrank.core.weight import dot, materialize
 from lowrank.kernels import cross_entropy
-from lowrank.kernels.four_bit_matmul import gpu
-from lowrank.kernels.four_bit_matmul.dispatch import four_bit_matmul
+from lowrank.kernels.four_bit_matmul import dispatch
 from lowrank.kernels.grouped_lora.dispatch import grouped_lora
 from lowrank.weights.lora import LoRA
-from lowrank.weights.quantized.lookup_tables import NF4
 from lowrank.weights.quantized.schemes import SCHEMES
 
 SCALE = 2.0
@@ -68,11 +66,10 @@ def four_bits(scheme: str, T: int, d: int, k: int) -> Problem:
         return x @ w, g @ w.T
 
     def body(x, w):
-        levels = NF4 if scheme == "nf4" else [float(i - 8) for i in range(16)]
-        return four_bit_matmul(x, w.codes, w.scale, levels=levels, block=w.block, implementation=BODY)
+        return w.dot_in(x, x.dtype, BODY)
 
     forms = {OURS: dot, "decoded first": lambda x, w: x @ materialize(w)}
-    return Problem(inputs, {**forms, BODY: body} if T <= gpu.ROWS else forms, exact, (0,))
+    return Problem(inputs, {**forms, BODY: body} if T <= dispatch.ROWS else forms, exact, (0,))
 
 
 def adapters(T: int, d: int, k: int, r: int, n: int) -> Problem:

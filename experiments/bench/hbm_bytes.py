@@ -98,6 +98,9 @@ def _instruction_bytes(program: Program, inside: dict[str, Instruction], i: Inst
         return max(0, int(estimate[1]) - near)  # what lies in VMEM was counted as it was copied there
     if i.opcode == "copy-start":  # its result is (destination, source, context)
         return sum(array_bytes(part) for part in _tuple_parts(i.shape)[:2])
+    if i.opcode == "slice-start":  # its result is ((source), destination, context)
+        source, part = _tuple_parts(i.shape)[:2]
+        return array_bytes(part) + _moved(array_bytes(source), part)
     if i.opcode in SLICES:
         return array_bytes(i.shape) + _moved(array_bytes(inside[i.operands[0]].shape), i.shape)
     if i.opcode == "dynamic-update-slice":

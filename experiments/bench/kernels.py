@@ -14,13 +14,11 @@ import numpy as np
 
 from lowrank.core.weight import dot, dot_to_float32
 from lowrank.kernels.cross_entropy import chunked_nll, token_nll
-from lowrank.kernels.four_bit_matmul import tpu as four_bit
 from lowrank.kernels.grouped_lora import plain, tpu
 from lowrank.kernels.grouped_lora.dispatch import grouped_lora
 from lowrank.methods.projections import walsh
 from lowrank.weights import dora
 from lowrank.weights.lora import LoRA
-from lowrank.weights.quantized.lookup_tables import NF4
 from lowrank.weights.quantized.schemes import SCHEMES
 
 LOGITS = 1024  # the tokens whose logits exist at a time
@@ -86,21 +84,23 @@ def _dot_gradient(g: jax.Array, w: Any) -> jax.Array:
 def _four_bit(scheme: str, backward: bool) -> Kernel:
     """A product of many rows and codes, or the gradient of the rows."""
     axis = int(backward)
+    tiled = lambda x, w: w.dot_in(x, x.dtype, "xla")  # noqa: E731
     whole = lambda x, w: jax.lax.dot_general(x, w.materialize(), (((1,), (axis,)), ((), ())))  # noqa: E731
     exact = lambda x, w: np.tensordot(*_wide(x, w.materialize()), axes=((1,), (axis,)))  # noqa: E731
     return Kernel(
         functools.partial(_codes, scheme=scheme, backward=backward),
-        {"xla": _dot_gradient if backward else dot, "materialized": whole},
+        {"xla": _dot_gradient if backward else tiled, "materialized": whole},
         exact,
         [{"rows": 8192, "inputs": i, "outputs": o} for i, o in ((4096, 14336), (14336, 4096))],
     )
 
 
-def _few_rows(scheme: str, levels: Sequence[float]) -> Kernel:
+def _few_rows(scheme: str) -> Kernel:
     """A product of few rows and codes, as in decoding."""
-    body = lambda x, w: four_bit.multiply(x, w.codes, w.scale, levels=levels, block=w.block)  # noqa: E731
+    body = lambda x, w: w.dot_in(x, x.dtype, "pallas_tpu")  # noqa: E731
     product = _four_bit(scheme, backward=False)
-    forms, sizes = {**product.forms, "pallas_tpu": body}, [{**product.sizes[0], "rows": n} for n in (1, 16, 64)]
+    forms = {**product.forms, "pallas_tpu": body}
+    sizes = [{**size, "rows": n} for size in product.sizes for n in (1, 16, 64)]
     return product._replace(forms=forms, sizes=sizes)
 
 
@@ -166,8 +166,7 @@ KERNELS: dict[str, Kernel] = {
         _grouped_reference,
         [{"rows": t, "adapters": n, "rank": r, "inputs": 4096, "outputs": 4096} for t, n, r in GROUPED],
     ),
-    "nf4_decoding": _few_rows("nf4", NF4),
-    "int4_decoding": _few_rows("int4", [float(i - 8) for i in range(16)]),
+    **{f"{s}_decoding": _few_rows(s) for s in ("nf4", "int4")},
     **{f"{s}_product": _four_bit(s, backward=False) for s in ("nf4", "int4")},
     **{f"{s}_gradient": _four_bit(s, backward=True) for s in ("nf4", "int4")},
     "cross_entropy": Kernel(

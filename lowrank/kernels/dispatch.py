@@ -26,8 +26,8 @@ MOSAIC_GPUS = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # the kinds of GPU
 # experiments/bench/results shows that body to be faster on that GPU than the fastest form in plain JAX, or as compiled
 # for that TPU to move fewer bytes with no more temporaries at equal FLOPs.
 SHOWN: dict[str, dict[str, str]] = {
-    "TPU v5 lite": {"grouped_lora": "pallas_tpu"},
-    "TPU v6 lite": {"grouped_lora": "pallas_tpu"},
+    "TPU v5 lite": {"four_bit_matmul": "pallas_tpu", "grouped_lora": "pallas_tpu"},
+    "TPU v6 lite": {"four_bit_matmul": "pallas_tpu", "grouped_lora": "pallas_tpu"},
 }
 
 Body = Callable[..., Any]
@@ -79,7 +79,8 @@ class Operation:
         divided = not self.partitions and _is_partitioned_automatically(mesh)
         if implementation == "auto":
             shown = SHOWN.get(device.device_kind, {}) if device and not divided else {}
-            return shown.get(self.name, "xla")
+            body = shown.get(self.name, "xla")
+            return body if getattr(self, body) else "xla"
         if implementation not in IMPLEMENTATIONS:
             raise unknown("implementation", implementation, IMPLEMENTATIONS)
         if implementation == "xla":

@@ -22,7 +22,7 @@ HALF = (jnp.bfloat16, jnp.float16)
 
 def matmul(x: jax.Array, w: jax.Array, axis: int = 0) -> jax.Array:
     """The product of `x` and `w` in the dtype of `x`; a float32 `x` takes bfloat16 `w` as `_mixed` describes."""
-    if _is_mixed(x, w):
+    if is_mixed(x, w):
         return _mixed(x, w, axis)
     w = w.astype(x.dtype)
     return _bfloat16(x, w, axis) if x.dtype == jnp.bfloat16 and w.ndim == 2 else _contract(x, w, axis)
@@ -34,7 +34,7 @@ def matmul_to_float32(x: jax.Array, w: jax.Array, axis: int = 0) -> jax.Array:
     For half-precision operands, the result is not rounded, and the gradient is rounded before it is multiplied. So
     every product, forward and backward, has half-precision operands.
     """
-    if _is_mixed(x, w):
+    if is_mixed(x, w):
         return _mixed(x, w, axis)
     return (_half_to_float32 if x.dtype in HALF else _to_float32)(x, w, axis)
 
@@ -72,7 +72,8 @@ def _bfloat16(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
 _half_to_float32 = jax.custom_vjp(_to_float32, nondiff_argnums=(2,))
 
 
-def _is_mixed(x: jax.Array, w: jax.Array) -> bool:
+def is_mixed(x: Any, w: Any) -> bool:
+    """Whether the rows are float32 and the kernel is bfloat16, in which both are multiplied."""
     return x.dtype == jnp.float32 and w.dtype == jnp.bfloat16
 
 

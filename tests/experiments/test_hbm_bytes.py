@@ -58,3 +58,19 @@ ENTRY %main (a: u8[64,1280], b: bf16[32,64]) -> bf16[32,1280] {
 def test_a_loop_counts_its_slices_and_updates_once_a_trip_and_nothing_in_vmem():
     rows, codes, result = 2 * 32 * 64, 64 * 1280, 2 * 32 * 1280
     assert hbm_bytes(PROGRAM) == 10 * rows + codes + result + 3 * result
+
+
+SLICED = """
+HloModule m, is_scheduled=true
+
+ENTRY %main (a: f32[224,4096]) -> f32[56,4096] {
+  %a = f32[224,4096]{1,0:T(8,128)} parameter(0)
+  %start = ((f32[224,4096]{1,0:T(8,128)}), f32[56,4096]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:56], [0:4096]}
+  %near = f32[56,4096]{1,0:T(8,128)S(1)} slice-done(%start)
+  ROOT %twice = f32[56,4096]{1,0:T(8,128)} add(%near, %near)
+}
+"""  # noqa: E501
+
+
+def test_a_slice_that_is_copied_to_vmem_counts_as_its_size():
+    assert hbm_bytes(SLICED) == 2 * 4 * 56 * 4096

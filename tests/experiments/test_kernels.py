@@ -9,6 +9,7 @@ import pytest
 from experiments.bench import tpu_kernels
 from experiments.bench.kernels import KERNELS
 from lowrank.kernels import dispatch
+from lowrank.kernels.four_bit_matmul import tpu
 from lowrank.kernels.grouped_lora.dispatch import SHOWN_RANK, SHOWN_RANKS
 from tests.support.close import assert_close
 
@@ -38,15 +39,20 @@ def test_each_form_computes_what_the_reference_says(name):
             assert_close(computed, expected, relative=0.02, name=form)
 
 
-@pytest.mark.parametrize("kind", dispatch.SHOWN)
-def test_auto_takes_a_body_only_where_it_moves_fewer_bytes(kind):
-    results = json.loads(tpu_kernels.OUT.read_text())
-    assert set(dispatch.SHOWN[kind]) == {"grouped_lora"}
-    shown = 0
-    for size in KERNELS["grouped_lora"].sizes:
-        if size["adapters"] * size["rank"] >= SHOWN_RANKS and size["rank"] <= SHOWN_RANK:
-            found = results[tpu_kernels.key_of(CHIPS[kind], "grouped_lora", size)]
-            assert found["pallas_tpu"]["moved"] < found["xla"]["moved"]
-            assert found["pallas_tpu"]["temporary"] <= found["xla"]["temporary"]
-            shown += 1
-    assert shown
+def shown_sizes(operation):
+    """`(kernel, size)` where `auto` takes the Pallas body."""
+    if operation == "four_bit_matmul":
+        names = ("nf4_decoding", "int4_decoding")
+        return [(name, size) for name in names for size in KERNELS[name].sizes if size["rows"] % tpu.SUBLANES == 0]
+    many = lambda size: size["adapters"] * size["rank"] >= SHOWN_RANKS and size["rank"] <= SHOWN_RANK  # noqa: E731
+    return [(operation, size) for size in KERNELS[operation].sizes if many(size)]
+
+
+@pytest.mark.parametrize(("kind", "operation"), [(kind, name) for kind, of in dispatch.SHOWN.items() for name in of])
+def test_auto_takes_a_body_only_where_it_moves_fewer_bytes(kind, operation):
+    results, sizes = json.loads(tpu_kernels.OUT.read_text()), shown_sizes(operation)
+    assert sizes
+    for name, size in sizes:
+        found = results[tpu_kernels.key_of(CHIPS[kind], name, size)]
+        assert found["pallas_tpu"]["moved"] < found["xla"]["moved"]
+        assert found["pallas_tpu"]["temporary"] <= found["xla"]["temporary"]

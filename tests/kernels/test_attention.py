@@ -72,14 +72,27 @@ def test_blocks_that_no_query_sees_are_not_visited():
         assert [x.tolist() for x in visits[1:]] == [first, end]
 
 
+@pytest.mark.parametrize(("dtype", "relative"), [(jnp.bfloat16, 0.02), (jnp.float16, 6e-3)])
 @pytest.mark.parametrize("form", FORMS)
-def test_the_softmax_is_float32_in_half_precision(form):
+def test_the_softmax_is_float32_in_half_precision(form, dtype, relative):
     case = CASES["packed"]
-    q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in arrays(case))
+    q, k, v, g = (jnp.asarray(x, dtype) for x in arrays(case))
     ours = output_and_gradients(lambda q, k, v: FORMS[form](q, k, v, mask_of(case)), q, k, v, g)
     for x, exact in zip(ours, reference(q, k, v, g, seen(case), HEAD**-0.5, 0.0), strict=True):
-        assert x.dtype == jnp.bfloat16
-        assert_close(np.asarray(x, np.float64), exact, relative=0.02)
+        assert x.dtype == dtype
+        assert_close(np.asarray(x, np.float64), exact, relative=relative)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_nan_in_one_row_reaches_no_other_row(form):
+    case = CASES["packed"]
+    q, k, v, g = arrays(case)
+    attend = partial(FORMS[form], mask=mask_of(case))
+    exact = output_and_gradients(attend, q, k, v, g)
+    found = output_and_gradients(attend, jnp.asarray(q).at[0, 3].set(jnp.nan), k, v, g)
+    for x, expected in zip(found, exact, strict=True):
+        assert_close(x[1:], expected[1:])
+        assert np.isnan(x[0]).any()
 
 
 def test_no_array_of_scores_exists_at_length():
@@ -182,3 +195,24 @@ def test_cudnn_is_asked_only_for_what_it_takes(monkeypatch, devices, inputs, opt
     else:
         assert dispatch.choose("cuda", *arguments) == dispatch.choose("cuda", *arguments, "cudnn") == "cudnn"
         assert dispatch.choose("cpu", *arguments) == "dense"
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "every token", "left padding, cap"])
+def test_cudnn_is_given_the_mask_of_the_dense_form(monkeypatch, name):
+    """The very arguments, computed by XLA; only cuDNN's own arithmetic needs a GPU."""
+    given, attend = [], jax.nn.dot_product_attention
+
+    def by_xla(*arrays, implementation, **options):
+        given.append((implementation, options["is_causal"], options["local_window_size"]))
+        return attend(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    case = CASES[name]
+    q, k, v, g = arrays(case)
+    ours = output_and_gradients(lambda q, k, v: cudnn.attend(q, k, v, mask_of(case), scale=SCALE), q, k, v, g)
+    expected = reference(q, k, v, g, seen(case), SCALE, 0.0)
+    for x, exact, size in zip(ours, expected, (expected[0], g, g, g), strict=True):
+        assert_close(x, exact, relative=2e-5, size=np.max(np.abs(size)))
+    static = mask_of(case).is_static
+    window = (case.window - 1, 0) if static and case.window else None
+    assert given == [("cudnn", static and not case.bidirectional, window)]

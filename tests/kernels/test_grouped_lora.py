@@ -69,6 +69,15 @@ def test_a_nan_in_one_adapter_reaches_no_other_row(form, broken):
     assert_close(y[ids != 2], expected(adapters, x, ids)[ids != 2])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_without_an_adapter_are_zero_and_teach_none(form):
+    adapters, x, _ = case((3, 2), 5)
+    stacked, ids = stack_adapters(adapters), np.array([-1, 2, -5, 7, 2**31 - 1], np.int32)
+    assert not np.any(FORMS[form](x, *stacked, ids))
+    gradients = jax.grad(lambda *v: jnp.sum(grouped_lora(*v, ids)), argnums=(0, 1, 2, 3))(x, *stacked)
+    assert not any(map(np.any, gradients))
+
+
 @pytest.mark.parametrize("implementation", ["xla", "interpret"])
 def test_gradients_are_those_of_a_gather_by_row(implementation):
     adapters, x, ids = case((3, 2, 4), 21)

@@ -1,4 +1,8 @@
-"""Attention by the fused kernel of cuDNN, which jax calls on NVIDIA GPUs; segments make a mask `[B, 1, T, S]`."""
+"""Attention by the fused kernel of cuDNN, which jax calls on NVIDIA GPUs; segments make a mask `[B, 1, T, S]`.
+
+As lowered for CUDA, forward and backward, causal rows are its mask CAUSAL, with `sliding_window_length` as the window,
+and segments are a bias. The key heads are not repeated. No GPU has checked the results.
+"""
 
 from typing import Any
 

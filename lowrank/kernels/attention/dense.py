@@ -1,5 +1,6 @@
 """Attention that stores the scores of all pairs, `[B, N, T, S]`: the fastest form in plain JAX for short rows."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -26,14 +27,18 @@ def attend(
     if softcap:
         return _softcapped(q, k, v, mask.expand(T, S)[:, None], scale, softcap)
     static = mask.is_static
-    return jax.nn.dot_product_attention(
-        *(q, k, v),
+    attend = functools.partial(
+        jax.nn.dot_product_attention,
         mask=None if static else mask.expand(T, S)[:, None],
         scale=scale,
         is_causal=mask.causal and static,
         local_window_size=(mask.window - 1, 0) if static and 0 < mask.window < S else None,
         implementation=implementation,
     )
+    if q.dtype != jnp.float16 or implementation == "cudnn":
+        return attend(q, k, v)
+    wide = lambda *arrays: attend(*(x.astype(jnp.float32) for x in arrays)).astype(q.dtype)  # noqa: E731
+    return jax.lax.platform_dependent(q, k, v, cpu=wide, default=attend)  # a CPU has no product of float16 to float32
 
 
 def _softcapped(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_Bx1xTxS, scale, cap):

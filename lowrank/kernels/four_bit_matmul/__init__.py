@@ -2,5 +2,5 @@
 
 Shapes: M rows; `x` is `[M, in]`, `codes` is uint8 `[in / 2, out]` and `scale` is `[in / block, out]`. A byte holds the
 codes of two rows of one block: row i of its first half in the low bits, and row i of its second half in the high bits.
-The kernel is `levels[code] * scale`, in the dtype of `x`.
+The kernel is `levels[code] * scale`, rounded to the dtype of `x`. The plain form is that of the weight in codes.
 """

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lowrank.core.errors import UserError
 from lowrank.kernels.four_bit_matmul.levels import values_of
 
-ROWS, PACKED, COLUMNS = 64, 64, 128  # of `x` at most, and of a tile of codes
+PACKED, COLUMNS = 64, 128  # of a tile of codes
 DTYPES = (jnp.bfloat16, jnp.float16)
 NARROW = 64  # columns of a tile are decoded at a time, so that they fit into registers
 STAGES = 3  # tiles on their way
@@ -25,20 +24,16 @@ BLOCKS = 264  # that an H100 runs at a time: two on each of its 132 multiprocess
 UNIT = 8  # `x` is padded to a multiple of these rows
 
 
-def check(rows: int, dtype: Any) -> None:
-    """Raises UserError unless the body multiplies so many rows of this dtype."""
-    if rows > ROWS or dtype not in DTYPES:
-        raise UserError(
-            f"implementation='pallas_gpu' of four_bit_matmul takes bfloat16 or float16 and a batch to {ROWS}, not "
-            f"{dtype} and {rows}: use 'xla'"
-        )
+def multiply(
+    x: jax.Array, codes: jax.Array, scale: jax.Array, *, levels: Sequence[float], block: int, out: Any = None
+) -> jax.Array:
+    """`x @ (levels[code] * scale)` in the dtype `out`, by default that of `x`.
 
-
-def multiply(x: jax.Array, codes: jax.Array, scale: jax.Array, *, levels: Sequence[float], block: int) -> jax.Array:
-    """`x @ (levels[code] * scale)`, for blocks whose halves are multiples of 8 rows and a power of two."""
-    rows, (packed, out), half = len(x), codes.shape, block // 2
+    The halves of a block are a multiple of 8 rows and a power of two, and `x` has at most 64 rows in half precision.
+    """
+    rows, (packed, columns), half = len(x), codes.shape, block // 2
     x = jnp.pad(x, ((0, -rows % UNIT), (0, 2 * packed - x.shape[1])))
-    missing, right = -packed % PACKED, -out % COLUMNS
+    missing, right = -packed % PACKED, -columns % COLUMNS
     halves = x.reshape(len(x), -1, 2, half)
     low, high = (jnp.pad(halves[:, :, i].reshape(len(x), packed), ((0, 0), (0, missing))) for i in range(2))
     codes = jnp.pad(codes, ((0, missing), (0, right)))
@@ -53,7 +48,7 @@ def multiply(x: jax.Array, codes: jax.Array, scale: jax.Array, *, levels: Sequen
         grid_names=("column", "part"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    return jnp.sum(product(low, high, codes, scale), axis=0)[:out, :rows].T.astype(x.dtype)
+    return jnp.sum(product(low, high, codes, scale), axis=0)[:columns, :rows].T.astype(out or x.dtype)
 
 
 def _column(

@@ -15,23 +15,38 @@ ROWS, COLUMNS = 512, 512  # of a tile of codes
 SUBLANES = 16  # rows are padded to a multiple: the rows of a register of bfloat16
 
 
+def is_whole(rows: int, codes: tuple[int, ...]) -> bool:
+    """Whether rows, and codes of this shape, are multiplied without padding."""
+    return rows % SUBLANES == 0 and codes[0] % ROWS == 0
+
+
 def multiply(
-    x: jax.Array, codes: jax.Array, scale: jax.Array, *, levels: Sequence[float], block: int, interpret: bool = False
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    *,
+    levels: Sequence[float],
+    block: int,
+    out: Any = None,
+    interpret: bool = False,
 ) -> jax.Array:
-    """`x @ (levels[code] * scale)`, for blocks whose halves are multiples of 8 rows and divide a tile."""
-    rows, (packed, out) = len(x), codes.shape
+    """`x @ (levels[code] * scale)` in the dtype `out`, by default that of `x`.
+
+    The halves of a block are a multiple of 8 rows and divide a tile.
+    """
+    rows, (packed, columns), dtype = len(x), codes.shape, jnp.dtype(out or x.dtype)
     x = jnp.pad(x, ((0, -rows % SUBLANES), (0, 2 * packed - x.shape[1])))
     halves = x.reshape(len(x), -1, 2, block // 2)
     missing = -packed % ROWS
     low, high = (jnp.pad(halves[:, :, i].reshape(len(x), packed), ((0, 0), (0, missing))) for i in range(2))
     codes = jnp.pad(codes, ((0, missing), (0, 0)))
     scale = jnp.pad(scale.astype(jnp.float32), ((0, len(codes) // (block // 2) - len(scale)), (0, 0)))
-    moved = 2 * low.nbytes + codes.nbytes + scale.nbytes + len(x) * out * x.dtype.itemsize
+    moved = 2 * low.nbytes + codes.nbytes + scale.nbytes + len(x) * columns * dtype.itemsize
     across, down = lambda j, k: (0, k), lambda j, k: (k, j)
     y = pl.pallas_call(
         functools.partial(_tile, tuple(levels), block // 2),
-        out_shape=jax.ShapeDtypeStruct((len(x), out), x.dtype),
-        grid=(pl.cdiv(out, COLUMNS), len(codes) // ROWS),
+        out_shape=jax.ShapeDtypeStruct((len(x), columns), dtype),
+        grid=(pl.cdiv(columns, COLUMNS), len(codes) // ROWS),
         in_specs=[
             pl.BlockSpec((len(x), ROWS), across),
             pl.BlockSpec((len(x), ROWS), across),

@@ -16,7 +16,9 @@ import numpy as np
 
 from lowrank.core.weight import Weight, at_least_float32
 from lowrank.kernels import half_precision_matmul
+from lowrank.kernels.four_bit_matmul.dispatch import FourBits, four_bit_matmul
 from lowrank.weights.quantized.partitioned_matmul import (
+    Product,
     axes_to_gather,
     gather_codes,
     is_partitioned,
@@ -61,6 +63,11 @@ class Quantized(Weight):
         return jnp.dtype("float64" if self.scale.dtype == jnp.float64 else self.dtype_name)
 
     @property
+    def four_bits(self) -> FourBits | None:
+        """What the codes stand for, if they are in four bits with one scale per block."""
+        return None
+
+    @property
     def row_multiple(self) -> int:
         """The number of rows of which the height of a tile must be a multiple."""
         return math.lcm(*(per[0] for per in self.layout.values() if per[0]))
@@ -87,12 +94,19 @@ class Quantized(Weight):
         return self.with_plain_scales().decode()[..., : self.rows, :].astype(self.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
-        """`x @ W`, tile by tile."""
-        return _product(x, self, x.dtype, x.dtype)
+        """`x @ W` in the dtype of `x`."""
+        return self.dot_in(x, x.dtype)
 
     def dot_to_float32(self, x: jax.Array) -> jax.Array:
-        """`x @ W`, tile by tile, which is not rounded; each tile of W is rounded to the dtype of `x`."""
-        return _product(x, self, x.dtype, at_least_float32(x).dtype)
+        """`x @ W`, which is not rounded; W is rounded to the dtype of `x`."""
+        return self.dot_in(x, at_least_float32(x).dtype)
+
+    def dot_in(self, x: jax.Array, dtype: Any, implementation: str = "auto") -> jax.Array:
+        """`x @ W` in a dtype, that of `x` or float32; the one product that a form overrides.
+
+        The implementation is that of `lowrank.kernels.four_bit_matmul`; `xla` multiplies tile by tile.
+        """
+        return _product(x, self, x.dtype, dtype, implementation)
 
     def tile_alignment(self) -> tuple[int, int]:
         """`(run, unit)`: a tile of rows lies within one run of rows, and its height is a multiple of the unit."""
@@ -119,20 +133,23 @@ def slice_axis(x: jax.Array, start: Any, size: int, axis: int, aligned: bool) ->
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x: jax.Array, w: Quantized, dtype: Any, out: Any) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _product(x: jax.Array, w: Quantized, dtype: Any, out: Any, implementation: str) -> jax.Array:
     """`x @ W` in the dtype `out`; the gradient is rounded to `dtype`, that of `x`, before it is multiplied."""
     del dtype
-    return _multiply(_by_columns, 0, x, w, out)
+    w, bodies = _tiled(_by_columns, 0, x, w, out)
+    return four_bit_matmul(x, w, bodies, out, implementation)
 
 
-def _backward(dtype: Any, out: Any, w: Quantized, g: jax.Array) -> tuple[jax.Array, Any]:
-    """`g @ W.T`, and zero cotangents for the frozen weight."""
-    del out
-    return _multiply(_by_rows, 1, g.astype(dtype), w, dtype), zero_cotangents(w)
+def _backward(dtype: Any, out: Any, implementation: str, w: Quantized, g: jax.Array) -> tuple[jax.Array, Any]:
+    """`g @ W.T`, for which the codes are decoded again, and zero cotangents for the frozen weight."""
+    del out, implementation
+    g = g.astype(dtype)
+    gathered, bodies = _tiled(_by_rows, 1, g, w, dtype)
+    return jax.lax.platform_dependent(g, gathered, **bodies), zero_cotangents(w)
 
 
-_product.defvjp(lambda x, w, dtype, out: (_product(x, w, dtype, out), w), _backward)
+_product.defvjp(lambda x, w, *static: (_product(x, w, *static), w), _backward)
 
 
 def zero_cotangents(w: Weight) -> Any:
@@ -145,8 +162,10 @@ def zero_cotangents(w: Weight) -> Any:
     return jax.tree.map(zero, w)
 
 
-def _multiply(by_tiles: Callable[..., jax.Array], contracted: int, x: jax.Array, w: Quantized, out: Any) -> jax.Array:
-    """`x` times the kernel, summed over its axis `contracted`, in the dtype `out`.
+def _tiled(
+    by_tiles: Callable[..., jax.Array], contracted: int, x: jax.Array, w: Quantized, out: Any
+) -> tuple[Quantized, dict[str, Product]]:
+    """`w` as it is multiplied, and for each platform its product with `x` over its axis `contracted`, in dtype `out`.
 
     TPU programs have no custom partitioning. There the codes are gathered first. Where a TPU mesh shards the kernel
     still, the product is a plain one, inside which the TPU's compiler dequantizes.
@@ -158,12 +177,11 @@ def _multiply(by_tiles: Callable[..., jax.Array], contracted: int, x: jax.Array,
         return half_precision_matmul.matmul_in(out, x, w.materialize(), contracted)
 
     tiles = lambda elements: functools.partial(by_tiles, elements, out)  # noqa: E731
-    return jax.lax.platform_dependent(
-        *(x, w),
-        tpu=undivided if is_partitioned(w.codes, gathered) else tiles(TPU_TILE_ELEMENTS),
-        cuda=partition_matmul(tiles(GPU_TILE_ELEMENTS), contracted),
-        default=partition_matmul(tiles(TILE_ELEMENTS), contracted),
-    )
+    return w, {
+        "tpu": undivided if is_partitioned(w.codes, gathered) else tiles(TPU_TILE_ELEMENTS),
+        "cuda": partition_matmul(tiles(GPU_TILE_ELEMENTS), contracted),
+        "default": partition_matmul(tiles(TILE_ELEMENTS), contracted),
+    }
 
 
 def _by_columns(elements: int, out: Any, x: jax.Array, w: Quantized) -> jax.Array:

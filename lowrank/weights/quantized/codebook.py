@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.core.weight import KERNEL, at_least_float32, form, frozen, static
+from lowrank.kernels.four_bit_matmul.dispatch import FourBits
 from lowrank.weights.quantized.base import Quantized
 from lowrank.weights.quantized.double_quantization import QuantizedScale, double_quantize
 from lowrank.weights.quantized.lookup_tables import TABLES, bits_per_code, decision_boundaries, lookup, nearest_code
@@ -52,6 +53,12 @@ class Codebook(Quantized):
     def layout(self) -> Mapping[str, tuple[int | None, int | None]]:
         """The kernel rows and columns that one element of each field stands for."""
         return {"codes": (8 // self.bits, 1), "scale": (self.block, 1), "shift": (self.block, 1)}
+
+    @property
+    def four_bits(self) -> FourBits | None:
+        """The levels of NF4 and FP4 and their blocks, unless these are shifted."""
+        plain = self.bits == 4 and self.shift is None
+        return FourBits(tuple(map(float, TABLES[self.table])), self.block) if plain else None
 
     def with_plain_scales(self) -> Self:
         """The same codes with float scales and shifts, which are a 64th of the kernel's elements."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.core.weight import KERNEL, at_least_float32, form, frozen, static
+from lowrank.kernels.four_bit_matmul.dispatch import SIGNED, FourBits
 from lowrank.weights.quantized.base import Quantized
 from lowrank.weights.quantized.packing import unpack
 
@@ -49,6 +50,11 @@ class GGML(Quantized):
         scale = f.part if self.sub is None else f.block
         layout = {"codes": (8 // f.bits, 1), "scale": (scale, 1), "low": (scale, 1)}
         return layout | {"high": (4, 1), "sub": (f.part, 1), "low_sub": (f.part, 1)}
+
+    @property
+    def four_bits(self) -> FourBits | None:
+        """The levels and blocks of Q4_0, the format whose only fields are codes and scales."""
+        return FourBits(SIGNED, 32) if self.format == "Q4_0" else None
 
     @property
     def row_multiple(self) -> int:

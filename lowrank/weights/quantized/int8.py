@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.core.errors import UserError, plural, unknown
-from lowrank.core.weight import KERNEL, Weight, at_least_float32, dot_to_float32, form, frozen, static
+from lowrank.core.weight import KERNEL, at_least_float32, dot_to_float32, form, frozen, static
 from lowrank.weights.quantized.base import Quantized
 from lowrank.weights.quantized.packing import reciprocal_scale
 
@@ -66,15 +66,11 @@ class WithOutliers(PerChannel):
         one_hot = jax.nn.one_hot(self.index, self.rows, axis=-2, dtype=kernel.dtype)  # [..., in, k]
         return kernel + jnp.matmul(one_hot, self.outliers.astype(kernel.dtype), precision="highest")
 
-    def dot(self, x: jax.Array) -> jax.Array:
+    def dot_in(self, x: jax.Array, dtype: Any, implementation: str = "auto") -> jax.Array:
         """`x @ codes * scale + x[index] @ outliers`, rounded once."""
-        return Weight.dot(self, x)
-
-    def dot_to_float32(self, x: jax.Array) -> jax.Array:
-        """`dot`, which is not rounded."""
         inliers = PerChannel(codes=self.codes, scale=self.scale, rows=self.rows, dtype_name=self.dtype_name)
-        outliers = self.outliers.astype(self.dtype)
-        return inliers.dot_to_float32(x) + dot_to_float32(jnp.take(x, self.index, axis=-1), outliers)
+        outliers = dot_to_float32(jnp.take(x, self.index, axis=-1), self.outliers.astype(self.dtype))
+        return (inliers.dot_in(x, outliers.dtype, implementation) + outliers).astype(dtype)
 
 
 def quantize_int8(w: jax.Array) -> PerChannel:

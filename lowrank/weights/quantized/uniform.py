@@ -16,6 +16,7 @@ import numpy as np
 
 from lowrank.core.errors import UserError, plural
 from lowrank.core.weight import KERNEL, at_least_float32, form, frozen, static
+from lowrank.kernels.four_bit_matmul.dispatch import SIGNED, FourBits
 from lowrank.weights.quantized import base
 from lowrank.weights.quantized.base import Quantized, slice_axis
 from lowrank.weights.quantized.packing import pack, reciprocal_scale, split_blocks, unpack, whole_column_block
@@ -47,6 +48,11 @@ class Uniform(Quantized):
     def layout(self) -> Mapping[str, tuple[int | None, int | None]]:
         """The kernel rows and columns that one element of each field stands for."""
         return {"codes": (8 // self.bits, 1), "scale": (self.block, 1), "zero": (self.block, 1)}
+
+    @property
+    def four_bits(self) -> FourBits | None:
+        """The levels of symmetric codes in four bits, and their blocks."""
+        return FourBits(SIGNED, self.block) if self.bits == 4 and self.zero is None else None
 
     def tile_alignment(self) -> tuple[int, int]:
         """`(run, unit)`: a tile of rows lies within one run of rows, and its height is a multiple of the unit.
