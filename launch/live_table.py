@@ -1,8 +1,7 @@
 """The live table of a study: redrawn in place on a terminal, and a line at each change elsewhere."""
 
-import sys
 import time
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,9 +17,9 @@ SHOWN = (claims.RUNNING, claims.LOST, claims.FAILED, claims.REFUSED, claims.DIVE
 class LiveTable:
     """Shows a `Status` as often as it is asked to. Use it as a context."""
 
-    def __init__(self, stream: TextIO | None = None, every_seconds: float = 30.0):
-        """A table on `stream`, standard error by default; without a terminal, a line at least `every_seconds`."""
-        self._console = Console(file=stream or sys.stderr)
+    def __init__(self, console: Console | None = None, every_seconds: float = 30.0):
+        """A table on standard error, or on `console`; without a terminal, a line at least `every_seconds`."""
+        self._console = console or Console(stderr=True)
         self._every, self._next, self._last = every_seconds, 0.0, ""
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
 

@@ -19,14 +19,14 @@ from lowrank.sweeps.status import Status
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = command.Parser("python -m launch.status", __doc__)
-    parser.add_argument("folder", type=as_path)
-    parser.add_argument("--tables", type=as_path)
+    parser.add_argument("folder")
+    parser.add_argument("--tables")
     try:
         args = parser.parse_args(argv)
-        status = Status(read_folder(args.folder))
+        status = Status(read_folder(as_path(args.folder)))
         print(status.text())
         if args.tables:
-            paths = tables.write_tables(status.study, status.results, args.tables)
+            paths = tables.write_tables(status.study, status.results, as_path(args.tables))
             print("\ntables:", ", ".join(map(str, paths)))
     except UserError as e:
         return command.print_error(e)

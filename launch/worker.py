@@ -33,7 +33,7 @@ def worker_command(folder: AnyPath) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = command.Parser("python -m launch.worker", __doc__)
-    parser.add_argument("folder", type=as_path)
+    parser.add_argument("folder")
     parser.add_argument("--cores", default="")
     parser.add_argument("--group", default="")
     parser.add_argument("--process", type=int, default=-1)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
             use_cores(args.cores)
         if bool(args.group) != (args.process >= 0):
             raise UserError("--group=NAME and --process=INDEX, from 0 on, belong together: give both or neither")
-        study = read_folder(args.folder)
+        study = read_folder(as_path(args.folder))
         if args.process > 0:
             return worker_group.Follower(study, args.group, args.process, run_command, say).run()
         if args.group:

@@ -46,8 +46,8 @@ def command(script: str):
     ]
 
 
-def start_worker(folder: Path, script: str, **options) -> subprocess.Popen:
-    """A process that works on the study in `folder`; `options` are those of `Worker`."""
+def worker_words(folder: Path, script: str, **options) -> list[str]:
+    """The command of a worker on the study in `folder`; `options` are those of `Worker`."""
     code = f"""
         import pathlib, sys
         from lowrank.sweeps.folder import read_folder
@@ -57,8 +57,13 @@ def start_worker(folder: Path, script: str, **options) -> subprocess.Popen:
         command = dummy_cells.command({script!r})
         sys.exit(Worker(study, command, poll=0.02, **{options!r}).run())
     """
-    words = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.Popen(words, env={**os.environ, "PYTHONPATH": os.getcwd()}, stdout=subprocess.DEVNULL)
+    return [sys.executable, "-c", textwrap.dedent(code)]
+
+
+def start_worker(folder: Path, script: str, **options) -> subprocess.Popen:
+    """A process that is such a worker."""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    return subprocess.Popen(worker_words(folder, script, **options), env=environment, stdout=subprocess.DEVNULL)
 
 
 def notes(folder: Path) -> list[str]:
