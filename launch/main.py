@@ -1,10 +1,10 @@
 """Fine-tunes a model: `python -m launch.main --config=configs/X.py[:arg] --workdir=DIR [--config.a.b=c ...]`.
 
 The exit code is 0 for a run that is done, whose `summary.json` then exists; 42 for a run that SIGTERM or SIGINT has
-stopped after it saved, which the same command continues; 2 for bad input and 3 for a loss that is not finite, each with
-one line on stderr. Several processes form one run by `--local_processes=N` on one machine, by
-`--config.distributed=True` on a cluster that JAX knows, and by `--coordinator_address`, `--num_processes` and
-`--process_id` on any other.
+stopped after it saved, or whose folder another run holds, which the same command continues; 2 for bad input and 3 for a
+loss that is not finite, each with one line on stderr. Several processes form one run by `--local_processes=N` on one
+machine, by `--config.distributed=True` on a cluster that JAX knows, and by `--coordinator_address`, `--num_processes`
+and `--process_id` on any other.
 """
 
 import shlex

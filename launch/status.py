@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         if args.tables:
             paths = tables.write_tables(status.study, status.results, as_path(args.tables))
             print("\ntables:", ", ".join(map(str, paths)))
-    except UserError as e:
+    except (OSError, UserError) as e:
         return command.print_error(e)
     return 0
 

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         if args.dry_run or code:
             return code
         return ENGINES[args.engine].run(open_study(study, as_path(args.folder)), args)
-    except UserError as e:
+    except (OSError, UserError) as e:
         return command.print_error(e)
 
 

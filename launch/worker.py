@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         if args.group:
             return worker_group.lead(study, args.group, run_command, say)
         return Worker(study, run_command, say).run()
-    except UserError as e:
+    except (OSError, UserError) as e:
         return command.print_error(e)
 
 

@@ -67,7 +67,7 @@ def test_every_key_of_a_config_that_is_named_exists(page):
 
 @each_page
 def test_every_flag_of_a_command_that_is_shown_exists(page):
-    sources = "".join(path.read_text() for path in [*ROOT.glob("launch/*.py"), *ROOT.glob("experiments/**/*.py")])
+    sources = "".join(path.read_text() for path in [*ROOT.glob("launch/**/*.py"), *ROOT.glob("experiments/**/*.py")])
     text = page.read_text().replace("\\\n", " ")
     for line in re.findall(r"^python -m (?:launch|experiments).*", text, flags=re.MULTILINE):
         for flag in re.findall(r" --(\w+)(?![\w.])", line):

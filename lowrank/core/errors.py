@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Bad input. Its text is one line: the culprit, the allowed values, the remedy. Commands print no traceback."""
 
 
+class InUse(UserError):
+    """A folder that another run holds. The same command may succeed when that run has ended."""
+
+
 class Diverged(UserError):
     """A run whose loss or gradient is not finite."""
 

@@ -14,7 +14,7 @@ import time
 import uuid
 from typing import Any
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import InUse, UserError
 from lowrank.core.generations import Version, create_exclusive, read_version, replace_if, store_time
 from lowrank.core.paths import PathLike, as_path
 
@@ -89,9 +89,9 @@ class Lease:
             if current is None or current.generation != found.generation:
                 raise self._in_use()
 
-    def _in_use(self) -> UserError:
+    def _in_use(self) -> InUse:
         folder, holder = self.path.parent, self._holder()
-        return UserError(f"workdir {folder} is in use by another run ({holder}): wait for it, or choose another")
+        return InUse(f"workdir {folder} is in use by another run ({holder}): wait for it, or choose another")
 
     def _holder(self) -> str:
         found = self._read()

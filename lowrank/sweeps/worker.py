@@ -187,13 +187,16 @@ class Attempt:
         )
         try:
             return self.worker.ledger.renew(self.claim, progress)
-        except UserError as e:
+        except (OSError, UserError) as e:
             self.worker.say(f"{self.cell.key}: the claim cannot be renewed: {e}")
             return True
 
     def _metrics(self) -> list[dict[str, Any]]:
         path = self.worker.study.run_path(self.cell.key) / METRICS
-        return read_metrics(path) if exists(path) else []
+        try:
+            return read_metrics(path) if exists(path) else []
+        except (OSError, UserError):  # progress alone depends on it
+            return []
 
     def _rung(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The last rung that the run has reached and its score, if the cell does not go on from there."""

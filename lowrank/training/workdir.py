@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import tensorstore
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import InUse, UserError
 from lowrank.core.files import to_json, write_json
 from lowrank.core.lease import Lease
 from lowrank.core.paths import AnyPath, PathLike, as_path, children, exists, in_bucket, is_folder, read_text
@@ -84,7 +84,7 @@ def _local_lock(workdir: AnyPath) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"workdir {workdir} is in use by another run: wait for it, or choose another") from None
+            raise InUse(f"workdir {workdir} is in use by another run: wait for it, or choose another") from None
         except OSError:
             pass
         yield

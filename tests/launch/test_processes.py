@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 
 from launch import command, processes
-from lowrank.core.errors import Diverged, UserError
+from lowrank.core.errors import Diverged, InUse, UserError
 
 ADDRESS = "host:1234"
 
@@ -89,7 +89,8 @@ def test_a_signal_to_the_launcher_reaches_process_0():
     assert launch(code) == (command.STOPPED, "")
 
 
-def test_a_run_that_diverged_has_a_code_of_its_own(capsys):
+def test_a_run_that_diverged_and_one_whose_folder_is_held_have_codes_of_their_own(capsys):
     assert command.print_error(Diverged("loss is nan")) == 3
+    assert command.print_error(InUse("held")) == 42
     assert command.print_error(UserError("no")) == 2
-    assert capsys.readouterr().err == "error: loss is nan\nerror: no\n"
+    assert capsys.readouterr().err == "error: loss is nan\nerror: held\nerror: no\n"

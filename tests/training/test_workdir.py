@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import InUse, UserError
 from lowrank.core.files import write_bytes, write_json, write_text
 from lowrank.training import workdir
 from lowrank.training.workdir import claim
@@ -144,7 +144,7 @@ def test_written_files_are_readable_by_others(tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    with workdir.lock(tmp_path), pytest.raises(UserError, match="in use by another run"), workdir.lock(tmp_path):
+    with workdir.lock(tmp_path), pytest.raises(InUse, match="in use by another run"), workdir.lock(tmp_path):
         pass
     with workdir.lock(tmp_path):
         pass
