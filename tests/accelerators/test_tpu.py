@@ -33,7 +33,7 @@ def test_a_large_product_and_its_gradient_make_no_copy_of_the_kernel(scheme, row
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_kernels_compile_and_take_what_their_results_say(chip):
-    """`auto` takes the Pallas body of many adapters; the loss of a chunk's logits makes no other temporary."""
+    """`auto` takes the Pallas bodies of many adapters and few rows; the loss of a chunk's logits needs no more."""
     words = [sys.executable, "-m", "tests.support.compiled_kernels", chip]
     environment = os.environ | tpus.environment(f"{chip}:2x2")
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
