@@ -15,6 +15,7 @@ from lowrank.core.weight import dot, materialize
 from lowrank.kernels import cross_entropy
 from lowrank.kernels.four_bit_matmul import dispatch
 from lowrank.kernels.grouped_lora.dispatch import grouped_lora
+from lowrank.kernels.lora_matmul.dispatch import lora_matmul
 from lowrank.weights.lora import LoRA
 from lowrank.weights.quantized.schemes import SCHEMES
 
@@ -53,7 +54,11 @@ def lora(T: int, d: int, k: int, r: int) -> Problem:
         x, w, a, b = (_normal(key, i, *shape) for i, shape in enumerate(((T, d), (d, k), (d, r), (r, k))))
         return x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), a, b
 
-    return Problem(inputs, {OURS: ours, "plain": plain, "concatenated": concatenated}, exact, (0, 2, 3))
+    def body(x, w, a, b):
+        return lora_matmul(x, w, a, b, jnp.float32(SCALE), implementation=BODY)
+
+    forms = {OURS: ours, "plain": plain, "concatenated": concatenated, BODY: body}
+    return Problem(inputs, forms, exact, (0, 2, 3))
 
 
 def four_bits(scheme: str, T: int, d: int, k: int) -> Problem:

@@ -16,6 +16,8 @@ from lowrank.core.weight import dot, dot_to_float32
 from lowrank.kernels.cross_entropy import chunked_nll, token_nll
 from lowrank.kernels.grouped_lora import plain, tpu
 from lowrank.kernels.grouped_lora.dispatch import grouped_lora
+from lowrank.kernels.lora_matmul import plain as lora_plain
+from lowrank.kernels.lora_matmul.dispatch import lora_matmul
 from lowrank.methods.projections import walsh
 from lowrank.weights import dora
 from lowrank.weights.lora import LoRA
@@ -57,6 +59,45 @@ def _wide(*trees: Any) -> list[Any]:
 def _grouped(key: jax.Array, rows: int, adapters: int, rank: int, inputs: int, outputs: int) -> list[Any]:
     x, a, b = _normal(key, (rows, inputs), (adapters, rank, inputs), (adapters, rank, outputs), scale=inputs**-0.25)
     return [x, a, b, jnp.ones(adapters), jax.random.randint(key, (rows,), 0, adapters)]
+
+
+def _lora(key: jax.Array, rows: int, inputs: int, outputs: int, rank: int, layers: int = 0) -> list[Any]:
+    stack = (layers,) if layers else ()
+    x, w, a, b = _normal(
+        key, (rows, inputs), (*stack, inputs, outputs), (*stack, inputs, rank), (*stack, rank, outputs)
+    )
+    w, a = (v * v.shape[-2] ** -0.5 for v in (w, a))
+    return [x, w, a.astype(jnp.float32), b.astype(jnp.float32), jnp.full(stack, 0.25)]
+
+
+def _separate(x: jax.Array, *others: jax.Array) -> jax.Array:
+    return lora_plain.multiply(x, *others, dtype=x.dtype)[0]
+
+
+def _lora_and_cotangent(key: jax.Array, rows: int, inputs: int, outputs: int, rank: int) -> list[Any]:
+    return [*_lora(key, rows, inputs, outputs, rank), *_normal(jax.random.fold_in(key, 1), (rows, outputs))]
+
+
+def _lora_gradient(multiply: Callable[..., Any], x: Any, w: Any, a: Any, b: Any, scale: Any, g: Any) -> Any:
+    """The gradients of the rows, A and B."""
+    return jax.vjp(lambda x, a, b: multiply(x, w, a, b, scale), x, a, b)[1](g)
+
+
+def _lora_gradient_reference(*arrays: Any) -> Any:
+    x, w, a, b, scale, g = _wide(*arrays)
+    u = scale * g @ b.T
+    return g @ w.T + u @ a.T, x.T @ u, scale * (x @ a).T @ g
+
+
+def _lora_layers(multiply: Callable[..., Any], x: jax.Array, *stacks: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda x, layer: (multiply(x, *layer), None), x, stacks)[0]
+
+
+def _lora_reference(x: Any, w: Any, a: Any, b: Any, scale: Any) -> np.ndarray:
+    x, w, a, b, scale = _wide(x, w, a, b, scale)
+    for layer in zip(w, a, b, scale, strict=True) if w.ndim > 2 else [(w, a, b, scale)]:
+        x = x @ layer[0] + layer[3] * (x @ layer[1]) @ layer[2]
+    return x
 
 
 def _gather(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, ids: jax.Array) -> jax.Array:
@@ -152,8 +193,32 @@ def _butterfly(x: np.ndarray) -> np.ndarray:
     return x
 
 
+LORA = {
+    "xla": functools.partial(lora_matmul, implementation="xla"),
+    "separate": _separate,
+    "pallas_tpu": functools.partial(lora_matmul, implementation="pallas_tpu"),
+}
+SQUARE = {"rows": 8192, "inputs": 4096, "outputs": 4096, "rank": 16}
 GROUPED = [(256, 64, 16), (256, 256, 16), (8192, 16, 16), (8192, 256, 16), (8192, 4, 512)]  # rows, adapters, rank
 KERNELS: dict[str, Kernel] = {
+    "lora_product": Kernel(
+        _lora,
+        LORA,
+        _lora_reference,
+        [SQUARE, {**SQUARE, "outputs": 14336}, {**SQUARE, "inputs": 14336}, {**SQUARE, "rank": 64}],
+    ),
+    "lora_gradient": Kernel(
+        _lora_and_cotangent,
+        {name: functools.partial(_lora_gradient, form) for name, form in LORA.items()},
+        _lora_gradient_reference,
+        [SQUARE, {**SQUARE, "outputs": 14336}],
+    ),
+    "lora_layers": Kernel(
+        _lora,
+        {name: functools.partial(_lora_layers, form) for name, form in LORA.items()},
+        _lora_reference,
+        [{**SQUARE, "layers": 2}],
+    ),
     "grouped_lora": Kernel(
         _grouped,
         {

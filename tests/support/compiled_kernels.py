@@ -12,6 +12,7 @@ from lowrank.core.weight import dot
 from lowrank.kernels.grouped_lora.dispatch import grouped_lora
 
 MANY = {"rows": 40, "adapters": 256, "rank": 16, "inputs": 512, "outputs": 256}
+SQUARE = {"rows": 2048, "inputs": 4096, "outputs": 4096, "rank": 16}
 FEW = {"rows": 16, "inputs": 4096, "outputs": 14336}
 LONG = {"batch": 8, "time": 1024, "width": 4096, "vocabulary": 128256}
 
@@ -25,11 +26,16 @@ def main(kind):
         arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
         return jax.jit(function).lower(*arguments).compile()
 
+    lora = {
+        form: compiled("lora_gradient", KERNELS["lora_gradient"].forms[form], SQUARE) for form in ("xla", "pallas_tpu")
+    }
     texts = {
+        "lora_gradient": lora["pallas_tpu"].as_text(),
         "grouped_lora": compiled("grouped_lora", grouped_lora, MANY).as_text(),
         "nf4_decoding": compiled("nf4_decoding", dot, FEW).as_text(),
     }
     found = {name: "tpu_custom_call" in text for name, text in texts.items()}
+    found["lora_temporary"] = lora["xla"].memory_analysis().temp_size_in_bytes
     if kind == "v5e":
         program = compiled("cross_entropy", KERNELS["cross_entropy"].forms["xla"], LONG)
         chunks, product = LONG["time"] * LONG["batch"] // 1024, 2 * LONG["time"] * LONG["batch"]

@@ -117,8 +117,8 @@ def _step(axis: int, chunk: int, scale: Any, x: Any, w: Any, down: Any, up: Any,
     width = WIDTH if y.shape[1] % WIDTH == 0 else y.shape[1]
 
     def expand(i: Any, _: None) -> None:
-        rows = pl.ds(i % chunks * chunk, chunk)
-        columns = pl.ds(i // chunks * width, width)
+        rows = pl.ds(jax.lax.rem(i, chunks) * chunk, chunk)
+        columns = pl.ds(jax.lax.div(i, chunks) * width, width)
         parts = (w[:, columns], up[:, columns]) if axis == 0 else (w[columns, :], up[columns, :])
         total = multiply(x[rows, :].astype(w.dtype), parts[0])
         y[rows, columns] = (total + multiply(t[rows, :], parts[1])).astype(y.dtype)
