@@ -45,10 +45,9 @@ def gradient(g: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.
 def _multiply(x: jax.Array, t: jax.Array, w: jax.Array, up: jax.Array, axis: int, dtype: Any) -> jax.Array:
     """The sum of the products of `x` with `w` and of `t` with `up`, both over the axis `axis` of the second."""
     lead, out = x.shape[:-1], w.shape[1 - axis]
-    turn = 1 - 2 * axis
     depth = DEPTH if t.shape[-1] > DEPTH else -(-t.shape[-1] // UNIT) * UNIT
     flat = lambda v, n: _padded(v.reshape(-1, v.shape[-1]), (ROWS, n))  # noqa: E731
-    tile = lambda v, n: _padded(v.astype(x.dtype), (n, COLUMNS)[::turn])  # noqa: E731
+    tile = lambda v, n: _padded(v.astype(x.dtype), _ordered(axis, n, COLUMNS))  # noqa: E731
     x, w, t, up = flat(x, DEPTH), tile(w, DEPTH), flat(t, depth), tile(up, depth)
     rows, columns = len(x), w.shape[1 - axis]
     product = plgpu.kernel(
@@ -67,8 +66,12 @@ def _padded(v: jax.Array, sizes: tuple[int, int]) -> jax.Array:
     return jnp.pad(v, [(0, -n % size) for n, size in zip(v.shape, sizes, strict=True)])
 
 
+def _ordered(axis: int, summed: Any, kept: Any) -> tuple[Any, Any]:
+    """The pair in the order of the axes of a kernel whose axis `axis` is summed over."""
+    return (summed, kept) if axis == 0 else (kept, summed)
+
+
 def _tile(axis: int, depth: int, x: Any, w: Any, t: Any, up: Any, y: Any, part: Any) -> None:
-    turn = 1 - 2 * axis
     row, column = jax.lax.axis_index("row"), jax.lax.axis_index("column")
 
     def accumulate(total: Any) -> Any:
@@ -80,7 +83,9 @@ def _tile(axis: int, depth: int, x: Any, w: Any, t: Any, up: Any, y: Any, part: 
                 grid=(steps,),
                 in_specs=[
                     plgpu.BlockSpec((ROWS, size), lambda k: (row, k), delay_release=behind),
-                    plgpu.BlockSpec((size, COLUMNS)[::turn], lambda k: (k, column)[::turn], delay_release=behind),
+                    plgpu.BlockSpec(
+                        _ordered(axis, size, COLUMNS), lambda k: _ordered(axis, k, column), delay_release=behind
+                    ),
                 ],
                 max_concurrent_steps=min(STAGES, steps),
             )(left, right)
