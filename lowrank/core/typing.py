@@ -71,5 +71,16 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens."""
 
-    def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        """The conversation as the chat template writes it."""
+    def token(self, i: int) -> str:
+        """The text of a special token, or the vocabulary's entry of any other; empty where there is none."""
+
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `text` alone, and for each the characters of `text` that it stands for, from and up to."""
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **variables: Any) -> str:
+        """The conversation as the chat template writes it; `variables` are further ones of the template."""
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], **variables: Any
+    ) -> tuple[str, Sequence[tuple[int, int]]]:
+        """As `chat`, with the characters that the template marks as generated."""

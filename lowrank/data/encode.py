@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from lowrank.core.errors import UserError, plural
 from lowrank.core.typing import Tokenizer
-from lowrank.data.render import Piece
+from lowrank.data.chat import Piece
 
 Ids = tuple[list[int], list[bool]]  # token ids, and whether each of them is to be learned
 _CHARACTERS = 6  # an upper bound of a token's mean length: more of a very long text is not encoded
@@ -12,13 +14,13 @@ _WORD = 40  # a cut moves back to the start of a word, if one starts within this
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Ids:
-    """The ids of the pieces, each encoded on its own, after the start token if the tokenizer puts one before a text."""
-    ids: list[int] = []
-    learned: list[bool] = []
-    for text, learn in pieces:
-        new = tokenizer.encode(text)
-        ids += new
-        learned += [learn] * len(new)
+    """The ids of the pieces' text as a whole, after the start token if the tokenizer puts one before a text.
+
+    A token is learned if its last character is.
+    """
+    learns = np.concatenate([np.full(len(text), learn) for text, learn in pieces] + [[False]])
+    ids, offsets = tokenizer.encode_offsets("".join(text for text, _ in pieces))
+    learned = [bool(learns[max(begin, end - 1)]) for begin, end in offsets]
     first = tokenizer.encode_special("")[:1]
     if first == [tokenizer.bos_id] != ids[:1]:
         return [*first, *ids], [False, *learned]
@@ -35,12 +37,12 @@ def fit(
     """
     whole = text()
     head = whole[: _CHARACTERS * limit]
-    ids = tokenizer.encode(head) if len(head) < len(whole) else []
-    if len(ids) <= limit:  # short enough to try
+    offsets = tokenizer.encode_offsets(head)[1] if len(head) < len(whole) else []
+    if len(offsets) <= limit:  # short enough to try
         encoded = build(None)
         if len(encoded[0]) <= limit:
             return encoded, None
-        ids = tokenizer.encode(whole)
+        offsets = tokenizer.encode_offsets(whole)[1]
     around = len(build("")[0])
     if around > limit:
         raise UserError(
@@ -49,7 +51,7 @@ def fit(
         )
     keep, excess = limit - around, 1
     while excess > 0:
-        cut = shorten(whole, len(tokenizer.decode(ids[:keep]))) if keep > 0 else ""
+        cut = shorten(whole, offsets[:keep][-1][1]) if keep > 0 and offsets else ""
         encoded = build(cut)
         excess = len(encoded[0]) - limit
         keep -= excess

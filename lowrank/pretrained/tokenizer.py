@@ -1,21 +1,16 @@
 """The tokenizer of a model: text to token ids and back, with its special tokens and its chat template."""
 
-import datetime
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 
 from lowrank.core.errors import UserError
+from lowrank.pretrained import chat_template
+from lowrank.pretrained.chat_template import Messages, Rendered
 from lowrank.pretrained.hf_files import read_json
-
-Messages = Sequence[Mapping[str, str]]
 
 
 class Tokenizer:
@@ -69,20 +64,28 @@ class Tokenizer:
         """The text of `ids`, without special tokens."""
         return self.backend.decode([int(i) for i in ids])
 
-    def chat(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        """Messages (`role`, `content`) as one text. Raises UserError if the template is missing or refuses them."""
-        template = self.config.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {t["name"]: t["template"] for t in template}.get("default")
-        if not template:
-            raise UserError("the tokenizer has no chat template, which conversations need")
+    def token(self, i: int) -> str:
+        """The text of a special token, or the vocabulary's entry of any other; empty where there is none."""
+        return self.backend.id_to_token(i) or ""
+
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids that `encode` returns, and for each the characters of `text` that it stands for, from and up to."""
+        encoded = self.backend.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+
+    def chat(self, messages: Messages, add_generation_prompt: bool = False, **variables: Any) -> str:
+        """Messages (`role`, `content`) as one text; `variables` are further ones of the template, such as `tools`.
+
+        Raises UserError if the template is missing or refuses them.
+        """
+        return self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables).text
+
+    def render_chat(self, messages: Messages, **variables: Any) -> Rendered:
+        """As `chat`, with the characters that the template marks as generated."""
+        variables = {"add_generation_prompt": False, "tools": None, "documents": None, **variables}
+        template = chat_template.select_template(self.config.get("chat_template"), variables["tools"])
         special = {key: self._text(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        try:
-            return _compile_template(template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **special
-            )
-        except jinja2.TemplateError as e:
-            raise UserError(f"the chat template cannot render these messages: {e}") from None
+        return chat_template.render(template, messages, **{**special, **variables})
 
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers reads."""
@@ -120,23 +123,3 @@ def load_tokenizer(directory: Path, hf_config: Mapping[str, Any]) -> Tokenizer:
 
 def _first(value: Any) -> int | None:
     return value[0] if isinstance(value, list) and value else value if isinstance(value, int) else None
-
-
-@functools.lru_cache(maxsize=8)
-def _compile_template(template: str) -> jinja2.Template:
-    return _environment().from_string(template)
-
-
-def _environment() -> jinja2.Environment:
-    """The environment that chat templates need: https://huggingface.co/docs/transformers/chat_templating."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
-    return environment
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)

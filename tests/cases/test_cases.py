@@ -9,7 +9,14 @@ import huggingface_hub
 import pytest
 
 HERE = Path(__file__).parent
-CASES = ["ctrl_c"]
+CASES = [
+    "ctrl_c",
+    "generation_tag",
+    "reasoning_turns",
+    "sentencepiece_pieces",
+    "tojson_arguments",
+    "tool_calls",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ class Bytes:
             vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         )
         self._bpe.train_from_iterator([WORDS] * 3, trainer)
-        self.vocab_size, self.stop_ids = self._bpe.get_vocab_size(), (1,)
+        self.vocab_size, self.stop_ids = self._bpe.get_vocab_size(), (1, 4)
 
     def encode(self, text):
         return self._bpe.encode(text, add_special_tokens=False).ids
@@ -36,15 +36,25 @@ class Bytes:
     def encode_special(self, text):
         return [5, *self.encode(text), 6]
 
+    def encode_offsets(self, text):
+        encoded = self._bpe.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+
+    def token(self, i):
+        return self._bpe.id_to_token(i)
+
     def chat(self, messages, add_generation_prompt=False):
+        return self.render_chat(messages, add_generation_prompt)[0]
+
+    def render_chat(self, messages, add_generation_prompt=False):
         text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-        return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+        return text + ("<|im_start|>assistant\n" if add_generation_prompt else ""), []
 
 
 class Silent(Bytes):
     """A tokenizer without a chat template."""
 
-    def chat(self, messages, add_generation_prompt=False):
+    def render_chat(self, messages, add_generation_prompt=False):
         raise UserError("the tokenizer has no chat template")
 
 

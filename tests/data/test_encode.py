@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from lowrank.core.errors import UserError
-from lowrank.data.encode import fit, shorten
+from lowrank.data.chat import Chat
+from lowrank.data.encode import encode_pieces, fit, shorten
 from lowrank.data.labeled import LabeledEncoder
 from lowrank.data.language import LanguageEncoder
-from lowrank.data.render import Chat, Plain
+from lowrank.data.render import Plain
 from lowrank.data.templates import TEMPLATES
 
 ARTICLE = "The minister said on Monday that shares rose after a strong first half. " * 12
@@ -167,10 +168,11 @@ def test_a_cut_ends_with_a_whole_word_unless_it_is_very_long(text, size, expecte
     assert shorten(text, size) == expected
 
 
-def test_fitting_ends_even_when_decoding_gives_no_length_away(tokenizer):
+def test_fitting_ends_even_when_the_offsets_give_no_length_away(tokenizer):
     class Blank(type(tokenizer)):
-        def decode(self, ids):
-            return "?" * 10_000
+        def encode_offsets(self, text):
+            ids, _ = super().encode_offsets(text)
+            return ids, [(0, 10_000)] * len(ids)
 
     blank = Blank()
 
@@ -181,3 +183,18 @@ def test_fitting_ends_even_when_decoding_gives_no_length_away(tokenizer):
     (ids, _), cut = fit(build, blank, lambda: ARTICLE, 20, "r")
     assert len(ids) <= 20
     assert ARTICLE.startswith(cut)
+
+
+def test_pieces_are_encoded_as_one_text_and_a_token_of_both_is_learned(tokenizer):
+    ids, offsets = tokenizer.encode_offsets(ARTICLE)
+    at, (begin, end) = next((i, pair) for i, pair in enumerate(offsets) if pair[1] - pair[0] > 2)
+    found, learned = encode_pieces(tokenizer, [(ARTICLE[: begin + 1], False), (ARTICLE[begin + 1 : end], True)])
+    assert found == tokenizer.encode(ARTICLE[:end])
+    assert found[at] == ids[at]
+    assert learned == [False] * at + [True]
+
+
+def test_every_byte_of_a_learned_letter_is_learned(tokenizer):
+    ids, learned = encode_pieces(tokenizer, [("a ", False), ("\U0001f600", True), ("b", False)])
+    assert sum(learned) == 4
+    assert len(ids) == 7

@@ -313,8 +313,8 @@ import sys
 from lowrank.data import DataConfig, make_loader
 class Letters:
     bos_id, eos_id, pad_id = 0, 1, 2
-    def encode(self, text): return [ord(c) for c in text]
-    encode_special = encode
+    def encode_special(self, text): return [ord(c) for c in text]
+    def encode_offsets(self, text): return self.encode_special(text), [(i, i + 1) for i in range(len(text))]
 loader = make_loader(DataConfig(source="jsonl:" + sys.argv[1], seq_len=8), Letters())
 print(next(loader)["tokens"].shape)
 """

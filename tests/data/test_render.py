@@ -3,7 +3,8 @@
 import pytest
 
 from lowrank.core.errors import UserError
-from lowrank.data.render import Chat, Plain, turns
+from lowrank.data.chat import Chat, turns
+from lowrank.data.render import Plain
 from lowrank.data.templates import TEMPLATES
 
 DIALOGUE = [
@@ -63,22 +64,39 @@ def test_plain_text_joins_prompt_and_completion_as_they_are():
 class Forgetful:
     """Leaves a thought in the last answer only, as reasoning models' templates do."""
 
-    def chat(self, messages, add_generation_prompt=False):
+    def render_chat(self, messages, add_generation_prompt=False):
         last = len(messages) - 1
         thought = ["<think></think>" if m["role"] == "assistant" and i == last else "" for i, m in enumerate(messages)]
         text = "".join(f"[{m['role']}]{t}{m['content']}." for m, t in zip(messages, thought, strict=True))
-        return text + ("[assistant]" if add_generation_prompt else "")
+        return text + ("[assistant]" if add_generation_prompt else ""), []
 
 
-def test_an_answer_that_the_template_rewrites_later_counts_as_prompt():
+def test_an_answer_that_the_template_rewrites_later_is_found_by_its_text():
     pieces = turns(Forgetful(), DIALOGUE, "r")
+    assert [text for text, learned in pieces if learned] == ["First..", "<think></think>Second.."]
+    assert "".join(text for text, _ in pieces) == Forgetful().render_chat(DIALOGUE)[0]
+
+
+def test_a_users_words_are_not_taken_for_the_answer_that_repeats_them():
+    echo = [{**m, "content": "One?"} for m in DIALOGUE]
+    pieces = turns(Forgetful(), echo, "r")
+    assert next(text for text, _ in pieces) == "[system]One?.[user]One?.[assistant]"
+    assert sum(learned for _, learned in pieces) == 2
+
+
+def test_an_answer_that_the_template_leaves_out_counts_as_prompt():
+    class Last(Forgetful):
+        def render_chat(self, messages, add_generation_prompt=False):
+            gone = [{**m, "content": "..." if m["role"] == "assistant" else m["content"]} for m in messages[:-1]]
+            return super().render_chat([*gone, messages[-1]], add_generation_prompt)
+
+    pieces = turns(Last(), DIALOGUE, "r")
     assert [text for text, learned in pieces if learned] == ["<think></think>Second.."]
-    assert "".join(text for text, _ in pieces) == Forgetful().chat(DIALOGUE)
 
 
 class Reversed:
-    def chat(self, messages, add_generation_prompt=False):
-        return "".join(m["content"] for m in reversed(messages))
+    def render_chat(self, messages, add_generation_prompt=False):
+        return "".join(m["content"] for m in reversed(messages)), []
 
 
 def test_a_template_that_puts_the_answer_first_is_refused():
@@ -91,12 +109,19 @@ def test_a_template_that_puts_the_answer_first_is_refused():
     [
         ([], "f:2: messages must be a list of turns"),
         ("hello", "f:2: messages must be a list of turns"),
-        ([{"role": "user"}], "f:2: each turn of messages needs a role and a content"),
-        (["hello"], "f:2: each turn of messages needs a role and a content"),
+        ([{"role": "user"}], "f:2: turn 1 of messages needs a role and a content"),
+        (["hello"], "f:2: turn 1 of messages needs a role and a content"),
         (DIALOGUE[:2], "f:2: messages must end with an assistant's turn"),
         (DIALOGUE[2:3], "f:2: messages must end with an assistant's turn"),
-        ([DIALOGUE[1], {"role": "assistant", "content": " "}], "f:2: empty completion"),
+        ([DIALOGUE[1], {"role": "assistant", "content": " "}], "f:2: turn 2: empty completion"),
         ([DIALOGUE[0], DIALOGUE[2]], "f:2: messages needs a turn of the user"),
+        ([DIALOGUE[1], {"role": "assistant", "content": None}], "f:2: turn 2 of messages needs a role and a content"),
+        ([DIALOGUE[1], {"role": "assistant", "content": float("nan")}], "f:2: turn 2 of messages needs a role"),
+        (
+            [DIALOGUE[1], {"role": "assistant", "content": [{"type": "text"}]}],
+            "f:2: turn 2 of messages has a content",
+        ),
+        ([DIALOGUE[1], {"role": "assistant", "tool_calls": "x"}], "f:2: turn 2 of messages: tool_calls must be a list"),
     ],
 )
 def test_messages_that_are_no_conversation_are_refused(tokenizer, messages, message):
@@ -107,3 +132,9 @@ def test_messages_that_are_no_conversation_are_refused(tokenizer, messages, mess
 def test_a_record_without_messages_is_named(tokenizer):
     with pytest.raises(UserError, match="f:2: the record has no field 'messages'"):
         Chat(tokenizer).pieces({"text": "x"}, "f:2")
+
+
+@pytest.mark.parametrize("tools", [5, "no JSON", {"name": "x"}, '{"name": 1}'])
+def test_tools_that_are_no_list_are_named(tokenizer, tools):
+    with pytest.raises(UserError, match="f:2: tools must be a list, not"):
+        Chat(tokenizer).pieces({"messages": DIALOGUE, "tools": tools}, "f:2")

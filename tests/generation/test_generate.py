@@ -146,6 +146,9 @@ class _Letters:
 
     encode_special = encode
 
+    def encode_offsets(self, text):
+        return self.encode(text), [(i, i + 1) for i in range(len(text))]
+
     def decode(self, ids):
         return "".join("#$."[i] if i < 3 else chr(i - 3 + ord("a")) for i in ids)
 

@@ -100,6 +100,11 @@ def test_a_chat_template_renders_wherever_it_is_kept(folder, place):
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% for %}", "cannot render"),
         ("{{ messages.__class__.__mro__ }}", "cannot render"),
+        ("{{ 1 / 0 }}", "cannot render these messages: division by zero"),
+        ("{{ messages | tojson(colour=1) }}", "cannot render"),
+        ({"a": 1}, "chat_template is dict, not text"),
+        ([{"template": "x"}], "chat_template is a list whose items are not all"),
+        ([{"name": "other", "template": "x"}], "unknown chat template 'default'"),
     ],
 )
 def test_a_template_that_objects_is_one_line(folder, template, message):
@@ -107,6 +112,33 @@ def test_a_template_that_objects_is_one_line(folder, template, message):
     with pytest.raises(UserError, match=message) as error:
         load_tokenizer(folder, {}).chat(USER)
     assert "\n" not in str(error.value)
+
+
+TAGGED = (
+    "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %};{% endfor %}"
+)
+
+
+def test_a_template_marks_what_was_generated(folder):
+    configure(folder, chat_template=TAGGED)
+    turns = [*USER, {"role": "assistant", "content": "one"}, *USER, {"role": "assistant", "content": "two"}]
+    text, spans = load_tokenizer(folder, {}).render_chat(turns)
+    assert text == "user: hi ;assistant:one;user: hi ;assistant:two;"
+    assert [text[a:b] for a, b in spans] == ["one", "two"]
+
+
+def test_the_template_for_tools_is_taken_where_there_are_tools(folder):
+    named = [{"name": "tool_use", "template": "{{ tools | tojson }}"}, {"name": "default", "template": "plain"}]
+    configure(folder, chat_template=named)
+    tokenizer = load_tokenizer(folder, {})
+    assert tokenizer.chat(USER) == "plain"
+    assert tokenizer.chat(USER, tools=[{"name": "é"}]) == '[{"name": "é"}]'
+
+
+def test_offsets_are_those_of_the_text(folder):
+    ids, offsets = load_tokenizer(folder, {}).encode_offsets("w4 w5")
+    assert (ids, offsets) == ([4, 5], [(0, 2), (3, 5)])
 
 
 def test_what_is_saved_is_the_same_tokenizer(folder, tmp_path):
