@@ -126,7 +126,8 @@ class Decoder(nn.Module):
             self.layers = scan_layers(Block, c, stack_depths(c)["layers"])
         if "top" in stack_depths(c):
             self.top = scan_layers(Block, c, stack_depths(c)["top"])
-        self.norm = Norm(c.norm, c.norm_eps, c.norm_offset)
+        # Its input in the dtype of the activations is saved alone: a residual in float32 would be twice as large.
+        self.norm = nn.remat(Norm)(c.norm, c.norm_eps, c.norm_offset)
         if c.num_labels or not c.tied:
             self.head = Head(c.num_labels or c.vocab_size)
 
