@@ -3,14 +3,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank.models.layers import MLP, Linear, Norm
+from lowrank.core import weight
+from lowrank.models.layers import MLP, Head, Linear, Norm
 from lowrank.models.rope import RopeScaling, apply_rope, rope_frequencies, rope_tables
 from tests.support.close import assert_close
+from tests.support.float64 import in_float64
+from tests.support.weight_forms import FORMS, IN, OUT, ROUNDED, kernel, shaken
 
 
 def test_a_linear_refuses_a_kernel_of_another_shape():
     with pytest.raises(ValueError, match=r"kernel has shape \(3, 5\), the model needs \(4, 5\)"):
         Linear(5).apply({"params": {"kernel": jnp.ones((3, 5))}}, jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize("name", ["array", "lora", "ia3 out", "nf4"])
+def test_the_logits_of_a_bfloat16_head_are_not_rounded_whatever_its_form(name):
+    w = shaken(FORMS[name](jax.random.key(1), kernel(False).astype(jnp.bfloat16)), jax.random.key(3), 0.1)
+    x = jax.random.normal(jax.random.key(5), (100, IN), jnp.bfloat16)
+    logits = Head(OUT).apply({"params": {"kernel": w}}, x)
+    decoded = weight.materialize(w) if name in ROUNDED else w  # in the dtype in which it is multiplied
+    exact = in_float64(lambda x, w: x @ weight.materialize(w), x, decoded)
+    error = lambda y: np.linalg.norm(np.float64(y) - exact)  # noqa: E731
+    assert logits.dtype == jnp.float32
+    assert error(logits) < 0.5 * error(jnp.asarray(exact, jnp.bfloat16))
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
