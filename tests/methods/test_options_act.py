@@ -7,20 +7,23 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lowrank import methods
+from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.core.typing import BatchInfo
 from lowrank.methods import METHODS
 from lowrank.models import DecoderConfig, build_model
+from lowrank.training.optimizer import OptimConfig, build_optimizer
 from tests.support import golden_cases
 from tests.support.adapted_model import adapted
 from tests.support.close import difference
 from tests.support.thinning import keep
 from tests.support.tiny_models import LLAMA, MOE, SIZES, decoder, run, tokens
 
-Q = "layers/attn/q/kernel"
+Q, STEPS = "layers/attn/q/kernel", 10
 EXPERTS = {
     "perft": {**golden_cases.EXPERT_METHODS["perft"]},
     "esft": {**golden_cases.EXPERT_METHODS["esft"], "target": "layers/mlp/experts/(gate|up)/kernel"},
@@ -115,7 +118,7 @@ def _doubled(half):
 def effect(group):
     """Everything that a method does to a run, as one string: its knobs, and the program of its loss with gradients."""
     method = methods.build_method(group)
-    kind = MOE if "experts" in group.get("target", "") or group["name"] in EXPERTS else LLAMA
+    kind = MOE if _has_experts(group) else LLAMA
     network = build_model(DecoderConfig(**{**SIZES, **kind, "qkv_bias": True, **method.model_options}))
     ids = jnp.zeros((2, 12), jnp.int32)
 
@@ -132,6 +135,10 @@ def effect(group):
     program = jax.make_jaxpr(value)(jax.random.key(0))
     knobs = dataclasses.replace(method, rules=tuple(pattern for pattern, _ in method.rules))
     return "\n".join([str(program), *map(repr, program.consts), str(mask), _spell(knobs)])
+
+
+def _has_experts(group):
+    return "experts" in group.get("target", "") or group["name"] in EXPERTS
 
 
 def _spell(x):
@@ -202,3 +209,27 @@ def _adapted_or_error(params, group):
         return adapted(params, group)[0]
     except UserError as error:
         return error
+
+
+# Vectors alone are trained, and of embeddings `optim.no_decay` says that they do not decay.
+UNDECAYED = ("bitfit", "ia3", "intrinsic", "norm", "prompt", "tokens", "vera")
+
+
+@pytest.mark.parametrize("case", keep(GROUPS, ["bidora", "ia3"]))
+def test_decay_moves_what_is_trained_or_is_refused(case):
+    name = case.partition("-")[0]
+    group = {"name": name, **GROUPS[case]}
+    method = methods.build_method(group)
+    _, params = decoder("moe" if _has_experts(group) else "llama", qkv_bias=True, **method.model_options)
+    params = methods.attach(method, params, jax.random.key(0))
+    trained = tree.split(params, methods.trainable_mask(method, params))[0]
+    trained, zeros = (jax.tree.map(lambda x, to=to: jnp.full_like(x, to), trained) for to in (0.5, 0.0))
+    build = functools.partial(build_optimizer, OptimConfig(weight_decay=0.1), STEPS, trained, method.hooks.rescaling)
+    if name in UNDECAYED:
+        with pytest.raises(UserError, match=r"optim\.weight_decay=0\.1 acts on none"):
+            build()
+        return
+    optimizer = method.hooks.optimizer(build(), STEPS) if method.hooks.optimizer else build()
+    state = optimizer.init(trained)
+    updates, _ = optimizer.update(zeros, state, trained, lr=jnp.float32(0.1), gradient_at=lambda _: zeros)
+    assert any(np.any(x) for x in jax.tree.leaves(updates))

@@ -159,6 +159,15 @@ def test_a_small_gain_moves_bfloat16_outputs_by_as_much(name):
     assert abs(np.sum(np.float64(dot(x, raised)) * exact) / np.sum(exact * exact) - 1.002) < 5e-4
 
 
+def test_the_scale_of_a_lora_moves_bfloat16_outputs_by_as_much():
+    w = shaken(FORMS["lora"](KEY, jnp.zeros((IN, OUT), jnp.bfloat16)), jax.random.key(3))
+    w = dataclasses.replace(w, a=jax.lax.reduce_precision(w.a, 8, 7), b=jax.lax.reduce_precision(w.b, 8, 7))
+    x = jax.random.normal(jax.random.key(5), (1000, IN), jnp.bfloat16)
+    exact = np.float64(x) @ np.float64(w.a) @ np.float64(w.b) * np.float64(w.scale)
+    raised = dataclasses.replace(w, scale=1.002 * w.scale)
+    assert abs(np.sum(np.float64(dot(x, raised)) * exact) / np.sum(exact * exact) - 1.002) < 5e-4
+
+
 @pytest.mark.parametrize("name", FACTORS)
 def test_the_gradient_of_a_gain_is_summed_in_float32(name):
     w, x = FORMS[name](KEY, jnp.ones((IN, OUT), jnp.bfloat16)), jnp.ones((5000, IN), jnp.bfloat16)
