@@ -13,7 +13,7 @@ import numpy as np
 
 from lowrank.core import sharding
 from lowrank.core.typing import Batch, BatchInfo, Bind, Network, PyTree
-from lowrank.metrics.empty import check_not_empty
+from lowrank.metrics import check_not_empty
 from lowrank.objectives import Objective
 
 Put = Callable[[Batch], Mapping[str, jax.Array]]  # a batch -> arrays on the devices

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lowrank.metrics.empty import check_not_empty
+from lowrank.metrics import check_not_empty
 
 
 def confusion(labels_N: np.ndarray, predicted_N: np.ndarray, classes: int) -> np.ndarray:

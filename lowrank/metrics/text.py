@@ -9,7 +9,7 @@ import numpy as np
 import sacrebleu
 
 from lowrank.core.errors import UserError
-from lowrank.metrics.empty import check_not_empty
+from lowrank.metrics import check_not_empty
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
