@@ -17,7 +17,7 @@ class Family:
     """One model family.
 
     `prefix` is the start of tensor names that a checkpoint of the bare model omits. `ignored` are regexes of tensors
-    that the model does not need.
+    that the model does not need. `renamed` are the ends of names that older checkpoints have, and today's.
     """
 
     config: Callable[[Mapping[str, Any]], Config]  # config.json -> our config; raises UserError for unsupported options
@@ -25,11 +25,18 @@ class Family:
     hf_config: Callable[[Config], dict[str, Any]]  # our config -> config.json, for formats without one
     prefix: str
     ignored: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def current_name(self, name: str) -> str:
+        """The name that a tensor of a checkpoint has today."""
+        ends = ((old, new) for old, new in self.renamed.items() if name.endswith(old))
+        return next((name.removesuffix(old) + new for old, new in ends), name)
 
 
 _LM = (r".*rotary_emb\.inv_freq", r"lm_head\.weight")
 _GPT2 = (r".*attn\.(masked_)?bias", r"lm_head\.weight")
 _BERT = (r".*position_ids", r"cls\..*", r"(bert\.)?pooler\..*")
+_BERT_NORMS = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
 _ROBERTA = (r".*position_ids", r"lm_head\..*", r"(roberta\.)?pooler\..*")
 
 
@@ -51,8 +58,8 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _llama_like("gemma2", hf_configs.gemma2),
     "gemma3_text": _llama_like("gemma3_text", hf_configs.gemma3),
     "gpt2": Family(hf_configs.gpt2, hf_tensors.gpt2, hf_export.gpt2, "transformer.", _GPT2),
-    "bert": Family(hf_configs.bert, hf_tensors.bert, hf_export.bert, "bert.", _BERT),
-    "roberta": Family(hf_configs.roberta, hf_tensors.roberta, hf_export.roberta, "roberta.", _ROBERTA),
+    "bert": Family(hf_configs.bert, hf_tensors.bert, hf_export.bert, "bert.", _BERT, _BERT_NORMS),
+    "roberta": Family(hf_configs.roberta, hf_tensors.roberta, hf_export.roberta, "roberta.", _ROBERTA, _BERT_NORMS),
 }
 
 

@@ -88,9 +88,21 @@ def _rope(params: HF, theta: float) -> tuple[float, RopeScaling | None]:
 
 
 def _rope_params(hf: HF) -> HF:
-    """The rope parameters: old configs have `rope_theta` and `rope_scaling`, new ones `rope_parameters`."""
-    old = {**(hf.get("rope_scaling") or {}), **({"rope_theta": hf["rope_theta"]} if hf.get("rope_theta") else {})}
-    return hf.get("rope_parameters") or old
+    """The rope parameters: old configs have `rope_theta` and `rope_scaling`, new ones `rope_parameters`.
+
+    Where a config has both forms, `rope_scaling` replaces `rope_parameters`, and `rope_theta` is for what lacks it.
+    Raises UserError if their thetas differ.
+    """
+    new, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling")
+    top = {"rope_theta": hf["rope_theta"]} if hf.get("rope_theta") else {}
+    params = {**top, **(scaling or new)}
+    theta = params.get("rope_theta", 10000.0)
+    if scaling and new.get("rope_theta", theta) != theta:
+        raise UserError(
+            f"config.json has the rope_theta {new['rope_theta']!r} in rope_parameters, which rope_scaling replaces, "
+            f"and {theta!r} for rope_scaling: leave one of the two out"
+        )
+    return params
 
 
 def _windows(window: int | None, kinds: Sequence[str]) -> dict[str, Any]:
@@ -150,7 +162,7 @@ def qwen3(hf: HF) -> DecoderConfig:
 def mixtral(hf: HF) -> DecoderConfig:
     """Mixtral: Mistral with a mixture of experts."""
     hf = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2, **hf}
-    hf |= {"rope_parameters": {"rope_theta": 1e6, **_rope_params(hf)}}
+    hf |= {"rope_parameters": {"rope_theta": 1e6, **_rope_params(hf)}, "rope_scaling": None}
     windows = _windows(hf.get("sliding_window"), ["sliding_attention"])
     experts = {"experts": hf["num_local_experts"], "experts_per_token": hf["num_experts_per_tok"]}
     return DecoderConfig(**_llama_like(hf, {}, normalize_gates=True, **experts, **windows))
@@ -231,10 +243,9 @@ def gemma2(hf: HF) -> DecoderConfig:
 def gemma3(hf: HF) -> DecoderConfig:
     """Gemma 3 text: five local layers per global one, each kind with its own rope, and norms on q and k."""
     nested, old = hf.get("rope_parameters") or {}, _rope_params({**hf, "rope_parameters": None})
-    theta, scaling = _rope(nested.get("full_attention") or old, 1_000_000.0)
-    local_theta, local_scaling = _rope(
-        nested.get("sliding_attention") or {"rope_theta": hf.get("rope_local_base_freq")}, 10000.0
-    )
+    theta, scaling = _rope({**old, **(nested.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}, 1e6)
+    local = {"rope_theta": hf.get("rope_local_base_freq"), **(nested.get("sliding_attention") or {})}
+    local_theta, local_scaling = _rope(local, 10000.0)
     if local_scaling is not None:
         raise UserError(f"config.json's rope scaling of local layers ({local_scaling.kind!r}) is not supported")
     ropes = {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta}

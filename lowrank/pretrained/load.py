@@ -92,7 +92,7 @@ def load(
     `model.quantize` group (`lowrank.pretrained.quantize_config`), turns kernels into codes one tensor at a time, which
     decode to `param_dtype`; `upcycled`, its `model.upcycle` group (`lowrank.pretrained.upcycle`), reads a dense decoder
     as a mixture of experts. Raises UserError for a corrupt file, for a missing, extra or misshapen tensor, and for a
-    tokenizer whose vocabulary is larger than the model's; all checks come before the first tensor is read.
+    tokenizer without a token that ends a text; all checks come before the first tensor is read.
     """
     source = resolve_checkpoint(spec, cache)
     conversion = _conversion(source, quantized, upcycled)
@@ -163,12 +163,11 @@ def _describe(
 
 
 def _tokenizer(source: CheckpointSource, config: Config) -> Tokenizer:
-    """The tokenizer of a checkpoint. Raises UserError if it has more ids than the model."""
-    tokenizer = source.tokenizer()
-    if tokenizer.vocab_size > config.vocab_size:
-        ids = f"the tokenizer has ids up to {tokenizer.vocab_size - 1}"
-        raise UserError(f"{source.where}: {ids}, the model a vocabulary of {config.vocab_size}")
-    return tokenizer
+    """The tokenizer of a checkpoint. Raises UserError if no token of the model ends a text."""
+    try:
+        return source.tokenizer().with_rows(config.vocab_size)
+    except UserError as e:
+        raise UserError(str(e) if source.where in str(e) else f"{source.where}: {e}") from None
 
 
 def _with_shardings(shapes: PyTree, mesh: Mesh | None, rules: sharding.Rules) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lowrank.core.errors import UserError, unknown
 from lowrank.pretrained import hf_files, hub, tokenizer, wheels
-from lowrank.pretrained.families import family_of
+from lowrank.pretrained.families import Family, family_of
 from lowrank.pretrained.fused_experts import split_fused_experts
 from lowrank.pretrained.gguf_model import GGUFSource
 from lowrank.pretrained.tensor_reader import CheckpointSource, StoredTensor
@@ -29,11 +29,22 @@ class DirectorySource:
         return tokenizer.load_tokenizer(self.path, self.hf_config)
 
     def tensors(self, wanted: Sequence[str]) -> dict[str, StoredTensor]:
-        """All tensors; a checkpoint of the bare model, without a head, omits the prefix of the names."""
-        stored = split_fused_experts(hf_files.open_directory(self.path), wanted)
-        prefix = family_of(self.hf_config).prefix
+        """All tensors; a checkpoint of the bare model, without a head, omits the prefix of the names.
+
+        Raises UserError for a tensor under its old name and under today's.
+        """
+        family = family_of(self.hf_config)
+        stored = split_fused_experts(self._current(family), wanted)
+        prefix = family.prefix
         bare = {name.removeprefix(prefix): name for name in wanted if name.startswith(prefix) and name not in stored}
         return {bare.get(name, name): tensor for name, tensor in stored.items()}
+
+    def _current(self, family: Family) -> dict[str, StoredTensor]:
+        stored = hf_files.open_directory(self.path)
+        names = {name: family.current_name(name) for name in stored}
+        if twice := [name for name, new in names.items() if new != name and new in stored]:
+            raise UserError(f"{self.where}: tensor {twice[0]!r} is there under the name {names[twice[0]]!r} too")
+        return {names[name]: tensor for name, tensor in stored.items()}
 
 
 def resolve_checkpoint(spec: str, cache: Path | str | None = None) -> CheckpointSource:

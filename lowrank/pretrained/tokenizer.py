@@ -9,6 +9,7 @@ import tokenizers
 
 from lowrank.core.errors import UserError
 from lowrank.pretrained import chat_template
+from lowrank.pretrained.bounded_backend import bounded
 from lowrank.pretrained.chat_template import Messages, Rendered
 from lowrank.pretrained.hf_files import read_json
 
@@ -33,7 +34,12 @@ class Tokenizer:
         pad_id = self._special("pad_token")
         self.pad_id = self.eos_id if pad_id is None else pad_id
         self.vocab_size = max(backend.get_vocab().values()) + 1
-        self.stop_ids = tuple(sorted({self.eos_id, *(i for i in stop_ids if i < self.vocab_size)}))
+        self.stop_ids = tuple(sorted({self.eos_id, *(i for i in stop_ids if 0 <= i < self.vocab_size)}))
+
+    def with_rows(self, rows: int) -> "Tokenizer":
+        """The tokenizer of a model with `rows` token embeddings: a text with a token beyond them raises UserError."""
+        backend = bounded(self.backend, rows)
+        return self if backend is self.backend else Tokenizer(backend, self.config, self.stop_ids)
 
     def _special(self, *keys: str) -> int | None:
         ids = (self.backend.token_to_id(self._text(key)) for key in keys if self._text(key))
@@ -108,18 +114,20 @@ def load_tokenizer(directory: Path, hf_config: Mapping[str, Any]) -> Tokenizer:
     special, config, generation = (read_json(directory / f) if (directory / f).exists() else {} for f in optional)
     config = special | {key: value for key, value in config.items() if value is not None}
     for key in ("bos", "eos", "pad"):
-        token = _first(hf_config.get(f"{key}_token_id"))
-        if not config.get(f"{key}_token") and token is not None and backend.id_to_token(token) is not None:
-            config[f"{key}_token"] = backend.id_to_token(token)
+        token = next((backend.id_to_token(i) for i in token_ids(hf_config.get(f"{key}_token_id"))), None)
+        if not config.get(f"{key}_token") and token is not None:
+            config[f"{key}_token"] = token
     template = directory / "chat_template.jinja"
     if template.exists():
         config["chat_template"] = template.read_text(encoding="utf-8")
     stops = generation.get("eos_token_id", hf_config.get("eos_token_id"))
     try:
-        return Tokenizer(backend, config, stops if isinstance(stops, list) else [] if stops is None else [stops])
+        return Tokenizer(backend, config, token_ids(stops))
     except UserError as e:
         raise UserError(f"{directory}: {e}") from None
 
 
-def _first(value: Any) -> int | None:
-    return value[0] if isinstance(value, list) and value else value if isinstance(value, int) else None
+def token_ids(value: Any) -> list[int]:
+    """The ids in an entry of a config, one or a list of them; -1 and all else that can be no id stand for none."""
+    values = value if isinstance(value, list) else [value]
+    return [i for i in values if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**32]

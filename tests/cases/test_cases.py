@@ -10,11 +10,15 @@ import pytest
 
 HERE = Path(__file__).parent
 CASES = [
+    "bert_gamma_beta",
     "ctrl_c",
     "generation_tag",
+    "negative_pad_id",
     "reasoning_turns",
+    "rope_theta_beside",
     "sentencepiece_pieces",
     "tojson_arguments",
+    "token_beyond_vocabulary",
     "tool_calls",
 ]
 

@@ -65,6 +65,30 @@ def test_rope_is_read_from_old_and_new_configs_alike():
     assert (new.rope_theta, new.rope_scaling.factor) == (5e5, 8.0)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mixtral"])
+def test_rope_theta_is_for_rope_parameters_that_lack_it(name):
+    config = FAMILIES[name].config
+    beside = config(spec(name, rope_theta=5e5, rope_parameters={"rope_type": "default"}))
+    inside = config(spec(name, rope_theta=1.0, rope_parameters={"rope_type": "default", "rope_theta": 5e5}))
+    assert (beside.rope_theta, inside.rope_theta) == (5e5, 5e5)
+
+
+def test_rope_scaling_replaces_rope_parameters():
+    old, new = {"rope_type": "linear", "factor": 4.0}, {"rope_type": "default", "rope_theta": 5e5}
+    for name in ("llama", "mixtral"):
+        config = FAMILIES[name].config(spec(name, rope_scaling=old, rope_parameters=new, rope_theta=5e5))
+        assert (config.rope_theta, config.rope_scaling.factor) == (5e5, 4.0)
+    with pytest.raises(UserError, match=r"has the rope_theta 500000.0 in rope_parameters, .* and 10000.0 for"):
+        FAMILIES["llama"].config(spec("llama", rope_scaling=old, rope_parameters=new))
+
+
+def test_gemma_3_fills_in_the_ropes_of_both_kinds():
+    kinds = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}}
+    thetas = {"rope_theta": 3e6, "rope_local_base_freq": 2e4}
+    config = FAMILIES["gemma3_text"].config(spec("gemma3_text", rope_parameters=kinds, **thetas))
+    assert (config.rope_theta, config.local_rope_theta) == (3e6, 2e4)
+
+
 def test_gemma_3_has_five_local_layers_to_a_global_one_and_a_rope_for_each_kind():
     config = FAMILIES["gemma3_text"].config(spec("gemma3_text", num_hidden_layers=7, sliding_window=8))
     assert config.local_layers == (True, True, True, True, True, False, True)

@@ -55,6 +55,13 @@ def test_what_surrounds_a_text_is_added_on_request_only(folder):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
 
 
+@pytest.mark.parametrize("none", [-1, 99, 2**64, 4.0, "5", [], [-1], True, {}])
+def test_what_can_be_no_id_is_none(folder, none):
+    configure(folder, pad_token=None)
+    tokenizer = load_tokenizer(folder, {"pad_token_id": none, "bos_token_id": none, "eos_token_id": none})
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.stop_ids) == (2, 2, (2,))
+
+
 def test_special_tokens_may_be_objects_or_ids_of_the_model(folder):
     configure(folder, eos_token={"content": "w5"}, bos_token=None, pad_token=None)
     tokenizer = load_tokenizer(folder, {"bos_token_id": 6, "pad_token_id": 7, "eos_token_id": [8, 5]})

@@ -1,0 +1,48 @@
+"""A tokenizer backend whose vocabulary has tokens for which the model has no row."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+
+from lowrank.core.errors import UserError
+
+
+class BoundedBackend:
+    """A `tokenizers.Tokenizer` that refuses texts with a token of id `rows` or more; all else is the backend's."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, rows: int):
+        self._backend, self._rows = backend, rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def encode(self, *args: Any, **how: Any) -> tokenizers.Encoding:
+        """As the backend's. Raises UserError naming a token without a row."""
+        return self._checked(self._backend.encode(*args, **how))
+
+    def encode_batch(self, *args: Any, **how: Any) -> list[tokenizers.Encoding]:
+        """As the backend's. Raises UserError naming a token without a row."""
+        return [self._checked(encoding) for encoding in self._backend.encode_batch(*args, **how)]
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token, or None if the model has no row for it."""
+        index = self._backend.token_to_id(token)
+        return index if index is None or index < self._rows else None
+
+    def get_vocab(self) -> dict[str, int]:
+        """The tokens that have a row, and their ids."""
+        return {token: index for token, index in self._backend.get_vocab().items() if index < self._rows}
+
+    def _checked(self, encoding: tokenizers.Encoding) -> tokenizers.Encoding:
+        index = max(encoding.ids, default=0)
+        if index >= self._rows:
+            token = self._backend.id_to_token(index)
+            raise UserError(f"a text holds the token {token!r} of id {index}, and the model has {self._rows} tokens")
+        return encoding
+
+
+def bounded(backend: Any, rows: int) -> Any:
+    """`backend` itself if each of its tokens has one of the model's `rows`, else a BoundedBackend."""
+    ids: Sequence[int] = backend.get_vocab().values()
+    return backend if max(ids, default=0) < rows else BoundedBackend(backend, rows)
