@@ -3,7 +3,8 @@
 Each case of `tpu_cases` is planned by formula. Its step is also compiled where the case requires it, or where the
 formula is within a quarter of the chips' memory. Written to `results/tpu.json` after each case: bytes on each device,
 collectives times the trips of their loops, and whether it fits. A case whose command is in the file is left alone;
-`--again` plans it anew, and `--formula` compiles nothing. No time is measured or estimated.
+`--again` plans it anew, and `--formula` compiles nothing; together they renew the formula and leave what was compiled.
+No time is measured or estimated.
 """
 
 import json
@@ -28,6 +29,7 @@ ONLY = flags.DEFINE_string("only", "", "A regex that is found in the keys of the
 AGAIN = flags.DEFINE_bool("again", False, "Plan cases anew whose results exist.")
 FORMULA = flags.DEFINE_bool("formula", False, "Compile nothing.")
 OUT = Path(__file__).parent / "results" / "tpu.json"
+COMPILED = ("compiled", "collectives", "versions", "needed", "fits")  # what a result has of the compiler
 NEAR = 0.25  # how far the formula may be from the memory for a step to be compiled, as a share of the memory
 
 
@@ -41,14 +43,15 @@ def main(argv: list[str]) -> None:
 
 def plan(case: Case) -> None:
     """Adds the case to the results, unless it is there."""
-    results = read()
-    known = {} if AGAIN.value else results.get(case.key, {})
-    known = known if known.get("words") == case.words else {}
-    if known and (FORMULA.value or "compiled" in known or not asks_for_compilation(case, known)):
+    before = read().get(case.key, {})
+    known = before = before if before.get("words") == case.words else {}
+    if known and not AGAIN.value and (FORMULA.value or "compiled" in known or not asks_for_compilation(case, known)):
         return
     try:
         known = measure(case, compiles=False)
-        if asks_for_compilation(case, known) and not FORMULA.value:
+        if FORMULA.value:
+            known |= {name: before[name] for name in COMPILED if "compiled" in before}
+        elif asks_for_compilation(case, known):
             known = measure(case, compiles=True)
     except UserError as e:
         known = {"words": case.words, "refused": str(e)}

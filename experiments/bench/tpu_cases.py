@@ -64,14 +64,19 @@ def method_cases() -> Iterator[Case]:
 
 
 def attention_cases() -> Iterator[Case]:
-    """LoRA on Llama-3.1-8B at four lengths: 16 rows, then one row in each of four shards of the rows."""
+    """LoRA on Llama-3.1-8B at four lengths: 16 rows; then one row in each shard of the rows, on four or fewer shards.
+
+    There are fewer where four would leave a chip more than 8192 tokens.
+    """
     for topology in TOPOLOGIES:
         size = tpus.chips(topology)
         for length in (2048, 8192):
             fsdp = min(16, size)
             yield Case("llama-3.1-8b", "lora", topology, 16, length, {"fsdp": fsdp, "context": size // fsdp})
         for length in (32768, 131072):
-            yield Case("llama-3.1-8b", "lora", topology, 4, length, {"fsdp": 4, "context": size // 4})
+            context = max(size // 4, length // 8192)
+            mesh = {"fsdp": size // context, "context": context}
+            yield Case("llama-3.1-8b", "lora", topology, size // context, length, mesh)
 
 
 def model_cases() -> Iterator[Case]:

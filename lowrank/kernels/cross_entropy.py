@@ -5,12 +5,14 @@ Shapes: B batch, T time, D width, V vocabulary, S chunks of K positions.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+SHARDING = ("fsdp", "context")  # the mesh's axes over which a head is gathered where it is used
 Head = Callable[..., jax.Array]  # hidden states [..., D] -> logits [..., V]
 
 
@@ -32,8 +34,8 @@ def chunked_nll(
     The gradient is computed in the forward pass, chunk by chunk, while a chunk's logits exist: no logits are stored
     and none are computed twice. Chunks cut T, so that a sharded B stays in its place. Positions of weight 0 are sorted
     to the end, and chunks of nothing else are skipped: where answers alone count, prompts cost no head. Arrays that
-    `head` closes over get a gradient only if they are being differentiated: a frozen head costs no dW. Targets and
-    weights get no gradient.
+    `head` closes over get a gradient only if they are being differentiated: a frozen head costs no dW, and its shards
+    are gathered once for all chunks. Targets and weights get no gradient.
     """
     return _chunked_nll(head, h_BxTxD, targets_BxT, weights_BxT, chunk_tokens, per_row=False)
 
@@ -49,10 +51,15 @@ def chunked_row_nll(
     return _chunked_nll(head, h_BxTxD, targets_BxT, weights_BxT, chunk_tokens, per_row=True)
 
 
+def chunk_length(rows: int, length: int, chunk_tokens: int) -> int:
+    """K: the positions of each row in a chunk of about `chunk_tokens` tokens of `rows` rows of `length` positions."""
+    return max(1, min(length, chunk_tokens // rows))
+
+
 def _chunked_nll(
     head: Head, h: jax.Array, targets: jax.Array, weights: jax.Array, chunk_tokens: int, per_row: bool
 ) -> jax.Array:
-    size = max(1, min(targets.shape[1], chunk_tokens // len(targets)))
+    size = chunk_length(*targets.shape, chunk_tokens)
     closed, consts = jax.closure_convert(head, h[:, :size])
     order_BxT = jnp.argsort(weights == 0, axis=1, stable=True)
     return _chunked(_Static(closed, size, per_row), h, targets, weights, order_BxT, *consts)
@@ -104,6 +111,7 @@ def _weighted_chunks(weights_SxBxK: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(static: _Static, h: Any, targets: Any, weights: Any, order: Any, *consts: Any) -> jax.Array:
     order_SxBxK, targets_SxBxK, weights_SxBxK = _chunks(order, targets, weights, static.size)
+    consts = _gathered(consts)
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
         return total + static.nll(_rows(h, order_SxBxK[i]), targets_SxBxK[i], weights_SxBxK[i], consts)
@@ -118,6 +126,7 @@ def _chunked_fwd(static: _Static, *args: Any) -> tuple[jax.Array, Any]:
     order_SxBxK, targets_SxBxK, weights_SxBxK = _chunks(order, targets, weights, static.size)
     learned = [i for i, arg in enumerate(args[4:]) if arg.perturbed]
     in_forward = [] if static.per_row else learned
+    consts = _gathered(consts, leave=in_forward)
 
     def add(i: jax.Array, carry: Any) -> Any:
         def nll(h: jax.Array, some: dict[int, jax.Array]) -> jax.Array:
@@ -164,6 +173,19 @@ def _head_gradient(
 
     dconsts = jax.lax.fori_loop(0, _weighted_chunks(weights_SxBxK), add, _zeros(consts, learned))
     return [dconsts[n].astype(c.dtype) if n in dconsts else None for n, c in enumerate(consts)]
+
+
+def _gathered(consts: Sequence[jax.Array], leave: Sequence[int] = ()) -> list[jax.Array]:
+    """The arrays, but those in `leave`, whole on each device but for the mesh's axis `tensor`.
+
+    In a loop over chunks, the compiler would gather the shards of each again.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {axis for axis in SHARDING if not mesh.empty and mesh.shape.get(axis, 1) > 1}
+    if not axes or mesh.manual_axes:
+        return list(consts)
+    gather = jax.shard_map(lambda x: x, in_specs=P(), out_specs=P(), axis_names=axes, check_vma=False)
+    return [const if n in leave else gather(const) for n, const in enumerate(consts)]
 
 
 def _replaced(consts: Any, some: dict[int, jax.Array]) -> list[jax.Array]:

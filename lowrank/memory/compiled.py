@@ -1,16 +1,15 @@
 """The memory that the compiler allocates: the programs of a run, compiled for abstract arrays without any weight."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping
 
 import jax
 
-from lowrank.core import sharding, tree
+from lowrank.core import tree
 from lowrank.core.typing import PyTree
 from lowrank.memory.collectives import Collective, collectives
-from lowrank.memory.shapes import StepInputs, step_inputs
+from lowrank.memory.shapes import StepInputs, logits_chunks, step_inputs
 from lowrank.training import step
 from lowrank.training.run import Run
 
@@ -65,7 +64,7 @@ def compile_programs(run: Run, inputs: StepInputs | None = None) -> Compiled:
     parts = {"weights": r.frozen, "adapter": r.state.trained, "moments": r.state.optimizer, "batch": r.batch}
     optimizer = run.optimizer()
     compile_step = lambda: step.compile_step(run.step(optimizer), r.state, r.frozen, r.batch)  # noqa: E731
-    train = analyze_memory(compile_step, _logit_chunks(run, r))
+    train = analyze_memory(compile_step, logits_chunks(run, r)[0])
     scorer, params = run.scorer, tree.join(r.state.trained, r.frozen)
     return Compiled(
         platform=run.mesh.devices.flat[0].device_kind,
@@ -73,14 +72,6 @@ def compile_programs(run: Run, inputs: StepInputs | None = None) -> Compiled:
         step=train,
         generation=analyze_memory(lambda: scorer.lowered(params).compile()) if scorer and scorer.prompts else None,
     )
-
-
-def _logit_chunks(run: Run, r: StepInputs) -> int:
-    """The chunks of logits of a microbatch in full: the program leaves out those without any weight."""
-    if not run.objective.vocabulary_logits or not run.config.logits_chunk_tokens:
-        return 1
-    tokens = math.prod(r.batch["tokens"].shape) // (sharding.num_token_shards(run.mesh) * run.optim.accumulate)
-    return max(1, -(-tokens // run.config.logits_chunk_tokens))
 
 
 def analyze_memory(compile_program: Callable[[], jax.stages.Compiled], chunks: int = 1) -> Program:

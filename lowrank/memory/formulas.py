@@ -12,7 +12,7 @@ from lowrank import models
 from lowrank.core import parameter_summary, sharding, tree
 from lowrank.core.weight import is_weight
 from lowrank.memory import residuals
-from lowrank.memory.shapes import StepInputs, device_bytes, step_inputs
+from lowrank.memory.shapes import StepInputs, device_bytes, logits_chunks, step_inputs
 from lowrank.training import offload
 from lowrank.training.offload import HOST
 from lowrank.training.run import Run
@@ -77,8 +77,8 @@ def estimate_memory(run: Run, inputs: StepInputs | None = None) -> Memory:
 
 
 def temporary_bytes(run: Run, r: StepInputs) -> int:
-    """One block's activations in full, logits, decoded tiles, one block's gathered shards, and streamed moments."""
-    block = residuals.activation_bytes(run, r, remat="none") // run.network.config.layers
+    """One block in full with the keys and shards that it gathers, logits, decoded tiles and streamed moments."""
+    block = residuals.activation_bytes(run, r, remat="none") // run.network.config.layers + gathered_keys_bytes(run, r)
     return block + logits_bytes(run, r) + decoded_bytes(run) + gathered_bytes(run, r) + streamed_bytes(run, r)
 
 
@@ -94,18 +94,16 @@ def streamed_bytes(run: Run, r: StepInputs) -> int:
 
 
 def logits_bytes(run: Run, r: StepInputs) -> int:
-    """The float32 logits that exist at a time, and their gradient."""
-    if not run.objective.vocabulary_logits:
-        return 0
-    tokens = math.prod(r.batch["tokens"].shape) // (sharding.num_token_shards(run.mesh) * run.optim.accumulate)
-    chunk = min(tokens, run.config.logits_chunk_tokens or tokens)
-    return 2 * 4 * chunk * run.network.config.vocab_size // run.mesh.shape["tensor"]
+    """The float32 logits that exist at a time, whose place a chunk's gradient takes; without chunks, both exist."""
+    _, tokens = logits_chunks(run, r)
+    copies = 1 if run.config.logits_chunk_tokens else 2
+    return copies * 4 * tokens * run.network.config.vocab_size // run.mesh.shape["tensor"]
 
 
 def decoded_bytes(run: Run) -> int:
-    """The largest float32 tile of a quantized kernel that is decoded at a time."""
-    forms = [w for _, w in _forms(run.shapes)]
-    return 4 * max((min(base.TILE_ELEMENTS, math.prod(w.shape[-2:])) for w in forms), default=0)
+    """The largest float32 tile of a quantized kernel that is decoded at a time on the devices of the mesh."""
+    tile = base.tile_elements(run.mesh.devices.flat[0].platform)
+    return 4 * max((min(tile, math.prod(w.shape[-2:])) for _, w in _forms(run.shapes)), default=0)
 
 
 def gathered_bytes(run: Run, r: StepInputs) -> int:
@@ -116,6 +114,19 @@ def gathered_bytes(run: Run, r: StepInputs) -> int:
     total = total_bytes(layers) / run.network.config.layers + total_bytes(table)
     shards = device_bytes(layers) / run.network.config.layers + device_bytes(table)
     return math.ceil(total / run.mesh.shape["tensor"] - shards)
+
+
+def gathered_keys_bytes(run: Run, r: StepInputs) -> int:
+    """The keys and values of other devices' tokens, where `context` shares the tokens of a row.
+
+    They exist as they arrive, with the heads in front as kernels take them, and as their gradients.
+    """
+    c, parts = run.network.config, run.mesh.shape["context"]
+    if parts == 1 or not isinstance(c, models.DecoderConfig):
+        return 0
+    tokens = math.prod(r.batch["tokens"].shape) // (sharding.num_batch_shards(run.mesh) * run.optim.accumulate)
+    width = c.kv_heads * c.head_dim // math.gcd(c.kv_heads, run.mesh.shape["tensor"])
+    return 3 * 2 * (tokens - tokens // parts) * width * parameter_summary.bits_per_element(c.dtype) // 8
 
 
 def gathered_leaves(run: Run, r: StepInputs) -> tuple[list[Any], list[Any]]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lowrank.core import parameter_summary, sharding, tree
 from lowrank.core.typing import PyTree
+from lowrank.kernels import cross_entropy
 from lowrank.training import step
 from lowrank.training.offload import HOST
 from lowrank.training.run import Run
@@ -36,6 +37,20 @@ def step_inputs(run: Run, batch: dict[str, jax.ShapeDtypeStruct] | None = None) 
 def with_rows(batch: dict[str, jax.ShapeDtypeStruct], size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of `size` rows without shardings."""
     return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+
+
+def logits_chunks(run: Run, inputs: StepInputs) -> tuple[int, int]:
+    """`(chunks of a microbatch's logits, tokens of a chunk on each device)`; `(1, 0)` for an objective without logits.
+
+    A program leaves out the chunks without any weight.
+    """
+    if not run.objective.vocabulary_logits:
+        return 1, 0
+    *rows_of_batch, length = inputs.batch["tokens"].shape
+    parts = run.mesh.shape["context"]
+    rows, length = math.prod(rows_of_batch) // run.optim.accumulate * parts, length // parts
+    chunk = cross_entropy.chunk_length(rows, length, run.logits_chunk_tokens or rows * length)
+    return -(-length // chunk), rows * chunk // sharding.num_token_shards(run.mesh)
 
 
 def device_bytes(shapes: PyTree, kind: str = "") -> int:

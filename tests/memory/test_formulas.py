@@ -1,15 +1,17 @@
 """The plan's bytes are those of real arrays and of the compiler, on one device and on a mesh."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from experiments.plan import literature
 from lowrank.core import tree
 from lowrank.memory import compiled, formulas, residuals, shapes
 from lowrank.training import build, step
-from tests.support.tiny_checkpoint import HEADS, HIDDEN, KV_HEADS, LAYERS, WIDTH
+from tests.support.tiny_checkpoint import HEADS, HIDDEN, KV_HEADS, LAYERS, WIDTH, vocabulary
 from tests.support.tiny_runs import config_of
 
 NF4 = {"name": "nf4", "block": 8, "double": True}
@@ -147,6 +149,38 @@ def test_the_mesh_divides_activations_and_gathers_a_block(files):
     assert 3 < alone.activations / cut.activations < 4.01
     assert cut.temporary > rows.temporary
     assert cut.weights < rows.weights == alone.weights
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "context"])
+def test_the_other_shards_of_a_block_and_of_the_head_are_gathered_over_fsdp_and_context_alike(files, axis):
+    run = job_of(files, mesh={"data": 1, axis: 4}, method__target=".*attn/q/kernel")
+    heads = WIDTH + 2 * KV_HEADS * (WIDTH // HEADS) + WIDTH  # q, k and v, o
+    entries = WIDTH * (heads + 3 * HIDDEN + 2 * 2 + len(vocabulary()))  # with both factors of q, and the head
+    assert formulas.gathered_bytes(run, shapes.step_inputs(run)) == 4 * entries * 3 // 4
+
+
+def test_context_gathers_the_keys_and_values_of_a_row_and_their_gradients(files):
+    run = job_of(files, mesh={"data": 2, "context": 4}, data__seq_len=64)
+    inputs = shapes.step_inputs(run)
+    assert formulas.gathered_keys_bytes(run, inputs) == 6 * 4 * (8 // 2) * 64 * 3 // 4 * KV_HEADS * (WIDTH // HEADS)
+    assert formulas.gathered_keys_bytes(job_of(files, mesh={"data": 2}), inputs) == 0
+
+
+def test_the_logits_of_a_chunk_are_those_that_the_loss_makes(files):
+    """Of 8 rows of 64 tokens on two devices, 100 tokens a device are 25 positions a row."""
+    run = job_of(files, mesh={"data": 2}, data__seq_len=64, logits_chunk_tokens=100)
+    inputs = shapes.step_inputs(run)
+    assert shapes.logits_chunks(run, inputs) == (3, 100)
+    assert formulas.logits_bytes(run, inputs) == 4 * 100 * len(vocabulary())
+    run = job_of(files, mesh={"data": 2}, data__seq_len=64, logits_chunk_tokens=3)  # less than a row's position each
+    assert shapes.logits_chunks(run, inputs) == (64, 4)
+
+
+@pytest.mark.parametrize(("platform", "tile"), [("cpu", 2**20), ("gpu", 2**23), ("tpu", 2**24)])
+def test_a_decoded_tile_is_that_of_the_devices(platform, tile):
+    run = literature.plan("LLaMA-7B", {"name": "lora", "rank": 8}, "nf4")
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    assert formulas.decoded_bytes(dataclasses.replace(run, mesh=mesh)) == 4 * tile
 
 
 def test_microbatches_keep_less_and_add_a_sum_of_gradients(files):

@@ -2,7 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from lowrank.core import sharding
 from lowrank.core.errors import UserError
 from lowrank.kernels import cross_entropy
 from lowrank.objectives import build_objective
@@ -132,6 +135,24 @@ def test_chunked_never_holds_all_logits():
     plain = temp(lambda h: jnp.sum(cross_entropy.token_nll(h @ head, targets) * weights))
     assert plain >= length * vocab * 4
     assert chunked <= 6 * rows * vocab * 4
+
+
+@pytest.mark.parametrize("learned", [(0,), (0, 1)])
+def test_a_head_sharded_over_a_mesh_gives_the_loss_and_gradients_of_one_device(learned):
+    rows, length, width, vocab = 4, 32, 8, 64
+    h, head = (jax.random.normal(jax.random.key(0), shape) for shape in ((rows, length, width), (width, vocab)))
+    targets, weights = jnp.ones((rows, length), jnp.int32), jnp.ones((rows, length))
+
+    def loss(h, head):
+        return cross_entropy.chunked_nll(lambda x: x @ head, h, targets, weights, 16)
+
+    gradient = jax.jit(jax.value_and_grad(loss, learned))
+    alone, mesh = gradient(h, head), sharding.make_mesh(1, fsdp=2, context=2)
+    at = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P(("fsdp", "context")))
+    placed = [jax.device_put(x, where) for x, where in zip((h, head), at, strict=True)]
+    with sharding.mesh_context(placed):
+        shared = gradient(*placed)
+    jax.tree.map(lambda x, y: assert_close(x, y, relative=1e-5), shared, alone)
 
 
 def test_a_head_with_integer_codes_can_be_chunked():

@@ -33,6 +33,11 @@ GPU_TILE_ELEMENTS = 1 << 23
 LANES = 128  # the columns of a TPU's vector registers: tiles of columns are multiples of them
 
 
+def tile_elements(platform: str) -> int:
+    """The approximate number of dequantized values that exist at a time on a device of this `platform`."""
+    return {"tpu": TPU_TILE_ELEMENTS, "gpu": GPU_TILE_ELEMENTS}.get(platform, TILE_ELEMENTS)
+
+
 class Quantized(Weight):
     """A frozen kernel `[..., in, out]` in codes. A form adds the static fields `rows` (in), `dtype_name`, and `decode`.
 
