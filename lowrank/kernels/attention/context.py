@@ -3,6 +3,10 @@
 Each device attends from its own queries to the keys and values of all, which are gathered. Under a causal mask the last
 queries have the most keys, so queries are exchanged before and after: of the 2C chunks of a row, device i of C attends
 from the chunks i and 2C - 1 - i, which have equally many keys on every device.
+
+A ring, which passes keys and values on in place of gathering them, is not taken. In plain JAX, with each of its steps
+recomputed for the gradient, one layer of Llama-3.1-8B compiled for v5e:4x4, forward and backward, has 4.8 GB of
+temporaries over 32768 tokens with C = 4 and 8.8 GB over 131072 with C = 16; gathered keys and splash have 0.4 and 1.4.
 """
 
 import dataclasses
