@@ -1,6 +1,6 @@
 """The state of a study: `python -m launch.status FOLDER`, from any machine that sees the folder.
 
-    --tables=DIR    write the tables of the results, table.csv, table.md and table.tex, to DIR
+    --tables=DIR    write the results, table.csv, table.md, table.tex and report.html, to DIR
 
 Nothing is written to the study's folder. The exit code is 0.
 """
@@ -13,6 +13,7 @@ from lowrank.core.errors import UserError
 from lowrank.core.paths import as_path
 from lowrank.sweeps import tables
 from lowrank.sweeps.folder import read_folder
+from lowrank.sweeps.report_page import write_page
 from lowrank.sweeps.status import Status
 
 
@@ -26,7 +27,9 @@ def main(argv: Sequence[str]) -> int:
         status = Status(read_folder(as_path(args.folder)))
         print(status.text())
         if args.tables:
-            paths = tables.write_tables(status.study, status.results, as_path(args.tables))
+            where = as_path(args.tables)
+            paths = tables.write_tables(status.study, status.results, where)
+            paths.append(write_page(status.study, status.results, where))
             print("\ntables:", ", ".join(map(str, paths)))
     except (OSError, UserError) as e:
         return command.print_error(e)

@@ -104,7 +104,7 @@ def write_tables(study: StudyFolder, results: Sequence[Result], folder: AnyPath 
 
 def markdown(study: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> str:
     """The table in Markdown."""
-    head, body = _cells(study, rows)
+    head, body = table_cells(study, rows)
     numeric = len(head) - _num_axes(rows)
     lines = [head, [*["---"] * _num_axes(rows), *["---:"] * numeric], *body]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
@@ -112,7 +112,7 @@ def markdown(study: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def latex(study: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> str:
     """The table in LaTeX, for the package booktabs."""
-    head, body = _cells(study, rows)
+    head, body = table_cells(study, rows)
     columns = "l" * _num_axes(rows) + "r" * (len(head) - _num_axes(rows))
     lines = [" & ".join(map(_in_latex, line)) + r" \\" for line in (head, *body)]
     begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
@@ -127,7 +127,7 @@ def _num_axes(rows: Sequence[Mapping[str, Any]]) -> int:
     return list(rows[0]).index("seeds")
 
 
-def _cells(study: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def table_cells(study: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """`(heading, lines)` of the table for people, as text."""
     axes = list(rows[0])[: _num_axes(rows)]
     than = "the best" if study.baseline is None else "the baseline"

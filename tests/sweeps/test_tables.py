@@ -8,6 +8,7 @@ from scipy import stats
 from lowrank.sweeps.axes import axis, product, seeds
 from lowrank.sweeps.claims import Ledger
 from lowrank.sweeps.folder import open_study
+from lowrank.sweeps.report_page import write_page
 from lowrank.sweeps.results import read_results
 from lowrank.sweeps.status import Status
 from lowrank.sweeps.study import Halving
@@ -65,6 +66,22 @@ def test_the_table_is_written_in_three_formats(study, tmp_path):
     assert latex.count(r"\\") == 4
     assert r"2 & 3 & 3.100 $\pm$ 0.248 & - &" in latex
     assert latex.startswith("\\begin{tabular}{lrrrrr}\n\\toprule\nmethod.rank & seeds & perplexity")
+
+
+def test_the_page_is_one_file_with_every_row_and_cell(study, tmp_path):
+    page = write_page(study, read_results(study, 0.0), tmp_path).read_text()
+    assert page.count("<tr>") == 1 + 3 + 1 + 9
+    assert '<td class="number">3.100 ± 0.248</td>' in page
+    assert "<td>exit code 3: loss is nan</td>" in page
+    assert "://" not in page
+
+
+def test_text_of_a_run_cannot_be_markup_of_the_page(tmp_path):
+    study = open_study(dummy_cells.make_study(1), tmp_path)
+    close(study, study.cells[0], "refused", why="<script>alert(1)</script>")
+    page = write_page(study, read_results(study, 0.0)).read_text()
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<script>alert" not in page
 
 
 def test_a_baseline_and_halving_are_stated(tmp_path):
