@@ -87,8 +87,8 @@ def test_a_dry_run_lists_the_cells_their_cost_and_whether_they_fit(words, capsys
 
 def test_a_run_that_ctrl_c_stops_is_continued_by_the_same_command(words, tmp_path, capsys):
     folder = tmp_path / "f"
-    argv = [*words("2"), "--config.steps=900", "--config.checkpoint.every=300", f"--folder={folder}"]
-    argv.append("--config.log_every=300")
+    argv = [*words("2"), "--config.steps=240", "--config.checkpoint.every=60", f"--folder={folder}"]
+    argv.append("--config.log_every=60")
 
     def interrupt():
         while not any(children(path / "checkpoints") for path in children(folder / "runs")):
@@ -104,7 +104,7 @@ def test_a_run_that_ctrl_c_stops_is_continued_by_the_same_command(words, tmp_pat
     study = read_folder(folder)
     history = Ledger(folder, study.limits).histories([study.cells[0].key])[study.cells[0].key]
     assert [event["state"] for event in history.events] == ["claimed", "stopped", "claimed", "done"]
-    assert history.last["summary"]["steps_done"] == 900
+    assert history.last["summary"]["steps_done"] == 240
     assert "continuing after step" in study.log_path(history.key, 3).read_text()
     assert (folder / "table.csv").read_text().startswith("method.rank,seeds,")
     assert status.main([str(folder), f"--tables={tmp_path / 'tables'}"]) == 0
