@@ -80,17 +80,21 @@ def nf4() -> str:
 
 
 def tpu_steps() -> str:
-    """The steps of each method as a TPU's compiler makes them, from `experiments/bench/results/tpu.json`."""
-    head = "| base, method | mesh | arguments | temporaries | in all | by formula | its collectives move |"
+    """The steps of each method as a TPU's compiler makes them, or by formula alone, from `results/tpu.json`."""
+    head = "| base, method | mesh | arguments | temporaries | in all | by formula | its collectives move | |"
     rows = []
     for case, r in _tpu_results():
-        if case.required and "total" in r.get("compiled", {}):
-            compiled, moved = r["compiled"], sum(size for _, size in r["collectives"].values())
-            sizes = (compiled["arguments"], compiled["temporary"], compiled["total"], r["formula"]["peak"], moved)
+        if case.required and "needed" in r:
+            compiled, moved = r.get("compiled", {}), sum(size for _, size in r.get("collectives", {}).values())
+            sizes = (
+                *(compiled.get(part, 0) for part in ("arguments", "temporary", "total")),
+                r["formula"]["peak"],
+                moved,
+            )
             axes = ", ".join(f"{axis} {size}" for axis, size in case.mesh.items() if size > 1)
-            cells = " | ".join(map(format_bytes, sizes))
-            rows.append(f"| {case.base}, {case.method} | {case.topology}: {axes} | {cells} |")
-    return "\n".join([head, "|---|---|" + "---:|" * 5, *rows])
+            cells = " | ".join(format_bytes(size) if size else "" for size in sizes)
+            rows.append(f"| {case.base}, {case.method} | {case.topology}: {axes} | {cells} | {_verdict(r)} |")
+    return "\n".join([head, "|---|---|" + "---:|" * 5 + "---|", *rows])
 
 
 def tpu_attention() -> str:
@@ -98,13 +102,24 @@ def tpu_attention() -> str:
     wanted, cells = {case.key for case in attention_cases()}, dict[str, dict[int, str]]()
     for case, r in _tpu_results():
         if case.key in wanted and "needed" in r:
-            verdict = "fits" if r["fits"] else "does not fit"
-            how = "compiled" if "compiled" in r else "formula"
-            cells.setdefault(case.topology, {})[case.length] = f"{format_bytes(r['needed'])}, {verdict} ({how})"
+            axes = ", ".join(f"{axis} {size}" for axis, size in case.mesh.items() if size > 1)
+            rows = f"{case.rows} row{'s' if case.rows > 1 else ''}, {axes}"
+            needed = f"{format_bytes(r['needed'])} ({'compiled' if 'compiled' in r else 'formula'})"
+            cells.setdefault(case.topology, {})[case.length] = f"{rows}: {needed}, {_verdict(r)}"
     lengths = sorted({length for row in cells.values() for length in row})
     head = f"| slice | {' | '.join(f'{n // 1024}k tokens' for n in lengths)} |"
     rows = [f"| {name} | {' | '.join(row.get(n, '') for n in lengths)} |" for name, row in cells.items()]
     return "\n".join([head, "|---|" + "---:|" * len(lengths), *rows])
+
+
+def _verdict(r: dict[str, Any]) -> str:
+    """Whether a planned run fits; where it does not, the largest part of its memory by formula."""
+    if r["fits"]:
+        return "fits"
+    parts = {name: size for name, size in r["formula"].items() if name != "peak"}
+    parts["temporaries"] = r["formula"]["peak"] - sum(parts.values())
+    most = max(parts, key=lambda name: parts[name])
+    return f"does not fit: {most} of {format_bytes(parts[most])}"
 
 
 def _tpu_results() -> list[tuple[Case, dict[str, Any]]]:

@@ -32,7 +32,7 @@ def traced_run(method):
     return build.build_run(preflight.load_config(options.config, changes), jax.devices()[:1], planned=True)
 
 
-def bytes_moved(module, *words):
+def compiled_numbers(module, *words):
     """The numbers that a module of `tests.support` prints of what it compiles for four chips."""
     command = [sys.executable, "-m", f"tests.support.{module}", *words]
     environment = os.environ | tpus.environment("v5e:2x2") | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
@@ -84,12 +84,12 @@ def test_the_compiled_steps_gather_the_base_layer_by_layer():
 
 def test_codes_move_between_chips_where_kernels_in_bfloat16_would():
     """Codes in four bits and their scales have 9/32 of the bytes, in the forward and the backward pass."""
-    (kernels,), (codes,) = (bytes_moved("gathered_bytes", scheme) for scheme in ("bfloat16", "nf4"))
+    (kernels,), (codes,) = (compiled_numbers("gathered_bytes", scheme) for scheme in ("bfloat16", "nf4"))
     assert 0 < codes < 0.3 * kernels
 
 
 def test_a_frozen_head_moves_once_for_all_chunks_of_the_logits():
-    moved, head = bytes_moved("gathered_head")
+    moved, head = compiled_numbers("gathered_head")
     assert 0 < moved < 1.5 * head
 
 
