@@ -82,6 +82,12 @@ def test_the_compiled_steps_gather_the_base_layer_by_layer():
         assert r["compiled"]["temporary"] < r["formula"]["activations"] + 2 * head + base / 8, key
 
 
+def test_the_formula_is_near_the_compiled_steps():
+    for key, r in tpu.read().items():
+        if "total" in r.get("compiled", {}):
+            assert 0.85 < r["formula"]["peak"] / r["compiled"]["total"] < 1.15, key
+
+
 def test_codes_move_between_chips_where_kernels_in_bfloat16_would():
     """Codes in four bits and their scales have 9/32 of the bytes, in the forward and the backward pass."""
     (kernels,), (codes,) = (compiled_numbers("gathered_bytes", scheme) for scheme in ("bfloat16", "nf4"))
