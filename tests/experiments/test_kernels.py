@@ -58,3 +58,16 @@ def test_auto_takes_a_body_only_where_it_moves_fewer_bytes(kind, operation):
         found = results[tpu_kernels.key_of(CHIPS[kind], name, size)]
         assert found["pallas_tpu"]["moved"] < found["xla"]["moved"]
         assert found["pallas_tpu"]["temporary"] <= found["xla"]["temporary"]
+
+
+@pytest.mark.parametrize("chip", CHIPS.values())
+def test_one_product_moves_the_fewest_bytes_of_the_lora_forms_in_a_scan(chip):
+    """Alone, the Pallas body may move fewer, but layers are scanned: their kernels are copied for it one by one."""
+    results = json.loads(tpu_kernels.OUT.read_text())
+    for name in ("lora_product", "lora_gradient", "lora_layers"):
+        for size in KERNELS[name].sizes:
+            found = results[tpu_kernels.key_of(chip, name, size)]
+            assert found["xla"]["moved"] <= found["separate"]["moved"]
+            if name == "lora_layers":
+                assert found["xla"]["moved"] < found["pallas_tpu"]["moved"]
+                assert found["xla"]["temporary"] < found["pallas_tpu"]["temporary"]
