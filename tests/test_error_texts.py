@@ -9,7 +9,7 @@ import pytest
 from lowrank.core.errors import plural
 
 ROOT = pathlib.Path(__file__).parents[1]
-ERRORS = ("UserError", "Diverged")
+ERRORS = ("UserError", "Diverged", "InUse")
 VALUE = "\0"  # stands for an interpolated value
 COUNTED = (
     "batches|blocks|classes|devices|examples|experts|files|groups|hosts|inputs|kernels|labels|layers|levels|"

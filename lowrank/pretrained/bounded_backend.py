@@ -5,7 +5,7 @@ from typing import Any
 
 import tokenizers
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 
 
 class BoundedBackend:
@@ -38,7 +38,8 @@ class BoundedBackend:
         index = max(encoding.ids, default=0)
         if index >= self._rows:
             token = self._backend.id_to_token(index)
-            raise UserError(f"a text holds the token {token!r} of id {index}, and the model has {self._rows} tokens")
+            size = plural(self._rows, "token")
+            raise UserError(f"a text holds the token {token!r} of id {index}, and the model has {size}")
         return encoding
 
 

@@ -57,7 +57,8 @@ def random_points(distributions: Mapping[str, Distribution | Sequence[Any]], bud
     The same seed gives the same points, and a larger budget continues them. Raises UserError if there are fewer
     different points than the budget.
     """
-    generator, points, repeated = np.random.default_rng(seed), {}, 0
+    points: dict[str, Point] = {}
+    generator, repeated = np.random.default_rng(seed), 0
     while len(points) < budget:
         point = {key: _draw(of, generator) for key, of in distributions.items()}
         repeated = 0 if repr(point) not in points else repeated + 1

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.core.mirror import Mirror
 from lowrank.core.paths import PathLike, as_path
 
@@ -24,7 +24,7 @@ class Profile:
         if steps < 0 or (steps and steps > remaining - WARM_UP):
             most = max(0, remaining - WARM_UP)
             raise UserError(
-                f"--profile={steps} is not in 0..{most}: {remaining} steps are left, and the first warms up"
+                f"--profile={steps} is not in 0..{most}: {plural(remaining, 'step')} left, of which the first warms up"
             )
         self._mirror, self._steps, self._seen, self._tracing = Mirror(as_path(folder) / PROFILE), steps, 0, False
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.training import loop
 from lowrank.training.profile import Profile
 from tests.support.tiny_runs import config_of
@@ -34,5 +34,6 @@ def test_steps_that_end_with_the_run_are_traced_and_none_is_traced_unless_asked(
 
 @pytest.mark.parametrize(("steps", "remaining"), [(3, 3), (1, 1), (-1, 9), (1, 0)])
 def test_more_steps_than_the_run_has_are_refused(steps, remaining, tmp_path):
-    with pytest.raises(UserError, match=f"--profile={steps} is not in 0..{max(0, remaining - 1)}: {remaining} steps"):
+    left = plural(remaining, "step")
+    with pytest.raises(UserError, match=f"--profile={steps} is not in 0..{max(0, remaining - 1)}: {left}"):
         Profile(tmp_path, steps, remaining)

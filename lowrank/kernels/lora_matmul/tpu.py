@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, plural
 from lowrank.kernels.lora_matmul.plain import Pair, Parts
 
 CHUNK, WIDTH = 256, 512  # rows and columns of a tile that are multiplied at a time
@@ -102,7 +102,8 @@ def _tile_sizes(rows: int, inputs: int, out: int, size: int, out_size: int) -> t
         if used <= VMEM * 0.9 and (tile <= padded or tile == CHUNK):
             return min(tile, padded), min(columns, out)
     raise UserError(
-        f"a kernel of {inputs} inputs is too long for the body of lora_matmul for TPUs: use implementation='xla'"
+        f"a kernel of {plural(inputs, 'input')} is too long for the body of lora_matmul for TPUs: "
+        "use implementation='xla'"
     )
 
 
