@@ -59,7 +59,8 @@ def chunk_length(rows: int, length: int, chunk_tokens: int) -> int:
 def _chunked_nll(
     head: Head, h: jax.Array, targets: jax.Array, weights: jax.Array, chunk_tokens: int, per_row: bool
 ) -> jax.Array:
-    size = chunk_length(*targets.shape, chunk_tokens)
+    rows, length = targets.shape
+    size = chunk_length(rows, length, chunk_tokens)
     closed, consts = jax.closure_convert(head, h[:, :size])
     order_BxT = jnp.argsort(weights == 0, axis=1, stable=True)
     return _chunked(_Static(closed, size, per_row), h, targets, weights, order_BxT, *consts)
@@ -111,10 +112,10 @@ def _weighted_chunks(weights_SxBxK: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(static: _Static, h: Any, targets: Any, weights: Any, order: Any, *consts: Any) -> jax.Array:
     order_SxBxK, targets_SxBxK, weights_SxBxK = _chunks(order, targets, weights, static.size)
-    consts = _gathered(consts)
+    whole = _gathered(consts)
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        return total + static.nll(_rows(h, order_SxBxK[i]), targets_SxBxK[i], weights_SxBxK[i], consts)
+        return total + static.nll(_rows(h, order_SxBxK[i]), targets_SxBxK[i], weights_SxBxK[i], whole)
 
     return jax.lax.fori_loop(0, _weighted_chunks(weights_SxBxK), add, static.zero(len(targets)))
 
