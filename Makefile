@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 GPU := $(VENV)/gpu
 LOGGERS := $(VENV)/loggers
 LAUNCHERS := $(VENV)/launchers
+RAY := $(VENV)/ray
 WHEELS := build/gpu-wheels
 SITE := build/gpu-site
 TUNIX ?= $(wildcard $(VENV)/tunix/bin/python)
@@ -41,10 +42,10 @@ docs: $(VENV)/ready-docs
 notebooks: $(VENV)/ready-dev
 	$(FAST) $(PYTEST) tests/notebooks
 
-test-tools: docs $(VENV)/ready-loggers $(VENV)/ready-launchers
-	command -v chromedriver slurmctld slurmd sbatch || (apt-get update -qq && apt-get install -qq --no-install-recommends \
+test-tools: docs $(VENV)/ready-loggers $(VENV)/ready-launchers $(VENV)/ready-ray-apart
+	which chromedriver slurmctld slurmd sbatch || (apt-get update -qq && apt-get install -qq --no-install-recommends \
 		chromium chromium-driver slurmctld slurmd slurm-client)
-	PYTHONPATH=$(LOGGERS) $(FAST) $(BIN)/python -m pytest tests/tools
+	PYTHONPATH=$(LOGGERS):$(RAY) $(FAST) $(BIN)/python -m pytest tests/tools
 
 # Any machine with an NVIDIA GPU. One without a network that brings its own Python 3.12, jax and torch takes that Python
 # and the wheels that `make gpu-wheels` wrote beforehand: make gpu-bench GPU_PYTHON=python3
@@ -104,6 +105,11 @@ $(VENV)/ready-loggers: setup.py $(VENV)/ready-dev
 $(VENV)/ready-launchers: $(BIN)/python
 	$(PYTHON) -m venv $(LAUNCHERS)
 	$(LAUNCHERS)/bin/python -m pip install -q --no-compile kubernetes-validate xpk
+	touch $@
+
+# Beside the other packages, as one of the tests runs studies on it.
+$(VENV)/ready-ray-apart: setup.py $(VENV)/ready-dev
+	$(BIN)/python -m pip install -q --target $(RAY) --upgrade ray
 	touch $@
 
 # A peer of `make bench`, which runs without it too.

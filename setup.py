@@ -50,6 +50,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "cuda-bench": ["bitsandbytes>=0.50", "jax[cuda12]", "peft>=0.21", "torch", "transformers>=5.0,<5.24"],
         "tpu": ["jax[tpu]"],
+        "ray": ["ray>=2.50"],
         "wandb": ["wandb"],
         "mlflow": ["alembic", "mlflow-skinny", "sqlalchemy"],
         "gcs": ["gcsfs", "google-cloud-storage"],

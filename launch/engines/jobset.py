@@ -98,7 +98,7 @@ def _pod(job: Job, worker: str) -> dict[str, Any]:
 def _container(job: Job, worker: str) -> dict[str, Any]:
     hosts = tpus.hosts(job.topology)
     index = {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/job-index']"}}
-    process = f"$(({SLICE} * {hosts} + JOB_COMPLETION_INDEX))" if hosts * job.slices > 1 else ""
+    process = f"$(({SLICE} * {hosts} + ${{TPU_WORKER_ID:-$JOB_COMPLETION_INDEX}}))" if hosts * job.slices > 1 else ""
     chips = tpus.chips(job.topology) // hosts
     return {
         "name": CONTAINER,

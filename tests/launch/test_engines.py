@@ -58,7 +58,7 @@ def test_a_worker_is_a_jobset_with_a_pod_on_each_host_of_its_slices():
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["image"] == "registry/lowrank"
     assert {"name": "LEVEL", "value": "3"} in container["env"]
-    index = '--process="$((SLICE_INDEX * 4 + JOB_COMPLETION_INDEX))"'
+    index = '--process="$((SLICE_INDEX * 4 + ${TPU_WORKER_ID:-$JOB_COMPLETION_INDEX}))"'
     assert container["command"] == ["bash", "-c", f'exec {WORKER} --group="ranks-of-lora-0" {index}']
 
 
