@@ -99,7 +99,6 @@ class RayWorker:
 
     def _reserve(self) -> tuple[Any, Any]:
         """`(placement group, function that removes it)` once the resources are free; `(None, None)` after a stop."""
-        import ray
         from ray.util.placement_group import placement_group, remove_placement_group
 
         while not self._stop.is_set():
