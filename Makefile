@@ -42,7 +42,7 @@ docs: $(VENV)/ready-docs
 notebooks: $(VENV)/ready-dev
 	$(FAST) $(PYTEST) tests/notebooks
 
-test-tools: docs $(VENV)/ready-loggers $(VENV)/ready-launchers $(VENV)/ready-ray-apart
+test-tools: docs $(VENV)/ready-loggers $(VENV)/ready-launchers $(VENV)/ready-skypilot $(VENV)/ready-ray-apart
 	which chromedriver slurmctld slurmd sbatch || (apt-get update -qq && apt-get install -qq --no-install-recommends \
 		chromium chromium-driver slurmctld slurmd slurm-client)
 	PYTHONPATH=$(LOGGERS):$(RAY) $(FAST) $(BIN)/python -m pytest tests/tools
@@ -105,6 +105,11 @@ $(VENV)/ready-loggers: setup.py $(VENV)/ready-dev
 $(VENV)/ready-launchers: $(BIN)/python
 	$(PYTHON) -m venv $(LAUNCHERS)
 	$(LAUNCHERS)/bin/python -m pip install -q --no-compile kubernetes-validate xpk
+	touch $@
+
+$(VENV)/ready-skypilot: $(BIN)/python
+	$(PYTHON) -m venv $(VENV)/skypilot
+	$(VENV)/skypilot/bin/python -m pip install -q --no-compile skypilot
 	touch $@
 
 # Beside the other packages, as one of the tests runs studies on it.

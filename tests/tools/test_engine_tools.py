@@ -1,4 +1,4 @@
-"""The job files of the engines in the tools that they are for: xpk, the schema of Kubernetes, gcloud and Slurm."""
+"""The job files of the engines in their tools: xpk, the schema of Kubernetes, SkyPilot, gcloud and Slurm."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from lowrank.memory import tpus
 from tests.support.job_files import calls, describe, fake_tools, files, run_script
 
 BIN = Path(os.environ.get("LAUNCHERS", Path(__file__).parents[2] / ".venv" / "launchers")) / "bin"
+SKYPILOT = Path(os.environ.get("SKYPILOT", Path(__file__).parents[2] / ".venv" / "skypilot")) / "bin"
 NAME = "ranks-of-lora"
 SECONDS = 120
 
@@ -85,6 +86,22 @@ def test_the_schema_of_kubernetes_takes_the_job_of_a_jobset(flags, tmp_path):
     path.write_text(yaml.safe_dump(whole))
     with pytest.raises(AssertionError, match="parallelisms"):
         run(["kubernetes-validate", "--strict", path], tmp_path)
+
+
+@pytest.mark.parametrize("flags", [("--topology=v6e:4x4", "--zone=us-west4-a", "--spot"), ("--device=h100:8",)])
+def test_skypilot_reads_the_task_of_a_worker(flags, tmp_path):
+    texts, _ = files(describe("skypilot", *flags, "--env=LEVEL=3"))
+    (tmp_path / "task.yaml").write_text(texts[f"{NAME}-0.yaml"])
+    code = (
+        "import json, sky; task = sky.Task.from_yaml('task.yaml'); [found] = task.resources; "
+        "print(json.dumps([task.name, found.accelerators, found.use_spot, found.job_recovery]))"
+    )
+    name, accelerators, spot, recovery = json.loads(run([SKYPILOT / "python", "-c", code], tmp_path).splitlines()[-1])
+    assert name == f"{NAME}-0"
+    assert accelerators == ({"tpu-v6e-16": 1} if "--spot" in flags else {"H100": 8})
+    assert spot is ("--spot" in flags)
+    assert recovery["max_restarts_on_errors"] == 3
+    assert recovery["recover_on_exit_codes"] == [42]
 
 
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is in no package index")

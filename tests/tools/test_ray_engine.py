@@ -157,7 +157,13 @@ def get_study(arg=None):
 def test_a_study_runs_on_ray_to_its_end(tmp_path, files):
     (tmp_path / "study.py").write_text(STUDY)
     words = [sys.executable, "-m", "launch.sweep", f"--study={tmp_path / 'study.py'}", f"--folder={tmp_path / 'runs'}"]
-    words += ["--engine=ray", "--workers=2", f"--config.model.name={files / 'llama'}", "--config.steps=1"]
+    words += [
+        "--engine=ray",
+        "--workers=2",
+        f"--config.model.name={files / 'llama'}",
+        "--config.steps=2",
+        "--config.optim.warmup=0",
+    ]
     words += [f"--config.data.source=jsonl:{files / 'records.jsonl'}"]
     environment = {**os.environ, "PYTHONPATH": f"{Path.cwd()}:{os.environ.get('PYTHONPATH', '')}"}
     environment.pop("RAY_ADDRESS", None)
