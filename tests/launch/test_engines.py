@@ -1,6 +1,8 @@
 """The engines of a cluster: what their job files and commands say, and which jobs they refuse."""
 
+import os
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +13,7 @@ from lowrank.core.errors import UserError
 from lowrank.memory import tpus
 from tests.support.job_files import FOLDER, calls, describe, fake_tools, files, run_script
 
+ROOT = Path(__file__).parents[2]
 WORKER = f"python -m launch.worker {FOLDER}"
 POD = ("--topology=v5e:4x4", "--image=registry/lowrank")
 VM = ("--topology=v5e:4x4", "--zone=us-west4-a")
@@ -210,3 +213,19 @@ def test_a_missing_tool_is_one_line_that_says_how_to_install_it(monkeypatch, tmp
     args, _ = sweep.parse(["--study=s.py", f"--folder={FOLDER}", "--engine=xpk", "--cluster=c", *POD])
     with pytest.raises(UserError, match="runs xpk, which is not installed: pip install xpk"):
         ENGINES["xpk"].check(args)
+
+
+def test_a_cluster_gets_the_files_and_the_command_once_the_cells_are_checked(tmp_path, request, monkeypatch):
+    models = request.getfixturevalue("files")  # whose name is that of a function here
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", f"{fake_tools(tmp_path, sbatch='exit 3')}:{os.environ['PATH']}")
+    words = [f"--study={ROOT / 'configs/sweeps/lora_rank.py'}:tiny", "--folder=runs/ranks", "--engine=slurm"]
+    words += [f"--config.model.name={models / 'llama'}"]
+    words += [f"--config.data.source=jsonl:{models / 'records.jsonl'}"]
+    assert sweep.main([*words, "--config.steps=-1"]) == 2
+    assert not calls(tmp_path)
+    assert sweep.main(words) == 3  # the code of the tool
+    assert calls(tmp_path) == [["sbatch", "jobs/ranks/ranks.sh"]]
+    assert "launch.worker runs/ranks" in (tmp_path / "jobs/ranks/ranks.sh").read_text()
+    assert (tmp_path / "runs/ranks/study.json").exists()
