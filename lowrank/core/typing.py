@@ -68,8 +68,8 @@ class Tokenizer(Protocol):
     def encode_special(self, text: str) -> list[int]:
         """The ids of `text` with the special tokens that the model expects around it."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without special tokens."""
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of `ids`; special tokens are left out unless `special`."""
 
     def token(self, i: int) -> str:
         """The text of a special token, or the vocabulary's entry of any other; empty where there is none."""

@@ -50,6 +50,17 @@ class Chat:
         last = self._turns(record, where, None)[-1]
         return (last.get("content") or "").strip() or json.dumps(last.get("tool_calls"), ensure_ascii=False)
 
+    def without_oldest(self, record: Record, where: str) -> Record | None:
+        """The record without the first exchange after the system's turn; None where only one exchange is left."""
+        if self.template:
+            return None
+        messages = _messages(record, where)
+        asked = [i for i, turn in enumerate(messages) if turn["role"] == "user"]
+        if len(asked) < 2:
+            return None
+        kept = [turn for turn in messages[: asked[0]] if turn["role"] == "system"]
+        return {**record, MESSAGES: [*kept, *messages[asked[1] :]]}
+
     def _turns(self, record: Record, where: str, long: str | None) -> list[dict[str, Any]]:
         if self.template:
             prompt, completion = self.template.render(record, where, long)

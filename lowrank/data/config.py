@@ -2,10 +2,11 @@
 
 import dataclasses
 
-from lowrank.core.errors import UserError
+from lowrank.core.errors import UserError, unknown
 from lowrank.data import templates
 
 DATA_DIR = "~/.cache/lowrank/tfds"
+TOO_LONG = ("cut", "drop", "error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,9 @@ class DataConfig:
     label_field, labels: for objectives with labels; `labels` fixes the names and their order (default: the source's).
     seq_len: tokens per row. batch_size: rows of all hosts together.
     packing: several sequences per row, for objectives whose rows allow it.
+    too_long: what a record becomes that is longer than `seq_len`: `cut` (the long text is shortened; a conversation
+      loses its oldest turns first; a record that is too long all the same is an error, or is left out and reported
+      where there are too many records to look at all of them first), `drop` (it is left out) or `error`.
     prompt_loss_weight: the weight of a prompt's tokens in the loss, 0 to 1; an answer's tokens weigh 1. A weight of 0.1
       regularizes short answers (Huerta-Enochian & Ko, arXiv:2401.13586).
     epochs: passes over the data; 0 or None never ends. max_examples: only this many records; 0 or None takes all.
@@ -38,6 +42,7 @@ class DataConfig:
     labels: tuple[str, ...] = ()
     seq_len: int = 256
     batch_size: int = 8
+    too_long: str = "cut"
     packing: bool = True
     prompt_loss_weight: float = 0.1
     shuffle: bool = True
@@ -54,6 +59,8 @@ class DataConfig:
         for name, least in {"seq_len": 2, "batch_size": 1, **dict.fromkeys(none, 0)}.items():
             if (found := getattr(self, name)) is not None and found < least:
                 raise UserError(f"data.{name}={found} is below {least}")
+        if self.too_long not in TOO_LONG:
+            raise unknown("data.too_long", self.too_long, TOO_LONG)
         if not 0 <= self.prompt_loss_weight <= 1:
             raise UserError(f"data.prompt_loss_weight={self.prompt_loss_weight} is not in [0, 1]")
         if not 0 <= self.holdout < 1:

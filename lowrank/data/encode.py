@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lowrank.core.errors import UserError, plural
+from lowrank.core.errors import TooLong, plural
 from lowrank.core.typing import Tokenizer
 from lowrank.data.chat import Piece
 
@@ -32,7 +32,7 @@ def fit(
 ) -> tuple[Ids, str | None]:
     """`(build(cut), cut)` with at most `limit` ids.
 
-    `cut` is None where the whole text fits, else a start of `text()` about as long as fits. Raises UserError naming
+    `cut` is None where the whole text fits, else a start of `text()` about as long as fits. Raises TooLong naming
     `where` when the rest of the record is too long even without the text.
     """
     whole = text()
@@ -45,9 +45,9 @@ def fit(
         offsets = tokenizer.encode_offsets(whole)[1]
     around = len(build("")[0])
     if around > limit:
-        raise UserError(
+        raise TooLong(
             f"{where}: {plural(around, 'token')} without the text that may be cut; at most {limit} fit: "
-            "raise data.seq_len"
+            "raise data.seq_len, or set data.too_long=drop"
         )
     keep, excess = limit - around, 1
     while excess > 0:

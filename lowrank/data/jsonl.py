@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import tensorflow_datasets as tfds
 from lowrank.core.errors import UserError, nearest
 
 Record = Mapping[str, Any]
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Jsonl:
@@ -90,41 +92,62 @@ class _Files(Mapping[str, "_Scan"]):
 
 
 class _Scan:
-    """One pass over a file: the offsets and fields of its records, and the check that each is a JSON object."""
+    """One pass over a file: the offsets and fields of its records, and the check that each is a JSON object.
+
+    The file stays open, so that one that takes its name later is not read in its place.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.checksum = path, 0
         fields: dict[str, None] = {}
         lines, offsets, offset = [], [], 0
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    fields.update(dict.fromkeys(_object(line, f"{path}:{number}")))
-                    lines.append(number)
-                    offsets.append(offset)
-                self.checksum = zlib.crc32(line, self.checksum)
-                offset += len(line)
+        self._file = open(path, "rb")  # noqa: SIM115 (closed with the object)
+        self._stamp = self._written()
+        for number, line in enumerate(self._file, 1):
+            if line.strip():
+                fields.update(dict.fromkeys(_object(line, f"{path}:{number}")))
+                lines.append(number)
+                offsets.append((offset, offset + len(line)))
+            self.checksum = zlib.crc32(line, self.checksum)
+            offset += len(line)
         self._lines, self._offsets = np.asarray(lines, np.int64), np.asarray(offsets, np.int64)
         self.fields, self.num_examples = tuple(fields), len(lines)
 
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
     def read(self, i: int) -> Record:
-        with open(self.path, "rb") as file:
-            file.seek(self._offsets[i])
-            return _object(file.readline(), self.where(i))
+        begin, end = self._offsets[i].tolist()
+        line = os.pread(self._file.fileno(), end - begin, begin)
+        if self._written() != self._stamp:
+            raise UserError(f"{self.path} has changed since the run began: start again, in another workdir")
+        return _object(line, self.where(i))
 
     def where(self, i: int) -> str:
         return f"{self.path}:{self._lines[i]}"
 
+    def _written(self) -> tuple[int, int]:
+        """The time at which the file was last written, and its size."""
+        about = os.fstat(self._file.fileno())
+        return about.st_mtime_ns, about.st_size
+
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
+    """The record of a line. Raises UserError for what is no JSON object and for text that is no Unicode."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
         raise UserError(f"{where}: the line is not UTF-8: {e.reason} at byte {e.start}") from None
     except json.JSONDecodeError as e:
         raise UserError(f"{where}: the line is not JSON: {e.msg} at column {e.colno}") from None
+    except (RecursionError, ValueError) as e:
+        raise UserError(f"{where}: the line is JSON beyond what is read: {str(e).split(';')[0]}") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: a record is a JSON object, not {type(record).__name__}")
+    if b"\\u" in line and (half := _SURROGATE.search(json.dumps(record, ensure_ascii=False))):
+        code = f"\\u{ord(half[0]):04x}"
+        raise UserError(f"{where}: {code} is half of a character: the text was cut in the middle of it")
     return record
 
 

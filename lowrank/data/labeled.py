@@ -42,6 +42,17 @@ class LabeledEncoder:
         (ids, _), cut = fit(build, self.tokenizer, text, self.length, where)
         return [{"tokens": np.asarray(ids, np.int32), "labels": np.int32(self.label(record, where))}], cut is not None
 
+    def count(self, sequence: EncodedSequence) -> dict[str, int]:
+        """Nothing: no token is learned."""
+        del sequence
+        return {}
+
+    def show(self, sequence: EncodedSequence) -> str:
+        """The text of a sequence and its label."""
+        assert isinstance(sequence, dict)
+        text = self.tokenizer.decode(sequence["tokens"].tolist(), special=True)
+        return f"{text} -> {self.labels[int(sequence['labels'])]}"
+
     def check(self, record: Record, where: str) -> None:
         """Raises UserError for a record that lacks a field or a known label; nothing is encoded."""
         self.renderer.answer(record, where)

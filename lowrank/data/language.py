@@ -5,6 +5,7 @@ Shapes: N tokens of one sequence.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from lowrank.data.render import Piece, Renderer, build_renderer
 from lowrank.data.row_format import INDEX, TOKENS, ArraySpec, EncodedSequence, RowFormat
 from lowrank.data.sources import Source
 from lowrank.data.templates import Record
+
+LEARNED = "⟦⟧"  # around what is learned, where a record is shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +52,39 @@ class LanguageEncoder:
             starts = range(0, max(1, len(ids) - 1), self.length)
             return [self._shift(ids[i : i + limit], learned[i : i + limit]) for i in starts], False
 
-        def build(long: str | None) -> Ids:
-            return self._join(self.renderer.pieces(record, where, long), where)
+        recent = self._recent(record, where, limit)
 
-        text = functools.partial(self.renderer.long_text, record, where)
+        def build(long: str | None) -> Ids:
+            return self._join(self.renderer.pieces(recent, where, long), where)
+
+        text = functools.partial(self.renderer.long_text, recent, where)
         (ids, learned), cut = fit(build, self.tokenizer, text, limit, where)
-        return [self._shift(ids, learned)], cut is not None
+        return [self._shift(ids, learned)], cut is not None or recent is not record
+
+    def _recent(self, record: Record, where: str, limit: int) -> Record:
+        """The record, or a conversation without so many of its oldest exchanges that the others fit."""
+        while shorter := self.renderer.without_oldest(record, where):
+            if len(self._join(self.renderer.pieces(record, where), where)[0]) <= limit:
+                return record
+            record = shorter
+        return record
+
+    def count(self, sequence: EncodedSequence) -> dict[str, int]:
+        """Of a sequence: its learned tokens, the answers that they are, and the learned tokens that end a text."""
+        assert isinstance(sequence, dict)
+        learned = np.concatenate([[False], sequence["weights"] == 1])
+        ends = learned[1:] & np.isin(sequence["targets"], [self.tokenizer.eos_id, *self.tokenizer.stop_ids])
+        answers = np.sum(learned[1:] & ~learned[:-1])
+        return {"learned": int(learned.sum()), "answers": int(answers), "ends": int(ends.sum())}
+
+    def show(self, sequence: EncodedSequence) -> str:
+        """The text of a sequence, with what is learned between LEARNED."""
+        assert isinstance(sequence, dict)
+        ids = [sequence["tokens"][0], *sequence["targets"]]
+        learned = [False, *(sequence["weights"] == 1).tolist()]
+        parts = itertools.groupby(zip(learned, ids, strict=True), key=lambda pair: pair[0])
+        texts = [(learns, self.tokenizer.decode([i for _, i in part], special=True)) for learns, part in parts]
+        return "".join(f"{LEARNED[0]}{text}{LEARNED[1]}" if learns else text for learns, text in texts)
 
     def check(self, record: Record, where: str) -> None:
         """Raises UserError for a record that lacks a field or an answer; nothing is encoded."""

@@ -32,6 +32,7 @@ class Loader:
         """`identity` holds the settings that the batches depend on, for `set_state` to compare."""
         self._batches, self._identity = batches, identity
         self.labels, self.stats, self.shapes = examples.encoder.labels, examples.stats(), shapes
+        self._examples, self._said = examples, len(examples.dropped)
         self._start()
 
     def __iter__(self) -> Iterator[HostArrays]:
@@ -54,6 +55,21 @@ class Loader:
         self.close()
         self._start()
         self._live[0].set_state(state["iterator"])
+
+    def describe(self) -> str:
+        """What is learned: counts, and one record."""
+        counts = {name: count for name, count in self.stats.items() if count and name not in ("examples", "measured")}
+        share = (
+            "" if self.stats["measured"] == self.stats["examples"] else f" (of the first {self.stats['measured']:,})"
+        )
+        found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        return f"data: {self.stats['examples']:,} examples; {found}{share}\n{self._examples.preview()}"
+
+    def notes(self) -> list[str]:
+        """What was left out since the last call, one line a record."""
+        left_out = list(self._examples.dropped.values())[self._said :]
+        self._said += len(left_out)
+        return [f"left out: {why}" for why in left_out]
 
     def close(self) -> None:
         """Stops the thread that makes batches ahead; the iterator ends."""

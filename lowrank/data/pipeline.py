@@ -107,6 +107,7 @@ def _identity(config: DataConfig, row_format: RowFormat, examples: Examples) -> 
     """The settings that the order and content of the batches depend on, the tokenizer aside."""
     settings = {"objective": row_format.name} | dataclasses.asdict(config)
     unused = () if config.holdout else ("holdout", "holdout_batches")
+    unused += ("too_long",) if config.too_long == "cut" else ()
     for free in ("data_dir", "prefetch", "source", "labels", *unused):
         settings.pop(free)
     return settings | {"labels": list(examples.encoder.labels), "records": examples.source.identity}

@@ -30,6 +30,9 @@ class Renderer(Protocol):
     def prompt(self, record: Record, where: str, long: str | None = None) -> str:
         """The text that generation continues."""
 
+    def without_oldest(self, record: Record, where: str) -> Record | None:
+        """A conversation without its oldest exchange; None where nothing can be left out."""
+
     def answer(self, record: Record, where: str) -> str:
         """The reference of a generated text. Raises UserError as `pieces` does, and costs little."""
 
@@ -58,6 +61,10 @@ class Plain:
     def prompt(self, record: Record, where: str, long: str | None = None) -> str:
         """The prompt."""
         return self.template.render(record, where, long)[0]
+
+    def without_oldest(self, record: Record, where: str) -> Record | None:
+        """None: a text has no turns."""
+        return None
 
     def answer(self, record: Record, where: str) -> str:
         """The completion, without the space around it."""

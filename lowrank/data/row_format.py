@@ -26,7 +26,16 @@ class Encoder(Protocol):
         """Whether a record is one text in which every token is learned, so that no field can be missing."""
 
     def __call__(self, record: Record, where: str) -> tuple[list[EncodedSequence], bool]:
-        """`(sequences, whether the text was shortened)`. Raises UserError naming `where`."""
+        """`(sequences, whether the text was shortened)`.
+
+        Raises UserError naming `where` for a record that cannot be used, and TooLong for one that cannot fit.
+        """
+
+    def count(self, sequence: EncodedSequence) -> dict[str, int]:
+        """What the log says of the sequences of a dataset, as counts that are added up."""
+
+    def show(self, sequence: EncodedSequence) -> str:
+        """The sequence as a reader understands it."""
 
     def check(self, record: Record, where: str) -> None:
         """Raises UserError for a record that lacks a field; nothing is encoded."""

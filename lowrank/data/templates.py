@@ -5,6 +5,7 @@ completion are joined as they are, so the space between them belongs to one of t
 """
 
 import dataclasses
+import math
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -44,6 +45,8 @@ def value(record: Record, field: str, where: str) -> str:
         return found
     if isinstance(found, bool) or not isinstance(found, int | float):
         raise UserError(f"{where}: field {field!r} is {type(found).__name__}, not text")
+    if not math.isfinite(found):
+        raise UserError(f"{where}: field {field!r} is {found}, not text: a missing value?")
     return str(found)
 
 

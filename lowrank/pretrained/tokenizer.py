@@ -66,9 +66,9 @@ class Tokenizer:
         encoded = self.backend.encode(first, second)
         return encoded.ids, encoded.type_ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without special tokens."""
-        return self.backend.decode([int(i) for i in ids])
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of `ids`; special tokens are left out unless `special`."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special)
 
     def token(self, i: int) -> str:
         """The text of a special token, or the vocabulary's entry of any other; empty where there is none."""

@@ -72,6 +72,7 @@ def run(
             log.say(run.table)
             log.say(dispatch.describe(run.mesh.devices.flat[0].device_kind))
             log.say(run.attention)
+            log.say(run.loader.describe())
             trainer = Trainer(run, folder, saver, log, stop, hold, command)
             workdir.claim(folder, config)
             return trainer.train(before, after, traces)
@@ -158,7 +159,7 @@ class Trainer:
             self.hold()
             if self.run.restarts_at(done):
                 self._restart(done)
-            batch = self._batch(done)
+            batch = self._batch(done, saves=done > start)
             program = program or self._compile(batch)
             previous = self.metrics
             with profile.before(done, previous):
@@ -179,8 +180,16 @@ class Trainer:
         trained, self.frozen = tree.split(self.run.restart(self._params(), done), self.run.mask)
         self.state = dataclasses.replace(self.state, trained=trained)
 
-    def _batch(self, done: int) -> dict[str, jax.Array]:
-        batch = next(self.run.loader, None)
+    def _batch(self, done: int, saves: bool) -> dict[str, jax.Array]:
+        """The next batch. Where the data cannot be read any more, what is done is saved first if it `saves`."""
+        try:
+            batch = next(self.run.loader, None)
+        except UserError:
+            if saves:
+                self._save(done, block=True)
+            raise
+        for line in self.run.loader.notes():
+            self.log.say(line)
         if batch is None:
             raise UserError(f"the data ended after step {done} of {self.run.config.steps}: raise data.epochs")
         return self.run.put(self.map_batch(batch))

@@ -12,7 +12,10 @@ HERE = Path(__file__).parent
 CASES = [
     "bert_gamma_beta",
     "ctrl_c",
+    "data_changed_midrun",
     "generation_tag",
+    "lone_surrogate",
+    "overlong_record",
     "negative_pad_id",
     "reasoning_turns",
     "rope_theta_beside",

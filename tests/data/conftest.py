@@ -30,8 +30,8 @@ class Bytes:
     def encode(self, text):
         return self._bpe.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids):
-        return self._bpe.decode(ids)
+    def decode(self, ids, special=False):
+        return self._bpe.decode(ids, skip_special_tokens=not special)
 
     def encode_special(self, text):
         return [5, *self.encode(text), 6]

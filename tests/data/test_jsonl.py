@@ -88,3 +88,34 @@ def test_an_empty_file_and_a_missing_one_are_refused(write, tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=r"no \*\.jsonl files"):
         open_source(f"jsonl:{tmp_path}/folder", "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (r'{"text": "cut \ud83d"}', r"\\ud83d is half of a character"),
+        ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "the line is JSON beyond what is read"),
+        ('{"text": ' + "9" * 5000 + "}", "the line is JSON beyond what is read"),
+    ],
+    ids=["surrogate", "deep", "long"],
+)
+def test_what_is_no_text_is_named_with_its_line(tmp_path, line, message):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a whole one: \\ud83d\\ude00"}\n' + line + "\n")
+    with pytest.raises(UserError, match=rf"x\.jsonl:2: {message}"):
+        open_source(f"jsonl:{path}", "train", tmp_path)
+
+
+def test_a_file_that_takes_the_name_is_not_read_in_its_place(write, tmp_path):
+    source = open_source(write(TEN), "train", tmp_path)
+    (tmp_path / "new.jsonl").write_text('{"text": "other"}\n')
+    (tmp_path / "new.jsonl").rename(tmp_path / "records.jsonl")
+    assert texts(source) == [r["text"] for r in TEN]
+
+
+def test_a_file_that_is_written_to_is_noticed(write, tmp_path):
+    source = open_source(write(TEN), "train", tmp_path)
+    with open(tmp_path / "records.jsonl", "a") as file:
+        file.write("x")
+    with pytest.raises(UserError, match=r"records\.jsonl has changed since the run began"):
+        source[0]

@@ -11,6 +11,7 @@ from lowrank.memory import devices, search, traffic
 from lowrank.memory.advice import abstract_mesh
 from lowrank.memory.shapes import step_inputs
 from lowrank.training import build
+from tests.support.close import assert_close
 from tests.support.tiny_checkpoint import KV_HEADS, LAYERS, WIDTH
 from tests.support.tiny_runs import config_of
 
@@ -100,4 +101,4 @@ def test_a_step_moves_gathered_shards_and_sums_of_activations(mesh, moved, files
     alone = whole([inputs.frozen["embed"], inputs.frozen["norm"]])
     tied = getattr(run.network.config, "tied", False)
     kernels = whole(inputs.frozen) - alone + (whole(inputs.frozen["embed"]) if tied else 0)
-    assert traffic.moved_bytes(run, inputs) == pytest.approx(moved(kernels, whole(inputs.state.trained)), rel=0.02)
+    assert_close(traffic.moved_bytes(run, inputs), moved(kernels, whole(inputs.state.trained)), relative=0.02)
