@@ -116,7 +116,8 @@ def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: AnyPat
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """The first cell that one of the two lacks."""
     labels = [{cell["key"]: Cell(**cell).label for cell in record["cells"]} for record in (theirs, ours)]
-    for side, mine, other in (("there", *labels), ("here", *labels[::-1])):
+    theirs_labels, ours_labels = labels
+    for side, mine, other in (("there", theirs_labels, ours_labels), ("here", ours_labels, theirs_labels)):
         for key, label in mine.items():
             if key not in other:
                 return f"{label} only {side}"

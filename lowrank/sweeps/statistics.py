@@ -6,8 +6,8 @@ With n pairs a sign or rank test cannot give p < 2 / 2**n, and a percentile boot
 
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from scipy import stats
 
@@ -31,7 +31,7 @@ def interval(values: Sequence[float]) -> float:
     return float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * statistics.stdev(values) / math.sqrt(n)
 
 
-def paired_difference(values: Mapping[Hashable, float], reference: Mapping[Hashable, float]) -> Difference:
+def paired_difference(values: Mapping[Any, float], reference: Mapping[Any, float]) -> Difference:
     """The differences `values - reference` under the keys that both have, such as seeds or test items.
 
     Without a pair everything is NaN. One pair has neither an interval nor a p value, and nor have pairs that all differ

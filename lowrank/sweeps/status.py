@@ -15,7 +15,15 @@ from lowrank.sweeps.claims import Ledger
 from lowrank.sweeps.folder import StudyFolder
 from lowrank.sweeps.results import Result, read_results
 
-ORDER = (claims.DONE, claims.RUNNING, claims.LOST, claims.STOPPED, claims.WAITING, claims.FAILED, claims.DIVERGED)
+ORDER: tuple[str, ...] = (
+    claims.DONE,
+    claims.RUNNING,
+    claims.LOST,
+    claims.STOPPED,
+    claims.WAITING,
+    claims.FAILED,
+    claims.DIVERGED,
+)
 ORDER += (claims.REFUSED, claims.PRUNED)
 
 
