@@ -1,11 +1,10 @@
 """The flags of the commands that read an adapter, from the folder of a run or of an adapter."""
 
-import json
-
 from absl import flags
 
 from lowrank.adapters import load
 from lowrank.core.errors import UserError
+from lowrank.core.files import parse_json
 from lowrank.core.paths import AnyPath, as_path, read_text
 from lowrank.pretrained import Pretrained
 from lowrank.training import loop, workdir
@@ -30,7 +29,7 @@ def _source() -> tuple[AnyPath, str | None]:
         return as_path(_ADAPTER.value), _BASE.value
     config = as_path(_WORKDIR.value) / workdir.CONFIG
     try:
-        model = json.loads(read_text(config))["model"]["name"]
+        model = parse_json(read_text(config))["model"]["name"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{_WORKDIR.value} is not the folder of a run: {config}: {e}") from None
     return as_path(_WORKDIR.value) / loop.ADAPTER, _BASE.value or model

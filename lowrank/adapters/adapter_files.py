@@ -1,7 +1,6 @@
 """The adapter of a run on disk: in the PEFT format where PEFT has one for it, else the trained leaves by name."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,7 +77,7 @@ def base_of(directory: PathLike) -> dict[str, Any]:
         path = as_path(directory) / file
         if paths.exists(path):
             try:
-                found[field] = dict(json.loads(paths.read_text(path)))
+                found[field] = dict(files.parse_json(paths.read_text(path)))
             except (OSError, ValueError, TypeError) as e:
                 raise UserError(f"cannot read {path}: {e}") from None
     dtype = found.get("quantized", {}).pop("param_dtype", None)
@@ -93,10 +92,10 @@ def load_leaves(directory: PathLike, params: PyTree, base_name: str) -> PyTree:
     """
     directory = as_path(directory)
     try:
-        about = json.loads(paths.read_text(directory / ABOUT))
+        about = dict(files.parse_json(paths.read_text(directory / ABOUT)))
         with paths.local_file(directory / ARRAYS) as file:
             arrays = load_file(file)
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError, TypeError, SafetensorError) as e:
         raise UserError(f"adapter {directory} cannot be read: {e}") from None
     if about.get("base") != base_name:
         raise UserError(f"adapter {directory} was trained on {about.get('base')!r}, not on {base_name!r}")

@@ -1,13 +1,12 @@
 """A base model with the adapter of a folder attached: a PEFT adapter, or trained leaves by name."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from lowrank import methods, pretrained
 from lowrank.adapters import adapter_files, peft
-from lowrank.core import paths
+from lowrank.core import files, paths
 from lowrank.core.errors import UserError
 from lowrank.core.paths import AnyPath, PathLike, as_path
 from lowrank.pretrained import Pretrained
@@ -51,7 +50,7 @@ def _base(spec: str | None, recorded: str | None, directory: PathLike, **how: An
 
 def _with_leaves(directory: AnyPath, spec: str | None, model: Mapping[str, Any], read: Mapping[str, Any]) -> Pretrained:
     try:
-        about = json.loads(paths.read_text(directory / adapter_files.ABOUT))
+        about = files.parse_json(paths.read_text(directory / adapter_files.ABOUT))
         recorded, options, group = about["base"], about["model"], about["method"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"cannot read {directory / adapter_files.ABOUT}: {e}") from None

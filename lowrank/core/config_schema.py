@@ -28,14 +28,14 @@ def call_with_group(fn: Callable[..., T], group: Mapping[str, Any], where: str) 
         if key not in parameters and not passes_on:
             raise unknown("config key", f"{where}.{key}", [f"{where}.{k}" for k in parameters])
         if key in parameters:
-            _check_type(parameters[key].annotation, group[key], f"{where}.{key}")
+            check_type(parameters[key].annotation, group[key], f"{where}.{key}")
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in group]
     if missing:
         raise UserError(f"{where}.{missing[0]} is missing: the config must set it")
     return fn(**{k: _plain(v) for k, v in group.items()})
 
 
-def _check_type(kind: Any, value: Any, where: str) -> None:
+def check_type(kind: Any, value: Any, where: str) -> None:
     """Raises UserError for a value that is not of the annotated type; an int is accepted for a float."""
     if not _fits(kind, value):
         raise UserError(f"{where} must be {_spell(kind)}, not {_plain(value)!r}")
@@ -85,7 +85,7 @@ def replace_fields(instance: T, group: Mapping[str, Any], where: str) -> T:
     for key in group:
         if key not in fields:
             raise unknown("config key", f"{where}.{key}", [f"{where}.{k}" for k in fields])
-        _check_type(fields[key], group[key], f"{where}.{key}")
+        check_type(fields[key], group[key], f"{where}.{key}")
     return dataclasses.replace(cast(Any, instance), **{k: _plain(v) for k, v in group.items()})
 
 

@@ -50,10 +50,22 @@ def write_json(path: PathLike, value: Any) -> AnyPath:
     return write_text(path, json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError, as `json.loads`, and also for values that Python cannot take."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its arrays or objects are nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError as e:  # a whole number of thousands of digits
+        raise ValueError(str(e).partition(";")[0]) from None
+
+
 def read_json(path: PathLike) -> Any:
     """The value of a JSON file. Raises UserError when it cannot be read."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read: {e}") from None
 

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lowrank.core.errors import UserError, nearest
+from lowrank.core.files import parse_json
 
 Record = Mapping[str, Any]
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -136,13 +137,13 @@ class _Scan:
 def _object(line: bytes, where: str) -> dict[str, Any]:
     """The record of a line. Raises UserError for what is no JSON object and for text that is no Unicode."""
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
         raise UserError(f"{where}: the line is not UTF-8: {e.reason} at byte {e.start}") from None
     except json.JSONDecodeError as e:
         raise UserError(f"{where}: the line is not JSON: {e.msg} at column {e.colno}") from None
-    except (RecursionError, ValueError) as e:
-        raise UserError(f"{where}: the line is JSON beyond what is read: {str(e).split(';')[0]}") from None
+    except ValueError as e:
+        raise UserError(f"{where}: the line is JSON beyond what is read: {e}") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: a record is a JSON object, not {type(record).__name__}")
     if b"\\u" in line and (half := _SURROGATE.search(json.dumps(record, ensure_ascii=False))):

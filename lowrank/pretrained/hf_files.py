@@ -12,6 +12,7 @@ import numpy as np
 import safetensors
 
 from lowrank.core.errors import UserError
+from lowrank.core.files import parse_json
 from lowrank.pretrained.families import Config, family_of
 from lowrank.pretrained.tensor_reader import StoredTensor, read_array
 
@@ -26,7 +27,7 @@ CODES |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError when the file is missing or does not hold a JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}") from None
     except (OSError, ValueError) as e:

@@ -7,11 +7,16 @@ from typing import Any
 
 import tokenizers
 
+from lowrank.core.config_schema import check_type
 from lowrank.core.errors import UserError
 from lowrank.pretrained import chat_template
 from lowrank.pretrained.bounded_backend import bounded
 from lowrank.pretrained.chat_template import Messages, Rendered
 from lowrank.pretrained.hf_files import read_json
+
+SPECIAL = tuple(f"{name}_token" for name in ("bos", "cls", "eos", "sep", "pad", "unk"))
+# The types of what is read of `tokenizer_config.json`; each may be null.
+TYPES: dict[str, Any] = dict.fromkeys(SPECIAL, str | Mapping[str, Any])
 
 
 class Tokenizer:
@@ -111,7 +116,7 @@ def load_tokenizer(directory: Path, hf_config: Mapping[str, Any]) -> Tokenizer:
     except Exception as e:  # the library raises nothing narrower
         raise UserError(f"{path} is not a tokenizer: {e}") from None
     optional = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json")
-    special, config, generation = (read_json(directory / f) if (directory / f).exists() else {} for f in optional)
+    special, config, generation = (_read_optional(directory / name) for name in optional)
     config = special | {key: value for key, value in config.items() if value is not None}
     for key in ("bos", "eos", "pad"):
         token = next((backend.id_to_token(i) for i in token_ids(hf_config.get(f"{key}_token_id"))), None)
@@ -125,6 +130,17 @@ def load_tokenizer(directory: Path, hf_config: Mapping[str, Any]) -> Tokenizer:
         return Tokenizer(backend, config, token_ids(stops))
     except UserError as e:
         raise UserError(f"{directory}: {e}") from None
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    """The object of a file, empty where there is none. Raises UserError for a value of a type that it cannot have."""
+    found = read_json(path) if path.exists() else {}
+    for key in TYPES.keys() & found.keys():
+        check_type(TYPES[key] | None, found[key], f"{path}: {key}")
+    for key in SPECIAL:
+        if isinstance(found.get(key), Mapping) and not isinstance(found[key].get("content"), str):
+            raise UserError(f"{path}: {key} is an object without the text 'content'")
+    return found
 
 
 def token_ids(value: Any) -> list[int]:

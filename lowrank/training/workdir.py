@@ -10,7 +10,7 @@ import jax
 import tensorstore
 
 from lowrank.core.errors import InUse, UserError
-from lowrank.core.files import to_json, write_json
+from lowrank.core.files import parse_json, to_json, write_json
 from lowrank.core.lease import Lease
 from lowrank.core.paths import AnyPath, PathLike, as_path, children, exists, in_bucket, is_folder, read_text
 
@@ -107,7 +107,7 @@ def _never_lost() -> None:
 
 def _read(path: AnyPath) -> dict[str, Any]:
     try:
-        config = json.loads(read_text(path))
+        config = parse_json(read_text(path))
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read: {e}; choose another workdir") from None
     if not isinstance(config, dict):

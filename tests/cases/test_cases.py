@@ -14,14 +14,16 @@ CASES = [
     "ctrl_c",
     "data_changed_midrun",
     "generation_tag",
+    "json_beyond_python",
     "lone_surrogate",
-    "overlong_record",
     "negative_pad_id",
+    "overlong_record",
     "reasoning_turns",
     "rope_theta_beside",
     "sentencepiece_pieces",
     "tojson_arguments",
     "token_beyond_vocabulary",
+    "tokenizer_config_types",
     "tool_calls",
 ]
 

@@ -62,6 +62,14 @@ def test_what_can_be_no_id_is_none(folder, none):
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.stop_ids) == (2, 2, (2,))
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("value", [["w5"], 5, True, {"text": "w5"}, {"content": 5}])
+def test_a_special_token_of_another_type_is_named(folder, file, value):
+    (folder / file).write_text(json.dumps({"eos_token": value}))
+    with pytest.raises(UserError, match=f"{folder / file}: eos_token "):
+        load_tokenizer(folder, {})
+
+
 def test_special_tokens_may_be_objects_or_ids_of_the_model(folder):
     configure(folder, eos_token={"content": "w5"}, bos_token=None, pad_token=None)
     tokenizer = load_tokenizer(folder, {"bos_token_id": 6, "pad_token_id": 7, "eos_token_id": [8, 5]})

@@ -39,7 +39,7 @@ def find_targets(config: Mapping[str, Any], paths: Collection[str], heads: Colle
     all_linear = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
     chosen = [p for p in paths if (p not in heads if all_linear else is_named(wanted, p))]
     saved = config.get("modules_to_save") or ()
-    chosen = [p for p in chosen if not any(re.match(rf"(^|.*\.){m}($|\..*)", p) for m in saved)]
+    chosen = [p for p in chosen if not any(_regex(rf"(^|.*\.){m}($|\..*)").match(p) for m in saved)]
     chosen = [p for p in chosen if not is_named(config.get("exclude_modules") or (), p) and _in_layers(config, p)]
     if not chosen:
         first = wanted if isinstance(wanted, str) else sorted(wanted)[0]
@@ -55,7 +55,7 @@ def _in_layers(config: Mapping[str, Any], path: str) -> bool:
     names = config.get("layers_pattern") or r"[^.]*"
     names = [names] if isinstance(names, str) else names
     start = r".*?\." if not config.get("layers_pattern") else r"(?:^|.*?\.)"
-    match = next((m for m in (re.match(rf"{start}{name}\.(\d+)\.", path) for name in names) if m), None)
+    match = next((m for m in (_regex(rf"{start}{name}\.(\d+)\.").match(path) for name in names) if m), None)
     return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
