@@ -1,6 +1,7 @@
 """A base model with the adapter of a folder attached: a PEFT adapter, or trained leaves by name."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,9 @@ from lowrank.adapters import adapter_files, peft
 from lowrank.core import files, paths
 from lowrank.core.errors import UserError
 from lowrank.core.paths import AnyPath, PathLike, as_path
-from lowrank.pretrained import Pretrained
+from lowrank.pretrained import Pretrained, companions
+from lowrank.pretrained.resolve import is_hub_id
+from lowrank.pretrained.tokenizer import load_tokenizer
 
 
 def load_adapted(
@@ -31,16 +34,38 @@ def load_adapted(
     if paths.exists(as_path(directory) / adapter_files.ABOUT):
         return _with_leaves(as_path(directory), spec, model or {}, read)
     about = peft.describe_adapter(directory)
-    base = _base(spec, about.base, directory, model={**(model or {}), **about.model}, **read)
-    return dataclasses.replace(base, params=peft.load(directory, base.params, base, any_base=any_base))
+    base = _base(spec, about.base, directory, about.revision, model={**(model or {}), **about.model}, **read)
+    base = dataclasses.replace(base, params=peft.load(directory, base.params, base, any_base=any_base))
+    return with_tokenizer(base, as_path(directory))
 
 
-def _base(spec: str | None, recorded: str | None, directory: PathLike, **how: Any) -> Pretrained:
-    """The model `spec`, or the recorded base, which may be no more than the name of a folder."""
+def with_tokenizer(base: Pretrained, directory: AnyPath) -> Pretrained:
+    """`base` with the tokenizer that a local adapter's folder brings, which is then said on stderr, or as it is."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    if paths.in_bucket(directory) or not all((directory / name).exists() for name in names):
+        return base
+    stops = () if (directory / companions.GENERATION).exists() else base.tokenizer.stop_ids
+    own = load_tokenizer(directory, base.hf_config, stops).with_rows(base.config.vocab_size)
+    if own.config != base.tokenizer.config or own.backend.to_str() != base.tokenizer.backend.to_str():
+        print(f"the tokenizer of {directory} takes the place of that of {base.name}", file=sys.stderr)
+    return dataclasses.replace(base, tokenizer=own, folders=(str(directory), *base.folders))
+
+
+def _base(
+    spec: str | None, recorded: str | None, directory: PathLike, revision: str | None = None, **how: Any
+) -> Pretrained:
+    """The model `spec`, or the recorded base, which may be no more than the name of a folder.
+
+    A base from the hub is read at the recorded `revision`. That a folder's word alone has it fetched is said on stderr.
+    """
     if not (spec or recorded):
         raise UserError(f"the adapter in {directory} does not record its base: name the base")
+    if not spec and is_hub_id(recorded):
+        at = f" at revision {revision}" if revision else ""
+        print(f"reading {recorded}{at} from the hub: the adapter in {directory} names it as its base", file=sys.stderr)
+    same = not spec or spec == recorded
     try:
-        return pretrained.load(spec or recorded, **how)
+        return pretrained.load(spec or recorded, revision=revision if same else None, **how)
     except UserError as e:
         if spec:
             raise
@@ -58,4 +83,5 @@ def _with_leaves(directory: AnyPath, spec: str | None, model: Mapping[str, Any],
     method = methods.build_method(group)
     params = methods.attach_for_loading(method, base.params)
     params = adapter_files.load_leaves(directory, params, base.name)
-    return dataclasses.replace(base, params=method.bind(params, None, None) if method.bind else params)
+    base = dataclasses.replace(base, params=method.bind(params, None, None) if method.bind else params)
+    return with_tokenizer(base, directory)

@@ -5,7 +5,8 @@ A path is a local path or one in a bucket, as `paths.as_path` takes it.
 
 import json
 import os
-import tempfile
+import pathlib
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,18 +32,40 @@ def write_bytes(path: PathLike, data: bytes) -> AnyPath:
             write_object(path, data)
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        beside = beside_of(path)
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with beside.open("xb") as file:  # its mode follows the umask, which that of mkstemp does not
                 file.write(data)
-            os.chmod(beside, 0o644)  # mkstemp makes it private
-            os.replace(beside, path)
+                file.flush()
+                os.fsync(file.fileno())  # else a crash after the renaming may leave an empty file
+            beside.replace(path)
         except BaseException:
-            os.unlink(beside)
+            beside.unlink(missing_ok=True)
             raise
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
     return path
+
+
+def beside_of(path: pathlib.Path) -> pathlib.Path:
+    """A name beside `path` that no other process takes, under which what `path` will be is written."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Has the disk hold the files of a local folder, each readable by those for whom new files are.
+
+    Libraries write some files with modes of their own, whatever the umask says.
+    """
+    probe = folder / f".{secrets.token_hex(6)}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(mode)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def write_json(path: PathLike, value: Any) -> AnyPath:

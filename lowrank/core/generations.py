@@ -10,12 +10,12 @@ import fcntl
 import functools
 import os
 import pathlib
-import tempfile
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 from lowrank.core.errors import UserError
+from lowrank.core.files import beside_of
 from lowrank.core.paths import PathLike, as_path, in_bucket, store_errors
 
 LOCK = ".generations.lock"
@@ -140,14 +140,15 @@ def _folder_lock(folder: pathlib.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _beside(path: pathlib.Path, data: bytes) -> Iterator[pathlib.Path]:
     """A file with the content in the folder of `path`, which is deleted unless it is renamed."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = beside_of(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with beside.open("xb") as file:
             file.write(data)
-        os.chmod(name, 0o644)  # mkstemp makes it private
-        yield pathlib.Path(name)
+            file.flush()
+            os.fsync(file.fileno())
+        yield beside
     finally:
-        pathlib.Path(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
 def _read_object(path: PathLike) -> Version | None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lowrank.core.errors import UserError, nearest
-from lowrank.data import gfile
+from lowrank.data import gfile, tfds_features
 from lowrank.data.bbc_news import BbcNews
 from lowrank.data.jsonl import Jsonl, Record, bad_split
 
@@ -147,7 +148,8 @@ def prepared(spec: str, data_dir: Path, **kwargs: Any) -> tfds.core.DatasetBuild
     """
     gfile.stand_in()
     if os.path.isdir(spec):
-        return tfds.builder_from_directory(spec)
+        return _prepared_folder(spec)
+    tfds_features.check_features(data_dir / re.split("[:/]", spec)[0])
     builder = _builder(spec, data_dir, **kwargs)
     if builder.data_path.exists():
         return builder
@@ -167,6 +169,15 @@ def prepared(spec: str, data_dir: Path, **kwargs: Any) -> tfds.core.DatasetBuild
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return _builder(spec, data_dir, **kwargs)
+
+
+def _prepared_folder(folder: str) -> tfds.core.DatasetBuilder:
+    """The builder of a dataset in a folder. Raises UserError if it holds none, or has features that are not TFDS's."""
+    tfds_features.check_features(Path(folder))
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as e:  # TFDS has many kinds for a folder that is not one of its own
+        raise UserError(f"{folder} is not the folder of a dataset that TFDS prepared: {_line(e)}") from None
 
 
 def _builder(spec: str, data_dir: Path, **kwargs: Any) -> tfds.core.DatasetBuilder:

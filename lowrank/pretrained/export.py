@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from lowrank.core import tree
+from lowrank.core import files, tree
 from lowrank.core.errors import UserError, plural, unknown
 from lowrank.core.paths import PathLike, as_local_path
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_stored
-from lowrank.pretrained import quantized_checkpoint
+from lowrank.pretrained import companions, quantized_checkpoint
 from lowrank.pretrained.families import FAMILIES
 from lowrank.pretrained.hf_files import INDEX, SINGLE
 from lowrank.pretrained.hf_tensors import Tensor
@@ -73,12 +72,14 @@ def export(
             _arrays(shard, leaves, dtype)
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    scratch = files.beside_of(directory)
     try:
+        scratch.mkdir()
         _write_shards(scratch, shards, leaves, dtype)
         base.tokenizer.save(scratch)
         (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        scratch.chmod(0o755)
+        companions.write(base, scratch)
+        files.sync_folder(scratch)
         scratch.rename(directory)
     except (OSError, SafetensorError) as e:
         raise UserError(f"cannot write {directory}: {e}") from None
@@ -107,11 +108,20 @@ def _hf_config(base: Pretrained, dtype: str, labels: Sequence[str]) -> dict[str,
     merged = {**recorded, "architectures": ours["architectures"], "torch_dtype": dtype}
     merged.setdefault("pad_token_id", base.tokenizer.pad_id)
     if config.num_labels:
-        names = list(labels) or [f"LABEL_{i}" for i in range(config.num_labels)]
+        names = list(labels) or _recorded_labels(base.hf_config, config.num_labels)
         merged |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     merged.pop("dtype", None)
     merged.pop("quantization_config", None)
     return merged
+
+
+def _recorded_labels(hf_config: Mapping[str, Any], count: int) -> list[str]:
+    """The names of the classes in a `config.json`, in the order of their ids; `LABEL_0`, ... if it has others."""
+    recorded = hf_config.get("id2label")
+    found = {str(i): name for i, name in recorded.items()} if isinstance(recorded, Mapping) else {}
+    names = [found.get(str(i)) for i in range(count)]
+    usable = len(found) == count and all(isinstance(name, str) for name in names) and len({*names}) == count
+    return names if usable else [f"LABEL_{i}" for i in range(count)]
 
 
 def _check_leaves(leaves: Mapping[str, Any], base: Pretrained) -> list[Tensor]:

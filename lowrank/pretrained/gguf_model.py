@@ -16,6 +16,7 @@ from lowrank.core.errors import UserError, unknown
 from lowrank.pretrained import gguf_tokenizer, hf_files
 from lowrank.pretrained.families import FAMILIES
 from lowrank.pretrained.gguf_file import GGUF, open_gguf
+from lowrank.pretrained.size_limits import check_sizes
 from lowrank.pretrained.tensor_reader import StoredTensor, add_constant, deinterleave_heads
 from lowrank.pretrained.tokenizer import Tokenizer
 
@@ -56,6 +57,7 @@ class GGUFSource:
         if self.arch not in MODEL_TYPES:
             raise unknown("GGUF architecture", self.arch, MODEL_TYPES)
         config = _hf_config(self.file, self.arch)
+        check_sizes(self.where, config, self.file.tensors)
         self.hf_config = config | FAMILIES[config["model_type"]].hf_config(hf_files.parse_config(self.where, config))
 
     def has_tokenizer(self) -> bool:
@@ -106,7 +108,7 @@ def _hf_config(file: GGUF, arch: str) -> dict[str, Any]:
 def _number(file: GGUF, key: str, default: float | None = None) -> float:
     """A number; a float32 becomes the shortest decimal that rounds to it."""
     value = file.get(key, default)
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise UserError(f"{file.path}: metadata {key!r} is {value!r}: it must be one number, the same for all layers")
     return float(str(np.float32(value))) if isinstance(value, float) else value
 

@@ -49,6 +49,9 @@ SPLITS = {
     "tekken": Split(_TEKKEN, whole_words=True, bos=True),
 }
 
+ONLY_SPLITS = {"gpt2": "gpt-2", "qwen2": "qwen2", "qwen3": "qwen2"}  # architectures with one split for all models
+LLAMA3_TOKEN = "<|start_header_id|>"
+
 
 def build_tokenizer(file: GGUF) -> tokenizer.Tokenizer:
     """The tokenizer of a GGUF file. Raises UserError for an unknown kind and for inconsistent metadata."""
@@ -93,7 +96,11 @@ def _config(file: GGUF, tokens: list[str]) -> dict[str, Any]:
 
 
 def _byte_level(file: GGUF, tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
-    pre = file.get(f"{K}pre", "gpt-2")
+    pre = file.metadata.get(f"{K}pre") or _only_split(file.get("general.architecture"), tokens)
+    if pre is None:
+        known = ", ".join(SPLITS)
+        advice = f"add it with the package gguf (gguf-new-metadata --pre-tokenizer=NAME; known: {known})"
+        raise UserError(f"{file.path} has no {K}pre, which says how its model's texts are split: {advice}")
     if pre not in SPLITS:
         raise unknown("GGUF pre-tokenizer", pre, SPLITS)
     split = SPLITS[pre]
@@ -108,6 +115,11 @@ def _byte_level(file: GGUF, tokens: list[str], types: list[int]) -> tuple[Tokeni
     if split.nfc:
         backend.normalizer = normalizers.NFC()
     return backend, split.bos
+
+
+def _only_split(arch: str, tokens: list[str]) -> str | None:
+    """The split of a file that does not name its own, where the architecture or the vocabulary leave no doubt."""
+    return ONLY_SPLITS.get(arch) or ("llama-bpe" if LLAMA3_TOKEN in tokens else None)
 
 
 def _sentencepiece(file: GGUF, tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:

@@ -46,6 +46,11 @@ def parse_config(where: str, hf_config: Mapping[str, Any]) -> Config:
         raise UserError(f"{where}: {reason}") from None
 
 
+def has_tensors(directory: Path) -> bool:
+    """Whether a directory holds safetensors, or their index."""
+    return (directory / SINGLE).exists() or (directory / INDEX).exists()
+
+
 def open_directory(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint directory by name; only headers are read.
 

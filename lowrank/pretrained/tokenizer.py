@@ -106,8 +106,11 @@ class Tokenizer:
         (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def load_tokenizer(directory: Path, hf_config: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory. Raises UserError for a missing or corrupt file, naming it."""
+def load_tokenizer(directory: Path, hf_config: Mapping[str, Any], stop_ids: Sequence[int] = ()) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory; `stop_ids` are further tokens at which generation ends.
+
+    Raises UserError for a missing or corrupt file, naming it.
+    """
     path = directory / "tokenizer.json"
     if not path.exists():
         raise UserError(f"{directory} has no tokenizer.json, which every model needs")
@@ -127,7 +130,7 @@ def load_tokenizer(directory: Path, hf_config: Mapping[str, Any]) -> Tokenizer:
         config["chat_template"] = template.read_text(encoding="utf-8")
     stops = generation.get("eos_token_id", hf_config.get("eos_token_id"))
     try:
-        return Tokenizer(backend, config, token_ids(stops))
+        return Tokenizer(backend, config, [*token_ids(stops), *stop_ids])
     except UserError as e:
         raise UserError(f"{directory}: {e}") from None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file  # noqa: F401
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>", "<pad>"]

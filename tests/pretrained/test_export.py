@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 
 from lowrank.core import sharding
 from lowrank.core.errors import UserError
+from lowrank.core.files import write_text
 from lowrank.pretrained import export, load
 from tests.support import checkpoint_files as files
 from tests.support.checkpoint_files import BERT, GEMMA3, GPT2, LLAMA
@@ -47,6 +49,45 @@ def test_the_config_and_tokenizer_come_along(tmp_path, llama):
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+def test_what_lies_beside_the_tensors_comes_along(tmp_path):
+    folder = files.directory(tmp_path / "model", LLAMA)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "top_p": 0.9}))
+    (folder / "vocab.txt").write_text("w4")
+    base = load(str(folder))
+    for name in ("generation_config.json", "vocab.txt"):
+        assert (export(base.params, base, tmp_path / f"out-{name}") / name).read_text() == (folder / name).read_text()
+    assert load(str(tmp_path / "out-vocab.txt")).tokenizer.stop_ids == (2, 5)
+
+
+def test_a_model_that_ends_at_several_tokens_still_does_without_a_generation_config(tmp_path):
+    base = load(str(files.directory(tmp_path / "model", {**LLAMA, "eos_token_id": [2, 5]})))
+    base = dataclasses.replace(base, hf_config={**base.hf_config, "eos_token_id": 2})
+    assert load(str(export(base.params, base, tmp_path / "out"))).tokenizer.stop_ids == (2, 5)
+
+
+def test_the_names_of_classes_come_along_in_their_order(tmp_path):
+    named = {**BERT, "id2label": {"1": "no", "0": "yes"}}
+    base = load(str(files.directory(tmp_path / "model", named)), model={"num_labels": 2})
+    written = json.loads((export(base.params, base, tmp_path / "out") / "config.json").read_text())
+    assert written["id2label"] == {"0": "yes", "1": "no"}
+    assert written["label2id"] == {"yes": 0, "no": 1}
+    given = export(base.params, base, tmp_path / "given", labels=["a", "b"])
+    assert json.loads((given / "config.json").read_text())["id2label"] == {"0": "a", "1": "b"}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_are_readable_by_whom_the_umask_says(tmp_path, llama, mask):
+    before = os.umask(mask)
+    try:
+        out = export(llama.params, llama, tmp_path / "out")
+        text = write_text(tmp_path / "run" / "report.md", "text")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (*out.iterdir(), text)}
+    assert modes == {0o666 & ~mask}
+    assert {path.stat().st_mode & 0o777 for path in (out, text.parent)} == {0o777 & ~mask}
 
 
 def test_a_gguf_model_becomes_a_directory(tmp_path):

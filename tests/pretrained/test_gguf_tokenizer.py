@@ -85,6 +85,16 @@ def test_qwen_composes_characters_first(tmp_path):
     assert qwen.encode("e\u0301") == qwen.encode("\u00e9") == gpt2.encode("\u00e9") != gpt2.encode("e\u0301")
 
 
+def test_a_file_that_does_not_say_how_text_is_split_is_read_only_where_nothing_is_in_doubt(tmp_path):
+    tokens = [*CONTROLS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "12"]
+    options = {"model": "gpt2", "merges": ["1 2"], "token_type": [3] * 3 + [1] * 257, "eos_token_id": 2}
+    with pytest.raises(UserError, match=r"has no tokenizer.ggml.pre, which says how its model's texts are split: add"):
+        rebuilt(tmp_path, tokens, **options)
+    tokens[1] = "<|start_header_id|>"
+    ids = {pre: rebuilt(tmp_path, tokens, pre=pre, **options).encode("12") for pre in ("llama-bpe", "qwen2")}
+    assert rebuilt(tmp_path, tokens, **options).encode("12") == ids["llama-bpe"] != ids["qwen2"]
+
+
 PIECES = [
     "▁",
     "▁t",

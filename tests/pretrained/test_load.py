@@ -260,7 +260,7 @@ def test_a_bad_config_file_is_named(llama, file, text):
     ("change", "message"),
     [
         ({"hidden_size": None}, "config.json has no 'hidden_size'"),
-        ({"hidden_size": "wide"}, "its config cannot be used: TypeError"),
+        ({"hidden_size": "wide"}, "config.json's hidden_size is 'wide': it must be a count"),
         ({"num_attention_heads": 0}, "its config cannot be used: ZeroDivisionError"),
         ({"hidden_act": "swoosh"}, "unknown activation"),
         ({"model_type": ["llama"]}, "its config cannot be used: TypeError"),

@@ -34,7 +34,9 @@ def describe_adapter(directory: PathLike) -> AdapterDescription:
     if raw["peft_type"] not in WHOLE_MODEL_TYPES:
         return reading.describe_adapter(directory)
     options = WHOLE_MODEL_TYPES[raw["peft_type"]].model_options(raw, tensors.read_shapes(directory))
-    return AdapterDescription(raw["peft_type"], raw.get("base_model_name_or_path"), options)
+    return AdapterDescription(
+        raw["peft_type"], raw.get("base_model_name_or_path"), options, raw.get("revision") or None
+    )
 
 
 def load(directory: PathLike, params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:

@@ -20,11 +20,15 @@ from lowrank.weights.lora import RESIDUAL
 
 
 class AdapterDescription(NamedTuple):
-    """The summary of an adapter: `model` are the options with which its base must be loaded."""
+    """The summary of an adapter: `model` are the options with which its base must be loaded.
+
+    `revision` is that of the base, where it comes from a hub.
+    """
 
     peft_type: str
     base: str | None
     model: dict[str, Any]
+    revision: str | None = None
 
 
 def describe_adapter(directory: str | os.PathLike[str]) -> AdapterDescription:
@@ -33,8 +37,9 @@ def describe_adapter(directory: str | os.PathLike[str]) -> AdapterDescription:
     shapes = tensors.read_shapes(directory)
     heads = [f"{tensors.PREFIX}{name}.weight" for name in configs.HEAD_MODULES]
     labels = [shapes[name][0] for name in heads if name in shapes]
+    options = {"num_labels": labels[0]} if labels else {}
     return AdapterDescription(
-        config["peft_type"], config["base_model_name_or_path"], {"num_labels": labels[0]} if labels else {}
+        config["peft_type"], config["base_model_name_or_path"], options, config["revision"] or None
     )
 
 

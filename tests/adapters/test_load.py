@@ -1,0 +1,76 @@
+"""Laws of what an adapter's folder says of its base and its tokenizer."""
+
+import json
+import shutil
+
+import huggingface_hub
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lowrank.adapters import load
+from lowrank.core.errors import UserError
+from lowrank.pretrained import export
+from tests.support import checkpoint_files as files
+
+
+@pytest.fixture
+def base(tmp_path):
+    return files.directory(tmp_path / "name", files.LLAMA)
+
+
+def adapter(where, **changes):
+    where.mkdir()
+    config = {"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"], "base_model_name_or_path": "org/name"}
+    (where / "adapter_config.json").write_text(json.dumps(config | changes))
+    path = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    shapes = {"A": (1, 16), "B": (16, 1)}
+    arrays = {path.format(i, x): np.ones(shape, np.float32) for i in range(3) for x, shape in shapes.items()}
+    save_file(arrays, where / "adapter_model.safetensors")
+    return where
+
+
+def test_the_recorded_revision_is_fetched_and_said(tmp_path, base, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo, **how: asked.append((repo, how.get("revision"))) or str(base)
+    )
+    where = adapter(tmp_path / "a", revision="abc123")
+    load.load_adapted(where)
+    assert "reading org/name at revision abc123 from the hub: the adapter in" in capsys.readouterr().err
+    load.load_adapted(adapter(tmp_path / "b"))
+    load.load_adapted(where, "org/name")
+    load.load_adapted(where, "other/name", any_base=True)
+    assert asked == [("org/name", "abc123"), ("org/name", None), ("org/name", "abc123"), ("other/name", None)]
+
+
+@pytest.mark.parametrize("name", [5, ["a"], {"a": 1}, True])
+def test_a_name_that_is_no_text_is_one_line(tmp_path, name):
+    with pytest.raises(UserError, match=r"adapter_config.json: base_model_name_or_path must be a str or None, not"):
+        load.load_adapted(adapter(tmp_path / "a", base_model_name_or_path=name))
+
+
+def test_the_tokenizer_of_the_adapter_takes_the_place_of_that_of_the_base(tmp_path, base, capsys):
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    where = adapter(tmp_path / "a")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, where)
+    load.load_adapted(where, str(base))
+    assert capsys.readouterr().err == ""
+    (where / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    model = load.load_adapted(where, str(base))
+    assert f"the tokenizer of {where} takes the place of that of name" in capsys.readouterr().err
+    assert model.tokenizer.chat([{"role": "user", "content": "hi"}]) == "hi!"
+    assert model.tokenizer.stop_ids == (2, 5)
+
+
+def test_the_generation_config_of_the_adapter_is_written_before_that_of_the_base(tmp_path, base):
+    where = adapter(tmp_path / "a")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, where)
+    for folder, stops in ((base, [2, 5]), (where, [2, 6])):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    model, plain = load.load_adapted(where, str(base)), load.pretrained.load(str(base))
+    out = export(plain.params, model, tmp_path / "out")
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [2, 6]}
+    assert load.pretrained.load(str(out)).tokenizer.stop_ids == model.tokenizer.stop_ids == (2, 6)
