@@ -10,12 +10,18 @@ import pytest
 
 HERE = Path(__file__).parent
 CASES = [
+    "adapter_about_its_base",
     "bert_gamma_beta",
+    "config_beyond_its_file",
     "ctrl_c",
     "data_changed_midrun",
+    "dataset_folder_runs_code",
+    "generation_config_lost",
     "generation_tag",
+    "gguf_without_pre",
     "json_beyond_python",
     "lone_surrogate",
+    "merged_file_modes",
     "negative_pad_id",
     "overlong_record",
     "reasoning_turns",

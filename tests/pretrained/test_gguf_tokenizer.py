@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
+from lowrank.core.errors import UserError
 from lowrank.pretrained import gguf_tokenizer
 from lowrank.pretrained.gguf_file import open_gguf
 from tests.support import checkpoint_files as files
