@@ -106,16 +106,16 @@ def test_skypilot_reads_the_task_of_a_worker(flags, tmp_path):
 
 # Of `gcloud compute tpus queued-resources create|describe|delete` and `gcloud compute tpus tpu-vm scp|ssh`.
 DOCUMENTED = (
-    "--accelerator-type --async --best-effort --command --force --format --guaranteed --internal-ips --labels "
-    "--metadata --metadata-from-file --network --node-count --node-id --node-prefix --project --quiet --recurse --runtime-version "
-    "--service-account --spot --strict-host-key-checking --subnetwork --tunnel-through-iap --valid-until-duration "
-    "--worker --zone"
+    "--accelerator-type --async --best-effort --command --force --format --guaranteed --internal-ips "
+    "--labels --metadata --metadata-from-file --network --node-count --node-id --node-prefix --project "
+    "--quiet --recurse --runtime-version --service-account --spot --strict-host-key-checking --subnetwork "
+    "--tunnel-through-iap --valid-until-duration --worker --zone"
 )
 
 
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:2x4,slices=2"])
 def test_gcloud_parses_every_command_of_a_tpu_vm(topology, tmp_path):
-    """By gcloud's own linter where it is installed (no package index has it), else by the flags that it documents."""
+    """By gcloud's own linter where it is installed, which no package index has, else by the flags it documents."""
     flags = (f"--topology={topology}", "--zone=us-west4-a", "--project=p", "--env=NOTE=a b", "--spot")
     texts, _ = files(describe("tpu_vm", *flags))
     tools = fake_tools(tmp_path, gcloud='[ "$4" = describe ] && echo ACTIVE; exit 0')
