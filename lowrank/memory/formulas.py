@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 
 from lowrank import models
 from lowrank.core import parameter_summary, sharding, tree
@@ -102,7 +103,9 @@ def logits_bytes(run: Run, r: StepInputs) -> int:
 
 def decoded_bytes(run: Run) -> int:
     """The largest float32 tile of a quantized kernel that is decoded at a time on the devices of the mesh."""
-    tile = base.tile_elements(run.mesh.devices.flat[0].platform)
+    mesh = run.mesh
+    platform = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform  # an abstract mesh has none
+    tile = base.tile_elements(platform)
     return 4 * max((min(tile, math.prod(w.shape[-2:])) for _, w in _forms(run.shapes)), default=0)
 
 

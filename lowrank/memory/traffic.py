@@ -20,11 +20,14 @@ def moved_bytes(run: Run, r: StepInputs) -> int:
 
 
 def _weights(run: Run, r: StepInputs) -> float:
-    """The shards that `fsdp` and `context` gather: once for the forward pass and once for the backward pass."""
+    """The shards that `fsdp` and `context` gather: the layers' in the forward and the backward pass, the head's once.
+
+    The gradient of a head's inputs is computed beside its logits.
+    """
     if run.mesh.shape["fsdp"] * run.mesh.shape["context"] == 1:
         return 0.0
     layers, table = formulas.gathered_leaves(run, r)
-    return 2 * formulas.total_bytes([*layers, *table]) / run.mesh.shape["tensor"]
+    return (2 * formulas.total_bytes(layers) + formulas.total_bytes(table)) / run.mesh.shape["tensor"]
 
 
 def _activations(run: Run, r: StepInputs) -> float:

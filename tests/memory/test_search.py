@@ -88,9 +88,9 @@ def test_other_devices_than_tpus_are_refused(files):
 @pytest.mark.parametrize(
     ("mesh", "moved"),
     [
-        ({}, lambda kernels, adapter: 0),
-        ({"fsdp": 4}, lambda kernels, adapter: 2 * (kernels + adapter) + adapter / 4),
-        ({"tensor": 2}, lambda kernels, adapter: LAYERS * 2 * 3 * ROWS * LENGTH * WIDTH * 4),  # and none of a gradient
+        ({}, lambda layers, head, adapter: 0),
+        ({"fsdp": 4}, lambda layers, head, adapter: 2 * (layers + adapter) + head + adapter / 4),
+        ({"tensor": 2}, lambda layers, head, adapter: LAYERS * 2 * 3 * ROWS * LENGTH * WIDTH * 4),  # no gradient's sum
     ],
 )
 def test_a_step_moves_gathered_shards_and_sums_of_activations(mesh, moved, files):
@@ -98,7 +98,6 @@ def test_a_step_moves_gathered_shards_and_sums_of_activations(mesh, moved, files
     run = search.dataclasses.replace(run, mesh=abstract_mesh(**mesh))
     inputs = step_inputs(run)
     whole = lambda part: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part))  # noqa: E731
-    alone = whole([inputs.frozen["embed"], inputs.frozen["norm"]])
-    tied = getattr(run.network.config, "tied", False)
-    kernels = whole(inputs.frozen) - alone + (whole(inputs.frozen["embed"]) if tied else 0)
-    assert_close(traffic.moved_bytes(run, inputs), moved(kernels, whole(inputs.state.trained)), relative=0.02)
+    head = whole(inputs.frozen["head"] if "head" in inputs.frozen else inputs.frozen["embed"])
+    expected = moved(whole(inputs.frozen["layers"]), head, whole(inputs.state.trained))
+    assert_close(traffic.moved_bytes(run, inputs), expected, relative=0.02)
