@@ -28,7 +28,7 @@ for i, (name, records) in enumerate(sets.items()):
     ]
     args += [
         "--config.data.seq_len=128",
-        "--config.steps=2000" if i == 2 else "--config.steps=4",
+        "--config.steps=300" if i == 2 else "--config.steps=4",
         "--config.log_every=50",
         "--config.data.batch_size=8",
     ]
