@@ -35,8 +35,16 @@ def load_adapted(
         return _with_leaves(as_path(directory), spec, model or {}, read)
     about = peft.describe_adapter(directory)
     base = _base(spec, about.base, directory, about.revision, model={**(model or {}), **about.model}, **read)
-    base = dataclasses.replace(base, params=peft.load(directory, base.params, base, any_base=any_base))
+    base = _untied(dataclasses.replace(base, params=peft.load(directory, base.params, base, any_base=any_base)))
     return with_tokenizer(base, as_path(directory))
+
+
+def _untied(base: Pretrained) -> Pretrained:
+    """`base` with a config that says so, where the adapter gave a tied model a head of its own."""
+    if "head" not in base.params or base.config.num_labels or not getattr(base.config, "tied", False):
+        return base
+    config, hf_config = dataclasses.replace(base.config, tied=False), {**base.hf_config, "tie_word_embeddings": False}
+    return dataclasses.replace(base, config=config, hf_config=hf_config)
 
 
 def with_tokenizer(base: Pretrained, directory: AnyPath) -> Pretrained:

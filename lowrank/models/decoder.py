@@ -128,7 +128,9 @@ class Decoder(nn.Module):
             self.top = scan_layers(Block, c, stack_depths(c)["top"])
         # Its input in the dtype of the activations is saved alone: a residual in float32 would be twice as large.
         self.norm = nn.remat(Norm)(c.norm, c.norm_eps, c.norm_offset)
-        if c.num_labels or not c.tied:
+        # A tied model may be given a head of its own, as an adapter has one.
+        self.has_head = bool(c.num_labels or not c.tied or self.has_variable("params", "head"))
+        if self.has_head:
             self.head = Head(c.num_labels or c.vocab_size)
 
     def __call__(
@@ -192,7 +194,7 @@ class Decoder(nn.Module):
     def logits(self, h_BxTxD: jax.Array) -> jax.Array:
         """The logits of features `[B, T, D]`, float32 `[B, T, V]`."""
         c = self.config
-        y = self.embed.to_logits(h_BxTxD) if c.tied else self.head(h_BxTxD)
+        y = self.head(h_BxTxD) if self.has_head else self.embed.to_logits(h_BxTxD)
         return c.final_logit_softcap * jnp.tanh(y / c.final_logit_softcap) if c.final_logit_softcap else y
 
     def classify(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from lowrank.adapters.peft import config, experts, prompts, reading, tensors, tokens, writing
+from lowrank.adapters.peft import config, embeddings, experts, prompts, reading, tensors, tokens, writing
 from lowrank.adapters.peft.forms import FORMS
 from lowrank.adapters.peft.modules import Base
 from lowrank.adapters.peft.reading import AdapterDescription
@@ -54,7 +54,9 @@ def load(directory: PathLike, params: PyTree, base: Base, *, any_base: bool = Fa
     config.check_base(settings, base.name, directory, any_base)
     rows, found = tokens.split_tokens(settings, tensors.read_tensors(directory), params, base, directory)
     module = experts if settings.get(experts.KEY) else reading
-    return tokens.insert_tokens(rows, module.attach(settings, form, found, params, base, directory))
+    params, view = embeddings.untied(settings, found, params, base)
+    params = embeddings.tied_again(module.attach(settings, form, found, params, view, directory), base)
+    return tokens.insert_tokens(rows, params)
 
 
 def can_write(params: PyTree) -> bool:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.adapters.peft import config as configs
-from lowrank.adapters.peft import match, tensors
+from lowrank.adapters.peft import embeddings, match, tensors
 from lowrank.adapters.peft.forms import Layer, PeftForm, Settings
-from lowrank.adapters.peft.modules import HEADS, Base, Module, Place, base_modules, check_conv1d, check_untied
+from lowrank.adapters.peft.modules import HEADS, Base, Module, Place, base_modules, check_conv1d
 from lowrank.core import tree
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
@@ -58,7 +58,9 @@ def attach(
     """
     leaves = dict(tree.named_leaves(params, is_weight))
     targets, others = _places(config, form, base_modules(base))
-    check_untied(base, others.values())
+    others |= embeddings.unlisted(base_modules(base), targets, found)
+    if not base.config.num_labels:
+        embeddings.check_rows(found, others, base.config.vocab_size, directory)
     settings = {path: form.settings(config, path) for path in targets}
     sizes = [leaves[module.weight.leaf].shape[-2:] for module in targets.values()]
     expected = form.root.shapes(config, sizes) if form.root else {}

@@ -1,0 +1,51 @@
+"""Laws of whole embeddings and heads in an adapter: a tied base gets what an untied checkpoint of them computes."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lowrank import pretrained
+from lowrank.adapters import load
+from lowrank.adapters.export import merge_to_hf
+from lowrank.core.errors import UserError
+from lowrank.models import build_model
+from tests.adapters.test_load import adapter
+from tests.support import checkpoint_files as files
+from tests.support.checkpoint_files import LLAMA
+
+TABLE, HEAD, PRE = "model.embed_tokens.weight", "lm_head.weight", "base_model.model."
+TOKENS = np.arange(4, 12)[None]
+
+
+def logits(model):
+    return build_model(model.config).apply({"params": model.params}, TOKENS)
+
+
+@pytest.mark.parametrize(("table", "head"), [(1.5, 0.5), (1.0, 0.5), (1.5, 1.0), (1.5, 1.5)])
+def test_a_merge_is_the_checkpoint_with_both(tmp_path, table, head):
+    arrays = files.tensors(LLAMA)
+    base = files.write_directory(tmp_path / "name", LLAMA, arrays)
+    rows = arrays[TABLE]
+    where = adapter(tmp_path / "a", modules_to_save=["embed_tokens", "lm_head"])
+    held = load_file(where / "adapter_model.safetensors")
+    files.save_file({**held, PRE + TABLE: table * rows, PRE + HEAD: head * rows}, where / "adapter_model.safetensors")
+    model = load.load_adapted(where, str(base), any_base=True)
+    merge_to_hf(model.params, model, tmp_path / "out")
+    again = pretrained.load(str(tmp_path / "out"))
+    whole = load_file(tmp_path / "out" / "model.safetensors")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] == (table == head)
+    np.testing.assert_array_equal(whole[TABLE], np.float32(table) * rows)
+    np.testing.assert_array_equal(whole.get(HEAD, whole[TABLE]), np.float32(head) * rows)
+    np.testing.assert_allclose(logits(again), logits(model), rtol=1e-4, atol=1e-4 * np.abs(logits(model)).max())
+
+
+def test_more_rows_than_the_base_are_named(tmp_path):
+    base = files.directory(tmp_path / "name", LLAMA)
+    where = adapter(tmp_path / "a")
+    held = load_file(where / "adapter_model.safetensors")
+    rows = np.zeros((LLAMA["vocab_size"] + 1, 16), np.float32)
+    files.save_file({**held, PRE + TABLE: rows}, where / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"embed_tokens.weight has 33 rows, and the base has 32: its tokens were added"):
+        load.load_adapted(where, str(base), any_base=True)
