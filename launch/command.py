@@ -7,11 +7,10 @@ from typing import NoReturn
 
 from absl import flags, logging
 
-from lowrank.core.errors import Diverged, InUse, UserError
+from lowrank.core.errors import Diverged, UserError
 
 STOPPED = 42  # the run was asked to stop, and the same command continues it
 BAD_INPUT, DIVERGED = 2, 3  # the same command would fail again
-CODES = {Diverged: DIVERGED, InUse: STOPPED}  # of the errors whose code is not BAD_INPUT
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,4 +46,4 @@ def fail(error: Exception) -> NoReturn:
 def print_error(error: Exception) -> int:
     """Prints the error as one line on stderr; returns its exit code."""
     print("error:", " ".join(str(error).split()), file=sys.stderr)
-    return next((code for kind, code in CODES.items() if isinstance(error, kind)), BAD_INPUT)
+    return DIVERGED if isinstance(error, Diverged) else BAD_INPUT

@@ -17,7 +17,8 @@ from ml_collections.config_flags import config_flags
 from launch import command, processes
 from lowrank.core import config_file
 from lowrank.core.compilation_cache import keep_programs
-from lowrank.core.errors import UserError
+from lowrank.core.errors import InUse, UserError
+from lowrank.core.paths import expand
 from lowrank.training import loop
 
 # New keys are accepted so that options that the file does not list can be set; the dataclasses refuse unknown keys.
@@ -31,6 +32,13 @@ _PROGRAMS = flags.DEFINE_string(
 )
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "The number of steps to trace, after the first one, into WORKDIR/profile, which xprof opens."
+)
+REFUSE, STOP = "refuse", "stop"
+_IN_USE = flags.DEFINE_enum(
+    "in_use",
+    REFUSE,
+    [REFUSE, STOP],
+    "Where another run holds the folder: refuse, with exit code 2, or stop, with 42, which workers try again.",
 )
 
 
@@ -46,6 +54,9 @@ def main(argv: Sequence[str]) -> int:
         processes.connect(config.get("distributed", False) is True)
         again = shlex.join(["python", "-m", "launch.main", *sys.argv[1:]])
         summary = loop.run(config, _WORKDIR.value, command=again, profile=_PROFILE.value)
+    except InUse as e:
+        code = command.print_error(e)
+        return command.STOPPED if _IN_USE.value == STOP else code
     except UserError as e:
         command.fail(e)
     return command.STOPPED if "stopped_at" in summary else 0
@@ -54,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> list[str]:
     """absl's parser for `app.run`; an error in a flag is one line, where absl and ml_collections print pages."""
     try:
+        argv = _with_config_expanded(argv)
         _check_groups(argv)
         rest = command.parse(argv)
         if _CONFIG.value is None or _WORKDIR.value is None:
@@ -61,6 +73,17 @@ def parse(argv: Sequence[str]) -> list[str]:
         return rest
     except UserError as e:
         return command.fail(e)
+
+
+def _with_config_expanded(argv: Sequence[str]) -> list[str]:
+    """The words with `~` and variables in the name of the config file written out."""
+    words = list(argv)
+    for i, word in enumerate(words):
+        if word.startswith("--config="):
+            words[i] = f"--config={expand(word.removeprefix('--config='))}"
+        elif words[i - 1] == "--config":
+            words[i] = expand(word)
+    return words
 
 
 def _check_groups(argv: Sequence[str]) -> None:

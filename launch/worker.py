@@ -22,7 +22,8 @@ from lowrank.sweeps.worker import Worker
 def run_command(study: StudyFolder, cell: Cell) -> list[str]:
     """The command that runs a cell of a study by `launch.main`."""
     config = f"{recorded.__file__}:{study.path / RECORD}:{cell.key}"
-    return [sys.executable, "-m", "launch.main", f"--config={config}", f"--workdir={study.run_path(cell.key)}"]
+    words = [f"--config={config}", f"--workdir={study.run_path(cell.key)}", "--in_use=stop"]
+    return [sys.executable, "-m", "launch.main", *words]
 
 
 def worker_command(folder: AnyPath) -> list[str]:

@@ -8,12 +8,13 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.paths import expand
 
 
 def load_config(spec: str) -> ConfigDict:
     """`get_config(ARG)` of `FILE.py:ARG`. Raises UserError for a file that cannot be read or refuses ARG."""
     try:
-        config = config_flags.ConfigFileFlagParser("config").parse(spec)
+        config = config_flags.ConfigFileFlagParser("config").parse(expand(spec))
         config.items()  # the parser raises its errors only when an item is read
         return config
     except OSError:

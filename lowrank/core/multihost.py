@@ -1,6 +1,8 @@
 """Values that each process of a run shares with all others, and the recovery of its own."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,6 +22,25 @@ def gather_values(value: Any) -> list[Any]:
     padded[: text.size] = text
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """What one process refuses in this block, all refuse: every process raises the UserError of the first that does.
+
+    Nothing in the block may wait for another process.
+    """
+    error = None
+    try:
+        yield
+    except UserError as e:
+        error = e
+    told = gather_values(None if error is None else [type(error).__name__, str(error)])
+    if error is not None:
+        raise error
+    if first := next((each for each in told if each), None):
+        kinds: dict[str, type[UserError]] = {kind.__name__: kind for kind in UserError.__subclasses__()}
+        raise kinds.get(first[0], UserError)(first[1])
 
 
 def own_value(values: list[Any]) -> Any:

@@ -24,9 +24,26 @@ PathLike = str | os.PathLike[str]
 BUCKET = "gs://"
 
 
+def expand(path: PathLike) -> str:
+    """The path with `~` as the home folder and `$NAME` as the environment's variable, as a shell writes them.
+
+    Raises UserError for a user or a variable that there is not, of which a folder would else get the name.
+    """
+    text = os.path.expanduser(os.path.expandvars(os.fspath(path)))
+    for part in text.split("/"):
+        if re.fullmatch(r"\$(\w+|\{\w+\})", part):
+            raise UserError(f"{os.fspath(path)}: the environment variable {part} is not set")
+    if text.startswith("~") and not os.path.exists(text):
+        raise UserError(f"{os.fspath(path)}: there is no home folder of {text.partition('/')[0]}")
+    return text
+
+
 def as_path(path: PathLike) -> AnyPath:
-    """The path as an object. Raises UserError for a URL that is not `gs://BUCKET/...`, and without gcsfs for those."""
-    text = os.fspath(path)
+    """The path as an object, expanded by `expand`.
+
+    Raises UserError for a URL that is not `gs://BUCKET/...`, and without gcsfs for those.
+    """
+    text = expand(path)
     if not (url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)):
         return pathlib.Path(text)
     if not re.match(r"gs://[^/]", text):  # a pathlib.Path has dropped a slash of its URL

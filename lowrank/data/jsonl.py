@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 
 from lowrank.core.errors import UserError, nearest
 from lowrank.core.files import parse_json
+from lowrank.core.paths import as_local_path
 
 Record = Mapping[str, Any]
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -29,7 +30,7 @@ class Jsonl:
 
     def __init__(self, path: str, split: str) -> None:
         self.name = f"jsonl:{path} ({split})"
-        self._files = files = _Files(Path(path))
+        self._files = files = _Files(as_local_path(path))
         try:
             parts = tfds.core.splits.AbstractSplit.from_spec(split).to_absolute(files)
         except UserError:  # a line of the file

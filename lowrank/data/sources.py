@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lowrank.core.errors import UserError, nearest
+from lowrank.core.paths import as_local_path, expand
 from lowrank.data import gfile, tfds_features
 from lowrank.data.bbc_news import BbcNews
 from lowrank.data.jsonl import Jsonl, Record, bad_split
@@ -74,7 +75,7 @@ class Tfds:
     typed = True
 
     def __init__(self, spec: str, split: str, data_dir: str | os.PathLike[str]) -> None:
-        builder = prepared(spec, Path(data_dir).expanduser())
+        builder = prepared(spec, as_local_path(data_dir))
         splits = builder.info.splits
         try:
             size = _size(splits, split)
@@ -147,8 +148,8 @@ def prepared(spec: str, data_dir: Path, **kwargs: Any) -> tfds.core.DatasetBuild
     cannot be prepared.
     """
     gfile.stand_in()
-    if os.path.isdir(spec):
-        return _prepared_folder(spec)
+    if os.path.isdir(expand(spec)):
+        return _prepared_folder(expand(spec))
     tfds_features.check_features(data_dir / re.split("[:/]", spec)[0])
     builder = _builder(spec, data_dir, **kwargs)
     if builder.data_path.exists():

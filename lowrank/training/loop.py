@@ -1,5 +1,6 @@
 """The training loop: load, split, step, score, save, and finish with the adapter and the report."""
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -12,7 +13,7 @@ import jax
 
 from lowrank import methods
 from lowrank.adapters import adapter_files
-from lowrank.core import files, parameter_summary, tree
+from lowrank.core import files, multihost, parameter_summary, tree
 from lowrank.core.errors import Diverged, UserError
 from lowrank.core.paths import AnyPath, PathLike, as_path, exists
 from lowrank.core.tree import flatten_named, unflatten_named
@@ -58,11 +59,14 @@ def run(
         cannot be written.
       Diverged: a loss or a gradient is not finite.
     """
-    folder = as_path(directory)
-    run = build_run(config)
-    workdir.check_config(directory, config)
+    held = contextlib.ExitStack()
+    with multihost.agreed():
+        folder = as_path(directory)
+        run = build_run(config)
+        workdir.check_config(directory, config)
+        hold = held.enter_context(workdir.lock(folder))
     every, keep = run.checkpoint.every, run.checkpoint.keep
-    with workdir.lock(folder) as hold, StopSignal() as stop, Checkpointer(folder / "checkpoints", every, keep) as saver:
+    with held, StopSignal() as stop, Checkpointer(folder / "checkpoints", every, keep) as saver:
         start = saver.latest() or 0
         if (summary := _finished_summary(folder, start)) is not None:
             return summary

@@ -46,6 +46,9 @@ for line in processes[0].stderr:
     if "in use" in line:
         refused = time.monotonic()
 said[1] = processes[1].stderr.read().strip().splitlines()
+for process in processes:
+    process.stderr.close()
+held.close()
 codes, late = [p.wait() for p in processes], time.monotonic() - refused
 for i, lines in enumerate(said):
     right.append(codes[i] == 2 and any("in use" in x for x in lines) and not any("Traceback" in x for x in lines))

@@ -20,10 +20,12 @@ CASES = [
     "generation_config_lost",
     "generation_tag",
     "gguf_without_pre",
+    "home_folder",
     "json_beyond_python",
     "lone_surrogate",
     "merged_file_modes",
     "negative_pad_id",
+    "one_of_two_refuses",
     "overlong_record",
     "reasoning_turns",
     "rope_theta_beside",
@@ -39,7 +41,9 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch):
-    """The state of the process that cases change."""
+    """The state of the process that cases change; their own processes have one device."""
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", huggingface_hub.snapshot_download)
     mask = os.umask(0o022)
     yield

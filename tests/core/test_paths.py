@@ -79,3 +79,21 @@ def test_without_gcsfs_a_bucket_says_how_to_install_it(monkeypatch):
         UserError, match=r"gs://b/x needs the package gcsfs: install it with pip install 'lowrank\[gcs\]'"
     ):
         paths.as_path("gs://b/x")
+
+
+def test_home_and_variables_are_written_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNS", "runs")
+    assert paths.as_path("~/$RUNS/a") == paths.as_path("$HOME/${RUNS}/a") == tmp_path / "runs" / "a"
+    assert paths.as_path("a$/b~") == pathlib.Path("a$/b~")
+
+
+@pytest.mark.parametrize("path", ["$NOWHERE/run", "a/${NOWHERE}/run"])
+def test_a_variable_that_is_not_set_is_no_name_of_a_folder(path):
+    with pytest.raises(UserError, match=r"the environment variable \$.*NOWHERE.* is not set"):
+        paths.as_path(path)
+
+
+def test_a_user_that_is_not_there_is_no_name_of_a_folder():
+    with pytest.raises(UserError, match="there is no home folder of ~nobody-at-all"):
+        paths.as_path("~nobody-at-all/run")

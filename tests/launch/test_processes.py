@@ -9,6 +9,7 @@ from absl import flags
 
 from launch import command, processes
 from lowrank.core.errors import Diverged, InUse, UserError
+from lowrank.training import workdir
 
 ADDRESS = "host:1234"
 
@@ -89,8 +90,18 @@ def test_a_signal_to_the_launcher_reaches_process_0():
     assert launch(code) == (command.STOPPED, "")
 
 
-def test_a_run_that_diverged_and_one_whose_folder_is_held_have_codes_of_their_own(capsys):
+def test_a_run_that_diverged_has_a_code_of_its_own(capsys):
     assert command.print_error(Diverged("loss is nan")) == 3
-    assert command.print_error(InUse("held")) == 42
+    assert command.print_error(InUse("held")) == 2
     assert command.print_error(UserError("no")) == 2
     assert capsys.readouterr().err == "error: loss is nan\nerror: held\nerror: no\n"
+
+
+@pytest.mark.parametrize(("flags", "code"), [((), 2), (("--in_use=stop",), 42)])
+def test_a_folder_that_another_run_holds_is_refused_or_tried_again(files, tmp_path, flags, code):
+    words = [f"--config.model.name={files / 'llama'}", f"--config.data.source=jsonl:{files / 'records.jsonl'}"]
+    run = [sys.executable, "-m", "launch.main", "--config=configs/tiny.py", f"--workdir={tmp_path}", *words, *flags]
+    with workdir.lock(tmp_path):
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1)
+    assert "is in use by another run" in done.stderr
