@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 
 HERE = Path(__file__).parent
+UNRAISABLE = "pytest.PytestUnraisableExceptionWarning"
 CASES = [
     "adapter_about_its_base",
     "bert_gamma_beta",
@@ -37,6 +38,9 @@ CASES = [
     "tokenizer_config_types",
     "tool_calls",
 ]
+
+# A script leaves its files to the end of its process.
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("ResourceWarning", UNRAISABLE)]
 
 
 @pytest.fixture(autouse=True)
