@@ -34,7 +34,7 @@ def expand(path: PathLike) -> str:
         if re.fullmatch(r"\$(\w+|\{\w+\})", part):
             raise UserError(f"{os.fspath(path)}: the environment variable {part} is not set")
     if text.startswith("~") and not os.path.exists(text):
-        raise UserError(f"{os.fspath(path)}: there is no home folder of {text.partition('/')[0]}")
+        raise UserError(f"{os.fspath(path)}: {text.partition('/')[0]} has no home folder")
     return text
 
 

@@ -14,6 +14,7 @@ from lowrank.models import build_model
 from tests.adapters.test_load import adapter
 from tests.support import checkpoint_files as files
 from tests.support.checkpoint_files import LLAMA
+from tests.support.close import assert_close
 
 TABLE, HEAD, PRE = "model.embed_tokens.weight", "lm_head.weight", "base_model.model."
 TOKENS = np.arange(4, 12)[None]
@@ -38,7 +39,7 @@ def test_a_merge_is_the_checkpoint_with_both(tmp_path, table, head):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] == (table == head)
     np.testing.assert_array_equal(whole[TABLE], np.float32(table) * rows)
     np.testing.assert_array_equal(whole.get(HEAD, whole[TABLE]), np.float32(head) * rows)
-    np.testing.assert_allclose(logits(again), logits(model), rtol=1e-4, atol=1e-4 * np.abs(logits(model)).max())
+    assert_close(logits(again), logits(model), relative=1e-4)
 
 
 def test_more_rows_than_the_base_are_named(tmp_path):

@@ -172,7 +172,7 @@ def test_a_classifier_brings_its_head_along_and_says_how_many_labels_it_has(tmp_
     other = pretrained.load(str(folder), model={"num_labels": 3}, seed=2)
     params = methods.attach(methods.build_method({"name": "lora"}), first.params, jax.random.key(0))
     peft.save(params, first, tmp_path / "adapter", trained=["head/kernel", "head/bias"])
-    assert peft.describe_adapter(tmp_path / "adapter") == ("LORA", "bert", {"num_labels": 3})
+    assert peft.describe_adapter(tmp_path / "adapter") == ("LORA", "bert", {"num_labels": 3}, None)
     head = peft.load(tmp_path / "adapter", other.params, other)["head"]["kernel"]
     assert not np.array_equal(other.params["head"]["kernel"], first.params["head"]["kernel"])
     np.testing.assert_array_equal(head, first.params["head"]["kernel"])

@@ -95,5 +95,5 @@ def test_a_variable_that_is_not_set_is_no_name_of_a_folder(path):
 
 
 def test_a_user_that_is_not_there_is_no_name_of_a_folder():
-    with pytest.raises(UserError, match="there is no home folder of ~nobody-at-all"):
+    with pytest.raises(UserError, match="~nobody-at-all has no home folder"):
         paths.as_path("~nobody-at-all/run")

@@ -63,7 +63,7 @@ def test_compiled_programs_are_kept_unless_a_flag_says_no(flag, kept, monkeypatc
     folders, words = [], ["main", CONFIG, "--workdir=w", *flag]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(main, "keep_programs", folders.append)
-    monkeypatch.setattr(main.loop, "run", lambda config, workdir, command: {})
+    monkeypatch.setattr(main.loop, "run", lambda config, workdir, **options: {})
     flags.FLAGS.unparse_flags()
     flags.FLAGS["programs"].value = flags.FLAGS["programs"].default
     main.parse(words)

@@ -139,11 +139,11 @@ def test_a_run_that_goes_on_keeps_its_places_and_does_not_choose_again(files, tm
     config = config_of(files, arg, steps=2, mesh__data=1, checkpoint__every=1)
     batch, choose, seen = loop.Trainer._batch, SEEING["saliency"], []
 
-    def broken(run, done):
+    def broken(run, done, saves):
         seen.append(run.frozen)
         if len(seen) == 2:
             raise UserError("the power is gone")
-        return batch(run, done)
+        return batch(run, done, saves)
 
     monkeypatch.setattr(loop.Trainer, "_batch", broken)
     with pytest.raises(UserError, match="the power is gone"):
