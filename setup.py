@@ -23,6 +23,7 @@ setup(
     install_requires=[
         "absl-py",
         "array_record",
+        "etils[epath]",
         "flax>=0.12",
         "gguf>=0.17",
         "grain>=0.2.18",
