@@ -52,7 +52,9 @@ class LanguageEncoder:
             starts = range(0, max(1, len(ids) - 1), self.length)
             return [self._shift(ids[i : i + limit], learned[i : i + limit]) for i in starts], False
 
-        recent = self._recent(record, where, limit)
+        recent, encoded = self._recent(record, where, limit)
+        if encoded:
+            return [self._shift(*encoded)], recent is not record
 
         def build(long: str | None) -> Ids:
             return self._join(self.renderer.pieces(recent, where, long), where)
@@ -61,13 +63,17 @@ class LanguageEncoder:
         (ids, learned), cut = fit(build, self.tokenizer, text, limit, where)
         return [self._shift(ids, learned)], cut is not None or recent is not record
 
-    def _recent(self, record: Record, where: str, limit: int) -> Record:
-        """The record, or a conversation without so many of its oldest exchanges that the others fit."""
+    def _recent(self, record: Record, where: str, limit: int) -> tuple[Record, Ids | None]:
+        """`(record, ids)`: a conversation without so many of its oldest exchanges that the others fit.
+
+        The ids are None where only one exchange is left, and for a text, which has no turns.
+        """
         while shorter := self.renderer.without_oldest(record, where):
-            if len(self._join(self.renderer.pieces(record, where), where)[0]) <= limit:
-                return record
+            encoded = self._join(self.renderer.pieces(record, where), where)
+            if len(encoded[0]) <= limit:
+                return record, encoded
             record = shorter
-        return record
+        return record, None
 
     def count(self, sequence: EncodedSequence) -> dict[str, int]:
         """Of a sequence: its learned tokens, the answers that they are, and the learned tokens that end a text."""
