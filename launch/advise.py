@@ -58,8 +58,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = command.Parser("python -m launch.advise", __doc__)
     for flag in ("--model", "--data", "--device"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
-    changes = [word for word in argv if word.startswith("--config.")]
-    args = parser.parse_args([word for word in argv if word not in changes])
+    args, changes = parser.parse_with_changes(argv)
     if not args.model or not args.data:
         raise UserError("--model=NAME and --data=SOURCE are both required")
     return args, changes

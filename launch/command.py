@@ -24,6 +24,11 @@ class Parser(argparse.ArgumentParser):
         """Raises UserError, which is printed as one line in place of the usage."""
         raise UserError(message)
 
+    def parse_with_changes(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """`(options, [--config.a.b=c, ...])`. Raises UserError for an unknown flag."""
+        changes = [word for word in argv if word.startswith("--config.")]
+        return self.parse_args([word for word in argv if word not in changes]), changes
+
 
 def parse(argv: Sequence[str]) -> list[str]:
     """The parser of absl for `app.run`. It logs warnings alone, as Orbax logs every step."""

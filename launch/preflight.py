@@ -48,8 +48,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for flag in ("--json", "--table", "--formula", "--search", WORKER):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    changes = [word for word in argv if word.startswith("--config.")]
-    return parser.parse_args([word for word in argv if word not in changes]), changes
+    return parser.parse_with_changes(argv)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,8 +95,7 @@ def _preflight(args: argparse.Namespace, changes: Sequence[str], argv: Sequence[
 
 def _search(config: Any, target: devices.Target | None, args: argparse.Namespace) -> int:
     """Prints the settings that fit the target; returns 1 if none does."""
-    if not target or not target.tpu:
-        raise UserError("--search orders runs by the figures of TPU chips: give --topology=v5e:4x4 or another slice")
+    target = search.check_target(target)
     found = search.candidates(config, target, jax.devices())
     for i, candidate in enumerate(() if args.formula else found[:FINALISTS]):
         print(f"compiling {i + 1} of at most {FINALISTS}: {candidate.flags}", file=sys.stderr, flush=True)

@@ -42,8 +42,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     for add_flags in dict.fromkeys(engine.add_flags for engine in ENGINES.values()):  # which engines may share
         add_flags(parser)
-    changes = [word for word in argv if word.startswith("--config.")]
-    args = parser.parse_args([word for word in argv if word not in changes])
+    args, changes = parser.parse_with_changes(argv)
     if args.engine not in ENGINES:
         raise unknown("engine", args.engine, ENGINES)
     return args, changes

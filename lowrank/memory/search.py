@@ -51,8 +51,7 @@ def candidates(config: Mapping[str, Any], target: Target, devices: list[Any]) ->
     `devices` are any devices that the runs can be described on; nothing is computed. Raises UserError for a config that
     cannot run and for a target whose chips' figures are not known.
     """
-    if not target.tpu:
-        raise UserError("--search orders runs by the figures of TPU chips: give --topology=v5e:4x4 or another slice")
+    check_target(target)
     mesh = config.get("mesh", {})
     alone = build_run({**config, "mesh": {"data": 1}}, devices[:1], planned=True)
     found = []
@@ -61,6 +60,13 @@ def candidates(config: Mapping[str, Any], target: Target, devices: list[Any]) ->
         run = build_run(changes, devices[:1], like=alone)
         found += [c for c in _on_meshes(run, target, mesh) if c.memory.peak <= target.memory]
     return sorted(found, key=lambda c: c.order)
+
+
+def check_target(target: Target | None) -> Target:
+    """The target. Raises UserError where there is none, or the figures of its chips are not known."""
+    if not target or not target.tpu:
+        raise UserError("--search orders runs by the figures of TPU chips: give --topology=v5e:4x4 or another slice")
+    return target
 
 
 def _on_meshes(run: Run, target: Target, given: Mapping[str, int]) -> Iterator[Candidate]:
