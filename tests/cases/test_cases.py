@@ -1,6 +1,7 @@
 """Small inputs that go wrong where a reader guesses: each case tries one, says what came back, and exits with 0 if it
 is right. `python tests/cases/NAME.py` runs one alone."""
 
+import gc
 import os
 import runpy
 from pathlib import Path
@@ -52,6 +53,7 @@ def _restored(monkeypatch):
     mask = os.umask(0o022)
     yield
     os.umask(mask)
+    gc.collect()  # what the script has left open is closed here, under the marks above, not in a later test
 
 
 @pytest.mark.parametrize("name", CASES)
