@@ -13,7 +13,7 @@ from lowrank import models
 from lowrank.core import parameter_summary, sharding, tree
 from lowrank.core.weight import is_weight
 from lowrank.memory import residuals
-from lowrank.memory.shapes import StepInputs, device_bytes, logits_chunks, step_inputs
+from lowrank.memory.shapes import StepInputs, device_bytes, head_table, logits_chunks, step_inputs
 from lowrank.training import offload
 from lowrank.training.offload import HOST
 from lowrank.training.run import Run
@@ -114,8 +114,8 @@ def gathered_bytes(run: Run, r: StepInputs) -> int:
     if run.mesh.shape["fsdp"] * run.mesh.shape["context"] == 1:
         return 0
     layers, table = gathered_leaves(run, r)
-    total = total_bytes(layers) / run.network.config.layers + total_bytes(table)
-    shards = device_bytes(layers) / run.network.config.layers + device_bytes(table)
+    total = total_bytes(run, layers) / run.network.config.layers + total_bytes(run, table)
+    shards = shard_bytes(run, layers) / run.network.config.layers + shard_bytes(run, table)
     return math.ceil(total / run.mesh.shape["tensor"] - shards)
 
 
@@ -135,14 +135,23 @@ def gathered_keys_bytes(run: Run, r: StepInputs) -> int:
 def gathered_leaves(run: Run, r: StepInputs) -> tuple[list[Any], list[Any]]:
     """`(layers, table)`: the leaves of all layers, and those of the head's kernel, which products read."""
     named = [pair for part in (r.state.trained, r.frozen) for pair in tree.named_leaves(part)]
-    read = "embed/embedding" if getattr(run.network.config, "tied", False) else "head/kernel"
-    table = [x for name, x in named if name.startswith(read) and run.objective.vocabulary_logits]
+    table = [x for name, x in named if name.startswith(head_table(run)) and run.objective.vocabulary_logits]
     return [x for name, x in named if _in_layers(name)], table
 
 
-def total_bytes(leaves: Sequence[Any]) -> float:
-    """The bytes of all shards of arrays together."""
-    return sum(x.size * parameter_summary.bits_per_element(x.dtype) / 8 for x in leaves)
+def total_bytes(run: Run, leaves: Sequence[Any]) -> float:
+    """The bytes of all shards of arrays together, as they move between devices."""
+    return sum(x.size * _moved_bits(run, x) / 8 for x in leaves)
+
+
+def shard_bytes(run: Run, leaves: Sequence[Any]) -> float:
+    """The bytes of one device's shards of arrays, as they move between devices."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * _moved_bits(run, x) / 8 for x in leaves)
+
+
+def _moved_bits(run: Run, x: Any) -> int:
+    """The bits of an element where it is used: what is wider than the activations is cast before it moves."""
+    return min(parameter_summary.bits_per_element(dtype) for dtype in (x.dtype, run.network.config.dtype))
 
 
 def kv_cache_bytes(run: Run) -> int:

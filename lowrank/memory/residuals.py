@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lowrank import models
 from lowrank.core import parameter_summary, sharding, tree
-from lowrank.memory.shapes import StepInputs, with_rows
+from lowrank.memory.shapes import StepInputs, device_bytes, head_table, with_rows
 from lowrank.training.run import Run
 
 
@@ -18,7 +18,8 @@ def activation_bytes(run: Run, inputs: StepInputs, remat: str = "", host: bool =
 
     A given `remat` replaces that of the run. With `host`, the residuals in the host's memory are counted instead. The
     mesh shards rows over `data` and `fsdp`, and the tokens of each row over `context`. Over `tensor` it shards arrays
-    with the hidden width or with a heads axis; arrays that cannot be told from the residual stream count in full.
+    with the hidden width or with a heads axis; arrays that cannot be told from the residual stream count in full. The
+    gradient of a trained head, which a chunked loss computes in the forward pass, lies as the head does.
     """
     now = run.network.config
     config = dataclasses.replace(now, remat=remat or now.remat, remat_names=() if remat else now.remat_names)
@@ -26,7 +27,11 @@ def activation_bytes(run: Run, inputs: StepInputs, remat: str = "", host: bool =
     alone = dataclasses.replace(run, network=models.build_model(config), mesh=sharding.make_mesh(1, 1, 1))
     cut, parts = run.mesh.shape["tensor"], run.mesh.shape["context"]
     residuals = [x for x in _cached_residuals(alone, inputs, size) if (x.memory_space == jax.memory.Space.Host) == host]
-    return math.ceil(sum(_bytes(x) / (cut if _is_sharded(x.shape, config, cut) else 1) for x in residuals) / parts)
+    heads = {x.shape: x for name, x in tree.named_leaves(inputs.state.trained) if name.startswith(head_table(run))}
+    gradients = device_bytes([heads[x.shape] for x in residuals if x.shape in heads])
+    others = [x for x in residuals if x.shape not in heads]
+    shared = sum(_bytes(x) / (cut if _is_sharded(x.shape, config, cut) else 1) for x in others) / parts
+    return math.ceil(shared) + gradients
 
 
 _CACHE: dict[Any, list[Any]] = {}  # a trace takes a second, and advice asks for similar runs many times

@@ -53,6 +53,11 @@ def logits_chunks(run: Run, inputs: StepInputs) -> tuple[int, int]:
     return -(-length // chunk), rows * chunk // sharding.num_token_shards(run.mesh)
 
 
+def head_table(run: Run) -> str:
+    """The name, or the start of the names, of the leaves that make the logits."""
+    return "embed/embedding" if getattr(run.network.config, "tied", False) else "head/kernel"
+
+
 def device_bytes(shapes: PyTree, kind: str = "") -> int:
     """The bytes on each device of arrays with shardings: of those in host memory for `HOST`, else of all others."""
     leaves = [x for x in jax.tree.leaves(shapes) if (x.sharding.memory_kind == HOST) == (kind == HOST)]

@@ -27,7 +27,7 @@ def _weights(run: Run, r: StepInputs) -> float:
     if run.mesh.shape["fsdp"] * run.mesh.shape["context"] == 1:
         return 0.0
     layers, table = formulas.gathered_leaves(run, r)
-    return (2 * formulas.total_bytes(layers) + formulas.total_bytes(table)) / run.mesh.shape["tensor"]
+    return (2 * formulas.total_bytes(run, layers) + formulas.total_bytes(run, table)) / run.mesh.shape["tensor"]
 
 
 def _activations(run: Run, r: StepInputs) -> float:

@@ -17,11 +17,17 @@ from lowrank.core import tree
 from lowrank.core.weight import is_weight
 from lowrank.memory import residuals, shapes, tpus
 from lowrank.training import build, step
+from tests.support.close import assert_close
 from tests.support.tiny_runs import config_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
 METHODS = ("lora", "dora", "qlora", "qlora int4", "prompt", "full")
 ROWS, LENGTH = 2, 256
+COMPILED = """
+import json
+from experiments.bench import tpu, tpu_cases
+print(json.dumps(tpu.measure(tpu_cases.cases()[0], compiles=True)))
+"""
 
 
 def traced_run(method):
@@ -86,6 +92,18 @@ def test_the_formula_is_near_the_compiled_steps():
     for key, r in tpu.read().items():
         if "total" in r.get("compiled", {}):
             assert 0.85 < r["formula"]["peak"] / r["compiled"]["total"] < 1.15, key
+
+
+def test_a_step_of_eight_billion_parameters_still_compiles_to_its_results():
+    case = tpu_cases.cases()[0]
+    want = tpu.read()[case.key]
+    command = [sys.executable, "-c", COMPILED]
+    environment = os.environ | tpus.environment(case.topology) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    found = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert (case.method, found["words"], found["formula"]) == ("lora", want["words"], want["formula"])
+    moved, moved_before = (sum(size for _, size in r["collectives"].values()) for r in (found, want))
+    assert_close(moved, moved_before, relative=0.05)
+    assert_close(found["compiled"]["total"], want["compiled"]["total"], relative=0.05)
 
 
 def test_codes_move_between_chips_where_kernels_in_bfloat16_would():

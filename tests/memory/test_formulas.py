@@ -124,6 +124,30 @@ def test_lora_fa_keeps_no_input_of_an_adapted_kernel(files, target, inputs, dtyp
     assert kept - kept_fa == LAYERS * 8 * 64 * inputs * (4 if dtype == "float32" else 2)
 
 
+def test_the_gradient_of_a_trained_head_in_chunks_lies_on_a_mesh_as_the_head_does(files):
+    changes = {"data__seq_len": 16, "logits_chunk_tokens": 32}
+    kept = {}
+    for devices in (1, 4):  # whole activations of two rows on each of them
+        mesh = {"data": 1, "fsdp": devices}
+        for arg in ("method=full", "rank=2"):
+            run = job_of(files, arg, mesh=mesh, **{**changes, "data__batch_size": 2 * devices})
+            kept[devices, arg] = residuals.activation_bytes(run, shapes.step_inputs(run))
+    gradients = [kept[devices, "method=full"] - kept[devices, "rank=2"] for devices in (1, 4)]
+    head = 4 * WIDTH * len(vocabulary())
+    assert gradients[0] - gradients[1] == head - head // 4
+
+
+def test_what_moves_between_devices_is_no_wider_than_the_activations(files):
+    arg, model, changes = RUNS["full"]
+    wide, narrow = (
+        job_of(files, arg, model, {"data": 1, "fsdp": 4}, **{**changes, "model__dtype": dtype})
+        for dtype in ("float32", "bfloat16")
+    )
+    assert formulas.gathered_bytes(wide, shapes.step_inputs(wide)) == 2 * formulas.gathered_bytes(
+        narrow, shapes.step_inputs(narrow)
+    )
+
+
 def test_a_rematerialized_block_keeps_its_input_alone():
     run = literature.plan("LLaMA-7B", {"name": "lora", "rank": 8})
     found = literature.arrays(run, rows=2, length=1024)
