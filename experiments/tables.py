@@ -4,6 +4,8 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key 
 """
 
 import csv
+import functools
+import importlib
 import json
 import re
 from collections.abc import Callable
@@ -13,13 +15,16 @@ from typing import Any
 from experiments.bench import page
 from experiments.bench.step_cases import CASES
 from experiments.bench.tpu_cases import Case, attention_cases, cases
+from experiments.protocol import table as study_table
 from experiments.study.numbers import earlier_mark, same_mark
 from lowrank.core.files import write_text
 from lowrank.memory.report import format_bytes
 from lowrank.sweeps.tables import format_mean
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "experiments" / "bench" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+READMES = sorted((ROOT / "experiments").glob("*/README.md"))
+PAGES = (ROOT / "README.md", *READMES, *sorted((ROOT / "docs").rglob("*.md")))
+STUDIES = [path.parent.name for path in READMES if (path.parent / "study.py").exists()]
 # Nine methods to start from, each a row of the study, and the reason to take it.
 FIRST_CHOICES = {
     "lora": "The default: it merges into the base, every tool reads it, and it works on quantized bases.",
@@ -194,6 +199,12 @@ def quantization() -> str:
     return "\n".join([head, "|---|---|---:|---:|---:|---:|---:|", *lines])
 
 
+def study(name: str) -> str:
+    """The table of a study with its conclusion, from `experiments/NAME/results`."""
+    experiment = importlib.import_module(f"experiments.{name}.study").EXPERIMENT
+    return study_table.markdown(experiment, ROOT / "experiments" / name / "results")
+
+
 def _marked_score(row: dict[str, str] | None) -> str:
     """As `_score`, with the marks of the methods' table."""
     return _score(row, same_mark(row) + earlier_mark(row) if row else "")
@@ -220,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "tpu/attention": tpu_attention,
     "tpu/steps": tpu_steps,
+    **{f"studies/{name}": functools.partial(study, name) for name in STUDIES},
 }
 
 
@@ -232,6 +244,11 @@ def with_tables(text: str) -> str:
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
+def rewrite(path: Path) -> None:
+    """Makes the marked tables of a page anew."""
+    write_text(path, with_tables(path.read_text()))
+
+
 def _json(path: str) -> dict[str, Any]:
     return json.loads((ROOT / path).read_text())
 
@@ -241,5 +258,5 @@ def _csv(path: str) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    for path in PAGES:
-        write_text(path, with_tables(path.read_text()))
+    for page_path in PAGES:
+        rewrite(page_path)

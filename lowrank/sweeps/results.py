@@ -10,7 +10,7 @@ from lowrank.sweeps.axes import Point
 from lowrank.sweeps.cells import Cell
 from lowrank.sweeps.claims import History, Ledger
 from lowrank.sweeps.folder import StudyFolder
-from lowrank.sweeps.study import SEED
+from lowrank.sweeps.study import SEED, SEEDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Result:
 
     @property
     def group(self) -> Point:
-        """The values of the axes without the seed."""
-        return {key: value for key, value in self.cell.point.items() if key != SEED}
+        """The values of the axes without the seeds."""
+        return {key: value for key, value in self.cell.point.items() if key not in SEEDS}
 
     @property
     def seed(self) -> int:

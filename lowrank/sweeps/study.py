@@ -19,6 +19,7 @@ from lowrank.sweeps.axes import Point, Points
 from lowrank.sweeps.cells import Cell, make_cells, spell
 
 SEED = "seed"  # the axis that a table takes means over
+SEEDS = (SEED, "data.seed")  # the keys of its points: the new leaves, and the order of the data
 FINAL_LOSS = "final_loss"  # of a run's summary, for a study without held-out data
 MODES = ("min", "max")
 

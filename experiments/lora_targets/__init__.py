@@ -1,0 +1,1 @@
+"""Which kernels LoRA should adapt when the number of trained parameters is fixed."""

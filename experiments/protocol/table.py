@@ -1,0 +1,134 @@
+"""The table of a study: rows of the final phase beside a paper's figures, and the sentence that they support."""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.protocol.experiment import RATES_FILE, TABLE_FILE, Experiment, Size
+from lowrank.core.errors import UserError
+from lowrank.core.paths import AnyPath
+from lowrank.sweeps import tables
+from lowrank.sweeps.folder import StudyFolder
+from lowrank.sweeps.results import Result
+from lowrank.sweeps.statistics import is_tied
+from lowrank.sweeps.tables import BASELINE, SAME, format_mean, write_csv
+
+FEWEST_SEEDS = 3
+EDGE = "*"  # after a learning rate at an edge of those that were tried
+NOT_RUN = "Not run yet."
+
+
+def write_table(
+    experiment: Experiment, size: Size, study: StudyFolder, results: Sequence[Result], folder: AnyPath
+) -> list[dict[str, Any]]:
+    """Writes `table.csv` beside `rates.csv`; returns its rows. Raises UserError for a row with too few scores."""
+    edges = [line["edge"] for line in read_rows(folder / RATES_FILE)]
+    printed = dict.fromkeys(key for row in size.rows for key in row.printed)
+    lines = []
+    for row, found, edge in zip(size.rows, tables.table_rows(study, results), edges, strict=True):
+        if found["seeds"] < FEWEST_SEEDS:
+            raise UserError(
+                f"{' '.join(row.labels.values())} has {found['seeds']} scores of {found['cells']} runs "
+                f"({found['not_done']}): a row needs {FEWEST_SEEDS}; the same command continues"
+            )
+        mean, half = (found[f"{study.metric}_{part}"] for part in ("mean", "ci95"))
+        numbers = ("minus_baseline", "minus_ci95", "p_holm", "trained_params", "seconds", "code")
+        line = {**row.labels, "lr": found["optim.lr"], "lr_at_edge": edge, "seeds": found["seeds"]}
+        line |= {"score_mean": mean, "score_ci95": half, **{name: found[name] for name in numbers}}
+        lines.append(line | {f"printed_{key}": row.printed.get(key, "") for key in printed})
+    write_csv(folder / TABLE_FILE, list(lines[0]), lines)
+    return lines
+
+
+def read_rows(path: AnyPath) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def markdown(experiment: Experiment, folder: Path) -> str:
+    """The table for a README with the conclusion under it, from `table.csv` in `folder`."""
+    if not (folder / TABLE_FILE).exists():
+        return NOT_RUN
+    rows = read_rows(folder / TABLE_FILE)
+    labels = list(experiment.labels)
+    printed = [key for key in rows[0] if key.startswith("printed_")]
+    head = [*labels, "lr", "seeds", experiment.metric, f"minus {baseline_name(experiment)}", "trained"]
+    head += [f"{experiment.source}: {key.removeprefix('printed_')}" for key in printed]
+    lines = [head, [*["---"] * len(labels), *["---:"] * (len(head) - len(labels))]]
+    lines += [_cells(experiment, row, printed) for row in rows]
+    text = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return f"{text}\n\n{note(rows)}\n\n**{conclusion(experiment, rows)}**"
+
+
+def _cells(experiment: Experiment, row: Mapping[str, str], printed: list[str]) -> list[str]:
+    mark = f" {SAME}" if is_tied(float(row["p_holm"])) else ""
+    difference = format_mean(float(row["minus_baseline"]), float(row["minus_ci95"]), mark)
+    return [
+        *(row[label] for label in experiment.labels),
+        f"{float(row['lr']):g}" + EDGE * (row["lr_at_edge"] == "True"),
+        row["seeds"],
+        format_mean(float(row["score_mean"]), float(row["score_ci95"])),
+        BASELINE if is_baseline(experiment, row) else difference,
+        f"{int(row['trained_params']):,}",
+        *(row[key] for key in printed),
+    ]
+
+
+def is_baseline(experiment: Experiment, row: Mapping[str, str]) -> bool:
+    """Whether a row of `table.csv` is the one that all others are compared with."""
+    return experiment.baseline.items() <= row.items()
+
+
+def row_name(experiment: Experiment, row: Mapping[str, str]) -> str:
+    """The labels of a row of `table.csv` as one name."""
+    return " · ".join(row[label] for label in experiment.labels)
+
+
+def baseline_name(experiment: Experiment) -> str:
+    """The labels that name the baseline."""
+    return " · ".join(experiment.baseline.values())
+
+
+def note(rows: Sequence[Mapping[str, str]]) -> str:
+    """The sentences under a table."""
+    parts = [
+        "± is half of Student's 95 % interval of the mean over the seeds, which draw the new leaves and the order of "
+        f"the data. Differences are taken seed by seed; {SAME} marks one that the seeds cannot tell from none (paired "
+        "t test, corrected by Holm over the rows). The intervals do not cover the choice of the test examples or of "
+        "the rate."
+    ]
+    if any(row["lr_at_edge"] == "True" for row in rows):
+        parts.append(f"{EDGE} marks a rate at an edge of those that were tried: a better one may lie beyond it.")
+    return " ".join(parts)
+
+
+def conclusion(experiment: Experiment, rows: Sequence[Mapping[str, str]]) -> str:
+    """One sentence that the table supports, or that nothing is decided."""
+    better, worse, tied = [], [], []
+    for row in (row for row in rows if not is_baseline(experiment, row)):
+        name = row_name(experiment, row)
+        p, difference = float(row["p_holm"]), float(row["minus_baseline"])
+        kind = tied if is_tied(p) else better if (difference > 0) == is_higher_better(experiment) else worse
+        kind.append(name)
+    baseline = baseline_name(experiment)
+    if not better and not worse:
+        return f"Not decided: these seeds tell no row from {baseline} by {experiment.metric}."
+    found = [f"{_listed(names)} {word}" for names, word in ((better, "better"), (worse, "worse")) if names]
+    rest = f"; not decided: {_listed(tied)}" if tied else ""
+    return f"By {experiment.metric}, compared with {baseline}: {' and '.join(found)}{rest}."
+
+
+def is_higher_better(experiment: Experiment) -> bool:
+    """Whether a higher score is better."""
+    return experiment.get_study("small,rates").better() == "max"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)
+
+
+def as_number(text: str) -> float:
+    """The number in a cell of a CSV file, NaN for an empty one."""
+    return float(text) if text else math.nan
