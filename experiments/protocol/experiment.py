@@ -48,6 +48,7 @@ class Size:
     seeds: int = 5  # of the final phase
     rate_seeds: int = 2
     splits: tuple[str, str] = ("validation", "test")  # for the choice of the rate, and for the score
+    metric: str = ""  # "": that of the study
 
     def rates_of(self, row: Row) -> tuple[float, ...]:
         """The learning rates that are tried for a row."""
@@ -82,6 +83,7 @@ class Experiment:
     baseline: Mapping[str, str]  # labels of the row that all others are compared with
     small: Size
     paper: Size
+    within: tuple[str, ...] = ()  # labels that a row and its baseline have in common
     source: str = ""  # where the printed figures stand: the paper and the number of its table
     analyze: Analysis | None = None
     plot: Plot | None = None  # None: one point with its interval for each row
@@ -133,7 +135,7 @@ class Experiment:
             f"{self.name}-{name}-{phase}",
             with_changes(size.base, {"eval.split": split, "loggers": []}),
             points,
-            metric=self.metric,
+            metric=size.metric or self.metric,
             baseline=dict(size.find(self.baseline).point),
             limits=Limits(stall=0),
         )

@@ -12,7 +12,7 @@ def plot_rows(experiment: Experiment, rows: Sequence[Mapping[str, str]]) -> byte
     names = [row_name(experiment, row) for row in rows]
     figure, (scores, differences) = plotting.make_figure(columns=2, height=0.8 + 0.28 * len(rows))
     numbers = lambda key: [as_number(row[key]) for row in rows]  # noqa: E731
-    [baseline] = [as_number(row["score_mean"]) for row in rows if is_baseline(experiment, row)]
+    baseline = next(as_number(row["score_mean"]) for row in rows if is_baseline(experiment, row))
     plotting.draw_forest(scores, names, numbers("score_mean"), numbers("score_ci95"), at=baseline)
     plotting.draw_forest(differences, [""] * len(rows), numbers("minus_baseline"), numbers("minus_ci95"), at=0.0)
     scores.set_xlabel(experiment.metric)

@@ -12,7 +12,7 @@ from lowrank.core.paths import AnyPath
 from lowrank.sweeps import tables
 from lowrank.sweeps.folder import StudyFolder
 from lowrank.sweeps.results import Result
-from lowrank.sweeps.statistics import is_tied
+from lowrank.sweeps.statistics import holm, is_tied, paired_difference
 from lowrank.sweeps.tables import BASELINE, SAME, format_mean, write_csv
 
 FEWEST_SEEDS = 3
@@ -26,20 +26,40 @@ def write_table(
     """Writes `table.csv` beside `rates.csv`; returns its rows. Raises UserError for a row with too few scores."""
     edges = [line["edge"] for line in read_rows(folder / RATES_FILE)]
     printed = dict.fromkeys(key for row in size.rows for key in row.printed)
-    lines = []
-    for row, found, edge in zip(size.rows, tables.table_rows(study, results), edges, strict=True):
+    lines, found_rows = [], tables.table_rows(study, results)
+    compared = differences(experiment, size, results)
+    for row, found, edge, difference in zip(size.rows, found_rows, edges, compared, strict=True):
         if found["seeds"] < FEWEST_SEEDS:
             raise UserError(
                 f"{' '.join(row.labels.values())} has {found['seeds']} scores of {found['cells']} runs "
                 f"({found['not_done']}): a row needs {FEWEST_SEEDS}; the same command continues"
             )
         mean, half = (found[f"{study.metric}_{part}"] for part in ("mean", "ci95"))
-        numbers = ("minus_baseline", "minus_ci95", "p_holm", "trained_params", "seconds", "code")
+        numbers = ("trained_params", "seconds", "code")
         line = {**row.labels, "lr": found["optim.lr"], "lr_at_edge": edge, "seeds": found["seeds"]}
-        line |= {"score_mean": mean, "score_ci95": half, **{name: found[name] for name in numbers}}
+        line |= {"score_mean": mean, "score_ci95": half, **difference, **{name: found[name] for name in numbers}}
         lines.append(line | {f"printed_{key}": row.printed.get(key, "") for key in printed})
     write_csv(folder / TABLE_FILE, list(lines[0]), lines)
     return lines
+
+
+def differences(experiment: Experiment, size: Size, results: Sequence[Result]) -> list[dict[str, float]]:
+    """Each row's difference from its baseline, seed by seed, with its interval and Holm's p value over all rows."""
+    scores = [
+        {result.seed: result.score for result in block if not math.isnan(result.score)}
+        for block in (results[i : i + size.seeds] for i in range(0, len(results), size.seeds))
+    ]
+    found = []
+    for row, own in zip(size.rows, scores, strict=True):
+        labels = {**experiment.baseline, **{label: row.labels[label] for label in experiment.within}}
+        baseline = size.rows.index(size.find(labels))
+        of = paired_difference(own, scores[baseline])
+        found.append(of if size.rows[baseline] is not row else of._replace(p=math.nan))
+    adjusted = holm([each.p for each in found])
+    return [
+        {"minus_baseline": each.mean, "minus_ci95": each.half, "p_holm": p}
+        for each, p in zip(found, adjusted, strict=True)
+    ]
 
 
 def read_rows(path: AnyPath) -> list[dict[str, str]]:
@@ -87,8 +107,9 @@ def row_name(experiment: Experiment, row: Mapping[str, str]) -> str:
 
 
 def baseline_name(experiment: Experiment) -> str:
-    """The labels that name the baseline."""
-    return " · ".join(experiment.baseline.values())
+    """The labels that name the baseline, and those that it shares with a row."""
+    shared = f" of the same {' and '.join(experiment.within)}" if experiment.within else ""
+    return " · ".join(experiment.baseline.values()) + shared
 
 
 def note(rows: Sequence[Mapping[str, str]]) -> str:

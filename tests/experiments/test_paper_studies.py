@@ -4,8 +4,11 @@ import csv
 import dataclasses
 import importlib
 import json
+import math
+from typing import NamedTuple
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import tables
@@ -21,6 +24,7 @@ from lowrank.sweeps.folder import open_study
 from lowrank.sweeps.worker import Worker
 from lowrank.training import loop
 from tests.support import dummy_cells
+from tests.support.close import assert_close
 
 FAKE = """
     cells = json.loads((folder.parents[1] / "study.json").read_text())["cells"]
@@ -28,6 +32,13 @@ FAKE = """
     worse = abs(config["optim"]["lr"] - 1e-2) + (config["method"]["name"] == "full")
     finish(trained_params=7, seconds=1.0, after={"accuracy": 0.9 - 0.1 * worse + 1e-3 * (seed % 3) * (1 + worse)})
 """
+
+
+class Scored(NamedTuple):
+    """What a table reads of a result."""
+
+    seed: int
+    score: float
 
 
 def load(name):
@@ -107,6 +118,16 @@ def test_a_cell_of_a_study_trains_and_is_scored(files, tmp_path):
     summary = loop.run(config, tmp_path / "run")
     assert 0 <= summary["after"][study.metric] <= 1
     assert summary["trained_params"] > 0
+
+
+def test_every_row_meets_the_baseline_that_shares_its_labels():
+    study = load("data_size")
+    size = dataclasses.replace(study.small, seeds=3)
+    scores = [0.5 + 0.1 * i + 0.01 * seed * (i + 1) for i in range(len(size.rows)) for seed in range(3)]
+    results = [Scored(seed % 3, score) for seed, score in enumerate(scores)]
+    found = table.differences(study, size, results)
+    assert_close(np.array([line["minus_baseline"] for line in found]), np.array([0, 0.11, 0.22] * 3), relative=1e-9)
+    assert [math.isnan(line["p_holm"]) for line in found] == [True, False, False] * 3
 
 
 def test_rows_that_differ_are_told_apart():

@@ -1,0 +1,1 @@
+"""The rank that LoRA needs, and the directions that it learns."""
