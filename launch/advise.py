@@ -24,8 +24,7 @@ import jax
 from launch import command, preflight
 from lowrank.core import config_file, config_schema, parameter_summary
 from lowrank.core.errors import UserError
-from lowrank.data import DataConfig
-from lowrank.data.examples import Examples
+from lowrank.data import DataConfig, PlannedLoader
 from lowrank.memory import advice, devices, formulas
 from lowrank.memory.report import format_bytes
 from lowrank.training import build
@@ -33,7 +32,6 @@ from lowrank.training.run import Run
 from lowrank.training.start_values import Facts, StartValue, start_values
 
 CONFIG = "configs/llama_sft_jsonl.py"
-MEASURED = 500  # records whose lengths are counted
 BASES = Path(__file__).parents[1] / "experiments" / "bench" / "bases"  # configs of models, without weights
 LADDER = ("smollm2-135m", "gemma-3-1b", "llama-3.1-8b", "llama-3.1-70b")  # from the cheapest
 FORMATS = {"LoRA": None, "QLoRA": "nf4"}  # `model.quantize`
@@ -66,10 +64,11 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def advise(config: Any, target: devices.Target, given: Sequence[str] = ()) -> tuple[str, bool]:
     """`(text, whether a run fits the target)`; `given` are the changes of the config that the command repeats."""
-    facts = measure(config)
+    sized = planned(config, {"method.rank": 1}, 1)
+    facts = measure(sized)
     values = [v for v in start_values(facts) if not any(word.startswith(f"--config.{v.key}=") for word in given)]
     changes = {v.key: v.value for v in values}
-    run = planned(config, changes, target.num_devices)
+    run = planned(config, changes, target.num_devices, sized)
     peak = formulas.estimate_memory(run).peak
     options = advice.advise(run, target.memory) if peak > target.memory else []
     fits = (options[-1].leaves_with_all_before if options else peak) <= target.memory
@@ -84,31 +83,31 @@ def advise(config: Any, target: devices.Target, given: Sequence[str] = ()) -> tu
     return "\n".join(lines).rstrip(), fits
 
 
-def measure(config: Any) -> Facts:
-    """The sizes of the config's model and of its data; of the records, the first `MEASURED` are encoded."""
-    run = planned(config, {"data.max_examples": 1, "method.rank": 1}, 1)
+def measure(run: Run) -> Facts:
+    """The sizes of a run's model and of its data; `run` trains a LoRA of rank 1."""
     if run.tokenizer is None:
-        raise UserError(f"{config.model.name} has no tokenizer, so the lengths of {config.data.source} are not known")
-    settings = config_schema.call_with_group(DataConfig, config.data, "data")
-    settings = dataclasses.replace(settings, prompt_loss_weight=0.0)
-    examples = Examples(settings, run.objective.row_format, run.tokenizer)
-    count = min(MEASURED, len(examples))
-    weights = [sequence["weights"] for i in range(count) for sequence in examples.sequences(i)]
-    learned = sum(float(w.sum()) for w in weights)
-    sizes = parameter_summary.count_parameters(run.shapes, run.mask)
-    per_rank = int(sizes["trained_params"])
-    read = sum(w.size for w in weights) - learned
+        raise UserError(f"{run.model.name} has no tokenizer, so the lengths of the records are not known")
+    sizes, stats = parameter_summary.count_parameters(run.shapes, run.mask), run.loader.stats
+    per_rank, count, learned = int(sizes["trained_params"]), stats["measured"], stats.get("learned", 0)
+    settings = config_schema.call_with_group(DataConfig, run.config.data, "data")
     packed = run.objective.row_format.packs(settings)
-    rows = (read + learned) / settings.seq_len if packed else len(weights)
-    model, rows = int(sizes["total_params"]) - per_rank, math.ceil(rows * len(examples) / count)
-    return Facts(model, per_rank, len(examples), rows, read / count, learned / count)
+    rows = stats["tokens"] / settings.seq_len if packed else stats["sequences"]
+    rows = math.ceil(rows * stats["examples"] / count)
+    lengths = ((stats["tokens"] - learned) / count, learned / count)
+    return Facts(int(sizes["total_params"]) - per_rank, per_rank, stats["examples"], rows, *lengths)
 
 
-def planned(config: Any, changes: Mapping[str, Any], size: int) -> Run:
-    """The run with these changes; `size` devices share its rows and its weights as far as they divide the rows."""
-    run = build.build_run(
-        config_file.with_changes(config, {**changes, "mesh": {"data": 1}}), jax.devices()[:1], planned=True
-    )
+def planned(config: Any, changes: Mapping[str, Any], size: int, like: Run | None = None) -> Run:
+    """The run with these changes; `size` devices share its rows and its weights as far as they divide the rows.
+
+    `like` is a run on the same data, which are not read again.
+    """
+    changed = config_file.with_changes(config, {**changes, "mesh": {"data": 1}})
+    if like:
+        settings = config_schema.call_with_group(DataConfig, {**changed["data"], "labels": like.loader.labels}, "data")
+        shapes_alone = PlannedLoader(settings, like.objective.row_format, like.network.config.max_length)
+        like = dataclasses.replace(like, loader=shapes_alone)  # type: ignore[arg-type]
+    run = build.build_run(changed, jax.devices()[:1], like, planned=True)
     rows = run.loader.shapes["tokens"][0][0]
     return run if size == 1 else dataclasses.replace(run, mesh=advice.abstract_mesh(fsdp=math.gcd(rows, size)))
 

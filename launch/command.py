@@ -8,9 +8,7 @@ from typing import NoReturn
 from absl import flags, logging
 
 from lowrank.core.errors import Diverged, UserError
-
-STOPPED = 42  # the run was asked to stop, and the same command continues it
-BAD_INPUT, DIVERGED = 2, 3  # the same command would fail again
+from lowrank.core.exit_codes import BAD_INPUT, DIVERGED
 
 
 class Parser(argparse.ArgumentParser):

@@ -18,6 +18,7 @@ from launch import command, processes
 from lowrank.core import config_file
 from lowrank.core.compilation_cache import keep_programs
 from lowrank.core.errors import InUse, UserError
+from lowrank.core.exit_codes import STOPPED
 from lowrank.core.paths import expand
 from lowrank.training import loop
 
@@ -56,10 +57,10 @@ def main(argv: Sequence[str]) -> int:
         summary = loop.run(config, _WORKDIR.value, command=again, profile=_PROFILE.value)
     except InUse as e:
         code = command.print_error(e)
-        return command.STOPPED if _IN_USE.value == STOP else code
+        return STOPPED if _IN_USE.value == STOP else code
     except UserError as e:
         command.fail(e)
-    return command.STOPPED if "stopped_at" in summary else 0
+    return STOPPED if "stopped_at" in summary else 0
 
 
 def parse(argv: Sequence[str]) -> list[str]:

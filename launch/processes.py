@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from absl import flags
 
-from launch import command
 from lowrank.core.errors import UserError
+from lowrank.core.exit_codes import STOPPED
 
 ADDRESS, COUNT, INDEX = "coordinator_address", "num_processes", "process_id"  # of jax.distributed.initialize
 VARIABLES = {name: f"JAX_{name.upper()}" for name in (ADDRESS, COUNT, INDEX)}
@@ -100,7 +100,7 @@ def run_locally(count: int, words: Sequence[str]) -> int:
 
 def _watch(processes: Sequence[subprocess.Popen]) -> int:
     """The exit code of the first process that fails, or of all; the others have `GRACE` to end after it."""
-    fine, give_up = (None, 0, command.STOPPED), float("inf")
+    fine, give_up = (None, 0, STOPPED), float("inf")
     codes: list[int | None] = [None]
     while None in codes and time.monotonic() < give_up:
         time.sleep(0.05)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import command
 from lowrank.core.errors import UserError
+from lowrank.core.exit_codes import STOPPED
 from lowrank.core.files import read_json, write_json
 from lowrank.core.paths import AnyPath, exists
 from lowrank.sweeps.cells import Cell
@@ -79,7 +79,7 @@ class Follower:
                     self._follow(found, poll)
                 last = found
                 time.sleep(poll)
-            return command.STOPPED
+            return STOPPED
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

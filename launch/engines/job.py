@@ -11,12 +11,12 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from launch import command
 from lowrank.core.errors import UserError
+from lowrank.core.exit_codes import STOPPED
 from lowrank.core.paths import in_bucket
 from lowrank.memory import devices, tpus
 
-RESTART = command.STOPPED  # the exit code after which a worker is started again
+RESTART = STOPPED  # the exit code after which a worker is started again
 # The machines of these engines bring another Python than the one that lowrank needs, and no packages.
 PYTHON = ".venv/bin/python"
 SETUP = (

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from launch import command, worker
+from launch import worker
 from launch.live_table import LiveTable
 from lowrank.core.errors import UserError
+from lowrank.core.exit_codes import STOPPED
 from lowrank.core.paths import in_bucket
 from lowrank.sweeps import tables
 from lowrank.sweeps.folder import StudyFolder
@@ -119,7 +120,7 @@ class Workers:
         return [
             f"worker {i} ended with code {code}: see {log}"
             for i, (code, log) in enumerate(zip(codes, self._logs, strict=True))
-            if code not in (None, 0, command.STOPPED)
+            if code not in (None, 0, STOPPED)
         ]
 
 
@@ -163,4 +164,4 @@ def finish(status: Status, stopped: bool) -> int:
     if status.finished:
         return 0 if set(status.counts) <= {"done", "pruned"} else 1
     print("the same command continues")
-    return command.STOPPED if stopped else 1
+    return STOPPED if stopped else 1

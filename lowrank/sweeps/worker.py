@@ -17,6 +17,7 @@ from typing import Any
 
 from lowrank.core import files
 from lowrank.core.errors import UserError
+from lowrank.core.exit_codes import BAD_INPUT, DIVERGED, DONE, STOPPED
 from lowrank.core.files import read_json
 from lowrank.core.generations import store_time
 from lowrank.core.paths import exists, in_bucket
@@ -29,7 +30,6 @@ from lowrank.sweeps.process import GRACE, CellProcess
 from lowrank.training.log import LOSS, METRICS, read_metrics
 from lowrank.training.loop import SUMMARY
 
-OK, STOPPED, BAD_INPUT, DIVERGED = 0, 42, 2, 3  # the exit codes of a run
 BEATS = 4  # heartbeats in a lease
 SKEW = 5.0  # seconds by which a clock may be off before it is reported
 ENDS = {STOPPED: claims.STOPPED, BAD_INPUT: claims.REFUSED, DIVERGED: claims.DIVERGED}
@@ -71,7 +71,7 @@ class Worker:
             while not self._stopping:
                 now = self._now()  # before the histories are read, so that no claim looks older than it is
                 if not (waiting := self._open_histories()):
-                    return OK
+                    return DONE
                 if not self._run_one(waiting, now):
                     self._sleep(self.limits.lease / BEATS)
             return STOPPED
@@ -221,7 +221,7 @@ class Attempt:
     def _end(self, code: int, process: CellProcess) -> tuple[str, dict[str, Any]]:
         """The state and facts for an exit code; a run that has ended counts, whatever it was asked."""
         summary = self.worker.study.run_path(self.cell.key) / SUMMARY
-        if code == OK and exists(summary):
+        if code == DONE and exists(summary):
             return claims.DONE, {"summary": {k: v for k, v in read_json(summary).items() if k != "samples"}}
         if self.why:
             return claims.FAILED, {"why": self.why}
@@ -229,7 +229,7 @@ class Attempt:
             return claims.PRUNED, self.pruned
         if code == STOPPED or (self.worker.stopping and code < 0):
             return claims.STOPPED, {}
-        if code == OK:
+        if code == DONE:
             return claims.FAILED, {"why": f"it ended with exit code 0 and without {SUMMARY}"}
         ending = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
         return ENDS.get(code, claims.FAILED), {"why": f"{ending}: {process.last_line()}"}

@@ -5,6 +5,7 @@ import shlex
 import pytest
 
 from launch import advise, preflight
+from lowrank.data.examples import Examples
 from lowrank.memory import formulas
 from lowrank.training import build
 
@@ -35,8 +36,11 @@ def test_the_command_that_it_prints_is_a_run_that_fits(files, capsys):
     assert "2. smollm2-135m: LoRA" in out
 
 
-def test_a_value_that_is_given_is_kept(files, capsys):
+def test_a_value_that_is_given_is_kept_and_each_record_is_encoded_once(files, capsys, monkeypatch):
+    encoded, encode = [], Examples._encode
+    monkeypatch.setattr(Examples, "_encode", lambda self, i: encoded.append(i) or encode(self, i))
     assert advise.main(words(files, "--config.method.rank=2", "--device=h100")) == 0
+    assert encoded == list(range(len((files / "records.jsonl").read_text().splitlines())))
     out = capsys.readouterr().out
     assert "method.rank=8" not in out
     assert out.count("--config.method.rank=2") == 1

@@ -9,6 +9,7 @@ from absl import flags
 
 from launch import command, processes
 from lowrank.core.errors import Diverged, InUse, UserError
+from lowrank.core.exit_codes import STOPPED
 from lowrank.training import workdir
 
 ADDRESS = "host:1234"
@@ -74,7 +75,7 @@ def launch(code, count=3):
         ("time.sleep(600) if i != 1 else os.kill(os.getpid(), 9)", 128 + 9, "process 1 of 3 was killed by SIGKILL"),
         ("os.abort() if i else os.kill(os.getpid(), 9)", 128 + 9, "process 0 of 3 was killed by SIGKILL"),
         ("time.sleep(600) if i else exit(2)", 2, "process 0 of 3 ended with exit code 2"),
-        (f"exit({command.STOPPED})", command.STOPPED, ""),
+        (f"exit({STOPPED})", STOPPED, ""),
         ("assert os.environ['JAX_NUM_PROCESSES'] == '3'", 0, ""),
     ],
 )
@@ -87,7 +88,7 @@ def test_the_launcher_names_the_process_that_fails_and_ends_the_others(code, ret
 def test_a_signal_to_the_launcher_reaches_process_0():
     stop = "signal.signal(15, lambda *_: exit(42)) if i == 0 else exit(42)"
     code = f"{stop}; os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
-    assert launch(code) == (command.STOPPED, "")
+    assert launch(code) == (STOPPED, "")
 
 
 def test_a_run_that_diverged_has_a_code_of_its_own(capsys):

@@ -17,11 +17,6 @@ def larger(tmp_path):
     return folder
 
 
-def configure(folder, **changes):
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_only_a_text_that_holds_such_a_token_is_refused(larger):
     tokenizer = load(str(larger)).tokenizer
     assert (tokenizer.vocab_size, tokenizer.encode("w31"), tokenizer.encode("")) == (32, [31], [])
@@ -33,10 +28,10 @@ def test_only_a_text_that_holds_such_a_token_is_refused(larger):
 
 
 def test_no_special_token_is_one_of_them(larger):
-    configure(larger, pad_token="w33")
+    files.change_tokenizer(larger, pad_token="w33")
     _, tokenizer, _ = describe(str(larger))
     assert tokenizer.pad_id == tokenizer.eos_id == 2
-    configure(larger, eos_token="w32")
+    files.change_tokenizer(larger, eos_token="w32")
     with pytest.raises(UserError, match=f"{larger}: the tokenizer has neither an 'eos_token' nor a 'sep_token'"):
         describe(str(larger))
 

@@ -23,11 +23,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def configure(folder, **changes):
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_ids_and_text_and_ends(folder):
     tokenizer = load_tokenizer(folder, {})
     assert tokenizer.encode("w4 w7 </s>") == [4, 7, 2]
@@ -57,7 +52,7 @@ def test_what_surrounds_a_text_is_added_on_request_only(folder):
 
 @pytest.mark.parametrize("none", [-1, 99, 2**64, 4.0, "5", [], [-1], True, {}])
 def test_what_can_be_no_id_is_none(folder, none):
-    configure(folder, pad_token=None)
+    files.change_tokenizer(folder, pad_token=None)
     tokenizer = load_tokenizer(folder, {"pad_token_id": none, "bos_token_id": none, "eos_token_id": none})
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.stop_ids) == (2, 2, (2,))
 
@@ -71,7 +66,7 @@ def test_a_special_token_of_another_type_is_named(folder, file, value):
 
 
 def test_special_tokens_may_be_objects_or_ids_of_the_model(folder):
-    configure(folder, eos_token={"content": "w5"}, bos_token=None, pad_token=None)
+    files.change_tokenizer(folder, eos_token={"content": "w5"}, bos_token=None, pad_token=None)
     tokenizer = load_tokenizer(folder, {"bos_token_id": 6, "pad_token_id": 7, "eos_token_id": [8, 5]})
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (6, 5, 7)
     assert tokenizer.stop_ids == (5, 8)
@@ -83,7 +78,7 @@ def test_generation_stops_where_its_config_says(folder):
 
 
 def test_a_tokenizer_without_an_end_is_refused(folder):
-    configure(folder, eos_token=None)
+    files.change_tokenizer(folder, eos_token=None)
     with pytest.raises(UserError, match="neither an 'eos_token' nor a 'sep_token'"):
         load_tokenizer(folder, {})
 
@@ -102,7 +97,7 @@ def test_a_chat_template_renders_wherever_it_is_kept(folder, place):
         (folder / "chat_template.jinja").write_text(CHATML)
     else:
         named = [{"name": "tools", "template": "no"}, {"name": "default", "template": CHATML}]
-        configure(folder, chat_template=CHATML if place == "config" else named)
+        files.change_tokenizer(folder, chat_template=CHATML if place == "config" else named)
     tokenizer = load_tokenizer(folder, {})
     assert tokenizer.chat(USER) == "<s>user: hi</s>\n"
     assert tokenizer.chat(USER, add_generation_prompt=True) == "<s>user: hi</s>\n<s>assistant:"
@@ -123,7 +118,7 @@ def test_a_chat_template_renders_wherever_it_is_kept(folder, place):
     ],
 )
 def test_a_template_that_objects_is_one_line(folder, template, message):
-    configure(folder, chat_template=template)
+    files.change_tokenizer(folder, chat_template=template)
     with pytest.raises(UserError, match=message) as error:
         load_tokenizer(folder, {}).chat(USER)
     assert "\n" not in str(error.value)
@@ -136,7 +131,7 @@ TAGGED = (
 
 
 def test_a_template_marks_what_was_generated(folder):
-    configure(folder, chat_template=TAGGED)
+    files.change_tokenizer(folder, chat_template=TAGGED)
     turns = [*USER, {"role": "assistant", "content": "one"}, *USER, {"role": "assistant", "content": "two"}]
     text, spans = load_tokenizer(folder, {}).render_chat(turns)
     assert text == "user: hi ;assistant:one;user: hi ;assistant:two;"
@@ -145,7 +140,7 @@ def test_a_template_marks_what_was_generated(folder):
 
 def test_the_template_for_tools_is_taken_where_there_are_tools(folder):
     named = [{"name": "tool_use", "template": "{{ tools | tojson }}"}, {"name": "default", "template": "plain"}]
-    configure(folder, chat_template=named)
+    files.change_tokenizer(folder, chat_template=named)
     tokenizer = load_tokenizer(folder, {})
     assert tokenizer.chat(USER) == "plain"
     assert tokenizer.chat(USER, tools=[{"name": "é"}]) == '[{"name": "é"}]'

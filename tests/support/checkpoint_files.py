@@ -84,6 +84,12 @@ def write_tokenizer(folder: Path, size: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
 
 
+def change_tokenizer(folder: Path, **changes) -> None:
+    """Changes these keys of the folder's `tokenizer_config.json`."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def directory(folder: Path, hf_config: dict, **options) -> Path:
     """A Hugging Face directory of random tensors."""
     return write_directory(folder, hf_config, tensors(hf_config), **options)

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from configs import tiny as tiny_config
-from launch.command import STOPPED
+from lowrank.core.exit_codes import STOPPED
 from lowrank.training import loop
 from lowrank.training.log import read_metrics
 from tests.support.close import assert_close
