@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.bench import page
 from experiments.bench.step_cases import CASES
-from experiments.bench.tpu_cases import Case, attention_cases, cases
+from experiments.bench.tpu_cases import TOPOLOGIES, Case, attention_cases, cases, model_cases
 from experiments.protocol import table as study_table
 from experiments.study.numbers import earlier_mark, same_mark
 from lowrank.core.files import write_text
@@ -115,6 +115,17 @@ def tpu_attention() -> str:
     head = f"| slice | {' | '.join(f'{n // 1024}k tokens' for n in lengths)} |"
     rows = [f"| {name} | {' | '.join(row.get(n, '') for n in lengths)} |" for name, row in cells.items()]
     return "\n".join([head, "|---|" + "---:|" * len(lengths), *rows])
+
+
+def tpu_models() -> str:
+    """Four models and four methods on four slices, from `experiments/bench/results/tpu.json`."""
+    results, cells = _json("experiments/bench/results/tpu.json"), dict[tuple[str, str], dict[str, str]]()
+    for case in model_cases():
+        if "needed" in (r := results.get(case.key, {})):
+            needed = f"{format_bytes(r['needed'])}{', compiled' if 'compiled' in r else ''}"
+            cells.setdefault((case.base, case.method), {})[case.topology] = needed if r["fits"] else f"**{needed}**"
+    rows = [f"| {base}, {of} | {' | '.join(row.get(t, '') for t in TOPOLOGIES)} |" for (base, of), row in cells.items()]
+    return "\n".join([f"| base, method | {' | '.join(TOPOLOGIES)} |", "|---|" + "---:|" * len(TOPOLOGIES), *rows])
 
 
 def _verdict(r: dict[str, Any]) -> str:
@@ -230,6 +241,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantization": quantization,
     "quickstart": quickstart,
     "tpu/attention": tpu_attention,
+    "tpu/models": tpu_models,
     "tpu/steps": tpu_steps,
     **{f"studies/{name}": functools.partial(study, name) for name in STUDIES},
 }
