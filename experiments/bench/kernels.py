@@ -18,11 +18,12 @@ from lowrank.kernels.grouped_lora import plain, tpu
 from lowrank.kernels.grouped_lora.dispatch import grouped_lora
 from lowrank.kernels.lora_matmul import plain as lora_plain
 from lowrank.kernels.lora_matmul.dispatch import lora_matmul
-from lowrank.methods.projections import walsh
+from lowrank.methods.projections import Shape, fastfood, fastfood_blocks, walsh
 from lowrank.weights import dora
 from lowrank.weights.lora import LoRA
 from lowrank.weights.quantized.schemes import SCHEMES
 
+PROJECTION = 7  # the seed of its random numbers
 LOGITS = 1024  # the tokens whose logits exist at a time
 Size = Mapping[str, int]
 
@@ -193,6 +194,20 @@ def _butterfly(x: np.ndarray) -> np.ndarray:
     return x
 
 
+def _moved_by_vector(w: jax.Array, x: jax.Array) -> jax.Array:
+    """A kernel and the Fastfood projection of a few numbers, as intrinsic dimension adds them in each step."""
+    return w + fastfood(jax.random.key(PROJECTION), x, Shape(w.size, w.size)).reshape(w.shape).astype(w.dtype)
+
+
+def _moved_by_vector_reference(w: Any, x: Any) -> np.ndarray:
+    signs, places, gauss = _wide(*fastfood_blocks(jax.random.key(PROJECTION), w.size, x.size))
+    blocks = np.arange(len(signs))
+    mixed = _butterfly(signs * np.pad(_wide(x)[0], (0, signs.shape[1] - x.size)))
+    ordered = np.take_along_axis(mixed, places.astype(int)[blocks % len(places)], axis=1)
+    scale = np.linalg.norm(gauss, axis=1, keepdims=True) * w.size**0.5
+    return _wide(w)[0] + (_butterfly(ordered * gauss) / scale).reshape(-1)[: w.size].reshape(w.shape)
+
+
 LORA = {
     "xla": functools.partial(lora_matmul, implementation="xla"),
     "separate": _separate,
@@ -251,5 +266,11 @@ KERNELS: dict[str, Kernel] = {
         {"xla": walsh},
         lambda x: _butterfly(_wide(x)[0]),
         [{"n": 1 << 20}],
+    ),
+    "fastfood": Kernel(
+        lambda key, inputs, outputs, width: _normal(key, (inputs, outputs), (width,), dtype=jnp.float32),
+        {"xla": _moved_by_vector},
+        _moved_by_vector_reference,
+        [{"inputs": 4096, "outputs": 4096, "width": 1024}],
     ),
 }

@@ -13,6 +13,8 @@ from lowrank.memory.shapes import StepInputs, logits_chunks, step_inputs
 from lowrank.training import step
 from lowrank.training.run import Run
 
+# How a compiler says what a program takes: all of it, or its temporaries alone where these are too large already.
+NEEDED = r"(Used |temporaries \()(?P<size>[\d.]+)(?P<unit>[KMGT])( of [\d.]+[KMGT]|\) exceeds available)"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -83,10 +85,10 @@ def analyze_memory(compile_program: Callable[[], jax.stages.Compiled], chunks: i
         program = compile_program()
         m = program.memory_analysis()
     except jax.errors.JaxRuntimeError as e:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT]", str(e))
+        used = re.search(NEEDED, str(e))
         if "RESOURCE_EXHAUSTED" not in str(e) or not used:
             raise
-        return Program(refused=int(float(used[1]) * UNITS[used[2]]))
+        return Program(refused=int(float(used["size"]) * UNITS[used["unit"]]))
     assert m is not None
     return Program(
         arguments=m.argument_size_in_bytes,

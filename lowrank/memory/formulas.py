@@ -110,10 +110,14 @@ def decoded_bytes(run: Run) -> int:
 
 
 def gathered_bytes(run: Run, r: StepInputs) -> int:
-    """The other devices' shards of one block's leaves and of the head's kernel, which are gathered for their use."""
+    """The other devices' shards of one block's leaves and of the head's kernel, which are gathered for their use.
+
+    The gradient of a block's trained leaves is whole on each device too, before it is summed over them and cut.
+    """
     if run.mesh.shape["fsdp"] * run.mesh.shape["context"] == 1:
         return 0
     layers, table = gathered_leaves(run, r)
+    layers += [x for name, x in tree.named_leaves(r.state.trained) if _in_layers(name)]
     total = total_bytes(run, layers) / run.network.config.layers + total_bytes(run, table)
     shards = shard_bytes(run, layers) / run.network.config.layers + shard_bytes(run, table)
     return math.ceil(total / run.mesh.shape["tensor"] - shards)
