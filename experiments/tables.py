@@ -61,6 +61,21 @@ def bench_step() -> str:
     return "\n".join([head, "|---|" + "---:|" * 7, *lines])
 
 
+def bench_ratios() -> str:
+    """The time of peft's step over that of ours, a column for each processor, from `results/step.json`."""
+    by_processor = _json("experiments/bench/results/step.json")
+    rows = [
+        [f"{TITLES[case.method]} {case.precision}", *(_step_ratio(r.get(case.name)) for r in by_processor.values())]
+        for case in CASES
+    ]
+    lines = [["peft / ours", *by_processor], ["---", *["---:"] * len(by_processor)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _step_ratio(r: dict[str, Any] | None) -> str:
+    return f"**{r['ratio']:.2f}**: {r['peft_s']:.2f} / {r['ours_s']:.2f} s" if r else ""
+
+
 def bench_answers() -> str:
     """A loss on answers alone beside peft's, from `experiments/bench/results/answers.json`."""
     r = _json("experiments/bench/results/answers.json")
@@ -233,6 +248,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench/answers": bench_answers,
     "bench/nf4": nf4,
     "bench/page": page.table,
+    "bench/ratios": bench_ratios,
     "bench/step": bench_step,
     "counts": counts,
     "methods": methods,
