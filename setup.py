@@ -54,6 +54,7 @@ setup(
         "ray": ["ray>=2.50"],
         "wandb": ["wandb"],
         "mlflow": ["alembic", "mlflow-skinny", "sqlalchemy"],
+        "experiments": ["rank-bm25"],
         "gcs": ["gcsfs", "google-cloud-storage"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"],
         "dev": [
@@ -64,6 +65,7 @@ setup(
             "pre-commit",
             "pytest",
             "pytest-xdist",
+            "rank-bm25",
             "ruff",
             "tensorboard",
         ],

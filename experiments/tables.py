@@ -15,6 +15,7 @@ from typing import Any
 from experiments.bench import page
 from experiments.bench.step_cases import CASES
 from experiments.bench.tpu_cases import TOPOLOGIES, Case, attention_cases, cases, model_cases
+from experiments.intrinsic_dimension import table as dimensions
 from experiments.protocol import table as study_table
 from experiments.study.numbers import earlier_mark, same_mark
 from lowrank.core.files import write_text
@@ -260,6 +261,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tpu/models": tpu_models,
     "tpu/steps": tpu_steps,
     **{f"studies/{name}": functools.partial(study, name) for name in STUDIES},
+    "studies/intrinsic_dimension": lambda: dimensions.markdown(dimensions.search.results_folder("small")),
 }
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from experiments import tables
 from experiments.protocol.experiment import FINAL, PHASES, PLOT_FILE, RATES, Experiment
+from experiments.protocol.measures import read_measured
 from experiments.protocol.plot import plot_rows
 from experiments.protocol.rates import write_rates
-from experiments.protocol.table import conclusion, read_rows, write_table
+from experiments.protocol.table import conclusion, write_table
 from launch import command, sweep
 from lowrank.core.errors import UserError
 from lowrank.core.files import write_bytes
@@ -34,6 +35,8 @@ def main(experiment: Experiment, argv: Sequence[str]) -> int:
         args, changes = _parse(experiment, argv)
         results = as_path(args.results) if args.results else experiment.results(args.size)
         folder = as_path(args.folder or f"runs/{experiment.name}/{args.size}")
+        if experiment.prepare and args.workers and args.size != "paper":
+            experiment.prepare()
         for phase in PHASES:
             if code := _run_phase(experiment, args, changes, phase, folder / phase, results):
                 return code
@@ -82,7 +85,7 @@ def _finish(experiment: Experiment, size: str, status: Status, results: AnyPath)
     write_table(experiment, experiment.size(size), status.study, status.results, results)
     if experiment.analyze:
         experiment.analyze(experiment, status.study, results)
-    rows = read_rows(results / "table.csv")
+    rows = read_measured(results)
     write_bytes(results / PLOT_FILE, (experiment.plot or plot_rows)(experiment, rows))
     if results == experiment.results("small"):
         tables.rewrite(Path(experiment.file().parent / "README.md"))

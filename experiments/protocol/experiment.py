@@ -60,9 +60,10 @@ class Size:
 
     def ci(self, baseline: Mapping[str, str]) -> "Size":
         """The smallest version: the baseline and another row, two rates, two steps and a few examples."""
+        fewer = lambda point: {"steps": CI_STEPS} if "steps" in point else {}  # noqa: E731
         first = self.find(baseline)
         rows = tuple(
-            dataclasses.replace(row, rates=self.rates_of(row)[:2])
+            dataclasses.replace(row, point={**row.point, **fewer(row.point)}, rates=self.rates_of(row)[:2])
             for row in (first, next(row for row in self.rows if row is not first))
         )
         changes = {"steps": CI_STEPS, "optim.warmup": 0, "eval.max_examples": CI_EXAMPLES, "log_every": 1}
@@ -71,6 +72,7 @@ class Size:
 
 Analysis = Callable[["Experiment", StudyFolder, AnyPath], None]  # (study, final phase, results) -> further files
 Plot = Callable[["Experiment", Sequence[Mapping[str, str]]], bytes]  # (study, rows of table.csv) -> PNG
+Text = Callable[["Experiment", Path], str]  # (study, results) -> Markdown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,9 @@ class Experiment:
     source: str = ""  # where the printed figures stand: the paper and the number of its table
     analyze: Analysis | None = None
     plot: Plot | None = None  # None: one point with its interval for each row
+    mode: str = ""  # whether the best score is the `min` or the `max`; "": as the objective says
+    prepare: Callable[[], None] | None = None  # makes the files that the runs of `ci` and `small` read
+    more: Text | None = None  # follows the table in the README, once that exists
 
     @property
     def sizes(self) -> dict[str, Size]:
@@ -136,6 +141,7 @@ class Experiment:
             with_changes(size.base, {"eval.split": split, "loggers": []}),
             points,
             metric=size.metric or self.metric,
+            mode=self.mode,
             baseline=dict(size.find(self.baseline).point),
             limits=Limits(stall=0),
         )

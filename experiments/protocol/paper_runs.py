@@ -60,4 +60,29 @@ def gsm8k(model: str, steps: int, batch_size: int, seq_len: int, **optim: Any) -
     )
 
 
+def instructions(
+    model: str, source: str, template: str, completion: str, steps: int, batch_size: int, seq_len: int, **optim: Any
+) -> ConfigDict:
+    """Answers to prompts of a TFDS dataset by a decoder, sharded over all devices of a slice."""
+    return common.new(
+        steps=steps,
+        objective="causal_lm",
+        model={"name": f"{MODELS}/{model}", "precision": "bf16_f32"},
+        data={
+            "source": source,
+            "split": "train[:98%]",
+            "template": template,
+            "completion": completion,
+            "seq_len": seq_len,
+            "batch_size": batch_size,
+            "prompt_loss_weight": 0.0,
+        },
+        optim={"name": "adamw", "schedule": "cosine"} | optim,
+        mesh={"data": 1, "fsdp": -1},
+        eval={"max_examples": 1000},
+        log_every=100,
+    )
+
+
 GSM8K_SPLITS = ("train[95%:]", "test")
+HELD_OUT_SPLITS = ("train[98%:99%]", "train[99%:]")

@@ -18,3 +18,19 @@ def plot_rows(experiment: Experiment, rows: Sequence[Mapping[str, str]]) -> byte
     scores.set_xlabel(experiment.metric)
     differences.set_xlabel(f"minus {baseline_name(experiment)}, seed by seed")
     return plotting.to_png(figure)
+
+
+def draw_ranges(names: Sequence[str], ranges: Sequence[tuple[float, float, float]], label: str) -> bytes:
+    """`(middle, low, high)` of every row on a logarithmic axis with base 2, as PNG; NaN leaves a row empty."""
+    figure, [axes] = plotting.make_figure(width=6.4, height=0.8 + 0.28 * len(names))
+    middles, lows, highs = (list(column) for column in zip(*ranges, strict=True))
+    spread = [
+        [m - low for m, low in zip(middles, lows, strict=True)],
+        [h - m for m, h in zip(middles, highs, strict=True)],
+    ]
+    axes.errorbar(middles, range(len(names)), xerr=spread, fmt=plotting.MARKERS[0], color=plotting.COLORS[0])
+    axes.set_yticks(range(len(names)), list(names))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(label)
+    return plotting.to_png(figure)

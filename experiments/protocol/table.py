@@ -79,7 +79,8 @@ def markdown(experiment: Experiment, folder: Path) -> str:
     lines = [head, [*["---"] * len(labels), *["---:"] * (len(head) - len(labels))]]
     lines += [_cells(experiment, row, printed) for row in rows]
     text = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
-    return f"{text}\n\n{note(rows)}\n\n**{conclusion(experiment, rows)}**"
+    more = "\n\n" + experiment.more(experiment, folder) if experiment.more else ""
+    return f"{text}\n\n{note(rows)}\n\n**{conclusion(experiment, rows)}**{more}"
 
 
 def _cells(experiment: Experiment, row: Mapping[str, str], printed: list[str]) -> list[str]:

@@ -1,0 +1,1 @@
+"""How long a learned prompt must be, how it should start, and what it says."""

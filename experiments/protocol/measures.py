@@ -1,0 +1,140 @@
+"""Further numbers of the trained models: `measures.csv`, with its statistics, and a table for the README.
+
+Each model of the final phase is loaded from its adapter, and the numbers are kept beside it in `measures.json`.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from experiments.protocol.experiment import TABLE_FILE, Experiment
+from experiments.protocol.table import as_number, conclusion, is_baseline, read_rows
+from experiments.study.tasks import Model
+from lowrank import methods, pretrained
+from lowrank.adapters import load
+from lowrank.core.files import read_json, write_json
+from lowrank.core.paths import AnyPath, exists
+from lowrank.sweeps.cells import Cell
+from lowrank.sweeps.folder import StudyFolder
+from lowrank.sweeps.statistics import holm, interval, is_tied, paired_difference
+from lowrank.sweeps.tables import SAME, format_mean, write_csv
+from lowrank.training.config import with_precision
+from lowrank.training.loop import ADAPTER
+
+MEASURES_FILE, CELL_FILE = "measures.csv", "measures.json"
+UNTRAINED = "untrained"
+OF_BASE = ("param_dtype", "quantize", "upcycle", "precision")  # keys of the model group that an adapter records
+
+Measure = Callable[[Model], Mapping[str, float]]
+
+
+class Heading(NamedTuple):
+    """A number's heading in the README, and whether the best is the `min` or the `max`; "": neither is."""
+
+    text: str
+    better: str = ""
+
+
+def load_model(config: Mapping[str, Any], adapter: AnyPath | None = None) -> Model:
+    """The model of a cell's config with the adapter in a folder attached, or the untrained model."""
+    group = dict(with_precision(config["model"]))
+    options = {key: value for key, value in group.items() if key not in ("name", *OF_BASE)}
+    how = {"model": options, "param_dtype": group.get("param_dtype", "float32")}
+    bind = methods.build_method(config["method"]).bind if adapter else None
+    base = load.load_adapted(adapter, group["name"], **how) if adapter else pretrained.load(group["name"], **how)
+    return Model(ConfigDict(config), base, bind)
+
+
+def write(
+    experiment: Experiment, study: StudyFolder, results: AnyPath, measure: Measure, untrained: bool = True
+) -> list[dict[str, Any]]:
+    """Measures every trained model of the final phase, and the untrained one; writes `measures.csv`, returns its rows.
+
+    A row has its labels and, for each number, its mean with the 95 % interval over the seeds, and its difference from
+    the baseline with Holm's p value. The row of the untrained model has means alone.
+    """
+    rows = read_rows(results / TABLE_FILE)
+    labels = [{label: row[label] for label in experiment.labels} for row in rows]
+    per_row = len(study.cells) // len(rows)
+    numbers = [_measured(study, cell, measure) for cell in study.cells]
+    blocks = [numbers[i : i + per_row] for i in range(0, len(numbers), per_row)]
+    names = list(next(found for found in numbers if found))
+    lines: list[dict[str, Any]] = [
+        {**label, "seeds": sum(map(bool, block))} for label, block in zip(labels, blocks, strict=True)
+    ]
+    baseline = next(i for i, row in enumerate(rows) if is_baseline(experiment, row))
+    for name in names:
+        _add_statistics(lines, name, [_by_seed(block, name) for block in blocks], baseline)
+    if untrained:
+        label = {**dict.fromkeys(experiment.labels, ""), experiment.labels[0]: UNTRAINED}
+        found = measure(load_model(study.cells[0].config))
+        lines.append({**label, "seeds": "", **{f"{name}_mean": found[name] for name in names}})
+    write_csv(results / MEASURES_FILE, list(lines[0]), lines)
+    return lines
+
+
+def _measured(study: StudyFolder, cell: Cell, measure: Measure) -> Mapping[str, float]:
+    """The numbers of a cell; empty if it has no adapter."""
+    folder = study.run_path(cell.key)
+    if exists(folder / CELL_FILE):
+        return read_json(folder / CELL_FILE)
+    if not exists(folder / ADAPTER):
+        return {}
+    found = dict(measure(load_model(cell.config, folder / ADAPTER)))
+    write_json(folder / CELL_FILE, found)
+    return found
+
+
+def _by_seed(block: Sequence[Mapping[str, float]], name: str) -> dict[int, float]:
+    return {seed: numbers[name] for seed, numbers in enumerate(block) if numbers}
+
+
+def _add_statistics(
+    lines: Sequence[dict[str, Any]], name: str, by_row: Sequence[Mapping[int, float]], baseline: int
+) -> None:
+    differences = [paired_difference(values, by_row[baseline]) for values in by_row]
+    compared = holm([math.nan if i == baseline else found.p for i, found in enumerate(differences)])
+    for line, values, found, p in zip(lines, by_row, differences, compared, strict=True):
+        numbers = list(values.values())
+        mean = statistics.fmean(numbers) if numbers else math.nan
+        line |= {f"{name}_mean": mean, f"{name}_ci95": interval(numbers)}
+        line |= {f"{name}_minus": found.mean, f"{name}_minus_ci95": found.half, f"{name}_p_holm": p}
+
+
+def read_measured(folder: AnyPath) -> list[dict[str, str]]:
+    """The rows of `table.csv`, each with the numbers of `measures.csv` too, if there are some."""
+    rows = read_rows(folder / TABLE_FILE)
+    numbers = read_rows(folder / MEASURES_FILE) if exists(folder / MEASURES_FILE) else [{} for _ in rows]
+    return [{**found, **row} for row, found in zip(rows, numbers, strict=False)]
+
+
+def markdown(experiment: Experiment, folder: Path, headings: Mapping[str, Heading]) -> str:
+    """The table of `measures.csv`, and a sentence for each number of which one side is better."""
+    if not (folder / MEASURES_FILE).exists():
+        return ""
+    rows, labels = read_rows(folder / MEASURES_FILE), list(experiment.labels)
+    lines = [[*labels, *(heading.text for heading in headings.values())]]
+    lines += [[*["---"] * len(labels), *["---:"] * len(headings)]]
+    lines += [[*(row[label] for label in labels), *(_cell(experiment, row, name) for name in headings)] for row in rows]
+    table = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    sentences = [_conclusion(experiment, rows, name, heading) for name, heading in headings.items() if heading.better]
+    return "\n\n".join([table, *(f"**{sentence}**" for sentence in sentences)])
+
+
+def _cell(experiment: Experiment, row: Mapping[str, str], name: str) -> str:
+    if not row["seeds"]:
+        return format_mean(as_number(row[f"{name}_mean"]), math.nan)
+    tied = not is_baseline(experiment, row) and is_tied(as_number(row[f"{name}_p_holm"]))
+    return format_mean(as_number(row[f"{name}_mean"]), as_number(row[f"{name}_ci95"]), f" {SAME}" * tied)
+
+
+def _conclusion(experiment: Experiment, rows: Sequence[Mapping[str, str]], name: str, heading: Heading) -> str:
+    compared = [
+        {**row, "p_holm": row[f"{name}_p_holm"], "minus_baseline": row[f"{name}_minus"]} for row in rows if row["seeds"]
+    ]
+    return conclusion(dataclasses.replace(experiment, metric=heading.text, mode=heading.better), compared)
