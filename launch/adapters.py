@@ -3,9 +3,10 @@
 from absl import flags
 
 from lowrank.adapters import load
+from lowrank.core import schema
 from lowrank.core.errors import UserError
-from lowrank.core.files import parse_json
-from lowrank.core.paths import AnyPath, as_path, read_text
+from lowrank.core.json_types import RunConfig
+from lowrank.core.paths import AnyPath, as_path
 from lowrank.pretrained import Pretrained
 from lowrank.training import loop, workdir
 
@@ -27,9 +28,8 @@ def _source() -> tuple[AnyPath, str | None]:
         raise UserError("the adapter comes from one folder: give either --workdir=RUN or --adapter=DIR")
     if _ADAPTER.value:
         return as_path(_ADAPTER.value), _BASE.value
-    config = as_path(_WORKDIR.value) / workdir.CONFIG
     try:
-        model = parse_json(read_text(config))["model"]["name"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{_WORKDIR.value} is not the folder of a run: {config}: {e}") from None
+        model = schema.decode(as_path(_WORKDIR.value) / workdir.CONFIG, RunConfig)["model"]["name"]
+    except UserError as e:
+        raise UserError(f"{_WORKDIR.value} is not the folder of a run: {e}") from None
     return as_path(_WORKDIR.value) / loop.ADAPTER, _BASE.value or model

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
 
 from lowrank.adapters import peft
-from lowrank.core import files, paths, tree
+from lowrank.core import files, paths, schema, tree
 from lowrank.core.errors import UserError, nearest
+from lowrank.core.json_types import TrainedLeaves
 from lowrank.core.paths import AnyPath, PathLike, as_path
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_stored, is_weight
@@ -76,10 +77,7 @@ def base_of(directory: PathLike) -> dict[str, Any]:
     for field, file in BASES.items():
         path = as_path(directory) / file
         if paths.exists(path):
-            try:
-                found[field] = dict(files.parse_json(paths.read_text(path)))
-            except (OSError, ValueError, TypeError) as e:
-                raise UserError(f"cannot read {path}: {e}") from None
+            found[field] = schema.decode(path)
     dtype = found.get("quantized", {}).pop("param_dtype", None)
     return found | ({"param_dtype": dtype} if dtype else {})
 
@@ -91,14 +89,14 @@ def load_leaves(directory: PathLike, params: PyTree, base_name: str) -> PyTree:
     from `params` in name or shape.
     """
     directory = as_path(directory)
+    about = schema.decode(directory / ABOUT, TrainedLeaves)
     try:
-        about = dict(files.parse_json(paths.read_text(directory / ABOUT)))
         with paths.local_file(directory / ARRAYS) as file:
             arrays = load_file(file)
     except (OSError, ValueError, TypeError, SafetensorError) as e:
         raise UserError(f"adapter {directory} cannot be read: {e}") from None
-    if about.get("base") != base_name:
-        raise UserError(f"adapter {directory} was trained on {about.get('base')!r}, not on {base_name!r}")
+    if about["base"] != base_name:
+        raise UserError(f"adapter {directory} was trained on {about['base']!r}, not on {base_name!r}")
     shapes = {name: leaf.shape for name, leaf in tree.named_leaves(params)}
     for name, array in arrays.items():
         if name not in shapes:

@@ -7,8 +7,9 @@ from typing import Any
 
 from lowrank import methods, pretrained
 from lowrank.adapters import adapter_files, peft
-from lowrank.core import files, paths
+from lowrank.core import paths, schema
 from lowrank.core.errors import UserError
+from lowrank.core.json_types import TrainedLeaves
 from lowrank.core.paths import AnyPath, PathLike, as_path
 from lowrank.pretrained import Pretrained, companions
 from lowrank.pretrained.resolve import is_hub_id
@@ -82,11 +83,8 @@ def _base(
 
 
 def _with_leaves(directory: AnyPath, spec: str | None, model: Mapping[str, Any], read: Mapping[str, Any]) -> Pretrained:
-    try:
-        about = files.parse_json(paths.read_text(directory / adapter_files.ABOUT))
-        recorded, options, group = about["base"], about["model"], about["method"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"cannot read {directory / adapter_files.ABOUT}: {e}") from None
+    about = schema.decode(directory / adapter_files.ABOUT, TrainedLeaves)
+    recorded, options, group = about["base"], about["model"], about["method"]
     base = _base(spec, recorded, directory, model={**model, **options}, **read)
     method = methods.build_method(group)
     params = methods.attach_for_loading(method, base.params)

@@ -6,11 +6,13 @@ creates and replaces them on conditions, and `mirror` appends to them.
 """
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import os
 import pathlib
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from typing import Any, TypeAlias
@@ -22,6 +24,13 @@ from lowrank.core.errors import UserError
 AnyPath: TypeAlias = pathlib.Path  # or an epath.Path, which is `Any` to mypy
 PathLike = str | os.PathLike[str]
 BUCKET = "gs://"
+# What a path may lead to that is no file, where reading would wait or never end.
+OTHERS = {
+    "a named pipe": stat.S_ISFIFO,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+    "a socket": stat.S_ISSOCK,
+    "a folder": stat.S_ISDIR,
+}
 
 
 def expand(path: PathLike) -> str:
@@ -77,6 +86,27 @@ def read_bytes(path: PathLike) -> bytes:
 def read_text(path: PathLike) -> str:
     """`read_bytes` as UTF-8; text of another encoding is a ValueError."""
     return read_bytes(path).decode()
+
+
+def is_missing(path: PathLike) -> bool:
+    """Whether there is nothing at a local path; a link that leads round in a circle is something."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def require_file(path: PathLike, largest: int | None = None) -> None:
+    """Raises OSError at once for a local path to what is no file (a pipe, a device, a folder), or a too large one."""
+    found = os.stat(path)
+    for kind, is_kind in OTHERS.items():
+        if is_kind(found.st_mode):
+            raise OSError(errno.EINVAL, f"it is {kind}, not a file", os.fspath(path))
+    if largest is not None and found.st_size > largest:
+        raise OSError(errno.EFBIG, f"it has {found.st_size} bytes, and at most {largest} are read", os.fspath(path))
 
 
 def write_object(path: PathLike, data: bytes) -> None:

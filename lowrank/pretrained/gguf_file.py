@@ -17,7 +17,10 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 from gguf.constants import GGUFValueType as Kind
 
+from lowrank.core import schema
 from lowrank.core.errors import UserError
+from lowrank.core.json_types import GGUFMetadata
+from lowrank.core.paths import require_file
 from lowrank.pretrained.tensor_reader import StoredTensor, read_array
 
 SCALARS = {
@@ -85,10 +88,13 @@ class _Cursor:
 def open_gguf(path: Path) -> GGUF:
     """Reads the header of a GGUF file. Raises UserError when the file is missing, truncated or corrupt."""
     try:
+        require_file(path)
         with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(path, _Cursor(data))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path} is not a file") from None
+    except UserError:
+        raise
     except (*_CORRUPT, struct.error) as e:
         raise UserError(f"{path} is truncated or corrupt: {e}") from None
 
@@ -102,6 +108,7 @@ def _parse(path: Path, cursor: _Cursor) -> GGUF:
     for _ in range(pair_count):
         key = cursor.string()
         metadata[key] = cursor.value(cursor.unpack("I")[0])
+    schema.check(str(path), metadata, GGUFMetadata)
     table = [_table_entry(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     data_start, size = -(-cursor.at // alignment) * alignment, len(cursor.data)

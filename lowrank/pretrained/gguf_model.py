@@ -12,7 +12,9 @@ from typing import Any
 import gguf
 import numpy as np
 
+from lowrank.core import schema
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.json_types import ModelConfig
 from lowrank.pretrained import gguf_tokenizer, hf_files
 from lowrank.pretrained.families import FAMILIES
 from lowrank.pretrained.gguf_file import GGUF, open_gguf
@@ -57,6 +59,7 @@ class GGUFSource:
         if self.arch not in MODEL_TYPES:
             raise unknown("GGUF architecture", self.arch, MODEL_TYPES)
         config = _hf_config(self.file, self.arch)
+        schema.check(self.where, config, ModelConfig)
         check_sizes(self.where, config, self.file.tensors)
         self.hf_config = config | FAMILIES[config["model_type"]].hf_config(hf_files.parse_config(self.where, config))
 

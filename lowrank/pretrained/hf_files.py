@@ -11,8 +11,10 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from lowrank.core import schema
 from lowrank.core.errors import UserError
-from lowrank.core.files import parse_json
+from lowrank.core.json_types import SafetensorsEntry, SafetensorsIndex
+from lowrank.core.paths import require_file
 from lowrank.pretrained.families import Config, family_of
 from lowrank.pretrained.tensor_reader import StoredTensor, read_array
 
@@ -22,19 +24,6 @@ DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dt
 # The dtypes of the arrays of quantized kernels.
 CODES = {"U8": np.uint8, "I8": np.int8, "I32": np.int32, "F32": np.float32, "BF16": ml_dtypes.bfloat16}
 CODES |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError when the file is missing or does not hold a JSON object."""
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return value
 
 
 def parse_config(where: str, hf_config: Mapping[str, Any]) -> Config:
@@ -62,10 +51,7 @@ def open_directory(directory: Path) -> dict[str, StoredTensor]:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
         advice = f", only {pickles[0]}: pickles are never read, convert it to safetensors" if pickles else ""
         raise UserError(f"{directory} has no {SINGLE}{advice}")
-    weight_map = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise UserError(f"{directory / INDEX} has no usable 'weight_map'")
-    return _open_shards(directory, weight_map)
+    return _open_shards(directory, schema.decode(directory / INDEX, SafetensorsIndex)["weight_map"])
 
 
 def _open_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
@@ -85,16 +71,21 @@ def _open_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, Store
 
 def _open_file(path: Path) -> dict[str, StoredTensor]:
     try:
+        require_file(path)
         with safetensors.safe_open(path, framework="np"):  # checks that the header is sound and covers the file
             pass
         with path.open("rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
             header = json.loads(f.read(length))
+        header.pop("__metadata__", None)
+        schema.check(str(path), header, dict[str, SafetensorsEntry])
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
+    except UserError:
+        raise
     except (OSError, ValueError, struct.error, safetensors.SafetensorError) as e:
         raise UserError(f"{path} is truncated or corrupt: {e}") from None
-    return {name: _stored(path, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
+    return {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
 
 
 def _stored(path: Path, start: int, entry: dict[str, Any]) -> StoredTensor:

@@ -160,7 +160,13 @@ def _describe(
     if param_dtype not in PARAM_DTYPES:
         raise unknown("param_dtype", param_dtype, PARAM_DTYPES)
     config = conversion.config(source, model)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), _shapes(config))
+    try:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), _shapes(config))
+    except UserError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError) as e:  # of sizes that do not fit together
+        reason = str(e).partition("\n")[0] or type(e).__name__
+        raise UserError(f"{source.where}: a model of its config cannot be built: {reason}") from None
     if conversion.quantizer is None:
         return config, shapes
     parts, kernels = _stored_leaves(source, conversion.tensors(source, config), shapes)

@@ -30,6 +30,8 @@ def check_tensors(
     """Raises UserError naming the first tensor that is missing, or whose shape or dtype does not suit its leaf."""
     used = {name for tensor in tensors for name in tensor.names}
     for tensor in tensors:
+        if tensor.leaf not in shapes:
+            raise UserError(f"{where}: its config has no place for tensor {tensor.names[0]!r}")
         for name in tensor.names:
             if name not in stored:
                 raise UserError(f"{where}: tensor {name!r} is missing{nearest(name, stored.keys() - used)}")

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank.core import tree
+from lowrank.core import schema, tree
 from lowrank.core.errors import UserError
+from lowrank.core.json_types import StoredCodes
 from lowrank.core.weight import is_weight
 from lowrank.pretrained.hf_files import CODES
 from lowrank.pretrained.hf_tensors import Tensor
@@ -28,8 +29,7 @@ def stored_scheme(where: str, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     config = hf_config.get("quantization_config")
     if not isinstance(config, Mapping) or config.get("quant_method") != METHOD:
         return {}
-    if not isinstance(config.get("scheme"), Mapping):
-        raise UserError(f"{where}: its quantization_config has no scheme")
+    schema.check(f"{where}: its quantization_config", config, StoredCodes)
     return dict(config["scheme"])
 
 
@@ -40,8 +40,6 @@ def stored_quantizer(where: str, hf_config: Mapping[str, Any]) -> LoadQuantizer 
     """
     group = stored_scheme(where, hf_config)
     high = hf_config["quantization_config"].get("high") if group else None
-    if high is not None and not (isinstance(high, Mapping) and all(type(k) is int and k >= 0 for k in high.values())):
-        raise UserError(f"{where}: its quantization_config has no usable 'high': it must count groups per kernel")
     if group.get("name") == "mixed" and high is None:
         raise UserError(f"{where}: its quantization_config has no 'high', the number of 4-bit groups per kernel")
     return build_rounding(group, where, high) if group else None

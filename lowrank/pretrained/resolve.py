@@ -5,7 +5,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lowrank.core import schema
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.json_types import ModelConfig
 from lowrank.core.paths import expand
 from lowrank.pretrained import hf_files, hub, tokenizer, wheels
 from lowrank.pretrained.families import Family, family_of
@@ -23,7 +25,7 @@ class DirectorySource:
 
     def __init__(self, path: Path, name: str):
         self.path, self.name, self.where = path, name, str(path)
-        self.hf_config = hf_files.read_json(path / "config.json")
+        self.hf_config = schema.decode(path / "config.json", ModelConfig)
         check_sizes(self.where, self.hf_config, hf_files.open_directory(path) if hf_files.has_tensors(path) else None)
 
     def has_tokenizer(self) -> bool:

@@ -19,15 +19,11 @@ DEEPEST = 10_000  # layers of a model whose tensors are not there
 
 
 def check_sizes(where: str, hf_config: Mapping[str, Any], stored: Mapping[str, StoredTensor] | None = None) -> None:
-    """Raises UserError naming the first count of a config that is none, or more than its `stored` tensors can hold.
+    """Raises UserError naming the first count of a config that is more than its `stored` tensors can hold.
 
     A model has at least one tensor a layer, and one number for each unit of any other size. Without the tensors, a
     count may be as large as memory is likely to allow.
     """
-    for key in COUNTS:
-        value = hf_config.get(key)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise UserError(f"{where}: config.json's {key} is {value!r}: it must be a count")
     numbers = LARGEST if stored is None else sum(math.prod(tensor.shape) for tensor in stored.values())
     tensors = DEEPEST if stored is None else len(stored)
     holds = "" if stored is None else f", and its files hold {plural(tensors, 'tensor')} of {plural(numbers, 'number')}"

@@ -7,16 +7,15 @@ from typing import Any
 
 import tokenizers
 
-from lowrank.core.config_schema import check_type
+from lowrank.core import schema
 from lowrank.core.errors import UserError
+from lowrank.core.json_types import TokenizerConfig
+from lowrank.core.paths import is_missing, require_file
 from lowrank.pretrained import chat_template
 from lowrank.pretrained.bounded_backend import bounded
 from lowrank.pretrained.chat_template import Messages, Rendered
-from lowrank.pretrained.hf_files import read_json
 
-SPECIAL = tuple(f"{name}_token" for name in ("bos", "cls", "eos", "sep", "pad", "unk"))
-# The types of what is read of `tokenizer_config.json`; each may be null.
-TYPES: dict[str, Any] = dict.fromkeys(SPECIAL, str | Mapping[str, Any])
+LARGEST = 2**28  # bytes of a `tokenizer.json`; Gemma 3's has 33 million
 
 
 class Tokenizer:
@@ -112,8 +111,12 @@ def load_tokenizer(directory: Path, hf_config: Mapping[str, Any], stop_ids: Sequ
     Raises UserError for a missing or corrupt file, naming it.
     """
     path = directory / "tokenizer.json"
-    if not path.exists():
-        raise UserError(f"{directory} has no tokenizer.json, which every model needs")
+    try:
+        require_file(path, LARGEST)
+    except FileNotFoundError:
+        raise UserError(f"{directory} has no tokenizer.json, which every model needs") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises nothing narrower
@@ -126,8 +129,8 @@ def load_tokenizer(directory: Path, hf_config: Mapping[str, Any], stop_ids: Sequ
         if not config.get(f"{key}_token") and token is not None:
             config[f"{key}_token"] = token
     template = directory / "chat_template.jinja"
-    if template.exists():
-        config["chat_template"] = template.read_text(encoding="utf-8")
+    if not is_missing(template):
+        config["chat_template"] = _read_template(template)
     stops = generation.get("eos_token_id", hf_config.get("eos_token_id"))
     try:
         return Tokenizer(backend, config, [*token_ids(stops), *stop_ids])
@@ -135,15 +138,17 @@ def load_tokenizer(directory: Path, hf_config: Mapping[str, Any], stop_ids: Sequ
         raise UserError(f"{directory}: {e}") from None
 
 
+def _read_template(path: Path) -> str:
+    try:
+        require_file(path, schema.LARGEST)
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+
+
 def _read_optional(path: Path) -> dict[str, Any]:
     """The object of a file, empty where there is none. Raises UserError for a value of a type that it cannot have."""
-    found = read_json(path) if path.exists() else {}
-    for key in TYPES.keys() & found.keys():
-        check_type(TYPES[key] | None, found[key], f"{path}: {key}")
-    for key in SPECIAL:
-        if isinstance(found.get(key), Mapping) and not isinstance(found[key].get("content"), str):
-            raise UserError(f"{path}: {key} is an object without the text 'content'")
-    return found
+    return {} if is_missing(path) else schema.decode(path, TokenizerConfig)
 
 
 def token_ids(value: Any) -> list[int]:

@@ -46,7 +46,7 @@ def test_the_recorded_revision_is_fetched_and_said(tmp_path, base, monkeypatch, 
 
 @pytest.mark.parametrize("name", [5, ["a"], {"a": 1}, True])
 def test_a_name_that_is_no_text_is_one_line(tmp_path, name):
-    with pytest.raises(UserError, match=r"adapter_config.json: base_model_name_or_path must be a str or None, not"):
+    with pytest.raises(UserError, match=r"adapter_config.json: base_model_name_or_path must be text or null, not"):
         load.load_adapted(adapter(tmp_path / "a", base_model_name_or_path=name))
 
 

@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_named(change, message, tmp_path):
         ({"name": "nf5"}, r"unknown quantization scheme in .* 'nf5' \(did you mean 'nf4'\?\)"),
         ({"name": "nf4", "blok": 8}, r"out\.blok.*did you mean"),
         ({"name": "mixed"}, "no 'high'"),
-        (4, "has no scheme"),
+        (4, "scheme must be an object, not 4"),
     ],
 )
 def test_an_unknown_scheme_is_named(scheme, message, tmp_path):

@@ -30,9 +30,9 @@ def test_layers_beyond_the_file_are_named(tmp_path, base, key):
         load(folder(tmp_path / "m", base, **{key: 100}))
 
 
-@pytest.mark.parametrize("value", [-1, "16", 16.5, True, [16], 2**64])
+@pytest.mark.parametrize("value", [-1, "16", 16.5, True, [16]])
 def test_what_is_no_count_is_named(tmp_path, value):
-    with pytest.raises(UserError, match=r"config.json's (max_position_embeddings|hidden_size) is"):
+    with pytest.raises(UserError, match=r"config.json: max_position_embeddings must be a whole number"):
         load(folder(tmp_path / "m", max_position_embeddings=value))
 
 

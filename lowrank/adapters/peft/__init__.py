@@ -15,7 +15,7 @@ from lowrank.adapters.peft import config, embeddings, experts, prompts, reading,
 from lowrank.adapters.peft.forms import FORMS
 from lowrank.adapters.peft.modules import Base
 from lowrank.adapters.peft.reading import AdapterDescription
-from lowrank.core import files
+from lowrank.core import bounded_regex, files
 from lowrank.core.paths import AnyPath, PathLike, as_path
 from lowrank.core.typing import PyTree
 
@@ -25,6 +25,7 @@ WHOLE_MODEL_TYPES: dict[str, ModuleType] = {
 }  # adapters that are not a set of adapted modules
 
 
+@bounded_regex.budget()
 def describe_adapter(directory: PathLike) -> AdapterDescription:
     """The type of the adapter in `directory`, its base, and the model options that it needs, without its tensors.
 
@@ -39,6 +40,7 @@ def describe_adapter(directory: PathLike) -> AdapterDescription:
     )
 
 
+@bounded_regex.budget()
 def load(directory: PathLike, params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
     """`params`, the plain tree of `base`, with the adapter in `directory` attached.
 

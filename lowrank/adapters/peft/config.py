@@ -1,15 +1,15 @@
 """`adapter_config.json`: its keys, their defaults, and the checks against keys that would change the computation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from lowrank.adapters.peft.forms import FORMS, PeftForm
-from lowrank.core import config_schema
+from lowrank.core import schema
 from lowrank.core.errors import UserError, nearest, unknown
-from lowrank.core.files import parse_json as parse_json_text
-from lowrank.core.paths import AnyPath, PathLike, as_path, read_text
+from lowrank.core.json_types import AdapterConfig
+from lowrank.core.paths import AnyPath, PathLike, as_path, exists
 from lowrank.models import DecoderConfig
 
 NAME = "adapter_config.json"
@@ -29,20 +29,6 @@ ABOUT = (
     "revision",
     "task_type",
 )
-
-# The types of the keys that are read; each may be null.
-TYPES: dict[str, Any] = {
-    **dict.fromkeys(("peft_type", "base_model_name_or_path", "revision", "bias"), str),
-    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "target_parameters"), str | Sequence[str]),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), Mapping[str, Any]),
-    **dict.fromkeys(("use_rslora", "use_dora"), bool),
-    "feedforward_modules": str | Sequence[str],
-    "layers_to_transform": int | Sequence[int],
-    "lora_dropout": float,
-    "modules_to_save": Sequence[str],
-    "token_indices": Sequence[int],
-    "trainable_token_indices": Sequence[int] | Mapping[str, Any],
-}
 
 Content = tuple[dict[str, Any], dict[str, np.ndarray]]  # an adapter to be written: its JSON and its tensors
 
@@ -75,16 +61,9 @@ def read_config(directory: PathLike) -> tuple[dict[str, Any], PeftForm]:
 def parse_json(directory: PathLike) -> dict[str, Any]:
     """The adapter's JSON, unchanged. Raises UserError for a directory without one, and for an unknown `peft_type`."""
     path = as_path(directory) / NAME
-    try:
-        raw = parse_json_text(read_text(path))
-    except FileNotFoundError:
-        raise UserError(f"{directory} holds no PEFT adapter: it has no {NAME}") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {e}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} is not a JSON object")
-    for key in TYPES.keys() & raw.keys():
-        config_schema.check_type(TYPES[key] | None, raw[key], f"{path}: {key}")
+    if not exists(path):
+        raise UserError(f"{directory} holds no PEFT adapter: it has no {NAME}")
+    raw = schema.decode(path, AdapterConfig)
     known = {*(form.peft_type for form in FORMS.values()), *WHOLE_MODEL}
     if raw.get("peft_type") not in known:
         raise unknown(f"peft_type in {path}:", str(raw.get("peft_type")), known)

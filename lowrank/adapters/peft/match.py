@@ -4,10 +4,10 @@ A module is its path in the torch model, `model.layers.3.self_attn.q_proj`. A li
 paths, a string is a regex over whole paths, and a pattern's key is a regex over the end of a path.
 """
 
-import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from lowrank.core import bounded_regex
 from lowrank.core.errors import UserError, nearest
 
 ALL_LINEAR = "all-linear"
@@ -16,7 +16,7 @@ ALL_LINEAR = "all-linear"
 def is_named(names: str | Iterable[str], path: str) -> bool:
     """Whether a list of path ends, or a regex over whole paths, names `path`."""
     if isinstance(names, str):
-        return _regex(names).fullmatch(path) is not None
+        return bounded_regex.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
@@ -39,7 +39,7 @@ def find_targets(config: Mapping[str, Any], paths: Collection[str], heads: Colle
     all_linear = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
     chosen = [p for p in paths if (p not in heads if all_linear else is_named(wanted, p))]
     saved = config.get("modules_to_save") or ()
-    chosen = [p for p in chosen if not any(_regex(rf"(^|.*\.){m}($|\..*)").match(p) for m in saved)]
+    chosen = [p for p in chosen if not any(bounded_regex.match(rf"(^|.*\.){m}($|\..*)", p) for m in saved)]
     chosen = [p for p in chosen if not is_named(config.get("exclude_modules") or (), p) and _in_layers(config, p)]
     if not chosen:
         first = wanted if isinstance(wanted, str) else sorted(wanted)[0]
@@ -55,20 +55,14 @@ def _in_layers(config: Mapping[str, Any], path: str) -> bool:
     names = config.get("layers_pattern") or r"[^.]*"
     names = [names] if isinstance(names, str) else names
     start = r".*?\." if not config.get("layers_pattern") else r"(?:^|.*?\.)"
-    match = next((m for m in (_regex(rf"{start}{name}\.(\d+)\.").match(path) for name in names) if m), None)
+    matches = (bounded_regex.match(rf"{start}{name}\.(\d+)\.", path) for name in names)
+    match = next((m for m in matches if m), None)
     return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first key that matches the end of `path` as a regex, or `default`."""
-    return next((v for key, v in patterns.items() if _regex(rf"(.*\.)?({key})$").match(path)), default)
-
-
-def _regex(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as e:
-        raise UserError(f"the adapter's pattern {pattern!r} is not a regular expression: {e}") from None
+    return next((v for key, v in patterns.items() if bounded_regex.match(rf"(.*\.)?({key})$", path)), default)
 
 
 def shortest_ends(chosen: Collection[str], others: Collection[str]) -> list[str]:
