@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # The folders of tests that have a target of their own: they need more than pip, or no compile option.
 APART := accelerators notebooks numerics parity tools
 
-.PHONY: quickstart test test-all numerics parity tpu docs notebooks test-tools bench bench-check gpu-bench gpu-wheels tables lint format clean
+.PHONY: quickstart test test-all fuzz numerics parity tpu docs notebooks test-tools bench bench-check gpu-bench gpu-wheels tables lint format clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m experiments.quickstart
@@ -26,6 +26,10 @@ test: $(VENV)/ready-dev lint
 
 test-all: $(VENV)/ready-dev
 	$(FAST) $(PYTEST) $(APART:%=--ignore=tests/%)
+
+# Other inputs each time; FUZZ=--hypothesis-seed=N repeats one.
+fuzz: $(VENV)/ready-dev
+	$(FAST) $(BIN)/python -m pytest tests/fuzz --hypothesis-profile=fuzz $(FUZZ)
 
 numerics: $(VENV)/ready-dev
 	$(PYTEST) tests/numerics tests/kernels
