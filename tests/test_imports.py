@@ -28,6 +28,7 @@ ALLOWED = {  # module -> the modules of the project that it may import (by prefi
     "lowrank/data": DATA,
     "lowrank/pretrained": PRETRAINED,
     "lowrank/adapters": ADAPTERS,
+    "lowrank/merging": (*ADAPTERS, "lowrank.merging"),
     "lowrank/quantization": (*PRETRAINED, "lowrank.data", "lowrank.quantization"),
     "lowrank/generation": GENERATION,
     "lowrank/metrics": (CORE, "lowrank.metrics"),
