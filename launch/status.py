@@ -1,6 +1,6 @@
 """The state of a study: `python -m launch.status FOLDER`, from any machine that sees the folder.
 
-    --tables=DIR    write the results, table.csv, table.md, table.tex and report.html, to DIR
+    --tables=DIR    write the results to DIR: table.csv, table.md, table.tex, report.html, and hparams for TensorBoard
 
 Nothing is written to the study's folder. The exit code is 0.
 """
@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from launch import command
 from lowrank.core.errors import UserError
 from lowrank.core.paths import as_path
-from lowrank.sweeps import tables
 from lowrank.sweeps.folder import read_folder
-from lowrank.sweeps.report_page import write_page
+from lowrank.sweeps.outputs import write_outputs
 from lowrank.sweeps.status import Status
 
 
@@ -27,9 +26,7 @@ def main(argv: Sequence[str]) -> int:
         status = Status(read_folder(as_path(args.folder)))
         print(status.text())
         if args.tables:
-            where = as_path(args.tables)
-            paths = tables.write_tables(status.study, status.results, where)
-            paths.append(write_page(status.study, status.results, where))
+            paths = write_outputs(status.study, status.results, as_path(args.tables))
             print("\ntables:", ", ".join(map(str, paths)))
     except (OSError, UserError) as e:
         return command.print_error(e)

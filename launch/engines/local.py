@@ -19,9 +19,8 @@ from launch.live_table import LiveTable
 from lowrank.core.errors import UserError
 from lowrank.core.exit_codes import STOPPED
 from lowrank.core.paths import in_bucket
-from lowrank.sweeps import tables
 from lowrank.sweeps.folder import StudyFolder
-from lowrank.sweeps.report_page import write_page
+from lowrank.sweeps.outputs import write_outputs
 from lowrank.sweeps.status import Status
 
 POLL = 0.5  # seconds between two looks at the folder
@@ -158,7 +157,7 @@ def run(study: StudyFolder, args: argparse.Namespace) -> int:
 def finish(status: Status, stopped: bool) -> int:
     """Writes the tables, prints the state of every cell, and returns the exit code of the command."""
     status.update()
-    paths = [*tables.write_tables(status.study, status.results), write_page(status.study, status.results)]
+    paths = write_outputs(status.study, status.results)
     print(status.text())
     print("\ntables:", ", ".join(map(str, paths)))
     if status.finished:

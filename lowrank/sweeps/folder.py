@@ -7,6 +7,7 @@
     runs/KEY/            the folder of a cell's run: checkpoints, log, report, adapter
     logs/KEY.0001.txt    what the run said under the first claim on it
     table.csv, .md, .tex the results, which an engine writes at its end, as a page too: report.html
+    hparams/             the same for TensorBoard's tab HParams
 
 It is a local folder or one in a bucket.
 """

@@ -4,7 +4,13 @@ import csv
 
 import pytest
 from scipy import stats
+from tensorboard.backend.event_processing import data_provider
+from tensorboard.backend.event_processing import plugin_event_multiplexer as event_multiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins import base_plugin
+from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
+from lowrank.sweeps import hparams
 from lowrank.sweeps.axes import axis, product, seeds
 from lowrank.sweeps.claims import Ledger
 from lowrank.sweeps.folder import open_study
@@ -39,6 +45,28 @@ def filled(folder, **settings):
         close(study, cell, "done", summary={"after": {"perplexity": score}, "trained_params": 1000, "seconds": 2.0})
     close(study, study.cells[-1], "diverged", why="exit code 3: loss is nan")
     return study
+
+
+def test_tensorboard_shows_the_axes_and_the_means_over_the_seeds(study, tmp_path):
+    multiplexer = event_multiplexer.EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(str(hparams.write_hparams(study, read_results(study, 0.0))))
+    multiplexer.Reload()
+    provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path))
+    tab = backend_context.Context(base_plugin.TBContext(data_provider=provider))
+    experiment = get_experiment.Handler(RequestContext(), tab, "", api_pb2.GetExperimentRequest()).run()
+    [axis_info] = experiment.hparam_infos
+    assert axis_info.name == "method.rank"
+    assert (axis_info.domain_interval.min_value, axis_info.domain_interval.max_value) == (1, 4)
+    states = [api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE]
+    request = api_pb2.ListSessionGroupsRequest(slice_size=9, allowed_statuses=states)
+    groups = list_session_groups.Handler(RequestContext(), tab, "", request).run().session_groups
+    found = {group.hparams["method.rank"].number_value: group for group in groups}
+    assert sorted(found) == [1, 2, 4]
+    assert sorted(session.status for session in found[4].sessions) == sorted([states[0], *states])
+    for rank, of in ((1, SCORES[1]), (4, SCORES[4][:2])):
+        shown = {value.name.tag: value.value for value in found[rank].metric_values}
+        assert_close(shown["perplexity"], sum(of) / len(of), relative=1e-6)
+        assert shown["seconds"] == 2.0
 
 
 def test_rows_are_means_over_seeds_with_paired_differences(study):

@@ -15,7 +15,7 @@ class TensorBoard:
 
     def __init__(self, run: LoggedRun):
         directory, start = run.local / "tensorboard", run.start
-        with _hidden("torch"):
+        with hidden("torch"):
             from tensorboardX import event_file_writer, summary
             from tensorboardX.proto import event_pb2
         self._summary, self._pb = summary, event_pb2
@@ -50,7 +50,7 @@ class TensorBoard:
 
 
 @contextlib.contextmanager
-def _hidden(module: str) -> Iterator[None]:
+def hidden(module: str) -> Iterator[None]:
     """Makes an import of `module` fail: tensorboardX imports PyTorch if it can, which takes seconds and much memory."""
     if module in sys.modules:
         yield
