@@ -1,6 +1,7 @@
 """A worker of several processes: the others run what the first one announces, and end with it."""
 
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -10,7 +11,14 @@ import pytest
 
 from launch import worker, worker_group
 from lowrank.core.files import read_json, write_json
+from lowrank.sweeps.folder import open_study
+from lowrank.sweeps.results import read_results
+from lowrank.sweeps.study import Study
+from lowrank.training import loop
+from lowrank.training.log import read_metrics
 from tests.support import dummy_cells
+from tests.support.close import assert_close
+from tests.support.tiny_runs import config_of
 
 TIMEOUT = 60
 
@@ -91,6 +99,37 @@ def test_a_run_of_an_earlier_announcement_is_ended(tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_two_processes_of_a_worker_train_a_cell_as_one_process_does(files, tmp_path):
+    changes = {"steps": 3, "checkpoint__every": 0, "data__batch_size": 2}
+    config = config_of(files, "rank=2", mesh__data=2, **changes)
+    study = open_study(Study("group", config, ({},)), tmp_path / "study")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    shared |= {"PYTHONPATH": os.getcwd(), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    words = [sys.executable, "-m", "launch.worker", str(study.path), "--group=g"]
+    processes = [
+        subprocess.Popen([*words, f"--process={i}"], env={**os.environ, **shared, "JAX_PROCESS_ID": str(i)})
+        for i in range(2)
+    ]
+    one = loop.run(config_of(files, "rank=2", mesh__data=1, **changes), tmp_path / "one")
+    try:
+        assert [process.wait(300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    [result] = read_results(study, 0.0)
+    assert result.state == "done"
+    assert len(result.history.events) == 2
+    losses = [
+        [line["train/loss"] for line in read_metrics(folder / "metrics.jsonl")]
+        for folder in (study.run_path(result.cell.key), tmp_path / "one")
+    ]
+    assert len(losses[0]) == 3
+    assert_close(losses[0], losses[1], relative=1e-5)
+    assert_close(result.summary["final_loss"], one["final_loss"], relative=1e-5)
 
 
 @pytest.mark.parametrize("flags", [["--group=g"], ["--process=1"], ["--group=g", "--process=-1"]])
