@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -26,45 +26,61 @@ STYLE = {
     "errorbar.capsize": 2,
 }
 DPI = 130
+rcParams.update(STYLE)  # for all that the importing process draws
 
 
 def make_figure(rows: int = 1, columns: int = 1, width: float = 4.8, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     """A figure and its panels, from left to right and then down, each of `width` times `height` inches."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width * columns, height * rows), dpi=DPI, layout="constrained")
-        return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure = Figure(figsize=(width * columns, height * rows), dpi=DPI, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def to_png(figure: Figure) -> bytes:
     """The figure as PNG, whose bytes do not depend on the time."""
     data = io.BytesIO()
-    with rc_context(STYLE):
-        figure.savefig(data, format="png", metadata={"Software": None})
+    figure.savefig(data, format="png", metadata={"Software": None})
     return data.getvalue()
 
 
 def draw_forest(
-    axes: Axes, names: Sequence[str], means: Sequence[float], halves: Sequence[float], at: float | None = None
+    axes: Axes,
+    names: Sequence[str],
+    means: Sequence[float],
+    halves: Sequence[float],
+    at: float | None = None,
+    hollow: Sequence[bool] = (),
 ) -> None:
-    """One line for each row, from the top: its mean with its interval, and a vertical line at `at`."""
+    """One line for each row, from the top: its mean with its interval, and a vertical line at `at`, if it is given.
+
+    The markers of `hollow` rows are not filled.
+    """
     places = range(len(names))
     if at is not None:
         axes.axvline(at, color=MUTED, linewidth=1, zorder=0)
-    spread = [0.0 if math.isnan(half) else half for half in halves]
-    axes.errorbar(means, places, xerr=spread, fmt=MARKERS[0], color=COLORS[0], ecolor=COLORS[0])
+    fills = ["white" if empty else COLORS[0] for empty in hollow] or [COLORS[0]] * len(names)
+    for place, mean, half, fill in zip(places, means, _finite(halves), fills, strict=True):
+        axes.errorbar(mean, place, xerr=half, fmt=MARKERS[0], color=COLORS[0], markerfacecolor=fill)
     axes.set_yticks(list(places), list(names))
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
 
 
 def draw_lines(axes: Axes, series: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]) -> None:
-    """A line with intervals for each `{name: (x, means, halves)}`, with a legend if there are several."""
+    """A line with intervals for each `{name: (x, means, halves)}` over a logarithmic x, with a legend of several."""
+    axes.set_xscale("log")
+    ticks = sorted({x for xs, _, _ in series.values() for x in xs})
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
     for i, (name, (x, means, halves)) in enumerate(series.items()):
         look: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
-        spread = [0.0 if math.isnan(half) else half for half in halves]
-        axes.errorbar(x, means, yerr=spread, label=name, linewidth=1.2, **look)
+        axes.errorbar(x, means, yerr=_finite(halves), label=name, linewidth=1.2, **look)
     if len(series) > 1:
         axes.legend()
+
+
+def _finite(halves: Sequence[float]) -> list[float]:
+    """Intervals with a width of 0 where there is none."""
+    return [0.0 if math.isnan(half) else half for half in halves]
 
 
 def draw_heat_map(

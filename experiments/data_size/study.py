@@ -33,7 +33,6 @@ def plot(experiment: Experiment, rows: Any) -> bytes:
         own = [line for line in rows if line["method"] == name]
         series[name] = tuple([as_number(line[key]) for line in own] for key in ("examples", "score_mean", "score_ci95"))
     plotting.draw_lines(axes, series)
-    axes.set_xscale("log")
     axes.set_xlabel("examples")
     axes.set_ylabel(experiment.metric)
     return plotting.to_png(figure)

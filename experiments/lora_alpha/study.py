@@ -19,8 +19,8 @@ def row(rank: int, alpha: int, rslora: bool = False, target: str = r"layers/attn
     """LoRA, or rsLoRA, of a rank and an alpha."""
     method = {"name": "lora", "rank": rank, "alpha": float(alpha), "rslora": rslora, "target": target}
     scale = alpha / (rank**0.5 if rslora else rank)
-    labels = {"scale": "alpha / sqrt(r)" if rslora else "alpha / r", "rank": str(rank), "alpha": str(alpha)}
-    return Row({**labels, "value": f"{scale:.3g}"}, {"method": method})
+    labels = {"formula": "alpha / sqrt(r)" if rslora else "alpha / r", "rank": str(rank), "alpha": str(alpha)}
+    return Row({**labels, "scale": f"{scale:.3g}"}, {"method": method})
 
 
 def rows(ranks: Sequence[int], **options: str) -> tuple[Row, ...]:
@@ -52,7 +52,7 @@ EXPERIMENT = Experiment(
     name="lora_alpha",
     question="How should LoRA's update be scaled, and does a learning rate carry over to another rank?",
     metric="accuracy",
-    baseline={"scale": "alpha / r", "rank": "8", "alpha": "8"},
+    baseline={"formula": "alpha / r", "rank": "8", "alpha": "8"},
     small=Size(tasks.topics(), rows((8, 64)), rates=(1e-3, 3e-3, 1e-2, 3e-2)),
     paper=Size(
         paper_runs.gsm8k("llama2-7b", steps=1400, batch_size=16, seq_len=512, warmup=40),

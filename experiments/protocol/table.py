@@ -74,7 +74,7 @@ def markdown(experiment: Experiment, folder: Path) -> str:
     rows = read_rows(folder / TABLE_FILE)
     labels = list(experiment.labels)
     printed = [key for key in rows[0] if key.startswith("printed_")]
-    head = [*labels, "lr", "seeds", experiment.metric, f"minus {baseline_name(experiment)}", "trained"]
+    head = [*labels, "lr", "seeds", experiment.metric, f"minus {baseline_name(experiment)}", "parameters"]
     head += [f"{experiment.source}: {key.removeprefix('printed_')}" for key in printed]
     lines = [head, [*["---"] * len(labels), *["---:"] * (len(head) - len(labels))]]
     lines += [_cells(experiment, row, printed) for row in rows]
@@ -104,13 +104,19 @@ def is_baseline(experiment: Experiment, row: Mapping[str, str]) -> bool:
 
 def row_name(experiment: Experiment, row: Mapping[str, str]) -> str:
     """The labels of a row of `table.csv` as one name."""
-    return " · ".join(row[label] for label in experiment.labels)
+    return _name({label: row[label] for label in experiment.labels})
 
 
 def baseline_name(experiment: Experiment) -> str:
     """The labels that name the baseline, and those that it shares with a row."""
     shared = f" of the same {' and '.join(experiment.within)}" if experiment.within else ""
-    return " · ".join(experiment.baseline.values()) + shared
+    return _name(experiment.baseline) + shared
+
+
+def _name(labels: Mapping[str, str]) -> str:
+    """Labels as one name, with the name of the column before a number."""
+    words = (f"{label} {value}" if value[0].isdigit() else value for label, value in labels.items())
+    return " · ".join(words)
 
 
 def note(rows: Sequence[Mapping[str, str]]) -> str:

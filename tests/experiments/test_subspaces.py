@@ -1,9 +1,18 @@
 """The measures of LoRA's directions, against matrices whose answers are known."""
 
+import csv
+
 import numpy as np
 
+from experiments.lora_rank import analysis
 from experiments.lora_rank.subspaces import amplification, input_directions, phi
+from lowrank.pretrained import load
+from lowrank.sweeps.axes import product, seeds
+from lowrank.sweeps.folder import open_study
+from lowrank.sweeps.study import Study
+from lowrank.training import loop
 from tests.support.close import assert_close
+from tests.support.tiny_runs import config_of
 
 RNG = np.random.default_rng(0)
 BASIS = np.linalg.qr(RNG.standard_normal((24, 24)))[0]
@@ -33,3 +42,22 @@ def test_an_update_amplifies_the_directions_that_the_weight_has_little_of():
     assert_close(np.array(found[:4]), np.array(wanted), relative=1e-12)
     assert_close(found.factor, 10 / np.sqrt(0.3125), relative=1e-12)
     assert found.by_chance < found.by_weight
+
+
+def test_the_adapters_of_a_study_are_measured_in_the_middle_layer(files, tmp_path):
+    base = config_of(files, optim__lr=0.05, mesh__data=1, checkpoint__every=0, steps=3)
+    study = open_study(Study("rank", base, product(({"method.rank": 2},), seeds(2))), tmp_path / "study")
+    for cell in study.cells:
+        loop.run(cell.config, study.run_path(cell.key), before=False, after=False)
+    updates = analysis.read_updates(study)
+    assert sorted(updates) == [(2, seed, kernel) for seed in (0, 1) for kernel in "qv"]
+    weight = np.asarray(load(str(files / "llama")).params["layers"]["attn"]["q"]["kernel"])
+    assert_close(updates[2, 0, "q"].weight, weight[weight.shape[0] // 2], relative=1e-6)
+    assert np.linalg.matrix_rank(updates[2, 0, "q"].delta) == 2
+    analysis.analyze(None, study, tmp_path)
+    found = list(csv.DictReader((tmp_path / "phi.csv").read_text().splitlines()))
+    whole = [float(line["phi"]) for line in found if line["pair"] == "r = 2 and r = 2" and line["i"] == line["j"]]
+    assert_close(np.array(whole), np.ones(len(whole)), relative=1e-6)  # a matrix and itself
+    rows = list(csv.DictReader((tmp_path / "amplification.csv").read_text().splitlines()))
+    assert [(row["kernel"], row["rank"], row["seeds"]) for row in rows] == [("q", "2", "2"), ("v", "2", "2")]
+    assert (tmp_path / "phi.png").stat().st_size > 1000
