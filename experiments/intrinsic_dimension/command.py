@@ -19,7 +19,7 @@ from typing import Any
 
 from experiments import tables
 from experiments.intrinsic_dimension import search, table
-from experiments.intrinsic_dimension.search import BISECT, FILES, FULL, METRIC, NAME, RATES, Row, Size
+from experiments.intrinsic_dimension.search import BISECT, FILES, FULL, METRIC, NAME, RATES, Size
 from experiments.protocol import models
 from experiments.protocol.experiment import RATE, ROOT
 from launch import command, sweep
@@ -133,9 +133,8 @@ def _record_trials(size: Size, found: Sequence[Result], results: AnyPath) -> Non
 
 def _row_index(size: Size, result: Result) -> int:
     point = result.cell.point
-    is_of = lambda row: row.model == point["model.name"] and row.method.items() <= point["method"].items()  # noqa: E731
-    rows: list[Row] = [row for row in size.rows if is_of(row)]
-    return size.rows.index(max(rows, key=lambda row: len(row.method)))
+    fits = [r.model == point["model.name"] and r.method.items() <= point["method"].items() for r in size.rows]
+    return fits.index(True)
 
 
 RECORD = {FULL: _record_full, RATES: _record_rates, BISECT: _record_trials}
