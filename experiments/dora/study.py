@@ -20,7 +20,7 @@ from lowrank.core.paths import AnyPath
 from lowrank.sweeps.folder import StudyFolder
 
 TARGET = r"layers/(attn/(q|k|v)|mlp/(up|down))/kernel"
-PRINTED = {"LoRA": ("74.7", "77.6"), "DoRA": ("78.4", "79.7"), "DoRA, half rank": ("77.5", "80.5")}
+PRINTED = {"LoRA": ("74.7", "77.6"), "DoRA": ("78.4", "79.7"), "DoRA half rank": ("77.5", "80.5")}
 SIGNS = {"full": "negative", "LoRA": "positive"}
 
 
@@ -29,7 +29,7 @@ def row(kind: str, method: Mapping[str, Any], rates: tuple[float, ...]) -> Row:
     printed = dict(zip(("Table 1, LLaMA-7B", "Table 1, Llama-2-7B"), PRINTED.get(kind, ()), strict=False))
     if kind in SIGNS:
         printed["Figure 2, slope"] = SIGNS[kind]
-    return Row({"method": kind, "rank": str(method.get("rank", ""))}, {"method": method}, printed, rates)
+    return Row({"method": kind, "rank": str(method.get("rank", "all"))}, {"method": method}, printed, rates)
 
 
 def rows(rank: int, low: Sequence[float], full: Sequence[float]) -> tuple[Row, ...]:
@@ -38,7 +38,7 @@ def rows(rank: int, low: Sequence[float], full: Sequence[float]) -> tuple[Row, .
     return (
         row("LoRA", adapted("lora", rank), tuple(low)),
         row("DoRA", adapted("dora", rank), tuple(low)),
-        row("DoRA, half rank", adapted("dora", rank // 2), tuple(low)),
+        row("DoRA half rank", adapted("dora", rank // 2), tuple(low)),
         row("full", {"name": "full"}, tuple(full)),
     )
 

@@ -35,9 +35,9 @@ def row(kind: str, method: Mapping[str, Any], rates: tuple[float, ...], printed:
 
 
 SMALL_ROWS = (
-    row("LoRA, r 16", low_rank("lora", 16), (3e-4, 1e-3, 3e-3), (".358", ".609")),
-    row("LoRA, r 128", low_rank("lora", 128), (1e-4, 3e-4, 1e-3), (".498 (r 256)", ".517 (r 256)")),
-    row("DoRA, r 16", low_rank("dora", 16), (3e-4, 1e-3, 3e-3)),
+    row("LoRA r 16", low_rank("lora", 16), (3e-4, 1e-3, 3e-3), (".358", ".609")),
+    row("LoRA r 128", low_rank("lora", 128), (1e-4, 3e-4, 1e-3), (".498 (r 256)", ".517 (r 256)")),
+    row("DoRA r 16", low_rank("dora", 16), (3e-4, 1e-3, 3e-3)),
     row("full", {"name": "full"}, (1e-4, 3e-4), (".497", ".414")),
     row("BitFit", {"name": "bitfit"}, (3e-3,)),
     row("(IA)³", {"name": "ia3"}, (1e-2,)),
@@ -45,9 +45,9 @@ SMALL_ROWS = (
     row("prompt", {"name": "prompt"}, (1e-1,)),
 )
 PAPER_ROWS = (
-    row("LoRA, r 16", low_rank("lora", 16), (), (".358", ".609")),
-    row("LoRA, r 64", low_rank("lora", 64), ()),
-    row("LoRA, r 256", low_rank("lora", 256), (), (".498", ".517")),
+    row("LoRA r 16", low_rank("lora", 16), (), (".358", ".609")),
+    row("LoRA r 64", low_rank("lora", 64), ()),
+    row("LoRA r 256", low_rank("lora", 256), (), (".498", ".517")),
     row("full", {"name": "full"}, (1e-6, 5e-6, 1e-5, 5e-5), (".497", ".414")),
 )
 
@@ -81,8 +81,8 @@ def analyze(experiment: Experiment, study: StudyFolder, results: AnyPath) -> Non
 
 
 HEADINGS = {
-    "gain": Heading("gain: fall of perplexity on headlines", "max"),
-    "rise": Heading("forgotten: rise of perplexity on articles", "min"),
+    "gain": Heading("gain (fall of perplexity on headlines)", "max"),
+    "rise": Heading("rise of perplexity on articles", "min"),
     "text": Heading("perplexity of articles"),
 }
 
@@ -105,7 +105,7 @@ EXPERIMENT = Experiment(
     name="forgetting",
     question="What does each method forget for what it gains?",
     metric="perplexity",
-    baseline={"method": "LoRA, r 16"},
+    baseline={"method": "LoRA r 16"},
     small=Size(tasks.headlines(), SMALL_ROWS, rates=(), seeds=3, rate_seeds=1),
     paper=Size(
         paper_runs.instructions(

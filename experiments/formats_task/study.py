@@ -4,16 +4,16 @@ The prompt describes the format, so that an untrained model could follow it. A c
 whole, and exact if it is the object that was asked for.
 """
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments import plotting
 from experiments.protocol import measures, paper_runs
 from experiments.protocol.experiment import Experiment, Row, Size
 from experiments.protocol.measures import Heading
-from experiments.protocol.table import as_number, row_name
+from experiments.protocol.table import as_number, read_rows, row_name
 from experiments.protocol.tasks import headlines
 from experiments.study.tasks import Model
 from lowrank import data
@@ -77,6 +77,27 @@ def analyze(experiment: Experiment, study: StudyFolder, results: AnyPath) -> Non
     measures.write(experiment, study, results, measure)
 
 
+def more(experiment: Experiment, folder: Path) -> str:
+    """The measures, and which rows they tell from the untrained model."""
+    table = measures.markdown(experiment, folder, HEADINGS)
+    return f"{table}\n\n**{before_and_after(experiment, folder)}**" if table else ""
+
+
+def before_and_after(experiment: Experiment, folder: Path) -> str:
+    """Whose exact match is above the untrained model's, by the 95 % interval over the seeds."""
+    *rows, before = read_rows(folder / measures.MEASURES_FILE)
+    level = as_number(before["exact_mean"])
+    above = [as_number(row["exact_mean"]) - as_number(row["exact_ci95"]) > level for row in rows]
+    told, rest = (
+        ", ".join(row_name(experiment, row) for row, is_above in zip(rows, above, strict=True) if is_above == wanted)
+        for wanted in (True, False)
+    )
+    found = f"above it {told}" if told else ""
+    return f"The untrained model's exact match is {level:.3f}: {found or 'no row is above it'}" + (
+        f"; not decided: {rest}." if rest else "."
+    )
+
+
 HEADINGS = {
     "valid": Heading("valid JSON"),
     "keys": Heading("right keys"),
@@ -134,6 +155,6 @@ EXPERIMENT = Experiment(
     paper=Size(PAPER, PAPER_ROWS, rates=(1e-4, 3e-4), splits=paper_runs.HELD_OUT_SPLITS),
     analyze=analyze,
     plot=plot,
-    more=functools.partial(measures.markdown, headings=HEADINGS),
+    more=more,
 )
 get_study = EXPERIMENT.get_study

@@ -6,7 +6,6 @@ and whether the missing words are in it, which is a fact that only a passage can
 
 import dataclasses
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from lowrank.core.paths import AnyPath
 from lowrank.data import templates
 from lowrank.generation import generate
 from lowrank.sweeps.folder import StudyFolder
-from lowrank.sweeps.statistics import holm, interval, is_tied, paired_difference
+from lowrank.sweeps.statistics import holm, interval, is_tied, sign_test
 from lowrank.sweeps.tables import SAME, format_mean, write_csv
 from lowrank.training.loop import ADAPTER
 
@@ -107,18 +106,17 @@ def analyze(experiment: Experiment, study: StudyFolder, results: AnyPath) -> Non
 
 def ladder_rows(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:
     """For each rung the mean of each score with its interval over the questions, and its difference from the first."""
-    first = next(iter(found))
     lines: list[dict[str, Any]] = [{"rung": rung, "questions": len(of["both"])} for rung, of in found.items()]
     for key in SCORES:
         by_item = [dict(enumerate(of[key])) for of in found.values()]
-        differences = [paired_difference(of, by_item[0]) for of in by_item]
-        adjusted = holm(
-            [math.nan if line["rung"] == first else d.p for line, d in zip(lines, differences, strict=True)]
-        )
-        for line, of, difference, p in zip(lines, by_item, differences, adjusted, strict=True):
+        tests = [sign_test(of, by_item[0]) for of in by_item]
+        for line, of, p in zip(lines, by_item, holm(tests), strict=True):
             values = list(of.values())
             line |= {f"{key}_mean": statistics.fmean(values), f"{key}_ci95": interval(values)}
-            line |= {f"{key}_minus": difference.mean, f"{key}_p_holm": p}
+            line |= {
+                f"{key}_minus": statistics.fmean(values) - statistics.fmean(by_item[0].values()),
+                f"{key}_p_holm": p,
+            }
     return lines
 
 
@@ -132,8 +130,8 @@ def more(experiment: Experiment, folder: Path) -> str:
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     note = (
         "± is half of Student's 95 % interval over the questions; a trained rung's score of a question is the mean "
-        f"over its seeds. {SAME} marks a score that the questions cannot tell from the prompt's (paired t test, "
-        "corrected by Holm over the rungs)."
+        f"over its seeds. {SAME} marks a score that the questions cannot tell from the prompt's (exact sign test "
+        "over the questions, corrected by Holm over the rungs)."
     )
     return f"{table}\n\n{note}\n\n**{conclusion(rows)}**"
 

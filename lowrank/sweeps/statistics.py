@@ -47,6 +47,16 @@ def paired_difference(values: Mapping[Any, float], reference: Mapping[Any, float
     return Difference(mean, half, float(2 * stats.t.sf(abs(t), len(pairs) - 1)), len(pairs))
 
 
+def sign_test(values: Mapping[Any, float], reference: Mapping[Any, float]) -> float:
+    """The two-sided p value of the exact sign test over the pairs that differ; NaN if none do.
+
+    For answers that are right or wrong it is McNemar's exact test. It needs no spread: pairs that all differ by the
+    same amount count.
+    """
+    signs = [values[key] > reference[key] for key in values if key in reference and values[key] != reference[key]]
+    return float(stats.binomtest(sum(signs), len(signs)).pvalue) if signs else math.nan
+
+
 def holm(values: Sequence[float]) -> list[float]:
     """Holm's adjusted p values (1979), for comparisons that share a baseline; NaN stays NaN and is not counted."""
     order = sorted((i for i, p in enumerate(values) if not math.isnan(p)), key=lambda i: values[i])

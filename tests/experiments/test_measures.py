@@ -1,6 +1,8 @@
 """Further numbers of a study's models: their statistics and tables, and the formulas of single studies."""
 
+import collections
 import dataclasses
+import importlib
 import math
 from types import SimpleNamespace
 
@@ -74,9 +76,17 @@ def test_a_rung_is_compared_with_the_bare_prompt_by_question():
     none, most = (dict.fromkeys(ladder.SCORES, right) for right in ([0.0] * 4, [1.0, 1.0, 1.0, 0.0]))
     first, second = ladder.ladder_rows({"prompt": none, "retrieval": most})
     assert (first["fact_mean"], second["fact_mean"], second["fact_minus"]) == (0.0, 0.75, 0.75)
-    assert_close(second["fact_p_holm"], 0.0577, relative=1e-3)  # t = 3 with 3 degrees of freedom
+    assert math.isnan(first["fact_p_holm"])
+    assert second["fact_p_holm"] == 0.25  # three of three that differ
     assert ladder.score('{"answer": "Time Warner"}', "Time Warner") == {"json": 1.0, "fact": 1.0, "both": 1.0}
     assert ladder.score("it is Time Warner", "Time Warner") == {"json": 0.0, "fact": 1.0, "both": 0.0}
+
+
+@pytest.mark.parametrize("name", ["dora", "forgetting", "formats_task", "ladder", "prompt_length"])
+def test_every_plot_is_drawn_from_the_rows_of_its_tables(name):
+    study = importlib.import_module(f"experiments.{name}.study").EXPERIMENT
+    rows = [collections.defaultdict(lambda: "1.5", row.labels) for row in study.small.rows]
+    assert study.plot(study, rows).startswith(b"\x89PNG")
 
 
 def test_a_few_shot_prompt_shows_answered_examples_first():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lowrank.sweeps.statistics import holm, interval, is_tied, paired_difference
+from lowrank.sweeps.statistics import holm, interval, is_tied, paired_difference, sign_test
 from tests.support.close import assert_close
 
 # Student's t, two-sided 95 %, as printed in tables, by degrees of freedom.
@@ -49,3 +49,11 @@ def test_holm_multiplies_by_the_number_of_hypotheses_that_are_left():
     assert_close(found[1:], [0.02, 0.02], relative=1e-12)
     assert not is_tied(0.05)
     assert is_tied(0.051)
+
+
+def test_the_sign_test_counts_the_pairs_that_differ():
+    """Nine of ten answers get right and none wrong: 2 / 2**9, as McNemar's exact test says."""
+    before, after = dict.fromkeys(range(10), 0.0), {**dict.fromkeys(range(9), 1.0), 9: 0.0}
+    assert_close(sign_test(after, before), 2 / 2**9)
+    assert_close(sign_test({**after, 9: -1.0}, before), 22 / 2**10)  # nine of ten, or more extreme
+    assert math.isnan(sign_test(before, before))
