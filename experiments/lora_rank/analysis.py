@@ -3,20 +3,22 @@
 import collections
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments import plotting
-from experiments.lora_rank.subspaces import amplification, input_directions, phi
+from experiments.lora_rank.subspaces import Amplification, amplification, input_directions, phi
 from experiments.protocol.experiment import Experiment
+from experiments.protocol.table import as_number, read_rows
 from lowrank.adapters import load
 from lowrank.core.files import write_bytes
 from lowrank.core.paths import AnyPath
 from lowrank.core.weight import materialize
 from lowrank.sweeps.folder import StudyFolder
 from lowrank.sweeps.statistics import interval
-from lowrank.sweeps.tables import write_csv
+from lowrank.sweeps.tables import format_mean, write_csv
 from lowrank.training.loop import ADAPTER
 
 KERNELS = ("q", "v")
@@ -24,6 +26,9 @@ NARROW, WIDE = 8, 64  # the ranks of the paper's figure 3, if the study has them
 SEEDS = (0, 1)
 MATRICES = ("A", "dW")
 CHANCE = "two Gaussians"
+AMPLIFICATIONS = "amplification.csv"
+# Of the paper's Table 7: kernel, rank, then the columns of `Amplification`, and the factor.
+PRINTED = "GPT-3's q, layer 48 of 96 (arXiv:2106.09685, Table 7)", "4", "61.95", "6.91", "0.32", "21.67", "0.02", "21.5"
 
 
 class Update(NamedTuple):
@@ -49,7 +54,7 @@ def analyze(experiment: Experiment, study: StudyFolder, results: AnyPath) -> Non
     lines = list(_overlaps(updates))
     write_csv(results / "phi.csv", list(lines[0]), lines)
     rows = list(_amplifications(updates))
-    write_csv(results / "amplification.csv", list(rows[0]), rows)
+    write_csv(results / AMPLIFICATIONS, list(rows[0]), rows)
     write_bytes(results / "phi.png", plot(lines))
 
 
@@ -107,15 +112,31 @@ def _amplifications(updates: Updates) -> Iterator[dict[str, Any]]:
         yield {"kernel": kernel, "rank": rank, "seeds": len(norms), **means, **factor}
 
 
+def amplification_table(experiment: Experiment, results: Path) -> str:
+    """`amplification.csv` in Markdown, beside the paper's figures."""
+    del experiment
+    norms = (f"W in {where}" for where in ("directions of ΔW", "directions of W", "random directions"))
+    head = ["kernel", "rank", "W", "ΔW", *norms, "factor"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], PRINTED]
+    for row in read_rows(results / AMPLIFICATIONS):
+        factor = format_mean(as_number(row["factor"]), as_number(row["factor_ci95"]))
+        figures = (f"{float(row[name]):.3g}" for name in Amplification._fields)
+        lines.append([f"MiniLM's {row['kernel']}", row["rank"], *figures, factor])
+    return "Frobenius norms in the middle layer, means over the seeds:\n\n" + "\n".join(
+        "| " + " | ".join(line) + " |" for line in lines
+    )
+
+
 def plot(lines: Sequence[Mapping[str, Any]]) -> bytes:
-    """phi of A and of dW of the queries: a heat map for each pair, as PNG."""
+    """phi of A and of dW of the queries: a heat map for each pair, all on one scale, as PNG."""
     pairs = list(dict.fromkeys(line["pair"] for line in lines))
+    highest = max(line["phi"] for line in lines)
     figure, panels = plotting.make_figure(rows=2, columns=len(pairs), width=3.4, height=2.9)
     for axes, (matrix, pair) in zip(panels, [(m, p) for m in MATRICES for p in pairs], strict=True):
         found = {(x["i"], x["j"]): x["phi"] for x in lines if (x["kernel"], x["of"], x["pair"]) == ("q", matrix, pair)}
         i, j = (sorted({key[side] for key in found}) for side in (0, 1))
         values = [[found[row, column] for column in j] for row in i]
-        plotting.draw_heat_map(axes, values, list(map(str, i)), list(map(str, j)), 0.0, 1.0)
+        plotting.draw_heat_map(axes, values, list(map(str, i)), list(map(str, j)), 0.0, highest)
         axes.set_title(f"{matrix} of q: {pair}")
         axes.set_ylabel("i")
         axes.set_xlabel("j")

@@ -1,6 +1,6 @@
 """LoRA at ranks from 1 to 256, the scale alpha / r being 2, and the directions that it learns in the middle layer."""
 
-from experiments.lora_rank.analysis import analyze
+from experiments.lora_rank.analysis import amplification_table, analyze
 from experiments.protocol import paper_runs, tasks
 from experiments.protocol.experiment import Experiment, Row, Size
 
@@ -35,5 +35,6 @@ EXPERIMENT = Experiment(
     ),
     source="arXiv:2106.09685, Table 6, GPT-3 175B",
     analyze=analyze,
+    more=amplification_table,
 )
 get_study = EXPERIMENT.get_study

@@ -60,4 +60,5 @@ def test_the_adapters_of_a_study_are_measured_in_the_middle_layer(files, tmp_pat
     assert_close(np.array(whole), np.ones(len(whole)), relative=1e-6)  # a matrix and itself
     rows = list(csv.DictReader((tmp_path / "amplification.csv").read_text().splitlines()))
     assert [(row["kernel"], row["rank"], row["seeds"]) for row in rows] == [("q", "2", "2"), ("v", "2", "2")]
+    assert analysis.amplification_table(None, tmp_path).count("\n| MiniLM's") == 2
     assert (tmp_path / "phi.png").stat().st_size > 1000
