@@ -59,6 +59,17 @@ class ModelConfig(Struct):
     n_head: Count | None = None
     n_layer: Count | None = None
     n_positions: Count | None = None
+    dim: Count | None = None
+    hidden_dim: Count | None = None
+    n_heads: Count | None = None
+    n_layers: Count | None = None
+    original_max_position_embeddings: Count | None = None
+    local_attention: Count | None = None
+    global_attn_every_n_layers: Count | None = None
+    no_rope_layer_interval: Count | None = None
+    embedding_size: Count | None = None
+    position_buckets: int | None = None
+    max_relative_positions: int | None = None
     # numbers
     rms_norm_eps: float | None = None
     layer_norm_eps: float | None = None
@@ -70,10 +81,25 @@ class ModelConfig(Struct):
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     clip_qkv: float | None = None
+    norm_eps: float | None = None
+    embedding_multiplier: float | None = None
+    residual_multiplier: float | None = None
+    attention_multiplier: float | None = None
+    logits_scaling: float | None = None
+    rotary_pct: float | None = None
+    rotary_emb_base: float | None = None
+    global_rope_theta: float | None = None
+    local_rope_theta: float | None = None
     # choices
     hidden_act: str | None = None
     hidden_activation: str | None = None
     activation_function: str | None = None
+    activation: str | None = None
+    classifier_activation: str | None = None
+    classifier_pooling: str | None = None
+    pooler_hidden_act: str | None = None
+    pos_att_type: Names | None = None
+    no_rope_layers: list[Flag] | None = None
     position_embedding_type: str | None = None
     layer_types: list[str] | None = None
     mlp_only_layers: list[Count] | None = None
@@ -82,6 +108,10 @@ class ModelConfig(Struct):
     attention_bias: Flag | None = None
     mlp_bias: Flag | None = None
     qkv_bias: Flag | None = None
+    norm_bias: Flag | None = None
+    classifier_bias: Flag | None = None
+    use_parallel_residual: Flag | None = None
+    text_config: Group | None = None
     norm_topk_prob: Flag | None = None
     use_sliding_window: Flag | None = None
     tie_word_embeddings: Flag | None = None

@@ -30,7 +30,7 @@ _SUBLAYER = r"(layers|top)/(attn|mlp|mlp/experts|mlp/shared)"
 # The names of plain leaves and of weights. The arrays inside a form follow the axes that its fields declare.
 DEFAULT_RULES: Rules = (
     (r"(.*/)?(bias|scale)", P()),
-    (rf"{_SUBLAYER}/(q|k|v|qkv|gate|up)/kernel", P("fsdp", "tensor")),  # sharded over its outputs
+    (rf"{_SUBLAYER}/(q|k|v|qkv|gate|up|gate_up)/kernel", P("fsdp", "tensor")),  # sharded over its outputs
     (rf"{_SUBLAYER}/(o|down)/kernel", P("tensor", "fsdp")),  # sharded over its inputs, the outputs above
     (r"(layers|top)/mlp/(router|shared_gate|routed/router)/kernel", P()),
     (r"(layers|top)/mlp/routed/down/kernel", P("fsdp", None)),
@@ -38,7 +38,7 @@ DEFAULT_RULES: Rules = (
     (r"(layers|top)/(attn|mlp)_adapter/down/kernel", P("fsdp", None)),
     (r"(layers|top)/(attn|mlp)_adapter/up/kernel", P(None, "fsdp")),
     (r"embed/embedding", P("tensor", "fsdp")),
-    (r"embed/(positions|types)", P(None, "fsdp")),
+    (r"embed/(positions|types|relative)", P(None, "fsdp")),
     (r"head/kernel", P("fsdp", "tensor")),
     (r"(pooler|head/dense|head/out)/kernel", P()),
     (r"prompt/embedding|prefix/(k|v)|shared/.*", P()),

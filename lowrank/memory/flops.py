@@ -87,5 +87,6 @@ def _attention_flops(config: Any, shape: tuple[int, ...]) -> int:
     seen = length / 2 if decoder else length
     window = getattr(config, "window", 0)
     local = sum(config.local_layers) if getattr(config, "local_layers", ()) else config.layers if window else 0
-    near = min(window, seen) if window else seen
-    return math.ceil(4 * tokens * width * (local * near + (config.layers - local) * seen))
+    near = min(window if decoder else 2 * window - 1, seen) if window else seen
+    positions = 2 * getattr(config, "relative_buckets", 0)  # scores of queries and of keys with all relative positions
+    return math.ceil(4 * tokens * width * (local * near + (config.layers - local) * seen + config.layers * positions))

@@ -70,7 +70,8 @@ def _bytes(x: Any) -> float:
 
 def _is_sharded(shape: tuple[int, ...], config: Any, cut: int) -> bool:
     """Whether `tensor` shards an array of one device's rows: hidden values, or an array with a heads axis."""
-    hidden = {config.hidden, getattr(config, "expert_hidden", 0)} - {0, config.width}
+    fused = 2 * config.hidden if config.fused_gate_up else 0
+    hidden = {config.hidden, fused, getattr(config, "expert_hidden", 0)} - {0, config.width}
     if shape and shape[-1] in hidden:
         return shape[-1] % cut == 0
     heads, key_heads = config.heads, getattr(config, "kv_heads", config.heads)

@@ -6,7 +6,7 @@ from lowrank.methods.oft import kernel_rule
 from lowrank.weights import oft as form
 
 
-def boft(block: int = 8, factors: int = 2, target: str = r".*attn/(q|v)/kernel") -> Method:
+def boft(block: int = 8, factors: int = 2, target: str = r".*attn/(q|v|qkv)/kernel") -> Method:
     """BOFT: inputs rotated by a butterfly of orthogonal blocks, outputs scaled (Liu et al. 2023, arXiv:2311.06243).
 
     The factors together act on blocks of `block * 2^(factors - 1)` inputs, which must divide the inputs of every

@@ -4,7 +4,7 @@ from lowrank.core.errors import UserError
 from lowrank.methods.method import Method
 
 
-def chosen(leaves: str | tuple[str, ...] = r".*attn/(q|v)/kernel") -> Method:
+def chosen(leaves: str | tuple[str, ...] = r".*attn/(q|v|qkv)/kernel") -> Method:
     """Trains the leaves whose full names match `leaves`, one regex or several; by default, LoRA's targets."""
     patterns = (leaves,) if isinstance(leaves, str) else tuple(leaves)
     if not all(patterns) or not patterns:

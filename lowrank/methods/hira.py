@@ -10,7 +10,9 @@ from lowrank.methods.method import Hooks, Method
 from lowrank.weights import hira as form
 
 
-def hira(rank: int = 32, target: str = r".*attn/(q|v)/kernel", rank_pattern: Mapping[str, int] | None = None) -> Method:
+def hira(
+    rank: int = 32, target: str = r".*attn/(q|v|qkv)/kernel", rank_pattern: Mapping[str, int] | None = None
+) -> Method:
     """HiRA: `W * (1 + A @ B)`, entry by entry (Huang et al., ICLR 2025, openreview TwJrTz9cRS).
 
     See `lowrank.weights.hira`. `rank_pattern` is as in `lora`. Raises UserError for a rank above min(in, out) of a

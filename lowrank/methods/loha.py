@@ -13,7 +13,7 @@ from lowrank.weights import loha as form
 def loha(
     rank: int = 8,
     alpha: float = 8.0,
-    target: str = r".*attn/(q|v)/kernel",
+    target: str = r".*attn/(q|v|qkv)/kernel",
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> Method:

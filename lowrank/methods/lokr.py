@@ -14,7 +14,7 @@ from lowrank.weights import lokr as form
 def lokr(
     rank: int = 8,
     alpha: float = 8.0,
-    target: str = r".*attn/(q|v)/kernel",
+    target: str = r".*attn/(q|v|qkv)/kernel",
     factor: int = -1,
     decompose_both: bool = False,
     rank_pattern: Mapping[str, int] | None = None,

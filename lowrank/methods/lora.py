@@ -18,7 +18,7 @@ from lowrank.weights import lora as form
 def lora(
     rank: int = 8,
     alpha: float = 16.0,
-    target: str = r".*attn/(q|v)/kernel",
+    target: str = r".*attn/(q|v|qkv)/kernel",
     rslora: bool = False,
     dropout: float = 0.0,
     bias: str = "none",

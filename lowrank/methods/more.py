@@ -16,7 +16,7 @@ def more(
     per_token: int = 2,
     alpha: float = 16.0,
     balance: float = 0.01,
-    target: str = r".*attn/(q|v)/kernel",
+    target: str = r".*attn/(q|v|qkv)/kernel",
 ) -> Method:
     """A mixture of `experts` LoRAs on each target; the target's own router chooses `per_token` of them for each token.
 

@@ -11,7 +11,7 @@ from lowrank.methods.method import Method
 from lowrank.weights import oft as form
 
 
-def oft(block: int = 32, target: str = r".*attn/(q|v)/kernel", share: bool = False, terms: int = 0) -> Method:
+def oft(block: int = 32, target: str = r".*attn/(q|v|qkv)/kernel", share: bool = False, terms: int = 0) -> Method:
     """OFT: inputs rotated by an orthogonal, block-diagonal matrix (Qiu et al. 2023, arXiv:2306.07280).
 
     `block` must divide the inputs of every target. With `share`, all blocks of a kernel are the same. A block is a

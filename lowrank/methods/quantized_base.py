@@ -10,7 +10,7 @@ from lowrank.core.errors import UserError, unknown
 from lowrank.core.weight import is_weight
 from lowrank.weights.quantized.schemes import SCHEMES, Quantizer, jit_quantizer, scheme_group
 
-LINEAR = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|o|gate|up|down)/kernel"
+LINEAR = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|o|gate|up|gate_up|down)/kernel"
 
 
 def quantizer(group: Mapping[str, Any] | str) -> Quantizer:

@@ -20,7 +20,7 @@ def smore(
     gate: int = 16,
     activation: str = "tanh",
     balance: float = 0.01,
-    target: str = r".*attn/(q|v)/kernel",
+    target: str = r".*attn/(q|v|qkv)/kernel",
 ) -> Method:
     """S'MoRE: each token is routed through a tree of residual low-rank experts (Zeng et al. 2025, arXiv:2504.06426).
 

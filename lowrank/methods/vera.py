@@ -14,7 +14,7 @@ from lowrank.weights import vera as form
 
 
 @own_meaning("rank")  # the length of a vector, not the rank of an update
-def vera(rank: int = 256, target: str = r".*attn/(q|v)/kernel", d_initial: float = 0.1, seed: int = 0) -> Method:
+def vera(rank: int = 256, target: str = r".*attn/(q|v|qkv)/kernel", d_initial: float = 0.1, seed: int = 0) -> Method:
     """VeRA: two vectors per weight around random matrices that all weights share (Kopiczko et al., arXiv:2310.11454).
 
     See `lowrank.weights.vera`. The shared `a` and `b` are drawn from `seed` alone and stay frozen. As in the paper, the

@@ -4,6 +4,7 @@ Shapes: B rows, T queries, S keys, N query heads, K key heads, H head width, D w
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from lowrank.models import rope
 from lowrank.models.attention_masks import AttentionInputs
 from lowrank.models.kv_cache import update_slots
 from lowrank.models.layers import Linear, Norm
+from lowrank.models.relative_attention import attend_relative
 from lowrank.models.shifted_sparse_attention import attend_shifted
 from lowrank.models.virtual_tokens import KeysValues, prepend_prefix
 
@@ -37,6 +39,8 @@ class Attention(nn.Module):
     form: str = "auto"  # of dispatch.IMPLEMENTATIONS, except with a cache, where it is auto
     shift_group: int = 0  # > 0: shifted sparse attention in groups of this many tokens, except with a cache
     clip: float = 0.0  # > 0: queries, keys and values are clipped to -clip..clip before rope
+    relative: tuple[int, int] | None = None  # the buckets and the distance of disentangled attention
+    by_head: bool = False  # the outputs of `qkv` are each head's query, key and value in turn
 
     @nn.compact
     def __call__(
@@ -51,7 +55,7 @@ class Attention(nn.Module):
         `past` are keys and values: with an `index`, the slots `[B, S, K, H]` of a cache, in which the new keys and
         values are written from `index` on; without one, a prefix `[P, K, H]` before the keys of every row.
         """
-        q, k, v = self._project(x_BxTxD)
+        q, k, v, positions = self._project(x_BxTxD, inputs.relative)
         if inputs.cos is not None and inputs.sin is not None:
             q, k = rope.apply_rope(q, inputs.cos, inputs.sin), rope.apply_rope(k, inputs.cos, inputs.sin)
         q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), ("query", "key", "value"), strict=True))
@@ -66,19 +70,31 @@ class Attention(nn.Module):
         attend = functools.partial(dispatch.attend, scale=self.scale, softcap=self.softcap, implementation=form)
         if self.shift_group and index is None:
             out = attend_shifted(attend, q, k, v, inputs.mask, self.shift_group)
+        elif self.relative is not None:
+            assert positions is not None
+            out = attend_relative(q, k, v, positions, inputs.mask, *self.relative)
         else:
             out = attend(q, k, v, inputs.mask)
         out = checkpoint_name(out.reshape(*out.shape[:2], self.heads * self.head_dim), "context")
         return Linear(x_BxTxD.shape[-1], self.o_bias, name="o")(out), new
 
-    def _project(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(
+        self, x_BxTxD: jax.Array, relative_1xRxD: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, KeysValues | None]:
+        """Queries, keys and values, and the queries and keys `[1, R, N, H]` of relative positions."""
+        positions: Any = None
         widths = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
         if self.fused_qkv:
-            q, k, v = jnp.split(
-                Linear(sum(widths), self.qkv_bias, name="qkv")(x_BxTxD), (widths[0], sum(widths[:2])), axis=-1
-            )
+            y = Linear(sum(widths), self.qkv_bias, name="qkv")(x_BxTxD)
+            if self.by_head:
+                y = y.reshape(*y.shape[:2], self.heads, 3, self.head_dim).swapaxes(2, 3).reshape(y.shape)
+            q, k, v = jnp.split(y, (widths[0], sum(widths[:2])), axis=-1)
         else:
-            q, k, v = (Linear(w, self.qkv_bias, name=n)(x_BxTxD) for n, w in zip("qkv", widths, strict=True))
+            kernels = [Linear(w, self.qkv_bias, name=n) for n, w in zip("qkv", widths, strict=True)]
+            q, k, v = (kernel(x_BxTxD) for kernel in kernels)
+            if relative_1xRxD is not None:
+                projected = (kernel(relative_1xRxD) for kernel in kernels[:2])
+                positions = tuple(y.reshape(*y.shape[:2], -1, self.head_dim) for y in projected)
         if self.wide_qk_norm:
             q, k = self._norm("q_norm", q), self._norm("k_norm", k)
         if self.clip:
@@ -86,7 +102,7 @@ class Attention(nn.Module):
         q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in (q, k, v))
         if self.qk_norm:
             q, k = self._norm("q_norm", q), self._norm("k_norm", k)
-        return q, k, v
+        return q, k, v, positions
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return Norm("rms", self.norm_eps, self.norm_offset, name=name)(x)

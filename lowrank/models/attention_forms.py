@@ -28,7 +28,8 @@ def describe_attention(config: DecoderConfig | EncoderConfig, device: Any, rows:
     platform, softcap = dispatch.platform_of(device), getattr(config, "attn_logit_softcap", 0.0)
 
     def note(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-        chosen.add(dispatch.choose(platform, q, k, mask, softcap, config.attention))
+        form = "dense" if getattr(config, "relative_buckets", 0) else config.attention
+        chosen.add(dispatch.choose(platform, q, k, mask, softcap, form))
         return q
 
     def layer(tokens_BxT: jax.Array) -> jax.Array:
@@ -64,6 +65,6 @@ def _mask(config: DecoderConfig | EncoderConfig, tokens_BxT: jax.Array) -> Mask:
     B, T = tokens_BxT.shape
     T += config.num_prompt
     if isinstance(config, EncoderConfig):
-        return attention_masks.bidirectional_inputs(tokens_BxT, config.num_prompt, T, config.prefix_length)[1].mask
+        return attention_masks.bidirectional_inputs(config, tokens_BxT, T)[1].mask
     inputs = attention_masks.causal_inputs(config, B, T, config.num_prompt, tokens_BxT, tokens_BxT, None)[1]
     return inputs.mask

@@ -11,21 +11,26 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.kernels.attention.mask import PREFIX_SEGMENT, PROMPT_SEGMENT, Mask, Tokens
-from lowrank.models import kv_cache, rope
+from lowrank.models import kv_cache
 from lowrank.models.kv_cache import Cache
+from lowrank.models.positions import LayerKind, rope_inputs
 
 
 class AttentionInputs(NamedTuple):
-    """The mask, and rope tables `[B, T, 1, H/2]` (None: no rope), with an axis in front where two kinds alternate."""
+    """The mask, and rope tables `[B, T, 1, F]` (None: no rope), with an axis in front where layers have several."""
 
     mask: Mask
     cos: jax.Array | None = None
     sin: jax.Array | None = None
+    relative: jax.Array | None = None  # the embeddings of relative positions `[1, R, D]`
 
-    def of_layer(self, local: jax.Array) -> "AttentionInputs":
-        """The inputs of a layer of the kind `local` (1: local, 0: global), where both kinds alternate."""
-        mask = dataclasses.replace(self.mask, local=local.astype(bool))
-        return AttentionInputs(mask, *jax.tree.map(lambda x: x[local], self[1:]))
+    def of_layer(self, kind: LayerKind) -> "AttentionInputs":
+        """The inputs of a layer of this kind."""
+        mask = self.mask if kind.local is None else dataclasses.replace(self.mask, local=kind.local)
+        cos, sin = self.cos, self.sin
+        if kind.rope is not None:
+            cos, sin = jax.tree.map(lambda x: x[kind.rope], (cos, sin))
+        return AttentionInputs(mask, cos, sin, self.relative)
 
 
 def prepend_prompt_segments(segments_BxT: jax.Array, num_prompt: int) -> jax.Array:
@@ -68,7 +73,8 @@ def causal_inputs(
     shift = num_prompt, config.num_virtual_tokens
     if segments is None and cache is None and not config.needs_mask:
         positions = _shift_positions(positions, *shift, lambda: jnp.arange(length)[None, :])
-        return positions, _layer_inputs(config, positions, Mask(causal=True, window=config.window)), None
+        mask = Mask(causal=True, window=config.window)
+        return positions, AttentionInputs(mask, *rope_inputs(config, positions, mask)), None
     if segments is None:
         segments = jnp.ones((1 if cache is None else batch, length - num_prompt), jnp.int32)
     segments = prepend_prompt_segments(segments, num_prompt)
@@ -91,7 +97,8 @@ def causal_inputs(
         causal=True,
         window=config.window,
     )
-    return positions, _layer_inputs(config, positions, mask), cache
+    size = 0 if cache is None else cache.segments_BxS.shape[1]
+    return positions, AttentionInputs(mask, *rope_inputs(config, positions, mask, size)), cache
 
 
 def _shift_positions(
@@ -105,33 +112,29 @@ def _shift_positions(
     return jnp.concatenate([virtual_BxP, positions + shift], axis=1)
 
 
-def _layer_inputs(c: Any, positions_BxT: jax.Array, mask: Mask) -> AttentionInputs:
-    """The inputs of all layers; when local and global layers alternate, rope tables `x[0]` global and `x[1]` local."""
-    if c.learned_positions:
-        return AttentionInputs(mask)
-    global_rope = c.rope_theta, c.rope_scaling
-    local_rope = (c.local_rope_theta, None) if c.local_rope_theta else global_rope
-    if not c.mixed:
-        return AttentionInputs(mask, *_rope_tables(c, positions_BxT, local_rope if c.window else global_rope))
-    both = (_rope_tables(c, positions_BxT, kind) for kind in (global_rope, local_rope))
-    return AttentionInputs(mask, *jax.tree.map(lambda *x: jnp.stack(x), *both))
+def bidirectional_inputs(config: Any, segments: jax.Array | None, length: int) -> tuple[jax.Array, AttentionInputs]:
+    """`(positions, inputs)` of `length` tokens, virtual ones included, that see their whole segment and the prefix.
 
-
-def _rope_tables(c: Any, positions_BxT: jax.Array, theta_and_scaling: Any) -> tuple[jax.Array, jax.Array]:
-    return rope.rope_tables(positions_BxT, rope.rope_frequencies(c.head_dim, *theta_and_scaling) / c.position_factor)
-
-
-def bidirectional_inputs(
-    segments: jax.Array | None, num_prompt: int, length: int, prefix_length: int = 0
-) -> tuple[jax.Array, AttentionInputs]:
-    """`(positions, inputs)` of `length` tokens that see their whole segment (None: the whole row) and the prefix.
-
-    Virtual tokens see every real token of the row: a row with virtual tokens must hold one segment.
+    Without segments a row is one segment. In local layers a token sees its window. Virtual tokens see every real token
+    of the row: a row with virtual tokens must hold one segment.
     """
+    num_prompt, P = config.num_prompt, config.prefix_length
     if segments is None:
-        return prefix_length + jnp.arange(length)[None, :], AttentionInputs(Mask())
+        positions = P + jnp.arange(length)[None, :]
+        if P and config.window:
+            segments = jnp.ones((1, length - num_prompt), jnp.int32)
+        else:
+            mask = Mask(window=config.window)
+            return positions, AttentionInputs(mask, *rope_inputs(config, positions, mask))
     segments = prepend_prompt_segments(segments, num_prompt)
-    k_segments = prepend_prefix_segments(segments, prefix_length)
-    virtual = num_prompt + prefix_length > 0
-    mask = Mask(Tokens(segments), Tokens(k_segments), virtual=virtual, prompt_sees_all=num_prompt > 0)
-    return count_seen(k_segments)[:, prefix_length:], AttentionInputs(mask)
+    k_segments = prepend_prefix_segments(segments, P)
+    slots = P + jnp.arange(length, dtype=jnp.int32)[None] if P and config.window else None
+    mask = Mask(
+        Tokens(segments, slots=slots),
+        Tokens(k_segments),
+        virtual=num_prompt + P > 0,
+        prompt_sees_all=num_prompt > 0,
+        window=config.window,
+    )
+    positions = count_seen(k_segments)[:, P:]
+    return positions, AttentionInputs(mask, *rope_inputs(config, positions, mask))

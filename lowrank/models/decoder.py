@@ -25,6 +25,7 @@ from lowrank.models.layer_router import apply_with_gates, layer_gates
 from lowrank.models.layer_stack import scan_layers, split_by_stack, stack_depths
 from lowrank.models.layers import MLP, Head, Norm
 from lowrank.models.moe import MoE
+from lowrank.models.positions import LayerKind, layer_kinds
 from lowrank.models.virtual_tokens import Prefix, Prompt
 
 
@@ -42,15 +43,15 @@ def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = None
 
 
 class Block(nn.Module):
-    """A pre-norm layer: attention, then the MLP, each added to the residual stream."""
+    """A layer: attention, then the MLP or beside it, each added to the residual stream."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(
-        self, h: jax.Array, inputs: AttentionInputs, local: Any, past: Any, index: Any
+        self, h: jax.Array, inputs: AttentionInputs, kind: LayerKind, past: Any, index: Any
     ) -> tuple[jax.Array, Any]:
-        """`(h [B, T, D], new entries of the cache or None)`; `local` selects one of two inputs if both are given.
+        """`(h [B, T, D], new entries of the cache or None)`; `kind` selects this layer's part of the inputs.
 
         With an `index`, `past` and the new entries are keys, values and gates (None without a router).
         """
@@ -59,8 +60,6 @@ class Block(nn.Module):
         if index is not None:
             *past, cached_gates = past
         gates = layer_gates(self, h, cached_gates)
-        if local is not None:
-            inputs = inputs.of_layer(local)
         attention = Attention(
             c.heads,
             c.kv_heads,
@@ -77,24 +76,31 @@ class Block(nn.Module):
             form=c.attention,
             shift_group=c.shift_group,
             clip=c.clip_qkv,
+            by_head=c.qkv_by_head,
             name="attn",
         )
-        x = self._norm("attn_norm")(h)
-        y, new = apply_with_gates(attention, gates, x, inputs, past, index)
-        h = self._add("attn", h, x, checkpoint_name(y, "attn"))
-        x = self._norm("mlp_norm")(h)
+        x = self._pre_norm("attn", h)
+        y, new = apply_with_gates(attention, gates, x, inputs.of_layer(kind), past, index)
+        before, h = h, self._add("attn", h, x, checkpoint_name(y, "attn"))
+        x = self._pre_norm("mlp", before if c.parallel_residual else h)
         h = self._add("mlp", h, x, checkpoint_name(apply_with_gates(self._mlp(), gates, x), "mlp"))
         return h, new and (*new, gates)
 
     def _add(self, sublayer: str, h: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
         """The residual stream `h` after `sublayer`, whose input and output are `x` and `y`."""
-        post = self._norm(f"post_{sublayer}_norm") if self.config.post_norms else lambda y: y
-        return add_sublayer(self.config, sublayer, x, y, lambda y: h + post(y))
+        c = self.config
+        post = self._norm(f"post_{sublayer}_norm") if c.post_norms else lambda y: y
+        scaled = lambda y: y * jnp.asarray(c.residual_scale, y.dtype) if c.residual_scale != 1 else y  # noqa: E731
+        return add_sublayer(c, sublayer, x, y, lambda y: h + scaled(post(y)))
+
+    def _pre_norm(self, sublayer: str, h: jax.Array) -> jax.Array:
+        """The input of `sublayer`, which reads the residual stream `h`."""
+        return self._norm(f"{sublayer}_norm")(h) if self.config.pre_norms else h
 
     def _mlp(self) -> nn.Module:
         c = self.config
         if not c.experts:
-            return MLP(c.hidden, c.activation, c.gated, c.mlp_bias, name="mlp")
+            return MLP(c.hidden, c.activation, c.gated, c.mlp_bias, c.fused_gate_up, name="mlp")
         hidden = c.expert_hidden or c.hidden
         options = c.experts_per_token, hidden, c.activation, c.normalize_gates, c.shared_hidden
         routed = (c.routed_width, c.routed_experts, c.routed_per_token, c.routed_scale) if c.routed_width else None
@@ -184,10 +190,10 @@ class Decoder(nn.Module):
     def _run_stacks(self, h, inputs, cache, prefix):
         c, new, first = self.config, {}, 0
         for name, depth in stack_depths(c).items():
-            local = jnp.array(c.local_layers[first : first + depth], jnp.int32) if c.mixed else None
+            kinds = layer_kinds(c, first, depth)
             past = prefix.get(name) if cache is None else kv_cache.read_stack(cache, name)
             index = None if cache is None else cache.index
-            h, new[name] = getattr(self, name)(h, inputs, local, past, index)
+            h, new[name] = getattr(self, name)(h, inputs, kinds, past, index)
             first += depth
         return h, new
 
@@ -195,6 +201,7 @@ class Decoder(nn.Module):
         """The logits of features `[B, T, D]`, float32 `[B, T, V]`."""
         c = self.config
         y = self.head(h_BxTxD) if self.has_head else self.embed.to_logits(h_BxTxD)
+        y = y / c.logit_divisor if c.logit_divisor != 1 else y
         return c.final_logit_softcap * jnp.tanh(y / c.final_logit_softcap) if c.final_logit_softcap else y
 
     def classify(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:

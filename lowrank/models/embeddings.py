@@ -21,6 +21,8 @@ class Embeddings(nn.Module):
     positions_size: int = 0
     types_size: int = 0
     norm_eps: float | None = None
+    norm_bias: bool = True
+    relative_size: int = 0
 
     def setup(self) -> None:
         """Reads the tables."""
@@ -29,8 +31,11 @@ class Embeddings(nn.Module):
             self.positions = read_parameter(self, "positions", kernel_init, (self.positions_size, self.width))
         if self.types_size:
             self.types = read_parameter(self, "types", kernel_init, (self.types_size, self.width))
+        if self.relative_size:
+            self.relative = read_parameter(self, "relative", kernel_init, (self.relative_size, self.width))
+            self.relative_norm = Norm("layer", self.norm_eps or 1e-6)
         if self.norm_eps is not None:
-            self.norm = Norm("layer", self.norm_eps)
+            self.norm = Norm("layer", self.norm_eps, bias=self.norm_bias)
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """`[B, T, D]` in the compute dtype."""
@@ -47,6 +52,10 @@ class Embeddings(nn.Module):
             zeros = jnp.zeros((1, h_BxTxD.shape[1]), jnp.int32)
             h_BxTxD = self._add(h_BxTxD, self.types, zeros if types_BxT is None else types_BxT)
         return h_BxTxD if self.norm_eps is None else self.norm(h_BxTxD)
+
+    def relative_positions(self) -> jax.Array:
+        """The normalized embeddings of relative positions, `[1, R, D]` in the compute dtype."""
+        return self.relative_norm(jnp.asarray(self.relative)[None].astype(self.dtype))
 
     def _add(self, h_BxTxD: jax.Array, table: jax.Array, ids_BxT: jax.Array) -> jax.Array:
         # Rounded after they are spread over the rows, whose gradients are then summed in the table's dtype.

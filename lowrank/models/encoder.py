@@ -1,4 +1,4 @@
-"""The bidirectional encoder, driven by its config: BERT, RoBERTa and the sentence encoders derived from them.
+"""The bidirectional encoder, driven by its config: BERT, RoBERTa, DistilBERT, ModernBERT and those derived from them.
 
 Shapes: B rows, T tokens, D width, C labels. Parameter names: `embed/{embedding,positions,types}`, `embed/norm/...`,
 `layers/attn/{q,k,v,o}/{kernel,bias}` `[L, ...]`, `layers/mlp/{up,down}/...`, `layers/{attn_norm,mlp_norm}/...`,
@@ -22,7 +22,8 @@ from lowrank.models.attention_masks import AttentionInputs
 from lowrank.models.embeddings import Embeddings
 from lowrank.models.layer_router import apply_with_gates, layer_gates
 from lowrank.models.layer_stack import check_model_options, scan_layers, split_by_stack, stack_depths
-from lowrank.models.layers import MLP, Head, Linear, Norm
+from lowrank.models.layers import ACTIVATIONS, MLP, Head, Linear, Norm
+from lowrank.models.positions import LayerKind, PositionOptions, check_position_options, layer_kinds
 from lowrank.models.virtual_tokens import Prefix, Prompt
 
 Segments = jax.Array | None  # int32 `[B, T]`
@@ -31,7 +32,7 @@ POOLING = ("cls", "mean", "pooler")
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig(AdapterOptions):
+class EncoderConfig(PositionOptions, AdapterOptions):
     """The config of an encoder: its shape, and how it runs."""
 
     vocab_size: int
@@ -40,12 +41,26 @@ class EncoderConfig(AdapterOptions):
     layers: int
     heads: int
     hidden: int
+    learned_positions: bool = dataclasses.field(default=True, kw_only=True)
     types: int = 2
+    relative_buckets: int = 0  # > 0: disentangled attention, with this many buckets of positions on either side
+    relative_distance: int = 0  # the largest distance that these buckets tell apart
     position_offset: int = 0  # the row of the position table that the first token takes
     norm_eps: float = 1e-12
+    norm_bias: bool = True
+    pre_norm: bool = False  # norms on the inputs of attention and MLP, not on the residual stream after them
+    first_norm: bool = True  # of a pre-norm encoder: the first layer's attention reads a normalized input, too
+    fused_qkv: bool = False  # one kernel `qkv` instead of three
+    attn_bias: bool = True
+    mlp_bias: bool = True
+    gated: bool = False
+    fused_gate_up: bool = False  # one kernel `gate_up` instead of two
     activation: str = "gelu"
     pooling: str = "cls"  # a row's vector: its first token (cls), its tokens' mean, or BERT's tanh pooler
-    dense_head: bool = False  # a tanh layer before the label logits
+    dense_head: bool = False  # a layer before the label logits
+    head_activation: str = "tanh"  # of this layer
+    head_bias: bool = True  # of this layer
+    head_norm: bool = False  # whether a norm follows this layer
     dtype: str = "float32"  # the dtype of activations; norms, softmax and logits are float32
     remat: str = "full"  # the backward pass's recomputation: a key of layer_stack.REMAT
     remat_names: tuple[str, ...] = ()  # of layers.SAVEABLE, for `names` and `offload`; (): the policy's default
@@ -54,8 +69,25 @@ class EncoderConfig(AdapterOptions):
 
     def __post_init__(self) -> None:
         check_model_options(self)
+        check_position_options(self)
+        for name in ("attn_bias", "mlp_bias") if self.biases else ():
+            object.__setattr__(self, name, True)
+        if self.relative_buckets:
+            self._check_relative()
+        if self.fused_gate_up and not self.gated:
+            raise UserError("fused_gate_up needs a gated MLP")
         if self.pooling not in POOLING:
             raise unknown("pooling", self.pooling, POOLING)
+
+    def _check_relative(self) -> None:
+        reasons = {
+            f"attention={self.attention}": self.attention not in ("auto", "dense"),
+            f"prefix_length={self.prefix_length}": self.prefix_length > 0,
+            "fused_qkv": self.fused_qkv,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise UserError(f"attention to relative positions is computed densely, and does not allow {reason}")
 
     @property
     def kv_heads(self) -> int:
@@ -69,38 +101,64 @@ class EncoderConfig(AdapterOptions):
 
 
 class Block(nn.Module):
-    """A post-norm layer: attention, then the MLP; the residual stream is normalized after each sum."""
+    """Attention, then the MLP; the residual stream is normalized after each sum, or for each one's input."""
 
     config: EncoderConfig
 
     @nn.compact
     def __call__(
-        self, h: jax.Array, inputs: AttentionInputs, local: Any, past: Any, index: Any
+        self, h: jax.Array, inputs: AttentionInputs, kind: LayerKind, past: Any, index: Any
     ) -> tuple[jax.Array, Any]:
-        """`(h [B, T, D], None)`; `past` is a prefix or None."""
+        """`(h [B, T, D], None)`; `kind` selects this layer's part of the inputs, and `past` is a prefix or None."""
         c, h = self.config, checkpoint_name(sharding.shard_tokens(h), "input")
-        attention = Attention(c.heads, c.heads, c.head_dim, qkv_bias=True, o_bias=True, form=c.attention, name="attn")
+        bias, fused = c.attn_bias, c.fused_qkv
+        attention = Attention(
+            c.heads,
+            c.heads,
+            c.head_dim,
+            bias,
+            bias,
+            fused,
+            form=c.attention,
+            relative=(c.relative_buckets, c.relative_distance) if c.relative_buckets else None,
+            name="attn",
+        )
         gates = layer_gates(self, h)
-        y = checkpoint_name(apply_with_gates(attention, gates, h, inputs, past)[0], "attn")
-        h = self._add("attn", h, y)
-        mlp = MLP(c.hidden, c.activation, bias=True, name="mlp")
-        return self._add("mlp", h, checkpoint_name(apply_with_gates(mlp, gates, h), "mlp")), None
+        x = self._input("attn", h, kind.normed)
+        y = checkpoint_name(apply_with_gates(attention, gates, x, inputs.of_layer(kind), past)[0], "attn")
+        h = self._add("attn", h, x, y)
+        mlp = MLP(c.hidden, c.activation, c.gated, c.mlp_bias, c.fused_gate_up, name="mlp")
+        x = self._input("mlp", h)
+        return self._add("mlp", h, x, checkpoint_name(apply_with_gates(mlp, gates, x), "mlp")), None
 
-    def _add(self, sublayer: str, h: jax.Array, y: jax.Array) -> jax.Array:
-        """The residual stream after `sublayer`, which reads `h` and returns `y`."""
-        norm = Norm("layer", self.config.norm_eps, name=f"{sublayer}_norm")
-        return add_sublayer(self.config, sublayer, h, y, lambda y: norm(h + y))
+    def _input(self, sublayer: str, h: jax.Array, normed: jax.Array | None = None) -> jax.Array:
+        """The input of `sublayer`, which reads the residual stream `h`; `normed` may switch its norm off."""
+        if not self.config.pre_norm:
+            return h
+        x = self._norm(sublayer)(h)
+        return x if normed is None else jnp.where(normed, x, h)
+
+    def _add(self, sublayer: str, h: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The residual stream `h` after `sublayer`, whose input and output are `x` and `y`."""
+        norm = (lambda total: total) if self.config.pre_norm else self._norm(sublayer)
+        return add_sublayer(self.config, sublayer, x, y, lambda y: norm(h + y))
+
+    def _norm(self, sublayer: str) -> Norm:
+        return Norm("layer", self.config.norm_eps, bias=self.config.norm_bias, name=f"{sublayer}_norm")
 
 
 class DenseHead(nn.Module):
-    """`out(tanh(dense(x)))`."""
+    """`out(act(dense(x)))`, with a norm before `out` if the config has one."""
 
-    labels: int
+    config: EncoderConfig
 
     @nn.compact
     def __call__(self, x_BxD: jax.Array) -> jax.Array:
         """`[B, D]` -> float32 `[B, C]`."""
-        return Head(self.labels, True, name="out")(jnp.tanh(Linear(x_BxD.shape[-1], True, name="dense")(x_BxD)))
+        c = self.config
+        h_BxD = ACTIVATIONS[c.head_activation](Linear(x_BxD.shape[-1], c.head_bias, name="dense")(x_BxD))
+        h_BxD = Norm("layer", c.norm_eps, bias=c.norm_bias, name="norm")(h_BxD) if c.head_norm else h_BxD
+        return Head(c.num_labels, True, name="out")(h_BxD)
 
 
 class Encoder(nn.Module):
@@ -114,8 +172,9 @@ class Encoder(nn.Module):
     def setup(self) -> None:
         """Creates the submodules."""
         c = self.config
-        table_size = c.max_positions + c.position_offset
-        self.embed = Embeddings(c.vocab_size, c.width, c.dtype, 1.0, table_size, c.types, c.norm_eps)
+        table_size = c.max_positions + c.position_offset if c.learned_positions else 0
+        tables, relative = (table_size, c.types), 2 * c.relative_buckets
+        self.embed = Embeddings(c.vocab_size, c.width, c.dtype, 1.0, *tables, c.norm_eps, c.norm_bias, relative)
         if c.num_prompt:
             self.prompt = Prompt(c.num_prompt, c.width)
         if c.prefix_length:
@@ -124,10 +183,12 @@ class Encoder(nn.Module):
             self.layers = scan_layers(Block, c, stack_depths(c)["layers"])
         if "top" in stack_depths(c):
             self.top = scan_layers(Block, c, stack_depths(c)["top"])
+        if c.pre_norm:
+            self.norm = nn.remat(Norm)("layer", c.norm_eps, bias=c.norm_bias)
         if c.pooling == "pooler":
             self.pooler = Linear(c.width, True)
         if c.num_labels:
-            self.head = DenseHead(c.num_labels) if c.dense_head else Head(c.num_labels, True)
+            self.head = DenseHead(c) if c.dense_head else Head(c.num_labels, True)
 
     def __call__(self, tokens: jax.Array, segments: Segments = None, types: jax.Array | None = None) -> jax.Array:
         """Label logits float32 `[B, C]` when `num_labels` is set, else features `[B, T, D]`."""
@@ -141,22 +202,28 @@ class Encoder(nn.Module):
         """`[B, T, D]`. Raises UserError when the sequence is longer than the model's positions."""
         c = self.config
         length = tokens.shape[1] + c.num_prompt
-        if length + c.prefix_length > c.max_positions:
+        if length + c.prefix_length > c.max_length:
             virtual = f" and {plural(c.num_virtual_tokens, 'virtual token')}" if c.num_virtual_tokens else ""
             sequence = f"a sequence of {plural(tokens.shape[1], 'token')}{virtual}"
-            raise UserError(f"{sequence} is longer than the model's {plural(c.max_positions, 'position')}: shorten it")
+            raise UserError(f"{sequence} is longer than the model's {plural(c.max_length, 'position')}: shorten it")
         h = self.embed(tokens)
         if c.num_prompt:
             h = self.prompt(h)
             types = None if types is None else jnp.pad(types, ((0, 0), (c.num_prompt, 0)))
-        positions_BxT, inputs = attention_masks.bidirectional_inputs(segments, c.num_prompt, length, c.prefix_length)
+        positions_BxT, inputs = attention_masks.bidirectional_inputs(c, segments, length)
         h = sharding.shard_tokens(self.embed.add_positions(h, positions_BxT + c.position_offset, types))
         prefix = split_by_stack(c, self.prefix()) if c.prefix_length else {}
-        return sharding.shard_tokens(self._run_stacks(h, inputs, prefix)[:, c.num_prompt :])
+        if c.relative_buckets:
+            inputs = inputs._replace(relative=self.embed.relative_positions())
+        h = self._run_stacks(h, inputs, prefix)[:, c.num_prompt :]
+        return sharding.shard_tokens(self.norm(h) if c.pre_norm else h)
 
     def _run_stacks(self, h, inputs, prefix):
-        for name in stack_depths(self.config):
-            h, _ = getattr(self, name)(h, inputs, None, prefix.get(name), None)
+        first = 0
+        for name, depth in stack_depths(self.config).items():
+            kinds = layer_kinds(self.config, first, depth)
+            h, _ = getattr(self, name)(h, inputs, kinds, prefix.get(name), None)
+            first += depth
         return h
 
     def pooled(self, tokens: jax.Array, segments: Segments = None, types: Types = None) -> jax.Array:

@@ -34,9 +34,9 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def scan_layers(block: type[nn.Module], config: Any, length: int) -> nn.Module:
-    """`length` blocks with parameters stacked on axis 0, called as `(h, inputs, local, past, index) -> (h, new)`.
+    """`length` blocks with parameters stacked on axis 0, called as `(h, inputs, kind, past, index) -> (h, new)`.
 
-    `local`, `past` and `new` have a layer axis first, or are None.
+    `kind`, `past` and `new` have a layer axis first, or are None.
     """
     if config.remat != "none":
         names = config.remat_names or DEFAULT_NAMES.get(config.remat, ())

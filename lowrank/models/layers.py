@@ -18,6 +18,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "relu": nn.relu,
+    "tanh": jnp.tanh,
 }
 
 # The activations that a rematerialization policy can name.
@@ -56,12 +57,13 @@ class Linear(nn.Module):
 class Norm(nn.Module):
     """RMSNorm, or LayerNorm with a bias, over the last axis; computed in float32, returned in the input's dtype.
 
-    `offset` is added to the stored scale: Gemma stores `scale - 1`.
+    `offset` is added to the stored scale: Gemma stores `scale - 1`. A LayerNorm may have no `bias`.
     """
 
     kind: str = "rms"
     eps: float = 1e-6
     offset: float = 0.0
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -72,7 +74,7 @@ class Norm(nn.Module):
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         scale = read_parameter(self, "scale", nn.initializers.constant(1 - self.offset), x.shape[-1:])
         y = y * jnp.broadcast_to(scale.astype(jnp.float32) + self.offset, y.shape)
-        if self.kind == "layer":
+        if self.kind == "layer" and self.bias:
             bias = read_parameter(self, "bias", nn.initializers.zeros, x.shape[-1:])
             y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
         return y.astype(x.dtype)
@@ -85,11 +87,16 @@ class MLP(nn.Module):
     activation: str
     gated: bool = False
     bias: bool = False
+    fused: bool = False  # one kernel `gate_up` instead of two
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """`[B, T, D] -> [B, T, D]`."""
         act = ACTIVATIONS[self.activation]
+        if self.fused:
+            both = Linear(2 * self.hidden, self.bias, name="gate_up")(x_BxTxD)
+            gate, up = (checkpoint_name(y, n) for n, y in zip(("gate", "up"), jnp.split(both, 2, axis=-1), strict=True))
+            return Linear(x_BxTxD.shape[-1], self.bias, name="down")(act(gate) * up)
         up = checkpoint_name(Linear(self.hidden, self.bias, name="up")(x_BxTxD), "up")
         gate = checkpoint_name(Linear(self.hidden, self.bias, name="gate")(x_BxTxD), "gate") if self.gated else None
         h = act(up) if gate is None else act(gate) * up

@@ -1,39 +1,24 @@
 """The table of model families: how the `config.json` and the tensors of each map to this package's."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lowrank.core.errors import UserError, unknown
-from lowrank.models import DecoderConfig, EncoderConfig
-from lowrank.pretrained import hf_configs, hf_export, hf_tensors
-from lowrank.pretrained.hf_tensors import Tensor
+from lowrank.pretrained import family, hf_configs, hf_export, hf_tensors
+from lowrank.pretrained.architectures import (
+    deberta,
+    distilbert,
+    gemma,
+    gpt_neox,
+    granite,
+    modernbert,
+    olmo2,
+    phi3,
+    smollm3,
+)
+from lowrank.pretrained.family import Config, Family
 
-Config = DecoderConfig | EncoderConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """One model family.
-
-    `prefix` is the start of tensor names that a checkpoint of the bare model omits. `ignored` are regexes of tensors
-    that the model does not need. `renamed` are the ends of names that older checkpoints have, and today's.
-    """
-
-    config: Callable[[Mapping[str, Any]], Config]  # config.json -> our config; raises UserError for unsupported options
-    tensors: Callable[[Config], list[Tensor]]  # every leaf, and the tensors that it is read from
-    hf_config: Callable[[Config], dict[str, Any]]  # our config -> config.json, for formats without one
-    prefix: str
-    ignored: tuple[str, ...] = ()
-    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    def current_name(self, name: str) -> str:
-        """The name that a tensor of a checkpoint has today."""
-        ends = ((old, new) for old, new in self.renamed.items() if name.endswith(old))
-        return next((name.removesuffix(old) + new for old, new in ends), name)
-
-
-_LM = (r".*rotary_emb\.inv_freq", r"lm_head\.weight")
+__all__ = ["FAMILIES", "Config", "Family", "family_of"]
 _GPT2 = (r".*attn\.(masked_)?bias", r"lm_head\.weight")
 _BERT = (r".*position_ids", r"cls\..*", r"(bert\.)?pooler\..*")
 _BERT_NORMS = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
@@ -43,7 +28,7 @@ _ROBERTA = (r".*position_ids", r"lm_head\..*", r"(roberta\.)?pooler\..*")
 def _llama_like(
     model_type: str, config: Callable[[Mapping[str, Any]], Config], tensors: Callable = hf_tensors.llama
 ) -> Family:
-    return Family(config, tensors, hf_export.LLAMA_LIKE[model_type], "model.", _LM)
+    return family.llama_like(config, hf_export.LLAMA_LIKE[model_type], tensors)
 
 
 FAMILIES: dict[str, Family] = {
@@ -57,7 +42,16 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _llama_like("qwen3", hf_configs.qwen3),
     "gemma2": _llama_like("gemma2", hf_configs.gemma2),
     "gemma3_text": _llama_like("gemma3_text", hf_configs.gemma3),
+    "gemma": gemma.FAMILY,
+    "granite": granite.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "phi3": phi3.FAMILY,
+    "smollm3": smollm3.FAMILY,
+    "gpt_neox": gpt_neox.FAMILY,
     "gpt2": Family(hf_configs.gpt2, hf_tensors.gpt2, hf_export.gpt2, "transformer.", _GPT2),
+    "distilbert": distilbert.FAMILY,
+    "modernbert": modernbert.FAMILY,
+    "deberta-v2": deberta.FAMILY,
     "bert": Family(hf_configs.bert, hf_tensors.bert, hf_export.bert, "bert.", _BERT, _BERT_NORMS),
     "roberta": Family(hf_configs.roberta, hf_tensors.roberta, hf_export.roberta, "roberta.", _ROBERTA, _BERT_NORMS),
 }

@@ -30,6 +30,12 @@ SCALINGS = {
         "high": "high_freq_factor",
         "original_positions": "original_max_position_embeddings",
     },
+    "longrope": {
+        "short": "short_factor",
+        "long": "long_factor",
+        "original_positions": "original_max_position_embeddings",
+        "attention_factor": "attention_factor",
+    },
 }
 LLAMA = {
     "vocab_size": "vocab_size",
@@ -51,31 +57,33 @@ GPT2 = {
 BERT = {**LLAMA, "norm_eps": "layer_norm_eps", "types": "type_vocab_size"}
 
 
-def _renamed(hf: HF, fields: dict[str, str]) -> dict[str, Any]:
+def rename_fields(hf: HF, fields: dict[str, str]) -> dict[str, Any]:
+    """The values of `{our name: their name}` by our names. Raises UserError for one that is missing."""
     for name in fields.values():
         if hf.get(name) is None:
             raise UserError(f"config.json has no {name!r}, which its model_type needs")
     return {ours: hf[theirs] for ours, theirs in fields.items()}
 
 
-def _activation(hf: HF, key: str, default: str) -> str:
+def read_activation(hf: HF, key: str, default: str) -> str:
+    """Our name of an activation. Raises UserError for an unknown one."""
     name = hf.get(key) or default
     if name not in ACTIVATIONS:
         raise unknown(f"activation in config.json's {key!r},", name, ACTIVATIONS)
     return ACTIVATIONS[name]
 
 
-def _refuse(hf: HF, **unsupported: Any) -> None:
+def refuse_options(hf: HF, **unsupported: Any) -> None:
     """Raises UserError for options whose values change the model in a way that is not supported."""
     for key, fine in unsupported.items():
         if hf.get(key, fine) not in (fine, None):
             raise UserError(f"config.json's {key}={hf[key]!r} is not supported (only {fine!r})")
 
 
-def _rope(params: HF, theta: float) -> tuple[float, RopeScaling | None]:
+def read_rope(params: HF, theta: float) -> tuple[float, RopeScaling | None]:
     """`(theta, scaling)` of rope parameters in the old form (`type`) or the new one (`rope_type`)."""
     kind = params.get("rope_type") or params.get("type") or "default"
-    _refuse(params, partial_rotary_factor=1.0)
+    refuse_options(params, partial_rotary_factor=1.0)
     theta = float(params.get("rope_theta") or theta)
     if kind == "default":
         return theta, None
@@ -84,10 +92,11 @@ def _rope(params: HF, theta: float) -> tuple[float, RopeScaling | None]:
     for name in SCALINGS[kind].values():
         if params.get(name) is None:
             raise UserError(f"config.json's rope scaling {kind!r} has no {name!r}")
-    return theta, RopeScaling(kind, **{ours: params[theirs] for ours, theirs in SCALINGS[kind].items()})
+    values = {ours: params[theirs] for ours, theirs in SCALINGS[kind].items()}
+    return theta, RopeScaling(kind, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _rope_params(hf: HF) -> HF:
+def rope_parameters(hf: HF) -> HF:
     """The rope parameters: old configs have `rope_theta` and `rope_scaling`, new ones `rope_parameters`.
 
     Where a config has both forms, `rope_scaling` replaces `rope_parameters`, and `rope_theta` is for what lacks it.
@@ -105,7 +114,7 @@ def _rope_params(hf: HF) -> HF:
     return params
 
 
-def _windows(window: int | None, kinds: Sequence[str]) -> dict[str, Any]:
+def read_windows(window: int | None, kinds: Sequence[str]) -> dict[str, Any]:
     """The config's sliding window, and its local layers if not all layers are local."""
     local = tuple(kind == "sliding_attention" for kind in kinds)
     if not window or not any(local):
@@ -113,15 +122,16 @@ def _windows(window: int | None, kinds: Sequence[str]) -> dict[str, Any]:
     return {"window": int(window)} | ({} if all(local) else {"local_layers": local})
 
 
-def _llama_like(hf: HF, defaults: HF, **fixed: Any) -> dict[str, Any]:
+def llama_like(hf: HF, defaults: HF, **fixed: Any) -> dict[str, Any]:
+    """The fields of a config with Llama's names; `defaults` are its family's, `fixed` our own fields."""
     hf = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, **defaults, **hf}
-    fields = _renamed(hf, LLAMA)
-    theta, scaling = _rope(_rope_params(hf), 10000.0)
+    fields = rename_fields(hf, LLAMA)
+    theta, scaling = read_rope(rope_parameters(hf), 10000.0)
     fields |= {
         "kv_heads": hf.get("num_key_value_heads") or fields["heads"],
         "head_dim": hf.get("head_dim") or fields["width"] // fields["heads"],
         "tied": bool(hf["tie_word_embeddings"]),
-        "activation": _activation(hf, "hidden_act", "silu"),
+        "activation": read_activation(hf, "hidden_act", "silu"),
         "rope_theta": theta,
         "rope_scaling": scaling,
     }
@@ -131,21 +141,21 @@ def _llama_like(hf: HF, defaults: HF, **fixed: Any) -> dict[str, Any]:
 def llama(hf: HF) -> DecoderConfig:
     """Llama 2, 3.x and SmolLM2."""
     bias = bool(hf.get("attention_bias"))
-    return DecoderConfig(**_llama_like(hf, {}, qkv_bias=bias, o_bias=bias, mlp_bias=bool(hf.get("mlp_bias"))))
+    return DecoderConfig(**llama_like(hf, {}, qkv_bias=bias, o_bias=bias, mlp_bias=bool(hf.get("mlp_bias"))))
 
 
 def mistral(hf: HF) -> DecoderConfig:
     """Mistral: Llama with a sliding window in every layer."""
-    _refuse(hf, layer_types=None)
-    windows = _windows(hf.get("sliding_window", 4096), ["sliding_attention"])
-    return DecoderConfig(**_llama_like(hf, {"num_key_value_heads": 8}, **windows))
+    refuse_options(hf, layer_types=None)
+    windows = read_windows(hf.get("sliding_window", 4096), ["sliding_attention"])
+    return DecoderConfig(**llama_like(hf, {"num_key_value_heads": 8}, **windows))
 
 
 def _qwen(hf: HF, defaults: HF, **fixed: Any) -> DecoderConfig:
     first = hf.get("max_window_layers", 28)
     kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(hf.get("num_hidden_layers", 0))]
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-    return DecoderConfig(**_llama_like(hf, defaults, **fixed, **_windows(window, hf.get("layer_types") or kinds)))
+    return DecoderConfig(**llama_like(hf, defaults, **fixed, **read_windows(window, hf.get("layer_types") or kinds)))
 
 
 def qwen2(hf: HF) -> DecoderConfig:
@@ -162,10 +172,10 @@ def qwen3(hf: HF) -> DecoderConfig:
 def mixtral(hf: HF) -> DecoderConfig:
     """Mixtral: Mistral with a mixture of experts."""
     hf = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2, **hf}
-    hf |= {"rope_parameters": {"rope_theta": 1e6, **_rope_params(hf)}, "rope_scaling": None}
-    windows = _windows(hf.get("sliding_window"), ["sliding_attention"])
+    hf |= {"rope_parameters": {"rope_theta": 1e6, **rope_parameters(hf)}, "rope_scaling": None}
+    windows = read_windows(hf.get("sliding_window"), ["sliding_attention"])
     experts = {"experts": hf["num_local_experts"], "experts_per_token": hf["num_experts_per_tok"]}
-    return DecoderConfig(**_llama_like(hf, {}, normalize_gates=True, **experts, **windows))
+    return DecoderConfig(**llama_like(hf, {}, normalize_gates=True, **experts, **windows))
 
 
 def _experts(hf: HF, experts: int, per_token: int) -> dict[str, Any]:
@@ -183,12 +193,12 @@ def olmoe(hf: HF) -> DecoderConfig:
     """OLMoE: one norm over all heads of q and k, clipping of q, k and v, and a mixture of experts."""
     bias, clip = bool(hf.get("attention_bias")), float(hf.get("clip_qkv") or 0)
     fixed = {"wide_qk_norm": True, "clip_qkv": clip, "qkv_bias": bias, "o_bias": bias, **_experts(hf, 64, 8)}
-    return DecoderConfig(**_llama_like(hf, {"rms_norm_eps": 1e-5}, **fixed))
+    return DecoderConfig(**llama_like(hf, {"rms_norm_eps": 1e-5}, **fixed))
 
 
 def _every_layer_sparse(hf: HF) -> None:
     """Raises UserError for models with a dense MLP in some layers."""
-    _refuse(hf, decoder_sparse_step=1)
+    refuse_options(hf, decoder_sparse_step=1)
     if hf.get("mlp_only_layers"):
         raise UserError(f"config.json's mlp_only_layers={hf['mlp_only_layers']!r} is not supported (only [])")
 
@@ -200,8 +210,8 @@ def qwen2_moe(hf: HF) -> DecoderConfig:
     layers = range(hf.get("num_hidden_layers", 0)) if hf.get("use_sliding_window") else ()
     first = hf.get("max_window_layers", 28)
     kinds = ["full_attention" if i % 2 or i >= first else "sliding_attention" for i in layers]
-    windows = _windows(hf.get("sliding_window", 4096), hf.get("layer_types") or kinds)
-    return DecoderConfig(**_llama_like(hf, {}, qkv_bias=hf.get("qkv_bias", True), **_experts(hf, 60, 4), **windows))
+    windows = read_windows(hf.get("sliding_window", 4096), hf.get("layer_types") or kinds)
+    return DecoderConfig(**llama_like(hf, {}, qkv_bias=hf.get("qkv_bias", True), **_experts(hf, 60, 4), **windows))
 
 
 def qwen3_moe(hf: HF) -> DecoderConfig:
@@ -211,16 +221,16 @@ def qwen3_moe(hf: HF) -> DecoderConfig:
     bias = bool(hf.get("attention_bias"))
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     fixed = {"qk_norm": True, "qkv_bias": bias, "o_bias": bias, **_experts(hf, 128, 8)}
-    return DecoderConfig(**_llama_like(hf, {}, **fixed, **_windows(window, ["sliding_attention"])))
+    return DecoderConfig(**llama_like(hf, {}, **fixed, **read_windows(window, ["sliding_attention"])))
 
 
 def _gemma(hf: HF, pattern: int, caps: tuple[float, float], **fixed: Any) -> DecoderConfig:
     """`caps` are the default soft caps of attention and logits."""
-    _refuse(hf, use_bidirectional_attention=False)
+    refuse_options(hf, use_bidirectional_attention=False)
     layers, bias = hf.get("num_hidden_layers", 0), bool(hf.get("attention_bias"))
     kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
-    fixed |= _windows(hf.get("sliding_window", 4096), hf.get("layer_types") or kinds)
-    fields = _llama_like(
+    fixed |= read_windows(hf.get("sliding_window", 4096), hf.get("layer_types") or kinds)
+    fields = llama_like(
         hf,
         {"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True},
         norm_offset=1.0,
@@ -232,7 +242,9 @@ def _gemma(hf: HF, pattern: int, caps: tuple[float, float], **fixed: Any) -> Dec
         attn_logit_softcap=float(hf.get("attn_logit_softcapping", caps[0]) or 0),
         final_logit_softcap=float(hf.get("final_logit_softcapping", caps[1]) or 0),
     )
-    return DecoderConfig(**{**fields, "activation": _activation(hf, "hidden_activation", "gelu_pytorch_tanh"), **fixed})
+    return DecoderConfig(
+        **{**fields, "activation": read_activation(hf, "hidden_activation", "gelu_pytorch_tanh"), **fixed}
+    )
 
 
 def gemma2(hf: HF) -> DecoderConfig:
@@ -242,10 +254,10 @@ def gemma2(hf: HF) -> DecoderConfig:
 
 def gemma3(hf: HF) -> DecoderConfig:
     """Gemma 3 text: five local layers per global one, each kind with its own rope, and norms on q and k."""
-    nested, old = hf.get("rope_parameters") or {}, _rope_params({**hf, "rope_parameters": None})
-    theta, scaling = _rope({**old, **(nested.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}, 1e6)
+    nested, old = hf.get("rope_parameters") or {}, rope_parameters({**hf, "rope_parameters": None})
+    theta, scaling = read_rope({**old, **(nested.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}, 1e6)
     local = {"rope_theta": hf.get("rope_local_base_freq"), **(nested.get("sliding_attention") or {})}
-    local_theta, local_scaling = _rope(local, 10000.0)
+    local_theta, local_scaling = read_rope(local, 10000.0)
     if local_scaling is not None:
         raise UserError(f"config.json's rope scaling of local layers ({local_scaling.kind!r}) is not supported")
     ropes = {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta}
@@ -255,15 +267,15 @@ def gemma3(hf: HF) -> DecoderConfig:
 
 def gpt2(hf: HF) -> DecoderConfig:
     """GPT-2."""
-    _refuse(hf, scale_attn_by_inverse_layer_idx=False, scale_attn_weights=True, add_cross_attention=False)
-    fields = _renamed({"layer_norm_epsilon": 1e-5, **hf}, GPT2)
+    refuse_options(hf, scale_attn_by_inverse_layer_idx=False, scale_attn_weights=True, add_cross_attention=False)
+    fields = rename_fields({"layer_norm_epsilon": 1e-5, **hf}, GPT2)
     return DecoderConfig(
         **fields,
         kv_heads=fields["heads"],
         head_dim=fields["width"] // fields["heads"],
         hidden=hf.get("n_inner") or 4 * fields["width"],
         tied=hf.get("tie_word_embeddings", True),
-        activation=_activation(hf, "activation_function", "gelu_new"),
+        activation=read_activation(hf, "activation_function", "gelu_new"),
         norm="layer",
         fused_qkv=True,
         qkv_bias=True,
@@ -275,12 +287,12 @@ def gpt2(hf: HF) -> DecoderConfig:
 
 
 def _encoder(hf: HF, offset: int, **fixed: Any) -> EncoderConfig:
-    _refuse(hf, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
-    fields = _renamed({"layer_norm_eps": 1e-12, "type_vocab_size": 2, **hf}, BERT)
+    refuse_options(hf, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    fields = rename_fields({"layer_norm_eps": 1e-12, "type_vocab_size": 2, **hf}, BERT)
     return EncoderConfig(
         **{**fields, "max_positions": fields["max_positions"] - offset},
         position_offset=offset,
-        activation=_activation(hf, "hidden_act", "gelu"),
+        activation=read_activation(hf, "hidden_act", "gelu"),
         **fixed,
     )
 

@@ -7,7 +7,7 @@ from lowrank.models import DecoderConfig, EncoderConfig
 from lowrank.models.rope import RopeScaling
 from lowrank.pretrained.hf_configs import BERT, GPT2, LLAMA, SCALINGS
 
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "tanh": "tanh"}
 
 
 def _labels(n: int) -> dict[str, Any]:
@@ -16,57 +16,61 @@ def _labels(n: int) -> dict[str, Any]:
     return labels if n else {}
 
 
-def _hf(c: Any, model_type: str, fields: dict[str, str], lm: str, classifier: str) -> dict[str, Any]:
+def hf_fields(c: Any, model_type: str, fields: dict[str, str], lm: str, classifier: str) -> dict[str, Any]:
+    """The model type, the architecture `lm` or `classifier`, the labels and `{our name: their name}` by their names."""
     architecture = classifier if c.num_labels else lm
     renamed = {theirs: getattr(c, ours) for ours, theirs in fields.items()}
     return {"model_type": model_type, "architectures": [architecture], **renamed, **_labels(c.num_labels)}
 
 
-def _rope(theta: float, s: RopeScaling | None) -> dict[str, Any]:
+def rope_fields(theta: float, s: RopeScaling | None) -> dict[str, Any]:
     """`rope_theta`, and `rope_scaling` if rope is scaled: the form that all versions of transformers read."""
     if s is None:
         return {"rope_theta": theta}
-    scaling = {theirs: getattr(s, ours) for ours, theirs in SCALINGS[s.kind].items()}
+    values = {theirs: getattr(s, ours) for ours, theirs in SCALINGS[s.kind].items()}
+    scaling = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return {"rope_theta": theta, "rope_scaling": {"rope_type": s.kind, **scaling}}
 
 
-def _llama_like(c: DecoderConfig, model_type: str, name: str) -> dict[str, Any]:
+def llama_like(c: DecoderConfig, model_type: str, name: str) -> dict[str, Any]:
+    """The fields of a `config.json` with Llama's names; `name` is the start of transformers' classes."""
     return {
-        **_hf(c, model_type, LLAMA, f"{name}ForCausalLM", f"{name}ForSequenceClassification"),
+        **hf_fields(c, model_type, LLAMA, f"{name}ForCausalLM", f"{name}ForSequenceClassification"),
         "num_key_value_heads": c.kv_heads,
         "head_dim": c.head_dim,
         "tie_word_embeddings": c.tied,
         "hidden_act": ACTIVATIONS[c.activation],
-        **_rope(c.rope_theta, c.rope_scaling),
+        **rope_fields(c.rope_theta, c.rope_scaling),
     }
 
 
-def _layer_types(c: DecoderConfig) -> list[str]:
+def layer_types(c: DecoderConfig | EncoderConfig) -> list[str]:
+    """The kind of attention of each layer."""
     local = c.local_layers or (c.window > 0,) * c.layers
     return ["sliding_attention" if x else "full_attention" for x in local]
 
 
 def _llama(c: DecoderConfig) -> dict[str, Any]:
-    return _llama_like(c, "llama", "Llama") | {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias}
+    return llama_like(c, "llama", "Llama") | {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias}
 
 
 def _mistral(c: DecoderConfig) -> dict[str, Any]:
-    return _llama_like(c, "mistral", "Mistral") | {"sliding_window": c.window or None}
+    return llama_like(c, "mistral", "Mistral") | {"sliding_window": c.window or None}
 
 
 def _qwen(c: DecoderConfig, model_type: str, name: str) -> dict[str, Any]:
-    window = {"use_sliding_window": c.window > 0, "sliding_window": c.window or None, "layer_types": _layer_types(c)}
-    return _llama_like(c, model_type, name) | window
+    window = {"use_sliding_window": c.window > 0, "sliding_window": c.window or None, "layer_types": layer_types(c)}
+    return llama_like(c, model_type, name) | window
 
 
 def _mixtral(c: DecoderConfig) -> dict[str, Any]:
     experts = {"num_local_experts": c.experts, "num_experts_per_tok": c.experts_per_token}
-    return _llama_like(c, "mixtral", "Mixtral") | {"sliding_window": c.window or None, **experts}
+    return llama_like(c, "mixtral", "Mixtral") | {"sliding_window": c.window or None, **experts}
 
 
 def _sparse(c: DecoderConfig, model_type: str, name: str) -> dict[str, Any]:
     experts = {"num_experts": c.experts, "num_experts_per_tok": c.experts_per_token}
-    return _llama_like(c, model_type, name) | experts | {"norm_topk_prob": c.normalize_gates}
+    return llama_like(c, model_type, name) | experts | {"norm_topk_prob": c.normalize_gates}
 
 
 def _olmoe(c: DecoderConfig) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def _olmoe(c: DecoderConfig) -> dict[str, Any]:
 
 def _qwen2_moe(c: DecoderConfig) -> dict[str, Any]:
     widths = {"moe_intermediate_size": c.expert_hidden, "shared_expert_intermediate_size": c.shared_hidden}
-    window = {"use_sliding_window": c.window > 0, "sliding_window": c.window or None, "layer_types": _layer_types(c)}
+    window = {"use_sliding_window": c.window > 0, "sliding_window": c.window or None, "layer_types": layer_types(c)}
     return _sparse(c, "qwen2_moe", "Qwen2Moe") | widths | window | {"qkv_bias": c.qkv_bias}
 
 
@@ -86,11 +90,11 @@ def _qwen3_moe(c: DecoderConfig) -> dict[str, Any]:
 
 
 def _gemma(c: DecoderConfig, model_type: str, name: str) -> dict[str, Any]:
-    return _llama_like(c, model_type, name) | {
+    return llama_like(c, model_type, name) | {
         "hidden_activation": ACTIVATIONS[c.activation],
         "attention_bias": c.qkv_bias,
         "sliding_window": c.window or None,
-        "layer_types": _layer_types(c),
+        "layer_types": layer_types(c),
         "query_pre_attn_scalar": round((c.attn_scale or c.head_dim**-0.5) ** -2),
         "attn_logit_softcapping": c.attn_logit_softcap or None,
         "final_logit_softcapping": c.final_logit_softcap or None,
@@ -113,12 +117,12 @@ LLAMA_LIKE: dict[str, Callable[[DecoderConfig], dict[str, Any]]] = {
 
 def gpt2(c: DecoderConfig) -> dict[str, Any]:
     """GPT-2's `config.json`."""
-    fields = _hf(c, "gpt2", GPT2, "GPT2LMHeadModel", "GPT2ForSequenceClassification")
+    fields = hf_fields(c, "gpt2", GPT2, "GPT2LMHeadModel", "GPT2ForSequenceClassification")
     return fields | {"n_inner": c.hidden, "activation_function": "gelu_new", "tie_word_embeddings": c.tied}
 
 
 def _encoder(c: EncoderConfig, model_type: str, name: str) -> dict[str, Any]:
-    fields = _hf(c, model_type, BERT, f"{name}Model", f"{name}ForSequenceClassification")
+    fields = hf_fields(c, model_type, BERT, f"{name}Model", f"{name}ForSequenceClassification")
     return fields | {
         "max_position_embeddings": c.max_positions + c.position_offset,
         "hidden_act": ACTIVATIONS[c.activation],

@@ -15,6 +15,7 @@ class Tensor:
     `hf` names one tensor. With `{i}` in it, the `count` tensors of layers `first, first + 1, ...` are stacked on axis 0
     of the leaf; with `{e}` too, each layer's `experts` on axis 1. `transpose`: torch stores a Linear's kernel
     `[out, in]`, and the leaf is `[in, out]`. `dtype` is the required stored dtype; "": any floating-point dtype.
+    Layers in `absent` have no tensor: their part of the leaf is 1, and the model does not use it.
     """
 
     leaf: str
@@ -24,6 +25,7 @@ class Tensor:
     count: int = 0
     experts: int = 0
     dtype: str = ""
+    absent: tuple[int, ...] = ()
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -33,7 +35,8 @@ class Tensor:
     @property
     def places(self) -> tuple[tuple[int, ...], ...]:
         """The index of each tensor in the leaf, in the order of `names`."""
-        return tuple(itertools.product(*map(range, self.stack)))
+        places = itertools.product(*map(range, self.stack))
+        return tuple(place for place in places if not self.absent or self.first + place[0] not in self.absent)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,7 +62,8 @@ def norm_rows(leaf: str, hf: str, bias: bool = False) -> list[TensorRow]:
     return [*rows, (f"{leaf}/bias", f"{hf}.bias", False)] if bias else rows
 
 
-def _stacked(config: Any, prefix: str, rows: Iterable[TensorRow]) -> Iterator[Tensor]:
+def stacked(config: Any, prefix: str, rows: Iterable[TensorRow]) -> Iterator[Tensor]:
+    """The leaves of all layers, each stacked from the tensors `{prefix}.{layer}.{hf}`."""
     first = 0
     for stack, depth in stack_depths(config).items():
         for leaf, hf, transpose in rows:
@@ -68,12 +72,14 @@ def _stacked(config: Any, prefix: str, rows: Iterable[TensorRow]) -> Iterator[Te
         first += depth
 
 
-def _whole(rows: Iterable[TensorRow]) -> Iterator[Tensor]:
+def whole(rows: Iterable[TensorRow]) -> Iterator[Tensor]:
+    """The leaves outside of layers."""
     for leaf, hf, transpose in rows:
         yield Tensor(leaf, hf, transpose)
 
 
-def _decoder_head(c: Any) -> list[TensorRow]:
+def decoder_head(c: Any) -> list[TensorRow]:
+    """The rows of a decoder's head, if it has one of its own."""
     if c.num_labels:
         return linear_rows("head", "score")
     return [] if c.tied else linear_rows("head", "lm_head")
@@ -102,29 +108,30 @@ def sparse(c: Any) -> list[Tensor]:
 
 
 def llama(c: Any) -> list[Tensor]:
-    """Llama, and the families with the same names: Mistral, Qwen, Gemma."""
-    return _llama(c, [row for n in GLU for row in linear_rows(f"mlp/{n}", f"mlp.{n}_proj", c.mlp_bias)])
+    """Llama, and the families with the same names: Mistral, Qwen, Gemma, Phi-3."""
+    kernels = ("gate_up", "down") if c.fused_gate_up else GLU
+    return _llama(c, [row for n in kernels for row in linear_rows(f"mlp/{n}", f"mlp.{n}_proj", c.mlp_bias)])
 
 
 def _llama(c: Any, mlp: list[TensorRow]) -> list[Tensor]:
-    rows = [row for n in "qkv" for row in linear_rows(f"attn/{n}", f"self_attn.{n}_proj", c.qkv_bias)]
+    kernels = ("qkv",) if c.fused_qkv else ("q", "k", "v")
+    rows = [row for n in kernels for row in linear_rows(f"attn/{n}", f"self_attn.{n}_proj", c.qkv_bias)]
     rows += linear_rows("attn/o", "self_attn.o_proj", c.o_bias)
     if c.qk_norm or c.wide_qk_norm:
         rows += norm_rows("attn/q_norm", "self_attn.q_norm") + norm_rows("attn/k_norm", "self_attn.k_norm")
-    rows += mlp + norm_rows("attn_norm", "input_layernorm")
+    rows += mlp
+    if c.pre_norms:
+        before_mlp = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
+        rows += norm_rows("attn_norm", "input_layernorm") + norm_rows("mlp_norm", before_mlp)
     if c.post_norms:
-        rows += norm_rows("post_attn_norm", "post_attention_layernorm") + norm_rows(
-            "mlp_norm", "pre_feedforward_layernorm"
-        )
+        rows += norm_rows("post_attn_norm", "post_attention_layernorm")
         rows += norm_rows("post_mlp_norm", "post_feedforward_layernorm")
-    else:
-        rows += norm_rows("mlp_norm", "post_attention_layernorm")
     ends = [
         ("embed/embedding", "model.embed_tokens.weight", False),
         *norm_rows("norm", "model.norm"),
-        *_decoder_head(c),
+        *decoder_head(c),
     ]
-    return [*_whole(ends), *_stacked(c, "model.layers", rows)]
+    return [*whole(ends), *stacked(c, "model.layers", rows)]
 
 
 def gpt2(c: Any) -> list[Tensor]:
@@ -133,8 +140,8 @@ def gpt2(c: Any) -> list[Tensor]:
     rows += linear_rows("mlp/up", "mlp.c_fc", True, False) + linear_rows("mlp/down", "mlp.c_proj", True, False)
     rows += norm_rows("attn_norm", "ln_1", True) + norm_rows("mlp_norm", "ln_2", True)
     ends = [("embed/embedding", "transformer.wte.weight", False), ("embed/positions", "transformer.wpe.weight", False)]
-    ends += norm_rows("norm", "transformer.ln_f", True) + _decoder_head(c)
-    return [*_whole(ends), *_stacked(c, "transformer.h", rows)]
+    ends += norm_rows("norm", "transformer.ln_f", True) + decoder_head(c)
+    return [*whole(ends), *stacked(c, "transformer.h", rows)]
 
 
 def _encoder(c: Any, prefix: str, head: list[TensorRow]) -> list[Tensor]:
@@ -148,7 +155,7 @@ def _encoder(c: Any, prefix: str, head: list[TensorRow]) -> list[Tensor]:
     ends += norm_rows("embed/norm", f"{prefix}.embeddings.LayerNorm", True)
     if c.pooling == "pooler":
         ends += linear_rows("pooler", f"{prefix}.pooler.dense", True)
-    return [*_whole(ends + (head if c.num_labels else [])), *_stacked(c, f"{prefix}.encoder.layer", rows)]
+    return [*whole(ends + (head if c.num_labels else [])), *stacked(c, f"{prefix}.encoder.layer", rows)]
 
 
 def bert(c: Any) -> list[Tensor]:

@@ -136,6 +136,8 @@ def _put_shards(leaf: Any, buffers: Mapping[Index, np.ndarray]) -> jax.Array:
 def _read_shard(tensor: Tensor, parts: Sequence[StoredTensor], index: Index, out: np.ndarray) -> None:
     """Fills `out` with the part of the leaf that `index` selects."""
     depth = len(tensor.stack)
+    if tensor.absent:
+        out[...] = 1
     for place, name, part in zip(tensor.places, tensor.names, parts, strict=True):
         if all(start <= i < stop for i, (start, stop) in zip(place, index, strict=False)):
             here = tuple(i - start for i, (start, _) in zip(place, index, strict=False))

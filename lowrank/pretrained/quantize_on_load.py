@@ -19,7 +19,9 @@ from lowrank.weights.quantized import ggml, mixed
 from lowrank.weights.quantized.ggml import GGML
 from lowrank.weights.quantized.mixed import Mixed
 
-DEFAULT_TARGET = r"(layers|top)/(attn|mlp)/(q|k|v|qkv|o|gate|up|down)/kernel"  # no heads, embeddings, routers, experts
+DEFAULT_TARGET = (
+    r"(layers|top)/(attn|mlp)/(q|k|v|qkv|o|gate|up|gate_up|down)/kernel"  # no heads, embeddings, routers, experts
+)
 ReadKernel = Callable[[], np.ndarray]  # -> a kernel [in, out], float32
 
 

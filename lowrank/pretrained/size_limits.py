@@ -7,11 +7,11 @@ from typing import Any
 from lowrank.core.errors import UserError, plural
 from lowrank.pretrained.tensor_reader import StoredTensor
 
-LAYERS = ("num_hidden_layers", "n_layer")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
 SIZES = (
     *("vocab_size", "type_vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_attention_heads"),
     *("num_key_value_heads", "num_experts", "num_local_experts", "moe_intermediate_size"),
-    *("shared_expert_intermediate_size", "n_embd", "n_inner", "n_head", "n_positions"),
+    *("shared_expert_intermediate_size", "n_embd", "n_inner", "n_head", "n_positions", "dim", "hidden_dim", "n_heads"),
 )
 COUNTS = (*LAYERS, *SIZES, "max_position_embeddings", "num_experts_per_tok", "max_window_layers", "sliding_window")
 LARGEST = 2**31 - 1  # of any count

@@ -40,6 +40,7 @@ class Upcycling:
             "a mixture of experts already": getattr(dense, "experts", 0),
             "a decoder whose MLP has no gate": not getattr(dense, "gated", True),
             "a decoder whose MLP has biases": getattr(dense, "mlp_bias", False),
+            "a decoder whose MLP has one kernel for gate and up": getattr(dense, "fused_gate_up", False),
         }
         for reason, holds in reasons.items():
             if holds:

@@ -20,6 +20,7 @@ from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
 from lowrank.models.layer_stack import stack_depths
 from lowrank.models.layers import Linear
+from lowrank.models.positions import layer_kinds
 
 Moments = dict[str, tuple[jax.Array, jax.Array]]  # kernel -> (sum of x^T x [in, in], sum of |x| [in]), float32
 
@@ -53,15 +54,14 @@ class LayerRunner:
         config, layer = self._layer(stack, i)
         replaced = {name.removeprefix(f"{stack}/"): kernel for name, kernel in kernels.items()}
         layer = tree.map_named(lambda name, leaf: replaced.get(name, leaf), layer, is_leaf=is_weight)
-        self._streams = [_run_layer(config, layer, h, inputs, local) for h, inputs, local, _ in self._batches(stack, i)]
+        self._streams = [_run_layer(config, layer, h, inputs, kind) for h, inputs, kind, _ in self._batches(stack, i)]
 
     def _layer(self, stack: str, i: int) -> tuple[Any, PyTree]:
         return self._config, jax.tree.map(lambda x: x[i], self._params[stack])
 
     def _batches(self, stack: str, i: int) -> list[tuple[Any, ...]]:
-        mixed = getattr(self._config, "mixed", False)
-        local = jnp.int32(self._config.local_layers[self.order.index((stack, i))]) if mixed else None
-        return [(h, x, local, real) for h, x, real in zip(self._streams, self._inputs, self._real, strict=True)]
+        kind = jax.tree.map(lambda x: x[self.order.index((stack, i))], layer_kinds(self._config))
+        return [(h, x, kind, real) for h, x, real in zip(self._streams, self._inputs, self._real, strict=True)]
 
     def _linear_kernels(self) -> set[str]:
         """The names of the kernels of all Linear modules in layers."""
@@ -90,17 +90,15 @@ def _first_inputs(config: Any, params: PyTree, tokens: jax.Array, segments: jax.
     return h_BxTxD, inputs
 
 
-def _call_layer(config: Any, layer: PyTree, h: jax.Array, inputs: Any, local: Any) -> jax.Array:
-    return models.build_block(config).apply({"params": layer}, h, inputs, local, None, None)[0]
+def _call_layer(config: Any, layer: PyTree, h: jax.Array, inputs: Any, kind: Any) -> jax.Array:
+    return models.build_block(config).apply({"params": layer}, h, inputs, kind, None, None)[0]
 
 
 _run_layer = jax.jit(_call_layer, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moments_of_layer(
-    config: Any, layer: PyTree, h: jax.Array, inputs: Any, local: Any, real_BxT: jax.Array
-) -> Moments:
+def _moments_of_layer(config: Any, layer: PyTree, h: jax.Array, inputs: Any, kind: Any, real_BxT: jax.Array) -> Moments:
     recorded: dict[str, jax.Array] = {}
 
     def record(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -109,7 +107,7 @@ def _moments_of_layer(
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        _call_layer(config, layer, h, inputs, local)
+        _call_layer(config, layer, h, inputs, kind)
     return {name: _moments(x, real_BxT) for name, x in recorded.items() if x.shape[:2] == real_BxT.shape}
 
 

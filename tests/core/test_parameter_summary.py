@@ -38,7 +38,7 @@ def test_lora_counts_its_factors_and_the_kernels_they_stand_on():
     kernels = 2 * 3 * 256 + 2 * 256
     assert table.splitlines()[0].split() == ["rule", "makes", "leaves", "layers", "parameters", "trained"]
     assert rows(table) == [
-        [".*attn/(q|v)/kernel", "LoRA", "3", "5", f"{kernels + ADAPTERS:,}", f"{ADAPTERS:,}"],
+        [".*attn/(q|v|qkv)/kernel", "LoRA", "3", "5", f"{kernels + ADAPTERS:,}", f"{ADAPTERS:,}"],
         ["(.*/)?bias", "train", "4", "5", "176", "176"],
     ]
     assert f"trained: {ADAPTERS + 176:,} of {BASE + ADAPTERS:,} parameters (" in table

@@ -5,6 +5,7 @@ import pytest
 
 from lowrank.core.errors import UserError
 from lowrank.models import DecoderConfig, init_cache
+from lowrank.models.rope import RopeScaling
 from tests.support.close import assert_close
 from tests.support.tiny_models import DECODERS, SIZES, T, decoder, run, sight, tokens
 
@@ -67,6 +68,13 @@ def test_padding_on_either_side_changes_nothing(kind):
     close(right[:, :8], plain)
 
 
+LONGROPE = RopeScaling("longrope", original_positions=4, short=(1.0, 2.0), long=(1.0, 3.0), attention_factor=1.2)
+PHI = {"fused_qkv": True, "fused_gate_up": True, "rotary_dim": 4, "rope_scaling": LONGROPE}
+PHI |= {"pre_norms": False, "post_norms": True, "wide_qk_norm": True, "residual_scale": 0.5}
+NEOX = {"learned_positions": False, "parallel_residual": True, "qkv_by_head": True}
+NEOX |= {"rotary_dim": 2, "rope_layers": (True, False)}
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "given"),
     [
@@ -74,6 +82,8 @@ def test_padding_on_either_side_changes_nothing(kind):
         ("windowed", {"num_prompt": 2}, False),
         ("gpt2", {"top_layers": 1}, False),
         ("gemma", {"num_prompt": 2, "top_layers": 2}, True),
+        ("llama", PHI, True),
+        ("gpt2", {**NEOX, "top_layers": 1}, False),
     ],
 )
 def test_decoding_with_a_cache_equals_the_full_forward(kind, options, given):

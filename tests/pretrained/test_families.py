@@ -20,11 +20,15 @@ SIZES = {
     "max_position_embeddings": 32,
 }
 GPT2 = {"vocab_size": 43, "n_positions": 32, "n_embd": 16, "n_layer": 3, "n_head": 4}
+DISTILBERT = {"vocab_size": 43, "max_position_embeddings": 32, "dim": 16, "n_layers": 3, "n_heads": 4, "hidden_dim": 24}
+DEBERTA = {"relative_attention": True, "position_biased_input": False, "share_att_key": True, "position_buckets": 6}
+DEBERTA |= {**SIZES, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"}
+OTHERS = {"gpt2": GPT2, "distilbert": DISTILBERT, "deberta-v2": DEBERTA, "gpt_neox": {**SIZES, "rotary_pct": 0.5}}
 OPTIONS = [{}, {"top_layers": 2}, {"top_layers": 3, "num_labels": 4}]
 
 
 def spec(name, **options):
-    return {"model_type": name, **(GPT2 if name == "gpt2" else SIZES), **options}
+    return {"model_type": name, **OTHERS.get(name, SIZES), **options}
 
 
 def leaves(config):
@@ -43,7 +47,8 @@ def test_the_table_covers_every_leaf_once_and_every_layer_once(name, options):
     assert len(hf) == len(set(hf))
     assert all(shapes[t.leaf].shape[0] == t.count for t in tensors if t.count)
     assert all(shapes[t.leaf].shape[: len(t.stack)] == t.stack for t in tensors)
-    norms = sorted(n for t in tensors if re.fullmatch(r"(layers|top)/mlp_norm/scale", t.leaf) for n in t.names)
+    assert all(len(t.names) == len(t.places) for t in tensors)
+    norms = sorted(n for t in tensors if re.fullmatch(r"(layers|top)/attn/o/kernel", t.leaf) for n in t.names)
     assert [re.search(r"\.(\d)\.", n)[1] for n in norms] == ["0", "1", "2"]
 
 

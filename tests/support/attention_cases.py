@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.models import attention_masks, kv_cache
+from lowrank.models.positions import LayerKind
 
 HEAD = 6
 
@@ -50,6 +51,7 @@ CASES = {
     "virtual tokens, window": Case(PADDED, prompt=10, window=12),
     "cache": Case(PACKED, cached=7, window=6),
     "both directions": Case(PADDED, bidirectional=True),
+    "both directions, window": Case(PADDED, bidirectional=True, window=5),
     "both directions, virtual tokens, prefix": Case(PADDED, bidirectional=True, prompt=3, prefix=2),
 }
 
@@ -57,15 +59,16 @@ CASES = {
 def mask_of(case: Case) -> Any:
     """The mask that the models make of a case."""
     rows = None if isinstance(case.segments, int) else jnp.asarray(case.segments, jnp.int32)
-    if case.bidirectional:
-        return attention_masks.bidirectional_inputs(rows, case.prompt, case.length + case.prompt, case.prefix)[1].mask
     config = SimpleNamespace(
         window=case.window,
         needs_mask=case.local is not None or case.cap > 0 or case.prefix > 0,
         prefix_length=case.prefix,
         num_virtual_tokens=case.prefix + case.prompt,
-        learned_positions=True,
+        num_prompt=case.prompt,
+        ropes=(None,),
     )
+    if case.bidirectional:
+        return attention_masks.bidirectional_inputs(config, rows, case.length + case.prompt)[1].mask
     cache: Any = None
     if rows is not None and case.cached:
         cache = kv_cache.empty_cache({"layers": 1}, len(rows), case.length + 3, case.heads[1], HEAD, "float32")
@@ -74,7 +77,7 @@ def mask_of(case: Case) -> Any:
         cache = dataclasses.replace(cache, index=jnp.int32(case.cached))
     length, B = case.length - case.cached + case.prompt, 1 if rows is None else len(rows)
     inputs = attention_masks.causal_inputs(config, B, length, case.prompt, None, rows, cache)[1]
-    return inputs.mask if case.local is None else inputs.of_layer(jnp.int32(case.local)).mask
+    return inputs.mask if case.local is None else inputs.of_layer(LayerKind(local=jnp.bool_(case.local))).mask
 
 
 def seen(case: Case) -> np.ndarray:
@@ -96,7 +99,8 @@ def _row_seen(case: Case, row: tuple[int, ...], window: int) -> list[list[bool]]
         if case.bidirectional and segments[t] is None and segments[s]:
             return True
         same = segments[s] is None or segments[s] == segments[t]
-        near = not window or places[t] - places[s] < window
+        distance = places[t] - places[s]
+        near = not window or (abs(distance) if case.bidirectional else distance) < window
         return same and near and (case.bidirectional or s <= t)
 
     queries = range(case.prefix + case.cached, len(segments))

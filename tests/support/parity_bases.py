@@ -42,9 +42,9 @@ QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TOKENS = np.random.default_rng(0).integers(5, VOCAB, (3, 12)).astype(np.int32)
 
 
-def reference(name, folder):
+def reference(name, folder, bases=BASES):
     """The transformers model, with random weights and biases far from their initial values."""
-    auto, model_type, spec = BASES[name]
+    auto, model_type, spec = bases[name]
     model = auto.from_config(transformers.AutoConfig.for_model(model_type, **spec), attn_implementation="eager").eval()
     randomize(model.named_parameters(), seed=0)
     model.name_or_path = str(folder)  # peft looks for a config.json there

@@ -83,5 +83,5 @@ def check_untied(base: Base, places: Iterable[Place]) -> None:
 def _places(base: Base) -> Iterator[tuple[str, Place]]:
     for tensor in FAMILIES[base.family].tensors(base.config):
         if not tensor.experts:  # in torch, experts are parameters of one module, not modules
-            for i, name in enumerate(tensor.names):
-                yield name, Place(tensor.leaf, i if tensor.count else None, tensor.transpose)
+            for place, name in zip(tensor.places, tensor.names, strict=True):
+                yield name, Place(tensor.leaf, place[0] if tensor.count else None, tensor.transpose)

@@ -32,6 +32,8 @@ def refusal(q: Any, k: Any, mask: Mask, softcap: float) -> str:
         return f"cuDNN computes in half precision, not in {q.dtype}"
     if T % 2 or S % 2 or H % 8 or H > 256:
         return f"cuDNN takes even lengths and heads of a multiple of 8 up to 256, not {T} queries, {S} keys and {H}"
+    if mask.window and not mask.causal and mask.is_static:
+        return "cuDNN's window is one of causal rows"
     if sharded.divides_tokens(jax.sharding.get_abstract_mesh(), T):
         return "cuDNN's masks do not know the part of a row that a device of mesh.context has"
     if not mask.is_static and T * S > MASKED_SCORES:

@@ -32,7 +32,9 @@ def attend(
         mask=None if static else mask.expand(T, S)[:, None],
         scale=scale,
         is_causal=mask.causal and static,
-        local_window_size=(mask.window - 1, 0) if static and 0 < mask.window < S else None,
+        local_window_size=(mask.window - 1, 0 if mask.causal else mask.window - 1)
+        if static and 0 < mask.window < S
+        else None,
         implementation=implementation,
     )
     if q.dtype != jnp.float16 or implementation == "cudnn":

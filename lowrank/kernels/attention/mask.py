@@ -55,7 +55,7 @@ class Mask:
     local: jax.Array | None = None  # bool []: whether the window applies; None: it does
     virtual: bool = _static(False)  # whether segments below 0 occur
     causal: bool = _static(False)  # a query sees no slot behind its own
-    window: int = _static(0)  # > 0: a query sees positions less than this far before its own, and the prefix
+    window: int = _static(0)  # > 0: a query sees positions less than this far from its own, and the prefix
     prompt_sees_all: bool = _static(False)  # virtual tokens see the tokens of every segment but padding
 
     @property
@@ -86,6 +86,7 @@ class Mask:
             seen &= k_low.slots <= q_high.slots
         if self.window:
             close = q_low.positions - k_high.positions < self.window
+            close = close if self.causal else close & (k_low.positions - q_high.positions < self.window)
             close = close if k_low.segments is None else close | (k_low.segments <= PREFIX_SEGMENT)
             seen &= close if self.local is None else close | ~self.local
         if self.prompt_sees_all and k_low.segments is not None:

@@ -92,7 +92,7 @@ def _kernel(
 
     mask: Any = splash_masks.CausalMask((S, S)) if causal else splash.FullMask((S, S))
     if window:
-        mask = splash_masks.LocalMask((S, S), (window - 1, 0 if causal else None), 0)
+        mask = splash_masks.LocalMask((S, S), (window - 1, 0 if causal else window - 1), 0)
     if causal and parts > 1:
         mask.q_sequence = context.balanced_slots(S, parts)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")

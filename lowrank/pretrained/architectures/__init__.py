@@ -1,0 +1,1 @@
+"""Model families, one per file: `FAMILY` in each, listed in `lowrank.pretrained.families`."""
