@@ -5,7 +5,7 @@ norms, and transposes GPT-2's kernels.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lowrank.pretrained import gguf_tokenizer, hf_files
 from lowrank.pretrained.families import FAMILIES
 from lowrank.pretrained.gguf_file import GGUF, open_gguf
 from lowrank.pretrained.size_limits import check_sizes
-from lowrank.pretrained.tensor_reader import StoredTensor, add_constant, deinterleave_heads
+from lowrank.pretrained.tensor_reader import StoredTensor, add_constant, deinterleave_heads, interleave_projections
 from lowrank.pretrained.tokenizer import Tokenizer
 
 LLAMA_LIKE = {
@@ -46,8 +46,22 @@ MODEL_TYPES = {
     "qwen3": "qwen3",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
+    "gemma": "gemma",
+    "phi3": "phi3",
+    "olmo2": "olmo2",
+    "granite": "granite",
+    "smollm3": "smollm3",
+    "gptneox": "gpt_neox",
     "gpt2": "gpt2",
 }
+INTERLEAVED = ("llama", "granite", "smollm3")  # the converter reorders the rows of q and k
+GRANITE = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
+}
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # read with the config
 
 
 class GGUFSource:
@@ -75,7 +89,7 @@ class GGUFSource:
         """All tensors; those that are `wanted` under their Hugging Face names, the rest under their own."""
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
         names = gguf.get_tensor_name_map(arch, self.file.get(f"{self.arch}.block_count"))
-        stored = {k: v for k, v in self.file.tensors.items() if k != "rope_freqs.weight"}
+        stored = {k: v for k, v in self.file.tensors.items() if k not in ROPE_TENSORS}
         tensors = {}
         for name in [*wanted, "lm_head.weight"]:
             stem, _, suffix = name.rpartition(".")
@@ -86,7 +100,9 @@ class GGUFSource:
 
     def _restored(self, name: str, tensor: StoredTensor) -> StoredTensor:
         part = name.split(".")[-2]
-        if self.arch == "llama" and part in ("attn_q", "attn_k"):
+        if self.arch == "gptneox" and part == "attn_qkv":
+            return interleave_projections(tensor, self.hf_config["num_attention_heads"])
+        if self.arch in INTERLEAVED and part in ("attn_q", "attn_k"):
             return deinterleave_heads(tensor, self.hf_config["head_dim"])
         if self.arch.startswith("gemma") and part.endswith("norm"):
             return add_constant(tensor, -1.0)
@@ -99,13 +115,17 @@ def _hf_config(file: GGUF, arch: str) -> dict[str, Any]:
     if "token_embd.weight" not in file.tensors:
         raise UserError(f"{file.path}: tensor 'token_embd.weight' is missing: the file is not a complete model")
     fields = GPT2 if arch == "gpt2" else LLAMA_LIKE
+    fields = {**fields, "rms_norm_eps": "attention.layer_norm_epsilon"} if arch == "gptneox" else fields
     config = {"model_type": MODEL_TYPES[arch]} | {hf: _number(file, f"{arch}.{ours}") for hf, ours in fields.items()}
     config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
     keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     ids = {hf: file.get(f"tokenizer.ggml.{key}_token_id", -1) for hf, key in keys.items()}
     config |= {hf: token for hf, token in ids.items() if token >= 0}
-    return config if arch == "gpt2" else config | _attention(file, arch, config) | _rope(file, arch)
+    if arch == "gpt2":
+        return config
+    own = FIELDS.get(arch, lambda file, config: {})
+    return config | _attention(file, arch, config) | _rope(file, arch) | own(file, config)
 
 
 def _number(file: GGUF, key: str, default: float | None = None) -> float:
@@ -124,7 +144,7 @@ def _attention(file: GGUF, arch: str, config: dict[str, Any]) -> dict[str, Any]:
         "head_dim": head_dim,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
     }
-    if arch.startswith("gemma"):
+    if arch in GEMMA_27B:
         large = config["num_hidden_layers"] == GEMMA_27B[arch]
         fields["query_pre_attn_scalar"] = width // heads if large else head_dim
         fields["sliding_window"] = _number(file, f"{arch}.attention.sliding_window")
@@ -132,6 +152,45 @@ def _attention(file: GGUF, arch: str, config: dict[str, Any]) -> dict[str, Any]:
             if f"{arch}.{cap}" in file.metadata:
                 fields[cap] = _number(file, f"{arch}.{cap}")
     return fields
+
+
+def _phi3(file: GGUF, config: dict[str, Any]) -> dict[str, Any]:
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    original = _number(file, "phi3.rope.scaling.original_context_length", config["max_position_embeddings"])
+    fields = {
+        "sliding_window": _number(file, "phi3.attention.sliding_window", 0) or None,
+        "partial_rotary_factor": _number(file, "phi3.rope.dimension_count", head_dim) / head_dim,
+        "original_max_position_embeddings": original,
+    }
+    if "rope_factors_long.weight" not in file.tensors or "rope_factors_short.weight" not in file.tensors:
+        return fields
+    factors = {}
+    for name in ("long", "short"):
+        tensor = file.tensors[f"rope_factors_{name}.weight"]
+        factors[f"{name}_factor"] = [float(str(np.float32(x))) for x in tensor.read(0, tensor.shape[0])]
+    return fields | {"rope_scaling": {"rope_type": "longrope", **factors}}
+
+
+def _granite(file: GGUF, config: dict[str, Any]) -> dict[str, Any]:
+    del config
+    return {hf: _number(file, f"granite.{ours}", 1.0) for hf, ours in GRANITE.items()}
+
+
+def _gpt_neox(file: GGUF, config: dict[str, Any]) -> dict[str, Any]:
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "layer_norm_eps": config["rms_norm_eps"],
+        "rotary_pct": _number(file, "gptneox.rope.dimension_count", head_dim) / head_dim,
+        "use_parallel_residual": bool(file.get("gptneox.use_parallel_residual", True)),
+        "attention_bias": "blk.0.attn_qkv.bias" in file.tensors,
+    }
+
+
+FIELDS: dict[str, Callable[[GGUF, dict[str, Any]], dict[str, Any]]] = {  # of one architecture alone
+    "phi3": _phi3,
+    "granite": _granite,
+    "gptneox": _gpt_neox,
+}
 
 
 def _rope(file: GGUF, arch: str) -> dict[str, Any]:

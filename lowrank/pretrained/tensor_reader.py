@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 from lowrank.core.errors import UserError
 
 ReadRows = Callable[[int, int], np.ndarray]  # (start, stop) -> those rows
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 EXPONENT_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00}  # all of them are set in NaN and in infinities
 
 
@@ -51,6 +52,13 @@ class CheckpointSource(Protocol):
         ...
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raises UserError for a file that only names its content, as Git LFS leaves one in a clone without its objects."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder")
+
+
 def read_array(path: Path, dtype: DTypeLike, offset: int, shape: tuple[int, ...]) -> np.ndarray:
     """An array that starts `offset` bytes into a file. Raises UserError when the file ends too early."""
     count = int(np.prod(shape, dtype=np.int64))
@@ -81,6 +89,25 @@ def deinterleave_heads(tensor: StoredTensor, head_dim: int) -> StoredTensor:
             rows = read_rows(low, high)
             halves = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
             return halves.swapaxes(1, 2).reshape(rows.shape)[start - low : stop - low]
+
+        return read
+
+    blocks = reordered(tensor.blocks) if tensor.blocks else None
+    return dataclasses.replace(tensor, read=reordered(tensor.read), blocks=blocks)
+
+
+def interleave_projections(tensor: StoredTensor, heads: int, parts: int = 3) -> StoredTensor:
+    """The rows of q, k and v, one projection after the other, in the order of GPT-NeoX: those of each head together."""
+    size = tensor.shape[0] // (heads * parts)
+
+    def reordered(read_rows: ReadRows) -> ReadRows:
+        def read(start: int, stop: int) -> np.ndarray:
+            pieces = []
+            for first in range(start - start % size, stop, size):
+                head, part = divmod(first // size, parts)
+                source = (part * heads + head) * size - first
+                pieces.append(read_rows(source + max(start, first), source + min(stop, first + size)))
+            return np.concatenate(pieces)
 
         return read
 

@@ -12,6 +12,8 @@ from tests.support.checkpoint_files import GEMMA3, GPT2, LLAMA
 from tests.support.close import assert_close, assert_same
 
 UNTIED = {**LLAMA, "tie_word_embeddings": False}
+ORIGINAL = {"original_max_position_embeddings": 16}
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.0, 3.25]}
 TWINS = {
     "llama": ("llama", LLAMA),
     "llama-untied": ("llama", UNTIED),
@@ -21,7 +23,22 @@ TWINS = {
     "gemma2": ("gemma2", {**GEMMA3, "model_type": "gemma2", "num_hidden_layers": 2}),
     "gemma3": ("gemma3", {**GEMMA3, "rms_norm_eps": 1e-5, "rope_local_base_freq": 10000.0}),
     "gpt2": ("gpt2", GPT2),
+    "gemma": ("gemma", {**LLAMA, "model_type": "gemma", "head_dim": 8}),
+    "phi3": ("phi3", {**UNTIED, "model_type": "phi3", "partial_rotary_factor": 0.5, "sliding_window": 8}),
+    "phi3-longrope": ("phi3", {**UNTIED, "model_type": "phi3", "rope_scaling": LONGROPE, **ORIGINAL}),
+    "olmo2": ("olmo2", {**UNTIED, "model_type": "olmo2"}),
+    "granite": ("granite", {**LLAMA, "model_type": "granite", "residual_multiplier": 0.22, "logits_scaling": 8.0}),
+    "smollm3": ("smollm3", {**LLAMA, "model_type": "smollm3"}),
+    "gptneox": ("gptneox", {**UNTIED, "model_type": "gpt_neox", "rotary_pct": 0.5, "rotary_emb_base": 5000.0}),
 }
+METADATA = {
+    "gemma2": {"gemma2.attn_logit_softcapping": 50.0, "gemma2.final_logit_softcapping": 30.0},
+    "phi3": {"phi3.rope.dimension_count": 2},
+    "phi3-longrope": {"phi3.rope.scaling.original_context_length": 16},
+    "granite": {"granite.residual_scale": 0.22, "granite.logit_scale": 8.0},
+    "gptneox": {"gptneox.rope.dimension_count": 2, "gptneox.use_parallel_residual": True},
+}
+FACTORS = {f"rope_factors_{n}.weight": np.array(LONGROPE[f"{n}_factor"], np.float32) for n in ("long", "short")}
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -31,10 +48,9 @@ def test_a_converted_file_is_the_checkpoint_it_came_from(tmp_path, name):
     arrays = files.tensors(hf)
     arrays |= {k: x.astype(np.float16).astype(np.float32) for k, x in arrays.items() if "norm" in k}  # 1 + x is exact
     folder = files.write_directory(tmp_path / "hf", hf, arrays)
-    metadata = (
-        {"gemma2.attn_logit_softcapping": 50.0, "gemma2.final_logit_softcapping": 30.0} if arch == "gemma2" else {}
-    )
-    path = files.gguf_twin(tmp_path / "twin.gguf", hf, arrays, arch, **metadata)
+    metadata = {**files.gguf_metadata(hf, arch), **files.vocabulary(), **METADATA.get(name, {})}
+    converted = files.converted(arrays, arch) | (FACTORS if name == "phi3-longrope" else {})
+    path = files.write_gguf(tmp_path / "twin.gguf", metadata, converted)
     one, two = load(str(folder)), load(str(path))
     assert two.config == one.config
     close(one.params, two.params)
@@ -102,7 +118,7 @@ def test_the_27b_gemma_scales_attention_by_its_width(tmp_path):
     [
         (
             {"general.architecture": "lama"},
-            r"unknown GGUF architecture 'lama' \(did you mean 'llama'\?\); known: gemma2",
+            r"unknown GGUF architecture 'lama' \(did you mean 'llama'\?\); known: gemma, gemma2",
         ),
         ({"llama.attention.head_count": [4, 4, 2]}, "it must be one number, the same for all layers"),
         ({"tokenizer.ggml.model": "bert"}, "unknown GGUF tokenizer 'bert'"),

@@ -143,6 +143,14 @@ STEMS = {  # how llama.cpp calls the tensors
     "input_layernorm": "attn_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+    "gpt_neox.embed_in": "token_embd",
+    "gpt_neox.final_layer_norm": "output_norm",
+    "attention.query_key_value": "attn_qkv",
+    "attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
     "transformer.wte": "token_embd",
     "transformer.wpe": "position_embd",
     "transformer.ln_f": "output_norm",
@@ -157,10 +165,12 @@ STEMS = {  # how llama.cpp calls the tensors
 
 def gguf_name(hf: str, arch: str) -> str:
     """llama.cpp's name for a tensor of `arch`."""
-    after = "post_attention_norm" if arch.startswith("gemma") else "ffn_norm"
+    after = "post_attention_norm" if arch in ("gemma2", "gemma3", "olmo2") else "ffn_norm"
     stems = {**STEMS, "post_attention_layernorm": after}
     stem, _, kind = hf.rpartition(".")
-    stem, layer = stem.removeprefix("model.layers.").removeprefix("transformer.h."), ""
+    for start in ("model.layers.", "transformer.h.", "gpt_neox.layers."):
+        stem = stem.removeprefix(start)
+    layer = ""
     if stem[0].isdigit():
         layer, _, stem = stem.partition(".")
         layer = f"blk.{layer}."
@@ -178,7 +188,9 @@ def converted(arrays: dict[str, np.ndarray], arch: str, heads: int = 4, kv_heads
     out = {}
     for hf, x in arrays.items():
         name = gguf_name(hf, arch)
-        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):
+        if arch == "gptneox" and ".attn_qkv." in name:
+            x = x.reshape(heads, 3, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+        if arch in ("llama", "granite", "smollm3") and (".attn_q." in name or ".attn_k." in name):
             x = interleave(x, heads if ".attn_q." in name else kv_heads)
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             x = x + 1
@@ -197,7 +209,7 @@ def gguf_metadata(hf: dict, arch: str) -> dict:
         "block_count": hf["n_layer" if gpt2 else "num_hidden_layers"],
         "feed_forward_length": 4 * hf["n_embd"] if gpt2 else hf["intermediate_size"],
         "attention.head_count": hf["n_head" if gpt2 else "num_attention_heads"],
-        "attention.layer_norm_epsilon" if gpt2 else "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.layer_norm_epsilon" if arch in ("gpt2", "gptneox") else "attention.layer_norm_rms_epsilon": 1e-5,
     }
     if not gpt2:
         renamed |= {"attention.head_count_kv": hf["num_key_value_heads"], "rope.freq_base": hf["rope_theta"]}
