@@ -21,7 +21,7 @@ from lowrank.core import schema
 from lowrank.core.errors import UserError
 from lowrank.core.json_types import GGUFMetadata
 from lowrank.core.paths import require_file
-from lowrank.pretrained.tensor_reader import StoredTensor, read_array
+from lowrank.pretrained.tensor_reader import StoredTensor, read_array, refuse_pointer
 
 SCALARS = {
     Kind.UINT8: "B",
@@ -89,6 +89,7 @@ def open_gguf(path: Path) -> GGUF:
     """Reads the header of a GGUF file. Raises UserError when the file is missing, truncated or corrupt."""
     try:
         require_file(path)
+        refuse_pointer(path)
         with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(path, _Cursor(data))
     except (FileNotFoundError, IsADirectoryError):

@@ -16,7 +16,7 @@ from lowrank.core.errors import UserError
 from lowrank.core.json_types import SafetensorsEntry, SafetensorsIndex
 from lowrank.core.paths import require_file
 from lowrank.pretrained.families import Config, family_of
-from lowrank.pretrained.tensor_reader import StoredTensor, read_array
+from lowrank.pretrained.tensor_reader import StoredTensor, read_array, refuse_pointer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -72,6 +72,7 @@ def _open_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, Store
 def _open_file(path: Path) -> dict[str, StoredTensor]:
     try:
         require_file(path)
+        refuse_pointer(path)
         with safetensors.safe_open(path, framework="np"):  # checks that the header is sound and covers the file
             pass
         with path.open("rb") as f:

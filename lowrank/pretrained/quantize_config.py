@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lowrank.core import config_schema, tree
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
+from lowrank.pretrained import fp8
 from lowrank.pretrained.quantize_on_load import (
     DEFAULT_TARGET,
     GGUFBlocks,
@@ -118,8 +119,12 @@ def quantized_shapes(
 
 
 def refuse_other_quantization(where: str, hf_config: Mapping[str, Any]) -> None:
-    """Raises UserError for a checkpoint whose tensors another tool has quantized."""
+    """Raises UserError for a checkpoint whose tensors another tool has quantized, except to 8-bit floats."""
     config = hf_config.get("quantization_config")
-    if config and not (isinstance(config, Mapping) and config.get("quant_method") == "lowrank"):
+    if (
+        config
+        and not fp8.is_fp8(config)
+        and not (isinstance(config, Mapping) and config.get("quant_method") == "lowrank")
+    ):
         tool = config.get("quant_method", "an unnamed scheme") if isinstance(config, Mapping) else config
         raise UserError(f"{where} is quantized by {tool}: name the original checkpoint, and set model.quantize")

