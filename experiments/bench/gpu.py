@@ -20,13 +20,14 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments.bench.gpu_sizes import VARIANTS
 from lowrank.core.files import write_json
 
 TOY = flags.DEFINE_bool("toy", False, "Small sizes, on any machine; nothing is added to the results.")
 SECONDS = flags.DEFINE_integer("seconds", 350, "No part runs longer than this after the start of the first.")
 RESULTS = Path(__file__).parent / "results"
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TOKENIZERS_PARALLELISM": "false"}
-STEPS = [(base, method) for base in ("llama-3.1-8b", "llama-3.2-1b") for method in ("lora", "qlora", "dora")]
+STEPS = [(base, method) for base in ("llama-3.1-8b", "llama-3.2-1b") for method in VARIANTS]
 
 
 def main(argv: list[str]) -> None:

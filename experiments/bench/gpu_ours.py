@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.gpu_sizes import TARGETS, batch_rows, model_flops, report_line, size_of
+from experiments.bench.gpu_sizes import TARGETS, VARIANTS, batch_rows, model_flops, report_line, size_of
 from lowrank import methods, models, pretrained
 from lowrank.core import sharding, tree
 from lowrank.core.typing import Sums
@@ -27,13 +27,12 @@ TARGET = rf"layers/(attn|mlp)/({'|'.join(TARGETS)})/kernel"
 
 def main(base: str, method: str, toy: bool) -> None:
     """Prints a JSON line with the step's time, its memory and the loss of each step."""
-    size, device = size_of(base, toy), jax.devices()[0]
-    name = "dora" if method == "dora" else "lora"
-    chosen = methods.build_method({"name": name, "rank": size.rank, "alpha": 2 * size.rank, "target": TARGET})
+    size, variant, device = size_of(base, toy), VARIANTS[method], jax.devices()[0]
+    chosen = methods.build_method({"name": variant.name, "rank": size.rank, "alpha": 2 * size.rank, "target": TARGET})
     config, _, shapes = pretrained.describe(
         size.folder, {**size.overrides, "dtype": "bfloat16", "remat": "none"}, param_dtype="bfloat16", planned=True
     )
-    params = random_parameters(shapes, quantized=method == "qlora")
+    params = random_parameters(shapes, variant.quantize)
     mesh = sharding.make_mesh_of_devices([device], 1, 1, 1)
     adapted = methods.attach(chosen, params, jax.random.key(1))
     mask = methods.trainable_mask(chosen, adapted)
@@ -65,9 +64,9 @@ def loss(network: Any, params: Any, batch: Any, rng: Any) -> Sums:
     return Sums(chunked_nll(head, h, batch["targets"], batch["weights"], 4096), jnp.sum(batch["weights"]))
 
 
-def random_parameters(shapes: Any, quantized: bool) -> Any:
-    """Normal values of standard deviation 0.02 in each kernel, and 1 in each norm; kernels in codes if `quantized`."""
-    quantizer = build_quantizer("nf4") if quantized else None
+def random_parameters(shapes: Any, quantize: str | None) -> Any:
+    """Normal values of standard deviation 0.02 in each kernel, and 1 in each norm; kernels in codes of a scheme."""
+    quantizer = build_quantizer(quantize) if quantize else None
     matches = tree.match_names(quantizer.target, tree.leaf_names(shapes), "target") if quantizer else ()
 
     def draw(name: str, shape: Any) -> Any:

@@ -12,6 +12,21 @@ PEAK = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12, "NV
 TINY = {"vocab_size": 512, "width": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "hidden": 128}
 
 
+class Variant(NamedTuple):
+    """A method on a base: its name, the arguments of peft's LoraConfig that make it, and the scheme of the base."""
+
+    name: str
+    peft: Mapping[str, Any] = {}
+    quantize: str | None = None
+
+
+VARIANTS = {
+    "lora": Variant("lora"),
+    "qlora": Variant("lora", quantize="nf4"),
+    "dora": Variant("dora", {"use_dora": True}),
+}
+
+
 class Size(NamedTuple):
     """A run: rows of `length` tokens through the base in `folder`, `steps` of which are timed."""
 

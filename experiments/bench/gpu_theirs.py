@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from experiments.bench.gpu_sizes import TARGETS, batch_rows, model_flops, report_line, size_of
+from experiments.bench.gpu_sizes import TARGETS, VARIANTS, batch_rows, model_flops, report_line, size_of
 from lowrank import pretrained
 
 MODULES = [f"{name}_proj" for name in TARGETS]
@@ -20,15 +20,15 @@ MODULES = [f"{name}_proj" for name in TARGETS]
 
 def main(base: str, method: str, toy: bool) -> None:
     """Prints a JSON line with the step's time, its memory and its losses."""
-    size, cuda = size_of(base, toy), torch.cuda.is_available()
+    size, variant, cuda = size_of(base, toy), VARIANTS[method], torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     config = pretrained.describe(size.folder, size.overrides, planned=True)[0]
     torch.manual_seed(0)
     model = llama(config, device)
-    if method == "qlora":
-        quantize(model.model.layers)
+    if variant.quantize:
+        quantize(model.model.layers, variant.quantize)
     adapter = LoraConfig(
-        r=size.rank, lora_alpha=2 * size.rank, target_modules=MODULES, use_dora=method == "dora", task_type="CAUSAL_LM"
+        r=size.rank, lora_alpha=2 * size.rank, target_modules=MODULES, task_type="CAUSAL_LM", **variant.peft
     )
     model = get_peft_model(model, adapter, autocast_adapter_dtype=False).train()
     for layer in model.base_model.model.model.layers:
@@ -62,17 +62,17 @@ def llama(config: Any, device: torch.device) -> torch.nn.Module:
         return LlamaForCausalLM(shape)
 
 
-def quantize(layers: torch.nn.Module) -> None:
-    """Replaces the linear maps of the layers by those of bitsandbytes, in NF4."""
+def quantize(layers: torch.nn.Module, scheme: str) -> None:
+    """Replaces the linear maps of the layers by those of bitsandbytes, in codes of a scheme such as NF4."""
     import bitsandbytes as bnb
 
     for parent in list(layers.modules()):
         for name, old in list(parent.named_children()):
             if isinstance(old, torch.nn.Linear):
                 new = bnb.nn.Linear4bit(
-                    old.in_features, old.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+                    old.in_features, old.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type=scheme
                 )
-                new.weight = bnb.nn.Params4bit(old.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                new.weight = bnb.nn.Params4bit(old.weight.data.cpu(), requires_grad=False, quant_type=scheme)
                 setattr(parent, name, new.to(old.weight.device))
 
 

@@ -215,7 +215,7 @@ class Encoder(nn.Module):
         prefix = split_by_stack(c, self.prefix()) if c.prefix_length else {}
         if c.relative_buckets:
             inputs = inputs._replace(relative=self.embed.relative_positions())
-        h = self._run_stacks(h, inputs, prefix)[:, c.num_prompt :]
+        h = self._run_stacks(h, inputs, prefix)[0][:, c.num_prompt :]
         return sharding.shard_tokens(self.norm(h) if c.pre_norm else h)
 
     def _run_stacks(self, h, inputs, prefix):
@@ -224,7 +224,7 @@ class Encoder(nn.Module):
             kinds = layer_kinds(self.config, first, depth)
             h, _ = getattr(self, name)(h, inputs, kinds, prefix.get(name), None)
             first += depth
-        return h
+        return h, {}  # as the decoder's, whose second value is for the cache
 
     def pooled(self, tokens: jax.Array, segments: Segments = None, types: Types = None) -> jax.Array:
         """The vector `[B, D]` of each row, by the config's `pooling`."""

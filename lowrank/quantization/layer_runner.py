@@ -82,7 +82,7 @@ def _first_inputs(config: Any, params: PyTree, tokens: jax.Array, segments: jax.
         if context.method_name != "_run_stacks":
             return call(*args, **kwargs)
         recorded.extend(args[:2])
-        return (args[0], {}) if isinstance(config, models.DecoderConfig) else args[0]
+        return args[0], {}
 
     with nn.intercept_methods(skip_stacks):
         models.build_model(config).apply({"params": params}, tokens, segments=segments, method="features")
