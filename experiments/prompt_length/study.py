@@ -95,7 +95,7 @@ HEADINGS = {
 
 
 def plot(experiment: Experiment, rows: Sequence[Mapping[str, str]]) -> bytes:
-    """The perplexity against the length of the prompt, a line for each size and start."""
+    """The cross-entropy against the length of the prompt, a line for each size and start."""
     figure, [axes] = plotting.make_figure(width=5.6)
     series: dict[str, tuple[list[float], list[float], list[float]]] = {}
     for row in rows:
@@ -105,9 +105,8 @@ def plot(experiment: Experiment, rows: Sequence[Mapping[str, str]]) -> bytes:
         halves.append(as_number(row["score_ci95"]))
     plotting.draw_lines(axes, series)
     axes.set_xscale("log")
-    axes.set_yscale("log")
     axes.set_xlabel("virtual tokens")
-    axes.set_ylabel(experiment.metric)
+    axes.set_ylabel("nats per token of a headline")
     return plotting.to_png(figure)
 
 
@@ -124,7 +123,7 @@ PAPER = paper_runs.instructions(
 EXPERIMENT = Experiment(
     name="prompt_length",
     question="How long must a learned prompt be, how should it start, and what does it say?",
-    metric="perplexity",
+    metric="nll",
     baseline={"size": WHOLE, "length": "20", "start": "vocabulary"},
     small=Size(headlines(), rows(SIZES, (1, 5, 20, 100), (1, 20)), rates=(3e-2, 1e-1), seeds=3, rate_seeds=1),
     paper=Size(
