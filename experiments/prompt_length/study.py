@@ -124,7 +124,8 @@ EXPERIMENT = Experiment(
     name="prompt_length",
     question="How long must a learned prompt be, how should it start, and what does it say?",
     metric="nll",
-    baseline={"size": WHOLE, "length": "20", "start": "vocabulary"},
+    baseline={"length": "20", "start": "vocabulary"},
+    within=("size",),
     small=Size(headlines(), rows(SIZES, (1, 5, 20, 100), (1, 20)), rates=(3e-2, 1e-1), seeds=3, rate_seeds=1),
     paper=Size(
         PAPER,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from experiments.protocol.experiment import TABLE_FILE, Experiment
-from experiments.protocol.table import as_number, conclusion, is_baseline, read_rows
+from experiments.protocol.table import as_number, compare, conclusion, is_baseline, read_rows
 from experiments.study.tasks import Model
 from lowrank import methods, pretrained
 from lowrank.adapters import load
@@ -21,7 +21,7 @@ from lowrank.core.files import read_json, write_json
 from lowrank.core.paths import AnyPath, exists
 from lowrank.sweeps.cells import Cell
 from lowrank.sweeps.folder import StudyFolder
-from lowrank.sweeps.statistics import holm, interval, is_tied, paired_difference
+from lowrank.sweeps.statistics import interval, is_tied
 from lowrank.sweeps.tables import SAME, format_mean, write_csv
 from lowrank.training.config import with_precision
 from lowrank.training.loop import ADAPTER
@@ -67,9 +67,8 @@ def write(
     lines: list[dict[str, Any]] = [
         {**label, "seeds": sum(map(bool, block))} for label, block in zip(labels, blocks, strict=True)
     ]
-    baseline = next(i for i, row in enumerate(rows) if is_baseline(experiment, row))
     for name in names:
-        _add_statistics(lines, name, [_by_seed(block, name) for block in blocks], baseline)
+        _add_statistics(experiment, lines, name, [_by_seed(block, name) for block in blocks])
     if untrained:
         label = {**dict.fromkeys(experiment.labels, ""), experiment.labels[0]: UNTRAINED}
         found = measure(load_model(study.cells[0].config))
@@ -95,15 +94,13 @@ def _by_seed(block: Sequence[Mapping[str, float]], name: str) -> dict[int, float
 
 
 def _add_statistics(
-    lines: Sequence[dict[str, Any]], name: str, by_row: Sequence[Mapping[int, float]], baseline: int
+    experiment: Experiment, lines: Sequence[dict[str, Any]], name: str, by_row: Sequence[Mapping[int, float]]
 ) -> None:
-    differences = [paired_difference(values, by_row[baseline]) for values in by_row]
-    compared = holm([math.nan if i == baseline else found.p for i, found in enumerate(differences)])
-    for line, values, found, p in zip(lines, by_row, differences, compared, strict=True):
+    for line, values, difference in zip(lines, by_row, compare(experiment, lines, by_row), strict=True):
         numbers = list(values.values())
         mean = statistics.fmean(numbers) if numbers else math.nan
         line |= {f"{name}_mean": mean, f"{name}_ci95": interval(numbers)}
-        line |= {f"{name}_minus": found.mean, f"{name}_minus_ci95": found.half, f"{name}_p_holm": p}
+        line |= {f"{name}_{key}": value for key, value in difference.items()}
 
 
 def read_measured(folder: AnyPath) -> list[dict[str, str]]:
@@ -135,6 +132,8 @@ def _cell(experiment: Experiment, row: Mapping[str, str], name: str) -> str:
 
 def _conclusion(experiment: Experiment, rows: Sequence[Mapping[str, str]], name: str, heading: Heading) -> str:
     compared = [
-        {**row, "p_holm": row[f"{name}_p_holm"], "minus_baseline": row[f"{name}_minus"]} for row in rows if row["seeds"]
+        {**row, "p_holm": row[f"{name}_p_holm"], "minus_baseline": row[f"{name}_minus_baseline"]}
+        for row in rows
+        if row["seeds"]
     ]
     return conclusion(dataclasses.replace(experiment, metric=heading.text, mode=heading.better), compared)

@@ -49,12 +49,19 @@ def differences(experiment: Experiment, size: Size, results: Sequence[Result]) -
         {result.seed: result.score for result in block if not math.isnan(result.score)}
         for block in (results[i : i + size.seeds] for i in range(0, len(results), size.seeds))
     ]
+    return compare(experiment, [row.labels for row in size.rows], scores)
+
+
+def compare(
+    experiment: Experiment, labels: Sequence[Mapping[str, str]], scores: Sequence[Mapping[int, float]]
+) -> list[dict[str, float]]:
+    """The differences of rows with these labels and `{seed: score}` from their baselines, as in `differences`."""
     found = []
-    for row, own in zip(size.rows, scores, strict=True):
-        labels = {**experiment.baseline, **{label: row.labels[label] for label in experiment.within}}
-        baseline = size.rows.index(size.find(labels))
+    for i, (row, own) in enumerate(zip(labels, scores, strict=True)):
+        wanted = {**experiment.baseline, **{label: row[label] for label in experiment.within}}
+        baseline = next(j for j, other in enumerate(labels) if wanted.items() <= other.items())
         of = paired_difference(own, scores[baseline])
-        found.append(of if size.rows[baseline] is not row else of._replace(p=math.nan))
+        found.append(of if baseline != i else of._replace(p=math.nan))
     adjusted = holm([each.p for each in found])
     return [
         {"minus_baseline": each.mean, "minus_ci95": each.half, "p_holm": p}

@@ -40,7 +40,7 @@ def test_measures_have_statistics_over_the_seeds(tmp_path, monkeypatch):
         ("b", "3", "3"),
         ("untrained", "", "7"),
     ]
-    assert rows[1]["rise_minus"] == "2"
+    assert rows[1]["rise_minus_baseline"] == "2"
     assert_close(float(rows[1]["rise_p_holm"]), 0.0742, relative=1e-3)  # t = 3.46 with 2 degrees of freedom
     text = measures.markdown(experiment, tmp_path, {"rise": measures.Heading("rise of perplexity", "min")})
     assert "| b | 3.000 ± 4.968 ≈ |" in text
