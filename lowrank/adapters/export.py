@@ -105,7 +105,7 @@ def _merged(w: Weight, dtype: str, requantize: Rounding | None) -> tuple[jax.Arr
     again = requantize if not is_stored(w) and is_stored(innermost(w)) and not hasattr(w, "absorbed") else None
     stored, norms = [], []
     for i in range(stack[0]) if stack else (...,):
-        base, exact = _exact(jax.tree.map(lambda x, i=i: x[i], w))
+        base, exact = exact_kernels(jax.tree.map(lambda x, i=i: x[i], w))
         kernel = (again(exact) if again else exact).astype(jnp.dtype(dtype))
         stored.append(kernel)
         change = _norm(exact - base)
@@ -118,7 +118,7 @@ def innermost(w: Any) -> Any:
     return innermost(w.base) if hasattr(w, "base") else w
 
 
-def _exact(w: Weight) -> tuple[np.ndarray, np.ndarray]:
+def exact_kernels(w: Weight) -> tuple[np.ndarray, np.ndarray]:
     """`(kernel without the form, kernel with the form)` of one layer, in float64."""
     arrays = jax.tree.map(np.asarray, w)
     with jax.enable_x64(True):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-BLOCK = 1 << 16  # entries; a few blocks of float64 stay in the cache
+BLOCK = 1 << 14  # entries; a few blocks of float64 stay in the cache
 
 
 def blocks(size: int) -> Iterator[slice]:

@@ -67,6 +67,7 @@ class Rule:
     options: Mapping[str, Option]
     presets: Mapping[str, Values] = dataclasses.field(default_factory=dict)  # defaults of a preset, where these differ
     base: bool = False
+    base_first: bool = False  # the base, if there is one, is the first of the models
     least: int = 1
     most: int | None = None
     task_coefficients: Callable[[Values, Sequence[Values]], list[float]] | None = None

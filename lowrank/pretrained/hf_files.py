@@ -46,7 +46,7 @@ def open_directory(directory: Path) -> dict[str, StoredTensor]:
     Raises UserError for a missing, truncated or corrupt file, and for a checkpoint that exists only as a pickle.
     """
     if (directory / SINGLE).exists():
-        return _open_file(directory / SINGLE)
+        return open_file(directory / SINGLE)
     if not (directory / INDEX).exists():
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
         advice = f", only {pickles[0]}: pickles are never read, convert it to safetensors" if pickles else ""
@@ -59,7 +59,7 @@ def _open_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, Store
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
             raise UserError(f"{directory / INDEX} names {name!r}, which is not a file beside it")
-        shard = _open_file(directory / name)
+        shard = open_file(directory / name)
         if twice := sorted(shard.keys() & tensors.keys()):
             raise UserError(f"{directory / name}: tensor {twice[0]!r} is in another shard too")
         tensors |= shard
@@ -69,7 +69,8 @@ def _open_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, Store
     return tensors
 
 
-def _open_file(path: Path) -> dict[str, StoredTensor]:
+def open_file(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by name; only its header is read. Raises UserError as `open_directory`."""
     try:
         require_file(path)
         refuse_pointer(path)

@@ -27,4 +27,4 @@ def _merge(group: Group) -> np.ndarray:
     return combine(group.tensors, arc(gram(group.tensors), group.shared["t"]))
 
 
-SLERP = Rule(merge=_merge, options={"t": Option(share)}, least=2, most=2)
+SLERP = Rule(merge=_merge, options={"t": Option(share)}, least=2, most=2, base_first=True)

@@ -1,0 +1,261 @@
+"""Recipes: mergekit's YAML, and a few keys of our own, as a checked value.
+
+The deliberate differences from mergekit are listed in docs/guides/merge_models.md.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+import yaml
+
+from lowrank.core import paths, schema
+from lowrank.core.errors import UserError, nearest, unknown
+from lowrank.core.paths import PathLike
+from lowrank.merging.rule import PRESETS, Rule
+from lowrank.merging.rules import RULES
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+Parameters = Mapping[str, Any]
+
+
+class _Source(TypedDict, total=False):
+    model: str
+    layer_range: list[int]
+    parameters: dict[str, Any]
+    statistics: str
+
+
+class _Slice(TypedDict, total=False):
+    sources: list[_Source]
+    base_model: str
+    parameters: dict[str, Any]
+
+
+class _Module(TypedDict, total=False):
+    models: list[_Source]
+    slices: list[_Slice]
+    parameters: dict[str, Any]
+
+
+class _Tokenizer(TypedDict, total=False):
+    source: str
+    pad_to_multiple_of: int
+
+
+class _Recipe(TypedDict, total=False):
+    merge_method: str
+    base_model: str
+    models: list[_Source]
+    slices: list[_Slice]
+    modules: dict[str, _Module]
+    parameters: dict[str, Any]
+    dtype: str
+    out_dtype: str
+    tokenizer_source: str
+    tokenizer: _Tokenizer
+    chat_template: str
+    preset: str
+    seed: int
+    adapter: dict[str, Any]
+    score: dict[str, Any]
+
+
+class ModelSpec(NamedTuple):
+    """A model as a recipe names it, `PATH[@revision][+ADAPTER]`."""
+
+    path: str
+    revision: str | None = None
+    adapter: str | None = None
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.path}{revision}{f'+{self.adapter}' if self.adapter else ''}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One model of a slice; `layers` is `(first, end)`, the end exclusive, or None for all of them."""
+
+    model: ModelSpec
+    layers: tuple[int, int] | None
+    parameters: Parameters
+    statistics: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Layers that are blended of the sources; slices are stacked. `base` is its own, or that of the recipe."""
+
+    sources: tuple[Source, ...]
+    base: ModelSpec | None
+    parameters: Parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `parameters` are those of all slices, the first ones before the others.
+
+    `out_dtype` of None is the dtype of the first model. `adapter` is the group for an adapter as output.
+    """
+
+    method: str
+    base: ModelSpec | None
+    slices: tuple[Slice, ...]
+    parameters: tuple[Parameters, ...]
+    out_dtype: str | None
+    wide: bool
+    preset: str
+    seed: int
+    tokenizer: str | None
+    pad_to_multiple_of: int
+    chat_template: str | None
+    adapter: Mapping[str, Any] | None
+    score: Mapping[str, Any]
+    text: str
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that it names."""
+        return RULES[self.method]
+
+    @property
+    def models(self) -> tuple[ModelSpec, ...]:
+        """Every model that it names, once: the base first."""
+        listed = [source.model for part in self.slices for source in part.sources]
+        bases = [base for base in (self.base, *(part.base for part in self.slices)) if base]
+        return tuple(dict.fromkeys([*bases, *listed]))
+
+
+def read_recipe(path: PathLike) -> Recipe:
+    """The recipe in a YAML file. Raises UserError for a file that cannot be read, and as `parse_recipe` does."""
+    try:
+        text = paths.read_text(path)
+    except OSError as e:
+        raise UserError(f"recipe {path} cannot be read: {e.strerror or e}") from None
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
+    """The recipe in a YAML text. Raises UserError naming the key for a text that is not one."""
+    try:
+        raw = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as e:
+        raise UserError(f"{where} is not YAML: {' '.join(str(e).split())}") from None
+    raw = _without_nulls(raw)
+    _check_keys(where, raw, _Recipe)
+    schema.check(where, raw, _Recipe)
+    if raw.get("merge_method") not in RULES:
+        raise unknown(f"merge_method in {where}:", str(raw.get("merge_method")), RULES)
+    base = _model(raw["base_model"]) if raw.get("base_model") else None
+    content, parameters = _content(where, raw)
+    tokenizer = raw.get("tokenizer") or {}
+    if tokenizer and raw.get("tokenizer_source"):
+        raise UserError(f"{where} has both tokenizer and tokenizer_source: leave out tokenizer_source")
+    slices = _slices(where, content, base)
+    dtype = raw.get("dtype")
+    return Recipe(
+        raw["merge_method"],
+        base,
+        slices,
+        parameters,
+        _one_of(where, "out_dtype", raw.get("out_dtype") or dtype, DTYPES),
+        _one_of(where, "dtype", dtype, DTYPES) == "float64",
+        _one_of(where, "preset", raw.get("preset") or "mergekit", PRESETS),
+        raw.get("seed", 0),
+        raw.get("tokenizer_source") or tokenizer.get("source"),
+        tokenizer.get("pad_to_multiple_of", 1),
+        raw.get("chat_template"),
+        raw.get("adapter"),
+        raw.get("score") or {},
+        text,
+    )
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the keys that are null, which are as good as missing."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _check_keys(where: str, raw: Any, kind: Any) -> None:
+    """Raises UserError for a key that this kind of mapping lacks; mergekit may have it."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{where} is not a mapping of keys to values")
+    known = kind.__annotations__
+    for key in raw:
+        if key not in known:
+            raise UserError(f"{where}: the key {key!r} is not supported{nearest(str(key), known)}")
+    nested = {"models": _Source, "slices": _Slice, "sources": _Source}
+    for key, inner in nested.items():
+        for item in raw.get(key) or () if key in known else ():
+            _check_keys(f"{where}: {key}", item, inner)
+    for name, module in (raw.get("modules") or {}).items() if "modules" in known else ():
+        _check_keys(f"{where}: modules.{name}", module, _Module)
+    if raw.get("tokenizer"):
+        _check_keys(f"{where}: tokenizer", raw["tokenizer"], _Tokenizer)
+
+
+def _one_of(where: str, key: str, value: Any, names: Sequence[str]) -> Any:
+    if value is not None and value not in names:
+        raise unknown(f"{key} in {where}:", str(value), names)
+    return value
+
+
+def _content(where: str, raw: _Recipe) -> tuple[_Module, tuple[Parameters, ...]]:
+    """`(the mapping that has models or slices, parameters of all slices)`."""
+    present = [key for key in ("models", "slices", "modules") if raw.get(key)]
+    if len(present) != 1:
+        raise UserError(
+            f"{where} needs exactly one of models, slices and modules, and has {' and '.join(present) or 0}"
+        )
+    own = raw.get("parameters") or {}
+    if present != ["modules"]:
+        return {key: raw[key] for key in present}, (own,)  # type: ignore[literal-required,return-value]
+    if len(raw["modules"]) > 1:
+        raise UserError(f"{where}: models of several modules are not supported: {', '.join(raw['modules'])}")
+    (module,) = raw["modules"].values()
+    if bool(module.get("models")) == bool(module.get("slices")):
+        raise UserError(f"{where}: a module needs either models or slices")
+    return module, (module.get("parameters") or {}, own)
+
+
+def _slices(where: str, content: _Module, base: ModelSpec | None) -> tuple[Slice, ...]:
+    if content.get("models"):
+        sources = tuple(_source(where, s, ranged=False) for s in content["models"])
+        return (Slice(sources, base, {}),)
+    slices = []
+    for part in content["slices"]:
+        if not part.get("sources"):
+            raise UserError(f"{where}: a slice has no sources")
+        sources = tuple(_source(where, s, ranged=True) for s in part["sources"])
+        lengths = {s.layers[1] - s.layers[0] for s in sources if s.layers}
+        if len(lengths) > 1:
+            ranges = ", ".join(f"{s.model} {list(s.layers or ())}" for s in sources)
+            raise UserError(f"{where}: the sources of a slice differ in their number of layers: {ranges}")
+        slices.append(
+            Slice(sources, _model(part["base_model"]) if part.get("base_model") else base, part.get("parameters") or {})
+        )
+    return tuple(slices)
+
+
+def _source(where: str, raw: _Source, *, ranged: bool) -> Source:
+    if not raw.get("model"):
+        raise UserError(f"{where}: an entry of {'sources' if ranged else 'models'} has no model")
+    layers = raw.get("layer_range")
+    if ranged != (layers is not None):
+        need = "needs a layer_range [first, end]" if ranged else "has a layer_range: list it in slices"
+        raise UserError(f"{where}: {raw['model']} {need}")
+    if layers is not None and (len(layers) != 2 or not 0 <= layers[0] < layers[1]):
+        raise UserError(f"{where}: layer_range={layers} of {raw['model']} is not [first, end] with first < end")
+    span = (layers[0], layers[1]) if layers else None
+    return Source(_model(raw["model"]), span, raw.get("parameters") or {}, raw.get("statistics"))
+
+
+def _model(text: str) -> ModelSpec:
+    match = re.fullmatch(r"([^@+]+)(?:@([^+]+))?(?:\+(.+))?", text)
+    if not match:
+        raise UserError(f"model {text!r} is not of the form PATH[@REVISION][+ADAPTER]")
+    return ModelSpec(match[1], match[2], match[3])

@@ -1,0 +1,299 @@
+"""Merges of tiny models from a recipe to a folder."""
+
+import csv
+import json
+import shutil
+import tracemalloc
+import types
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lowrank import pretrained
+from lowrank.core.errors import UserError
+from lowrank.merging import combine as combining
+from lowrank.merging.combine import combine, plan
+from lowrank.merging.rules import RULES
+from tests.support.close import assert_close
+from tests.support.merged_models import BFLOAT16, edit_config, family, fine_tune, merged, recipe, tensors
+
+Q = "model.layers.{}.self_attn.q_proj.weight"
+MLP = "model.layers.{}.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base and three fine-tunes. Not to be changed."""
+    return family(tmp_path_factory.mktemp("models"))
+
+
+def entries(names="abc", **own):
+    return [{"model": n, "parameters": {k: v[i] for k, v in own.items()}} for i, n in enumerate(names)]
+
+
+def mean(models, weights):
+    found = [tensors(models[n]) for n in weights]
+    total = sum(weights.values())
+    return {
+        k: sum(w * np.float64(x[k]) for w, x in zip(weights.values(), found, strict=True)) / total for k in found[0]
+    }
+
+
+def test_a_linear_merge_is_the_mean_rounded_once_and_loads(models, tmp_path):
+    given = entries(weight=[0.5, 0.3, 0.4])
+    result = merged(models, tmp_path / "m", merge_method="linear", models=given, out_dtype="bfloat16")
+    for name, x in mean(models, {"a": 0.5, "b": 0.3, "c": 0.4}).items():
+        np.testing.assert_array_equal(result[name], x.astype(np.float32).astype(BFLOAT16), err_msg=name)
+    assert json.loads((tmp_path / "m/config.json").read_text())["torch_dtype"] == "bfloat16"
+    pretrained.load(str(tmp_path / "m"))
+
+
+def test_filters_and_curves_over_the_layers(models, tmp_path):
+    curve = [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"filter": "mlp", "value": [1, 0]}, {"value": 0.25}]
+    parameters = {"weight": curve}
+    given = [{"model": "a", "parameters": parameters}]
+    result = merged(models, tmp_path / "m", merge_method="task_arithmetic", base_model="base", models=given)
+    base, a = tensors(models["base"]), tensors(models["a"])
+    wanted = {Q.format(i): i / 2 for i in range(3)} | {MLP.format(i): 1 - i / 2 for i in range(3)}
+    wanted |= {"model.norm.weight": 0.25, "lm_head.weight": 0.25}
+    for name, w in wanted.items():
+        assert_close(result[name], base[name] + w * (a[name] - base[name]))
+
+
+def test_slices_stack_and_their_embeddings_and_heads_are_of_the_ends(models, tmp_path):
+    slices = [
+        {"sources": [{"model": "a", "layer_range": [0, 2]}]},
+        {"sources": [{"model": "b", "layer_range": [1, 3]}]},
+    ]
+    result = merged(models, tmp_path / "m", merge_method="passthrough", slices=slices)
+    a, b = tensors(models["a"]), tensors(models["b"])
+    assert json.loads((tmp_path / "m/config.json").read_text())["num_hidden_layers"] == 4
+    for i, (source, layer) in enumerate([(a, 0), (a, 1), (b, 1), (b, 2)]):
+        np.testing.assert_array_equal(result[Q.format(i)], source[Q.format(layer)])
+    np.testing.assert_array_equal(result["model.embed_tokens.weight"], a["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(result["model.norm.weight"], b["model.norm.weight"])
+    pretrained.load(str(tmp_path / "m"))
+
+
+def test_ties_of_the_paper_trims_over_the_whole_model(models, tmp_path):
+    given = [{"model": n} for n in "abc"]
+    options = {"merge_method": "ties", "base_model": "base", "models": given, "parameters": {"density": 0.3}}
+    result = merged(models, tmp_path / "m", preset="paper", **options)
+    base, deltas = tensors(models["base"]), []
+    for n in "abc":
+        flat = np.concatenate([(x - base[k]).reshape(-1) for k, x in sorted(tensors(models[n]).items())])
+        order = np.sort(np.abs(flat))[::-1]
+        deltas.append(np.where(np.abs(flat) >= order[int(0.3 * len(flat))], flat, 0))
+    rows = np.float64(deltas)
+    sign = np.sign(rows.sum(0))
+    sign[sign == 0] = np.sign(sign.sum())
+    agree = np.sign(rows) == sign
+    expected = (rows * agree).sum(0) / np.maximum(agree.sum(0), 1)
+    flat = np.concatenate([(np.float64(x) - base[k]).reshape(-1) for k, x in sorted(result.items())])
+    assert_close(flat, expected, relative=1e-5)
+
+
+def test_the_report_measures_distances_conflicts_cosines_and_trimming(models, tmp_path):
+    given = entries("ab", weight=[1.0, 0.5], density=[0.5, 0.2])
+    options = {"merge_method": "ties", "base_model": "base", "models": given}
+    summary = combine(recipe(models, **options), tmp_path / "m")
+    arrays = {n: np.concatenate([x.reshape(-1) for _, x in sorted(tensors(models[n]).items())]) for n in models}
+    result = np.concatenate([x.reshape(-1) for _, x in sorted(tensors(tmp_path / "m").items())])
+    deltas = {n: np.float64(arrays[n]) - arrays["base"] for n in "ab"}
+    for n in ("base", "a", "b"):
+        distance = np.linalg.norm(result - arrays[n]) / np.linalg.norm(arrays[n])
+        assert_close(summary["relative_distance"][str(models[n])], distance, relative=1e-5)
+    cosine = np.vdot(deltas["a"], deltas["b"]) / np.linalg.norm(deltas["a"]) / np.linalg.norm(deltas["b"])
+    assert_close(np.array(summary["cosines"]), np.array([[1, cosine], [cosine, 1]]), relative=1e-5)
+    assert_close(summary["sign_conflicts"], np.mean(deltas["a"] * deltas["b"] < 0), relative=1e-6)
+    assert_close(np.array(summary["share_trimmed"]), np.array([0.5, 0.8]), relative=0.01)
+    rows = list(csv.DictReader((tmp_path / "m/merge_report.csv").read_text().splitlines()))
+    assert len(rows) == len(tensors(models["a"]))
+    assert (tmp_path / "m/task_vector_cosines.png").stat().st_size > 1000
+    card = (tmp_path / "m/README.md").read_text()
+    assert "merge_method: ties" in card
+    assert str(models["b"]) in card
+
+
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    config = {"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 4096, "architectures": ["LlamaForCausalLM"]}
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    shapes = {"model.embed_tokens.weight": (4096, 128), "lm_head.weight": (4096, 8), Q.format(0): (8, 8)}
+    rng = np.random.default_rng(0)
+    arrays = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    save_file(arrays, base / "model.safetensors")
+    models = {"base": base} | {n: fine_tune(base, tmp_path / n, i, dtype=BFLOAT16) for i, n in enumerate("abc")}
+    del arrays
+    largest = 4096 * 128 * 4
+    for method in ("ties", "breadcrumbs", "della", "model_stock", "karcher"):
+        rule = RULES[method]
+        own = {"weight": 1.0} | ({"density": 0.6} if "density" in rule.options else {})
+        based = {"base_model": "base"} if rule.base else {}
+        parameters = {k: v for k, v in own.items() if k in rule.options}
+        given = recipe(
+            models, merge_method=method, models=[{"model": n} for n in "abc"], parameters=parameters, **based
+        )
+        tracemalloc.start()
+        combine(given, tmp_path / method)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak <= (3 + 3) * largest, (method, peak / largest)
+
+
+def test_a_merge_that_was_stopped_continues(models, tmp_path, monkeypatch):
+    given = recipe(models, merge_method="linear", models=entries(weight=[1.0, 2.0, 3.0]))
+    combine(given, tmp_path / "whole")
+    real, calls = combining.merge_tensor, []
+
+    def stops(merge, tensor, *rest):
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        calls.append(tensor.name)
+        real(merge, tensor, *rest)
+
+    monkeypatch.setattr(combining, "merge_tensor", stops)
+    with pytest.raises(KeyboardInterrupt):
+        combine(given, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    seen = []
+    monkeypatch.setattr(combining, "merge_tensor", lambda m, t, *rest: (seen.append(t.name), real(m, t, *rest)))
+    combine(given, tmp_path / "m")
+    assert len(seen) == len(tensors(models["a"])) - 10
+    assert (tmp_path / "m/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "m/merge_report.json").read_text()) == json.loads(
+        (tmp_path / "whole/merge_report.json").read_text()
+    )
+    assert [p.name for p in (tmp_path / "m").iterdir() if p.name.startswith(".")] == []
+
+
+def test_shards_hold_what_one_file_holds(models, tmp_path):
+    given = recipe(models, merge_method="linear", models=entries(weight=[1.0, 2.0, 3.0]))
+    combine(given, tmp_path / "one")
+    combine(given, tmp_path / "many", shard_bytes=8000)
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 2
+    shards = {}
+    for file in set(index.values()):
+        shards |= load_file(tmp_path / "many" / file)
+    for name, x in tensors(tmp_path / "one").items():
+        np.testing.assert_array_equal(shards[name], x)
+
+
+def test_a_greedy_soup_is_selected_by_the_score_of_candidates(models, tmp_path):
+    best = mean(models, {"a": 1, "c": 1})
+
+    def score(folder):
+        return -sum(np.linalg.norm(x - best[k]) for k, x in tensors(folder).items())
+
+    given = recipe(models, merge_method="greedy_soup", models=[{"model": n} for n in "abc"])
+    combine(given, tmp_path / "m", score=score)
+    for name, x in tensors(tmp_path / "m").items():
+        assert_close(x, best[name])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def copied(models, tmp_path, name="a"):
+    folder = tmp_path / "changed"
+    shutil.copytree(models[name], folder)
+    return folder, {**models, "x": folder}
+
+
+BAD = {
+    "weights that sum to zero": ({"merge_method": "linear", "models": entries("ab", weight=[0.0, 0.0])}, "sum to zero"),
+    "a negative weight": (
+        {"merge_method": "linear", "models": entries("ab", weight=[2.0, -1.0])},
+        r"weight=-1.0 is negative.*\(for model.embed_tokens.weight\)",
+    ),
+    "a density": (
+        {"merge_method": "ties", "base_model": "base", "models": entries("ab", weight=[1, 1], density=[0.5, 1.5])},
+        r"density=1.5 is outside of \(0, 1\]",
+    ),
+    "a filter": (
+        {
+            "merge_method": "slerp",
+            "models": entries("ab"),
+            "parameters": {"t": [{"filter": "self_atn", "value": 1}, {"value": 0}]},
+        },
+        r"filter 'self_atn' of t matches no tensor \(did you mean 'self_attn'\?\)",
+    ),
+    "a missing parameter": ({"merge_method": "linear", "models": entries("ab")}, "parameter 'weight' has no value"),
+    "an unknown parameter": (
+        {"merge_method": "linear", "models": entries("ab"), "parameters": {"wieght": 1}},
+        r"unknown parameter of linear: 'wieght' \(did you mean 'weight'\?\)",
+    ),
+    "an unknown method": ({"merge_method": "nearswap", "models": entries("ab")}, "unknown merge_method.*'nearswap'"),
+    "a missing base": ({"merge_method": "ties", "models": entries("ab")}, "give base_model"),
+    "a base beside a mean": (
+        {"merge_method": "linear", "base_model": "base", "models": entries("ab", weight=[1, 1])},
+        "linear has no base: list",
+    ),
+    "three models": (
+        {"merge_method": "slerp", "models": entries("abc"), "parameters": {"t": 0.5}},
+        "exactly 2 of them",
+    ),
+    "a key of mergekit": (
+        {"merge_method": "linear", "models": entries("ab"), "tokenizer": {"source": "union", "tokens": {}}},
+        r"the key 'tokens' is not supported",
+    ),
+    "a range": (
+        {"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [0, 5]}]}]},
+        r"layer_range=\[0, 5\] of .* ends beyond its 3 layers",
+    ),
+    "unequal ranges": (
+        {
+            "merge_method": "slerp",
+            "parameters": {"t": 0.5},
+            "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "layer_range": [0, 3]}]}],
+        },
+        "differ in their number of layers",
+    ),
+    "no statistics": ({"merge_method": "fisher", "models": entries("ab")}, "fisher needs the statistics of"),
+    "no score": ({"merge_method": "greedy_soup", "models": entries("ab")}, "greedy_soup needs a held-out score"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_recipes_are_refused_before_a_tensor_is_read(case, models, tmp_path, monkeypatch):
+    keys, message = BAD[case]
+    monkeypatch.setattr(combining.Checkpoint, "read", lambda *args: pytest.fail("a tensor was read"))
+    with pytest.raises(UserError, match=message):
+        combine(recipe(models, **keys), tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_do_not_fit_together(models, tmp_path):
+    folder, models = copied(models, tmp_path)
+    given = {"merge_method": "linear", "models": entries("ax", weight=[1, 1])}
+    edit_config(folder, model_type="mistral")
+    with pytest.raises(UserError, match=r"is a llama and .* a mistral: their architectures differ"):
+        plan(recipe(models, **given))
+    edit_config(folder, model_type="llama", tie_word_embeddings=True)
+    with pytest.raises(UserError, match="has a head of its own"):
+        plan(recipe(models, **given))
+    edit_config(folder, tie_word_embeddings=False)
+    arrays = tensors(folder)
+    save_file({k: v for k, v in arrays.items() if k != Q.format(1)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"changed lacks the tensor 'self_attn.q_proj.weight' in layer 1"):
+        plan(recipe(models, **given))
+    save_file(arrays | {Q.format(1): np.zeros((16, 8), np.float32)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="so their shapes differ"):
+        plan(recipe(models, **given))
+    broken = arrays[Q.format(1)].copy()
+    broken[3, 2] = np.nan
+    save_file(arrays | {Q.format(1): broken}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"changed: model.layers.1.self_attn.q_proj.weight.* holds NaN"):
+        combine(recipe(models, **given), tmp_path / "m")
+
+
+def test_an_output_that_exists_and_a_disk_that_is_full(models, tmp_path, monkeypatch):
+    given = recipe(models, merge_method="linear", models=entries("ab", weight=[1, 1]))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/file").touch()
+    with pytest.raises(UserError, match="m exists and is not an empty directory"):
+        combine(given, tmp_path / "m")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"needs 0.00 GB, and its disk has 0.00 GB: free some space"):
+        combine(given, tmp_path / "n")
