@@ -34,7 +34,7 @@ fuzz: $(VENV)/ready-dev
 numerics: $(VENV)/ready-dev
 	$(PYTEST) tests/numerics tests/kernels
 
-parity: $(VENV)/ready-parity
+parity: $(VENV)/ready-parity $(VENV)/ready-mergekit
 	$(PYTEST) tests/parity
 
 tpu: $(VENV)/ready-parity $(VENV)/ready-gpu
@@ -103,6 +103,11 @@ $(VENV)/ready-gpu: $(VENV)/ready-parity
 # The packages of optional loggers have a folder of their own: they pin what others need in newer versions.
 $(VENV)/ready-loggers: setup.py $(VENV)/ready-dev
 	$(BIN)/python -m pip install -q --target $(LOGGERS) --upgrade alembic mlflow-skinny sqlalchemy wandb
+	touch $@
+
+# A peer of merging, without the packages of its own that no merge needs.
+$(VENV)/ready-mergekit: $(VENV)/ready-parity
+	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/mergekit --upgrade mergekit==0.1.5 immutables sentencepiece
 	touch $@
 
 # The tools that start jobs on clusters pin much, and have an environment of their own.
