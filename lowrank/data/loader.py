@@ -31,7 +31,7 @@ class Loader:
     ) -> None:
         """`identity` holds the settings that the batches depend on, for `set_state` to compare."""
         self._batches, self._identity = batches, identity
-        self.labels, self.stats, self.shapes = examples.encoder.labels, examples.stats(), shapes
+        self.labels, self.stats, self.shapes = examples.labels, examples.stats(), shapes
         self._examples, self._said = examples, len(examples.dropped)
         self._start()
 
@@ -59,11 +59,11 @@ class Loader:
     def describe(self) -> str:
         """What is learned: counts, and one record."""
         counts = {name: count for name, count in self.stats.items() if count and name not in ("examples", "measured")}
-        share = (
-            "" if self.stats["measured"] == self.stats["examples"] else f" (of the first {self.stats['measured']:,})"
-        )
+        measured, size = self.stats["measured"], self.stats["examples"]
+        share = "" if measured == size else f" (of {measured:,} of them)"
         found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-        return f"data: {self.stats['examples']:,} examples; {found}{share}\n{self._examples.preview()}"
+        lines = [f"data: {size:,} examples; {found}{share}", *self._examples.shares(), self._examples.preview()]
+        return "\n".join(lines)
 
     def notes(self) -> list[str]:
         """What was left out since the last call, one line a record."""

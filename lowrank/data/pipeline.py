@@ -6,6 +6,7 @@ for any number of hosts, and a state that one number of hosts has saved continue
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -19,9 +20,9 @@ from grain.experimental import (
 
 from lowrank.core.errors import UserError, plural
 from lowrank.core.typing import Tokenizer
-from lowrank.data import packing
+from lowrank.data import mixture, packing
 from lowrank.data.config import DataConfig
-from lowrank.data.examples import Examples
+from lowrank.data.examples import Examples, count_tokens
 from lowrank.data.language import LANGUAGE
 from lowrank.data.loader import Loader, check_length
 from lowrank.data.row_format import EncodedSequence, RowFormat
@@ -63,11 +64,11 @@ def _batches(config: DataConfig, row_format: RowFormat, examples: Examples, pad_
     A batch of all records is made beside each of the others, so that the position of one stream is that of both.
     """
 
-    def stream(order: grain.MapDataset) -> grain.IterDataset:
-        rows = _rows(config, row_format, examples, order, pad_id)
+    def stream(indices: Sequence[int]) -> grain.IterDataset:
+        rows = _rows(config, row_format, examples, indices, pad_id)
         return packing.batch(rows, row_format.arrays, config.batch_size)
 
-    everything = stream(grain.MapDataset.range(len(examples)))
+    everything = stream(range(len(examples)))
     if not config.holdout or config.holdout_batches == 0:
         return everything
     mixed = grain.IterDataset.mix([stream(order) for order in _held_apart(config, len(examples))])
@@ -77,7 +78,7 @@ def _batches(config: DataConfig, row_format: RowFormat, examples: Examples, pad_
     return both.map_with_index(lambda i, pair: pair[i >= config.holdout_batches])
 
 
-def _held_apart(config: DataConfig, size: int) -> list[grain.MapDataset]:
+def _held_apart(config: DataConfig, size: int) -> list[list[int]]:
     """The records that are not held out, and those that are."""
     held = round(config.holdout * size)
     if not 0 < held < size:
@@ -86,21 +87,36 @@ def _held_apart(config: DataConfig, size: int) -> list[grain.MapDataset]:
             "each part needs records"
         )
     apart = np.arange(held) * size // held  # spread evenly: records are often in the order of their classes
-    return [grain.MapDataset.source(part.tolist()) for part in (np.setdiff1d(np.arange(size), apart), apart)]
+    return [part.tolist() for part in (np.setdiff1d(np.arange(size), apart), apart)]
 
 
 def _rows(
-    config: DataConfig, row_format: RowFormat, examples: Examples, order: grain.MapDataset, pad_id: int
+    config: DataConfig, row_format: RowFormat, examples: Examples, indices: Sequence[int], pad_id: int
 ) -> grain.IterDataset:
-    if config.shuffle:
-        order = order.shuffle(config.seed)  # in another order in each epoch
-    order = order.repeat(config.epochs or None)
-    read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # one thread reads ahead, behind the batches
-    sequences = FlatMapIterDataset(order.to_iter_dataset(read), _Sequences(examples))
+    sequences = _sequences(config, examples, indices)
     if row_format.packs(config):
         return packing.pack(sequences, row_format.arrays, config.seq_len, config.batch_size, pad_id)
     pad = functools.partial(packing.pad, arrays=row_format.arrays, length=config.seq_len, pad_id=pad_id)
     return sequences.map(pad)
+
+
+def _sequences(config: DataConfig, examples: Examples, indices: Sequence[int]) -> grain.IterDataset:
+    """The sequences of these records in the order in which they are read; those of a mixture by its weights."""
+    if not examples.weights:
+        return _ordered(config, examples, indices, config.seed)
+    shares = [[i for i in indices if i in part] for part in examples.ranges]
+    shares = [(k, share) for k, share in enumerate(shares) if share]
+    streams = [_ordered(config, examples, share, (config.seed + k) % 2**32) for k, share in shares]
+    return mixture.mix_by_tokens(streams, [examples.weights[k] for k, _ in shares], count_tokens)
+
+
+def _ordered(config: DataConfig, examples: Examples, indices: Sequence[int], seed: int) -> grain.IterDataset:
+    order = grain.MapDataset.source(indices)
+    if config.shuffle:
+        order = order.shuffle(seed)  # in another order in each epoch
+    order = order.repeat(config.epochs or None)
+    read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # one thread reads ahead, behind the batches
+    return FlatMapIterDataset(order.to_iter_dataset(read), _Sequences(examples))
 
 
 def _identity(config: DataConfig, row_format: RowFormat, examples: Examples) -> dict[str, Any]:
@@ -110,4 +126,5 @@ def _identity(config: DataConfig, row_format: RowFormat, examples: Examples) -> 
     unused += ("too_long",) if config.too_long == "cut" else ()
     for free in ("data_dir", "prefetch", "source", "labels", *unused):
         settings.pop(free)
-    return settings | {"labels": list(examples.encoder.labels), "records": examples.source.identity}
+    settings |= {"weights": examples.weights} if examples.weights else {}
+    return settings | {"labels": list(examples.labels), "records": examples.source.identity}

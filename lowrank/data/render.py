@@ -7,6 +7,7 @@ from lowrank.core.typing import Tokenizer
 from lowrank.data import templates
 from lowrank.data.chat import Chat, Piece
 from lowrank.data.config import DataConfig
+from lowrank.data.conversations import CONVERSATIONS
 from lowrank.data.sources import Source
 from lowrank.data.templates import Record, Template
 
@@ -73,5 +74,8 @@ class Plain:
 
 def build_renderer(config: DataConfig, template: str, tokenizer: Tokenizer, source: Source) -> Renderer:
     """The renderer of a config whose template has this name. Raises UserError where it does not fit the source."""
-    resolved = templates.resolve(template, config.completion, config.truncate, config.chat, source.fields, source.name)
-    return Plain(resolved) if resolved and not resolved.chat else Chat(tokenizer, resolved)
+    name = templates.automatic(source.fields, source.name, source[0]) if template == templates.AUTO else template
+    resolved = templates.resolve(name, config.completion, config.truncate, config.chat, source.fields, source.name)
+    if resolved and not resolved.chat:
+        return Plain(resolved)
+    return Chat(tokenizer, resolved) if resolved else Chat(tokenizer, form=CONVERSATIONS[name])

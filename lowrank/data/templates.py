@@ -7,12 +7,10 @@ completion are joined as they are, so the space between them belongs to one of t
 import dataclasses
 import math
 import string
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from lowrank.core.errors import UserError, nearest, unknown
-
-Record = Mapping[str, Any]
+from lowrank.data.conversations import CONVERSATIONS, Record, is_turns
 
 
 def parse(text: str) -> list[tuple[str, str | None]]:
@@ -116,35 +114,38 @@ TEMPLATES: dict[str, Template] = {
     "chat": Template("{prompt}", "{completion}", long="prompt", chat=True),
     "text": Template("", "{text}", long="text"),
 }
-MESSAGES = "messages"  # the name of the template whose records bring their own turns
 AUTO = "auto"
 
 
 def resolve(name: str, completion: str, long: str, chat: bool, fields: Sequence[str], source: str) -> Template | None:
-    """The template that a config asks for, or None for `messages`.
+    """The template that a config asks for, or None for one of CONVERSATIONS.
 
-    `name` is one of `TEMPLATES`, `messages`, `auto` (chosen by the fields) or a prompt with `{field}`s, to which
-    `completion` belongs. A prompt without a completion is a document. Raises UserError for an unknown template, and
-    for one with a field that `source` lacks.
+    `name` is one of `TEMPLATES` or `CONVERSATIONS`, `auto` (chosen by the fields) or a prompt with `{field}`s,
+    to which `completion` belongs. A prompt without a completion is a document. Raises UserError for an unknown
+    template, and for one with a field that `source` lacks.
     """
     name = automatic(fields, source) if name == AUTO else name
-    if name == MESSAGES:
-        needed = (MESSAGES,)
+    optional: Sequence[str] = ()
+    if name in CONVERSATIONS:
+        template, needed = None, CONVERSATIONS[name].fields
     else:
         template = _written(name, completion, long) if "{" in name else _named(name, completion, long)
         template = dataclasses.replace(template, chat=template.chat or chat)
-        needed = template.fields
-    optional = () if name == MESSAGES or not template.blank else template.blank[:1]
+        needed, optional = template.fields, template.blank[:1] if template.blank else ()
     for field in needed:
         if field not in fields and field not in optional:
             raise UserError(f"template field {field!r} is not in {source}{nearest(field, fields)}; {_has(fields)}")
-    return None if name == MESSAGES else template
+    return template
 
 
-def automatic(fields: Iterable[str], source: str) -> str:
-    """The name of the template that fits the fields: of several, the one that uses the most of them."""
-    wants = {"messages": "messages", "plain": "prompt completion", "alpaca": "instruction output"}
-    wants |= {"headline": "text title", "text": "text"}
+def automatic(fields: Iterable[str], source: str, first: Record | None = None) -> str:
+    """The name of the template that fits the fields: of several, the one that uses the most of them.
+
+    Whether a prompt is text or turns is that of the `first` record.
+    """
+    wants = {"messages": "messages", "conversations": "conversations"}
+    wants |= {"turns" if first and is_turns(first.get("prompt")) else "plain": "prompt completion"}
+    wants |= {"alpaca": "instruction output", "headline": "text title", "text": "text"}
     for name, needed in wants.items():
         if set(needed.split()) <= set(fields):
             return name
@@ -157,7 +158,7 @@ def _has(fields: Iterable[str]) -> str:
 
 def _named(name: str, completion: str, long: str) -> Template:
     if name not in TEMPLATES:
-        raise unknown("template", name, [*TEMPLATES, MESSAGES, AUTO])
+        raise unknown("template", name, [*TEMPLATES, *CONVERSATIONS, AUTO])
     template = TEMPLATES[name]
     completion = completion or template.completion
     return dataclasses.replace(template, completion=completion, long=long or template.long)

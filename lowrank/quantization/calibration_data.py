@@ -12,7 +12,7 @@ import numpy as np
 
 from lowrank import data
 from lowrank.core.errors import UserError, plural
-from lowrank.data import sources, templates
+from lowrank.data import mixture, templates
 from lowrank.data.encode import fit
 from lowrank.data.render import Plain
 from lowrank.models import EncoderConfig
@@ -48,7 +48,7 @@ def _packed(text: data.DataConfig, tokenizer: Any) -> Iterator[TokenRows]:
 
 
 def _records(text: data.DataConfig, tokenizer: Any) -> Iterator[TokenRows]:
-    source = sources.open_source(text.source, text.split, text.data_dir)
+    source = mixture.join([part.source for part in mixture.open_parts(text.source, text.split, text.data_dir)])
     name = "text" if text.template == templates.AUTO else text.template
     template = templates.resolve(name, text.completion, text.truncate, False, source.fields, source.name)
     if template is None:

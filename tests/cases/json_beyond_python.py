@@ -4,7 +4,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lowrank import pretrained
 from lowrank.adapters import peft
-from lowrank.data.jsonl import Jsonl
+from lowrank.data.sources import open_source
 from tests.cases import common
 
 root, bad = common.folder(), []
@@ -25,7 +25,7 @@ def adapter() -> None:
 
 def record(text: str) -> None:
     (root / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' + text + "\n")
-    Jsonl(str(root / "a.jsonl"), "train")
+    open_source(f"jsonl:{root}/a.jsonl", "train", root)
 
 
 tries = {

@@ -7,7 +7,7 @@ import pytest
 from lowrank.adapters import adapter_files, peft
 from lowrank.core import files
 from lowrank.core.errors import UserError
-from lowrank.data.jsonl import Jsonl
+from lowrank.data.sources import open_source
 from lowrank.pretrained import hf_files
 
 DEEP = "[" * 200_000 + "]" * 200_000
@@ -38,4 +38,4 @@ def test_every_reader_names_the_file(tmp_path, name):
 def test_a_record_is_named_by_its_line(tmp_path, name):
     (tmp_path / "a.jsonl").write_text(f"{json.dumps({'text': 'a'})}\n{BAD[name]}\n")
     with pytest.raises(UserError, match=r"a\.jsonl:2: the line"):
-        Jsonl(str(tmp_path / "a.jsonl"), "train")
+        open_source(f"jsonl:{tmp_path}/a.jsonl", "train", tmp_path)

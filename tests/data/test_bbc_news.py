@@ -6,7 +6,8 @@ import pytest
 
 from lowrank.core.errors import UserError
 from lowrank.data import bbc_news
-from lowrank.data.sources import open_source, prepared
+from lowrank.data.sources import open_source
+from lowrank.data.tfds_source import prepared
 
 
 def article(key, text, title="A headline"):

@@ -86,7 +86,7 @@ def test_an_empty_file_and_a_missing_one_are_refused(write, tmp_path):
     with pytest.raises(UserError, match=r"emty\.jsonl does not exist \(did you mean 'empty\.jsonl'\?\)"):
         open_source(f"jsonl:{tmp_path}/emty.jsonl", "train", tmp_path)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match=r"no \*\.jsonl files"):
+    with pytest.raises(UserError, match=r"no file \*\.jsonl"):
         open_source(f"jsonl:{tmp_path}/folder", "train", tmp_path)
 
 

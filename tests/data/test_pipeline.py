@@ -11,7 +11,7 @@ import pytest
 
 from lowrank.core.errors import UserError
 from lowrank.data import LABELED, LANGUAGE, DataConfig, examples, make_loader, read_examples
-from lowrank.data.jsonl import Jsonl
+from lowrank.data.file_source import FileSource
 
 N = 90
 RNG = np.random.default_rng(7)
@@ -197,7 +197,7 @@ def test_a_bad_record_is_named_before_training_in_a_file_of_any_size(
 def test_an_empty_completion_is_named_before_training_among_records_that_have_every_field(
     config, tokenizer, write, monkeypatch
 ):
-    monkeypatch.setattr(Jsonl, "typed", True)
+    monkeypatch.setattr(FileSource, "typed", True)
     monkeypatch.setattr(examples, "KEPT", 1)
     monkeypatch.setattr(examples, "MEASURED", 1)
     with pytest.raises(UserError, match=r"bad\.jsonl:91: empty completion"):

@@ -114,7 +114,7 @@ def test_a_template_that_puts_the_answer_first_is_refused():
         (DIALOGUE[:2], "f:2: messages must end with an assistant's turn"),
         (DIALOGUE[2:3], "f:2: messages must end with an assistant's turn"),
         ([DIALOGUE[1], {"role": "assistant", "content": " "}], "f:2: turn 2: empty completion"),
-        ([DIALOGUE[0], DIALOGUE[2]], "f:2: messages needs a turn of the user"),
+        ([DIALOGUE[0], DIALOGUE[2]], "f:2: a conversation needs a turn of the user"),
         ([DIALOGUE[1], {"role": "assistant", "content": None}], "f:2: turn 2 of messages needs a role and a content"),
         ([DIALOGUE[1], {"role": "assistant", "content": float("nan")}], "f:2: turn 2 of messages needs a role"),
         (

@@ -9,7 +9,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils.lazy_imports_utils import tensorflow as tf
 
 from lowrank.core.errors import UserError
-from lowrank.data.sources import open_source, prepared
+from lowrank.data.sources import open_source
+from lowrank.data.tfds_source import prepared
 
 
 class TinyAnswers(tfds.core.GeneratorBasedBuilder):

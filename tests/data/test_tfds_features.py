@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from lowrank.core.errors import UserError
-from lowrank.data import sources
+from lowrank.data import tfds_source
 from lowrank.data.tfds_features import check_features
 
 OTHERS = {
@@ -27,7 +27,7 @@ def test_another_class_is_named_and_not_imported(tmp_path, monkeypatch, features
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "features.json").write_text(json.dumps(features))
     with pytest.raises(UserError, match=r"features.json names the feature class .*, which is not one of tfds.features"):
-        sources.prepared(str(tmp_path), tmp_path)
+        tfds_source.prepared(str(tmp_path), tmp_path)
     assert "evil" not in sys.modules
 
 
@@ -40,4 +40,4 @@ def test_the_classes_of_tfds_are_read(tmp_path):
 
 def test_a_folder_without_a_dataset_is_one_line(tmp_path):
     with pytest.raises(UserError, match="is not the folder of a dataset that TFDS prepared"):
-        sources.prepared(str(tmp_path), tmp_path)
+        tfds_source.prepared(str(tmp_path), tmp_path)
