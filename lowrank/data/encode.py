@@ -13,16 +13,16 @@ _CHARACTERS = 6  # an upper bound of a token's mean length: more of a very long 
 _WORD = 40  # a cut moves back to the start of a word, if one starts within this many characters
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Ids:
-    """The ids of the pieces' text as a whole, after the start token if the tokenizer puts one before a text.
+def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece], start: bool = True) -> Ids:
+    """The ids of the pieces' text as a whole, with `start` after the token that the tokenizer puts before a text.
 
-    A token is learned if its last character is.
+    A chat template writes that token itself, if there is to be one. A token is learned if its last character is.
     """
     learns = np.concatenate([np.full(len(text), learn) for text, learn in pieces] + [[False]])
     ids, offsets = tokenizer.encode_offsets("".join(text for text, _ in pieces))
     learned = [bool(learns[max(begin, end - 1)]) for begin, end in offsets]
     first = tokenizer.encode_special("")[:1]
-    if first == [tokenizer.bos_id] != ids[:1]:
+    if start and first == [tokenizer.bos_id] != ids[:1]:
         return [*first, *ids], [False, *learned]
     return ids, learned
 

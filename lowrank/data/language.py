@@ -108,19 +108,22 @@ class LanguageEncoder:
         """`(text, ids)` of the prompt alone, shortened so that `reserve` more tokens fit into `length`."""
 
         def build(long: str | None) -> Ids:
-            return encode_pieces(self.tokenizer, [(self.renderer.prompt(record, where, long), False)])
+            return self._encode([(self.renderer.prompt(record, where, long), False)])
 
         text = functools.partial(self.renderer.long_text, record, where)
         (ids, _), cut = fit(build, self.tokenizer, text, self.length - reserve, where)
         return self.renderer.prompt(record, where, cut), ids
 
     def _join(self, pieces: Sequence[Piece], where: str) -> Ids:
-        ids, learned = encode_pieces(self.tokenizer, pieces)
+        ids, learned = self._encode(pieces)
         if not self.renderer.closed and ids[-1:] != [self.tokenizer.eos_id]:
             ids, learned = [*ids, self.tokenizer.eos_id], [*learned, True]
         if len(ids) < 2:
             raise UserError(f"{where}: the text is a single token, which leaves nothing to predict: use a longer text")
         return ids, learned
+
+    def _encode(self, pieces: Sequence[Piece]) -> Ids:
+        return encode_pieces(self.tokenizer, pieces, start=not self.renderer.closed)
 
     def _shift(self, ids: Sequence[int], learned: Sequence[bool]) -> HostArrays:
         weights = np.where(np.asarray(learned[1:], bool), 1.0, self.prompt_weight)
