@@ -81,6 +81,8 @@ setup(
             "bitsandbytes>=0.50",
             "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "peft>=0.21",
+            "protobuf",
+            "sentencepiece",
             "torch==2.13.0",
             "transformers>=5.0,<5.24",
         ],

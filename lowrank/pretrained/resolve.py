@@ -32,8 +32,8 @@ class DirectorySource:
         check_sizes(self.where, self.hf_config, hf_files.open_directory(path) if hf_files.has_tensors(path) else None)
 
     def has_tokenizer(self) -> bool:
-        """Whether the directory has a `tokenizer.json`."""
-        return (self.path / "tokenizer.json").exists()
+        """Whether the directory has a `tokenizer.json`, or a vocabulary that is converted to one."""
+        return tokenizer.has_tokenizer(self.path)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the directory's `tokenizer.json`."""

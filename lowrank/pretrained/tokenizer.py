@@ -11,7 +11,7 @@ from lowrank.core import schema
 from lowrank.core.errors import UserError
 from lowrank.core.json_types import TokenizerConfig
 from lowrank.core.paths import is_missing, require_file
-from lowrank.pretrained import chat_template
+from lowrank.pretrained import chat_template, convert_tokenizer
 from lowrank.pretrained.bounded_backend import bounded
 from lowrank.pretrained.chat_template import Messages, Rendered
 
@@ -110,20 +110,10 @@ def load_tokenizer(directory: Path, hf_config: Mapping[str, Any], stop_ids: Sequ
 
     Raises UserError for a missing or corrupt file, naming it.
     """
-    path = directory / "tokenizer.json"
-    try:
-        require_file(path, LARGEST)
-    except FileNotFoundError:
-        raise UserError(f"{directory} has no tokenizer.json, which every model needs") from None
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}") from None
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as e:  # the library raises nothing narrower
-        raise UserError(f"{path} is not a tokenizer: {e}") from None
+    backend, defaults = _backend(directory)
     optional = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json")
     special, config, generation = (_read_optional(directory / name) for name in optional)
-    config = special | {key: value for key, value in config.items() if value is not None}
+    config = defaults | special | {key: value for key, value in config.items() if value is not None}
     for key in ("bos", "eos", "pad"):
         token = next((backend.id_to_token(i) for i in token_ids(hf_config.get(f"{key}_token_id"))), None)
         if not config.get(f"{key}_token") and token is not None:
@@ -136,6 +126,26 @@ def load_tokenizer(directory: Path, hf_config: Mapping[str, Any], stop_ids: Sequ
         return Tokenizer(backend, config, [*token_ids(stops), *stop_ids])
     except UserError as e:
         raise UserError(f"{directory}: {e}") from None
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory has a `tokenizer.json`, or a vocabulary that is converted to one."""
+    return not is_missing(directory / "tokenizer.json") or bool(convert_tokenizer.find_vocabulary(directory))
+
+
+def _backend(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """`(backend, what else is known where the folder has no tokenizer_config.json)`."""
+    path = directory / "tokenizer.json"
+    if is_missing(path):
+        return convert_tokenizer.convert(directory)
+    try:
+        require_file(path, LARGEST)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+    try:
+        return tokenizers.Tokenizer.from_file(str(path)), {}
+    except Exception as e:  # the library raises nothing narrower
+        raise UserError(f"{path} is not a tokenizer: {e}") from None
 
 
 def _read_template(path: Path) -> str:

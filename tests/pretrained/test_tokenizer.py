@@ -7,6 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
 from lowrank.core.errors import UserError
+from lowrank.pretrained import convert_tokenizer
 from lowrank.pretrained.tokenizer import Tokenizer, load_tokenizer
 from tests.support import checkpoint_files as files
 
@@ -166,3 +167,13 @@ def test_ids_beyond_a_gap_count(tmp_path):
     backend = Backend(models.WordLevel({"a": 0, "</s>": 40}, unk_token="a"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     assert Tokenizer(backend, {"eos_token": "</s>"}).vocab_size == 41
+
+
+def test_a_vocabulary_alone_asks_for_what_converts_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_tokenizer, "_installed", lambda package: False)
+    with pytest.raises(UserError, match=r"has no tokenizer\.json, which every model needs"):
+        load_tokenizer(tmp_path, {})
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    message = r"only tokenizer\.model, which transformers converts: pip install transformers sentencepiece protobuf"
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path, {})
