@@ -11,7 +11,9 @@ from lowrank.pretrained import Pretrained
 from lowrank.training import loop, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a finished run, whose adapter is read.")
-_ADAPTER = flags.DEFINE_string("adapter", None, "The folder of an adapter, in place of --workdir.")
+_ADAPTER = flags.DEFINE_string(
+    "adapter", None, "The folder of an adapter, or its hub id ORG/NAME[@REVISION], in place of --workdir."
+)
 _BASE = flags.DEFINE_string("base", None, "The model, if not the one that the adapter records.")
 _ANY_BASE = flags.DEFINE_bool("any_base", False, "Attach the adapter even if it records another base.")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lowrank import methods, pretrained
 from lowrank.adapters import adapter_files, peft
+from lowrank.adapters.resolve import adapter_folder
 from lowrank.core import paths, schema
 from lowrank.core.errors import UserError
 from lowrank.core.json_types import TrainedLeaves
@@ -26,18 +27,22 @@ def load_adapted(
 ) -> Pretrained:
     """The model `spec` (by default the one that the adapter records) with the adapter in `directory` attached.
 
-    The folder holds a PEFT adapter, or the trained leaves of a run by name. `model` are further options of the model's
-    config, and `param_dtype` is the dtype of the base, both as in the run that trained the adapter. An adapter that was
+    The folder, or the hub's `ORG/NAME[@REVISION]`, holds a PEFT adapter or the trained leaves of a run by name. `model`
+    are further options of the model's config, and `param_dtype` is the dtype of the base, both as in the run that
+    trained the adapter. An adapter that was
     trained on a quantized base gets that base. Raises UserError for an adapter of another base, unless `any_base` is
     set, and for the reasons of `pretrained.load` and `peft.load`.
     """
+    directory = adapter_folder(directory)
     read = {"param_dtype": param_dtype, **adapter_files.base_of(directory)}
     if paths.exists(as_path(directory) / adapter_files.ABOUT):
         return _with_leaves(as_path(directory), spec, model or {}, read)
     about = peft.describe_adapter(directory)
+    own_base = about.residual_base is not None and spec in (None, about.residual_base)
+    spec = about.residual_base if own_base else spec
     base = _base(spec, about.base, directory, about.revision, model={**(model or {}), **about.model}, **read)
-    base = _untied(dataclasses.replace(base, params=peft.load(directory, base.params, base, any_base=any_base)))
-    return with_tokenizer(base, as_path(directory))
+    params = peft.load(directory, base.params, base, any_base=any_base or own_base)
+    return with_tokenizer(_resized(_untied(dataclasses.replace(base, params=params))), as_path(directory))
 
 
 def _untied(base: Pretrained) -> Pretrained:
@@ -46,6 +51,15 @@ def _untied(base: Pretrained) -> Pretrained:
         return base
     config, hf_config = dataclasses.replace(base.config, tied=False), {**base.hf_config, "tie_word_embeddings": False}
     return dataclasses.replace(base, config=config, hf_config=hf_config)
+
+
+def _resized(base: Pretrained) -> Pretrained:
+    """`base` with a config that says so, where the adapter brought embeddings of more tokens."""
+    rows = base.params["embed"]["embedding"].shape[0]
+    if base.config.vocab_size == rows:
+        return base
+    config = dataclasses.replace(base.config, vocab_size=rows)
+    return dataclasses.replace(base, config=config, hf_config={**base.hf_config, "vocab_size": rows})
 
 
 def with_tokenizer(base: Pretrained, directory: AnyPath) -> Pretrained:

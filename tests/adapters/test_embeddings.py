@@ -9,7 +9,6 @@ from safetensors.numpy import load_file
 from lowrank import pretrained
 from lowrank.adapters import load
 from lowrank.adapters.export import merge_to_hf
-from lowrank.core.errors import UserError
 from lowrank.models import build_model
 from tests.adapters.test_load import adapter
 from tests.support import checkpoint_files as files
@@ -40,13 +39,3 @@ def test_a_merge_is_the_checkpoint_with_both(tmp_path, table, head):
     np.testing.assert_array_equal(whole[TABLE], np.float32(table) * rows)
     np.testing.assert_array_equal(whole.get(HEAD, whole[TABLE]), np.float32(head) * rows)
     assert_close(logits(again), logits(model), relative=1e-4)
-
-
-def test_more_rows_than_the_base_are_named(tmp_path):
-    base = files.directory(tmp_path / "name", LLAMA)
-    where = adapter(tmp_path / "a")
-    held = load_file(where / "adapter_model.safetensors")
-    rows = np.zeros((LLAMA["vocab_size"] + 1, 16), np.float32)
-    files.save_file({**held, PRE + TABLE: rows}, where / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"embed_tokens.weight has 33 rows, and the base has 32: its tokens were added"):
-        load.load_adapted(where, str(base), any_base=True)

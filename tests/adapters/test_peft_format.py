@@ -172,7 +172,7 @@ def test_a_classifier_brings_its_head_along_and_says_how_many_labels_it_has(tmp_
     other = pretrained.load(str(folder), model={"num_labels": 3}, seed=2)
     params = methods.attach(methods.build_method({"name": "lora"}), first.params, jax.random.key(0))
     peft.save(params, first, tmp_path / "adapter", trained=["head/kernel", "head/bias"])
-    assert peft.describe_adapter(tmp_path / "adapter") == ("LORA", "bert", {"num_labels": 3}, None)
+    assert peft.describe_adapter(tmp_path / "adapter")[:4] == ("LORA", "bert", {"num_labels": 3}, None)
     head = peft.load(tmp_path / "adapter", other.params, other)["head"]["kernel"]
     assert not np.array_equal(other.params["head"]["kernel"], first.params["head"]["kernel"])
     np.testing.assert_array_equal(head, first.params["head"]["kernel"])
@@ -216,7 +216,8 @@ def test_tensors_that_do_not_fit_are_named(base, saved, change, message):
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"use_rslroa": True}, r"use_rslroa=True is not supported \(did you mean 'use_rslora'\?\)"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
-        ({"init_lora_weights": "corda"}, "init_lora_weights='corda' is not supported; known: True"),
+        ({"init_lora_weights": "cordon"}, "init_lora_weights='cordon' is not supported; known: True"),
+        ({"init_lora_weights": "corda"}, "has init_lora_weights=corda, which changed its base: convert it in peft"),
         ({"target_modules": ["q_prj"]}, r"match no module of the base"),
         ({"target_modules": ["input_layernorm"]}, "input_layernorm; LORA is supported on linear layers only"),
         ({"target_modules": "*"}, "is not a regular expression"),

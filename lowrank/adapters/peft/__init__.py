@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from lowrank.adapters.peft import config, embeddings, experts, prompts, reading, tensors, tokens, writing
+from lowrank.adapters.peft import config, embeddings, experts, initial, prompts, reading, tensors, tokens, writing
 from lowrank.adapters.peft.forms import FORMS
 from lowrank.adapters.peft.modules import Base
 from lowrank.adapters.peft.reading import AdapterDescription
@@ -54,11 +54,18 @@ def load(directory: PathLike, params: PyTree, base: Base, *, any_base: bool = Fa
         return WHOLE_MODEL_TYPES[raw["peft_type"]].load(directory, params, base, any_base=any_base)
     settings, form = config.read_config(directory)
     config.check_base(settings, base.name, directory, any_base)
-    rows, found = tokens.split_tokens(settings, tensors.read_tensors(directory), params, base, directory)
+    settings, found = initial.as_plain_lora(settings, tensors.read_tensors(directory), directory, _folder(base))
+    params, base = embeddings.resized(found, params, base, directory)
+    rows, found = tokens.split_tokens(settings, found, params, base, directory)
     module = experts if settings.get(experts.KEY) else reading
     params, view = embeddings.untied(settings, found, params, base)
     params = embeddings.tied_again(module.attach(settings, form, found, params, view, directory), base)
     return tokens.insert_tokens(rows, params)
+
+
+def _folder(base: Base) -> str | None:
+    """The folder from which the base was read."""
+    return next(iter(getattr(base, "folders", ())), None)
 
 
 def can_write(params: PyTree) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from lowrank.adapters.peft import initial
 from lowrank.adapters.peft.forms import FORMS, PeftForm
 from lowrank.core import schema
 from lowrank.core.errors import UserError, nearest, unknown
@@ -51,7 +52,7 @@ def read_config(directory: PathLike) -> tuple[dict[str, Any], PeftForm]:
     Raises UserError for a directory without an adapter, for an unknown `peft_type`, for an unknown key that is switched
     on, and for a value that is not supported.
     """
-    path, raw = as_path(directory) / NAME, parse_json(directory)
+    path, raw = as_path(directory) / NAME, initial.canonical(parse_json(directory))
     form = _form(raw, path)
     for key, value in raw.items():
         _check(key, value, form, path)

@@ -54,10 +54,36 @@ def unlisted(
     return {key: place for key, place in keys.items() if key in found}
 
 
-def check_rows(found: Mapping[str, np.ndarray], places: Mapping[str, Place], vocab_size: int, directory: Any) -> None:
-    """Raises UserError for a whole embedding or head with more rows than the base."""
-    for key, place in places.items():
-        if place.leaf in (TABLE, HEAD) and key in found and len(found[key]) > vocab_size:
-            rows = f"{plural(len(found[key]), 'row')}, and the base has {vocab_size}"
-            advice = "its tokens were added: resize the base's embedding as they were, and name that base"
-            raise UserError(f"{directory}: {key} has {rows}: {advice}")
+def resized(found: Mapping[str, np.ndarray], params: PyTree, base: Base, directory: Any) -> tuple[PyTree, Base]:
+    """`(params, base)` with as many tokens as the whole embeddings of an adapter that added some.
+
+    The adapter's tables take the place of all rows. Raises UserError where it holds one of two tables.
+    """
+    if base.config.num_labels or not hasattr(base.config, "tied"):
+        return params, base
+    paths = {
+        m.weight.leaf: path for path, m in base_modules(base).items() if m.weight and m.weight.leaf in (TABLE, HEAD)
+    }
+    places = {
+        f"{tensors.PREFIX}{path}{inner}.weight": leaf for leaf, path in paths.items() for inner in ("", ".base_layer")
+    }
+    rows = {leaf: (key, len(found[key])) for key, leaf in places.items() if key in found}
+    most = max((size for _, size in rows.values()), default=0)
+    if most <= base.config.vocab_size:
+        return params, base
+    for leaf, path in paths.items():
+        if rows.get(leaf, ("", 0))[1] != most:
+            key, size = next(row for row in rows.values() if row[1] == most)
+            why = f"{key} has {plural(size, 'row')}, and the base has {base.config.vocab_size}"
+            raise UserError(f"{directory}: {why}: save {path} too, whose tokens were added with them")
+    table = params["embed"]["embedding"]
+    if is_weight(table):
+        raise UserError(f"{directory} adds tokens to an embedding that is a {type(table).__name__}: load it in full")
+    more = most - base.config.vocab_size
+    grown = {**params, "embed": {**params["embed"], "embedding": jnp.pad(table, ((0, more), (0, 0)))}}
+    if HEAD in paths:
+        head = materialize(params["head"]["kernel"])
+        grown["head"] = {**params["head"], "kernel": jnp.pad(head, ((0, 0), (0, more)))}
+    config = dataclasses.replace(base.config, vocab_size=most)
+    view: Any = types.SimpleNamespace(config=config, family=base.family, name=base.name)
+    return grown, view

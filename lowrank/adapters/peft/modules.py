@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from lowrank.adapters.peft.forms import PeftForm
 from lowrank.core.errors import UserError
 from lowrank.models import EncoderConfig
@@ -30,7 +32,7 @@ class Base(Protocol):
 
 
 class Place(NamedTuple):
-    """The leaf, or one layer of a leaf, that a torch tensor belongs to."""
+    """The leaf, or one layer of a leaf, that a torch tensor belongs to; the layers of a stack are numbered in order."""
 
     leaf: str
     layer: int | None
@@ -54,15 +56,16 @@ class Module(NamedTuple):
         return self.weight is not None and self.weight.leaf.endswith("kernel")
 
 
-def base_modules(base: Base) -> dict[str, Module]:
+def base_modules(base: Base, per_expert: bool = False) -> dict[str, Module]:
     """The modules of `base` that hold a weight or a bias, by path.
 
-    A bare encoder is the inner model of transformers, whose paths lack the family's prefix.
+    A bare encoder is the inner model of transformers, whose paths lack the family's prefix. With `per_expert`, each
+    expert has modules of its own, as in transformers 4; the number of its layer counts all experts of all layers.
     """
     bare = isinstance(base.config, EncoderConfig) and not base.config.num_labels
     prefix = FAMILIES[base.family].prefix if bare else ""
     found: dict[str, dict[str, Place]] = {}
-    for name, place in _places(base):
+    for name, place in _places(base, per_expert):
         path, _, kind = name.removeprefix(prefix).rpartition(".")
         found.setdefault(path, {})[kind] = place
     return {path: Module(path, kinds.get("weight"), kinds.get("bias")) for path, kinds in found.items()}
@@ -80,8 +83,9 @@ def check_untied(base: Base, places: Iterable[Place]) -> None:
         raise UserError("the adapter holds a whole embedding, which this base shares with its head: PEFT unties them")
 
 
-def _places(base: Base) -> Iterator[tuple[str, Place]]:
+def _places(base: Base, per_expert: bool) -> Iterator[tuple[str, Place]]:
     for tensor in FAMILIES[base.family].tensors(base.config):
-        if not tensor.experts:  # in torch, experts are parameters of one module, not modules
+        if per_expert or not tensor.experts:  # from transformers 5 on, experts are parameters of one module
             for place, name in zip(tensor.places, tensor.names, strict=True):
-                yield name, Place(tensor.leaf, place[0] if tensor.count else None, tensor.transpose)
+                layer = int(np.ravel_multi_index(place, tensor.stack)) if tensor.count else None
+                yield name, Place(tensor.leaf, layer, tensor.transpose)

@@ -1,5 +1,6 @@
 """Reading a PEFT adapter: its weights are attached to the parameters of a base."""
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -9,26 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.adapters.peft import config as configs
-from lowrank.adapters.peft import embeddings, match, tensors
+from lowrank.adapters.peft import embeddings, initial, match, tensors
 from lowrank.adapters.peft.forms import Layer, PeftForm, Settings
 from lowrank.adapters.peft.modules import HEADS, Base, Module, Place, base_modules, check_conv1d
 from lowrank.core import tree
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
-from lowrank.weights.lora import RESIDUAL
+from lowrank.weights.lora import RESIDUAL, LoRA
+
+PER_EXPERT = re.compile(r"\.experts\.\d+\.")  # experts that are modules, as in transformers 4
 
 
 class AdapterDescription(NamedTuple):
     """The summary of an adapter: `model` are the options with which its base must be loaded.
 
-    `revision` is that of the base, where it comes from a hub.
+    `revision` is that of the base, where it comes from a hub; `residual_base` is the folder of a base inside the
+    adapter's, which the adapter's init has changed.
     """
 
     peft_type: str
     base: str | None
     model: dict[str, Any]
     revision: str | None = None
+    residual_base: str | None = None
 
 
 def describe_adapter(directory: str | os.PathLike[str]) -> AdapterDescription:
@@ -38,8 +43,9 @@ def describe_adapter(directory: str | os.PathLike[str]) -> AdapterDescription:
     heads = [f"{tensors.PREFIX}{name}.weight" for name in configs.HEAD_MODULES]
     labels = [shapes[name][0] for name in heads if name in shapes]
     options = {"num_labels": labels[0]} if labels else {}
+    own_base = initial.residual_base(config, directory)
     return AdapterDescription(
-        config["peft_type"], config["base_model_name_or_path"], options, config["revision"] or None
+        config["peft_type"], config["base_model_name_or_path"], options, config["revision"] or None, own_base
     )
 
 
@@ -57,10 +63,9 @@ def attach(
     `params`. `directory` is for error texts. Raises UserError for tensors that are missing, unexpected or misshapen.
     """
     leaves = dict(tree.named_leaves(params, is_weight))
-    targets, others = _places(config, form, base_modules(base))
-    others |= embeddings.unlisted(base_modules(base), targets, found)
-    if not base.config.num_labels:
-        embeddings.check_rows(found, others, base.config.vocab_size, directory)
+    known = base_modules(base, per_expert=any(map(PER_EXPERT.search, found)))
+    targets, others = _places(config, form, known)
+    others |= embeddings.unlisted(known, targets, found)
     settings = {path: form.settings(config, path) for path in targets}
     sizes = [leaves[module.weight.leaf].shape[-2:] for module in targets.values()]
     expected = form.root.shapes(config, sizes) if form.root else {}
@@ -90,6 +95,8 @@ def _places(
         if path not in linear:
             raise UserError(f"the adapter targets {path}; {form.peft_type} is supported on linear layers only")
         check_conv1d(form, known[path])
+        if PER_EXPERT.search(path) and form.kind is not LoRA:
+            raise UserError(f"the adapter targets {path}; on experts plain LoRA alone is supported")
     others = _saved(config, known)
     mode = config.get("bias", "none")
     if mode not in ("none", "all", form.own_bias):
@@ -156,7 +163,7 @@ def _grown(
         for part, _ in form.present_parts(*size, settings[path]):
             arrays[part.field] = part.from_disk(found[f"{tensors.PREFIX}{path}{part.suffix}"])
         stack = leaves[leaf].shape[:-2]
-        rows.setdefault(leaf, [None] * (stack[0] if stack else 1))[layer or 0] = Layer(settings[path], arrays)
+        rows.setdefault(leaf, [None] * math.prod(stack))[layer or 0] = Layer(settings[path], arrays)
     return {leaf: form.from_layers(leaves[leaf], row) for leaf, row in rows.items()}
 
 

@@ -1,6 +1,7 @@
 """`adapter_model.safetensors`: float32 arrays by PEFT's names. A pickle is never read."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -8,12 +9,14 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, flax, safe_open
 from safetensors.numpy import save
 
+from lowrank.adapters.peft import names
 from lowrank.core import files
 from lowrank.core.errors import UserError, nearest
 from lowrank.core.paths import AnyPath, PathLike, as_path, exists, local_file
 
 NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+T = TypeVar("T")
 
 
 def on_host(x: jax.Array | np.ndarray) -> np.ndarray:
@@ -38,7 +41,7 @@ def read_tensors(directory: PathLike) -> dict[str, np.ndarray]:
     except (SafetensorError, OSError, ValueError, TypeError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
     check_finite(path, tensors)
-    return tensors
+    return _plain(tensors, directory)
 
 
 def check_finite(where: PathLike, tensors: Mapping[str, np.ndarray]) -> None:
@@ -53,9 +56,15 @@ def read_shapes(directory: PathLike) -> dict[str, tuple[int, ...]]:
     path = _path(directory)
     try:
         with local_file(path) as local, safe_open(local, framework="numpy") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
+    return _plain(shapes, directory)
+
+
+def _plain(found: Mapping[str, T], directory: PathLike) -> dict[str, T]:
+    """The entries by the names that `save_pretrained` gives."""
+    return {name: found[key] for key, name in names.plain_names(found, directory).items()}
 
 
 def _path(directory: PathLike) -> AnyPath:

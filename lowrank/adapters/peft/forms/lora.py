@@ -16,6 +16,9 @@ from lowrank.weights.dora import DoRA
 from lowrank.weights.lora import INITS, RESIDUAL, LoRA, require_plain_kernel
 from lowrank.weights.lora_xs import EDoRA, LoRAXS
 
+# Inits that change the base by data or at random. The first one stands for pissa_niter_4 and so on.
+CHANGED = ("pissa_niter", "corda", "lora_ga", "loftq")
+
 
 def _lora_settings(config: Mapping[str, Any], path: str) -> Settings:
     rank = ranked.positive_number(config, path, "rank", "r")
@@ -143,8 +146,8 @@ LORA = PeftForm(
         "trainable_token_indices",  # token rows beside it: `peft_format.tokens`
         "velora_config",
     ),
-    # The inits that are not here change the base by what the adapter does not say: data, random projections.
-    supported={"init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica", *RESIDUAL)},
+    # `peft_format.initial` makes a plain LoRA of those that change the base by what the adapter does not say.
+    supported={"init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica", *RESIDUAL, *CHANGED)},
     settings=_lora_settings,
     to_layer=_peel_lora,
     from_layers=_grow_lora,
