@@ -1,6 +1,5 @@
 """The records of a config, encoded: checked, counted, and kept in memory if there are few."""
 
-import bisect
 import collections
 import functools
 import itertools
@@ -11,6 +10,7 @@ from tqdm import tqdm
 from lowrank.core.errors import TooLong, UserError
 from lowrank.core.typing import HostArrays, Tokenizer
 from lowrank.data import mixture
+from lowrank.data.concatenation import Concatenation
 from lowrank.data.config import DataConfig
 from lowrank.data.language import LANGUAGE
 from lowrank.data.row_format import EncodedSequence, Encoder, RowFormat
@@ -36,7 +36,8 @@ class Examples:
         self.encoders = [row_format.encoder(config, tokenizer, source) for source in self._sources]
         sizes = [min(len(source), config.max_examples or len(source)) for source in self._sources]
         self.ranges = [range(end - size, end) for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
-        self.size = sum(sizes)
+        self._places = Concatenation(sizes)
+        self.size = len(self._places)
         self.dropped: dict[int, str] = {}  # the records that were left out so far, and why
         self._too_long, self._streams = config.too_long, self.size > KEPT
         self._kept: list[_Encoded] = []
@@ -117,8 +118,8 @@ class Examples:
 
     def _at(self, i: int) -> tuple[Source, Encoder, int]:
         """`(source, encoder, number in the source)` of record `i`."""
-        k = bisect.bisect_right([part.stop for part in self.ranges], i)
-        return self._sources[k], self.encoders[k], i - self.ranges[k].start
+        k, local = self._places.find(i)
+        return self._sources[k], self.encoders[k], local
 
     def _encoded(self, i: int) -> "_Encoded":
         return self._kept[i] if self._kept else self._encode(i)

@@ -1,10 +1,8 @@
 """Records in files: a file, a folder of splits or a pattern, each file read by its kind."""
 
-import bisect
 import dataclasses
 import functools
 import glob
-import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +11,7 @@ from typing import Protocol
 
 from lowrank.core.errors import UserError, nearest
 from lowrank.core.paths import as_local_path, expand
+from lowrank.data.concatenation import Concatenation
 from lowrank.data.splits import parse_split
 from lowrank.data.templates import Record
 
@@ -56,12 +55,12 @@ class FileSource:
         self._splits = _Splits(kind, path)
         parts = parse_split(f"{kind.name}:{path}", split, self._splits)
         self._parts = [(self._splits[part.split], part.begin) for part in parts]
-        self._ends = list(itertools.accumulate(part.end - part.begin for part in parts))
+        self._places = Concatenation(part.end - part.begin for part in parts)
         self.fields = tuple(dict.fromkeys(field for files, _ in self._parts for field in files.fields))
         self.identity = f"{kind.name} {split} " + " ".join(files.checksums for files, _ in self._parts)
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Record:
         file, i = self._at(index)
@@ -80,11 +79,9 @@ class FileSource:
         return tuple(str(x) for x in sorted(found, key=lambda x: (isinstance(x, str), x)))
 
     def _at(self, index: int) -> tuple[OpenFile, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        part = bisect.bisect_right(self._ends, index)
+        part, i = self._places.find(index)
         files, begin = self._parts[part]
-        return files.at(index - (self._ends[part - 1] if part else 0) + begin)
+        return files.at(begin + i)
 
 
 class _Files:
@@ -92,15 +89,15 @@ class _Files:
 
     def __init__(self, files: list[OpenFile]) -> None:
         self.files = files
-        self._ends = list(itertools.accumulate(file.num_examples for file in files))
-        self.num_examples = self._ends[-1]
+        self._places = Concatenation(file.num_examples for file in files)
+        self.num_examples = len(self._places)
         self.fields = tuple(dict.fromkeys(field for file in files for field in file.fields))
         self.checksums = " ".join(f"{file.checksum:08x}" for file in files)
 
     def at(self, index: int) -> tuple[OpenFile, int]:
         """The file with this record, and its number there."""
-        part = bisect.bisect_right(self._ends, index)
-        return self.files[part], index - (self._ends[part - 1] if part else 0)
+        part, i = self._places.find(index)
+        return self.files[part], i
 
 
 class _Splits(Mapping[str, _Files]):

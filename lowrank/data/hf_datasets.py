@@ -8,6 +8,7 @@ from typing import Any
 from lowrank.core.errors import UserError
 from lowrank.core.paths import PathLike, expand
 from lowrank.data.arrow import record_at
+from lowrank.data.concatenation import Concatenation
 from lowrank.data.splits import parse_split
 from lowrank.data.templates import Record
 from lowrank.data.text_file import checksum
@@ -29,23 +30,23 @@ class HfDataset:
         loaded = _load(spec)
         self.name = f"hf:{spec} ({split})"
         parts = parse_split(f"hf:{spec}", split, {name: _Counted(found) for name, found in loaded.items()})
-        self._rows = [(part.split, i) for part in parts for i in range(part.begin, part.end)]
+        self._parts, self._places = parts, Concatenation(part.end - part.begin for part in parts)
         self._tables = {part.split: loaded[part.split].with_format("arrow") for part in parts}
         self._names = {n: _class_names(f) for s in self._tables for n, f in loaded[s].features.items()}
         self.fields = tuple(dict.fromkeys(name for s in self._tables for name in loaded[s].column_names))
         self.identity = f"hf {split} " + " ".join(_identity(loaded[part.split]) for part in parts)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Record:
-        split, i = self._rows[index]
+        split, i = self._at(index)
         record = record_at(self._tables[split][i], 0)
         return {name: _named(self._names[name], value) for name, value in record.items()}
 
     def where(self, index: int) -> str:
         """`NAME record NUMBER`, from 1 in its split."""
-        return f"{self.name} record {self._rows[index][1] + 1}"
+        return f"{self.name} record {self._at(index)[1] + 1}"
 
     def labels(self, field: str) -> tuple[str, ...]:
         """The names of a class label in the order of its ids, else the sorted values of the splits in use."""
@@ -54,6 +55,11 @@ class HfDataset:
         tables = [table for table in self._tables.values() if field in table.column_names]
         found = {value for table in tables for value in table.unique(field) if isinstance(value, str | int)}
         return tuple(str(x) for x in sorted(found, key=lambda x: (isinstance(x, str), x)))
+
+    def _at(self, index: int) -> tuple[str, int]:
+        """The split of a record, and its number there."""
+        part, i = self._places.find(index)
+        return self._parts[part].split, self._parts[part].begin + i
 
 
 class _Counted:

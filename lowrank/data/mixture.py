@@ -3,8 +3,6 @@
 A mixture is written `0.7 * jsonl:chats.jsonl + 0.3 * bbc_news`, and sources without a weight follow one another.
 """
 
-import bisect
-import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +11,7 @@ import grain
 
 from lowrank.core.errors import UserError
 from lowrank.core.paths import PathLike
+from lowrank.data.concatenation import Concatenation
 from lowrank.data.sources import Source, open_source
 from lowrank.data.templates import Record
 
@@ -54,10 +53,10 @@ class Several:
         self.identity = " + ".join(source.identity for source in sources)
         self.fields = tuple(dict.fromkeys(field for source in sources for field in source.fields))
         self.typed = all(source.typed and source.fields == self.fields for source in sources)
-        self._ends = list(itertools.accumulate(map(len, sources)))
+        self._places = Concatenation(map(len, sources))
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Record:
         source, i = self._at(index)
@@ -73,10 +72,8 @@ class Several:
         return tuple(dict.fromkeys(label for source in self.sources for label in source.labels(field)))
 
     def _at(self, index: int) -> tuple[Source, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        part = bisect.bisect_right(self._ends, index)
-        return self.sources[part], index - (self._ends[part - 1] if part else 0)
+        part, i = self._places.find(index)
+        return self.sources[part], i
 
 
 class _Member:

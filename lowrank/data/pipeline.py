@@ -4,6 +4,7 @@ Every host computes the same global batches, and its devices receive the parts t
 for any number of hosts, and a state that one number of hosts has saved continues on another.
 """
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -104,10 +105,15 @@ def _sequences(config: DataConfig, examples: Examples, indices: Sequence[int]) -
     """The sequences of these records in the order in which they are read; those of a mixture by its weights."""
     if not examples.weights:
         return _ordered(config, examples, indices, config.seed)
-    shares = [[i for i in indices if i in part] for part in examples.ranges]
+    shares = [_within(indices, part) for part in examples.ranges]
     shares = [(k, share) for k, share in enumerate(shares) if share]
     streams = [_ordered(config, examples, share, (config.seed + k) % 2**32) for k, share in shares]
     return mixture.mix_by_tokens(streams, [examples.weights[k] for k, _ in shares], count_tokens)
+
+
+def _within(indices: Sequence[int], part: range) -> Sequence[int]:
+    """Those of the sorted indices that are in the part; of a range without a list of them."""
+    return indices[bisect.bisect_left(indices, part.start) : bisect.bisect_left(indices, part.stop)]
 
 
 def _ordered(config: DataConfig, examples: Examples, indices: Sequence[int], seed: int) -> grain.IterDataset:
