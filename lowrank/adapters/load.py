@@ -29,9 +29,8 @@ def load_adapted(
 
     The folder, or the hub's `ORG/NAME[@REVISION]`, holds a PEFT adapter or the trained leaves of a run by name. `model`
     are further options of the model's config, and `param_dtype` is the dtype of the base, both as in the run that
-    trained the adapter. An adapter that was
-    trained on a quantized base gets that base. Raises UserError for an adapter of another base, unless `any_base` is
-    set, and for the reasons of `pretrained.load` and `peft.load`.
+    trained the adapter. An adapter that was trained on a quantized base gets that base. Raises UserError for an adapter
+    of another base, unless `any_base` is set, and for the reasons of `pretrained.load` and `peft.load`.
     """
     directory = adapter_folder(directory)
     read = {"param_dtype": param_dtype, **adapter_files.base_of(directory)}

@@ -1,4 +1,4 @@
-"""Data: records from TFDS or JSONL, templates, packing and batches."""
+"""Data: records from files and datasets, mixtures, templates, packing and batches."""
 
 from lowrank.data.config import DataConfig
 from lowrank.data.examples import read_examples

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import tempfile
 import types
 
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lowrank import pretrained
 from lowrank.adapters import export
@@ -140,3 +141,26 @@ def test_transformers_loads_the_merged_experts_and_computes_the_live_logits(name
         expected = theirs(torch.tensor(ids, dtype=torch.long)).logits.numpy()
     live = build_model(base.config).apply({"params": params}, ids)
     assert_close(live, expected, relative=5e-5)
+
+
+@pytest.mark.parametrize("targets", [["w1", "w2", "w3"], ["w2", "q_proj"]])
+def test_we_load_single_experts_as_peft_does(bases, tmp_path, targets):
+    model, base, plain = bases["mixtral"]
+    rng, arrays, width = np.random.default_rng(3), {}, LLAMA["intermediate_size"]
+    expert, attention = "model.layers.{}.block_sparse_moe.experts.{}.{}", "model.layers.{}.self_attn.{}"
+    paths = {
+        (expert if target[0] == "w" else attention).format(i, *([e] if target[0] == "w" else []), target): target
+        for target in targets
+        for i in range(3)
+        for e in range(4)
+    }
+    for path, target in paths.items():
+        n_in, n_out = {"w2": (width, 32), "q_proj": (32, 32)}.get(target, (32, width))
+        for factor, shape in {"A": (2, n_in), "B": (n_out, 2)}.items():
+            arrays[f"base_model.model.{path}.lora_{factor}.weight"] = rng.normal(size=shape).astype(np.float32) * 0.3
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base.name}))
+    save_file(arrays, tmp_path / "adapter_model.safetensors")
+    expected = their_logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path))
+    assert difference(their_logits(model), expected) > 0.01
+    assert_close(our_logits(base, peft_format.load(tmp_path, plain, base)), expected, relative=5e-5)
