@@ -277,7 +277,7 @@ def test_unreadable_folders_are_one_clear_line(base, saved, tmp_path):
     with pytest.raises(UserError, match=r"adapter_model.bin is a pickle, which is never read"):
         peft.load(saved, base.params, base)
     (saved / "adapter_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"cannot read .*adapter_config.json"):
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read as JSON"):
         peft.load(saved, base.params, base)
 
 
