@@ -102,5 +102,6 @@ def _with_leaves(directory: AnyPath, spec: str | None, model: Mapping[str, Any],
     method = methods.build_method(group)
     params = methods.attach_for_loading(method, base.params)
     params = adapter_files.load_leaves(directory, params, base.name)
-    base = dataclasses.replace(base, params=method.bind(params, None, None) if method.bind else params)
+    bound = method.bind(params, None, None) if method.bind else params
+    base = dataclasses.replace(base, params=bound, bind=method.bind if bound is params else None)
     return with_tokenizer(base, directory)

@@ -190,9 +190,14 @@ def replicated_sharding(mesh: Mesh) -> NamedSharding:
 
 def mesh_context(arrays: PyTree) -> contextlib.AbstractContextManager:
     """A context in which programs are traced for the mesh of `arrays`, if they have one."""
+    mesh = mesh_of(arrays)
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext()
+
+
+def mesh_of(arrays: PyTree) -> Any:
+    """The mesh of arrays or shapes, or None."""
     placed = (getattr(x, "sharding", None) for x in jax.tree.leaves(arrays))
-    mesh = next((s.mesh.abstract_mesh for s in placed if isinstance(s, NamedSharding)), None)
-    return jax.sharding.use_abstract_mesh(mesh) if mesh else contextlib.nullcontext()
+    return next((s.mesh for s in placed if isinstance(s, NamedSharding)), None)
 
 
 def optimizer_shardings(optimizer: Any, state: PyTree, trained: PyTree, mesh: Mesh) -> PyTree:
@@ -280,6 +285,26 @@ def context_as_rows(x: jax.Array) -> jax.Array:
     x = jnp.moveaxis(x.reshape(rows, parts, tokens // parts, *rest), 1, 0).reshape(parts * rows, tokens // parts, *rest)
     axes = ("context", *_present(ROWS, rows, mesh))
     return jax.lax.with_sharding_constraint(x, P(axes, *(P.UNCONSTRAINED,) * (x.ndim - 1)))
+
+
+def shard_slots(x: jax.Array) -> jax.Array:
+    """The slots of a cache, `[L, B, K, S, H]`, sharded over the program's mesh, if it has one, by `slots_spec`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, slots_spec(x.shape, mesh))
+
+
+def slots_spec(shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """The spec of the slots of a cache, `[L, B, K, S, H]`: rows and heads are sharded where mesh axes divide them."""
+    axes: list[Any] = [None, _present(ROWS, shape[1], mesh), _present(("tensor",), shape[2], mesh)]
+    axes = [entry[0] if entry and len(entry) == 1 else entry or None for entry in axes]
+    while axes and axes[-1] is None:  # one way to write a spec, as programs are kept by it
+        axes.pop()
+    return P(*axes)
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """`x` on every device of the program's mesh, so that each process can read it."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, P())
 
 
 def _present(axes: Sequence[str], size: int, mesh: Any) -> tuple[str, ...]:

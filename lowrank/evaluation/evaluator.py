@@ -13,7 +13,7 @@ from lowrank.core import sharding
 from lowrank.core.errors import UserError
 from lowrank.core.typing import Bind, Network, PyTree, Tokenizer
 from lowrank.evaluation.evaluate import evaluate
-from lowrank.generation import generate
+from lowrank.generation import generate, generator
 from lowrank.objectives import Objective
 
 
@@ -73,9 +73,11 @@ class Evaluator:
         return [record["prompt_ids"] for record in self._records]
 
     @property
-    def largest(self) -> tuple[int, int]:
-        """`(rows, prompt positions)` of the largest batch of texts."""
-        return generate.largest_batch([len(ids) for ids in self.prompts], self._network.config)
+    def text_sizes(self) -> generator.Sizes:
+        """The sizes of the state in which the texts are written."""
+        stops = tuple(self._tokenizer.stop_ids)
+        requests = [generator.Request(ids, self.config.max_new, stops) for ids in self.prompts]
+        return generator.fit(self._network.config, requests)
 
     def due(self, step: int) -> bool:
         """Whether a periodic evaluation falls on `step`."""
@@ -106,10 +108,9 @@ class Evaluator:
         return self._objective.score_texts(texts, [record["completion"] for record in self._records]), texts
 
     def lowered(self, params: PyTree) -> jax.stages.Lowered:
-        """The program of the largest batch of texts for `params` in shapes, ready to compile."""
-        max_new, pad = self.config.max_new, self._tokenizer.pad_id
-        stops = tuple(sorted(self._tokenizer.stop_ids))
-        return generate.lowered(self._network, params, *self.largest, max_new, stops, pad_id=pad, bind=self._bind)
+        """The program that reads the longest prompts of the texts for `params` in shapes, ready to compile."""
+        longest = max(len(ids) for ids in self.prompts)
+        return generator.lowered(self._network, params, self.text_sizes, longest, bind=self._bind)
 
     def samples(self, before: list[str], after: list[str]) -> list[dict[str, str]]:
         """The first few prompts with their reference and both continuations."""

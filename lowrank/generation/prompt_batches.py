@@ -1,4 +1,4 @@
-"""Prompts of different lengths in one batch, padded on the left to a few lengths, so that few programs are compiled."""
+"""Prompts of different lengths in one batch, padded to a few lengths, so that few programs are compiled."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,12 @@ def padded(longest: int, limit: int) -> int:
     return max(longest, min(bucket(longest), limit))
 
 
-def left_pad(ids: Sequence[Sequence[int]], pad_id: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """`(tokens, segments)`, int32 `[rows, length]`: prompts padded on the left to a `bucket`, or to `limit` if less."""
-    length = padded(max(len(row) for row in ids), limit)
-    tokens = np.full((len(ids), length), pad_id, np.int32)
-    segments = np.zeros_like(tokens)
-    for i, row in enumerate(ids):
-        tokens[i, length - len(row) :] = row
-        segments[i, length - len(row) :] = 1
-    return tokens, segments
+def right_pad(ids: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """`(tokens [rows, length], lengths [rows])`, int32: prompts with zeros behind them."""
+    tokens = np.zeros((len(ids), length), np.int32)
+    for row, prompt in zip(tokens, ids, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, np.array([len(prompt) for prompt in ids], np.int32)
 
 
 def bucket(length: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding
 
 from lowrank import models
 from lowrank.core import parameter_summary, sharding, tree
@@ -159,13 +159,13 @@ def _moved_bits(run: Run, x: Any) -> int:
 
 
 def kv_cache_bytes(run: Run) -> int:
-    """The keys and values of the largest batch of texts: 2 * layers * rows * slots * heads * width, on one device."""
+    """The keys and values of all texts that are written at a time, as `models.init_cache` stores them."""
     c = run.network.config
     if run.scorer is None or not run.scorer.prompts or not isinstance(c, models.DecoderConfig):
         return 0
-    batch, length = run.scorer.largest
-    slots = length + run.scorer.config.max_new + c.num_virtual_tokens
-    return 2 * c.layers * batch * slots * c.kv_heads * c.head_dim * parameter_summary.bits_per_element(c.dtype) // 8
+    shape = (c.layers, run.scorer.text_sizes.rows, c.kv_heads, run.scorer.text_sizes.slots, c.head_dim)
+    shard = NamedSharding(run.mesh, sharding.slots_spec(shape, run.mesh)).shard_shape(shape)
+    return 2 * math.prod(shard) * parameter_summary.bits_per_element(c.dtype) // 8
 
 
 def _forms(shapes: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -56,7 +56,7 @@ def table_rows(r: Report) -> list[tuple[str, int, int | None]]:
     rows += [("working", f.working, c.step.temporary if c and not c.step.refused else None)]
     rows += [("step", f.step, c and c.step.total)]
     if f.kv_cache:
-        rows += [("kv_cache", f.kv_cache, c and c.generation and c.generation.temporary)]
+        rows += [("kv_cache", f.kv_cache, None)]
         rows += [("generation", f.generation, c and c.generation and c.generation.total + c.moments)]
     if f.host:
         rows += [("host", f.host, c and c.step.host)]
@@ -73,7 +73,6 @@ NAMES = {
     "generation": "writing texts",
     "host": "on the host",
 }
-NOTES = {"kv_cache": "compiled: all of the program's temporary bytes"}
 
 
 def to_text(r: Report) -> str:
@@ -93,7 +92,7 @@ def to_text(r: Report) -> str:
 def _line(name: str, formula: int, compiled: int | None, width: int) -> str:
     ratio = f"{formula / compiled:.2f}" if compiled else ""
     cells = f"{format_bytes(formula):>12}{format_bytes(compiled) if compiled is not None else '':>{width}}{ratio:>22}"
-    return f"{NAMES.get(name, name):20}{cells}  {NOTES.get(name, '')}".rstrip()
+    return f"{NAMES.get(name, name):20}{cells}".rstrip()
 
 
 def _work(r: Report) -> list[str]:

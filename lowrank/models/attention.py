@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from lowrank.kernels.attention import dispatch
+from lowrank.kernels.attention import cached, dispatch
+from lowrank.kernels.attention.mask import Mask
 from lowrank.models import rope
 from lowrank.models.attention_masks import AttentionInputs
-from lowrank.models.kv_cache import update_slots
+from lowrank.models.kv_cache import NOTHING, Past, Slots
 from lowrank.models.layers import Linear, Norm
 from lowrank.models.relative_attention import attend_relative
 from lowrank.models.shifted_sparse_attention import attend_shifted
@@ -38,6 +39,7 @@ class Attention(nn.Module):
     softcap: float = 0.0
     form: str = "auto"  # of dispatch.IMPLEMENTATIONS, except with a cache, where it is auto
     shift_group: int = 0  # > 0: shifted sparse attention in groups of this many tokens, except with a cache
+    prefix_length: int = 0  # the slots of a cache that hold a prefix, which a window does not hide
     clip: float = 0.0  # > 0: queries, keys and values are clipped to -clip..clip before rope
     relative: tuple[int, int] | None = None  # the buckets and the distance of disentangled attention
     by_head: bool = False  # the outputs of `qkv` are each head's query, key and value in turn
@@ -47,36 +49,51 @@ class Attention(nn.Module):
         self,
         x_BxTxD: jax.Array,
         inputs: AttentionInputs,
-        past: KeysValues | None = None,
-        index: jax.Array | None = None,
+        past: Past = NOTHING,
+        slots: Slots | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
-        """`[B, T, D]`, and the keys and values of these tokens if they are written into a cache, else None.
+        """`[B, T, D]`, and the keys and values `[B, T, K, H]` of these tokens if there are `slots` for them, else None.
 
-        `past` are keys and values: with an `index`, the slots `[B, S, K, H]` of a cache, in which the new keys and
-        values are written from `index` on; without one, a prefix `[P, K, H]` before the keys of every row.
+        The tokens see those in the slots, or the prefix of `past`, and each other.
         """
         q, k, v, positions = self._project(x_BxTxD, inputs.relative)
         if inputs.cos is not None and inputs.sin is not None:
             q, k = rope.apply_rope(q, inputs.cos, inputs.sin), rope.apply_rope(k, inputs.cos, inputs.sin)
         q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), ("query", "key", "value"), strict=True))
-        new = None
-        if index is not None:
-            assert past is not None  # a cache has slots
-            new = k, v
-            k, v = (update_slots(slots, x, index, axis=1).astype(q.dtype) for slots, x in zip(past, new, strict=True))
-        elif past is not None:
-            k, v = (prepend_prefix(prefix, x) for prefix, x in zip(past, (k, v), strict=True))
-        form = self.form if index is None else "auto"
-        attend = functools.partial(dispatch.attend, scale=self.scale, softcap=self.softcap, implementation=form)
-        if self.shift_group and index is None:
-            out = attend_shifted(attend, q, k, v, inputs.mask, self.shift_group)
-        elif self.relative is not None:
+        if past.prefix is not None:
+            k, v = (prepend_prefix(prefix, x) for prefix, x in zip(past.prefix, (k, v), strict=True))
+        if self.relative is not None:
             assert positions is not None
             out = attend_relative(q, k, v, positions, inputs.mask, *self.relative)
         else:
-            out = attend(q, k, v, inputs.mask)
+            out = self._attend(q, k, v, inputs.mask, past, slots)
+        new = None if slots is None else (k, v)
         out = checkpoint_name(out.reshape(*out.shape[:2], self.heads * self.head_dim), "context")
         return Linear(x_BxTxD.shape[-1], self.o_bias, name="o")(out), new
+
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, past: Past, slots: Slots | None
+    ) -> jax.Array:
+        if slots is not None and slots.keys is not None:
+            return cached.attend(
+                q,
+                k,
+                v,
+                slots.keys,
+                slots.values,
+                past.layer,
+                slots.index_B,
+                scale=self.scale,
+                softcap=self.softcap,
+                window=mask.window,
+                local=mask.local,
+                prefix=self.prefix_length,
+            )
+        form = self.form if slots is None else "auto"
+        attend = functools.partial(dispatch.attend, scale=self.scale, softcap=self.softcap, implementation=form)
+        if self.shift_group and slots is None:
+            return attend_shifted(attend, q, k, v, mask, self.shift_group)
+        return attend(q, k, v, mask)
 
     def _project(
         self, x_BxTxD: jax.Array, relative_1xRxD: jax.Array | None

@@ -62,9 +62,8 @@ def _check_context(length: int, num_prompt: int) -> None:
 
 def _mask(config: DecoderConfig | EncoderConfig, tokens_BxT: jax.Array) -> Mask:
     """The mask of rows with segments and positions."""
-    B, T = tokens_BxT.shape
-    T += config.num_prompt
+    T = tokens_BxT.shape[1] + config.num_prompt
     if isinstance(config, EncoderConfig):
         return attention_masks.bidirectional_inputs(config, tokens_BxT, T)[1].mask
-    inputs = attention_masks.causal_inputs(config, B, T, config.num_prompt, tokens_BxT, tokens_BxT, None)[1]
+    inputs = attention_masks.causal_inputs(config, T, config.num_prompt, tokens_BxT, tokens_BxT)[1]
     return inputs.mask

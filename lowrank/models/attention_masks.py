@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.kernels.attention.mask import PREFIX_SEGMENT, PROMPT_SEGMENT, Mask, Tokens
-from lowrank.models import kv_cache
-from lowrank.models.kv_cache import Cache
 from lowrank.models.positions import LayerKind, rope_inputs
 
 
@@ -57,48 +55,46 @@ def count_seen(segments_BxS: jax.Array) -> jax.Array:
 
 def causal_inputs(
     config: Any,
-    batch: int,
     length: int,
     num_prompt: int,
     positions: jax.Array | None,
     segments: jax.Array | None,
-    cache: Cache | None,
-) -> tuple[jax.Array, AttentionInputs, Cache | None]:
-    """`(positions [B, T], inputs, cache)` of `length` tokens, the first `num_prompt` of them virtual.
+    slots: int = 0,
+) -> tuple[jax.Array, AttentionInputs]:
+    """`(positions [B, T], inputs)` of `length` tokens, the first `num_prompt` of them virtual.
 
-    The keys are the model's prefix, then those of the tokens; or the slots of the cache, which holds the prefix.
-    `positions` and `segments` are those of the real tokens, or None. The returned cache has these tokens marked. With
-    neither segments nor a cache the mask depends on the slots alone.
+    The keys are the model's prefix, then those of the tokens. `positions` and `segments` are those of the real tokens,
+    or None. Without segments the mask depends on the slots alone. `slots` is the length of the cache that they begin,
+    or 0.
     """
     shift = num_prompt, config.num_virtual_tokens
-    if segments is None and cache is None and not config.needs_mask:
+    if segments is None and not config.needs_mask:
         positions = _shift_positions(positions, *shift, lambda: jnp.arange(length)[None, :])
         mask = Mask(causal=True, window=config.window)
-        return positions, AttentionInputs(mask, *rope_inputs(config, positions, mask)), None
+        return positions, AttentionInputs(mask, *rope_inputs(config, positions, mask, slots))
     if segments is None:
-        segments = jnp.ones((1 if cache is None else batch, length - num_prompt), jnp.int32)
+        segments = jnp.ones((1, length - num_prompt), jnp.int32)
     segments = prepend_prompt_segments(segments, num_prompt)
     k_segments, start = prepend_prefix_segments(segments, config.prefix_length), config.prefix_length
-    if cache is not None:
-        start = cache.index
-        k_segments = kv_cache.update_slots(cache.segments_BxS, segments, start, axis=1)
     seen = lambda: jax.lax.dynamic_slice_in_dim(count_seen(k_segments), start, length, axis=1)  # noqa: E731
     positions = _shift_positions(positions, *shift, seen)
     k_positions = jnp.pad(positions, ((0, 0), (config.prefix_length, 0)))
-    if cache is not None:
-        positions = jnp.broadcast_to(positions, segments.shape)
-        cache = kv_cache.mark_slots(cache, segments, positions)
-        k_positions = cache.positions_BxS
-    slots = None if cache is None and not start else start + jnp.arange(length, dtype=jnp.int32)[None]
+    order = None if not start else start + jnp.arange(length, dtype=jnp.int32)[None]
     mask = Mask(
-        Tokens(segments, positions, slots),
+        Tokens(segments, positions, order),
         Tokens(k_segments, k_positions),
         virtual=config.num_virtual_tokens > 0,
         causal=True,
         window=config.window,
     )
-    size = 0 if cache is None else cache.segments_BxS.shape[1]
-    return positions, AttentionInputs(mask, *rope_inputs(config, positions, mask, size)), cache
+    return positions, AttentionInputs(mask, *rope_inputs(config, positions, mask, slots))
+
+
+def cached_inputs(config: Any, index_B: jax.Array, length: int, slots: int) -> tuple[jax.Array, AttentionInputs]:
+    """`(positions [B, T], inputs)` of `length` tokens of each row, the first of which takes the slot `index`."""
+    positions_BxT = index_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+    mask = Mask(causal=True, window=config.window)
+    return positions_BxT, AttentionInputs(mask, *rope_inputs(config, positions_BxT, mask, slots))
 
 
 def _shift_positions(

@@ -5,8 +5,6 @@ Shapes: B rows, T tokens, S keys, D width, V vocabulary, C labels, L layers. Par
 `layers/{attn_norm,mlp_norm}/scale`, `norm/scale`, `head/kernel` `[D, V]`; `top/...` holds the last `top_layers`.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -20,7 +18,7 @@ from lowrank.models.attention import Attention
 from lowrank.models.attention_masks import AttentionInputs
 from lowrank.models.decoder_config import DecoderConfig
 from lowrank.models.embeddings import Embeddings
-from lowrank.models.kv_cache import Cache
+from lowrank.models.kv_cache import NOTHING, Cache, Entries, Past, Slots
 from lowrank.models.layer_router import apply_with_gates, layer_gates
 from lowrank.models.layer_stack import scan_layers, split_by_stack, stack_depths
 from lowrank.models.layers import MLP, Head, Norm
@@ -29,17 +27,9 @@ from lowrank.models.positions import LayerKind, layer_kinds
 from lowrank.models.virtual_tokens import Prefix, Prompt
 
 
-def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = None) -> Cache:
-    """An empty cache for `batch` rows of `length` tokens and the virtual tokens and the prefix before them."""
-    return kv_cache.empty_cache(
-        stack_depths(config),
-        batch,
-        length,
-        config.kv_heads,
-        config.head_dim,
-        dtype or config.dtype,
-        config.num_virtual_tokens,
-    )
+def init_cache(config: DecoderConfig, batch: int, slots: int) -> Cache:
+    """An empty cache for `batch` rows of `slots` tokens, virtual ones among them."""
+    return kv_cache.empty_cache(stack_depths(config), batch, slots, config.kv_heads, config.head_dim, config.dtype)
 
 
 class Block(nn.Module):
@@ -49,17 +39,16 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h: jax.Array, inputs: AttentionInputs, kind: LayerKind, past: Any, index: Any
-    ) -> tuple[jax.Array, Any]:
-        """`(h [B, T, D], new entries of the cache or None)`; `kind` selects this layer's part of the inputs.
-
-        With an `index`, `past` and the new entries are keys, values and gates (None without a router).
-        """
+        self,
+        h: jax.Array,
+        inputs: AttentionInputs,
+        kind: LayerKind,
+        past: Past = NOTHING,
+        slots: Slots | None = None,
+    ) -> tuple[jax.Array, Entries | None]:
+        """`(h [B, T, D], new entries of the cache or None)`; `kind` selects this layer's part of the inputs."""
         c, h = self.config, checkpoint_name(sharding.shard_tokens(h), "input")
-        cached_gates = None
-        if index is not None:
-            *past, cached_gates = past
-        gates = layer_gates(self, h, cached_gates)
+        gates = layer_gates(self, h, past.gates)
         attention = Attention(
             c.heads,
             c.kv_heads,
@@ -75,16 +64,17 @@ class Block(nn.Module):
             softcap=c.attn_logit_softcap,
             form=c.attention,
             shift_group=c.shift_group,
+            prefix_length=c.prefix_length,
             clip=c.clip_qkv,
             by_head=c.qkv_by_head,
             name="attn",
         )
         x = self._pre_norm("attn", h)
-        y, new = apply_with_gates(attention, gates, x, inputs.of_layer(kind), past, index)
+        y, new = apply_with_gates(attention, gates, x, inputs.of_layer(kind), past, slots)
         before, h = h, self._add("attn", h, x, checkpoint_name(y, "attn"))
         x = self._pre_norm("mlp", before if c.parallel_residual else h)
         h = self._add("mlp", h, x, checkpoint_name(apply_with_gates(self._mlp(), gates, x), "mlp"))
-        return h, new and (*new, gates)
+        return h, Entries(new[0], new[1], gates) if new else None
 
     def _add(self, sublayer: str, h: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
         """The residual stream `h` after `sublayer`, whose input and output are `x` and `y`."""
@@ -144,27 +134,38 @@ class Decoder(nn.Module):
         tokens: jax.Array,
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
-        cache: Cache | None = None,
-    ) -> Any:
-        """Logits float32 `[B, T, V]` (with a cache: `(logits, cache)`), or `[B, C]` when `num_labels` is set."""
+    ) -> jax.Array:
+        """Logits float32 `[B, T, V]`, or `[B, C]` when `num_labels` is set."""
         if self.config.num_labels:
             return self.classify(tokens, segments)
-        if cache is None:
-            return self.logits(self.features(tokens, positions, segments))
-        h_BxTxD, cache = self.features(tokens, positions, segments, cache)
-        return self.logits(h_BxTxD), cache
+        return self.logits(self.features(tokens, positions, segments))
 
     def features(
         self,
         tokens: jax.Array,
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
-        cache: Cache | None = None,
-    ) -> Any:
-        """The head's input, `[B, T, D]`; with a cache `(features, cache)`, and these tokens follow the cached ones.
+    ) -> jax.Array:
+        """The head's input, `[B, T, D]`. Raises UserError when the sequence is longer than the model's positions."""
+        return self._first_tokens(tokens, positions, segments, None)[0]
 
-        Raises UserError when the sequence is longer than the model's positions.
+    def prefill(self, tokens: jax.Array, slots: int = 0) -> tuple[jax.Array, dict[str, Entries]]:
+        """`(features [B, T, D], entries)` of the first tokens of rows, for `kv_cache.insert_rows`.
+
+        The entries of virtual tokens come first. What follows a row's last token changes nothing before it. `slots` is
+        the length of the cache, by which a rope of two lengths chooses (0: that of the tokens).
         """
+        return self._first_tokens(tokens, None, None, Slots(), slots)
+
+    def extend(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """`(features [B, T, D], cache)` of tokens that follow those in the cache."""
+        c = self.config
+        positions, inputs = attention_masks.cached_inputs(c, cache.index_B, tokens.shape[1], cache.slots)
+        h = sharding.shard_tokens(self.embed.add_positions(self.embed(tokens), positions))
+        h, entries = self._run_stacks(h, inputs, {name: kv_cache.read_stack(cache, name) for name in stack_depths(c)})
+        return sharding.shard_tokens(self.norm(h)), kv_cache.append_tokens(cache, entries)
+
+    def _first_tokens(self, tokens, positions, segments, slots, length=0):
         c = self.config
         T = tokens.shape[1]
         if T + c.num_virtual_tokens > c.max_length:
@@ -172,28 +173,20 @@ class Decoder(nn.Module):
             sequence = f"a sequence of {plural(T, 'token')}{virtual}"
             raise UserError(f"{sequence} is longer than the model's {plural(c.max_length, 'position')}: shorten it")
         prefix = split_by_stack(c, self.prefix()) if c.prefix_length else {}
-        if cache is not None:
-            kv_cache.check_cache(cache, T, c.num_virtual_tokens)
-            if prefix and not cache.prompted:
-                cache = kv_cache.insert_prefix(cache, prefix, attention_masks.PREFIX_SEGMENT)
         h = self.embed(tokens)
-        num_prompt = 0 if cache is not None and cache.prompted else c.num_prompt
-        if num_prompt:
+        if c.num_prompt:
             h = self.prompt(h)
-        B, length = h.shape[:2]
-        positions, inputs, cache = attention_masks.causal_inputs(c, B, length, num_prompt, positions, segments, cache)
+        positions, inputs = attention_masks.causal_inputs(c, h.shape[1], c.num_prompt, positions, segments, length)
         h = sharding.shard_tokens(self.embed.add_positions(h, positions))
-        h, new = self._run_stacks(h, inputs, cache, prefix)
-        h = sharding.shard_tokens(self.norm(h[:, num_prompt:]))
-        return h if cache is None else (h, kv_cache.append_tokens(cache, new))
+        h, entries = self._run_stacks(h, inputs, {name: (slots, Past(prefix.get(name))) for name in stack_depths(c)})
+        return sharding.shard_tokens(self.norm(h[:, c.num_prompt :])), entries
 
-    def _run_stacks(self, h, inputs, cache, prefix):
+    def _run_stacks(self, h, inputs, before):
+        """`before` has, for each stack, the slots and what each of its layers has of its own."""
         c, new, first = self.config, {}, 0
         for name, depth in stack_depths(c).items():
-            kinds = layer_kinds(c, first, depth)
-            past = prefix.get(name) if cache is None else kv_cache.read_stack(cache, name)
-            index = None if cache is None else cache.index
-            h, new[name] = getattr(self, name)(h, inputs, kinds, past, index)
+            slots, past = before[name]
+            h, new[name] = getattr(self, name)(h, inputs, layer_kinds(c, first, depth), past, slots)
             first += depth
         return h, new
 

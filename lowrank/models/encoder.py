@@ -20,6 +20,7 @@ from lowrank.models.adapter_options import AdapterOptions, add_sublayer
 from lowrank.models.attention import Attention
 from lowrank.models.attention_masks import AttentionInputs
 from lowrank.models.embeddings import Embeddings
+from lowrank.models.kv_cache import NOTHING, Past
 from lowrank.models.layer_router import apply_with_gates, layer_gates
 from lowrank.models.layer_stack import check_model_options, scan_layers, split_by_stack, stack_depths
 from lowrank.models.layers import ACTIVATIONS, MLP, Head, Linear, Norm
@@ -107,9 +108,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h: jax.Array, inputs: AttentionInputs, kind: LayerKind, past: Any, index: Any
+        self, h: jax.Array, inputs: AttentionInputs, kind: LayerKind, past: Past = NOTHING, slots: None = None
     ) -> tuple[jax.Array, Any]:
-        """`(h [B, T, D], None)`; `kind` selects this layer's part of the inputs, and `past` is a prefix or None."""
+        """`(h [B, T, D], None)`; `kind` selects this layer's part of the inputs, and `past` may hold a prefix."""
         c, h = self.config, checkpoint_name(sharding.shard_tokens(h), "input")
         bias, fused = c.attn_bias, c.fused_qkv
         attention = Attention(
@@ -222,7 +223,7 @@ class Encoder(nn.Module):
         first = 0
         for name, depth in stack_depths(self.config).items():
             kinds = layer_kinds(self.config, first, depth)
-            h, _ = getattr(self, name)(h, inputs, kinds, prefix.get(name), None)
+            h, _ = getattr(self, name)(h, inputs, kinds, Past(prefix.get(name)), None)
             first += depth
         return h, {}  # as the decoder's, whose second value is for the cache
 

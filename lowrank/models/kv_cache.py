@@ -1,94 +1,104 @@
-"""The key-value cache of a decoder: the keys and values of past tokens, written slot by slot.
+"""The key-value cache of a decoder. Each row fills its own slots from the first one on, its virtual tokens first.
 
-Shapes: L layers, B rows, S slots, T new tokens, P prefix length, K key heads, H head width, G gates.
+The slot of a token is also its position. Shapes: L layers, B rows of the cache, S slots, T new tokens, n rows of
+entries, K key heads, H head width, G gates.
 """
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lowrank.core.errors import UserError, plural
+
+class Entries(NamedTuple):
+    """What a stack of layers computes of new tokens for the cache: keys and values `[L, n, T, K, H]`.
+
+    `gates`, of layers with a router, are `[L, n, 1, G]`.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    gates: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The keys and values of past tokens. All rows write the same slots, in order; padding has segment 0."""
+    """The keys and values of the past tokens of each row."""
 
-    keys: dict[str, jax.Array]  # one `[L, B, S, K, H]` per stack of layers
+    keys: dict[str, jax.Array]  # one `[L, B, K, S, H]` per stack of layers
     values: dict[str, jax.Array]
-    segments_BxS: jax.Array
-    positions_BxS: jax.Array
-    index: jax.Array  # int32 []: the next slot to write
-    prompted: bool = dataclasses.field(metadata={"static": True})  # virtual tokens are written, or there are none
-    num_virtual_tokens: int = dataclasses.field(default=0, metadata={"static": True})  # the slots for these
+    index_B: jax.Array  # int32: the slots in use, and so the slot of the next token
     gates: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # `[L, B, 1, G]` of layers with a router
 
-
-def empty_cache(
-    depths: Mapping[str, int],
-    batch: int,
-    length: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: str,
-    num_virtual_tokens: int = 0,
-) -> Cache:
-    """An empty cache for `batch` rows of `length` tokens and the virtual tokens before them."""
-    slots = length + num_virtual_tokens
-    kv = {name: jnp.zeros((depth, batch, slots, kv_heads, head_dim), dtype) for name, depth in depths.items()}
-    marks = jnp.zeros((batch, slots), jnp.int32)
-    return Cache(kv, kv, marks, marks, jnp.int32(0), not num_virtual_tokens, num_virtual_tokens)
+    @property
+    def slots(self) -> int:
+        """The length of each row."""
+        return next(iter(self.keys.values())).shape[3]
 
 
-def check_cache(cache: Cache, length: int, num_virtual_tokens: int) -> None:
-    """Raises UserError unless the cache has slots for `num_virtual_tokens` virtual tokens and `length` real ones."""
-    slots = cache.segments_BxS.shape[1]
-    if cache.num_virtual_tokens != num_virtual_tokens:
-        made, needed = (plural(n, "virtual token") for n in (cache.num_virtual_tokens, num_virtual_tokens))
-        raise UserError(f"the cache has slots for {made}, and the model has {needed}: make it with init_cache")
-    if slots < length + num_virtual_tokens:
-        needed = f"{plural(length, 'token')} and {plural(num_virtual_tokens, 'virtual token')}"
-        raise UserError(f"the cache has only {plural(slots, 'slot')} for {needed}: make a longer one with init_cache")
+class Slots(NamedTuple):
+    """The slots of one stack of layers, which all its layers read; all None for the first tokens of rows."""
+
+    keys: Any = None  # [L, B, K, S, H]
+    values: Any = None
+    index_B: Any = None
 
 
-def insert_prefix(cache: Cache, prefix: Mapping[str, tuple[jax.Array, jax.Array]], segment: int) -> Cache:
-    """The empty cache with a prefix `[L, P, K, H]` per stack in its first slots, which get the segment `segment`."""
-    B = cache.segments_BxS.shape[0]
-    rows = {n: tuple(jnp.broadcast_to(x[:, None], (len(x), B, *x.shape[1:])) for x in kv) for n, kv in prefix.items()}
-    P = next(iter(prefix.values()))[0].shape[1]
-    marks = jnp.full((B, P), segment, jnp.int32), jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
-    return dataclasses.replace(append_tokens(mark_slots(cache, *marks), rows), prompted=False)
+class Past(NamedTuple):
+    """What one layer has before its tokens: a prefix `[P, K, H]`, or its index in the stack and its gates."""
+
+    prefix: tuple[jax.Array, jax.Array] | None = None
+    layer: Any = None  # int32 []
+    gates: jax.Array | None = None
 
 
-def mark_slots(cache: Cache, segments_BxT: jax.Array, positions_BxT: jax.Array) -> Cache:
-    """The cache with the segments and positions of T new tokens; `append_tokens` then adds their keys and values."""
-    return dataclasses.replace(
-        cache,
-        segments_BxS=update_slots(cache.segments_BxS, segments_BxT, cache.index, axis=1),
-        positions_BxS=update_slots(cache.positions_BxS, positions_BxT, cache.index, axis=1),
+NOTHING = Past()
+
+
+def empty_cache(depths: Mapping[str, int], batch: int, slots: int, kv_heads: int, head_dim: int, dtype: str) -> Cache:
+    """A cache whose rows are empty."""
+    empty = lambda: {n: jnp.zeros((L, batch, kv_heads, slots, head_dim), dtype) for n, L in depths.items()}  # noqa: E731
+    return Cache(empty(), empty(), jnp.zeros(batch, jnp.int32))
+
+
+def read_stack(cache: Cache, name: str) -> tuple[Slots, Past]:
+    """The slots of a stack, and what each of its layers has of its own, with an axis of layers."""
+    layers = jnp.arange(len(cache.keys[name]), dtype=jnp.int32)
+    slots = Slots(cache.keys[name], cache.values[name], cache.index_B)
+    return slots, Past(layer=layers, gates=cache.gates.get(name))
+
+
+def insert_rows(cache: Cache, entries: Mapping[str, Entries], rows_n: jax.Array, lengths_n: jax.Array) -> Cache:
+    """The cache with `rows` replaced by rows whose first tokens have these entries; a row beyond the last is dropped.
+
+    `lengths` are the numbers of their entries that are in use, virtual tokens among them.
+    """
+
+    def write(slots, new):
+        T = new.shape[2]
+        return slots.at[:, rows_n, :, :T].set(new.swapaxes(2, 3).astype(slots.dtype), mode="drop")
+
+    gates = {name: x.at[:, rows_n].set(entries[name].gates, mode="drop") for name, x in cache.gates.items()}
+    return Cache(
+        {name: write(cache.keys[name], new.keys) for name, new in entries.items()},
+        {name: write(cache.values[name], new.values) for name, new in entries.items()},
+        cache.index_B.at[rows_n].set(lengths_n, mode="drop"),
+        gates,
     )
 
 
-def append_tokens(cache: Cache, new: Mapping[str, tuple[jax.Array, ...]]) -> Cache:
-    """The cache with the keys and values `[L, B, T, K, H]` of T new tokens, written once for all layers of a stack.
+def append_tokens(cache: Cache, entries: Mapping[str, Entries]) -> Cache:
+    """The cache with T more tokens of each row, written once for all layers of a stack."""
+    T, B = next(iter(entries.values())).keys.shape[2], len(cache.index_B)
+    rows_Bx1 = jnp.arange(B)[:, None]
+    slots_BxT = cache.index_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
 
-    Gates may follow the keys and values; each layer keeps those that its router computed for the first tokens.
-    """
-    keys = {name: update_slots(cache.keys[name], k, cache.index, axis=2) for name, (k, *_) in new.items()}
-    values = {name: update_slots(cache.values[name], v, cache.index, axis=2) for name, (_, v, *_) in new.items()}
-    gates = {name: entries[2] for name, entries in new.items() if len(entries) > 2 and entries[2] is not None}
-    T = next(iter(new.values()))[0].shape[2]
-    return dataclasses.replace(cache, keys=keys, values=values, index=cache.index + T, prompted=True, gates=gates)
+    def write(slots, new):  # the indexed axes come first: [B, T, L, K, H]
+        return slots.at[:, rows_Bx1, :, slots_BxT].set(new.transpose(1, 2, 0, 3, 4).astype(slots.dtype), mode="drop")
 
-
-def read_stack(cache: Cache, name: str) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The keys, values and gates of a stack's layers; no gates before the first tokens or without a router."""
-    return cache.keys[name], cache.values[name], cache.gates.get(name)
-
-
-def update_slots(slots: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    """`slots` with `new` written from `index` on along `axis`, in the dtype of the slots."""
-    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), index, axis)
+    keys = {name: write(cache.keys[name], new.keys) for name, new in entries.items()}
+    values = {name: write(cache.values[name], new.values) for name, new in entries.items()}
+    return dataclasses.replace(cache, keys=keys, values=values, index_B=cache.index_B + T)

@@ -34,7 +34,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def scan_layers(block: type[nn.Module], config: Any, length: int) -> nn.Module:
-    """`length` blocks with parameters stacked on axis 0, called as `(h, inputs, kind, past, index) -> (h, new)`.
+    """`length` blocks with parameters stacked on axis 0, called as `(h, inputs, kind, past, slots) -> (h, new)`.
 
     `kind`, `past` and `new` have a layer axis first, or are None.
     """

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from lowrank.core import config_schema, sharding, tree
 from lowrank.core.errors import UserError, unknown
-from lowrank.core.typing import PyTree
+from lowrank.core.typing import Bind, PyTree
 from lowrank.core.weight import is_weight
 from lowrank.models import build_model
 from lowrank.pretrained import hf_files, load_tensors, quantize_config, quantized_checkpoint, upcycle
@@ -39,6 +39,7 @@ class Pretrained:
     `quantized` is the `model.quantize` group and the dtype with which it was read, empty for plain parameters;
     `upcycled` is the `model.upcycle` group, empty for the model that the checkpoint holds. `folders` hold the files
     that go with it into a checkpoint (`lowrank.pretrained.companions`): where two have one, the first one's is taken.
+    `bind` is that of an adapter's method which needs a batch, such as a router of prompts.
     """
 
     config: Config
@@ -51,6 +52,7 @@ class Pretrained:
     quantized: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     upcycled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     folders: tuple[str, ...] = ()
+    bind: Bind | None = None
 
 
 def describe(

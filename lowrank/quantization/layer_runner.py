@@ -91,7 +91,7 @@ def _first_inputs(config: Any, params: PyTree, tokens: jax.Array, segments: jax.
 
 
 def _call_layer(config: Any, layer: PyTree, h: jax.Array, inputs: Any, kind: Any) -> jax.Array:
-    return models.build_block(config).apply({"params": layer}, h, inputs, kind, None, None)[0]
+    return models.build_block(config).apply({"params": layer}, h, inputs, kind)[0]
 
 
 _run_layer = jax.jit(_call_layer, static_argnums=0)

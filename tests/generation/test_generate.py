@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lowrank.core.errors import UserError
-from lowrank.generation import generate, prompt_batches, sampling
+from lowrank.generation import generate, generator, prompt_batches, sampling
 from lowrank.models import DecoderConfig, build_model
 from tests.support.close import assert_close
 
@@ -45,8 +45,7 @@ def _without_cache(model, params, prompts, max_new, pick):
 
 
 def _batch(model, params, prompts, max_new, **options):
-    tokens, segments = prompt_batches.left_pad(prompts, 0, LIMIT)
-    return np.asarray(generate.generate(model, params, tokens, segments, max_new=max_new, **options))
+    return generate.generate(model, params, prompts, max_new=max_new, **options)
 
 
 @pytest.mark.parametrize(
@@ -59,72 +58,131 @@ def _batch(model, params, prompts, max_new, **options):
     ],
     ids=["llama", "virtual prompt", "gpt2", "local layers"],
 )
-def test_a_left_padded_batch_with_a_cache_equals_whole_sequences_without(options):
+def test_a_padded_batch_with_a_cache_equals_whole_sequences_without(options):
     model, params = _model(**options)
     out = _batch(model, params, _prompts(), 6)
     want = _without_cache(model, params, _prompts(), 6, lambda logits_BxV, n: np.argmax(logits_BxV, -1))
-    assert out.tolist() == want
+    assert out == want
     assert len({token for row in want for token in row}) > 3
 
 
 def test_sampling_draws_what_each_rows_key_draws_from_the_filtered_distribution():
     model, params = _model()
-    settings = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
-    key = jax.random.key(7)
-    out = _batch(model, params, _prompts(), 6, rng=key, **settings)
+    settings = sampling.Sampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.3)
+    key, seen = jax.random.key(7), np.zeros((len(LENGTHS), V), bool)
+    out = _batch(model, params, _prompts(), 6, rng=key, sampling=settings)
+    for row, prompt in zip(seen, _prompts(), strict=True):
+        row[prompt] = True
 
-    @jax.jit
     def pick(logits_BxV, n):
         keys = jnp.stack([jax.random.fold_in(jax.random.fold_in(key, row), n) for row in range(len(LENGTHS))])
-        return sampling.next_token(logits_BxV, keys, sampling.Sampling(**settings))
+        drawn = np.asarray(_next_tokens(logits_BxV, keys, sampling.stack_settings([settings] * 4), seen))
+        seen[np.arange(len(LENGTHS)), drawn] = True
+        return drawn
 
-    assert out.tolist() == _without_cache(model, params, _prompts(), 6, pick)
-    assert (out == _batch(model, params, _prompts(), 6, rng=key, **settings)).all()
-    assert (out != _batch(model, params, _prompts(), 6, rng=jax.random.key(8), **settings)).any()
+    assert out == _without_cache(model, params, _prompts(), 6, pick)
+    assert out != _batch(model, params, _prompts(), 6, rng=jax.random.key(8), sampling=settings)
 
 
-def test_each_of_several_stop_tokens_ends_its_row_alone_and_padding_follows():
+_next_tokens = jax.jit(sampling.next_tokens)
+
+
+def test_each_of_several_stop_tokens_ends_its_row_alone_and_is_its_last():
     model, params = _model()
-    settings = {"temperature": 1.0, "rng": jax.random.key(0)}
-    free = _batch(model, params, _prompts(), 6, **settings).tolist()
+    settings = {"sampling": sampling.Sampling(temperature=1.0), "rng": jax.random.key(0)}
+    free = _batch(model, params, _prompts(), 6, **settings)
     stops = {free[0][2], free[1][4]}
-    out = _batch(model, params, _prompts(), 6, stop_ids=stops, pad_id=V - 1, **settings).tolist()
+    out = _batch(model, params, _prompts(), 6, stop_ids=stops, **settings)
     for row, whole in zip(out, free, strict=True):
-        end = next((i + 1 for i, t in enumerate(whole) if t in stops), 6)
-        assert row == whole[:end] + [V - 1] * (6 - end)
-    assert [row.index(V - 1) for row in out[:2]] == [3, 5]
+        assert row == whole[: next((i + 1 for i, t in enumerate(whole) if t in stops), 6)]
+    assert [len(row) for row in out[:2]] == [3, 5]
 
 
-def test_decoding_ends_when_every_row_has_stopped():
+def _requests(settings, seed=0):
+    keys = generate.key_data(jax.random.key(seed), len(LENGTHS))
+    of_row = [sampling.Sampling(**s) for s in settings]
+    limits = (2, 7, 6, 6)
+    return [generator.Request(p, n, (5, 6), s, k) for p, n, s, k in zip(_prompts(), limits, of_row, keys, strict=True)]
+
+
+def test_rows_are_used_again_and_no_setting_compiles_anything():
     model, params = _model()
-    tokens, segments = prompt_batches.left_pad(_prompts(), 0, LIMIT)
-    second = tuple(_batch(model, params, _prompts(), 6)[:, 1].tolist())
-    keys = generate.row_keys(jax.random.key(0), 4)
-    out, steps = generate._generate(model, params, tokens, segments, keys, 40, second, sampling.Sampling(), 0)
-    assert int(steps) <= 2
-    assert not out[:, 2:].any()
+    greedy, mixed = [{}] * 4, [{}, {"temperature": 0.7, "top_k": 4}, {"repetition_penalty": 1.5}, {"temperature": 2.0}]
+    first, again, alone = _requests(greedy), _requests(mixed, 1), []
+    for request in again:
+        alone += [text for _, text in generate.complete(model, params, [request])]
+    run = generator.Generator(model, params, generator.Sizes(rows=3, slots=32, max_new=16, stops=8))
+    seen = []
+    texts = dict(run.complete(first))
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: seen.append(event))
+    try:
+        mixed_texts = dict(run.complete(again))
+        streamed = list(run.stream(again[1]))
+        assert not [event for event in seen if "compile" in event]
+        jax.jit(lambda x: x + 17)(1.0)  # which the listener must hear
+        assert [event for event in seen if "compile" in event]
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert [len(texts[i]) for i in (0, 2, 3)] == [2, 6, 6]
+    assert mixed_texts == dict(enumerate(alone))
+    assert streamed == [alone[1][: i + 1] for i in range(len(alone[1]))]
+
+
+def test_a_text_that_ends_early_frees_its_row_for_the_next_prompt(monkeypatch):
+    model, params = _model()
+    calls, decode = [], generator.decode
+
+    def counted(*args):
+        calls.append(args[-2:])
+        return decode(*args)
+
+    monkeypatch.setattr(generator, "decode", counted)
+    run = generator.Generator(model, params, generator.Sizes(rows=2, slots=32, max_new=16, stops=8))
+    requests = [generator.Request(p, n) for p, n in zip(_prompts(), (16, 2, 3, 2), strict=True)]
+    assert [i for i, _ in run.complete(requests)] == [1, 2, 0, 3]
+    assert [bool(pause) for _, pause in calls] == [True, True, False]
+
+
+def _kept(logits, **settings):
+    rows = sampling.stack_settings([sampling.Sampling(temperature=1.0, **settings)] * len(logits))
+    return np.isfinite(jax.jit(sampling.filter_logits)(jnp.asarray(logits), rows))
 
 
 def test_top_k_keeps_the_k_largest_and_ties_with_the_last():
-    logits = jnp.array([[3.0, 1.0, 2.0, 0.0], [1.0, 1.0, 2.0, 1.0]])
-    kept = np.isfinite(sampling.keep_top_k(logits, 2))
-    assert kept.tolist() == [[True, False, True, False], [True, True, True, True]]
-    assert np.isfinite(sampling.keep_top_k(logits, 0)).all()
-    assert np.isfinite(sampling.keep_top_k(logits, 9)).all()
+    logits = [[3.0, 1.0, 2.0, 0.0], [1.0, 1.0, 2.0, 1.0]]
+    assert _kept(logits, top_k=2).tolist() == [[True, False, True, False], [True, True, True, True]]
+    assert _kept(logits, top_k=0).all()
+    assert _kept(logits, top_k=9).all()
 
 
 @pytest.mark.parametrize(
-    ("p", "kept"), [(0.0, [1]), (0.4, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.81, [0, 1, 3]), (1.0, [0, 1, 2, 3])]
+    ("settings", "kept"),
+    [
+        ({"top_p": 0.0}, [1]),
+        ({"top_p": 0.51}, [1, 3]),
+        ({"top_p": 0.79}, [1, 3]),
+        ({"top_p": 0.81}, [0, 1, 3]),
+        ({"top_p": 1.0}, [0, 1, 2, 3]),
+        ({"min_p": 0.25}, [0, 1, 3]),
+        ({"min_p": 0.65}, [1]),
+        ({"top_k": 2, "top_p": 0.6}, [1]),
+    ],
 )
-def test_top_p_keeps_the_smallest_likeliest_set_that_reaches_p(p, kept):
-    logits = jnp.log(jnp.array([[0.15, 0.5, 0.05, 0.3]]))
-    assert np.flatnonzero(np.isfinite(sampling.keep_top_p(logits, p)[0])).tolist() == kept
+def test_top_p_and_min_p_keep_the_likeliest_tokens(settings, kept):
+    logits = np.log(np.float32([[0.15, 0.5, 0.05, 0.3]]))
+    assert np.flatnonzero(_kept(logits, **settings)[0]).tolist() == kept
+
+
+def test_the_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
+    rows = sampling.stack_settings([sampling.Sampling(repetition_penalty=2.0)])
+    logits = sampling.penalize(jnp.array([[4.0, -4.0, 4.0]]), rows, jnp.array([[True, True, False]]))
+    assert logits.tolist() == [[2.0, -8.0, 4.0]]
 
 
 def test_temperature_sharpens_the_distribution_that_is_drawn_from():
     logits = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
-    keys = jax.random.split(jax.random.key(0), 4000)
-    draws = sampling.next_token(jnp.tile(logits, (4000, 1)), keys, sampling.Sampling(temperature=0.5))
+    keys, rows = jax.random.split(jax.random.key(0), 4000), sampling.stack_settings([sampling.Sampling(0.5)] * 4000)
+    draws = _next_tokens(jnp.tile(logits, (4000, 1)), keys, rows, np.zeros((4000, 3), bool))
     want = np.array([0.49, 0.04, 0.01]) / 0.54
     assert_close(np.bincount(draws, minlength=3) / 4000, want, relative=0.03)
 
@@ -157,7 +215,7 @@ def test_texts_keep_their_order_and_do_not_depend_on_their_batch():
     model, params = _model()
     pretrained = types.SimpleNamespace(config=model.config, tokenizer=_Letters())
     prompts = ["abc", "a" * 20, "hello.world", "q", "lowrank", "zz.top"]
-    key, settings = jax.random.key(3), {"max_new": 5, "temperature": 1.0}
+    key, settings = jax.random.key(3), {"max_new": 5, "sampling": sampling.Sampling(temperature=1.0)}
     whole = generate.texts(pretrained, params, prompts, batch_size=6, rng=key, **settings)
     ids = [_Letters().encode(p) for p in prompts]
     small = generate.texts(pretrained, params, ids, batch_size=2, rng=key, **settings)
@@ -165,32 +223,42 @@ def test_texts_keep_their_order_and_do_not_depend_on_their_batch():
     assert all("$" not in text for text in whole)
     free = generate.texts(pretrained, params, prompts[2:4], batch_size=2, rng=key, stop_ids=(), **settings)
     assert [len(text) for text in free] == [5, 5]
+    stop = whole[0][1:3]  # of two tokens
+    cut = generate.texts(pretrained, params, prompts, stop=[stop], rng=key, **settings)
+    assert cut == [text.partition(stop)[0] for text in whole]
     assert generate.texts(pretrained, params, [], max_new=5) == []
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new": 54}, r"a prompt of 11 tokens \+ max_new=54 exceeds the model's 64 positions"),
-        ({"max_new": 0}, "max_new=0"),
-        ({"max_new": 2, "temperature": 1.0}, "needs rng"),
-        ({"max_new": 2, "temperature": -1.0}, "temperature=-1.0"),
-        ({"max_new": 2, "top_k": -1}, "top_k=-1"),
-        ({"max_new": 2, "top_p": 1.5}, "top_p=1.5"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"min_p": -0.1}, "min_p=-0.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
     ],
 )
 def test_settings_out_of_range_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        sampling.Sampling(**options)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_new", "message"),
+    [
+        (LENGTHS, 54, r"a prompt of 11 tokens \+ max_new=54 exceeds the model's 64 positions"),
+        (LENGTHS, 0, "max_new=0"),
+        ((2, 0), 2, "prompt is empty"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused(prompts, max_new, message):
     model, params = _model()
     with pytest.raises(UserError, match=message):
-        _batch(model, params, _prompts(), **options)
-
-
-def test_an_empty_prompt_is_an_error():
-    model, params = _model()
-    with pytest.raises(UserError, match="prompt is empty"):
-        _batch(model, params, [[1, 2], []], 2)
+        _batch(model, params, _prompts(prompts), max_new)
 
 
 def test_prompts_up_to_the_last_position_fit():
     model, params = _model()
-    assert _batch(model, params, _prompts((61, 5)), 3).shape == (2, 3)
+    assert [len(text) for text in _batch(model, params, _prompts((61, 5)), 3)] == [3, 3]

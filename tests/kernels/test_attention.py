@@ -132,7 +132,6 @@ def shapes(length, width=64, dtype=jnp.bfloat16, keys=0):
         ("tpu", shapes(2048), mask_of(CASES["prefix, packed, window"]), "blockwise"),
         ("tpu", shapes(2048), mask_of(CASES["virtual tokens, window"]), "blockwise"),
         ("tpu", shapes(2048), mask_of(CASES["both directions, virtual tokens, prefix"]), "blockwise"),
-        ("tpu", shapes(2048), mask_of(CASES["cache"]), "blockwise"),
     ],
 )
 def test_auto_takes_the_form_for_length_mask_and_platform(platform, inputs, mask, form):

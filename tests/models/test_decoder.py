@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from lowrank.core.errors import UserError
-from lowrank.models import DecoderConfig, init_cache
+from lowrank.models import DecoderConfig
 from lowrank.models.rope import RopeScaling
 from tests.support.close import assert_close
-from tests.support.tiny_models import DECODERS, SIZES, T, decoder, run, sight, tokens
+from tests.support.tiny_models import DECODERS, SIZES, T, decoder, next_features, run, run_in_parts, sight, tokens
 
 PACKED = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
 BACK = np.arange(T)[:, None] - np.arange(T)[None]
@@ -76,29 +76,21 @@ NEOX |= {"rotary_dim": 2, "rope_layers": (True, False)}
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "given"),
+    ("kind", "options"),
     [
-        ("llama", {}, True),
-        ("windowed", {"num_prompt": 2}, False),
-        ("gpt2", {"top_layers": 1}, False),
-        ("gemma", {"num_prompt": 2, "top_layers": 2}, True),
-        ("llama", PHI, True),
-        ("gpt2", {**NEOX, "top_layers": 1}, False),
+        ("llama", {}),
+        ("windowed", {"num_prompt": 2}),
+        ("gpt2", {"top_layers": 1}),
+        ("gemma", {"num_prompt": 2, "top_layers": 2}),
+        ("llama", PHI),
+        ("gpt2", {**NEOX, "top_layers": 1}),
     ],
 )
-def test_decoding_with_a_cache_equals_the_full_forward(kind, options, given):
+def test_decoding_with_a_cache_equals_the_full_forward(kind, options):
     model, params = decoder(kind, **options)
-    ids = tokens(2)
-    segments = np.array([[0] * 3 + [1] * (T - 3), [1] * T], np.int32)  # the first row padded on the left
-    positions = np.maximum(np.cumsum(segments, 1, dtype=np.int32) - 1, 0)
-    full = run(model, params, ids, segments=segments)
-    cache, parts = init_cache(model.config, 2, T + 2), []
-    for part in (slice(0, 7), *(slice(i, i + 1) for i in range(7, T))):
-        at = positions[:, part] if given else None
-        h, cache = run(model, params, ids[:, part], at, segments[:, part], cache)
-        parts.append(h)
-    real = segments[..., None] > 0
-    close(jnp.concatenate(parts, 1) * real, full * real)
+    ids, lengths, parts = tokens(2), (3, 7), (1, 1, 3)
+    full = next_features(run(model, params, ids), lengths, sum(parts))
+    close(run_in_parts(model, params, ids, lengths, parts), full)
 
 
 def test_virtual_tokens_are_seen_from_every_segment():

@@ -1,17 +1,30 @@
-"""Generation and its samplers agree with transformers: the real SmolLM2-135M, and the masks of top-k and top-p."""
+"""Generation and its samplers agree with transformers: the real SmolLM2-135M, alone and with an adapter in peft."""
+
+import dataclasses
 
 import jax
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from lowrank import pretrained
-from lowrank.generation import generate, prompt_batches, sampling
+from lowrank import methods, pretrained
+from lowrank.adapters import peft as adapters
+from lowrank.core import weight
+from lowrank.generation import generate, sampling
 from lowrank.models import build_model
 from lowrank.pretrained import wheels
+from tests.support.close import assert_close
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 NEW = 16
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 PROMPTS = (
@@ -33,36 +46,64 @@ def ours():
     return pretrained.load("smollm2-135m")
 
 
-def expected(model, tokens, segments, stops):
-    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": sorted(stops), "pad_token_id": 2}
-    inputs = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(segments)}
+def expected(model, prompts, stops, **options):
+    """The greedy tokens of transformers, one prompt at a time."""
+    options |= {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": sorted(stops), "pad_token_id": 2}
     with torch.no_grad():
-        out = model.generate(**inputs, **options)[:, tokens.shape[1] :].numpy()
-    return np.pad(out, [(0, 0), (0, NEW - out.shape[1])], constant_values=2)
+        return [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
 
 
-def test_greedy_tokens_of_smollm2_are_those_of_transformers_also_left_padded(ours, theirs):
+def found(base, params, prompts, stops, **options):
+    network = build_model(base.config)
+    return generate.generate(network, params, prompts, max_new=NEW, stop_ids=stops, batch_size=2, **options)
+
+
+def test_greedy_tokens_of_smollm2_are_those_of_transformers_and_peft(ours, theirs, tmp_path):
     stops = (*ours.tokenizer.stop_ids, ours.tokenizer.encode("\n")[0])
-    tokens, segments = prompt_batches.left_pad([ours.tokenizer.encode(p) for p in PROMPTS], ours.tokenizer.pad_id, 8192)
-    assert len(set(segments.sum(1))) == len(PROMPTS)  # so two rows are padded at the least
-    model, options = build_model(ours.config), {"max_new": NEW, "stop_ids": stops, "pad_id": 2}
-    out = np.asarray(generate.generate(model, ours.params, tokens, segments, **options))
-    np.testing.assert_array_equal(out, expected(theirs, tokens, segments, stops))
-    for row, mask, together in zip(tokens, segments, out, strict=True):
-        alone = row[None, mask == 1]
-        np.testing.assert_array_equal(expected(theirs, alone, np.ones_like(alone), stops)[0], together)
+    prompts = [ours.tokenizer.encode(p) for p in PROMPTS]
+    plain = found(ours, ours.params, prompts, stops)
+    assert plain == expected(theirs, prompts, stops)
+    penalized = found(ours, ours.params, prompts, stops, sampling=sampling.Sampling(repetition_penalty=1.4))
+    assert penalized == expected(theirs, prompts, stops, repetition_penalty=1.4)
+
+    group = {"name": "dora", "rank": 4}
+    params = methods.attach(methods.build_method(group), ours.params, jax.random.key(0))
+    params = jax.tree.map(lambda w: moved(w) if weight.is_weight(w) else w, params, is_leaf=weight.is_weight)
+    adapters.save(params, ours, tmp_path / "adapter", method=group)
+    adapted = found(ours, params, prompts, stops)
+    assert adapted == expected(peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval(), prompts, stops)
+    assert adapted != plain
 
 
-@pytest.mark.parametrize("k", [1, 5, 300, 1000])
-def test_top_k_masks_as_transformers_does(k):
-    logits = np.random.default_rng(k).normal(size=(4, 300)).astype(np.float32)
-    logits[1, :7] = logits[1].max()  # ties
-    want = TopKLogitsWarper(k)(None, torch.tensor(logits)).numpy()
-    np.testing.assert_array_equal(jax.jit(sampling.keep_top_k, static_argnums=1)(logits, k), want)
+def moved(w):
+    return dataclasses.replace(w, b=0.02 * jax.random.normal(jax.random.key(1), w.b.shape))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 0.999, 1.0])
-def test_top_p_masks_as_transformers_does(p):
+CASES = {
+    "top-k": {"top_k": 5},
+    "top-k of all": {"top_k": 1000},
+    "top-p of none": {"top_p": 0.0},
+    "top-p": {"top_p": 0.9},
+    "min-p": {"min_p": 0.05},
+    "all": {"temperature": 0.7, "top_k": 100, "top_p": 0.8, "min_p": 0.02},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_filtered_as_transformers_does(name):
+    case = {"temperature": 1.0, **CASES[name]}
     logits = 3 * np.random.default_rng(0).normal(size=(4, 300)).astype(np.float32)
-    want = TopPLogitsWarper(p)(None, torch.tensor(logits)).numpy() if p < 1 else logits
-    np.testing.assert_array_equal(jax.jit(sampling.keep_top_p, static_argnums=1)(logits, p), want)
+    logits[1, :7] = logits[1].max()  # ties
+    want = TemperatureLogitsWarper(case["temperature"])(None, torch.tensor(logits))
+    for key, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
+        want = warper(case[key])(None, want) if key in case else want
+    rows = sampling.stack_settings([sampling.Sampling(**case)] * len(logits))
+    np.testing.assert_array_equal(np.isfinite(jax.jit(sampling.filter_logits)(logits, rows)), np.isfinite(want.numpy()))
+
+
+def test_seen_tokens_are_penalized_as_in_transformers():
+    logits, ids = np.float32([[3.0, -2.0, 1.0, -1.0]]), np.array([[0, 1, 0]])
+    want = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor(ids), torch.tensor(logits)).numpy()
+    rows = sampling.stack_settings([sampling.Sampling(repetition_penalty=1.7)])
+    seen = np.array([[True, True, False, False]])
+    assert_close(sampling.penalize(logits, rows, seen), want)

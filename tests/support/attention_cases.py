@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.models import attention_masks, kv_cache
+from lowrank.models import attention_masks
 from lowrank.models.positions import LayerKind
 
 HEAD = 6
@@ -25,7 +25,6 @@ class Case:
     prefix: int = 0
     prompt: int = 0
     bidirectional: bool = False
-    cached: int = 0  # the tokens that are in a cache of as many slots more than the row has
 
     @property
     def length(self) -> int:
@@ -49,7 +48,6 @@ CASES = {
     "prefix, packed, window": Case(PACKED, prefix=5, window=4),
     "prefix, no segments": Case(9, prefix=3),
     "virtual tokens, window": Case(PADDED, prompt=10, window=12),
-    "cache": Case(PACKED, cached=7, window=6),
     "both directions": Case(PADDED, bidirectional=True),
     "both directions, window": Case(PADDED, bidirectional=True, window=5),
     "both directions, virtual tokens, prefix": Case(PADDED, bidirectional=True, prompt=3, prefix=2),
@@ -69,14 +67,7 @@ def mask_of(case: Case) -> Any:
     )
     if case.bidirectional:
         return attention_masks.bidirectional_inputs(config, rows, case.length + case.prompt)[1].mask
-    cache: Any = None
-    if rows is not None and case.cached:
-        cache = kv_cache.empty_cache({"layers": 1}, len(rows), case.length + 3, case.heads[1], HEAD, "float32")
-        old, rows = rows[:, : case.cached], rows[:, case.cached :]
-        cache = attention_masks.causal_inputs(config, len(rows), case.cached, 0, None, old, cache)[2]
-        cache = dataclasses.replace(cache, index=jnp.int32(case.cached))
-    length, B = case.length - case.cached + case.prompt, 1 if rows is None else len(rows)
-    inputs = attention_masks.causal_inputs(config, B, length, case.prompt, None, rows, cache)[1]
+    inputs = attention_masks.causal_inputs(config, case.length + case.prompt, case.prompt, None, rows)[1]
     return inputs.mask if case.local is None else inputs.of_layer(LayerKind(local=jnp.bool_(case.local))).mask
 
 
@@ -103,8 +94,7 @@ def _row_seen(case: Case, row: tuple[int, ...], window: int) -> list[list[bool]]
         near = not window or (abs(distance) if case.bidirectional else distance) < window
         return same and near and (case.bidirectional or s <= t)
 
-    queries = range(case.prefix + case.cached, len(segments))
-    return [[sees(t, s) for s in range(len(segments))] + [False] * (3 if case.cached else 0) for t in queries]
+    return [[sees(t, s) for s in range(len(segments))] for t in range(case.prefix, len(segments))]
 
 
 def reference(q: Any, k: Any, v: Any, g: Any, see: np.ndarray, scale: float, cap: float) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.core import tree
-from lowrank.models import DecoderConfig, EncoderConfig, build_model
+from lowrank.models import DecoderConfig, EncoderConfig, build_model, init_cache, kv_cache
 
 V, T = 43, 12
 SIZES = {"vocab_size": V, "max_positions": 32, "width": 16, "heads": 4, "hidden": 24}
@@ -80,6 +80,31 @@ def tokens(rows, length=T, seed=0):
 def run(model, params, *args, method="features", **kwargs):
     """`method` of the model, compiled once for each shape of its arguments."""
     return _apply(model, method, params, args, kwargs)
+
+
+def run_in_parts(model, params, ids, lengths, parts):
+    """The features of each row's tokens after its first `lengths`, in parts of these sizes, with a cache.
+
+    The rows are padded on the right, and each has its own place in the cache.
+    """
+    lengths, virtual = np.asarray(lengths, np.int32), model.config.num_virtual_tokens
+    _, entries = run(model, params, ids[:, : max(lengths)], method="prefill")
+    cache = init_cache(model.config, len(ids) + 1, virtual + ids.shape[1])
+    rows = np.arange(len(ids), dtype=np.int32) + 1
+    cache = jax.jit(kv_cache.insert_rows)(cache, entries, rows, lengths + virtual)
+    out, none = [], np.zeros(1, np.int32)
+    for at, size in zip(np.cumsum([0, *parts]), parts, strict=False):
+        columns = lengths[:, None] + at + np.arange(size)
+        new = np.concatenate([none[:, None].repeat(size, 1), np.take_along_axis(ids, columns, 1)])
+        h, cache = run(model, params, new, cache, method="extend")
+        out.append(h[1:])
+    return np.concatenate(out, axis=1)
+
+
+def next_features(features, lengths, count):
+    """The `count` features of each row `[B, T, D]` after its first `lengths`."""
+    columns = np.asarray(lengths)[:, None] + np.arange(count)
+    return np.take_along_axis(np.asarray(features), columns[..., None], axis=1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

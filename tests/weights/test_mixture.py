@@ -205,14 +205,14 @@ def test_generation_routes_once_by_the_prompt_whatever_its_padding():
     """The tokens are those that a whole row gives, whose prompt is marked as in training."""
     model, method, params = prompted()
     ids, new = tokens(1, 5), 3
-    padded = np.concatenate([np.zeros((1, 3), np.int32), ids], axis=1)
-    segments = (padded > 0).astype(np.int32)
-    found = np.asarray(generate.generate(model, params, padded, segments, max_new=new, bind=method.bind))
-    row = np.concatenate([ids, found[:, :-1]], axis=1)
-    ones, prompt = np.ones_like(row), np.arange(row.shape[1])[None] < ids.shape[1]
-    bound = method.bind(params, BatchInfo(ones, prompt=prompt), None)
-    logits = run(model, bound, row, segments=ones, method="__call__")
-    np.testing.assert_array_equal(np.argmax(logits[:, 4:], axis=-1), found)
+    prompts = [ids[0].tolist(), ids[0, :3].tolist()]  # the second one is padded
+    found = np.array(generate.generate(model, params, prompts, max_new=new, bind=method.bind))
+    for prompt, text in zip(prompts, found, strict=True):
+        row = np.array([[*prompt, *text[:-1]]], np.int32)
+        ones, mask = np.ones_like(row), np.arange(row.shape[1])[None] < len(prompt)
+        bound = method.bind(params, BatchInfo(ones, prompt=mask), None)
+        logits = run(model, bound, row, segments=ones, method="__call__")
+        np.testing.assert_array_equal(np.argmax(logits[0, len(prompt) - 1 :], axis=-1), text)
 
 
 def test_milora_trains_the_experts_and_a_router_a_layer():
