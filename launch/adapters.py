@@ -2,13 +2,11 @@
 
 from absl import flags
 
+from launch.run_adapter import adapter_of_run
 from lowrank.adapters import load
-from lowrank.core import schema
 from lowrank.core.errors import UserError
-from lowrank.core.json_types import RunConfig
 from lowrank.core.paths import AnyPath, as_path
 from lowrank.pretrained import Pretrained
-from lowrank.training import loop, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a finished run, whose adapter is read.")
 _ADAPTER = flags.DEFINE_string(
@@ -30,8 +28,5 @@ def _source() -> tuple[AnyPath, str | None]:
         raise UserError("the adapter comes from one folder: give either --workdir=RUN or --adapter=DIR")
     if _ADAPTER.value:
         return as_path(_ADAPTER.value), _BASE.value
-    try:
-        model = schema.decode(as_path(_WORKDIR.value) / workdir.CONFIG, RunConfig)["model"]["name"]
-    except UserError as e:
-        raise UserError(f"{_WORKDIR.value} is not the folder of a run: {e}") from None
-    return as_path(_WORKDIR.value) / loop.ADAPTER, _BASE.value or model
+    folder, model = adapter_of_run(_WORKDIR.value)
+    return folder, _BASE.value or model
