@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
 def table() -> str:
     """All rows as Markdown."""
-    rows = [*step_rows(), *answer_rows(), *nf4_rows(), *gpu_rows()]
+    rows = [*step_rows(), *answer_rows(), *text_rows(), *nf4_rows(), *gpu_rows()]
     head = "| work | machine | ours | strongest XLA form | peers | limit | ratio | range | command |"
     return "\n".join([head, "|---|---|---:|---:|---|---:|---:|---:|---|", *(f"| {' | '.join(row)} |" for row in rows)])
 
@@ -60,6 +60,25 @@ def answer_rows() -> Iterator[Row]:
     machine, ratio = _machine(r), r["peft"] / r["128"]
     times = (f"{r['128']:.2f} s", f"{r['0']:.2f} s, all logits", f"peft {r['peft']:.2f} s")
     yield Row("step, loss on answers", machine, *times, "", f"{ratio:.2f}", "", "`python -m experiments.bench.answers`")
+
+
+def text_rows() -> Iterator[Row]:
+    """Texts beside those of transformers and peft, on every processor."""
+    for processor, results in _results("generate").items():
+        for rows, r in results.items():
+            if rows.isdecimal():
+                peers = f"peft {r['peft_tokens_s']:.0f} tokens/s; transformers, merged {r['merged_tokens_s']:.0f}"
+                yield Row(
+                    f"texts, {rows} at a time",
+                    processor,
+                    f"{r['ours_tokens_s']:.0f} tokens/s",
+                    "",
+                    peers,
+                    "",
+                    f"{r['ratio']:.2f}",
+                    _range(r["ratio_range"]),
+                    "`python -m experiments.bench.generate`",
+                )
 
 
 def nf4_rows() -> Iterator[Row]:
@@ -117,4 +136,5 @@ def _machine(results: dict[str, Any]) -> str:
 
 
 def _results(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
