@@ -4,8 +4,6 @@ import collections
 import os
 import sys
 
-import pytest
-
 from launch import status, sweep, worker
 from launch.engines import local
 from lowrank.core import paths
@@ -45,7 +43,6 @@ sys.exit(Worker(read_folder(as_path(folder)), run, poll=0.05).run())
 """
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each of the two workers takes a core")
 def test_a_killed_worker_loses_no_cell_and_none_counts_twice(files, bucket, tmp_path, monkeypatch, capsys):
     (tmp_path / "study.py").write_text(STUDY)
     url, notes = f"{bucket}/{tmp_path.name}", tmp_path / "notes.txt"
