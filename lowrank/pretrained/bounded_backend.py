@@ -1,6 +1,6 @@
 """A tokenizer backend whose vocabulary has tokens for which the model has no row."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tokenizers
@@ -41,6 +41,20 @@ class BoundedBackend:
             size = plural(self._rows, "token")
             raise UserError(f"a text holds the token {token!r} of id {index}, and the model has {size}")
         return encoding
+
+
+def without_panic(method: Callable[..., Any], *args: Any, **how: Any) -> Any:
+    """What a method of a backend returns. Raises UserError where the library panics.
+
+    Oniguruma ends a search after ten million steps back, and the library then raises what is no Exception.
+    """
+    try:
+        return method(*args, **how)
+    except BaseException as e:
+        if type(e).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(e).split())
+        raise UserError(f"the tokenizer fails on this text, most likely by a regular expression: {reason}") from None
 
 
 def bounded(backend: Any, rows: int) -> Any:

@@ -12,7 +12,7 @@ from lowrank.core.errors import UserError
 from lowrank.core.json_types import TokenizerConfig
 from lowrank.core.paths import is_missing, require_file
 from lowrank.pretrained import chat_template, convert_tokenizer
-from lowrank.pretrained.bounded_backend import bounded
+from lowrank.pretrained.bounded_backend import bounded, without_panic
 from lowrank.pretrained.chat_template import Messages, Rendered
 
 LARGEST = 2**28  # bytes of a `tokenizer.json`; Gemma 3's has 33 million
@@ -55,24 +55,25 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without special tokens around it; special tokens that it spells out are recognized."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return without_panic(self.backend.encode, text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, as `encode` returns them, computed on all cores."""
-        return [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        encodings = without_panic(self.backend.encode_batch, list(texts), add_special_tokens=False)
+        return [e.ids for e in encodings]
 
     def encode_special(self, text: str) -> list[int]:
         """The ids of `text` with the model's special tokens around it: BERT's [CLS] … [SEP], Gemma's <bos>."""
-        return self.backend.encode(text).ids
+        return without_panic(self.backend.encode, text).ids
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
         """The ids of two texts joined by the model's special tokens, and the segment type of each token."""
-        encoded = self.backend.encode(first, second)
+        encoded = without_panic(self.backend.encode, first, second)
         return encoded.ids, encoded.type_ids
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of `ids`; special tokens are left out unless `special`."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special)
+        return without_panic(self.backend.decode, [int(i) for i in ids], skip_special_tokens=not special)
 
     def token(self, i: int) -> str:
         """The text of a special token, or the vocabulary's entry of any other; empty where there is none."""
@@ -80,7 +81,7 @@ class Tokenizer:
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids that `encode` returns, and for each the characters of `text` that it stands for, from and up to."""
-        encoded = self.backend.encode(text, add_special_tokens=False)
+        encoded = without_panic(self.backend.encode, text, add_special_tokens=False)
         return encoded.ids, encoded.offsets
 
     def chat(self, messages: Messages, add_generation_prompt: bool = False, **variables: Any) -> str:
@@ -143,7 +144,7 @@ def _backend(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from None
     try:
-        return tokenizers.Tokenizer.from_file(str(path)), {}
+        return without_panic(tokenizers.Tokenizer.from_file, str(path)), {}
     except Exception as e:  # the library raises nothing narrower
         raise UserError(f"{path} is not a tokenizer: {e}") from None
 
