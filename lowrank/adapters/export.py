@@ -1,6 +1,7 @@
 """An adapted model as a plain Hugging Face checkpoint, and the error of the adapter's update in that dtype."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank import pretrained
-from lowrank.core import tree
+from lowrank.core import files, tree
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.paths import PathLike, as_local_path
 from lowrank.core.typing import PyTree
@@ -60,9 +61,19 @@ def merge_to_hf(
     directory = as_local_path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not an empty directory")
+    forms = {type(w).__name__ for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w) and not is_stored(w)}
+    if dtype in PARAM_DTYPES:
+        files.require_space(directory, plain_bytes(params, dtype))
     plain, report = merged(params, dtype, _requantized(base) if check_codes(codes) == "requantize" else None)
-    pretrained.export(plain, base, directory, dtype=dtype, labels=labels)
+    made = f"A merge of {' and '.join(sorted(forms)) or 'trained leaves'} into a copy"
+    pretrained.export(plain, base, directory, dtype=dtype, labels=labels, made=made)
     return report
+
+
+def plain_bytes(params: PyTree, dtype: str) -> int:
+    """The bytes of the tensors of `params`, each form as its kernel, in a file."""
+    leaves = jax.tree.leaves(params, is_leaf=is_weight)
+    return sum(math.prod(w.shape) for w in leaves) * jnp.dtype(dtype).itemsize
 
 
 def check_codes(codes: str) -> str:

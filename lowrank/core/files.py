@@ -3,11 +3,16 @@
 A path is a local path or one in a bucket, as `paths.as_path` takes it.
 """
 
+import contextlib
+import fcntl
+import functools
 import json
 import os
 import pathlib
+import re
 import secrets
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lowrank.core.errors import UserError
@@ -32,24 +37,76 @@ def write_bytes(path: PathLike, data: bytes) -> AnyPath:
             write_object(path, data)
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = beside_of(path)
-        try:
-            with beside.open("xb") as file:  # its mode follows the umask, which that of mkstemp does not
+        with scratch_beside(path) as beside:
+            with beside.open("r+b") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())  # else a crash after the renaming may leave an empty file
             beside.replace(path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
     return path
 
 
-def beside_of(path: pathlib.Path) -> pathlib.Path:
-    """A name beside `path` that no other process takes, under which what `path` will be is written."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+@contextlib.contextmanager
+def scratch_beside(path: pathlib.Path, folder: bool = False) -> Iterator[pathlib.Path]:
+    """An empty file or folder beside `path`, in which what `path` will be is written; removed unless it is renamed.
+
+    It is locked while this process lives. Those that a killed process left beside `path` are removed.
+    """
+    for old in _leftovers(path.parent).pop(path.name, ()):
+        _remove_abandoned(old)
+    while True:
+        beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+        beside.mkdir() if folder else beside.touch(exist_ok=False)  # modes follow the umask, that of mkstemp does not
+        handle = os.open(beside, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if beside.exists():  # else another process took it for a leftover before it was locked
+            break
+        os.close(handle)
+    try:
+        yield beside
+    finally:
+        os.close(handle)
+        _remove(beside)
+
+
+@functools.cache
+def _leftovers(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+    """The scratch files that are in a folder when this process first writes to it, by the name that they would get."""
+    found: dict[str, list[pathlib.Path]] = {}
+    for path in folder.iterdir():
+        if match := re.fullmatch(r"\.(.+)\.[0-9a-f]{12}", path.name):
+            found.setdefault(match[1], []).append(path)
+    return found
+
+
+def _remove_abandoned(path: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):  # it is gone, it is locked, or nothing can be locked here
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(path)
+        finally:
+            os.close(handle)
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def require_space(path: PathLike, needed: int) -> None:
+    """Raises UserError if the disk on which `path` will be has less than `needed` bytes free."""
+    place = as_path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(f"{path} will take {needed} bytes, and its disk has {free} left: make room, or name another")
 
 
 def sync_folder(folder: pathlib.Path) -> None:
@@ -61,11 +118,12 @@ def sync_folder(folder: pathlib.Path) -> None:
     probe.touch()
     mode = probe.stat().st_mode
     probe.unlink()
-    for path in folder.iterdir():
+    for path in [*folder.iterdir(), folder]:
         if path.is_file():
             path.chmod(mode)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def write_json(path: PathLike, value: Any) -> AnyPath:

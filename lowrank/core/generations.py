@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lowrank.core.errors import UserError
-from lowrank.core.files import beside_of
+from lowrank.core.files import scratch_beside
 from lowrank.core.paths import PathLike, as_path, in_bucket, store_errors
 
 LOCK = ".generations.lock"
@@ -140,15 +140,12 @@ def _folder_lock(folder: pathlib.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _beside(path: pathlib.Path, data: bytes) -> Iterator[pathlib.Path]:
     """A file with the content in the folder of `path`, which is deleted unless it is renamed."""
-    beside = beside_of(path)
-    try:
-        with beside.open("xb") as file:
+    with scratch_beside(path) as beside:
+        with beside.open("r+b") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         yield beside
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _read_object(path: PathLike) -> Version | None:

@@ -6,7 +6,6 @@ updates.
 """
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -162,16 +161,15 @@ def combine_adapters(recipe: Recipe, output: PathLike, *, progress: Progress = i
         "worst": max(errors.values()),
         "ranks": {p: s["r"] for p, s in settings.items()},
     }
-    scratch = files.beside_of(folder)
     try:
-        peft_tensors.write_tensors(scratch, arrays)
-        files.write_json(scratch / REPORT, report)
-        files.write_text(scratch / RECIPE, recipe.text)
-        files.write_json(scratch / peft_config.NAME, dict(sorted(summary.items())))
-        files.sync_folder(scratch)
-        scratch.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with files.scratch_beside(folder, folder=True) as scratch:
+            peft_tensors.write_tensors(scratch, arrays)
+            files.write_json(scratch / REPORT, report)
+            files.write_text(scratch / RECIPE, recipe.text)
+            files.write_json(scratch / peft_config.NAME, dict(sorted(summary.items())))
+            files.sync_folder(scratch)
+            scratch.rename(folder)
     except OSError as e:
         raise UserError(f"cannot write {folder}: {e.strerror or e}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return report

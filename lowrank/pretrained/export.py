@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,13 +46,15 @@ def export(
     labels: Sequence[str] = (),
     shard_bytes: int = SHARD_BYTES,
     scheme: Mapping[str, Any] | None = None,
+    made: str = "Weights",
 ) -> Path:
     """Writes `params`, plain arrays in the tree of `base`, so that transformers loads them; every process must call it.
 
     With a `scheme`, the group that quantized them, `params` may hold codes, which only `pretrained.load` reads
     (`lowrank.pretrained.quantized_checkpoint`). `dtype` is the stored dtype of the other tensors; `labels` name the
-    classes; a file holds at most `shard_bytes`. The directory is written beside its place and renamed. Raises UserError
-    for a directory that is not empty, and for a leaf or an option that a Hugging Face checkpoint cannot hold.
+    classes; a file holds at most `shard_bytes`; `made` is the method in the words of the model card. The
+    directory is written beside its place and renamed. Raises UserError for a directory that is not empty, for a disk
+    without room, and for a leaf or an option that a Hugging Face checkpoint cannot hold.
     """
     directory = as_local_path(directory)
     if dtype not in PARAM_DTYPES:
@@ -66,25 +67,23 @@ def export(
     if scheme:
         config["quantization_config"] = quantized_checkpoint.quantization_config(scheme, leaves)
         tensors, leaves = quantized_checkpoint.expand_forms(tensors, leaves)
-    shards = _shards(tensors, leaves, jax.numpy.dtype(dtype).itemsize, shard_bytes)
+    shards = _shards(tensors, leaves, dtype, shard_bytes)
+    files.require_space(directory, sum(_bytes(part, leaves, dtype) for shard in shards for part in shard))
     if jax.process_index():
         for shard in shards:
             _arrays(shard, leaves, dtype)
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = files.beside_of(directory)
     try:
-        scratch.mkdir()
-        _write_shards(scratch, shards, leaves, dtype)
-        base.tokenizer.save(scratch)
-        (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        companions.write(base, scratch)
-        files.sync_folder(scratch)
-        scratch.rename(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with files.scratch_beside(directory, folder=True) as scratch:
+            _write_shards(scratch, shards, leaves, dtype)
+            base.tokenizer.save(scratch)
+            (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            companions.write(base, scratch, directory.name, made)
+            files.sync_folder(scratch)
+            scratch.rename(directory)
     except (OSError, SafetensorError) as e:
         raise UserError(f"cannot write {directory}: {e}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return directory
 
 
@@ -133,12 +132,17 @@ def _check_leaves(leaves: Mapping[str, Any], base: Pretrained) -> list[Tensor]:
     return tensors
 
 
-def _shards(tensors: Sequence[Tensor], leaves: Mapping[str, Any], itemsize: int, limit: int) -> list[list[Part]]:
+def _bytes(part: Part, leaves: Mapping[str, Any], dtype: str) -> int:
+    """The bytes that a tensor takes in a file."""
+    leaf = leaves[part[1].leaf]
+    return leaf.size * (leaf.dtype if part[1].dtype else jax.numpy.dtype(dtype)).itemsize // len(part[1].places)
+
+
+def _shards(tensors: Sequence[Tensor], leaves: Mapping[str, Any], dtype: str, limit: int) -> list[list[Part]]:
     shards: list[list[Part]] = [[]]
     space = limit
     for part in _parts(tensors):
-        leaf = leaves[part[1].leaf]
-        size = leaf.size * (leaf.dtype.itemsize if part[1].dtype else itemsize) // len(part[1].places)
+        size = _bytes(part, leaves, dtype)
         if size > space and shards[-1]:
             shards.append([])
             space = limit

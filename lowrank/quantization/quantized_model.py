@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank import data, pretrained
-from lowrank.core import tree
+from lowrank.core import files, tree
 from lowrank.core.errors import UserError
 from lowrank.core.paths import PathLike, as_local_path
 from lowrank.core.typing import PyTree
@@ -41,17 +41,23 @@ def write_quantized(
     """
     directory, group = as_local_path(directory), scheme_group(scheme)
     build_rounding(group)
+    made = f"Codes of {group['name']}"
     if group["name"] not in CALIBRATORS:
+        shapes = pretrained.describe(model, quantized=group, param_dtype=dtype)[2]
+        files.require_space(directory, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)))
         base = pretrained.load(model, quantized=group, param_dtype=dtype)
-        return pretrained.export(base.params, base, directory, dtype=dtype, scheme=group)
+        return pretrained.export(base.params, base, directory, dtype=dtype, scheme=group, made=made)
     if text is None:
         raise UserError(
             f"{group['name']} needs data to calibrate by: name a source of records, with --data or as `text`"
         )
-    config, tokenizer, _ = pretrained.describe(model)
+    config, tokenizer, shapes = pretrained.describe(model)
+    least = sum(leaf.size for leaf in jax.tree.leaves(shapes)) * calibration_options(group)["bits"] // 8
+    files.require_space(directory, least)
     batches = calibration_batches(text, tokenizer, config, rows)
     base = pretrained.load(model, param_dtype=dtype)
-    return pretrained.export(quantize_calibrated(base, group, batches), base, directory, dtype=dtype, scheme=group)
+    params = quantize_calibrated(base, group, batches)
+    return pretrained.export(params, base, directory, dtype=dtype, scheme=group, made=made)
 
 
 def quantize_calibrated(base: Pretrained, group: Mapping[str, Any], batches: Sequence[TokenRows]) -> PyTree:

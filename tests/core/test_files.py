@@ -5,10 +5,9 @@ import json
 import pytest
 
 from lowrank.adapters import adapter_files, peft
-from lowrank.core import files
+from lowrank.core import files, schema
 from lowrank.core.errors import UserError
 from lowrank.data.sources import open_source
-from lowrank.pretrained import hf_files
 
 DEEP = "[" * 200_000 + "]" * 200_000
 BAD = {"deep": f'{{"a": {DEEP}}}', "long": f'{{"a": {"9" * 5000}}}', "cut": '{"a": 1', "other": "{'a': 1}"}
@@ -23,7 +22,7 @@ def test_what_cannot_be_read_is_a_value_error(text):
 @pytest.mark.parametrize("name", BAD)
 def test_every_reader_names_the_file(tmp_path, name):
     readers = {
-        "config.json": lambda: hf_files.read_json(tmp_path / "config.json"),
+        "config.json": lambda: schema.decode(tmp_path / "config.json"),
         "summary.json": lambda: files.read_json(tmp_path / "summary.json"),
         "adapter_config.json": lambda: peft.describe_adapter(tmp_path),
         "quantized_base.json": lambda: adapter_files.base_of(tmp_path),
@@ -39,3 +38,26 @@ def test_a_record_is_named_by_its_line(tmp_path, name):
     (tmp_path / "a.jsonl").write_text(f"{json.dumps({'text': 'a'})}\n{BAD[name]}\n")
     with pytest.raises(UserError, match=r"a\.jsonl:2: the line"):
         open_source(f"jsonl:{tmp_path}/a.jsonl", "train", tmp_path)
+
+
+def test_what_a_kill_left_beside_a_file_is_removed_by_the_next_run(tmp_path):
+    (tmp_path / ".a.json.0123456789ab").write_text("half")  # the lock ended with its process
+    (tmp_path / ".a.json.abcdefabcdef").mkdir()
+    (tmp_path / ".b.json.0123456789ab").touch()  # of another file
+    files.write_json(tmp_path / "a.json", {"x": 1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.json.0123456789ab", "a.json"]
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path):
+    with files.scratch_beside(tmp_path / "a", folder=True) as folder:
+        files._leftovers.cache_clear()
+        with files.scratch_beside(tmp_path / "a") as file:
+            assert folder.is_dir()
+            assert file.read_bytes() == b""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_named_with_both_sizes(tmp_path):
+    with pytest.raises(UserError, match=rf"x will take {2**62} bytes, and its disk has \d+ left"):
+        files.require_space(tmp_path / "not" / "yet" / "x", 2**62)
+    files.require_space(tmp_path, 1)
