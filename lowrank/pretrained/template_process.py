@@ -45,7 +45,9 @@ class TemplateProcess:
         return text
 
     def _running(self) -> Any:
-        if self._owner != os.getpid() or self._process is None or self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is not None:
+            self.stop()
+        if self._owner != os.getpid() or self._process is None:
             command = [sys.executable, "-P", template_worker.__file__]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             self._process = subprocess.Popen(command, **pipes, start_new_session=True)  # Ctrl-C is not for it

@@ -43,7 +43,11 @@ def test_the_config_and_tokenizer_come_along(tmp_path, llama):
     assert again.config == llama.config
     assert again.tokenizer.encode("w4 w9") == llama.tokenizer.encode("w4 w9")
     assert again.hf_config["architectures"] == ["LlamaForCausalLM"]
+    card = (out / "README.md").read_text()
+    assert f'base_model: "{llama.name}"' in card
+    assert "license:  # fill it in" in card
     assert {p.name for p in out.iterdir()} == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
