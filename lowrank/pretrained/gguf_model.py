@@ -72,7 +72,10 @@ class GGUFSource:
         self.arch = self.file.get("general.architecture")
         if self.arch not in MODEL_TYPES:
             raise unknown("GGUF architecture", self.arch, MODEL_TYPES)
-        config = _hf_config(self.file, self.arch)
+        try:
+            config = _hf_config(self.file, self.arch)
+        except ArithmeticError as e:  # a size of zero
+            raise UserError(f"{path}: its metadata cannot be used: {e}") from None
         schema.check(self.where, config, ModelConfig)
         check_sizes(self.where, config, self.file.tensors)
         self.hf_config = config | FAMILIES[config["model_type"]].hf_config(hf_files.parse_config(self.where, config))

@@ -20,6 +20,7 @@ from lowrank.pretrained.tensor_reader import StoredTensor, read_array, refuse_po
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 # The dtypes of the arrays of quantized kernels.
 CODES = {"U8": np.uint8, "I8": np.int8, "I32": np.int32, "F32": np.float32, "BF16": ml_dtypes.bfloat16}
@@ -29,10 +30,18 @@ CODES |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 def parse_config(where: str, hf_config: Mapping[str, Any]) -> Config:
     """A `config.json` as our config. Raises UserError naming `where` for a config that cannot be used."""
     try:
-        return family_of(hf_config).config(hf_config)
+        return _check_numbers(family_of(hf_config).config(hf_config))
     except (ValueError, TypeError, LookupError, ArithmeticError) as e:
         reason = str(e) if isinstance(e, UserError) else f"its config cannot be used: {e!r}"
         raise UserError(f"{where}: {reason}") from None
+
+
+def _check_numbers(config: Config) -> Config:
+    """Raises UserError naming the first number that float32, in which models compute, cannot hold."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+            raise UserError(f"its config gives the model a {name} of {value}, beyond float32")
+    return config
 
 
 def has_tensors(directory: Path) -> bool:

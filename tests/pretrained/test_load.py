@@ -263,6 +263,7 @@ def test_a_bad_config_file_is_named(llama, file, text):
         ({"hidden_size": "wide"}, "hidden_size must be a whole number or null, not 'wide'"),
         ({"num_attention_heads": 0}, "its config cannot be used: ZeroDivisionError"),
         ({"hidden_act": "swoosh"}, "unknown activation"),
+        ({"rms_norm_eps": 1e300}, "its config gives the model a norm_eps of 1e.300, beyond float32"),
         ({"model_type": ["llama"]}, "model_type must be text or null, not \\['llama'\\]"),
     ],
 )
