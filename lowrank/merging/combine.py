@@ -178,7 +178,9 @@ def _digest(merge: Plan) -> str:
 def _selected(recipe: Recipe, folder: Path, score: Score | None) -> Recipe:
     """The recipe with the models that its rule selects by their score."""
     if score is None:
-        raise UserError(f"{recipe.method} needs a held-out score: give score: {{data: ..., template: ...}}")
+        raise UserError(
+            f"{recipe.method} needs a held-out score, which only Python gives: combine(recipe, output, score=...)"
+        )
     if len(recipe.slices) != 1:
         raise UserError(f"{recipe.method} selects whole models: list them in models, not in slices")
     (part,) = recipe.slices

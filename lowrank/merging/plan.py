@@ -1,6 +1,7 @@
 """The plan of a merge: every tensor of the result, what it is made of and with which options, before one is read."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,6 +200,9 @@ def _plan_tensor(
     found = tuple(
         _statistics(recipe, source, tensor, shape) for source, tensor in zip(role.sources, merged, strict=True)
     )
+    if len({tuple(statistics) for statistics in found}) > 1:
+        lacking = min(zip(found, role.sources, strict=True), key=lambda pair: len(pair[0]))[1]
+        raise UserError(f"{lacking.statistics} lacks statistics of {name} that those of other models have")
     return PlannedTensor(name, shape, merged, inputs[0] if role.base else None, shared, own, found)
 
 
@@ -215,20 +219,24 @@ def _statistics(recipe: Recipe, source: Source, tensor: Input, shape: tuple[int,
     if not kind:
         return {}
     if not source.statistics:
-        raise UserError(
-            f"{recipe.method} needs the statistics of {source.model}: give statistics: FILE.safetensors with it"
-        )
-    stored = hf_files.open_file(Path(source.statistics))
+        needed = f"{recipe.method} needs the statistics of {source.model}"
+        raise UserError(f"{needed}: give statistics: FILE.safetensors with it")
+    stored = _open_statistics(source.statistics)
     if kind == "fisher" and tensor.name not in stored:
         raise UserError(f"{source.statistics} lacks {tensor.name!r}{nearest(tensor.name, stored)}")
-    found = {kind: stored[tensor.name]} if tensor.name in stored else {}
-    if f"{tensor.name}.output_gram" in stored:
-        found["output_gram"] = stored[f"{tensor.name}.output_gram"]
-    if kind == "fisher" and stored[tensor.name].shape != shape:
-        raise UserError(
-            f"{source.statistics}: {tensor.name} has shape {list(stored[tensor.name].shape)}, not {list(shape)}"
-        )
+    names = {kind: tensor.name, "output_gram": f"{tensor.name}.output_gram"}
+    found = {key: stored[name] for key, name in names.items() if name in stored}
+    fits = {"fisher": [shape], "gram": [(n, n) for n in shape], "output_gram": [(n, n) for n in shape]}
+    for key, statistic in found.items():
+        if statistic.shape not in fits[key]:
+            size = f"{names[key]} has shape {list(statistic.shape)}"
+            raise UserError(f"{source.statistics}: {size}, which does not fit a tensor of shape {list(shape)}")
     return found
+
+
+@functools.lru_cache(maxsize=64)
+def _open_statistics(path: str) -> Mapping[str, StoredTensor]:
+    return hf_files.open_file(Path(path))
 
 
 def _check_whole(recipe: Recipe, planned: Sequence[PlannedTensor]) -> None:

@@ -59,7 +59,6 @@ class _Recipe(TypedDict, total=False):
     preset: str
     seed: int
     adapter: dict[str, Any]
-    score: dict[str, Any]
 
 
 class ModelSpec(NamedTuple):
@@ -112,7 +111,6 @@ class Recipe:
     pad_to_multiple_of: int
     chat_template: str | None
     adapter: Mapping[str, Any] | None
-    score: Mapping[str, Any]
     text: str
 
     @property
@@ -168,7 +166,6 @@ def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
         tokenizer.get("pad_to_multiple_of", 1),
         raw.get("chat_template"),
         raw.get("adapter"),
-        raw.get("score") or {},
         text,
     )
 

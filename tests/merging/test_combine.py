@@ -195,6 +195,52 @@ def test_a_greedy_soup_is_selected_by_the_score_of_candidates(models, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
+def test_depth_up_scaling_stacks_a_model_on_itself(models, tmp_path):
+    """SOLAR: n layers become 2 (n - m), 48 of 32 with m = 8."""
+    n, m = 3, 1
+    slices = [{"sources": [{"model": "a", "layer_range": span}]} for span in ([0, n - m], [m, n])]
+    merge = plan(recipe(models, merge_method="passthrough", slices=slices))
+    assert merge.hf_config["num_hidden_layers"] == 2 * (n - m)
+    layers = [t.inputs[0].name for t in merge.tensors if t.name.endswith("q_proj.weight")]
+    assert layers == [Q.format(i) for i in (0, 1, 1, 2)]
+
+
+def statistics(models, folder, kind):
+    """`{model: (file, arrays)}` of positive numbers, or of Gram matrices of the kernels' inputs."""
+    found = {}
+    for seed, name in enumerate("ab"):
+        rng, arrays = np.random.default_rng(seed), {}
+        for key, x in tensors(models[name]).items():
+            if kind == "fisher":
+                arrays[key] = rng.random(x.shape).astype(np.float32)
+            elif x.ndim == 2 and "embed" not in key:
+                rows = rng.standard_normal((40, x.shape[1])).astype(np.float32)
+                arrays[key] = rows.T @ rows / 40
+        save_file(arrays, folder / f"{name}.safetensors")
+        found[name] = (str(folder / f"{name}.safetensors"), arrays)
+    return found
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean", "mats"])
+def test_rules_with_statistics(method, models, tmp_path):
+    found = statistics(models, tmp_path, RULES[method].statistics)
+    listed = [{"model": n, "statistics": found[n][0]} for n in "ab"]
+    parameters = {"regmean": {"alpha": 1.0}}.get(method, {})
+    result = merged(models, tmp_path / "m", merge_method=method, models=listed, parameters=parameters)
+    a, b = (np.float64(tensors(models[n])[Q.format(0)]) for n in "ab")
+    g, h = (np.float64(found[n][1][Q.format(0)]) for n in "ab")
+    expected = (g * a + h * b) / (g + h) if method == "fisher" else np.linalg.solve(g + h, g @ a.T + h @ b.T).T
+    assert_close(result[Q.format(0)], expected, relative=2e-5)
+    if method != "fisher":
+        bias = "model.layers.0.self_attn.q_proj.bias"
+        assert_close(result[bias], (tensors(models["a"])[bias] + tensors(models["b"])[bias]) / 2)
+    partial = {k: v for k, v in found["b"][1].items() if k != Q.format(0)}
+    save_file(partial, tmp_path / "partial.safetensors")
+    listed[1]["statistics"] = str(tmp_path / "partial.safetensors")
+    with pytest.raises(UserError, match=r"partial.safetensors lacks .*model.layers.0.self_attn.q_proj.weight"):
+        plan(recipe(models, merge_method=method, models=listed))
+
+
 def copied(models, tmp_path, name="a"):
     folder = tmp_path / "changed"
     shutil.copytree(models[name], folder)
