@@ -25,7 +25,7 @@ from lowrank.core.errors import UserError, plural
 from lowrank.core.exit_codes import STOPPED
 from lowrank.core.paths import AnyPath, as_path, is_folder
 from lowrank.core.typing import Tokenizer
-from lowrank.generation.generate import complete, encode_prompt, key_data
+from lowrank.generation.generate import complete, key_data
 from lowrank.generation.generator import BATCH, Request, check_request
 from lowrank.generation.prompt_file import Prompt, TextFile, read_prompts
 from lowrank.generation.sampling import Sampling
@@ -122,9 +122,7 @@ def write_prompt(options: argparse.Namespace) -> None:
     voices = _voices(options)
     for name, voice in voices.items():
         tokenizer = voice.pretrained.tokenizer
-        ids = encode_prompt(
-            tokenizer, Prompt("--prompt", {"prompt": options.prompt}).render(tokenizer, options.as_chat)
-        )
+        ids = Prompt("--prompt", {"prompt": options.prompt}).encode(tokenizer, options.as_chat)
         print(f"[{name}] " if len(voices) > 1 else "", end="", flush=True)
         with interruptible() as interrupted:
             show = lambda part: print(part, end="", flush=True)  # noqa: E731
@@ -145,7 +143,7 @@ def write_file(options: argparse.Namespace) -> None:
     check_decoder(model)
     tokenizer, requests, start, total = model.tokenizer, [], time.monotonic(), 0
     for prompt, key in left:
-        ids = encode_prompt(tokenizer, prompt.render(tokenizer, options.as_chat))
+        ids = prompt.encode(tokenizer, options.as_chat)
         requests.append(_request(options, tokenizer, ids, key))
         try:
             check_request(model.config, requests[-1])

@@ -41,4 +41,5 @@ class Conversation:
 
     def _encode(self, turns: list[dict[str, str]]) -> list[int]:
         system: list[Mapping[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
-        return encode_prompt(self.tokenizer, self.tokenizer.chat([*system, *turns], add_generation_prompt=True))
+        text = self.tokenizer.chat([*system, *turns], add_generation_prompt=True)
+        return encode_prompt(self.tokenizer, text, start=False)

@@ -65,9 +65,12 @@ def key_data(rng: jax.Array | None, rows: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(keys))
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a prompt, after the start token if the tokenizer puts one before a text."""
-    return encode.encode_pieces(tokenizer, [(text, False)])[0]
+def encode_prompt(tokenizer: Tokenizer, text: str, start: bool = True) -> list[int]:
+    """The ids of a prompt, with `start` after the token that the tokenizer puts before a text.
+
+    A chat template writes that token itself.
+    """
+    return encode.encode_pieces(tokenizer, [(text, False)], start)[0]
 
 
 def texts(

@@ -10,10 +10,10 @@ from lowrank.core.errors import UserError, nearest
 from lowrank.core.paths import PathLike, as_local_path
 from lowrank.core.typing import Tokenizer
 from lowrank.data.chat import VARIABLES
-from lowrank.data.jsonl import Jsonl
-from lowrank.data.templates import MESSAGES
+from lowrank.data.sources import open_source
+from lowrank.generation.generate import encode_prompt
 
-PROMPT, LINE, SETTINGS = "prompt", "line", "settings"  # fields of records
+PROMPT, MESSAGES, LINE, SETTINGS = "prompt", "messages", "line", "settings"  # fields of records
 
 
 class Prompt(NamedTuple):
@@ -32,16 +32,17 @@ class Prompt(NamedTuple):
         """Its text, or its turns."""
         return self.record.get(PROMPT, self.record.get(MESSAGES))
 
-    def render(self, tokenizer: Tokenizer, as_chat: bool = False) -> str:
-        """The text that a model continues: turns as the chat template writes them, and with `as_chat` a prompt too."""
+    def encode(self, tokenizer: Tokenizer, as_chat: bool = False) -> list[int]:
+        """The ids that a model continues: turns as the chat template writes them, and with `as_chat` a prompt too."""
         if PROMPT in self.record and not as_chat:
-            return self.record[PROMPT]
+            return encode_prompt(tokenizer, self.record[PROMPT])
         messages = self.record.get(MESSAGES) or [{"role": "user", "content": self.record[PROMPT]}]
         variables = {name: self.record[name] for name in VARIABLES if self.record.get(name) is not None}
         try:
-            return tokenizer.chat(messages, add_generation_prompt=True, **variables)
+            text = tokenizer.chat(messages, add_generation_prompt=True, **variables)
         except UserError as e:
             raise UserError(f"{self.where}: {e}") from None
+        return encode_prompt(tokenizer, text, start=False)
 
 
 def read_prompts(path: PathLike) -> list[Prompt]:
@@ -50,7 +51,7 @@ def read_prompts(path: PathLike) -> list[Prompt]:
     if not path.is_file():
         close = nearest(path.name, (p.name for p in paths.children(path.parent)))
         raise UserError(f"{path} is not a file{close}: give a JSONL file with a field 'prompt' or 'messages'")
-    source = Jsonl(str(path), "train")
+    source = open_source(f"jsonl:{path}", "train", path.parent)
     prompts = [Prompt(source.where(i), source[i]) for i in range(len(source))]
     if not prompts:
         raise UserError(f"{path} holds no prompts: each line is an object with a field 'prompt' or 'messages'")
