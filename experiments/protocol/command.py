@@ -24,8 +24,8 @@ from experiments.protocol.table import conclusion, write_table
 from launch import command, sweep
 from lowrank.core.errors import UserError
 from lowrank.core.files import write_bytes
-from lowrank.core.paths import AnyPath, as_path
-from lowrank.sweeps.folder import read_folder
+from lowrank.core.paths import AnyPath, as_path, exists
+from lowrank.sweeps.folder import RECORD, read_folder
 from lowrank.sweeps.status import Status
 
 
@@ -68,6 +68,9 @@ def _run_phase(
         code = sweep.main([study, f"--folder={folder}", f"--workers={args.workers}", *changes])
         if code not in (0, 1):
             return code
+    elif not exists(folder / RECORD):
+        print(f"the phase {phase} has not started: there is no study in {folder}")
+        return 1
     status = Status(read_folder(folder))
     if not status.finished:
         print(f"{status.headline()}: the same command continues")

@@ -91,6 +91,8 @@ def run(tmp_path, monkeypatch):
 
 
 def test_a_study_searches_its_rates_and_writes_the_table_of_the_best(run, tmp_path, capsys):
+    assert run("--workers=0") == 1
+    assert "the phase rates has not started" in capsys.readouterr().out
     assert run() == 0
     rates = list(csv.DictReader((tmp_path / "results" / "rates.csv").read_text().splitlines()))
     assert [(line["trained"], line["lr"], line["edge"]) for line in rates] == [
