@@ -60,27 +60,38 @@ def test_arguments_that_do_not_fit_are_refused(connected, given, variables, mess
         connected(given, variables)
 
 
-def launch(code, count=3):
+def launch(code, count=3, marker=""):
     """`(exit code, stderr)` of a launcher whose processes run Python code, in which `i` is their index."""
-    child = f"import os, signal, time; i = int(os.environ['JAX_PROCESS_ID']); {code}"
+    child = f"import os, signal, time; i = int(os.environ['JAX_PROCESS_ID']); marker = {str(marker)!r}; {code}"
     start = f"sys.exit(p.run_locally({count}, {[sys.executable, '-c', child]}))"
     parent = f"import sys; from launch import processes as p; p.GRACE = 0.1; {start}"
     done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, timeout=120)
     return done.returncode, done.stderr
 
 
+ABORT_AFTER_PROCESS_0 = """
+if i == 0:
+    open(marker, 'x').close()
+    os.kill(os.getpid(), 9)
+while not os.path.exists(marker):
+    time.sleep(0.01)
+time.sleep(0.3)
+os.abort()
+"""
+
+
 @pytest.mark.parametrize(
     ("code", "returncode", "said"),
     [
         ("time.sleep(600) if i != 1 else os.kill(os.getpid(), 9)", 128 + 9, "process 1 of 3 was killed by SIGKILL"),
-        ("os.abort() if i else os.kill(os.getpid(), 9)", 128 + 9, "process 0 of 3 was killed by SIGKILL"),
+        (ABORT_AFTER_PROCESS_0, 128 + 9, "process 0 of 3 was killed by SIGKILL"),
         ("time.sleep(600) if i else exit(2)", 2, "process 0 of 3 ended with exit code 2"),
         (f"exit({STOPPED})", STOPPED, ""),
         ("assert os.environ['JAX_NUM_PROCESSES'] == '3'", 0, ""),
     ],
 )
-def test_the_launcher_names_the_process_that_fails_and_ends_the_others(code, returncode, said):
-    found, stderr = launch(code)
+def test_the_launcher_names_the_process_that_fails_and_ends_the_others(code, returncode, said, tmp_path):
+    found, stderr = launch(code, marker=tmp_path / "process 0 ends")
     assert found == returncode
     assert stderr == (f"error: {said}; the others are ended\n" if said else "")
 
