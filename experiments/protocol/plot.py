@@ -1,5 +1,6 @@
 """The plot of a study that has no other: a line for each row."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from experiments import plotting
@@ -25,14 +26,13 @@ def plot_rows(experiment: Experiment, rows: Sequence[Mapping[str, str]]) -> byte
 def draw_ranges(names: Sequence[str], ranges: Sequence[tuple[float, float, float]], label: str) -> bytes:
     """`(middle, low, high)` of every row on a logarithmic axis with base 2, as PNG; NaN leaves a row empty."""
     figure, [axes] = plotting.make_figure(width=6.4, height=0.8 + 0.28 * len(names))
-    middles, lows, highs = (list(column) for column in zip(*ranges, strict=True))
-    spread = [
-        [m - low for m, low in zip(middles, lows, strict=True)],
-        [h - m for m, h in zip(middles, highs, strict=True)],
-    ]
-    axes.errorbar(middles, range(len(names)), xerr=spread, fmt=plotting.MARKERS[0], color=plotting.COLORS[0])
+    known = [(place, *of) for place, of in enumerate(ranges) if not any(map(math.isnan, of))]
+    for place, middle, low, high in known:
+        look = {"fmt": plotting.MARKERS[0], "color": plotting.COLORS[0]}
+        axes.errorbar([middle], [place], xerr=[[middle - low], [high - middle]], **look)
     axes.set_yticks(range(len(names)), list(names))
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xscale("log", base=2)
+    if known:  # an axis without a value cannot be logarithmic
+        axes.set_xscale("log", base=2)
     axes.set_xlabel(label)
     return plotting.to_png(figure)

@@ -15,7 +15,7 @@ from experiments.formats_task.study import score_texts
 from experiments.intrinsic_dimension import bisection, command, search, table
 from experiments.ladder import questions
 from experiments.ladder import study as ladder
-from experiments.protocol import measures, models
+from experiments.protocol import measures, models, plot
 from lowrank import pretrained
 from lowrank.core.files import write_json
 from lowrank.sweeps import results as sweep_results
@@ -87,6 +87,11 @@ def test_every_plot_is_drawn_from_the_rows_of_its_tables(name):
     study = importlib.import_module(f"experiments.{name}.study").EXPERIMENT
     rows = [collections.defaultdict(lambda: "1.5", row.labels) for row in study.small.rows]
     assert study.plot(study, rows).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("found", [(20.0, 16.0, 25.0), (math.nan, math.nan, math.nan)])
+def test_a_range_is_drawn_where_the_search_found_one(found):
+    assert plot.draw_ranges(["found or not", "never"], [found, (math.nan,) * 3], "d90").startswith(b"\x89PNG")
 
 
 def test_a_few_shot_prompt_shows_answered_examples_first():
