@@ -11,7 +11,8 @@ import numpy as np
 from lowrank.core.errors import UserError
 from lowrank.merging.recipe import ModelSpec
 from lowrank.pretrained import hf_files
-from lowrank.pretrained.resolve import DirectorySource, resolve_checkpoint
+from lowrank.pretrained.families import family_of
+from lowrank.pretrained.resolve import resolve_checkpoint
 from lowrank.pretrained.tensor_reader import StoredTensor, check_finite
 
 CHUNK = 1 << 16  # entries that are read at once
@@ -25,17 +26,11 @@ class Checkpoint:
     """The tensors of one model. Only headers are read until `read` is called."""
 
     def __init__(self, spec: ModelSpec):
-        """Raises UserError for a model that cannot be resolved, is not a folder, or holds codes."""
+        """Raises UserError for a model that cannot be resolved, or that holds codes; those of a GGUF file are read."""
         source = resolve_checkpoint(spec.path, revision=spec.revision)
-        if not isinstance(source, DirectorySource):
-            raise UserError(f"{spec.path} is not a Hugging Face folder, which merging needs: convert it first")
-        self.spec, self.name, self.folder = spec, source.name, Path(source.path)
+        self.spec, self.name, self.source, self.folder = spec, source.name, source, Path(source.where)
         self.hf_config = dict(source.hf_config)
-        self.tensors = {
-            name: tensor
-            for name, tensor in hf_files.open_directory(self.folder).items()
-            if not re.fullmatch(BUFFERS, name)
-        }
+        self.tensors = {name: tensor for name, tensor in self._open().items() if not re.fullmatch(BUFFERS, name)}
         for name, tensor in self.tensors.items():
             if not tensor.readable:
                 raise UserError(
@@ -45,6 +40,18 @@ class Checkpoint:
         self.prefix, self.depth = _layers(self.hf_config, self.tensors)
         if self.tied and (heads := [n for n in self.tensors if n.endswith("lm_head.weight")]):
             del self.tensors[heads[0]]  # a copy, which loaders ignore
+
+    def _open(self) -> dict[str, StoredTensor]:
+        """All tensors as they are stored; those of a GGUF file under their Hugging Face names."""
+        if self.folder.is_dir():
+            return hf_files.open_directory(self.folder)
+        family, config = family_of(self.hf_config), hf_files.parse_config(self.source.where, self.hf_config)
+        tensors = self.source.tensors([name for tensor in family.tensors(config) for name in tensor.names])
+        if flipped := [name for name, tensor in tensors.items() if tensor.flipped]:
+            raise UserError(
+                f"{self.spec}: {flipped[0]!r} is transposed in a GGUF file: convert it to safetensors first"
+            )
+        return tensors
 
     @property
     def tied(self) -> bool:
@@ -56,7 +63,8 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """The dtype of its largest tensor."""
-        return DTYPE_NAMES[max(self.tensors.values(), key=lambda t: np.prod(t.shape, dtype=np.int64)).dtype]
+        largest = max(self.tensors.values(), key=lambda t: np.prod(t.shape, dtype=np.int64))
+        return DTYPE_NAMES.get(largest.dtype, "float32")  # float32 for the codes of a GGUF file
 
     def layer_name(self, layer: int, rest: str) -> str:
         """The name of a tensor of a layer."""

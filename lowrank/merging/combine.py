@@ -169,7 +169,8 @@ def _survey(merge: Plan) -> Any:
 def _digest(merge: Plan) -> str:
     stamps = []
     for spec, checkpoint in merge.checkpoints.items():
-        paths = sorted(checkpoint.folder.glob("*.safetensors"))
+        folder = checkpoint.folder
+        paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
         stamps.append([str(spec), [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in paths]])
     names = [[t.name, t.shape, [list(map(str, i)) for i in t.inputs]] for t in merge.tensors]
     return digest_of(merge.recipe.text, stamps, names, merge.dtype)
@@ -213,6 +214,8 @@ def _write_companions(merge: Plan, out: Output) -> dict[str, Any]:
     for name in (*TOKENIZER_FILES, *VOCABULARIES, GENERATION):
         if (folder / name).exists():
             shutil.copyfile(folder / name, out.scratch / name)
+    if not folder.is_dir():
+        merge.first.source.tokenizer().save(out.scratch)
     if merge.vocabulary:
         merge.vocabulary.write(out.scratch)
     if recipe.chat_template and recipe.chat_template != "auto":

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.core import files
-from lowrank.merging.blocks import blocks
+from lowrank.merging.blocks import blocks, products
 from lowrank.merging.recipe import ModelSpec
 from lowrank.merging.rule import Group
 
@@ -26,13 +26,13 @@ def measure(group: Group) -> dict[str, Any]:
     """
     flat = [x.reshape(-1) for x in group.tensors]
     base = group.base.reshape(-1) if group.base is not None else None
-    products, conflicts = np.zeros((len(flat), len(flat))), 0
+    gram, conflicts = np.zeros((len(flat), len(flat))), 0
     for part in blocks(flat[0].size):
         rows = np.stack([x[part] for x in flat]).astype(np.float64)
         rows = rows if base is None else rows - base[part]
-        products += rows @ rows.T
+        gram += products(rows)
         conflicts += int(np.count_nonzero((rows > 0).any(0) & (rows < 0).any(0)))
-    measured: dict[str, Any] = {"gram": products.tolist()}
+    measured: dict[str, Any] = {"gram": gram.tolist()}
     return measured if base is None else measured | {"conflicts": conflicts / max(1, flat[0].size)}
 
 
@@ -41,7 +41,7 @@ def squared_distance(merged: np.ndarray, parent: np.ndarray) -> tuple[float, flo
     a, b, gap, size = merged.reshape(-1), parent.reshape(-1), 0.0, 0.0
     for part in blocks(a.size):
         x, y = a[part].astype(np.float64), b[part].astype(np.float64)
-        gap, size = gap + float((x - y) @ (x - y)), size + float(y @ y)
+        gap, size = gap + float(np.einsum("n,n", x - y, x - y)), size + float(np.einsum("n,n", y, y))
     return gap, size
 
 

@@ -72,6 +72,8 @@ class Vocabulary:
 
     def write(self, folder: Path) -> None:
         """Writes the tokenizer's files; a union has the tokens that it adds as added tokens."""
+        if not self.source.folder.is_dir():
+            self.source.source.tokenizer().save(folder)
         for name in (TOKENIZER, "tokenizer_config.json"):
             if (self.source.folder / name).exists():
                 shutil.copyfile(self.source.folder / name, folder / name)
@@ -97,7 +99,7 @@ def plan_vocabulary(
     if not recipe.tokenizer:
         for spec, tokens in own.items():
             if first.spec in own and tokens != own[first.spec]:
-                token = min(set(tokens.items()) ^ set(own[first.spec].items()), key=lambda pair: pair[1])[0]
+                token = min(set(tokens.items()) ^ set(own[first.spec].items()), key=lambda pair: pair[::-1])[0]
                 raise UserError(
                     f"the vocabularies of {first.spec} and {spec} differ, at first in {token!r}: set tokenizer_source "
                     "to base, union or a model"
@@ -136,6 +138,8 @@ def _rows(checkpoint: Checkpoint) -> int:
 
 def _tokens(checkpoint: Checkpoint) -> dict[str, int] | None:
     """The ids of a model's tokens, None for a model without a tokenizer."""
+    if not checkpoint.folder.is_dir():
+        return dict(checkpoint.source.tokenizer().backend.get_vocab())
     if not (checkpoint.folder / TOKENIZER).exists():
         return None
     content: Any = schema.decode(checkpoint.folder / TOKENIZER)
