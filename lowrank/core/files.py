@@ -59,10 +59,13 @@ def scratch_beside(path: pathlib.Path, folder: bool = False) -> Iterator[pathlib
     while True:
         beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
         beside.mkdir() if folder else beside.touch(exist_ok=False)  # modes follow the umask, that of mkstemp does not
-        handle = os.open(beside, os.O_RDONLY)
+        try:
+            handle = os.open(beside, os.O_RDONLY)
+        except FileNotFoundError:  # another process took it for a leftover before it was locked
+            continue
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
-        if beside.exists():  # else another process took it for a leftover before it was locked
+        if beside.exists():
             break
         os.close(handle)
     try:

@@ -176,7 +176,7 @@ def test_a_merged_checkpoint_is_pushed_whole(tmp_path, base, monkeypatch, capsys
     finally:
         for name, value in saved.items():
             setattr(flags.FLAGS, name, value)
-    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    names = ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert FakeApi.calls == [
         ("create", "org/merged", {"private": not public, "exist_ok": True}),
         ("upload", "org/merged", names),
