@@ -236,5 +236,5 @@ def test_an_init_that_the_adapter_does_not_say_is_refused(bases, tmp_path):
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
     theirs.peft_config["default"].init_lora_weights = "pissa_niter_4"
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="init_lora_weights='pissa_niter_4' is not supported"):
+    with pytest.raises(UserError, match="init_lora_weights=pissa_niter, which changed its base: convert it"):
         peft_format.load(tmp_path, plain, base)
