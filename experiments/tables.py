@@ -229,7 +229,13 @@ def quantization() -> str:
 def study(name: str) -> str:
     """The table of a study with its conclusion, from `experiments/NAME/results`."""
     experiment = importlib.import_module(f"experiments.{name}.study").EXPERIMENT
-    return study_table.markdown(experiment, ROOT / "experiments" / name / "results")
+    return study_table.markdown(experiment, ROOT / "experiments" / name / "results") + _pictures(name)
+
+
+def _pictures(study: str) -> str:
+    """The plots among a study's results, for its README."""
+    plots = sorted((ROOT / "experiments" / study / "results").glob("*.png"))
+    return "".join(f"\n\n![{plot.stem}](results/{plot.name})" for plot in plots)
 
 
 def _marked_score(row: dict[str, str] | None) -> str:
@@ -261,7 +267,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "tpu/models": tpu_models,
     "tpu/steps": tpu_steps,
     **{f"studies/{name}": functools.partial(study, name) for name in STUDIES},
-    "studies/intrinsic_dimension": lambda: dimensions.markdown(dimensions.search.results_folder("small")),
+    "studies/intrinsic_dimension": lambda: (
+        dimensions.markdown(dimensions.search.results_folder("small")) + _pictures("intrinsic_dimension")
+    ),
 }
 
 
