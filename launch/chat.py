@@ -1,6 +1,7 @@
 """A chat on the terminal with one model, or with two beside each other, for `launch.generate`."""
 
 import contextlib
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -65,6 +66,8 @@ def _answer(
 
 def _lines() -> Iterator[str]:
     """The lines of stdin that hold text. Ctrl-C at the prompt says how to end."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # else a wrong byte ends the chat with a trace
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()
@@ -73,8 +76,19 @@ def _lines() -> Iterator[str]:
         except KeyboardInterrupt:
             print("\nCtrl-D or /exit ends the chat", file=sys.stderr)
             continue
-        if text:
+        if not is_utf8(text):
+            print("error: this line holds bytes that are not UTF-8 text: write it anew", file=sys.stderr)
+        elif text:
             yield text
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text of the terminal holds no byte that Python could not decode, which it keeps as half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from launch import command
-from launch.chat import chat, interruptible
+from launch.chat import chat, interruptible, is_utf8
 from launch.run_adapter import adapter_of_run
 from lowrank import pretrained
 from lowrank.adapters import adapter_files, load
@@ -69,6 +69,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
+    for name in ("workdir", "model", "adapter", "prompts", "output"):
+        if getattr(options, name) == "":
+            raise UserError(f"--{name} is empty: name one, or leave it out")
+    for name in ("prompt", "system", "stop"):
+        if not is_utf8("".join(getattr(options, name) or "")):
+            raise UserError(f"--{name} holds bytes that are not UTF-8 text")
     if sum((options.prompt is not None, options.prompts is not None, options.chat)) != 1:
         raise UserError("give one of --prompt=TEXT, --prompts=FILE.jsonl and --chat")
     if bool(options.prompts) != bool(options.output):
@@ -81,6 +87,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--base goes with --chat and --prompt: for a file, write the base's texts to another --output")
     if options.rows < 1 or options.max_new < 1:
         raise UserError(f"--rows={options.rows} and --max_new={options.max_new} must be 1 or more")
+    if not -(2**63) <= options.seed < 2**63:
+        raise UserError(f"--seed={options.seed} is not a number of 64 bits")
     TextStream(None, options.stop)  # type: ignore[arg-type]  # it checks the strings
     options.sampling = Sampling(**{name: getattr(options, name) for name in SAMPLING})
 

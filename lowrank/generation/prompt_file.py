@@ -14,6 +14,7 @@ from lowrank.data.sources import open_source
 from lowrank.generation.generate import encode_prompt
 
 PROMPT, MESSAGES, LINE, SETTINGS = "prompt", "messages", "line", "settings"  # fields of records
+_START = b'{"line": '  # of a text as it is written, so that no other file is taken for one that a kill has cut
 
 
 class Prompt(NamedTuple):
@@ -123,7 +124,10 @@ class TextFile:
             return []
         if not self.path.is_file():
             raise UserError(f"{self.path} is a folder: name a file for the texts as --output")
-        return paths.read_bytes(self.path).split(b"\n")[:-1]
+        *lines, cut = paths.read_bytes(self.path).split(b"\n")
+        if not cut.startswith(_START[: len(cut)]):
+            raise UserError(f"{self.path}:{len(lines) + 1} is not a text of this command: name another --output")
+        return lines
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

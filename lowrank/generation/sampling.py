@@ -35,8 +35,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature={self.temperature} must be 0, for greedy decoding, or a number above")
-        if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k} is below 0 (0 keeps every token)")
+        if not 0 <= self.top_k < 2**31:
+            raise UserError(f"top_k={self.top_k} is not in [0, {2**31 - 1}] (0 keeps every token)")
         for name in ("top_p", "min_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)} is not in [0, 1]")

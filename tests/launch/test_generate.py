@@ -80,6 +80,9 @@ def test_a_file_of_prompts_is_completed_after_a_stop_and_only_by_the_same_settin
     output.write_text("notes\n")
     assert "texts.jsonl:1 is not a text of this command" in refused(capsys, *flags)
     assert output.read_text() == "notes\n"
+    output.write_text("an essay in one line")
+    assert "texts.jsonl:1 is not a text of this command" in refused(capsys, *flags)
+    assert output.read_text() == "an essay in one line"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +124,10 @@ def test_prompts_that_cannot_be_continued_are_named_before_anything_is_computed(
         (("--chat", "--model=m", "--base"), "--base compares an adapter with its base"),
         (("--prompts=p", "--model=m"), "go together"),
         (("--prompt=a", "--model=m", "--top_p=2"), "top_p=2.0 is not in"),
+        (("--prompt=a", "--model=m", "--top_k=9999999999"), "top_k=9999999999 is not in"),
+        (("--prompt=a", "--model=m", f"--seed={2**63}"), "is not a number of 64 bits"),
+        (("--prompt=\udcff", "--model=m"), "--prompt holds bytes that are not UTF-8"),
+        (("--prompts=", "--model=m"), "--prompts is empty"),
         (("--prompt=a", "--model=m", "--stop="), "a stop string is empty"),
         (("--prompt=a", "--model=m", "--max_new=0"), "--max_new=0 must be 1 or more"),
         (("--prompt=a", "--adapter=nowhere"), "nowhere is not a folder"),
@@ -162,16 +169,19 @@ def test_a_chat_keeps_its_turns_until_they_no_longer_fit(capsys, folder, monkeyp
         "a big moon sat on the sun",
         "the red sun",
         "a " * 60,
+        "what \udcff",  # a byte that is not UTF-8
         "what",
         "/exit",
         "no",
     ]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(turns)))
+    lines = "\n".join(turns).encode(errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), "utf-8"))
     out, err = run(capsys, f"--model={folder}", "--chat", "--max_new=24", "--temperature=1", "--seed=3")
     assert len(out.splitlines()) == 4  # one for each turn that fits
     assert "unknown command '/sytem' (did you mean '/system'?)" in err
     assert "the oldest 1 exchange no longer fit into 64 positions" in err
     assert "error: this has" in err
+    assert "error: this line holds bytes that are not UTF-8 text" in err
 
 
 def test_a_conversation_leaves_out_its_oldest_exchanges_and_keeps_the_system_turn(base):
