@@ -35,6 +35,9 @@ def evaluate(setting: Any, name: str, u: float) -> Any:
     if not isinstance(setting, list):
         return _as_number(setting)
     if all(isinstance(item, Mapping) for item in setting):
+        for item in setting:
+            if not isinstance(item.get("filter", "*"), str | None):
+                raise UserError(f"the filter {item['filter']!r} is not text, a part of a tensor's name: quote it")
         fits = (item for item in setting if item.get("filter") in (None, "*") or item["filter"] in name)
         match = next(fits, None)
         return None if match is None else evaluate(match.get("value"), name, u)

@@ -130,18 +130,17 @@ def read_recipe(path: PathLike) -> Recipe:
     """The recipe in a YAML file. Raises UserError for a file that cannot be read, and as `parse_recipe` does."""
     try:
         text = paths.read_text(path)
-    except OSError as e:
-        raise UserError(f"recipe {path} cannot be read: {e.strerror or e}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"recipe {path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
     return parse_recipe(text, str(path))
 
 
 def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
     """The recipe in a YAML text. Raises UserError naming the key for a text that is not one."""
     try:
-        raw = yaml.safe_load(text)
+        raw = _without_nulls(yaml.safe_load(text))
     except (yaml.YAMLError, RecursionError) as e:
         raise UserError(f"{where} is not YAML: {' '.join(str(e).split())}") from None
-    raw = _without_nulls(raw)
     _check_keys(where, raw, _Recipe)
     schema.check(where, raw, _Recipe)
     if raw.get("merge_method") not in RULES:
@@ -151,6 +150,10 @@ def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
     tokenizer = raw.get("tokenizer") or {}
     if tokenizer and raw.get("tokenizer_source"):
         raise UserError(f"{where} has both tokenizer and tokenizer_source: leave out tokenizer_source")
+    seed, multiple = raw.get("seed", 0), tokenizer.get("pad_to_multiple_of", 1)
+    for key, value, least in (("seed", seed, 0), ("tokenizer.pad_to_multiple_of", multiple, 1)):
+        if value < least:
+            raise UserError(f"{where}: {key}={value} is below {least}")
     slices = _slices(where, content, base)
     dtype = raw.get("dtype")
     return Recipe(
@@ -161,9 +164,9 @@ def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
         _one_of(where, "out_dtype", raw.get("out_dtype") or dtype, DTYPES),
         _one_of(where, "dtype", dtype, DTYPES) == "float64",
         _one_of(where, "preset", raw.get("preset") or "mergekit", PRESETS),
-        raw.get("seed", 0),
+        seed,
         raw.get("tokenizer_source") or tokenizer.get("source"),
-        tokenizer.get("pad_to_multiple_of", 1),
+        multiple,
         raw.get("chat_template"),
         raw.get("adapter"),
         text,
