@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ class TextFile:
     """
 
     def __init__(self, path: PathLike, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> None:
-        """Raises UserError for a file of other prompts, of other `settings`, or of something else."""
+        """Raises UserError for a file of other prompts, of other `settings` or of something else, or in no folder."""
         self.path, self._settings = as_local_path(path), _digest(settings)
         self._texts: dict[int, dict[str, Any]] = {}
         of_line = {prompt.line: prompt for prompt in prompts}
@@ -96,6 +97,12 @@ class TextFile:
         if self._texts:
             files.write_text(self.path, "".join(map(_to_line, self._texts.values())))
         self._file: Any = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"cannot write {self.path}: {e.strerror}") from None
+        if not os.access(self.path.parent, os.W_OK):
+            raise UserError(f"cannot write {self.path}: its folder cannot be written to")
 
     @property
     def lines(self) -> frozenset[int]:
@@ -107,7 +114,6 @@ class TextFile:
         found = {LINE: prompt.line, PROMPT: prompt.content, "text": text, "tokens": tokens, "end": end}
         self._texts[prompt.line] = found | {SETTINGS: self._settings}
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a" if len(self._texts) > 1 else "w", encoding="utf-8")
         self._file.write(_to_line(self._texts[prompt.line]))
         self._file.flush()

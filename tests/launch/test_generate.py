@@ -102,6 +102,13 @@ def test_a_bad_line_is_said_before_the_model_is_read(capsys, tmp_path, line, mes
     assert message in refused(capsys, *flags)
 
 
+def test_an_output_that_cannot_be_written_is_said_before_the_model_is_read(capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "the"}\n')
+    flags = (f"--prompts={path}", "--model=there-is-none", f"--output={path / 'out.jsonl'}")
+    assert "cannot write" in refused(capsys, *flags)
+
+
 def test_prompts_that_cannot_be_continued_are_named_before_anything_is_computed(capsys, folder, tmp_path):
     path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     flags = (f"--prompts={path}", f"--model={folder}", f"--output={output}", "--max_new=60")
