@@ -17,6 +17,7 @@ from lowrank.core.errors import UserError
 from lowrank.core.paths import as_local_path
 from lowrank.merging import adapter_merge
 from lowrank.merging.combine import combine, plan
+from lowrank.merging.output import check_new
 from lowrank.merging.recipe import Recipe, read_recipe
 
 _RECIPE = flags.DEFINE_string("recipe", None, "The recipe, a YAML file.")
@@ -40,6 +41,7 @@ def _run(recipe: Recipe) -> str:
     if recipe.adapter is not None:
         if _DRY_RUN.value:
             adapters = adapter_merge.plan_adapters(recipe)
+            check_new(as_local_path(_OUTPUT.value))
             return f"{recipe.method} of {len(adapters.adapters)} adapters into one: {len(adapters.paths)} modules"
         report = adapter_merge.combine_adapters(recipe, _OUTPUT.value, progress=_progress)
         return f"merged into {_OUTPUT.value}: largest relative error of a module {report['worst']:.2e}"

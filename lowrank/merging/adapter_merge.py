@@ -23,6 +23,7 @@ from lowrank.merging.adapter_source import AdapterSource, same_weights, tensor_n
 from lowrank.merging.checkpoint import Checkpoint
 from lowrank.merging.combine import RECIPE
 from lowrank.merging.factors import Factors, concatenate, recompress, truncate
+from lowrank.merging.output import check_new
 from lowrank.merging.recipe import Recipe, Source
 from lowrank.merging.rule import Group, count
 
@@ -139,8 +140,7 @@ def merge_module(plan: AdapterPlan, path: str) -> tuple[Factors, float]:
 def combine_adapters(recipe: Recipe, output: PathLike, *, progress: Progress = iter) -> dict[str, Any]:
     """Writes the merged adapter to a folder, as a plain LoRA with alpha = r, and returns its report."""
     folder, plan = as_local_path(output), plan_adapters(recipe)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty directory: name another one")
+    check_new(folder)
     arrays, settings, errors = {}, {}, {}
     for path in progress(plan.paths):
         merged, errors[path] = merge_module(plan, path)

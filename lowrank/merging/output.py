@@ -33,6 +33,16 @@ class Place(NamedTuple):
     size: int
 
 
+def check_new(folder: Path) -> Path:
+    """The nearest folder above `folder` that exists. Raises UserError where `folder` cannot be made, or holds files."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty directory: name another one")
+    parent = next(p for p in folder.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"cannot write {folder}: {parent} is a file")
+    return parent
+
+
 class Output:
     """The folder in which a merge is written. `rows` are the records of the tensors that are complete."""
 
@@ -51,9 +61,7 @@ class Output:
 
     def check(self, extra: int = 0) -> None:
         """Raises UserError for an output that exists, and for too little space on its disk."""
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{self.folder} exists and is not an empty directory: name another one")
-        parent = next(p for p in (self.folder.parent, *self.folder.parents) if p.exists())
+        parent = check_new(self.folder)
         written = sum(p.stat().st_size for p in self.scratch.iterdir()) if self.scratch.is_dir() else 0
         needed, free = self.total + extra - written, shutil.disk_usage(parent).free
         if needed > free:

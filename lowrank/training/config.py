@@ -44,6 +44,8 @@ class RunConfig:
         for key, least in (("steps", 1), ("log_every", 1), ("logits_chunk_tokens", 0), ("seed", 0)):
             if getattr(self, key) < least:
                 raise UserError(f"{key} must be at least {least}, not {getattr(self, key)}")
+        if self.seed >= 2**63:
+            raise UserError(f"seed must be below 2**63, not {self.seed}")
         check_loggers(self.loggers)
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from lowrank.core.errors import UserError
+from lowrank.merging.output import check_new
 from lowrank.merging.parameters import evaluate
 from lowrank.merging.recipe import read_recipe
 
@@ -23,6 +24,15 @@ def test_a_file_that_is_no_recipe(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_recipe(path)
+
+
+def test_an_output_below_a_file_or_in_a_full_folder(tmp_path):
+    assert check_new(tmp_path / "a" / "b") == tmp_path
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file"):
+        check_new(tmp_path / "file" / "merged")
+    with pytest.raises(UserError, match="is not an empty directory"):
+        check_new(tmp_path)
 
 
 def test_a_filter_is_text():

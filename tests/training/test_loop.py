@@ -255,6 +255,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(f
         ({"optim__no_decay": "["}, "'[' is not a regular expression"),
         ({"objective": "causal"}, "'causal'"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"seed": 2**63}, "seed must be below"),
         ({"mesh__data": 16}, "data=16"),
         ({"checkpoint__evry": 3}, "checkpoint.evry"),
         ({"checkpoint__keep": 0}, "checkpoint.keep=0 must be >= 1"),
