@@ -154,6 +154,9 @@ def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
     for key, value, least in (("seed", seed, 0), ("tokenizer.pad_to_multiple_of", multiple, 1)):
         if value < least:
             raise UserError(f"{where}: {key}={value} is below {least}")
+    chat = raw.get("chat_template")
+    if chat and chat != "auto" and "{" not in chat:  # a name such as mergekit's chatml
+        raise UserError(f"{where}: chat_template={chat!r} is not a Jinja template: write it out, or auto")
     slices = _slices(where, content, base)
     dtype = raw.get("dtype")
     return Recipe(
@@ -167,7 +170,7 @@ def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
         seed,
         raw.get("tokenizer_source") or tokenizer.get("source"),
         multiple,
-        raw.get("chat_template"),
+        chat,
         raw.get("adapter"),
         text,
     )

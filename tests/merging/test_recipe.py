@@ -15,6 +15,7 @@ VALID = "merge_method: linear\nmodels: [{model: a}]\n"
     [
         (b"\xff\xfe", "cannot be read: 'utf-8'"),
         (b"models: &a [*a]", "is not YAML"),
+        (f"{VALID}chat_template: chatml".encode(), "chat_template='chatml' is not a Jinja template"),
         (f"{VALID}seed: -1".encode(), "seed=-1 is below 0"),
         (f"{VALID}tokenizer: {{source: base, pad_to_multiple_of: 0}}".encode(), "pad_to_multiple_of=0 is below 1"),
     ],
