@@ -85,6 +85,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--base compares an adapter with its base: give --workdir=RUN or --adapter=DIR")
     if options.base and options.prompts:
         raise UserError("--base goes with --chat and --prompt: for a file, write the base's texts to another --output")
+    if options.system and not options.chat:
+        raise UserError("--system goes with --chat: in a file, a record's messages may begin with a system's turn")
     if options.rows < 1 or options.max_new < 1:
         raise UserError(f"--rows={options.rows} and --max_new={options.max_new} must be 1 or more")
     if not -(2**63) <= options.seed < 2**63:
@@ -171,7 +173,10 @@ def write_file(options: argparse.Namespace) -> None:
 def write_chat(options: argparse.Namespace) -> None:
     """Talks until stdin ends."""
     voices = _voices(options)
-    tokenizer = next(iter(voices.values())).pretrained.tokenizer
+    first = next(iter(voices.values())).pretrained
+    tokenizer, positions = first.tokenizer, first.config.max_length
+    if options.max_new >= positions:
+        raise UserError(f"--max_new={options.max_new} leaves no room for a turn: the model has {positions} positions")
     root = jax.random.key(options.seed)
 
     def build(ids: list[int], number: int) -> Request:

@@ -137,6 +137,7 @@ def test_prompts_that_cannot_be_continued_are_named_before_anything_is_computed(
         (("--prompts=", "--model=m"), "--prompts is empty"),
         (("--prompt=a", "--model=m", "--stop="), "a stop string is empty"),
         (("--prompt=a", "--model=m", "--max_new=0"), "--max_new=0 must be 1 or more"),
+        (("--prompt=a", "--model=m", "--system=b"), "--system goes with --chat"),
         (("--prompt=a", "--adapter=nowhere"), "nowhere is not a folder"),
         (("--prompt=a", "--workdir=nowhere"), "nowhere is not the folder of a run"),
         (("--prompts=nowhere", "--model=m", "--output=o"), "nowhere is not a file"),
@@ -145,6 +146,11 @@ def test_prompts_that_cannot_be_continued_are_named_before_anything_is_computed(
 )
 def test_options_that_do_not_go_together_are_refused(capsys, arguments, message):
     assert message in refused(capsys, *arguments)
+
+
+def test_a_chat_without_room_for_a_turn_is_refused(capsys, folder):
+    message = "--max_new=99999 leaves no room for a turn: the model has"
+    assert message in refused(capsys, f"--model={folder}", "--chat", "--max_new=99999")
 
 
 def test_an_encoder_writes_no_text(capsys, tmp_path):
