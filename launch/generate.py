@@ -176,7 +176,8 @@ def write_chat(options: argparse.Namespace) -> None:
     first = next(iter(voices.values())).pretrained
     tokenizer, positions = first.tokenizer, first.config.max_length
     if options.max_new >= positions:
-        raise UserError(f"--max_new={options.max_new} leaves no room for a turn: the model has {positions} positions")
+        room = plural(positions, "position")
+        raise UserError(f"--max_new={options.max_new} leaves no room for a turn: the model has {room}")
     root = jax.random.key(options.seed)
 
     def build(ids: list[int], number: int) -> Request:
