@@ -21,6 +21,7 @@ from experiments import tables
 from experiments.intrinsic_dimension import search, table
 from experiments.intrinsic_dimension.search import BISECT, FILES, FULL, METRIC, NAME, RATES, Size
 from experiments.protocol import models
+from experiments.protocol.command import parse
 from experiments.protocol.experiment import RATE, ROOT
 from launch import command, sweep
 from lowrank.core.errors import UserError
@@ -35,7 +36,7 @@ from lowrank.sweeps.tables import write_csv
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     try:
-        args, changes = _parse(argv)
+        args, changes = parse(NAME, __doc__, argv)
         size = search.get_size(args.size)
         results = as_path(args.results) if args.results else search.results_folder(args.size)
         folder = as_path(args.folder or f"runs/{NAME}/{args.size}")
@@ -56,15 +57,6 @@ def main(argv: Sequence[str]) -> int:
 def longest_search(size: Size) -> int:
     """The number of runs that a search among the most dimensions takes."""
     return max(math.ceil(math.log2(len(row.candidates) + 1)) for row in size.rows)
-
-
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = command.Parser(f"python -m experiments.{NAME}", __doc__)
-    parser.add_argument("--size", default="small", help=argparse.SUPPRESS)
-    parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
-    for flag in ("--folder", "--results"):
-        parser.add_argument(flag, default="", help=argparse.SUPPRESS)
-    return parser.parse_with_changes(argv)
 
 
 def _run_phase(

@@ -32,7 +32,8 @@ from lowrank.sweeps.status import Status
 def main(experiment: Experiment, argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     try:
-        args, changes = _parse(experiment, argv)
+        text = f"{experiment.question}\n\n{__doc__}"
+        args, changes = parse(experiment.name, text, argv)
         results = as_path(args.results) if args.results else experiment.results(args.size)
         folder = as_path(args.folder or f"runs/{experiment.name}/{args.size}")
         if experiment.prepare and args.workers and args.size != "paper":
@@ -45,8 +46,9 @@ def main(experiment: Experiment, argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(experiment: Experiment, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = command.Parser(f"python -m experiments.{experiment.name}", f"{experiment.question}\n\n{__doc__}")
+def parse(name: str, text: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """`(options, changes of the config)` of a study's command; `text` is its help."""
+    parser = command.Parser(f"python -m experiments.{name}", text)
     parser.add_argument("--size", default="small", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
     for flag in ("--folder", "--results"):

@@ -37,11 +37,7 @@ def write_bytes(path: PathLike, data: bytes) -> AnyPath:
             write_object(path, data)
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch_beside(path) as beside:
-            with beside.open("r+b") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # else a crash after the renaming may leave an empty file
+        with written_beside(path, data) as beside:
             beside.replace(path)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
@@ -73,6 +69,17 @@ def scratch_beside(path: pathlib.Path, folder: bool = False) -> Iterator[pathlib
     finally:
         os.close(handle)
         _remove(beside)
+
+
+@contextlib.contextmanager
+def written_beside(path: pathlib.Path, data: bytes) -> Iterator[pathlib.Path]:
+    """A `scratch_beside` file with this content, on the disk."""
+    with scratch_beside(path) as beside:
+        with beside.open("r+b") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash after the renaming may leave an empty file
+        yield beside
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lowrank.core.errors import UserError
-from lowrank.core.files import scratch_beside
+from lowrank.core.files import written_beside
 from lowrank.core.paths import PathLike, as_path, in_bucket, store_errors
 
 LOCK = ".generations.lock"
@@ -111,7 +111,7 @@ def _read_local(path: pathlib.Path) -> Version | None:
 
 def _create_local(path: pathlib.Path, data: bytes) -> int | None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(path, data) as new:
+    with written_beside(path, data) as new:
         try:
             os.link(new, path)  # O_CREAT with O_EXCL, but never a file without its content
         except FileExistsError:
@@ -120,7 +120,7 @@ def _create_local(path: pathlib.Path, data: bytes) -> int | None:
 
 
 def _replace_local(path: pathlib.Path, data: bytes, generation: int) -> int | None:
-    with _folder_lock(path.parent), _beside(path, data) as new:
+    with _folder_lock(path.parent), written_beside(path, data) as new:
         old = _read_local(path)
         if old is None or old.generation != generation:
             return None
@@ -135,17 +135,6 @@ def _folder_lock(folder: pathlib.Path) -> Iterator[None]:
     with open(folder / LOCK, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@contextlib.contextmanager
-def _beside(path: pathlib.Path, data: bytes) -> Iterator[pathlib.Path]:
-    """A file with the content in the folder of `path`, which is deleted unless it is renamed."""
-    with scratch_beside(path) as beside:
-        with beside.open("r+b") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield beside
 
 
 def _read_object(path: PathLike) -> Version | None:

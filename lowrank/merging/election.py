@@ -19,6 +19,8 @@ OPTIONS = {
     "zero_sign": Option(choice("positive", "majority"), "positive", whole=True),
     "lambda": Option(number, 1.0),
 }
+SPARSE = {**OPTIONS, "zero_sign": Option(POSITIVE, "positive")}  # of rules that drop entries of their own
+UNDIVIDED = {**SPARSE, "divisor": Option(OPTIONS["divisor"].check, "none")}
 
 
 def elect(rows: np.ndarray, w: np.ndarray, election: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -18,6 +19,7 @@ from lowrank.core import files
 from lowrank.core.errors import InUse, UserError
 from lowrank.merging.blocks import blocks
 from lowrank.merging.plan import PlannedTensor
+from lowrank.pretrained.export import fill_files
 from lowrank.pretrained.hf_files import INDEX, SINGLE
 
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -49,7 +51,8 @@ class Output:
     def __init__(self, folder: Path, planned: Sequence[PlannedTensor], dtype: str, shard_bytes: int):
         self.folder, self.dtype = folder, np.dtype(NUMPY[dtype])
         self.scratch = folder.with_name(f".{folder.name}.partial")
-        self._shards = _shards(planned, self.dtype.itemsize, shard_bytes)
+        size = lambda tensor: math.prod(tensor.shape) * self.dtype.itemsize  # noqa: E731
+        self._shards = fill_files(planned, size, shard_bytes)
         self.places: dict[str, Place] = {}
         self._headers: dict[str, bytes] = {}
         for i, shard in enumerate(self._shards):
@@ -141,19 +144,6 @@ class Output:
 def digest_of(*parts: Any) -> str:
     """A hash of all that decides the result."""
     return hashlib.sha256(json.dumps(files.to_json(parts), sort_keys=True).encode()).hexdigest()
-
-
-def _shards(planned: Sequence[PlannedTensor], itemsize: int, limit: int) -> list[list[PlannedTensor]]:
-    shards: list[list[PlannedTensor]] = [[]]
-    space = limit
-    for tensor in planned:
-        size = int(np.prod(tensor.shape, dtype=np.int64)) * itemsize
-        if size > space and shards[-1]:
-            shards.append([])
-            space = limit
-        shards[-1].append(tensor)
-        space -= size
-    return shards
 
 
 def _header(name: str, shard: Sequence[PlannedTensor], itemsize: int, code: str) -> tuple[bytes, dict[str, Place]]:

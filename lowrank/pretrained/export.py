@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -67,7 +67,7 @@ def export(
     if scheme:
         config["quantization_config"] = quantized_checkpoint.quantization_config(scheme, leaves)
         tensors, leaves = quantized_checkpoint.expand_forms(tensors, leaves)
-    shards = _shards(tensors, leaves, dtype, shard_bytes)
+    shards = fill_files(_parts(tensors), lambda part: _bytes(part, leaves, dtype), shard_bytes)
     files.require_space(directory, sum(_bytes(part, leaves, dtype) for shard in shards for part in shard))
     if jax.process_index():
         for shard in shards:
@@ -87,6 +87,7 @@ def export(
     return directory
 
 
+Item = TypeVar("Item")
 Part = tuple[str, Tensor, tuple[int, ...]]  # a tensor's name, its leaf, and its index in the leaf
 
 
@@ -138,17 +139,17 @@ def _bytes(part: Part, leaves: Mapping[str, Any], dtype: str) -> int:
     return leaf.size * (leaf.dtype if part[1].dtype else jax.numpy.dtype(dtype)).itemsize // len(part[1].places)
 
 
-def _shards(tensors: Sequence[Tensor], leaves: Mapping[str, Any], dtype: str, limit: int) -> list[list[Part]]:
-    shards: list[list[Part]] = [[]]
+def fill_files(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> list[list[Item]]:
+    """Items in their order, in as few files of at most `limit` bytes; a larger item has a file of its own."""
+    filled: list[list[Item]] = [[]]
     space = limit
-    for part in _parts(tensors):
-        size = _bytes(part, leaves, dtype)
-        if size > space and shards[-1]:
-            shards.append([])
+    for item in items:
+        if size(item) > space and filled[-1]:
+            filled.append([])
             space = limit
-        shards[-1].append(part)
-        space -= size
-    return shards
+        filled[-1].append(item)
+        space -= size(item)
+    return filled
 
 
 def _parts(tensors: Sequence[Tensor]) -> Iterator[Part]:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lowrank.merging import election
-from lowrank.merging.rule import Group, Option, Rule, check_divisor
+from lowrank.merging.rule import Group, Rule, check_divisor
 from lowrank.merging.rules.breadcrumbs import OPTIONS, trim_group
 from lowrank.merging.rules.dare_ties import UNWEIGHTED
 
@@ -15,13 +15,7 @@ def _merge(group: Group) -> np.ndarray:
 
 BREADCRUMBS_TIES = Rule(
     merge=_merge,
-    options={
-        **OPTIONS,
-        "election": election.OPTIONS["election"],
-        "divisor": Option(election.OPTIONS["divisor"].check, "none"),
-        "zero_sign": Option(election.POSITIVE, "positive"),
-        "lambda": election.OPTIONS["lambda"],
-    },
+    options={**OPTIONS, **election.UNDIVIDED},
     presets={"paper": UNWEIGHTED, "peft": UNWEIGHTED},
     base=True,
     check=check_divisor,

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lowrank.merging import election
-from lowrank.merging.rule import Group, Option, Rule, check_divisor
+from lowrank.merging.rule import Group, Rule, check_divisor
 from lowrank.merging.rules.dare_linear import INVERSE, OPTIONS, drop_group
 
 UNWEIGHTED = {"election": "unweighted", "divisor": "count"}
@@ -16,13 +16,7 @@ def _merge(group: Group) -> np.ndarray:
 
 DARE_TIES = Rule(
     merge=_merge,
-    options={
-        **OPTIONS,
-        "election": election.OPTIONS["election"],
-        "divisor": Option(election.OPTIONS["divisor"].check, "none"),
-        "zero_sign": Option(election.POSITIVE, "positive"),
-        "lambda": election.OPTIONS["lambda"],
-    },
+    options={**OPTIONS, **election.UNDIVIDED},
     presets={"paper": {**INVERSE, **UNWEIGHTED}, "peft": {**INVERSE, **UNWEIGHTED}},
     base=True,
     check=check_divisor,

@@ -47,13 +47,7 @@ def _merge(group: Group) -> np.ndarray:
 
 DELLA = Rule(
     merge=_merge,
-    options={
-        **DELLA_OPTIONS,
-        "election": election.OPTIONS["election"],
-        "divisor": election.OPTIONS["divisor"],
-        "zero_sign": Option(election.POSITIVE, "positive"),
-        "lambda": election.OPTIONS["lambda"],
-    },
+    options={**DELLA_OPTIONS, **election.SPARSE},
     presets={"paper": {**INVERSE, **UNWEIGHTED}, "peft": {**INVERSE, **UNWEIGHTED}},
     base=True,
     check=check_epsilon,
