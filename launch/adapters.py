@@ -1,32 +1,45 @@
-"""The flags of the commands that read an adapter, from the folder of a run or of an adapter."""
+"""The adapter that a run has written, and the flags of the commands that read one."""
 
-from absl import flags
+import argparse
 
-from launch.run_adapter import adapter_of_run
 from lowrank.adapters import load
+from lowrank.core import schema
 from lowrank.core.errors import UserError
-from lowrank.core.paths import AnyPath, as_path
+from lowrank.core.json_types import RunConfig
+from lowrank.core.paths import AnyPath, PathLike, as_path
 from lowrank.pretrained import Pretrained
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a finished run, whose adapter is read.")
-_ADAPTER = flags.DEFINE_string(
-    "adapter", None, "The folder of an adapter, or its hub id ORG/NAME[@REVISION], in place of --workdir."
-)
-_BASE = flags.DEFINE_string("base", None, "The model, if not the one that the adapter records.")
-_ANY_BASE = flags.DEFINE_bool("any_base", False, "Attach the adapter even if it records another base.")
+from lowrank.training import loop, workdir
 
 
-def adapted() -> Pretrained:
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `adapted` reads."""
+    add = parser.add_argument
+    add("--workdir", help="the folder of a finished run, whose adapter is read")
+    add("--adapter", help="the folder of an adapter, or its hub id ORG/NAME[@REVISION], in place of --workdir")
+    add("--base", help="the model, if not the one that the adapter records")
+    add("--any_base", action="store_true", help="attach the adapter even if it records another base")
+
+
+def adapted(options: argparse.Namespace) -> Pretrained:
     """The model with the adapter that the flags name. Raises UserError as `adapters.load.load_adapted` does."""
-    directory, spec = _source()
-    return load.load_adapted(directory, spec, any_base=_ANY_BASE.value)
+    directory, spec = _source(options)
+    return load.load_adapted(directory, spec, any_base=options.any_base)
 
 
-def _source() -> tuple[AnyPath, str | None]:
+def adapter_of_run(directory: PathLike) -> tuple[AnyPath, str]:
+    """`(folder of the adapter, name of its model)`. Raises UserError for a folder that is not that of a run."""
+    try:
+        model = schema.decode(as_path(directory) / workdir.CONFIG, RunConfig)["model"]["name"]
+    except UserError as e:
+        raise UserError(f"{directory} is not the folder of a run: {e}") from None
+    return as_path(directory) / loop.ADAPTER, model
+
+
+def _source(options: argparse.Namespace) -> tuple[AnyPath, str | None]:
     """`(folder of the adapter, name of the model or None)`."""
-    if bool(_WORKDIR.value) == bool(_ADAPTER.value):
+    if bool(options.workdir) == bool(options.adapter):
         raise UserError("the adapter comes from one folder: give either --workdir=RUN or --adapter=DIR")
-    if _ADAPTER.value:
-        return as_path(_ADAPTER.value), _BASE.value
-    folder, model = adapter_of_run(_WORKDIR.value)
-    return folder, _BASE.value or model
+    if options.adapter:
+        return as_path(options.adapter), options.base
+    folder, model = adapter_of_run(options.workdir)
+    return folder, options.base or model

@@ -6,10 +6,11 @@ it was. `--dry_run` checks everything, prints the plan and writes nothing. Bad i
 code 2.
 """
 
+import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
 from tqdm import tqdm
 
 from launch import command
@@ -20,39 +21,38 @@ from lowrank.merging.combine import combine, plan
 from lowrank.merging.output import check_new
 from lowrank.merging.recipe import Recipe, read_recipe
 
-_RECIPE = flags.DEFINE_string("recipe", None, "The recipe, a YAML file.")
-_OUTPUT = flags.DEFINE_string("output", None, "Where the result goes: an empty folder, or a new one.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check the recipe and print the plan, without merging.")
-
 
 def main(argv: Sequence[str]) -> None:
     """Merges what the recipe describes."""
-    del argv
+    parser = command.Parser("launch.combine", __doc__)
+    parser.add_argument("--recipe", help="the recipe, a YAML file")
+    parser.add_argument("--output", help="where the result goes: an empty folder, or a new one")
+    parser.add_argument("--dry_run", action="store_true", help="check the recipe and print the plan, without merging")
     try:
-        if not (_RECIPE.value and _OUTPUT.value):
+        options = parser.parse_args(argv)
+        if not (options.recipe and options.output):
             raise UserError("--recipe=FILE.yaml and --output=DIR are both required")
-        recipe = read_recipe(_RECIPE.value)
-        print(_run(recipe))
+        print(_run(read_recipe(options.recipe), options))
     except UserError as e:
         command.fail(e)
 
 
-def _run(recipe: Recipe) -> str:
+def _run(recipe: Recipe, options: argparse.Namespace) -> str:
     if recipe.adapter is not None:
-        if _DRY_RUN.value:
+        if options.dry_run:
             adapters = adapter_merge.plan_adapters(recipe)
-            check_new(as_local_path(_OUTPUT.value))
+            check_new(as_local_path(options.output))
             return f"{recipe.method} of {len(adapters.adapters)} adapters into one: {len(adapters.paths)} modules"
-        report = adapter_merge.combine_adapters(recipe, _OUTPUT.value, progress=_progress)
-        return f"merged into {_OUTPUT.value}: largest relative error of a module {report['worst']:.2e}"
+        report = adapter_merge.combine_adapters(recipe, options.output, progress=_progress)
+        return f"merged into {options.output}: largest relative error of a module {report['worst']:.2e}"
     merge = plan(recipe)
-    merge.output(as_local_path(_OUTPUT.value)).check()
+    merge.output(as_local_path(options.output)).check()
     print(merge)
-    if _DRY_RUN.value:
+    if options.dry_run:
         return "nothing was written"
-    summary = combine(recipe, _OUTPUT.value, progress=_progress)
+    summary = combine(recipe, options.output, progress=_progress)
     distances = ", ".join(f"{name} {value:.3g}" for name, value in summary["relative_distance"].items())
-    return f"merged into {_OUTPUT.value}: relative distance to {distances}"
+    return f"merged into {options.output}: relative distance to {distances}"
 
 
 def _progress(items: Any) -> Any:
@@ -60,4 +60,4 @@ def _progress(items: Any) -> Any:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse)
+    main(sys.argv[1:])

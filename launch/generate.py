@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from launch import command
+from launch.adapters import adapter_of_run
 from launch.chat import chat, interruptible, is_utf8
-from launch.run_adapter import adapter_of_run
 from lowrank import pretrained
 from lowrank.adapters import adapter_files, load
 from lowrank.core.errors import UserError, plural

@@ -9,40 +9,42 @@ Hugging Face hub, where the repository is private unless `--public` is given.
 Bad input is one line on stderr and exit code 2.
 """
 
+import sys
 from collections.abc import Sequence
-
-from absl import app, flags
 
 from launch import adapters, command
 from lowrank.adapters import export
 from lowrank.core.errors import UserError
 from lowrank.core.paths import as_local_path
 from lowrank.pretrained import hub
-
-_OUTPUT = flags.DEFINE_string("output", None, "Where the checkpoint goes: an empty folder, or a new one.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "The dtype of the stored tensors: float32 or bfloat16.")
-_CODES = flags.DEFINE_enum("codes", "dequantize", export.CODES, "The treatment of a quantized base.")
-_LABELS = flags.DEFINE_list("labels", [], "The names of a classifier's classes, in order.")
-_PUSH = flags.DEFINE_string("push", None, "The hub repository ORG/NAME to which the checkpoint is uploaded.")
-_PUBLIC = flags.DEFINE_bool("public", False, "Make a repository that --push makes public.")
+from lowrank.pretrained.load import PARAM_DTYPES
 
 
 def main(argv: Sequence[str]) -> None:
-    """Merges the adapter that the flags describe."""
-    del argv
+    """Merges the adapter that the arguments describe."""
+    parser = command.Parser("launch.merge", __doc__)
+    adapters.add_flags(parser)
+    add = parser.add_argument
+    add("--output", help="where the checkpoint goes: an empty folder, or a new one")
+    add("--dtype", default="float32", choices=PARAM_DTYPES, help="the dtype of the stored tensors")
+    add("--codes", default="dequantize", choices=export.CODES, help="the treatment of a quantized base")
+    add("--labels", default="", help="the names of a classifier's classes, in order: A,B,C")
+    add("--push", help="the hub repository ORG/NAME to which the checkpoint is uploaded")
+    add("--public", action="store_true", help="make a repository that --push makes public")
     try:
-        if not _OUTPUT.value:
+        options = parser.parse_args(argv)
+        if not options.output:
             raise UserError("--output=DIR is required")
-        if _PUSH.value:
-            hub.check_push(_PUSH.value)
-        output, model = as_local_path(_OUTPUT.value), adapters.adapted()
-        options = {"dtype": _DTYPE.value, "labels": _LABELS.value, "codes": _CODES.value}
-        print(export.merge_to_hf(model.params, model, output, **options))
-        if _PUSH.value:
-            print(f"pushed to {hub.push(output, _PUSH.value, private=not _PUBLIC.value)}")
+        if options.push:
+            hub.check_push(options.push)
+        output, model = as_local_path(options.output), adapters.adapted(options)
+        labels = options.labels.split(",") if options.labels else []
+        print(export.merge_to_hf(model.params, model, output, dtype=options.dtype, labels=labels, codes=options.codes))
+        if options.push:
+            print(f"pushed to {hub.push(output, options.push, private=not options.public)}")
     except UserError as e:
         command.fail(e)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse)
+    main(sys.argv[1:])

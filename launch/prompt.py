@@ -4,26 +4,26 @@ The command prints the vocabulary's nearest tokens to each virtual token. Bad in
 code 2.
 """
 
+import sys
 from collections.abc import Sequence
-
-from absl import app, flags
 
 from launch import adapters, command
 from lowrank.adapters import nearest_tokens
 from lowrank.core.errors import UserError
 
-_TOP = flags.DEFINE_integer("top", 5, "The number of nearest tokens per virtual token.")
-
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the table that the flags describe."""
-    del argv
+    """Prints the table that the arguments describe."""
+    parser = command.Parser("launch.prompt", __doc__)
+    adapters.add_flags(parser)
+    parser.add_argument("--top", type=int, default=5, help="the number of nearest tokens per virtual token")
     try:
-        model = adapters.adapted()
-        print(nearest_tokens.table(model.params, model.tokenizer, _TOP.value))
+        options = parser.parse_args(argv)
+        model = adapters.adapted(options)
+        print(nearest_tokens.table(model.params, model.tokenizer, options.top))
     except UserError as e:
         command.fail(e)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse)
+    main(sys.argv[1:])

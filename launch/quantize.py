@@ -6,41 +6,42 @@ in place of kernels (`lowrank.pretrained.quantized_checkpoint`). A config reads 
 can be attached. Bad input is one line on stderr and exit code 2.
 """
 
+import sys
 from collections.abc import Sequence
-
-from absl import app, flags
 
 from launch import command
 from lowrank import data, quantization
 from lowrank.core import config_schema
 from lowrank.core.errors import UserError
-
-_MODEL = flags.DEFINE_string("model", None, "The model: a name, a folder, a .gguf file, or org/name of the hub.")
-_SCHEME = flags.DEFINE_string("scheme", "nf4", "NAME or NAME:KEY=VALUE,...")
-_OUTPUT = flags.DEFINE_string("output", None, "Where the base goes: an empty folder, or a new one.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "The dtype of unquantized tensors: float32 or bfloat16.")
-_DATA = flags.DEFINE_string("data", None, "The calibration data of gptq and awq: data.source of a config.")
-_SPLIT = flags.DEFINE_string("split", "train", "Its split.")
-_TEMPLATE = flags.DEFINE_string("template", "auto", "The template of a record: data.template of a config.")
-_ROWS = flags.DEFINE_integer("rows", 64, "The number of rows that are read.")
-_LENGTH = flags.DEFINE_integer("seq_len", 256, "The number of tokens per row.")
+from lowrank.pretrained.load import PARAM_DTYPES
 
 
 def main(argv: Sequence[str]) -> None:
-    """Quantizes the base that the flags describe."""
-    del argv
+    """Quantizes the base that the arguments describe."""
+    parser = command.Parser("launch.quantize", __doc__)
+    add = parser.add_argument
+    add("--model", help="the model: a name, a folder, a .gguf file, or org/name of the hub")
+    add("--scheme", default="nf4", help="NAME or NAME:KEY=VALUE,...")
+    add("--output", help="where the base goes: an empty folder, or a new one")
+    add("--dtype", default="float32", choices=PARAM_DTYPES, help="the dtype of unquantized tensors")
+    add("--data", help="the calibration data of gptq and awq: data.source of a config")
+    add("--split", default="train", help="its split")
+    add("--template", default="auto", help="the template of a record: data.template of a config")
+    add("--rows", type=int, default=64, help="the number of rows that are read")
+    add("--seq_len", type=int, default=256, help="the number of tokens per row")
     try:
-        if not (_MODEL.value and _OUTPUT.value):
+        options = parser.parse_args(argv)
+        if not (options.model and options.output):
             raise UserError("--model=MODEL and --output=DIR are both required")
-        name, _, options = _SCHEME.value.partition(":")
-        group = {"name": name, **config_schema.parse_argument(options)}
-        about = {"source": _DATA.value, "split": _SPLIT.value, "template": _TEMPLATE.value, "seq_len": _LENGTH.value}
-        text = data.DataConfig(**about) if _DATA.value else None
-        model, out, options = _MODEL.value, _OUTPUT.value, {"dtype": _DTYPE.value, "rows": _ROWS.value}
-        print(quantization.write_quantized(model, group, out, text=text, **options))
+        name, _, rest = options.scheme.partition(":")
+        group = {"name": name, **config_schema.parse_argument(rest)}
+        about = {name: getattr(options, name) for name in ("split", "template", "seq_len")}
+        text = data.DataConfig(source=options.data, **about) if options.data else None
+        sizes = {"dtype": options.dtype, "rows": options.rows}
+        print(quantization.write_quantized(options.model, group, options.output, text=text, **sizes))
     except UserError as e:
         command.fail(e)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse)
+    main(sys.argv[1:])

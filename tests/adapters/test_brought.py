@@ -3,7 +3,6 @@
 import huggingface_hub
 import numpy as np
 import pytest
-from absl import flags
 from safetensors.numpy import load_file, save_file
 
 from launch import merge
@@ -168,14 +167,8 @@ def test_a_merged_checkpoint_is_pushed_whole(tmp_path, base, monkeypatch, capsys
     monkeypatch.setattr(FakeApi, "calls", [])
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
     where = adapter(tmp_path / "a", base_model_name_or_path=str(base))
-    words = ["merge", f"--adapter={where}", f"--output={tmp_path / 'out'}", "--push=org/merged"]
-    saved = flags.FLAGS.flag_values_dict()
-    try:
-        flags.FLAGS([*words, *(["--public"] if public else [])])
-        merge.main([])
-    finally:
-        for name, value in saved.items():
-            setattr(flags.FLAGS, name, value)
+    words = [f"--adapter={where}", f"--output={tmp_path / 'out'}", "--push=org/merged"]
+    merge.main([*words, *(["--public"] if public else [])])
     names = ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert FakeApi.calls == [
         ("create", "org/merged", {"private": not public, "exist_ok": True}),
