@@ -115,7 +115,7 @@ def merge_module(plan: AdapterPlan, path: str) -> tuple[Factors, float]:
     shared, own = plan.values(path)
     present = {i: a for i, a in enumerate(plan.adapters) if path in a.modules}
     adapters = list(present.values())
-    flipped = adapters[0].modules[path].weight.transpose
+    flipped = adapters[0].is_flipped(path)
     if rule.task_coefficients and not any(adapter.needs_kernel for adapter in adapters):
         coefficients = rule.task_coefficients(shared, own)
         found = [(coefficients[i], adapter.factors(path)) for i, adapter in present.items()]
@@ -148,7 +148,7 @@ def combine_adapters(recipe: Recipe, output: PathLike, *, progress: Progress = i
         arrays[f"{peft_tensors.PREFIX}{path}.lora_B.weight"] = merged.b.T
         settings[path] = {"r": merged.rank, "scale": 1.0, "dropout": 0.0}
     known = base_modules(plan.adapters[0].base)
-    flat = not all(known[path].weight.transpose for path in settings)
+    flat = not all(weight.transpose for path in settings if (weight := known[path].weight))
     summary: Mapping[str, Any] = {
         **peft_config.common_keys("LORA", plan.adapters[0].base),
         "fan_in_fan_out": flat,

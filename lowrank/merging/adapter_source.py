@@ -73,7 +73,13 @@ class AdapterSource:
         """`(in, out)` of a module. Raises UserError for a module that the base lacks."""
         name = tensor_name(path, self.checkpoint)
         n_out, n_in = self.checkpoint.tensors[name].shape
-        return (n_in, n_out) if self.modules[path].weight.transpose else (n_out, n_in)
+        return (n_in, n_out) if self.is_flipped(path) else (n_out, n_in)
+
+    def is_flipped(self, path: str) -> bool:
+        """Whether the weight of a module is stored `[out, in]`."""
+        weight = self.modules[path].weight
+        assert weight is not None
+        return weight.transpose
 
     def _check_tensors(self) -> None:
         root, sizes = self.form.root, list(self._sizes.values())
@@ -174,7 +180,7 @@ def add_adapter(checkpoint: Checkpoint) -> Change:
     def change(name: str, values: np.ndarray) -> np.ndarray:
         if name not in paths:
             return values
-        flipped = source.modules[paths[name]].weight.transpose
+        flipped = source.is_flipped(paths[name])
         delta = source.delta(paths[name], values.T if flipped else values)
         values += delta.T if flipped else delta
         return values

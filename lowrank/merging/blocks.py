@@ -40,7 +40,8 @@ def combine(arrays: Sequence[np.ndarray], coefficients: Sequence[float]) -> np.n
     return arrays[0]
 
 
-def subtract(arrays: Sequence[np.ndarray], base: np.ndarray) -> None:
-    """Turns each array into its difference from `base`, in place."""
+def subtract(arrays: Sequence[np.ndarray], base: np.ndarray | None) -> None:
+    """Turns each array into its difference from `base`, in place. A rule on task vectors has a base."""
+    assert base is not None
     for x in arrays:
         np.subtract(x, base, out=x)

@@ -95,7 +95,7 @@ class Checkpoint:
             tensor = self.tensors[name]
             digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
             for start, stop in _spans(tensor):
-                digest.update(np.ascontiguousarray(tensor.read(start, stop)).view(np.uint8))
+                digest.update(np.ascontiguousarray(tensor.read(start, stop)).view(np.uint8).data)
         return digest.hexdigest()
 
 

@@ -112,7 +112,7 @@ class Output:
         with (self.scratch / place.file).open("r+b") as file:
             file.seek(place.offset)
             for part in blocks(flat.size):
-                file.write(np.ascontiguousarray(flat[part], self.dtype).view(np.uint8))
+                file.write(np.ascontiguousarray(flat[part], self.dtype).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
         with (self.scratch / ROWS).open("a", encoding="utf-8") as rows:

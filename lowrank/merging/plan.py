@@ -62,11 +62,11 @@ def assign_roles(recipe: Recipe, part: Slice) -> Roles:
     ranged = part.sources[0].layers is not None
     listed = next((s for s in part.sources if s.model == base), None)
     others = tuple(s for s in part.sources if s is not listed)
-    if (rule.base or rule.base_first) and base and not listed:
+    if (rule.base or rule.may_have_base or rule.base_first) and base and not listed:
         if ranged:
             raise UserError(f"the base {base} is not among the sources of a slice, which needs its layer_range")
         listed = Source(base, None, {}, None)
-    if rule.base:
+    if rule.base or (rule.may_have_base and base):
         if not listed:
             raise UserError(f"{method} acts on task vectors, the differences from a base: give base_model")
         roles = Roles(others, listed)
@@ -226,7 +226,8 @@ def _statistics(recipe: Recipe, source: Source, tensor: Input, shape: tuple[int,
         raise UserError(f"{source.statistics} lacks {tensor.name!r}{nearest(tensor.name, stored)}")
     names = {kind: tensor.name, "output_gram": f"{tensor.name}.output_gram"}
     found = {key: stored[name] for key, name in names.items() if name in stored}
-    fits = {"fisher": [shape], "gram": [(n, n) for n in shape], "output_gram": [(n, n) for n in shape]}
+    square: list[tuple[int, ...]] = [(n, n) for n in shape]
+    fits = {"fisher": [shape], "gram": square, "output_gram": square}
     for key, statistic in found.items():
         if statistic.shape not in fits[key]:
             size = f"{names[key]} has shape {list(statistic.shape)}"

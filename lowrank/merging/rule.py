@@ -57,16 +57,18 @@ class Rule:
     """One rule of merging.
 
     `merge` returns the merged tensor in float32 or wider. `base`: the rule is defined on task vectors, the differences
-    from a base. `task_coefficients(shared, own)` are the coefficients of the task vectors, for a rule that is linear in
-    them whatever they are: such a rule acts on the factors of adapters. `survey(groups, shared, own)` reads all tensors
-    before the first is merged. `check(shared, own)` raises UserError for values that do not go together. `select(count,
-    score)` chooses models by the held-out score of their mean.
+    from a base; with `may_have_base`, on these where there is a base, else on the models. `task_coefficients(shared,
+    own)` are the coefficients of the task vectors, for a rule that is linear in them whatever they are: such a rule
+    acts on the factors of adapters. `survey(groups, shared, own)` reads all tensors before the first is merged.
+    `check(shared, own)` raises UserError for values that do not go together. `select(count, score)` chooses models by
+    the held-out score of their mean.
     """
 
     merge: Callable[[Group], np.ndarray]
     options: Mapping[str, Option]
     presets: Mapping[str, Values] = dataclasses.field(default_factory=dict)  # defaults of a preset, where these differ
     base: bool = False
+    may_have_base: bool = False
     base_first: bool = False  # the base, if there is one, is the first of the models
     least: int = 1
     most: int | None = None

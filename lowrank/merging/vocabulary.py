@@ -108,7 +108,8 @@ def plan_vocabulary(
     for spec in checkpoints:
         if spec not in own:
             raise UserError(f"{spec} has no {TOKENIZER}, which tokenizer_source needs")
-    source, added = _source(recipe, checkpoints, first), ()
+    source = _source(recipe, checkpoints, first)
+    added: tuple[str, ...] = ()
     ids = dict(own[source.spec])
     if recipe.tokenizer == "union":
         others = dict.fromkeys(token for tokens in own.values() for token in sorted(tokens, key=lambda t: tokens[t]))

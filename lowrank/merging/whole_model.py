@@ -68,7 +68,10 @@ def _majority(groups: Groups, shared: Values, own: Sequence[Values], limits: Seq
     for group in groups():
         subtract(group.tensors, group.base)
         for i, x in enumerate(group.tensors):
-            _ = trim_below(x, limits[i]) if limits else trim(x, own[i]["density"])
+            if limits:
+                trim_below(x, limits[i])
+            else:
+                trim(x, own[i]["density"])
         flat = [x.reshape(-1) for x in group.tensors]
         for part in blocks(flat[0].size):
             rows = np.stack([x[part] for x in flat]).astype(np.float64)

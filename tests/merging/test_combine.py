@@ -128,7 +128,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     models = {"base": base} | {n: fine_tune(base, tmp_path / n, i, dtype=BFLOAT16) for i, n in enumerate("abc")}
     del arrays
     largest = 4096 * 128 * 4
-    for method in ("ties", "breadcrumbs", "della", "model_stock", "karcher"):
+    for method in ("ties", "breadcrumbs", "della", "model_stock", "karcher", "sce", "multislerp"):
         rule = RULES[method]
         own = {"weight": 1.0} | ({"density": 0.6} if "density" in rule.options else {})
         based = {"base_model": "base"} if rule.base else {}
@@ -270,7 +270,10 @@ BAD = {
         {"merge_method": "linear", "models": entries("ab"), "parameters": {"wieght": 1}},
         r"unknown parameter of linear: 'wieght' \(did you mean 'weight'\?\)",
     ),
-    "an unknown method": ({"merge_method": "nearswap", "models": entries("ab")}, "unknown merge_method.*'nearswap'"),
+    "an unknown method": (
+        {"merge_method": "arcee_fusion", "models": entries("ab")},
+        "unknown merge_method.*'arcee_fusion'",
+    ),
     "a missing base": ({"merge_method": "ties", "models": entries("ab")}, "give base_model"),
     "a base beside a mean": (
         {"merge_method": "linear", "base_model": "base", "models": entries("ab", weight=[1, 1])},

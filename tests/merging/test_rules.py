@@ -7,7 +7,7 @@ from lowrank.core.errors import UserError
 from lowrank.merging import sparsify
 from lowrank.merging.blocks import gram
 from lowrank.merging.rule import REQUIRED, Group
-from lowrank.merging.rules import RULES, greedy_soup, karcher, mats, regmean
+from lowrank.merging.rules import RULES, greedy_soup, karcher, mats, regmean, sce
 from tests.support.close import assert_close
 
 W0 = np.array([[0.5, -1, 2], [0, 1.5, -0.5]])
@@ -30,15 +30,15 @@ def options(name, preset="mergekit", **given):
     return shared, [{key: v[i] for key, v in spread.items()} for i in range(count)]
 
 
-def merge(name, models="abc", preset="mergekit", dtype=np.float64, **given):
-    """The merged tensor of one-tensor models, whose base is W0."""
+def merge(name, models="abc", preset="mergekit", dtype=np.float64, based=True, **given):
+    """The merged tensor of one-tensor models, whose base is W0; it is not given to the rule unless `based`."""
     shared, own = options(name, preset, **given)
     if RULES[name].check:
         RULES[name].check(shared, own)
 
     def group():
         tensors = [(W0 + DELTAS[m]).astype(dtype) for m in models]
-        return Group("w", W0.astype(dtype), tensors, shared, own)
+        return Group("w", W0.astype(dtype) if based else None, tensors, shared, own)
 
     one = group()
     if RULES[name].surveys(shared):
@@ -72,6 +72,34 @@ CASES = {
         {"models": "bca"},
         [[0.588771, -0.902040, 1.912942], [-0.000888, 1.255739, -0.647640]],
     ),
+    "nuslerp": (
+        "nuslerp",
+        {"models": "ab", "weight": [0.7, 0.3], "based": False},
+        [[0.71152015, -1.02236130, 2.13541820], [0.08782777, 1.09038300, -0.58609029]],
+    ),
+    "nuslerp of task vectors": (
+        "nuslerp",
+        {"models": "ab", "weight": [3.0, 1.0]},
+        [[0.78631439, -0.94630893, 2.11248472], [0.14188155, 0.76119543, -0.66490015]],
+    ),
+    "nuslerp of rows": (
+        "nuslerp",
+        {"models": "ab", "weight": [0.7, 0.3], "based": False, "nuslerp_flatten": False},
+        [[0.70101044, -1.00655196, 2.09854752], [0.08777304, 1.08960004, -0.58558347]],
+    ),
+    "nuslerp of columns": (
+        "nuslerp",
+        {"models": "ab", "weight": [0.7, 0.3], "based": False, "nuslerp_flatten": False, "nuslerp_row_wise": True},
+        [[0.69113229, -1.02324219, 2.10887581], [0.08514866, 1.09148447, -0.57689305]],
+    ),
+    "multislerp": (
+        "multislerp",
+        {"weight": [0.5, 0.3, 0.4], "based": False},
+        [[0.67008736, -0.98685932, 1.86600711], [-0.00922457, 1.22750318, -0.49901276]],
+    ),
+    "nearswap": ("nearswap", {"models": "a", "t": 0.2}, [[0.7, -1.2, 2], [0.1, 1.3, -0.3]]),
+    "sce": ("sce", {}, [[0.75289575, -0.63823129, 1.3], [0.06771812, 1.24244244, -1.4]]),
+    "sce of half the entries": ("sce", {"select_topk": 0.5}, [[0.69230769, -1, 1.3], [0, 1.5, -1.4]]),
     "ties": ("ties", {"density": 0.5, "weight": 1.0}, TIES),
     "ties by frequency": (
         "ties",
@@ -203,6 +231,20 @@ def test_the_edges_of_slerp_and_model_stock():
     assert_close(RULES["model_stock"].merge(group), W0, relative=1e-12)
 
 
+def test_the_edges_of_rules_on_the_sphere_and_of_sce():
+    shared = {"nuslerp_flatten": True, "nuslerp_row_wise": False}
+    own = [{"weight": 1.0}, {"weight": 3.0}]
+    opposite = Group("w", None, [W0.copy(), -W0], shared, own)
+    assert_close(RULES["nuslerp"].merge(opposite), -0.5 * W0, relative=1e-9)
+    cancel = Group("w", W0.copy(), [2 * W0, 0 * W0], {"normalize_weights": True}, [{"weight": 1.0}] * 2)
+    assert_close(RULES["multislerp"].merge(cancel), W0, relative=1e-9)
+    assert_close(sce.energies([np.full(4, 1e-4), np.full(4, 3e-4)], 1e-6), np.array([0.5, 0.5]), relative=1e-12)
+    assert_close(sce.energies([np.full(4, 1e-4), np.full(4, 3e-4)], 0.0), np.array([0.1, 0.9]), relative=1e-9)
+    equal = [np.array([1.0, 0, 2, 0]), np.array([0.0, 1, 2, 0])]  # the first two have one variance, the others none
+    sce.select(equal, 0.5)
+    np.testing.assert_array_equal(equal, [[1, 0, 0, 0], [0, 0, 0, 0]])
+
+
 def test_filter_wise_model_stock_is_model_stock_of_each_row():
     whole = merge("model_stock", filter_wise=True)
     for row in range(2):
@@ -271,6 +313,7 @@ def test_trimming_counts_exactly_and_takes_the_first_of_equal_ones():
         ("linear", {"weight": [1.0, -1.0, 0.5]}, r"weight=-1.0 is negative, and divisor=weight cancels its sign"),
         ("ties", {"weight": [0.0, 0.0, 0.0]}, "the weights sum to zero"),
         ("della", {"weight": 1.0, "density": 0.9}, r"epsilon=0.15 with density=0.9 leaves probabilities outside"),
+        ("multislerp", {"weight": [1.0, -2.0, 1.0]}, "the weights sum to zero"),
         ("karcher", {"weight": [1.0, 1.0, 0.0]}, "a mean on the sphere needs positive weights"),
     ],
 )

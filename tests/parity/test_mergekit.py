@@ -49,6 +49,19 @@ CASES = {
     "model_stock": {"merge_method": "model_stock", "base_model": "base", "models": [{"model": m} for m in "abc"]},
     "filter_wise": {"merge_method": "model_stock", "base_model": "base", "models": [{"model": m} for m in "abc"]}
     | {"parameters": {"filter_wise": True}},
+    "nuslerp": {"merge_method": "nuslerp", "models": PLAIN[:2]},
+    "nuslerp_based": {"merge_method": "nuslerp", "base_model": "base", "models": PLAIN[1:]},
+    "nuslerp_rows": {"merge_method": "nuslerp", "models": PLAIN[:2], "parameters": {"nuslerp_flatten": False}},
+    "nuslerp_columns": {"merge_method": "nuslerp", "base_model": "base", "models": PLAIN[:2]}
+    | {"parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True}},
+    "multislerp": {"merge_method": "multislerp", "models": PLAIN},
+    "multislerp_based": {"merge_method": "multislerp", "base_model": "base", "models": PLAIN}
+    | {"parameters": {"normalize_weights": False}},
+    "nearswap": {"merge_method": "nearswap", "base_model": "base", "models": [{"model": "a"}]}
+    | {"parameters": {"t": 0.03}},
+    "sce": {"merge_method": "sce", "base_model": "base", "models": [{"model": m} for m in "abc"]},
+    "sce_topk": {"merge_method": "sce", "base_model": "base", "models": [{"model": m} for m in "abc"]}
+    | {"parameters": {"select_topk": 0.4}},
     "passthrough": {
         "merge_method": "passthrough",
         "slices": [

@@ -13,8 +13,12 @@ from lowrank.merging.rules.karcher import KARCHER
 from lowrank.merging.rules.linear import LINEAR
 from lowrank.merging.rules.mats import MATS
 from lowrank.merging.rules.model_stock import MODEL_STOCK
+from lowrank.merging.rules.multislerp import MULTISLERP
+from lowrank.merging.rules.nearswap import NEARSWAP
+from lowrank.merging.rules.nuslerp import NUSLERP
 from lowrank.merging.rules.passthrough import PASSTHROUGH
 from lowrank.merging.rules.regmean import REGMEAN
+from lowrank.merging.rules.sce import SCE
 from lowrank.merging.rules.sequential_slerp import SEQUENTIAL_SLERP
 from lowrank.merging.rules.slerp import SLERP
 from lowrank.merging.rules.task_arithmetic import TASK_ARITHMETIC
@@ -28,6 +32,9 @@ RULES: dict[str, Rule] = {
     "slerp": SLERP,
     "sequential_slerp": SEQUENTIAL_SLERP,
     "karcher": KARCHER,
+    "nuslerp": NUSLERP,
+    "multislerp": MULTISLERP,
+    "nearswap": NEARSWAP,
     "task_arithmetic": TASK_ARITHMETIC,
     "ties": TIES,
     "dare_linear": DARE_LINEAR,
@@ -36,6 +43,7 @@ RULES: dict[str, Rule] = {
     "della_linear": DELLA_LINEAR,
     "breadcrumbs": BREADCRUMBS,
     "breadcrumbs_ties": BREADCRUMBS_TIES,
+    "sce": SCE,
     "model_stock": MODEL_STOCK,
     "fisher": FISHER,
     "regmean": REGMEAN,

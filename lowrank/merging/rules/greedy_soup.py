@@ -13,7 +13,8 @@ def select(count: int, score: Callable[[tuple[int, ...]], float]) -> tuple[int, 
     """The models of the soup, out of `count`; `score(models)` is that of the mean of these, and higher is better."""
     alone = [score((i,)) for i in range(count)]
     first, *rest = sorted(range(count), key=lambda i: -alone[i])
-    soup, best = (first,), alone[first]
+    soup: tuple[int, ...] = (first,)
+    best = alone[first]
     for i in rest:
         value = score((*soup, i))
         if value >= best:
