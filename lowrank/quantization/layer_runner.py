@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lowrank import models
 from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
 from lowrank.models.layer_stack import stack_depths
+from lowrank.models.layerwise import call_layer, first_inputs, run_layer
 from lowrank.models.layers import Linear
 from lowrank.models.positions import layer_kinds
 
@@ -34,7 +34,7 @@ class LayerRunner:
     def __init__(self, config: Any, params: PyTree, names: Iterable[str], batches: Sequence[Any]) -> None:
         self._config, self._params = config, params
         self.order = [(stack, i) for stack, depth in stack_depths(config).items() for i in range(depth)]
-        starts = [_first_inputs(config, params, *batch) for batch in batches]
+        starts = [first_inputs(config, params, *batch) for batch in batches]
         self._streams, self._inputs = [h for h, _ in starts], [inputs for _, inputs in starts]
         self._real = [jnp.asarray(segments > 0) for _, segments in batches]
         self._names = set(names)
@@ -54,7 +54,7 @@ class LayerRunner:
         config, layer = self._layer(stack, i)
         replaced = {name.removeprefix(f"{stack}/"): kernel for name, kernel in kernels.items()}
         layer = tree.map_named(lambda name, leaf: replaced.get(name, leaf), layer, is_leaf=is_weight)
-        self._streams = [_run_layer(config, layer, h, inputs, kind) for h, inputs, kind, _ in self._batches(stack, i)]
+        self._streams = [run_layer(config, layer, h, inputs, kind) for h, inputs, kind, _ in self._batches(stack, i)]
 
     def _layer(self, stack: str, i: int) -> tuple[Any, PyTree]:
         return self._config, jax.tree.map(lambda x: x[i], self._params[stack])
@@ -74,30 +74,6 @@ class LayerRunner:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _first_inputs(config: Any, params: PyTree, tokens: jax.Array, segments: jax.Array) -> tuple[jax.Array, Any]:
-    """`(residual stream [B, T, D], attention inputs)` of the first layer."""
-    recorded: list[Any] = []
-
-    def skip_stacks(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if context.method_name != "_run_stacks":
-            return call(*args, **kwargs)
-        recorded.extend(args[:2])
-        return args[0], {}
-
-    with nn.intercept_methods(skip_stacks):
-        models.build_model(config).apply({"params": params}, tokens, segments=segments, method="features")
-    h_BxTxD, inputs = recorded
-    return h_BxTxD, inputs
-
-
-def _call_layer(config: Any, layer: PyTree, h: jax.Array, inputs: Any, kind: Any) -> jax.Array:
-    return models.build_block(config).apply({"params": layer}, h, inputs, kind)[0]
-
-
-_run_layer = jax.jit(_call_layer, static_argnums=0)
-
-
-@functools.partial(jax.jit, static_argnums=0)
 def _moments_of_layer(config: Any, layer: PyTree, h: jax.Array, inputs: Any, kind: Any, real_BxT: jax.Array) -> Moments:
     recorded: dict[str, jax.Array] = {}
 
@@ -107,7 +83,7 @@ def _moments_of_layer(config: Any, layer: PyTree, h: jax.Array, inputs: Any, kin
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        _call_layer(config, layer, h, inputs, kind)
+        call_layer(config, layer, h, inputs, kind)
     return {name: _moments(x, real_BxT) for name, x in recorded.items() if x.shape[:2] == real_BxT.shape}
 
 
