@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from lowrank import models
 from lowrank.core.typing import PyTree
+from lowrank.models import build_block, build_model
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -26,14 +26,14 @@ def first_inputs(config: Any, params: PyTree, tokens: jax.Array, segments: jax.A
         return args[0], {}
 
     with nn.intercept_methods(skip_stacks):
-        models.build_model(config).apply({"params": params}, tokens, segments=segments, method="features")
+        build_model(config).apply({"params": params}, tokens, segments=segments, method="features")
     h_BxTxD, inputs = recorded
     return h_BxTxD, inputs
 
 
 def call_layer(config: Any, layer: PyTree, h: jax.Array, inputs: Any, kind: Any) -> jax.Array:
     """The residual stream `[B, T, D]` after a layer, whose parameters have no layer axis; `kind` is its layer kind."""
-    return models.build_block(config).apply({"params": layer}, h, inputs, kind)[0]
+    return build_block(config).apply({"params": layer}, h, inputs, kind)[0]
 
 
 run_layer = jax.jit(call_layer, static_argnums=0)

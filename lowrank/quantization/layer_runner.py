@@ -18,8 +18,8 @@ from lowrank.core.errors import UserError
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight
 from lowrank.models.layer_stack import stack_depths
-from lowrank.models.layerwise import call_layer, first_inputs, run_layer
 from lowrank.models.layers import Linear
+from lowrank.models.layerwise import call_layer, first_inputs, run_layer
 from lowrank.models.positions import layer_kinds
 
 Moments = dict[str, tuple[jax.Array, jax.Array]]  # kernel -> (sum of x^T x [in, in], sum of |x| [in]), float32
