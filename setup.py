@@ -85,6 +85,7 @@ setup(
             "sentencepiece",
             "torch==2.13.0",
             "transformers>=5.0,<5.24",
+            "trl==1.16.0",  # the tests reach into its trainers
         ],
     },
 )
