@@ -22,6 +22,7 @@ class EvalConfig:
     """The `eval` group of a config: scores before the first step, after the last one, and between them."""
 
     split: str = ""  # the held-out split; empty: no evaluation
+    before: bool = True  # whether the model is scored before the first step
     every: int = 0  # steps between two evaluations; 0: only before the first step and after the last one
     max_examples: int = 0  # the number of records to score; 0: all
     texts: int = 0  # the number of prompts to continue before and after training, for the scores of texts

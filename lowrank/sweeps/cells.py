@@ -21,7 +21,7 @@ from lowrank.training.workdir import MAY_CHANGE
 
 # A run may change these and computes the same. Of `checkpoint`, the keys that choose the adapter's step stay.
 LEFT_OUT = {*MAY_CHANGE, "notes"} - {"checkpoint"}
-LEFT_OUT |= {"checkpoint.every", "checkpoint.keep", "data.prefetch", "data.data_dir"}
+LEFT_OUT |= {"checkpoint.every", "checkpoint.keep", "data.prefetch", "data.data_dir", "eval.before"}
 GROUPS = {"data": DataConfig, "optim": OptimConfig, "eval": EvalConfig, "model": ModelConfig}
 GROUPS |= {"checkpoint": CheckpointConfig}
 OPEN = (

@@ -37,8 +37,6 @@ def run(
     config: Mapping[str, Any],
     directory: PathLike,
     command: str = "",
-    before: bool = True,
-    after: bool = True,
     profile: int = 0,
 ) -> dict[str, Any]:
     """Trains the run of `config` (a ConfigDict or nested dicts) in `directory`; returns the summary that it writes.
@@ -50,8 +48,6 @@ def run(
       config: the config of the run.
       directory: the folder of the run, local or `gs://BUCKET/...`.
       command: the shell command that repeats the run, for the report.
-      before: whether the model is scored before the first step.
-      after: whether the model is scored after the last step.
       profile: the number of steps that are traced, into the folder `profile`.
 
     Raises:
@@ -79,7 +75,7 @@ def run(
             log.say(run.loader.describe())
             trainer = Trainer(run, folder, saver, log, stop, hold, command)
             workdir.claim(folder, config)
-            return trainer.train(before, after, traces)
+            return trainer.train(traces)
 
 
 def _finished_summary(folder: AnyPath, last: int) -> dict[str, Any] | None:
@@ -126,9 +122,9 @@ class Trainer:
         if latest is not None:
             self._restore(latest)
 
-    def train(self, before: bool, after: bool, profile: Profile) -> dict[str, Any]:
+    def train(self, profile: Profile) -> dict[str, Any]:
         """Trains the run and writes the adapter and the report; returns the summary, as `run` describes."""
-        first = self._scores_before() if before else UNSCORED
+        first = self._scores_before()
         with profile:
             done = self._train_steps(profile)
         if done < self.run.config.steps and not self.best.exhausted:
@@ -136,7 +132,7 @@ class Trainer:
             return {"stopped_at": done}
         if self.best.config.best:
             self._return_to_best(done)
-        return self._finish(first, self._evaluate() if after else UNSCORED, done)
+        return self._finish(first, self._evaluate(), done)
 
     def _restore(self, last: int) -> None:
         arrays, meta = self.saver.restore(last, self._like())
@@ -270,6 +266,8 @@ class Trainer:
     def _scores_before(self) -> dict[str, Any]:
         """The scores and texts before the first step, read from the file if the run is resumed."""
         path = self.folder / BEFORE
+        if self.run.scorer and not self.run.scorer.config.before:
+            return UNSCORED
         if int(self.state.step) == 0 or not exists(path):
             files.write_json(path, self._evaluate())
         return files.read_json(path)

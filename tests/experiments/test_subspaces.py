@@ -48,7 +48,7 @@ def test_the_adapters_of_a_study_are_measured_in_the_middle_layer(files, tmp_pat
     base = config_of(files, optim__lr=0.05, mesh__data=1, checkpoint__every=0, steps=3)
     study = open_study(Study("rank", base, product(({"method.rank": 2},), seeds(2))), tmp_path / "study")
     for cell in study.cells:
-        loop.run(cell.config, study.run_path(cell.key), before=False, after=False)
+        loop.run(cell.config, study.run_path(cell.key))
     updates = analysis.read_updates(study)
     assert sorted(updates) == [(2, seed, kernel) for seed in (0, 1) for kernel in "qv"]
     weight = np.asarray(load(str(files / "llama")).params["layers"]["attn"]["q"]["kernel"])

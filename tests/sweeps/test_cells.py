@@ -59,6 +59,7 @@ def test_a_random_search_is_that_of_its_seed_and_has_no_point_twice():
         {"objective": {"name": "causal_lm"}},
         {"data__prompt_loss_weight": 0.1},
         {"optim__lr": float("0.0100")},
+        {"eval__before": False},
     ],
 )
 def test_the_key_is_the_same_for_one_computation_however_it_is_spelled(changes):

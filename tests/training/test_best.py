@@ -67,9 +67,15 @@ def run_with_scores(files, folder, monkeypatch, scores, **changes):
     """A run of six steps whose evaluations after steps 1, 2, ... find these scores."""
     count = iter(scores)
     monkeypatch.setattr(Evaluator, "scores", lambda self, params: {"nll": next(count), "tokens": 1.0})
-    settings = {"eval__split": "train", "eval__every": 1, "checkpoint__best": "nll", "checkpoint__every": 2}
+    settings = {
+        "eval__split": "train",
+        "eval__every": 1,
+        "eval__before": False,
+        "checkpoint__best": "nll",
+        "checkpoint__every": 2,
+    }
     config = config_of(files, "rank=2", mesh__data=1, steps=6, optim__lr=0.05, **{**settings, **changes})
-    return loop.run(config, folder, before=False)
+    return loop.run(config, folder)
 
 
 def adapter_of(files, folder):
@@ -92,7 +98,7 @@ def test_the_adapter_is_that_of_the_best_step(files, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop.Trainer, "_save", save)
     monkeypatch.setattr(loop.Checkpointer, "due", lambda self, step: True)
-    loop.run(last, tmp_path / "last", before=False)
+    loop.run(last, tmp_path / "last")
     assert (adapter_of(files, tmp_path / "best") == seen[3]).all()
     assert not (adapter_of(files, tmp_path / "best") == seen[6]).all()
 

@@ -18,7 +18,7 @@ def traced_steps(folder):
 
 def test_a_run_traces_the_steps_after_its_first(files, tmp_path):
     config = config_of(files, steps=5, mesh__data=1)
-    loop.run(config, tmp_path / "run", before=False, after=False, profile=2)
+    loop.run(config, tmp_path / "run", profile=2)
     assert traced_steps(tmp_path / "run") == [1, 2]
 
 
