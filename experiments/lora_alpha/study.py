@@ -55,7 +55,16 @@ EXPERIMENT = Experiment(
     baseline={"formula": "alpha / r", "rank": "8", "alpha": "8"},
     small=Size(tasks.topics(), rows((8, 64)), rates=(1e-3, 3e-3, 1e-2, 3e-2)),
     paper=Size(
-        paper_runs.gsm8k("llama2-7b", steps=1400, batch_size=16, seq_len=512, warmup=40),
+        paper_runs.instructions(
+            "llama2-7b",
+            "tfds:gsm8k",
+            "{question}\n",
+            "{answer}",
+            steps=1400,
+            batch_size=16,
+            seq_len=512,
+            warmup=40,
+        ),
         rows((8, 32, 128, 512, 2048), target=r"layers/(attn|mlp)/(q|k|v|o|gate|up|down)/kernel"),
         rates=(2e-5, 5e-5, 1e-4, 2e-4),
         splits=paper_runs.GSM8K_SPLITS,
