@@ -17,7 +17,7 @@ from experiments.bench.step_cases import CASES
 from experiments.bench.tpu_cases import TOPOLOGIES, Case, attention_cases, cases, model_cases
 from experiments.intrinsic_dimension import table as dimensions
 from experiments.protocol import table as study_table
-from experiments.study.numbers import earlier_mark, same_mark
+from experiments.protocol.marks import earlier_mark, same_mark
 from lowrank.core.files import write_text
 from lowrank.memory.report import format_bytes
 from lowrank.sweeps.tables import format_mean
@@ -40,6 +40,7 @@ FIRST_CHOICES = {
 }
 
 TITLES = {"lora": "LoRA", "dora": "DoRA"}
+LORA = "minus_lora"  # the differences of the methods' table
 
 
 def bench_step() -> str:
@@ -195,7 +196,7 @@ def methods() -> str:
     rows = [
         f"| `{name}` | `{e['config']}` | {e['trains']} | {e['family']} | {'yes' if e['merges'] else 'no'} "
         f"| {'-' if e['trained_params'] is None else format(e['trained_params'], ',')} "
-        f"| {_marked_score(scored.get((name, 'topics')))} | {_marked_score(scored.get((name, 'headlines')))} |"
+        f"| {_score(scored.get((name, 'topics')), LORA)} | {_score(scored.get((name, 'headlines')), LORA)} |"
         for name, e in entries.items()
     ]
     return "\n".join([head, "|---|---|---|---|---|---:|---:|---:|---:|---:|", *rows])
@@ -207,7 +208,7 @@ def first_choices() -> str:
     scored = {(row["method"], row["task"]): row for row in _csv("experiments/methods/results/table.csv")}
     rows = [
         f"| `{entries[name]['config']}` | {reason} | {entries[name]['trained_params']:,} "
-        f"| {_marked_score(scored.get((name, 'topics')))} |"
+        f"| {_score(scored.get((name, 'topics')), LORA)} |"
         for name, reason in FIRST_CHOICES.items()
     ]
     return "\n".join(["| config | take it when | trained | accuracy | s/step |", "|---|---|---:|---:|---:|", *rows])
@@ -221,7 +222,7 @@ def quantization() -> str:
     for base, method in dict.fromkeys(key[:2] for key in found):
         topics, headlines = (found.get((base, method, task)) for task in ("topics", "headlines"))
         bits = float((topics or headlines)["bits_per_weight"])
-        scores = " | ".join(_score(row, earlier_mark(row) if row else "") for row in (topics, headlines))
+        scores = " | ".join(_score(row, "minus_float32") for row in (topics, headlines))
         lines.append(f"| {base} | {method} | {bits:.2f} | {scores} |")
     return "\n".join([head, "|---|---|---:|---:|---:|---:|---:|", *lines])
 
@@ -238,17 +239,13 @@ def _pictures(study: str) -> str:
     return "".join(f"\n\n![{plot.stem}](results/{plot.name})" for plot in plots)
 
 
-def _marked_score(row: dict[str, str] | None) -> str:
-    """As `_score`, with the marks of the methods' table."""
-    return _score(row, same_mark(row) + earlier_mark(row) if row else "")
-
-
-def _score(row: dict[str, str] | None, marks: str = "") -> str:
-    """`mean ± interval | seconds per step`; dashes for a cell that was not run."""
+def _score(row: dict[str, str] | None, difference: str) -> str:
+    """`mean ± interval, marks | seconds per step`; dashes for a cell that was not run. `difference` as in `marks`."""
     if row is None:
         return "- | -"
     step = "-" if row["step_s"] == "nan" else f"{float(row['step_s']):.2f}"
-    return f"{format_mean(float(row['score_mean']), float(row['score_ci95']))}{marks} | {step}"
+    score = format_mean(float(row["score_mean"]), float(row["score_ci95"]))
+    return f"{score}{same_mark(row, difference)}{earlier_mark(row)} | {step}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

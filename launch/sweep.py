@@ -75,7 +75,11 @@ def read_study(spec: str, changes: Sequence[str]) -> Study:
     """The study of a file with changes of its base config, `--config.a.b=c`."""
     if not spec:
         raise UserError("--study=FILE.py is required")
-    study = load_study(spec)
+    return with_words(load_study(spec), changes)
+
+
+def with_words(study: Study, changes: Sequence[str]) -> Study:
+    """The study with changes of its base config, `--config.a.b=c`."""
     base = study.base if isinstance(study.base, ConfigDict) else ConfigDict(study.base)
     for word in changes:
         config_file.override_word(base, word)

@@ -8,8 +8,7 @@ import numpy as np
 
 from experiments.bench.ours import stepping
 from experiments.bench.worker import serve
-from experiments.methods.rows import ROWS
-from experiments.study.tasks import HEADLINES
+from experiments.protocol import tasks
 from lowrank.adapters import adapter_files
 from lowrank.core import sharding, tree
 from lowrank.core.typing import Batch
@@ -20,9 +19,9 @@ IGNORED = -100  # the label that torch's loss leaves out
 
 def main(rows: int, folder: str) -> None:
     """Loads the run, with `rows` tokens of the head at a time; leaves its start for the other side, then serves."""
-    config = HEADLINES.config(ROWS["lora"], 1e-4, seed=0)
-    config.logits_chunk_tokens = rows
-    config.optim.update(schedule="constant", warmup=0, clip=0.0)  # as theirs
+    config = tasks.headlines()
+    config.method, config.data.batch_size, config.logits_chunk_tokens = {"name": "lora"}, 8, rows
+    config.optim.update(lr=1e-4, schedule="constant", warmup=0, clip=0.0)  # as theirs
     run = build.build_run(config)
     base, optimizer = run.load(), run.optimizer()
     state, frozen, _ = run.start(base.params, optimizer)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.study.tasks import Model
+from experiments.protocol.model import Model
 from lowrank import pretrained
 from lowrank.core.weight import materialize
 

@@ -14,8 +14,8 @@ from experiments.dora import decomposition
 from experiments.protocol import measures, paper_runs, tasks
 from experiments.protocol.experiment import Experiment, Row, Size
 from experiments.protocol.measures import Heading
+from experiments.protocol.model import Model
 from experiments.protocol.table import as_number, row_name
-from experiments.study.tasks import Model
 from lowrank.core.paths import AnyPath
 from lowrank.sweeps.folder import StudyFolder
 

@@ -13,8 +13,8 @@ from experiments import plotting
 from experiments.protocol import measures, paper_runs, tasks
 from experiments.protocol.experiment import Experiment, Row, Size
 from experiments.protocol.measures import Heading
+from experiments.protocol.model import Model
 from experiments.protocol.table import as_number, row_name
-from experiments.study.tasks import Model
 from lowrank.core.paths import AnyPath
 from lowrank.objectives import causal_lm
 from lowrank.sweeps.folder import StudyFolder

@@ -13,9 +13,9 @@ from experiments import plotting
 from experiments.protocol import measures, paper_runs
 from experiments.protocol.experiment import Experiment, Row, Size
 from experiments.protocol.measures import Heading
+from experiments.protocol.model import Model
 from experiments.protocol.table import as_number, read_rows, row_name
 from experiments.protocol.tasks import headlines
-from experiments.study.tasks import Model
 from lowrank import data
 from lowrank.core.config_file import with_changes
 from lowrank.core.paths import AnyPath

@@ -17,8 +17,8 @@ from experiments import plotting
 from experiments.ladder import questions
 from experiments.protocol import measures, paper_runs, tasks
 from experiments.protocol.experiment import Experiment, Row, Size
+from experiments.protocol.model import Model
 from experiments.protocol.table import as_number, read_rows
-from experiments.study.tasks import Model
 from lowrank.core.config_file import with_changes
 from lowrank.core.paths import AnyPath
 from lowrank.data import templates

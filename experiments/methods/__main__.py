@@ -1,29 +1,28 @@
-"""Compares all methods on two tasks: `python -m experiments.methods [--quick] [--task=T] [--rows=a,b] [--phases=p]`.
+"""Runs the study: see `experiments.protocol.row_by_row`. It also writes the catalogue of methods."""
 
-Runs every cell that is not there yet, first those for scores, then those for timing, which want an idle machine; shows
-progress, and rewrites the table and the plot. Kill it and start it again: cells that are done stay. `--quick` is two
-steps, one rate, one seed, in `runs/`; `--phases=` runs nothing and rewrites the table. `--renew` also runs the scores
-again whose row has other formulas by now (`Row.formulas`).
-"""
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 
-import dataclasses
-
-from absl import app
-
-from experiments.methods import table
+from experiments.methods import headlines, table, topics
 from experiments.methods.catalogue import catalogue
-from experiments.study.run import main, untrained
-from experiments.study.study import Study
-from lowrank.core import files
+from experiments.protocol.model import right_answers
+from experiments.protocol.row_by_row import Runs, Task, main
+from experiments.protocol.tasks import article_perplexity, retrieval_accuracy
+from lowrank.core.files import write_json
+
+TASKS = {
+    "topics": Task(topics.EXPERIMENT, lambda model: 100 * retrieval_accuracy(model), right_answers),
+    "headlines": Task(headlines.EXPERIMENT, lambda model: -article_perplexity(model)),
+}
 
 
-def write(study: Study) -> None:
-    """The table and the plot from the cells there are, and the catalogue of methods."""
-    study = dataclasses.replace(study, renew=False)  # the table also has the scores that are still to be renewed
-    table.write(study, table.rows(study, lambda task: untrained(study, task)["known"]))
-    if not study.quick:
-        files.write_json(study.results / "catalogue.json", catalogue())
+def write(runs: Mapping[str, Runs], results: Path) -> str:
+    """The tables and plots and, of the whole study, the catalogue of methods; returns the table in Markdown."""
+    if results == topics.EXPERIMENT.results("small"):
+        write_json(results / "catalogue.json", catalogue())
+    return table.write(runs, results)
 
 
 if __name__ == "__main__":
-    app.run(lambda argv: main("methods", write))
+    sys.exit(main("methods", TASKS, write, sys.argv[1:]))

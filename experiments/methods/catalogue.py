@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 
-from experiments.methods.rows import ROWS
-from experiments.study.study import Row
+from experiments.methods.rows import ROWS, Row
 from lowrank import methods, pretrained
 from lowrank.core import files, parameter_summary, tree, weight
 from lowrank.core.errors import UserError

@@ -10,9 +10,9 @@ from experiments import plotting
 from experiments.protocol import measures, models, paper_runs
 from experiments.protocol.experiment import Experiment, Row, Size
 from experiments.protocol.measures import Heading
+from experiments.protocol.model import Model
 from experiments.protocol.table import as_number, read_rows
 from experiments.protocol.tasks import headlines
-from experiments.study.tasks import Model
 from lowrank.adapters import nearest_tokens
 from lowrank.core.paths import AnyPath
 from lowrank.sweeps.folder import StudyFolder

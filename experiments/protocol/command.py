@@ -46,12 +46,12 @@ def main(experiment: Experiment, argv: Sequence[str]) -> int:
     return 0
 
 
-def parse(name: str, text: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """`(options, changes of the config)` of a study's command; `text` is its help."""
+def parse(name: str, text: str, argv: Sequence[str], *flags: str) -> tuple[argparse.Namespace, list[str]]:
+    """`(options, changes of the config)` of a study's command; `text` is its help, `flags` are further ones."""
     parser = command.Parser(f"python -m experiments.{name}", text)
     parser.add_argument("--size", default="small", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
-    for flag in ("--folder", "--results"):
+    for flag in ("--folder", "--results", *flags):
         parser.add_argument(flag, default="", help=argparse.SUPPRESS)
     return parser.parse_with_changes(argv)
 

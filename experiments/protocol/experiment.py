@@ -36,6 +36,12 @@ class Row:
         default_factory=dict
     )  # a column of the paper's table -> its figure, as printed
     rates: tuple[float, ...] = ()  # the learning rates to try, from low to high; (): those of the size
+    seeds: int = 0  # of the final phase; 0: as many as the size says
+
+    @property
+    def name(self) -> str:
+        """The labels in one word, as a command names the row."""
+        return "+".join(self.labels.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +60,17 @@ class Size:
         """The learning rates that are tried for a row."""
         return row.rates or self.rates
 
+    def seeds_of(self, row: Row) -> int:
+        """The number of seeds of a row in the final phase."""
+        return row.seeds or self.seeds
+
+    def only(self, name: str) -> "Size":
+        """The size with the row of a name alone. Raises UserError for a name that is no row's."""
+        rows = {row.name: row for row in self.rows}
+        if name not in rows:
+            raise unknown("row", name, rows)
+        return dataclasses.replace(self, rows=(rows[name],))
+
     def find(self, labels: Mapping[str, str]) -> Row:
         """The first row that has these labels among its own."""
         return next(row for row in self.rows if labels.items() <= row.labels.items())
@@ -63,7 +80,7 @@ class Size:
         fewer = lambda point: {"steps": CI_STEPS} if "steps" in point else {}  # noqa: E731
         first = self.find(baseline)
         rows = tuple(
-            dataclasses.replace(row, point={**row.point, **fewer(row.point)}, rates=self.rates_of(row)[:2])
+            dataclasses.replace(row, point={**row.point, **fewer(row.point)}, rates=self.rates_of(row)[:2], seeds=0)
             for row in (first, next(row for row in self.rows if row is not first))
         )
         changes = {"steps": CI_STEPS, "optim.warmup": 0, "eval.max_examples": CI_EXAMPLES, "log_every": 1}
@@ -84,7 +101,8 @@ class Experiment:
     metric: str
     baseline: Mapping[str, str]  # labels of the row that all others are compared with
     small: Size
-    paper: Size
+    paper: Size | None = None
+    task: str = ""  # the study file in the folder, where it is not `study`
     within: tuple[str, ...] = ()  # labels that a row and its baseline have in common
     source: str = ""  # where the printed figures stand: the paper and the number of its table
     analyze: Analysis | None = None
@@ -96,7 +114,8 @@ class Experiment:
     @property
     def sizes(self) -> dict[str, Size]:
         """The sizes by name; `ci` is made of `small`."""
-        return {"ci": self.small.ci(self.baseline), "small": self.small, "paper": self.paper}
+        paper = {"paper": self.paper} if self.paper else {}
+        return {"ci": self.small.ci(self.baseline), "small": self.small, **paper}
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -111,7 +130,7 @@ class Experiment:
 
     def file(self) -> Path:
         """The study file, for `launch.sweep`."""
-        return ROOT / self.name / "study.py"
+        return ROOT / self.name / f"{self.task or 'study'}.py"
 
     def results(self, size: str) -> AnyPath:
         """The folder of the results: that of the repository for `small`, and one under `runs/` for the others."""
@@ -119,14 +138,15 @@ class Experiment:
         return ROOT / self.name / "results" if size == "small" else as_path(f"runs/{self.name}/{size}/results")
 
     def get_study(self, arg: str | None = None) -> Study:
-        """The sweep of `SIZE[,PHASE[,RESULTS]]`; by default the final phase, with the best rates in its results.
+        """The sweep of `SIZE[,PHASE[,RESULTS[,ROW]]]`; by default the final phase, with the best rates in its results.
 
-        Raises UserError for an unknown size or phase, and for a final phase whose rates were not searched.
+        With ROW it is the sweep of one row. Raises UserError for an unknown size, phase or row, and for a final phase
+        whose rates were not searched.
         """
-        size, phase, results, *more = [*(arg or "small").split(","), "", "", ""][:4]
+        size, phase, results, row, *more = [*(arg or "small").split(","), "", "", "", ""][:5]
         if more != [""]:
-            raise UserError(f"the study's argument {arg!r} is not SIZE,PHASE,RESULTS")
-        found = self.size(size)
+            raise UserError(f"the study's argument {arg!r} is not SIZE,PHASE,RESULTS,ROW")
+        found = self.size(size).only(row) if row else self.size(size)
         if (phase or FINAL) not in PHASES:
             raise unknown("phase", phase, PHASES)
         if phase == RATES:
@@ -134,15 +154,20 @@ class Experiment:
         best = read_rates(as_path(results) if results else self.results(size), found, f"{self.name} --size={size}")
         return self._sweep(found, size, FINAL, final_points(found, best))
 
+    def final_study(self, size: str, row: str, rate: float) -> Study:
+        """The final phase of a row at this rate."""
+        found = self.size(size).only(row)
+        return self._sweep(found, size, FINAL, final_points(found, [rate]))
+
     def _sweep(self, size: Size, name: str, phase: str, points: Points) -> Study:
         split = size.splits[PHASES.index(phase)]
         return Study(
-            f"{self.name}-{name}-{phase}",
+            "-".join(part for part in (self.name, self.task, name, phase) if part),
             with_changes(size.base, {"eval.split": split, "loggers": []}),
             points,
             metric=size.metric or self.metric,
             mode=self.mode,
-            baseline=dict(size.find(self.baseline).point),
+            baseline=dict(size.find(self.baseline).point) if len(size.rows) > 1 else None,
             limits=Limits(stall=0),
         )
 
@@ -155,8 +180,8 @@ def rate_points(size: Size) -> Points:
 
 def final_points(size: Size, best: Sequence[float]) -> Points:
     """Every row at its best learning rate, on the seeds of the table."""
-    tries = _seeds(size.seeds, 0)
-    return chain(*(product(({**row.point, RATE: rate},), tries) for row, rate in zip(size.rows, best, strict=True)))
+    pairs = zip(size.rows, best, strict=True)
+    return chain(*(product(({**row.point, RATE: rate},), _seeds(size.seeds_of(row), 0)) for row, rate in pairs))
 
 
 def _seeds(count: int, first: int) -> Points:

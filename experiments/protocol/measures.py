@@ -4,6 +4,7 @@ Each model of the final phase is loaded from its adapter, and the numbers are ke
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +14,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from experiments.protocol.experiment import TABLE_FILE, Experiment
+from experiments.protocol.model import Model
 from experiments.protocol.table import as_number, compare, conclusion, is_baseline, read_rows
-from experiments.study.tasks import Model
 from lowrank import methods, pretrained
 from lowrank.adapters import load
 from lowrank.core.files import read_json, write_json
@@ -22,6 +23,7 @@ from lowrank.core.paths import AnyPath, exists
 from lowrank.sweeps.cells import Cell
 from lowrank.sweeps.folder import StudyFolder
 from lowrank.sweeps.statistics import interval, is_tied
+from lowrank.sweeps.study import SEEDS
 from lowrank.sweeps.tables import SAME, format_mean, write_csv
 from lowrank.training.config import with_precision
 from lowrank.training.loop import ADAPTER
@@ -30,7 +32,7 @@ MEASURES_FILE, CELL_FILE = "measures.csv", "measures.json"
 UNTRAINED = "untrained"
 OF_BASE = ("param_dtype", "quantize", "upcycle", "precision")  # keys of the model group that an adapter records
 
-Measure = Callable[[Model], Mapping[str, float]]
+Measure = Callable[[Model], Mapping[str, Any]]
 
 
 class Heading(NamedTuple):
@@ -60,10 +62,9 @@ def write(
     """
     rows = read_rows(results / TABLE_FILE)
     labels = [{label: row[label] for label in experiment.labels} for row in rows]
-    per_row = len(study.cells) // len(rows)
-    numbers = [_measured(study, cell, measure) for cell in study.cells]
-    blocks = [numbers[i : i + per_row] for i in range(0, len(numbers), per_row)]
-    names = list(next(found for found in numbers if found))
+    by_row = itertools.groupby(study.cells, lambda cell: {k: v for k, v in cell.point.items() if k not in SEEDS})
+    blocks = [[measured(study, cell, measure) for cell in cells] for _, cells in by_row]
+    names = list(next(found for block in blocks for found in block if found))
     lines: list[dict[str, Any]] = [
         {**label, "seeds": sum(map(bool, block))} for label, block in zip(labels, blocks, strict=True)
     ]
@@ -77,7 +78,7 @@ def write(
     return lines
 
 
-def _measured(study: StudyFolder, cell: Cell, measure: Measure) -> Mapping[str, float]:
+def measured(study: StudyFolder, cell: Cell, measure: Measure) -> Mapping[str, Any]:
     """The numbers of a cell; empty if it has no adapter."""
     folder = study.run_path(cell.key)
     if exists(folder / CELL_FILE):

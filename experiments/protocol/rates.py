@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.protocol.experiment import RATE, RATES_FILE, Size
+from experiments.protocol.experiment import RATE, RATES_FILE, Row, Size
 from lowrank.core.errors import UserError
 from lowrank.core.paths import AnyPath
 from lowrank.sweeps.cells import spell
@@ -21,24 +21,31 @@ def write_rates(size: Size, study: StudyFolder, results: Sequence[Result], folde
     """
     lines, waiting = [], list(results)
     for row in size.rows:
-        rates = size.rates_of(row)
-        count = len(rates) * size.rate_seeds
+        count = len(size.rates_of(row)) * size.rate_seeds
         block, waiting = waiting[:count], waiting[count:]
-        scores = [_mean([r.score for r in block if r.cell.point[RATE] == rate]) for rate in rates]
-        best = _best(rates, scores, study.mode)
-        if best is None:
-            raise UserError(f"no learning rate of {', '.join(row.labels.values())} gave a score: lower its rates")
-        lines.append(
-            {
-                **row.labels,
-                "lr": rates[best],
-                "edge": len(rates) > 1 and best in (0, len(rates) - 1),
-                "rates": spell_numbers(rates),
-                f"validation_{study.metric}": spell_numbers(scores),
-                "seeds": size.rate_seeds,
-            }
-        )
+        scores = [(r.cell.point[RATE], r.score) for r in block]
+        lines.append(rate_line(size, row, scores, study.metric, study.mode))
     return write_csv(folder / RATES_FILE, list(lines[0]), lines)
+
+
+def rate_line(size: Size, row: Row, scores: Sequence[tuple[float, float]], metric: str, mode: str) -> dict[str, Any]:
+    """The line of a row in `rates.csv`, from the pairs of a rate and a score.
+
+    Raises UserError as `write_rates` does.
+    """
+    rates = size.rates_of(row)
+    means = [_mean([score for tried, score in scores if tried == rate]) for rate in rates]
+    best = _best(rates, means, mode)
+    if best is None:
+        raise UserError(f"no learning rate of {', '.join(row.labels.values())} gave a score: lower its rates")
+    return {
+        **row.labels,
+        "lr": rates[best],
+        "edge": len(rates) > 1 and best in (0, len(rates) - 1),
+        "rates": spell_numbers(rates),
+        f"validation_{metric}": spell_numbers(means),
+        "seeds": size.rate_seeds,
+    }
 
 
 def _mean(scores: Sequence[float]) -> float:

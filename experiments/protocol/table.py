@@ -1,6 +1,7 @@
 """The table of a study: rows of the final phase beside a paper's figures, and the sentence that they support."""
 
 import csv
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,10 +46,10 @@ def write_table(
 
 def differences(experiment: Experiment, size: Size, results: Sequence[Result]) -> list[dict[str, float]]:
     """Each row's difference from its baseline, seed by seed, with its interval and Holm's p value over all rows."""
-    scores = [
-        {result.seed: result.score for result in block if not math.isnan(result.score)}
-        for block in (results[i : i + size.seeds] for i in range(0, len(results), size.seeds))
-    ]
+    scores, waiting = list[dict[int, float]](), iter(results)
+    for row in size.rows:
+        block = itertools.islice(waiting, size.seeds_of(row))
+        scores.append({result.seed: result.score for result in block if not math.isnan(result.score)})
     return compare(experiment, [row.labels for row in size.rows], scores)
 
 

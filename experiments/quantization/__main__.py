@@ -1,13 +1,14 @@
-"""Compares bases in fewer bits: `python -m experiments.quantization [--quick] [--task=T] [--rows=a,b] [--phases=p]`.
+"""Runs the study: see `experiments.protocol.row_by_row`. A row of LoRA also scores its base untuned."""
 
-Each base is scored untuned and with LoRA on top, on the two tasks of the comparison of methods. Flags and cells are as
-there: kill it and start it again.
-"""
+import sys
 
-from absl import app
+from experiments.protocol.row_by_row import Task, main
+from experiments.quantization import bases, headlines, table, topics
 
-from experiments.quantization.table import write
-from experiments.study.run import main
+TASKS = {
+    "topics": Task(topics.EXPERIMENT, prepare=bases.measure),
+    "headlines": Task(headlines.EXPERIMENT, prepare=bases.measure),
+}
 
 if __name__ == "__main__":
-    app.run(lambda argv: main("quantization", write))
+    sys.exit(main("quantization", TASKS, table.write, sys.argv[1:]))

@@ -6,9 +6,24 @@ all parameters, which QAT trains, a rate near full fine-tuning's. IR-QLoRA calib
 would take five on SmolLM2.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from experiments.study.study import Row
+
+class Row(NamedTuple):
+    """A method on a base, the learning rates that are tried, and the tasks in which it is run."""
+
+    method: Mapping[str, Any]
+    rates: tuple[float, ...]
+    tasks: tuple[str, ...]
+    model: Mapping[str, Any] = MappingProxyType({})  # in addition to the task's own model options
+
+    @property
+    def point(self) -> dict[str, Any]:
+        """The keys of the config that the row sets."""
+        return {"method": dict(self.method), **{f"model.{key}": value for key, value in self.model.items()}}
+
 
 BASES: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -21,21 +36,20 @@ BASES: dict[str, dict[str, Any]] = {
     "ternary": {"quantize": {"name": "ternary"}},
     "mixed": {"quantize": {"name": "mixed", "budget": 3.5}},
 }
-FORGETTING, SEARCH, SETTINGS = False, False, {}
 TOPICS, BOTH = ("topics",), ("topics", "headlines")
 LORA = {"name": "lora"}
 RATES = (3e-3, 1e-2)
 KERNELS = r"(layers|top)/(attn|mlp)/\w+/kernel"
-ROWS = {f"{base}+lora": Row("LoRA", LORA, (1e-2,), BOTH, model) for base, model in BASES.items()}
+ROWS = {f"{base}+lora": Row(LORA, (1e-2,), BOTH, model) for base, model in BASES.items()}
 ROWS["int4_asymmetric+lora"] = ROWS["int4_asymmetric+lora"]._replace(tasks=TOPICS)
-ROWS["ternary+lora"] = ROWS["ternary+lora"]._replace(rates=(1e-2, 3e-3, 3e-2))
+ROWS["ternary+lora"] = ROWS["ternary+lora"]._replace(rates=(3e-3, 1e-2, 3e-2))
 # Against QLoRA on the same kernels: these read the plain base and make the codes themselves.
 ROWS |= {
-    "nf4+qlora": Row("QLoRA", {"name": "lora", "target": KERNELS}, RATES, BOTH, BASES["nf4"]),
-    "nf4+qdora": Row("QDoRA", {"name": "dora", "target": KERNELS}, RATES, TOPICS, BASES["nf4"]),
-    "nf4+loftq": Row("LoftQ", {"name": "loftq", "quantize": "nf4"}, RATES, BOTH),
-    "nf4+ir_qlora": Row("IR-QLoRA", {"name": "ir_qlora"}, RATES, formulas={"topics": 1}),
-    "int4_asymmetric+qa_lora": Row("QA-LoRA", {"name": "qa_lora", "block": 32}, RATES, BOTH),
-    "int8+modulora": Row("ModuLoRA", {"name": "modulora"}, RATES, TOPICS),
-    "int4+qat": Row("QAT", {"name": "qat", "quantize": "int4"}, (1e-4,), TOPICS),
+    "nf4+qlora": Row({"name": "lora", "target": KERNELS}, RATES, BOTH, BASES["nf4"]),
+    "nf4+qdora": Row({"name": "dora", "target": KERNELS}, RATES, TOPICS, BASES["nf4"]),
+    "nf4+loftq": Row({"name": "loftq", "quantize": "nf4"}, RATES, BOTH),
+    "nf4+ir_qlora": Row({"name": "ir_qlora"}, RATES, TOPICS),
+    "int4_asymmetric+qa_lora": Row({"name": "qa_lora", "block": 32}, RATES, BOTH),
+    "int8+modulora": Row({"name": "modulora"}, RATES, TOPICS),
+    "int4+qat": Row({"name": "qat", "quantize": "int4"}, (1e-4,), TOPICS),
 }

@@ -28,7 +28,7 @@ def test_measures_have_statistics_over_the_seeds(tmp_path, monkeypatch):
     """Two rows of three seeds: the baseline, and one that differs by 1, 2 and 3."""
     experiment = dataclasses.replace(EXPERIMENT, baseline={"method": "a"})
     write_csv(tmp_path / "table.csv", ["method"], [{"method": "a"}, {"method": "b"}])
-    cells = [Cell(f"{row}{seed}", {}, {"seed": seed}) for row in "ab" for seed in range(3)]
+    cells = [Cell(f"{row}{seed}", {"method": row, "seed": seed}, {"seed": seed}) for row in "ab" for seed in range(3)]
     study = SimpleNamespace(cells=cells, run_path=lambda key: tmp_path / key)
     for i, cell in enumerate(cells):
         write_json(tmp_path / cell.key / measures.CELL_FILE, {"rise": float(i % 3 + (i > 2) * (1 + i % 3))})

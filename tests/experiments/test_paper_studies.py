@@ -150,7 +150,8 @@ def test_rows_that_differ_are_told_apart():
     [
         ("smal", "unknown size 'smal' .did you mean 'small'"),
         ("ci,rate", "unknown phase 'rate' .did you mean 'rates'"),
-        ("ci,final,x,y", "is not SIZE,PHASE,RESULTS"),
+        ("ci,final,x,all biases,y", "is not SIZE,PHASE,RESULTS,ROW"),
+        ("ci,final,x,all bias", "unknown row 'all bias' .did you mean 'all biases'"),
         ("ci,final,NONE", "rates.csv is missing: python -m experiments.bitfit --size=ci searches"),
     ],
 )
