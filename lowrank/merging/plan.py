@@ -200,7 +200,8 @@ def _plan_tensor(
     found = tuple(
         _statistics(recipe, source, tensor, shape) for source, tensor in zip(role.sources, merged, strict=True)
     )
-    if len({tuple(statistics) for statistics in found}) > 1:
+    requested = any(isinstance(source.statistics, dict) for source in role.sources)
+    if len({tuple(statistics) for statistics in found}) > 1 and not requested:
         lacking = min(zip(found, role.sources, strict=True), key=lambda pair: len(pair[0]))[1]
         raise UserError(f"{lacking.statistics} lacks statistics of {name} that those of other models have")
     return PlannedTensor(name, shape, merged, inputs[0] if role.base else None, shared, own, found)
@@ -220,7 +221,9 @@ def _statistics(recipe: Recipe, source: Source, tensor: Input, shape: tuple[int,
         return {}
     if not source.statistics:
         needed = f"{recipe.method} needs the statistics of {source.model}"
-        raise UserError(f"{needed}: give statistics: FILE.safetensors with it")
+        raise UserError(f"{needed}: give statistics: FILE.safetensors with it, or {{data: SOURCE, rows: N}}")
+    if isinstance(source.statistics, dict):
+        return {}  # they are computed before the merge
     stored = _open_statistics(source.statistics)
     if kind == "fisher" and tensor.name not in stored:
         raise UserError(f"{source.statistics} lacks {tensor.name!r}{nearest(tensor.name, stored)}")

@@ -20,11 +20,25 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 Parameters = Mapping[str, Any]
 
 
+class Request(TypedDict, total=False):
+    """Statistics that are still to be computed, from rows of data; the keys are those of a config's `data` group."""
+
+    data: str
+    split: str
+    template: str
+    completion: str
+    truncate: str
+    seq_len: int
+    seed: int
+    rows: int
+    labels: str
+
+
 class _Source(TypedDict, total=False):
     model: str
     layer_range: list[int]
     parameters: dict[str, Any]
-    statistics: str
+    statistics: str | Request
 
 
 class _Slice(TypedDict, total=False):
@@ -75,12 +89,15 @@ class ModelSpec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One model of a slice; `layers` is `(first, end)`, the end exclusive, or None for all of them."""
+    """One model of a slice; `layers` is `(first, end)`, the end exclusive, or None for all of them.
+
+    `statistics` are the file of its statistics, or what they are to be computed from.
+    """
 
     model: ModelSpec
     layers: tuple[int, int] | None
     parameters: Parameters
-    statistics: str | None
+    statistics: str | Request | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +214,10 @@ def _check_keys(where: str, raw: Any, kind: Any) -> None:
             _check_keys(f"{where}: {key}", item, inner)
     for name, module in (raw.get("modules") or {}).items() if "modules" in known else ():
         _check_keys(f"{where}: modules.{name}", module, _Module)
+    if isinstance(raw.get("statistics"), dict) and "statistics" in known:
+        _check_keys(f"{where}: statistics", raw["statistics"], Request)
+        if not raw["statistics"].get("data"):
+            raise UserError(f"{where}: the statistics of {raw.get('model')} have no data: name a source of records")
     if raw.get("tokenizer"):
         _check_keys(f"{where}: tokenizer", raw["tokenizer"], _Tokenizer)
 
