@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from launch import command
+from launch import command, merge_statistics
 from lowrank.core.errors import UserError
 from lowrank.core.paths import as_local_path
 from lowrank.merging import adapter_merge
@@ -47,12 +47,18 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> str:
         return f"merged into {options.output}: largest relative error of a module {report['worst']:.2e}"
     merge = plan(recipe)
     merge.output(as_local_path(options.output)).check()
+    merge_statistics.check(recipe)
     print(merge)
     if options.dry_run:
         return "nothing was written"
+    recipe = merge_statistics.with_files(recipe, options.output, _batches)
     summary = combine(recipe, options.output, progress=_progress)
     distances = ", ".join(f"{name} {value:.3g}" for name, value in summary["relative_distance"].items())
     return f"merged into {options.output}: relative distance to {distances}"
+
+
+def _batches(items: Any) -> Any:
+    return tqdm(items, desc="statistics", unit="batch", dynamic_ncols=True)
 
 
 def _progress(items: Any) -> Any:

@@ -110,6 +110,9 @@ def combine(
     headers show, and for a tensor with NaN when it is read; InUse while another process writes the folder.
     """
     folder = as_local_path(output)
+    for source in (source for part in recipe.slices for source in part.sources):
+        if isinstance(source.statistics, dict):
+            raise UserError(f"the statistics of {source.model} are not computed: launch.combine does, or name a file")
     merge = plan(recipe)
     target = merge.output(folder, shard_bytes)
     target.check()

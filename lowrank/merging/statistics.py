@@ -1,7 +1,8 @@
 """What some rules of merging ask of data: the Fisher information of weights, and the Gram matrices of kernels.
 
-`loss(params, batch)` is the negative log-likelihood of a batch in nats, summed, and the sum of its weights. A batch
-holds `segments` int32 `[B, T]`, 0 for padding. Shapes: B rows, T tokens, L layers.
+`loss(params, batch)` is the negative log-likelihood of a batch in nats, summed, and the sum of its weights; models that
+share one loss, and one function that draws, share the compiled program. A batch holds `segments` int32 `[B, T]`, 0 for
+padding. Shapes: B rows, T tokens, L layers.
 """
 
 import functools
@@ -52,16 +53,16 @@ def fisher(
     UserError for batches without a weight.
     """
     measured, rest = tree.split(params, tree.map_named(lambda name, _: chosen(name), params))
-    square = jax.jit(functools.partial(_add_squares, loss, draw))
     total, count, key = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), measured), 0.0, jax.random.key(0)
     for i, batch in enumerate(batches):
-        total, rows = square(total, measured, rest, dict(batch), jax.random.fold_in(key, i))
+        total, rows = _add_squares(loss, draw, total, measured, rest, dict(batch), jax.random.fold_in(key, i))
         count += float(rows)
     if not count:
         raise UserError("the data of the statistics hold no token that is learned: name other data")
     return {name: np.asarray(x) / np.float32(count) for name, x in tree.named_leaves(total)}
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _add_squares(
     loss: Loss, draw: Draw | None, total: PyTree, measured: PyTree, rest: PyTree, batch: Batch, key: jax.Array
 ) -> tuple[PyTree, jax.Array]:
@@ -136,12 +137,11 @@ def grams(
     arXiv:2312.04339), and `NAME.output_gram` that of the gradients of a batch's log-likelihood by the outputs,
     `[L, out, out]`, with labels as in `fisher`. `params` may hold forms. Raises UserError for batches without a token.
     """
-    names = {n for n, x in tree.named_leaves(params, is_weight) if is_layer_kernel(n, x) and chosen(n)}
-    add = jax.jit(functools.partial(_add_grams, loss, draw, names))
+    names = frozenset(n for n, x in tree.named_leaves(params, is_weight) if is_layer_kernel(n, x) and chosen(n))
     total: Any = None
     count, key = 0, jax.random.key(0)
     for i, batch in enumerate(batches):
-        total = add(total, params, dict(batch), jax.random.fold_in(key, i))
+        total = _add_grams(loss, draw, names, total, params, dict(batch), jax.random.fold_in(key, i))
         count += int(np.sum(np.asarray(batch["segments"]) > 0))
     if not count:
         raise UserError("the data of the statistics hold no token: name other data")
@@ -152,8 +152,9 @@ def grams(
     return found
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _add_grams(
-    loss: Loss, draw: Draw | None, names: set[str], total: Any, params: PyTree, batch: Batch, key: jax.Array
+    loss: Loss, draw: Draw | None, names: frozenset[str], total: Any, params: PyTree, batch: Batch, key: jax.Array
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     shapes = {n: w.shape for n, w in tree.named_leaves(params, is_weight) if n in names}
     zeros = {n: (jnp.zeros((k, m, m)), jnp.zeros((k, o, o))) for n, (k, m, o) in shapes.items()}
@@ -173,6 +174,7 @@ def _add_grams(
     return found if total is None else jax.tree.map(jnp.add, total, found)
 
 
+@functools.cache
 def draw_targets(network: Network) -> Draw:
     """What replaces the targets of language modeling by tokens that the model itself draws, each after its context."""
 

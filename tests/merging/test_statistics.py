@@ -80,6 +80,7 @@ def test_labels_that_the_model_draws_give_the_true_fisher():
     assert np.linalg.norm(given["norm/scale"] - exact) > 0.5 * np.linalg.norm(exact)
 
 
+@pytest.mark.all
 def test_gram_matrices_are_those_of_the_inputs_of_real_tokens():
     network, params = tiny_models.decoder("llama")
     data = [batch(2), batch(2, seed=1)]
