@@ -71,20 +71,20 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
     if group.keys() - {"rank"}:
         raise unknown("key of adapter", min(group.keys() - {"rank"}), ["rank"])
     rank = count("adapter.rank", group["rank"]) if group.get("rank") is not None else None
-    if len(recipe.slices) != 1 or recipe.slices[0].sources[0].layers:
-        raise UserError("adapters are merged as a whole: list them in models, not in slices")
+    if len(recipe.slices) != 1 or recipe.slices[0].sources[0].layers or recipe.mixture:
+        raise UserError("adapters are merged as a whole: list them in models, not in slices or experts")
     rule, sources = recipe.rule, tuple(s for s in recipe.slices[0].sources if s.model != recipe.base)
     for source in sources:
         if not source.model.adapter:
             raise UserError(f"{source.model} is not of the form BASE+ADAPTER, of which adapter: needs all models to be")
-        parameters.check_names(recipe.method, rule, source.parameters, per_model=True)
+        parameters.check_names({recipe.method: rule}, source.parameters, per_model=True)
     rule.check_count(recipe.method, len(sources))
     if rule.select or rule.statistics or (rule.survey and rule.surveys(_whole(recipe))):
         raise UserError(
             f"{recipe.method} with these options reads whole models: leave out adapter, and merge into the base"
         )
     for scope in recipe.parameters:
-        parameters.check_names(recipe.method, rule, scope, per_model=False)
+        parameters.check_names({recipe.method: rule}, scope, per_model=False)
     bases = {s.model._replace(adapter=None): None for s in sources} | ({recipe.base: None} if recipe.base else {})
     base, *others = [Checkpoint(spec) for spec in bases]
     for other in others:

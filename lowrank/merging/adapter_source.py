@@ -22,7 +22,7 @@ from lowrank.core.errors import UserError, nearest
 from lowrank.core.weight import Weight
 from lowrank.merging.checkpoint import Change, Checkpoint
 from lowrank.merging.factors import Factors
-from lowrank.merging.recipe import ModelSpec
+from lowrank.merging.model_spec import ModelSpec
 from lowrank.pretrained import hf_files
 from lowrank.weights.adalora import AdaLoRA
 from lowrank.weights.lora import RESIDUAL, LoRA

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.core.errors import UserError
-from lowrank.merging.recipe import ModelSpec
+from lowrank.merging.model_spec import ModelSpec
 from lowrank.pretrained import hf_files
 from lowrank.pretrained.families import family_of
 from lowrank.pretrained.resolve import resolve_checkpoint

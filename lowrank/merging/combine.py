@@ -5,8 +5,9 @@ that need statistics hold these too.
 """
 
 import dataclasses
+import functools
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from lowrank.core.paths import PathLike, as_local_path
 from lowrank.merging import card, report, structure, vocabulary
 from lowrank.merging.adapter_source import add_adapter
 from lowrank.merging.checkpoint import Checkpoint, read_tensor
+from lowrank.merging.experts import plan_mixture
 from lowrank.merging.output import Output, digest_of
 from lowrank.merging.plan import Checkpoints, Input, PlannedTensor, assign_roles, plan_tensors
 from lowrank.merging.recipe import Recipe
 from lowrank.merging.rule import Group
+from lowrank.merging.rules import RULES
 from lowrank.pretrained.companions import GENERATION, VOCABULARIES
 
 SHARD_BYTES = 5_000_000_000
@@ -86,6 +89,8 @@ def plan(recipe: Recipe) -> Plan:
     layers = [i for role in roles for i in _layers(role.everyone[0], checkpoints)]
     dtype = recipe.out_dtype or first.dtype
     config = structure.stacked_config(first.hf_config, layers, dtype)
+    if recipe.mixture:
+        tensors, config = plan_mixture(recipe, checkpoints, tensors, shapes, dtype)
     if tokens:
         config["vocab_size"] = tokens.rows
     return Plan(recipe, checkpoints, tensors, config, dtype, tokens)
@@ -120,21 +125,26 @@ def combine(
         merge = plan(_selected(recipe, folder, score))
         target = merge.output(folder, shard_bytes)
     with target.opened(_digest(merge)) as out:
-        survey = _survey(merge)
+        surveys = _surveys(merge)
         done = len(out.rows)
         for tensor in progress(merge.tensors[done:]):
-            merge_tensor(merge, tensor, survey, out)
+            merge_tensor(merge, tensor, surveys, out)
         summary = _write_companions(merge, out)
         out.finish()
     return summary
 
 
-def merge_tensor(merge: Plan, tensor: PlannedTensor, survey: Any, out: Output) -> None:
-    """Merges one tensor, writes it, and records what that did."""
+def merge_tensor(merge: Plan, tensor: PlannedTensor, surveys: Mapping[str, Any], out: Output) -> None:
+    """Merges one tensor or makes it, writes it, and records what that did; `surveys` are those of each method."""
+    if tensor.make:
+        made = tensor.make(tensor.shape)
+        nothing: dict[str, Any] = {"kept": [], "models": [], "distances": {}, "gram": []}
+        out.write(tensor.name, made, {"name": tensor.name, "entries": made.size, **nothing})
+        return
     group = _read_group(merge, tensor)
-    group.survey = survey
+    group.survey = surveys.get(tensor.method)
     row = report.measure(group) | {"name": tensor.name, "entries": group.tensors[0].size}
-    merged = merge.recipe.rule.merge(group)
+    merged = RULES[tensor.method].merge(group)
     row |= {"kept": group.kept, "models": [str(i.model) for i in tensor.inputs], "distances": {}}
     del group
     if not np.isfinite(merged).all():
@@ -158,15 +168,19 @@ def _read_group(merge: Plan, tensor: PlannedTensor) -> Group:
     return Group(tensor.name, base, tensors, tensor.shared, tensor.own, recipe.seed, None, statistics, 0 if flat else 1)
 
 
-def _survey(merge: Plan) -> Any:
-    rule, first = merge.recipe.rule, merge.tensors[0]
-    if not (rule.survey and rule.surveys(first.shared)):
-        return None
+def _surveys(merge: Plan) -> dict[str, Any]:
+    """What the rules read of all their tensors before they merge one, by method."""
+    found = {}
+    for method in dict.fromkeys(tensor.method for tensor in merge.tensors if tensor.method):
+        rule, tensors = RULES[method], [tensor for tensor in merge.tensors if tensor.method == method]
+        if rule.survey and rule.surveys(tensors[0].shared):
+            groups = functools.partial(_groups, merge, tensors)
+            found[method] = rule.survey(groups, tensors[0].shared, tensors[0].own)
+    return found
 
-    def groups() -> Iterator[Group]:
-        return (_read_group(merge, tensor) for tensor in merge.tensors)
 
-    return rule.survey(groups, first.shared, first.own)
+def _groups(merge: Plan, tensors: Sequence[PlannedTensor]) -> Iterator[Group]:
+    return (_read_group(merge, tensor) for tensor in tensors)
 
 
 def _digest(merge: Plan) -> str:

@@ -10,13 +10,14 @@ Parameters = Mapping[str, Any]
 IGNORED = ("int8_mask",)  # it changes how mergekit stores masks, not the result
 
 
-def check_names(method: str, rule: Rule, parameters: Parameters, *, per_model: bool) -> None:
-    """Raises UserError for a parameter that the rule lacks, or that cannot differ from one model to the next."""
-    known = [*rule.options, *(["normalize"] if "divisor" in rule.options else ())]
+def check_names(rules: Mapping[str, Rule], parameters: Parameters, *, per_model: bool) -> None:
+    """Raises UserError for a parameter that all rules lack, or that cannot differ from one model to the next."""
+    options = {name: option for rule in rules.values() for name, option in rule.options.items()}
+    known = [*options, *(["normalize"] if "divisor" in options else ())]
     for name in parameters:
         if name not in known and name not in IGNORED:
-            raise unknown(f"parameter of {method}:", name, known)
-        if per_model and name in rule.options and not rule.options[name].per_model:
+            raise unknown(f"parameter of {' and '.join(rules)}:", name, known)
+        if per_model and name in options and not options[name].per_model:
             raise UserError(
                 f"{name} is a parameter of the whole merge, and is given for one model: move it out of models"
             )

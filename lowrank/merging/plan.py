@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ import numpy as np
 from lowrank.core.errors import UserError, nearest, plural
 from lowrank.merging import parameters, structure
 from lowrank.merging.checkpoint import Checkpoint
-from lowrank.merging.recipe import ModelSpec, Recipe, Slice, Source
-from lowrank.merging.rule import Values
+from lowrank.merging.model_spec import ModelSpec
+from lowrank.merging.recipe import Recipe, Slice, Source
+from lowrank.merging.rule import Rule, Values
 from lowrank.pretrained import hf_files
 from lowrank.pretrained.tensor_reader import StoredTensor
 
@@ -28,7 +29,10 @@ class Input(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the result; `statistics` are those of each input, by what a rule calls them."""
+    """One tensor of the result, merged by the rule `method` or, without inputs, made by `make(shape)`.
+
+    `statistics` are those of each input, by what a rule calls them.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -37,6 +41,8 @@ class PlannedTensor:
     shared: Values
     own: tuple[Values, ...]
     statistics: tuple[Mapping[str, StoredTensor], ...] = ()
+    method: str = ""
+    make: Callable[[tuple[int, ...]], np.ndarray] | None = None
 
     @property
     def parents(self) -> tuple[Input, ...]:
@@ -58,7 +64,7 @@ class Roles(NamedTuple):
 
 def assign_roles(recipe: Recipe, part: Slice) -> Roles:
     """Which source of a slice is the base. Raises UserError where the rule needs one and none is there, or too many."""
-    rule, method, base = recipe.rule, recipe.method, part.base
+    rule, method, base = part.rule, part.method, part.base
     ranged = part.sources[0].layers is not None
     listed = next((s for s in part.sources if s.model == base), None)
     others = tuple(s for s in part.sources if s is not listed)
@@ -73,7 +79,7 @@ def assign_roles(recipe: Recipe, part: Slice) -> Roles:
     elif rule.base_first and listed:
         roles = Roles((listed, *others), None)
     else:
-        if base and not listed and not ranged:
+        if base and not listed and not ranged and not recipe.mixture:
             raise UserError(f"{method} has no base: list {base} among the models, or leave out base_model")
         roles = Roles(part.sources, None)
     rule.check_count(method, len(roles.sources))
@@ -89,11 +95,13 @@ def plan_tensors(
     for a parameter that is unknown, unmatched, missing or wrong for one of the tensors.
     """
     roles = [assign_roles(recipe, part) for part in recipe.slices]
+    rules = {part.method: part.rule for part in recipe.slices}
+    for scope in recipe.parameters:
+        parameters.check_names(rules, scope, per_model=False)
     for part in recipe.slices:
-        for scope in (part.parameters, *recipe.parameters):
-            parameters.check_names(recipe.method, recipe.rule, scope, per_model=False)
+        parameters.check_names({part.method: part.rule}, part.parameters, per_model=False)
         for source in part.sources:
-            parameters.check_names(recipe.method, recipe.rule, source.parameters, per_model=True)
+            parameters.check_names({part.method: part.rule}, source.parameters, per_model=True)
     planned = [
         _plan_tensor(recipe, part, role, name, inputs, u, shapes)
         for part, role, name, inputs, u in _outputs(recipe, roles, checkpoints)
@@ -104,7 +112,8 @@ def plan_tensors(
         *(p for part in recipe.slices for p in (part.parameters, *(s.parameters for s in part.sources))),
     ]
     parameters.check_filters(scopes, names)
-    _check_whole(recipe, planned)
+    for method, rule in rules.items():
+        _check_whole(rule, [tensor for tensor in planned if tensor.method == method])
     return planned
 
 
@@ -186,25 +195,24 @@ def _plan_tensor(
             raise UserError(_shape_text(inputs[0], shape, other, shapes[other]))
     scopes = (part.parameters, *recipe.parameters)
     resolve, preset = parameters.resolve, recipe.preset
-    shared = resolve(recipe.rule, preset, scopes, name, u, per_model=False)
+    rule = part.rule
+    shared = resolve(rule, preset, scopes, name, u, per_model=False)
     merged = inputs[1:] if role.base else inputs
     own = tuple(
-        resolve(recipe.rule, preset, (source.parameters, *scopes), tensor.name, u, per_model=True)
+        resolve(rule, preset, (source.parameters, *scopes), tensor.name, u, per_model=True)
         for source, tensor in zip(role.sources, merged, strict=True)
     )
-    if recipe.rule.check:
+    if rule.check:
         try:
-            recipe.rule.check(shared, own)
+            rule.check(shared, own)
         except UserError as e:
             raise UserError(f"{e} (for {name})") from None
-    found = tuple(
-        _statistics(recipe, source, tensor, shape) for source, tensor in zip(role.sources, merged, strict=True)
-    )
+    found = tuple(_statistics(part, source, tensor, shape) for source, tensor in zip(role.sources, merged, strict=True))
     requested = any(isinstance(source.statistics, dict) for source in role.sources)
     if len({tuple(statistics) for statistics in found}) > 1 and not requested:
         lacking = min(zip(found, role.sources, strict=True), key=lambda pair: len(pair[0]))[1]
         raise UserError(f"{lacking.statistics} lacks statistics of {name} that those of other models have")
-    return PlannedTensor(name, shape, merged, inputs[0] if role.base else None, shared, own, found)
+    return PlannedTensor(name, shape, merged, inputs[0] if role.base else None, shared, own, found, part.method)
 
 
 def _shape_text(first: Input, shape: Any, other: Input, other_shape: Any) -> str:
@@ -215,12 +223,12 @@ def _shape_text(first: Input, shape: Any, other: Input, other_shape: Any) -> str
     return f"{sizes}, so {what}{remedy}"
 
 
-def _statistics(recipe: Recipe, source: Source, tensor: Input, shape: tuple[int, ...]) -> Mapping[str, StoredTensor]:
-    kind = recipe.rule.statistics
+def _statistics(part: Slice, source: Source, tensor: Input, shape: tuple[int, ...]) -> Mapping[str, StoredTensor]:
+    kind = part.rule.statistics
     if not kind:
         return {}
     if not source.statistics:
-        needed = f"{recipe.method} needs the statistics of {source.model}"
+        needed = f"{part.method} needs the statistics of {source.model}"
         raise UserError(f"{needed}: give statistics: FILE.safetensors with it, or {{data: SOURCE, rows: N}}")
     if isinstance(source.statistics, dict):
         return {}  # they are computed before the merge
@@ -243,11 +251,11 @@ def _open_statistics(path: str) -> Mapping[str, StoredTensor]:
     return hf_files.open_file(Path(path))
 
 
-def _check_whole(recipe: Recipe, planned: Sequence[PlannedTensor]) -> None:
+def _check_whole(rule: Rule, planned: Sequence[PlannedTensor]) -> None:
     """Raises UserError for an option of the whole model that differs from one tensor to another."""
-    whole = [name for name, option in recipe.rule.options.items() if option.whole]
-    if recipe.rule.surveys(planned[0].shared):
-        whole += [name for name, option in recipe.rule.options.items() if option.per_model and name == "density"]
+    whole = [name for name, option in rule.options.items() if option.whole]
+    if rule.surveys(planned[0].shared):
+        whole += [name for name, option in rule.options.items() if option.per_model and name == "density"]
     for tensor in planned:
         for name in whole:
             values = [{name: t.shared.get(name)} | {"own": [o.get(name) for o in t.own]} for t in (planned[0], tensor)]

@@ -4,15 +4,16 @@ The deliberate differences from mergekit are listed in docs/guides/merge_models.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import yaml
 
 from lowrank.core import paths, schema
 from lowrank.core.errors import UserError, nearest, unknown
 from lowrank.core.paths import PathLike
+from lowrank.merging.expert_recipe import ExpertKeys, Mixture, read_mixture
+from lowrank.merging.model_spec import ModelSpec, parse_model
 from lowrank.merging.rule import PRESETS, Rule
 from lowrank.merging.rules import RULES
 
@@ -42,6 +43,7 @@ class _Source(TypedDict, total=False):
 
 
 class _Slice(TypedDict, total=False):
+    merge_method: str
     sources: list[_Source]
     base_model: str
     parameters: dict[str, Any]
@@ -64,6 +66,11 @@ class _Recipe(TypedDict, total=False):
     models: list[_Source]
     slices: list[_Slice]
     modules: dict[str, _Module]
+    experts: list[ExpertKeys]
+    shared_experts: list[ExpertKeys]
+    gate_mode: str
+    experts_per_token: int
+    architecture: str
     parameters: dict[str, Any]
     dtype: str
     out_dtype: str
@@ -73,18 +80,6 @@ class _Recipe(TypedDict, total=False):
     preset: str
     seed: int
     adapter: dict[str, Any]
-
-
-class ModelSpec(NamedTuple):
-    """A model as a recipe names it, `PATH[@revision][+ADAPTER]`."""
-
-    path: str
-    revision: str | None = None
-    adapter: str | None = None
-
-    def __str__(self) -> str:
-        revision = f"@{self.revision}" if self.revision else ""
-        return f"{self.path}{revision}{f'+{self.adapter}' if self.adapter else ''}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +97,20 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Layers that are blended of the sources; slices are stacked. `base` is its own, or that of the recipe."""
+    """Layers that are blended of the sources; slices are stacked.
+
+    `method` and `base` are its own, or those of the recipe.
+    """
 
     sources: tuple[Source, ...]
     base: ModelSpec | None
     parameters: Parameters
+    method: str
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that its method names."""
+        return RULES[self.method]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +132,7 @@ class Recipe:
     pad_to_multiple_of: int
     chat_template: str | None
     adapter: Mapping[str, Any] | None
+    mixture: Mixture | None
     text: str
 
     @property
@@ -140,7 +145,9 @@ class Recipe:
         """Every model that it names, once: the base first."""
         listed = [source.model for part in self.slices for source in part.sources]
         bases = [base for base in (self.base, *(part.base for part in self.slices)) if base]
-        return tuple(dict.fromkeys([*bases, *listed]))
+        mixture = self.mixture
+        experts = [*mixture.experts, *([mixture.shared] if mixture.shared else [])] if mixture else []
+        return tuple(dict.fromkeys([*bases, *listed, *(expert.model for expert in experts)]))
 
 
 def read_recipe(path: PathLike) -> Recipe:
@@ -160,10 +167,11 @@ def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
         raise UserError(f"{where} is not YAML: {' '.join(str(e).split())}") from None
     _check_keys(where, raw, _Recipe)
     schema.check(where, raw, _Recipe)
-    if raw.get("merge_method") not in RULES:
-        raise unknown(f"merge_method in {where}:", str(raw.get("merge_method")), RULES)
-    base = _model(raw["base_model"]) if raw.get("base_model") else None
+    mixture = read_mixture(where, raw)
+    method = _method(where, raw.get("merge_method") or ("uniform_soup" if mixture else None))
+    base = parse_model(raw["base_model"]) if raw.get("base_model") else None
     content, parameters = _content(where, raw)
+    slices = _of_mixture(where, mixture, base, method) if mixture else _slices(where, content, base, method)
     tokenizer = raw.get("tokenizer") or {}
     if tokenizer and raw.get("tokenizer_source"):
         raise UserError(f"{where} has both tokenizer and tokenizer_source: leave out tokenizer_source")
@@ -174,10 +182,9 @@ def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
     chat = raw.get("chat_template")
     if chat and chat != "auto" and "{" not in chat:  # a name such as mergekit's chatml
         raise UserError(f"{where}: chat_template={chat!r} is not a Jinja template: write it out, or auto")
-    slices = _slices(where, content, base)
     dtype = raw.get("dtype")
     return Recipe(
-        raw["merge_method"],
+        method,
         base,
         slices,
         parameters,
@@ -189,6 +196,7 @@ def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
         multiple,
         chat,
         raw.get("adapter"),
+        mixture,
         text,
     )
 
@@ -209,6 +217,7 @@ def _check_keys(where: str, raw: Any, kind: Any) -> None:
         if key not in known:
             raise UserError(f"{where}: the key {key!r} is not supported{nearest(str(key), known)}")
     nested = {"models": _Source, "slices": _Slice, "sources": _Source}
+    nested |= {"experts": ExpertKeys, "shared_experts": ExpertKeys}
     for key, inner in nested.items():
         for item in raw.get(key) or () if key in known else ():
             _check_keys(f"{where}: {key}", item, inner)
@@ -222,6 +231,12 @@ def _check_keys(where: str, raw: Any, kind: Any) -> None:
         _check_keys(f"{where}: tokenizer", raw["tokenizer"], _Tokenizer)
 
 
+def _method(where: str, name: Any) -> str:
+    if name not in RULES:
+        raise unknown(f"merge_method in {where}:", str(name), RULES)
+    return str(name)
+
+
 def _one_of(where: str, key: str, value: Any, names: Sequence[str]) -> Any:
     if value is not None and value not in names:
         raise unknown(f"{key} in {where}:", str(value), names)
@@ -230,10 +245,10 @@ def _one_of(where: str, key: str, value: Any, names: Sequence[str]) -> Any:
 
 def _content(where: str, raw: _Recipe) -> tuple[_Module, tuple[Parameters, ...]]:
     """`(the mapping that has models or slices, parameters of all slices)`."""
-    present = [key for key in ("models", "slices", "modules") if raw.get(key)]
+    present = [key for key in ("models", "slices", "modules", "experts") if raw.get(key)]
     if len(present) != 1:
         raise UserError(
-            f"{where} needs exactly one of models, slices and modules, and has {' and '.join(present) or 0}"
+            f"{where} needs exactly one of models, slices, modules and experts, and has {' and '.join(present) or 0}"
         )
     own = raw.get("parameters") or {}
     if present != ["modules"]:
@@ -246,10 +261,23 @@ def _content(where: str, raw: _Recipe) -> tuple[_Module, tuple[Parameters, ...]]
     return module, (module.get("parameters") or {}, own)
 
 
-def _slices(where: str, content: _Module, base: ModelSpec | None) -> tuple[Slice, ...]:
+def _of_mixture(where: str, mixture: Mixture, base: ModelSpec | None, method: str) -> tuple[Slice, ...]:
+    """The merge of all that the models of a mixture do not keep apart; passthrough takes the base's tensors."""
+    rule = RULES[method]
+    if rule.select or rule.statistics or rule.base_first:
+        raise UserError(f"{where}: {method} cannot merge what the experts share: take linear, ties or passthrough")
+    if rule.most == 1 and not rule.base:
+        assert base is not None
+        return (Slice((Source(base, None, {}, None),), None, {}, method),)
+    experts = {expert.model: expert.parameters for expert in reversed(mixture.experts)}
+    sources = tuple(Source(m, None, p, None) for m, p in reversed(experts.items()) if not (rule.base and m == base))
+    return (Slice(sources, base if rule.base or rule.may_have_base else None, {}, method),)
+
+
+def _slices(where: str, content: _Module, base: ModelSpec | None, method: str) -> tuple[Slice, ...]:
     if content.get("models"):
         sources = tuple(_source(where, s, ranged=False) for s in content["models"])
-        return (Slice(sources, base, {}),)
+        return (Slice(sources, base, {}, method),)
     slices = []
     for part in content["slices"]:
         if not part.get("sources"):
@@ -259,9 +287,11 @@ def _slices(where: str, content: _Module, base: ModelSpec | None) -> tuple[Slice
         if len(lengths) > 1:
             ranges = ", ".join(f"{s.model} {list(s.layers or ())}" for s in sources)
             raise UserError(f"{where}: the sources of a slice differ in their number of layers: {ranges}")
-        slices.append(
-            Slice(sources, _model(part["base_model"]) if part.get("base_model") else base, part.get("parameters") or {})
-        )
+        own = parse_model(part["base_model"]) if part.get("base_model") else base
+        named = _method(where, part.get("merge_method") or method)
+        if RULES[named].select:
+            raise UserError(f"{where}: {named} selects whole models: list them in models, not in slices")
+        slices.append(Slice(sources, own, part.get("parameters") or {}, named))
     return tuple(slices)
 
 
@@ -275,11 +305,4 @@ def _source(where: str, raw: _Source, *, ranged: bool) -> Source:
     if layers is not None and (len(layers) != 2 or not 0 <= layers[0] < layers[1]):
         raise UserError(f"{where}: layer_range={layers} of {raw['model']} is not [first, end] with first < end")
     span = (layers[0], layers[1]) if layers else None
-    return Source(_model(raw["model"]), span, raw.get("parameters") or {}, raw.get("statistics"))
-
-
-def _model(text: str) -> ModelSpec:
-    match = re.fullmatch(r"([^@+]+)(?:@([^+]+))?(?:\+(.+))?", text)
-    if not match:
-        raise UserError(f"model {text!r} is not of the form PATH[@REVISION][+ADAPTER]")
-    return ModelSpec(match[1], match[2], match[3])
+    return Source(parse_model(raw["model"]), span, raw.get("parameters") or {}, raw.get("statistics"))

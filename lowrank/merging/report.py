@@ -13,7 +13,7 @@ import numpy as np
 
 from lowrank.core import files
 from lowrank.merging.blocks import blocks, products
-from lowrank.merging.recipe import ModelSpec
+from lowrank.merging.model_spec import ModelSpec
 from lowrank.merging.rule import Group
 
 CSV, JSON, PLOT = "merge_report.csv", "merge_report.json", "task_vector_cosines.png"

@@ -17,7 +17,8 @@ from lowrank.core import schema
 from lowrank.core.errors import UserError, plural, unknown
 from lowrank.merging import structure
 from lowrank.merging.checkpoint import Change, Checkpoint
-from lowrank.merging.recipe import ModelSpec, Recipe
+from lowrank.merging.model_spec import ModelSpec
+from lowrank.merging.recipe import Recipe
 
 TOKENIZER = "tokenizer.json"
 
