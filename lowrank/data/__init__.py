@@ -2,15 +2,20 @@
 
 from lowrank.data.config import DataConfig
 from lowrank.data.examples import read_examples
+from lowrank.data.judged import JUDGED
 from lowrank.data.labeled import LABELED
 from lowrank.data.language import LANGUAGE
 from lowrank.data.loader import Loader, PlannedLoader
+from lowrank.data.pairs import PAIRS, SCORED_PAIRS
 from lowrank.data.pipeline import make_loader
 from lowrank.data.row_format import ArraySpec, RowFormat
 
 __all__ = [
+    "JUDGED",
     "LABELED",
     "LANGUAGE",
+    "PAIRS",
+    "SCORED_PAIRS",
     "ArraySpec",
     "DataConfig",
     "Loader",

@@ -5,6 +5,7 @@ import functools
 import itertools
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from lowrank.core.errors import TooLong, UserError
@@ -13,7 +14,7 @@ from lowrank.data import mixture
 from lowrank.data.concatenation import Concatenation
 from lowrank.data.config import DataConfig
 from lowrank.data.language import LANGUAGE
-from lowrank.data.row_format import EncodedSequence, Encoder, RowFormat
+from lowrank.data.row_format import RECORD, EncodedSequence, Encoder, RowFormat
 from lowrank.data.sources import Source
 
 KEPT = 20_000  # a dataset of at most this many examples is encoded at the start, checked and kept in memory;
@@ -39,6 +40,7 @@ class Examples:
         self._places = Concatenation(sizes)
         self.size = len(self._places)
         self.dropped: dict[int, str] = {}  # the records that were left out so far, and why
+        self._check_counts, self._numbered = row_format.check, RECORD in row_format.arrays
         self._too_long, self._streams = config.too_long, self.size > KEPT
         self._kept: list[_Encoded] = []
         progress = functools.partial(tqdm, delay=5, leave=False, disable=None)
@@ -56,7 +58,8 @@ class Examples:
 
     def sequences(self, i: int) -> list[EncodedSequence]:
         """The sequences of record `i`. Raises UserError naming the record when it cannot be used."""
-        return self._encoded(i)[0]
+        found = self._encoded(i)[0]
+        return [_numbered(sequence, i) for sequence in found] if self._numbered else found
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -89,6 +92,8 @@ class Examples:
                 f"{self.source.name}: no token that ends a text is learned, so that generation would not end: "
                 "the chat template must write one of the tokenizer's end tokens after an answer"
             )
+        if len(encoded) == self.size:
+            self._check_counts(learned, self.source.name)
         return {"examples": self.size, "measured": len(encoded), **counts, **learned}
 
     def preview(self) -> str:
@@ -153,6 +158,11 @@ _Encoded = tuple[list[EncodedSequence], bool]  # the sequences of a record, and 
 def members_of(sequence: EncodedSequence) -> tuple[HostArrays, ...]:
     """The sequences that make up one row."""
     return sequence if isinstance(sequence, tuple) else (sequence,)
+
+
+def _numbered(sequence: EncodedSequence, record: int) -> EncodedSequence:
+    """The members of a row with the number of their record."""
+    return tuple({**member, RECORD: np.int32(record)} for member in members_of(sequence))
 
 
 def count_tokens(sequence: EncodedSequence) -> int:

@@ -12,8 +12,10 @@ from lowrank.data.sources import Source
 from lowrank.data.templates import Record
 
 Shape = tuple[int, ...]
+CheckCounts = Callable[[Mapping[str, int], str], None]
 EncodedSequence = HostArrays | tuple[HostArrays, ...]  # one sequence, or those that make up one row together
 PAD_ID = "pad_id"  # a padding that is the tokenizer's
+RECORD = "record"  # the array of the records' numbers, which the loader makes where a row format lists it
 
 
 class Encoder(Protocol):
@@ -70,6 +72,7 @@ class RowFormat:
     arrays: Mapping[str, ArraySpec]
     packable: bool = False  # whether several sequences may share a row
     members: int = 0  # sequences that make up one row `[members, T]`, for losses that compare them; 0: a row is `[T]`
+    check: CheckCounts = lambda counts, source: None  # of all records of a source, which it names in a UserError
 
     @property
     def per_token(self) -> frozenset[str]:
