@@ -71,6 +71,8 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
     if group.keys() - {"rank"}:
         raise unknown("key of adapter", min(group.keys() - {"rank"}), ["rank"])
     rank = count("adapter.rank", group["rank"]) if group.get("rank") is not None else None
+    if recipe.align:
+        raise UserError("align moves the tensors of whole models: leave it out, or leave out adapter")
     if len(recipe.slices) != 1 or recipe.slices[0].sources[0].layers or recipe.mixture:
         raise UserError("adapters are merged as a whole: list them in models, not in slices or experts")
     rule, sources = recipe.rule, tuple(s for s in recipe.slices[0].sources if s.model != recipe.base)

@@ -18,6 +18,7 @@ from lowrank.core.errors import UserError, plural
 from lowrank.core.paths import PathLike, as_local_path
 from lowrank.merging import card, report, structure, vocabulary
 from lowrank.merging.adapter_source import add_adapter
+from lowrank.merging.alignment.align import align_all, check_all
 from lowrank.merging.checkpoint import Checkpoint, read_tensor
 from lowrank.merging.experts import plan_mixture
 from lowrank.merging.output import Output, digest_of
@@ -85,6 +86,8 @@ def plan(recipe: Recipe) -> Plan:
         for name, tensor in checkpoint.tensors.items():
             resized = tokens is not None and structure.VOCABULARY.fullmatch(name)
             shapes[Input(spec, name)] = (tokens.rows, *tensor.shape[1:]) if tokens and resized else tensor.shape
+    if recipe.align:
+        check_all(checkpoints, first, recipe.align, shapes)
     tensors = plan_tensors(recipe, checkpoints, shapes)
     layers = [i for role in roles for i in _layers(role.everyone[0], checkpoints)]
     dtype = recipe.out_dtype or first.dtype
@@ -125,11 +128,12 @@ def combine(
         merge = plan(_selected(recipe, folder, score))
         target = merge.output(folder, shard_bytes)
     with target.opened(_digest(merge)) as out:
+        aligned = align_all(merge.checkpoints, merge.first, recipe.align) if recipe.align else {}
         surveys = _surveys(merge)
         done = len(out.rows)
         for tensor in progress(merge.tensors[done:]):
             merge_tensor(merge, tensor, surveys, out)
-        summary = _write_companions(merge, out)
+        summary = _write_companions(merge, out, {"moved_by_alignment": aligned} if recipe.align else {})
         out.finish()
     return summary
 
@@ -221,11 +225,11 @@ def _selected(recipe: Recipe, folder: Path, score: Score | None) -> Recipe:
     return of(select(len(part.sources), score_of))
 
 
-def _write_companions(merge: Plan, out: Output) -> dict[str, Any]:
-    """Writes all that lies beside the tensors."""
+def _write_companions(merge: Plan, out: Output, found: dict[str, Any]) -> dict[str, Any]:
+    """Writes all that lies beside the tensors; `found` is for the report."""
     recipe, folder = merge.recipe, merge.first.folder
     based = merge.tensors[0].base is not None
-    summary = report.summarize(out.rows, [i.model for i in merge.tensors[0].inputs], based)
+    summary = report.summarize(out.rows, [i.model for i in merge.tensors[0].inputs], based) | found
     report.write(out.scratch, out.rows, summary)
     files.write_json(out.scratch / "config.json", merge.hf_config)
     for name in (*TOKENIZER_FILES, *VOCABULARIES, GENERATION):

@@ -12,6 +12,7 @@ import yaml
 from lowrank.core import paths, schema
 from lowrank.core.errors import UserError, nearest, unknown
 from lowrank.core.paths import PathLike
+from lowrank.merging.alignment.options import AlignKeys, Options, read_align
 from lowrank.merging.expert_recipe import ExpertKeys, Mixture, read_mixture
 from lowrank.merging.model_spec import ModelSpec, parse_model
 from lowrank.merging.rule import PRESETS, Rule
@@ -71,6 +72,7 @@ class _Recipe(TypedDict, total=False):
     gate_mode: str
     experts_per_token: int
     architecture: str
+    align: AlignKeys
     parameters: dict[str, Any]
     dtype: str
     out_dtype: str
@@ -133,6 +135,7 @@ class Recipe:
     chat_template: str | None
     adapter: Mapping[str, Any] | None
     mixture: Mixture | None
+    align: Options | None
     text: str
 
     @property
@@ -197,6 +200,7 @@ def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
         chat,
         raw.get("adapter"),
         mixture,
+        read_align(where, raw.get("align")),
         text,
     )
 
