@@ -2,8 +2,8 @@
 
 The recipe is mergekit's YAML, or ours: docs/guides/merge_models.md. The output is a Hugging Face checkpoint with a
 model card and a report, or an adapter where the recipe has the key `adapter`. A merge that was stopped continues where
-it was. `--dry_run` checks everything, prints the plan and writes nothing. Bad input is one line on stderr and exit
-code 2.
+it was. `--dry_run` checks everything, prints the plan and writes nothing. The last line is the command that trains the
+result further. Bad input is one line on stderr and exit code 2.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from launch import command, merge_statistics
+from launch.continued import training_command
 from lowrank.core.errors import UserError
 from lowrank.core.paths import as_local_path
 from lowrank.merging import adapter_merge
@@ -54,7 +55,9 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> str:
     recipe = merge_statistics.with_files(recipe, options.output, _batches)
     summary = combine(recipe, options.output, progress=_progress)
     distances = ", ".join(f"{name} {value:.3g}" for name, value in summary["relative_distance"].items())
-    return f"merged into {options.output}: relative distance to {distances}"
+    merged = f"merged into {options.output}: relative distance to {distances}"
+    whole = recipe.mixture is not None or len(recipe.slices) > 1
+    return f"{merged}\nto continue training it:\n{training_command(options.output, merge.hf_config, whole=whole)}"
 
 
 def _batches(items: Any) -> Any:

@@ -11,7 +11,7 @@ from lowrank.merging import combine as combining
 from lowrank.merging.combine import combine, plan
 from lowrank.models import build_model
 from tests.support.close import assert_close
-from tests.support.dense_families import ARCHITECTURES, dense, tuned
+from tests.support.dense_families import dense, tuned
 from tests.support.merged_models import edit_config, merged, recipe, tensors
 
 TOKENS = np.array([[3, 8, 9, 7, 12, 6, 20]])
@@ -33,7 +33,7 @@ def logits(folder):
     return np.asarray(build_model(model.config).apply({"params": model.params}, TOKENS))
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.all) for f in ("qwen2", "qwen3"))])
 def test_equal_experts_compute_what_the_dense_model_does(family, tmp_path):
     models = {"base": dense(tmp_path / "base", family)}
     experts = [{"source_model": "base"}] * 3
