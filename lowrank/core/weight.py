@@ -122,6 +122,10 @@ class Weight:
         """The rows `ids` of an embedding table `[vocab, width]`."""
         return jnp.take(self.materialize(), ids, axis=0)
 
+    def dot_transposed_to_float32(self, x: jax.Array) -> jax.Array:
+        """`x @ materialize().T` for `x: [..., width]` and an embedding `[vocab, width]`, as `dot_to_float32`."""
+        return half_precision_matmul.matmul_to_float32(x, self.materialize(), 1)
+
     def with_gates(self, gates: jax.Array) -> "Weight":
         """The weight with its part of the gates `[rows, tokens or 1, K]` of its layer's router, if it has gates."""
         del gates
@@ -149,9 +153,9 @@ def dot_to_float32(x: jax.Array, w: Any, axis: int = 0) -> jax.Array:
     `axis` is the axis of `w` to sum over: 1 for an embedding `[vocab, width]`. The result has no checkpoint name, so
     that no policy saves it in float32.
     """
-    if is_weight(w) and axis == 0:
-        return w.dot_to_float32(x)
-    return half_precision_matmul.matmul_to_float32(x, materialize(w), axis)
+    if is_weight(w):
+        return w.dot_transposed_to_float32(x) if axis else w.dot_to_float32(x)
+    return half_precision_matmul.matmul_to_float32(x, w, axis)
 
 
 def affine(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:

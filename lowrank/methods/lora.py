@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from lowrank.core import tree, weight
-from lowrank.core.errors import unknown
+from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
 from lowrank.methods import targets
 from lowrank.methods.method import Hooks, Method
@@ -31,6 +31,8 @@ def lora(
     `rslora` scales by alpha / sqrt(rank). `bias` trains no biases (`none`), `all` of them, or those of the targets
     (`lora_only`). The patterns map a regex over names, with or without the index of a layer (`layers/attn/q/kernel`,
     `layers/3/attn/q/kernel`), to a rank or an alpha. The last match wins, and rank 0 leaves a layer without a LoRA.
+    The target may be the embedding (`embed/embedding`) too, and with it a head that shares it; there `init=kaiming` is
+    `init=zero_a`, as in PEFT: A starts at zero, and B is normal.
 
     Differs from the paper: A starts Kaiming uniform, as in the authors' code, where the paper draws it from a normal
     distribution (`init=gaussian`).
@@ -45,9 +47,13 @@ def lora(
         raise unknown("LoRA init", init, form.INITS)
 
     def adapt(key: jax.Array, w: Any, name: str) -> form.LoRA:
-        ranks = targets.ranks(name, w.shape, rank, rank_pattern)
+        ranks = targets.ranks(name, w.shape, rank, rank_pattern, tables=True)
         alphas = targets.per_layer(name, w.shape, alpha, alpha_pattern)
-        return form.attach(key, w, ranks=ranks, alphas=alphas, rslora=rslora, dropout=dropout, init=init)
+        if name == targets.TABLE and init in form.RESIDUAL:
+            raise UserError(f"init={init} decomposes a kernel, and {name} is an embedding: leave it out of the target")
+        # A Kaiming uniform A has entries of 1 / sqrt(vocab), through which the gradient of B would be too small.
+        start = "zero_a" if name == targets.TABLE and init == "kaiming" else init
+        return form.attach(key, w, ranks=ranks, alphas=alphas, rslora=rslora, dropout=dropout, init=start)
 
     return Method(
         rules=((target, adapt),),

@@ -26,15 +26,19 @@ def count_steps(given: float, total: int) -> int:
     return round(given * total if given < 1 else given)
 
 
+TABLE = "embed/embedding"
+
+
 def check_kernel(name: str) -> None:
     """Raises UserError for a target that is not a kernel."""
     if not name.endswith("kernel"):
         raise UserError(f"{name} is not a kernel: only kernels [..., in, out] take this update, change the target")
 
 
-def check_rank(name: str, shape: tuple[int, ...], rank: int) -> None:
-    """Raises UserError for a target that is not a kernel, and for a rank above min(in, out)."""
-    check_kernel(name)
+def check_rank(name: str, shape: tuple[int, ...], rank: int, tables: bool = False) -> None:
+    """Raises UserError for a rank above min(in, out), and for what is no kernel, nor, with `tables`, the embedding."""
+    if not (tables and name == TABLE):
+        check_kernel(name)
     if rank > min(shape[-2:]):
         raise UserError(f"rank {rank} is larger than min(in, out) = {min(shape[-2:])} of {name}")
 
@@ -48,10 +52,12 @@ def check_ranks(rank: int, alpha: float, ranks: Mapping[str, int], alphas: Mappi
             raise UserError(f"method.rank_pattern[{pattern!r}] must not be negative, not {value}")
 
 
-def ranks(name: str, shape: tuple[int, ...], default: int, patterns: Mapping[str, int]) -> list[int]:
-    """The rank of each layer of a stack, or of the one kernel. Raises UserError for a rank above min(in, out)."""
+def ranks(
+    name: str, shape: tuple[int, ...], default: int, patterns: Mapping[str, int], tables: bool = False
+) -> list[int]:
+    """The rank of each layer of a stack, or of the one kernel. Raises UserError as `check_rank` does."""
     found = per_layer(name, shape, default, patterns)
-    check_rank(name, shape, max(found))
+    check_rank(name, shape, max(found), tables)
     if max(found) == 0:
         raise UserError(f"every layer of {name} has rank 0: leave it out of the target")
     return found

@@ -3,9 +3,10 @@
 The scale may be rsLoRA's (Kalajdzievski 2023, arXiv:2312.03732), and the initial factors PiSSA's (Meng et al. 2024,
 arXiv:2404.02948) or OLoRA's (Büyükakyüz 2024, arXiv:2406.01775).
 
-Kernels are `[in, out]`, so A is `[in, r]` and B is `[r, out]`, the transposes of the paper's. A stack of layers has a
-layer axis first. The layers of a stack may have different ranks: smaller ranks are padded to the largest with zero
-columns of A and zero rows of B. The gradients of the padding are zero, so it stays zero.
+Kernels are `[in, out]`, so A is `[in, r]` and B is `[r, out]`, the transposes of the paper's; the inputs of an
+embedding `[vocab, width]` are tokens. A stack of layers has a layer axis first. The layers of a stack may have
+different ranks: smaller ranks are padded to the largest with zero columns of A and zero rows of B. The gradients of the
+padding are zero, so it stays zero.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from lowrank.core.weight import (
     materialize,
     name_product,
     static,
+    take,
     trainable,
 )
 from lowrank.kernels.lora_matmul.dispatch import lora_matmul
@@ -83,6 +85,22 @@ class LoRA(Weight):
         """`scale * drop(x) @ A @ B` for `x: [..., in]`."""
         t = dot_to_float32(self._drop(x), self.a) * self.scale
         return project_up(name_product(t.astype(x.dtype)), self.b)
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        """The rows `ids` of `W + scale * A @ B`, an embedding `[vocab, width]`; as in PEFT, nothing is dropped out."""
+        if type(self) is not LoRA:
+            return super().take(ids)
+        rows = take(self.base, ids)
+        low = at_least_float32(jnp.take(self.a, ids, axis=0)) * self.scale
+        update = jnp.matmul(low, at_least_float32(self.b), precision="highest")
+        return (at_least_float32(rows) + update).astype(rows.dtype)
+
+    def dot_transposed_to_float32(self, x: jax.Array) -> jax.Array:
+        """`x @ W.T + scale * x @ B.T @ A.T`, the logits of a head that is this embedding, without forming `A @ B`."""
+        if type(self) is not LoRA:
+            return super().dot_transposed_to_float32(x)
+        low = (dot_to_float32(x, self.b, 1) * self.scale).astype(x.dtype)
+        return dot_to_float32(x, self.base, 1) + dot_to_float32(low, self.a, 1)
 
     def grouped_to_float32(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """`x W_g + scale_g * drop(x) A_g B_g` for rows sorted by group; `A B` is not formed for any group.

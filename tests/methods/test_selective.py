@@ -1,5 +1,6 @@
 """Methods that choose among the parameters there are: which places, which rows, and what an adapter holds of them."""
 
+import dataclasses
 import types
 
 import jax
@@ -191,6 +192,35 @@ def test_learned_rows_are_rows_of_the_embedding_and_of_a_head_that_shares_it():
     assert np.abs(want - run(model, params, ids, method="__call__")).max() > 0.1
 
 
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_a_lora_on_an_embedding_moves_it_and_a_head_that_shares_it(name):
+    model, params = decoder("windowed")  # tied
+    method = methods.build_method({"name": name, "rank": 2, "alpha": 6.0, "target": "embed/embedding"})
+    adapted = methods.attach(method, params, jax.random.key(0))
+    table = adapted["embed"]["embedding"]
+    assert not np.any(table.a)
+    assert np.any(table.b)
+    moved = dataclasses.replace(table, a=jax.random.normal(jax.random.key(1), table.a.shape))
+    ids = np.array([[1, 2, 3, 4, 3]], np.int32)
+    live = run(model, {**adapted, "embed": {"embedding": moved}}, ids, method="__call__")
+    want = run(model, {**params, "embed": {"embedding": materialize(moved)}}, ids, method="__call__")
+    assert_close(live, want)
+    assert np.abs(want - run(model, params, ids, method="__call__")).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("group", "culprit"),
+    [
+        ({"name": "lora", "init": "pissa"}, "init=pissa decomposes a kernel, and embed/embedding is an embedding"),
+        ({"name": "loha"}, "embed/embedding is not a kernel"),
+    ],
+)
+def test_what_an_embedding_cannot_take_is_refused(group, culprit):
+    _, params = decoder("windowed")
+    with pytest.raises(UserError, match=culprit):
+        methods.attach(methods.build_method({**group, "target": "embed/embedding"}), params, jax.random.key(0))
+
+
 @pytest.mark.parametrize(
     ("arg", "culprit"),
     [
@@ -249,3 +279,10 @@ def test_features_are_computed_once_an_example():
 def test_features_need_an_objective_that_reads_no_more(files):
     with pytest.raises(UserError, match="objective=classification"):
         build.build_run(config_of(files, "method=features"))
+
+
+def test_a_run_trains_a_lora_on_the_embedding_and_peft_can_hold_it(files, tmp_path):
+    _, loaded = train_shortly(files, "method=lora,target=embed/embedding|.*attn/q/kernel", tmp_path)
+    table = loaded.params["embed"]["embedding"]
+    assert np.any(table.a)
+    assert type(table).__name__ == "LoRA"

@@ -28,6 +28,8 @@ from tests.support.parity_bases import (
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target:UserWarning"),  # of a tied head
 ]
 
 
@@ -40,6 +42,8 @@ PATTERNS = {
     "rank_pattern": {r".*attn/k/kernel": 2, r"layers/1/attn/q/kernel": 6},
     "alpha_pattern": {r".*attn/v/kernel": 3.0, r"layers/0/.*": 20.0},
 }
+WIDE = {"rank_pattern": {"embed/embedding": 6}, "alpha_pattern": {"embed/embedding": 5.0}}
+EMBED_AND_HEAD = r"embed/embedding|head/kernel"
 GONE = {"rank_pattern": {r"layers/0/attn/q/kernel": 0, r"layers/2/attn/v/kernel": 1}}
 OURS = {
     "alpha is not r": ("llama", {"name": "lora", "rank": 4, "alpha": 10.0, "target": ATTN}),
@@ -47,6 +51,13 @@ OURS = {
     "patterns": ("llama", {"name": "lora", "rank": 4, "alpha": 10.0, "target": ATTN, **PATTERNS}),
     "rslora patterns": ("llama", {"name": "lora", "rank": 4, "alpha": 7.0, "rslora": True, "target": ATTN, **PATTERNS}),
     "layers without": ("llama", {"name": "lora", "rank": 3, "alpha": 7.0, "target": QV, **GONE}),
+    "embedding": ("llama", {"name": "lora", "rank": 4, "alpha": 10.0, "target": r"embed/embedding|.*attn/q/kernel"}),
+    "embedding and head": ("llama", {"name": "lora", "rank": 4, "rslora": True, "target": EMBED_AND_HEAD}),
+    "embedding with patterns": ("llama", {"name": "lora", "rank": 4, "target": QV + "|embed/embedding", **WIDE}),
+    "embedding dora": ("llama", {"name": "dora", "rank": 4, "alpha": 10.0, "target": EMBED_AND_HEAD}),
+    "tied embedding": ("tied llama", {"name": "lora", "rank": 4, "target": QV + "|embed/embedding", **WIDE}),
+    "gpt2 embedding": ("gpt2", {"name": "lora", "rank": 4, "target": r"embed/embedding|.*attn/qkv/kernel"}),
+    "roberta embedding": ("roberta classifier", {"name": "lora", "rank": 4, "target": QV + "|embed/embedding"}),
     "every kernel": ("llama", {"name": "lora", "rank": 3, "alpha": 7.0, "target": r"(layers|head)/.*kernel"}),
     "bias all": ("llama", {"name": "lora", "rank": 4, "bias": "all", "target": QV}),
     "bias lora_only": ("llama", {"name": "lora", "rank": 4, "bias": "lora_only", "target": QV}),
@@ -100,6 +111,30 @@ THEIRS = {
     "regex": ("llama", peft.LoraConfig, {"r": 4, "target_modules": r".*\.(0|2)\..*(q_proj|down_proj)"}),
     "all-linear": ("llama", peft.LoraConfig, {"r": 2, "target_modules": "all-linear"}),
     "head": ("llama", peft.LoraConfig, {"r": 2, "target_modules": ["lm_head", "layers.2.mlp.up_proj"]}),
+    "embedding": ("llama", peft.LoraConfig, {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}),
+    "embedding and head": ("llama", peft.LoraConfig, {"r": 4, "target_modules": ["embed_tokens", "lm_head"]}),
+    "embedding by regex": ("llama", peft.LoraConfig, {"r": 4, "target_modules": r".*(embed_tokens|q_proj)"}),
+    "embedding dora": ("llama", peft.LoraConfig, {"r": 4, "use_dora": True, "target_modules": ["embed_tokens"]}),
+    "embedding pissa": (
+        "llama",
+        peft.LoraConfig,
+        {"r": 4, "init_lora_weights": "olora", "target_modules": ["embed_tokens"]},
+    ),
+    "tied embedding": ("tied llama", peft.LoraConfig, {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}),
+    "tied embedding and head": ("tied llama", peft.LoraConfig, {"r": 4, "target_modules": ["embed_tokens", "lm_head"]}),
+    "tied head": ("tied llama", peft.LoraConfig, {"r": 4, "target_modules": ["lm_head", "q_proj"]}),
+    "tied embedding, ensured": (
+        "tied llama",
+        peft.LoraConfig,
+        {"r": 4, "target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
+    "tied head, ensured": ("tied llama", peft.LoraConfig, {"target_modules": ["lm_head"], "ensure_weight_tying": True}),
+    "gpt2 embedding": ("gpt2", peft.LoraConfig, {"r": 4, "target_modules": ["wte", "c_attn"], "fan_in_fan_out": True}),
+    "roberta embedding": (
+        "roberta classifier",
+        peft.LoraConfig,
+        {"task_type": "SEQ_CLS", "target_modules": ["word_embeddings", "query"]},
+    ),
     "some layers": (
         "llama",
         peft.LoraConfig,

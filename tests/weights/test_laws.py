@@ -46,6 +46,15 @@ def test_dot_is_multiplication_by_the_materialized_kernel(name):
     assert_close(dot(X, w), X @ materialize(w))
 
 
+@pytest.mark.parametrize("name", ["array", "lora", "dora"])
+def test_an_embedding_is_taken_from_and_multiplied_by_as_its_materialized_table(name):
+    w, ids = made(name), jnp.array([[3, 0, 3], [1, 2, IN - 1]])
+    table = materialize(w)
+    assert_close(weight.take(w, ids), table[ids])
+    x = jax.random.normal(jax.random.key(4), (2, 5, OUT))
+    assert_close(weight.dot_to_float32(x, w, 1), x @ table.T)
+
+
 @each_form
 def test_affine_is_the_merged_kernel_and_bias(name):
     w, bias = made(name), jnp.linspace(-1, 1, OUT)

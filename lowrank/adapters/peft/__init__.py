@@ -58,8 +58,9 @@ def load(directory: PathLike, params: PyTree, base: Base, *, any_base: bool = Fa
     params, base = embeddings.resized(found, params, base, directory)
     rows, found = tokens.split_tokens(settings, found, params, base, directory)
     module = experts if settings.get(experts.KEY) else reading
-    params, view = embeddings.untied(settings, found, params, base)
-    params = embeddings.tied_again(module.attach(settings, form, found, params, view, directory), base)
+    settings, params, view = embeddings.untied(settings, found, params, base)
+    params = module.attach(settings, form, found, params, view, directory)
+    params = embeddings.tied_again(settings, params, base, directory)
     return tokens.insert_tokens(rows, params)
 
 
@@ -95,7 +96,9 @@ def save(
     """
     rows, params, trained = tokens.set_tokens_aside(params, trained)
     module = next((module for module in (experts, *WHOLE_MODEL_TYPES.values()) if module.can_write(params)), writing)
-    summary, arrays = module.adapter_content(params, base, trained, dict(method or {}), original)
+    params, view, tying = embeddings.apart(params, base)
+    summary, arrays = module.adapter_content(params, view, trained, dict(method or {}), original)
+    summary |= tying
     summary, arrays = tokens.add_tokens(rows, base, summary, arrays)
     if jax.process_index() == 0:
         tensors.write_tensors(directory, arrays)

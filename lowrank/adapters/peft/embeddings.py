@@ -9,40 +9,95 @@ import types
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lowrank.adapters.peft import match, tensors
-from lowrank.adapters.peft.modules import Base, Module, Place, base_modules
+from lowrank.adapters.peft.modules import TABLE, Base, Module, Place, base_modules
 from lowrank.core.errors import UserError, plural
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_weight, materialize
+from lowrank.weights.lora import LoRA
 
-TABLE, HEAD = "embed/embedding", "head/kernel"
-
-
-def untied(config: Mapping[str, Any], found: Collection[str], params: PyTree, base: Base) -> tuple[PyTree, Base]:
-    """`(params, base)` with a head of its own, if the base is tied and the adapter treats the two apart."""
-    if not getattr(base.config, "tied", False) or base.config.num_labels:
-        return params, base
-    table = next(path for path, module in base_modules(base).items() if module.weight and module.weight.leaf == TABLE)
-    copied = match.is_inside(config.get("modules_to_save") or (), table) and not config.get("ensure_weight_tying")
-    if not copied and not any(key.startswith(f"{tensors.PREFIX}lm_head.") for key in found):
-        return params, base
-    view: Any = types.SimpleNamespace(
-        config=dataclasses.replace(base.config, tied=False), family=base.family, name=base.name
-    )
-    return {**params, "head": {"kernel": materialize(params["embed"]["embedding"]).T}}, view
+HEAD, HEAD_PATH = "head/kernel", "lm_head"
 
 
-def tied_again(params: PyTree, base: Base) -> PyTree:
-    """`params` without the head of a tied base where it is still, or again, its embedding."""
+def untied(
+    config: Mapping[str, Any], found: Collection[str], params: PyTree, base: Base
+) -> tuple[dict[str, Any], PyTree, Base]:
+    """`(config, params, base)` with a head of its own, if the base is tied and the adapter treats the two apart.
+
+    With `ensure_weight_tying`, PEFT adapts the head of an adapted embedding too, without naming it.
+    """
+    if not _tied(base):
+        return dict(config), params, base
+    table, tying = _table(base), config.get("ensure_weight_tying")
+    copied = match.is_inside(config.get("modules_to_save") or (), table) and not tying
+    adapted = any(key.startswith(f"{tensors.PREFIX}{table}.lora_") for key in found)
+    if not (copied or adapted or any(key.startswith(f"{tensors.PREFIX}{HEAD_PATH}.") for key in found)):
+        return dict(config), params, base
+    wanted = config.get("target_modules")
+    if adapted and tying and wanted:
+        both = rf"(?:{wanted})|{HEAD_PATH}" if isinstance(wanted, str) else [*wanted, HEAD_PATH]
+        config = {**config, "target_modules": both}
+    return dict(config), _with_head(params, materialize(params["embed"]["embedding"]).T), _view(base, tied=False)
+
+
+def tied_again(config: Mapping[str, Any], params: PyTree, base: Base, directory: Any) -> PyTree:
+    """`params` without the head of a tied base where it is still, or again, its embedding.
+
+    Raises UserError for factors of the two that differ, although `ensure_weight_tying` promises that they are alike.
+    """
     head, table = params.get("head", {}).get("kernel"), params["embed"]["embedding"]
-    if not getattr(base.config, "tied", False) or base.config.num_labels or head is None:
+    if not _tied(base) or head is None:
         return params
-    if is_weight(head) or is_weight(table) or not jnp.array_equal(head, table.T):
-        return params
-    return {name: leaves for name, leaves in params.items() if name != "head"}
+    if type(head) is type(table) is LoRA:
+        alike = all(map(jnp.array_equal, jax.tree.leaves(head), jax.tree.leaves(_transposed(table))))
+        if config.get("ensure_weight_tying") and not alike:
+            why = "its ensure_weight_tying promises that they are the same"
+            raise UserError(f"{directory}: the factors of {HEAD_PATH} are not those of {_table(base)}: {why}")
+    else:
+        alike = not is_weight(head) and not is_weight(table) and bool(jnp.array_equal(head, table.T))
+    return {name: leaves for name, leaves in params.items() if name != "head"} if alike else params
+
+
+def apart(params: PyTree, base: Base) -> tuple[PyTree, Base, dict[str, Any]]:
+    """`(params, base, keys of the JSON)` in which a tied base has the head that PEFT has an adapter for.
+
+    A LoRA on an embedding that is the head too is one on each of them in PEFT, and `ensure_weight_tying` says so.
+    """
+    if not _tied(base):
+        return params, base, {}
+    table = params.get("embed", {}).get("embedding")
+    if type(table) is not LoRA or "head" in params:
+        return params, _view(base, tied=False) if "head" in params else base, {}
+    return _with_head(params, _transposed(table)), _view(base, tied=False), {"ensure_weight_tying": True}
+
+
+def _tied(base: Base) -> bool:
+    return bool(getattr(base.config, "tied", False)) and not base.config.num_labels
+
+
+def _table(base: Base) -> str:
+    """The path of the embedding's module."""
+    return next(path for path, module in base_modules(base).items() if module.embedding)
+
+
+def _view(base: Base, **changes: Any) -> Any:
+    """The base with another config."""
+    config = dataclasses.replace(base.config, **changes)
+    more = {field: getattr(base, field) for field in ("new", "quantized") if hasattr(base, field)}
+    return types.SimpleNamespace(config=config, family=base.family, name=base.name, **more)
+
+
+def _with_head(params: PyTree, kernel: Any) -> PyTree:
+    return {**params, "head": {"kernel": kernel}}
+
+
+def _transposed(table: LoRA) -> LoRA:
+    """The LoRA on the head whose kernel is the transpose of an embedding."""
+    return dataclasses.replace(table, base=materialize(table.base).T, a=table.b.T, b=table.a.T)
 
 
 def unlisted(
@@ -84,6 +139,4 @@ def resized(found: Mapping[str, np.ndarray], params: PyTree, base: Base, directo
     if HEAD in paths:
         head = materialize(params["head"]["kernel"])
         grown["head"] = {**params["head"], "kernel": jnp.pad(head, ((0, 0), (0, more)))}
-    config = dataclasses.replace(base.config, vocab_size=most)
-    view: Any = types.SimpleNamespace(config=config, family=base.family, name=base.name)
-    return grown, view
+    return grown, _view(base, vocab_size=most)

@@ -5,12 +5,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lowrank.adapters.peft.forms import PeftForm
+from lowrank.adapters.peft.forms import Part, PeftForm
+from lowrank.adapters.peft.tensors import PREFIX
 from lowrank.core.errors import UserError
 from lowrank.models import EncoderConfig
 from lowrank.pretrained.families import FAMILIES
 
 HEADS = ("classifier", "score", "lm_head")  # `all-linear` leaves these out
+TABLE = "embed/embedding"
 
 
 class Base(Protocol):
@@ -55,6 +57,19 @@ class Module(NamedTuple):
         """Whether it is a Linear, or GPT-2's Conv1D."""
         return self.weight is not None and self.weight.leaf.endswith("kernel")
 
+    @property
+    def embedding(self) -> bool:
+        """Whether it is the token embedding."""
+        return self.weight is not None and self.weight.leaf == TABLE
+
+    def takes(self, form: PeftForm) -> bool:
+        """Whether the form may adapt it."""
+        return self.linear or (self.embedding and form.on_embedding)
+
+    def key(self, part: Part) -> str:
+        """The key of a part of its adapter."""
+        return f"{PREFIX}{self.path}{part.embedding if self.embedding else part.suffix}"
+
 
 def base_modules(base: Base, per_expert: bool = False) -> dict[str, Module]:
     """The modules of `base` that hold a weight or a bias, by path.
@@ -73,13 +88,13 @@ def base_modules(base: Base, per_expert: bool = False) -> dict[str, Module]:
 
 def check_conv1d(form: PeftForm, module: Module) -> None:
     """Raises UserError for a form on GPT-2's Conv1D that PEFT supports on Linear layers only."""
-    if not (form.conv1d or module.weight.transpose):
+    if not (form.conv1d or module.weight.transpose or module.embedding):
         raise UserError(f"{module.path} is a Conv1D, on which PEFT does not support {form.peft_type}")
 
 
 def check_untied(base: Base, places: Iterable[Place]) -> None:
     """Raises UserError for a saved embedding whose base shares it with the head: PEFT would untie them."""
-    if getattr(base.config, "tied", False) and any(place.leaf == "embed/embedding" for place in places):
+    if getattr(base.config, "tied", False) and any(place.leaf == TABLE for place in places):
         raise UserError("the adapter holds a whole embedding, which this base shares with its head: PEFT unties them")
 
 

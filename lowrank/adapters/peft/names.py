@@ -11,7 +11,8 @@ from lowrank.adapters.peft.forms import FORMS
 from lowrank.core.errors import UserError
 from lowrank.core.paths import PathLike
 
-_PARTS = {part.suffix.split(".")[1] for form in FORMS.values() for part in form.parts} | {"trainable_tokens_delta"}
+_SUFFIXES = {end for form in FORMS.values() for part in form.parts for end in (part.suffix, part.embedding) if end}
+_PARTS = {end.split(".")[1] for end in _SUFFIXES} | {"trainable_tokens_delta"}
 _MAGNITUDE = ".lora_magnitude_vector"  # in torch the weight of a module, and without `.weight` in a file
 _OWN = re.compile(
     rf"(?P<part>.*\.({'|'.join(map(re.escape, sorted(_PARTS)))}))\.(?P<name>(?!weight$|bias$)[^.]+)(?P<end>\.\w+)?"

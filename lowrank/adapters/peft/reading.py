@@ -12,7 +12,7 @@ import numpy as np
 from lowrank.adapters.peft import config as configs
 from lowrank.adapters.peft import embeddings, initial, match, tensors
 from lowrank.adapters.peft.forms import Layer, PeftForm, Settings
-from lowrank.adapters.peft.modules import HEADS, Base, Module, Place, base_modules, check_conv1d
+from lowrank.adapters.peft.modules import HEADS, TABLE, Base, Module, Place, base_modules, check_conv1d
 from lowrank.core import tree
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import PyTree
@@ -66,15 +66,16 @@ def attach(
     known = base_modules(base, per_expert=any(map(PER_EXPERT.search, found)))
     targets, others = _places(config, form, known)
     others |= embeddings.unlisted(known, targets, found)
-    settings = {path: form.settings(config, path) for path in targets}
+    settings = {path: form.settings(_on_module(config, module), path) for path, module in targets.items()}
     sizes = [leaves[module.weight.leaf].shape[-2:] for module in targets.values()]
     expected = form.root.shapes(config, sizes) if form.root else {}
     for path, module in targets.items():
         expected |= _shapes(form, module, settings[path], leaves[module.weight.leaf].shape)
     found = {key: x for key, x in found.items() if not _is_copy(key, others)}
     own = _own_bases(targets, found)
-    if own and config.get("init_lora_weights") in RESIDUAL:
-        raise UserError(f"the adapter in {directory} holds a base weight that its init changed: {next(iter(own))}")
+    changed = [key for key, place in own.items() if place.leaf != TABLE]
+    if changed and config.get("init_lora_weights") in RESIDUAL:
+        raise UserError(f"the adapter in {directory} holds a base weight that its init changed: {changed[0]}")
     others |= own
     expected |= {key: _disk_shape(leaves[place.leaf].shape, place) for key, place in others.items()}
     tensors.check_shapes(directory, found, expected)
@@ -92,8 +93,9 @@ def _places(
     paths = linear if _is_all(config["target_modules"]) else list(known)
     targets = match.find_targets(config, paths, heads=[p for p in linear if p.split(".")[0] in HEADS])
     for path in targets:
-        if path not in linear:
-            raise UserError(f"the adapter targets {path}; {form.peft_type} is supported on linear layers only")
+        if not known[path].takes(form):
+            kinds = "linear layers and the token embedding" if form.on_embedding else "linear layers only"
+            raise UserError(f"the adapter targets {path}; {form.peft_type} is supported on {kinds}")
         check_conv1d(form, known[path])
         if PER_EXPERT.search(path) and form.kind is not LoRA:
             raise UserError(f"the adapter targets {path}; on experts plain LoRA alone is supported")
@@ -138,7 +140,12 @@ def _own_bases(targets: Mapping[str, Module], found: Iterable[str]) -> dict[str,
 
 def _shapes(form: PeftForm, module: Module, settings: Settings, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     parts = form.present_parts(*shape[-2:], settings)
-    return {f"{tensors.PREFIX}{module.path}{part.suffix}": on_disk for part, on_disk in parts}
+    return {module.key(part): on_disk for part, on_disk in parts}
+
+
+def _on_module(config: Mapping[str, Any], module: Module) -> Mapping[str, Any]:
+    """The JSON as PEFT obeys it for a module: the inits that change a base leave embeddings as they are."""
+    return {**config, initial.KEY: True} if module.embedding else config
 
 
 def _disk_shape(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
@@ -161,7 +168,7 @@ def _grown(
         size = leaves[leaf].shape[-2:]
         arrays = form.root.module_arrays(root, *size) if form.root else {}
         for part, _ in form.present_parts(*size, settings[path]):
-            arrays[part.field] = part.from_disk(found[f"{tensors.PREFIX}{path}{part.suffix}"])
+            arrays[part.field] = part.from_disk(found[module.key(part)])
         stack = leaves[leaf].shape[:-2]
         rows.setdefault(leaf, [None] * math.prod(stack))[layer or 0] = Layer(settings[path], arrays)
     return {leaf: form.from_layers(leaves[leaf], row) for leaf, row in rows.items()}

@@ -37,7 +37,7 @@ def adapter_content(
     for path, layer in layers.items():
         n_in, n_out = weights[known[path].weight.leaf].shape[-2:]
         for part, shape in form.present_parts(n_in, n_out, layer.settings):
-            arrays[f"{tensors.PREFIX}{path}{part.suffix}"] = part.to_disk(layer.arrays[part.field], shape)
+            arrays[known[path].key(part)] = part.to_disk(layer.arrays[part.field], shape)
     summary = _summary(form, base, known, layers, method) | bias | {"modules_to_save": saved or None}
     return summary, arrays
 
@@ -46,7 +46,7 @@ def _summary(
     form: PeftForm, base: Base, known: Mapping[str, Module], layers: Mapping[str, Layer], method: Mapping[str, Any]
 ) -> dict[str, Any]:
     settings = {path: layer.settings for path, layer in layers.items()}
-    transposed = [known[path].weight.transpose for path in layers]
+    transposed = [known[path].weight.transpose for path in layers if known[path].linear]
     return {
         **configs.common_keys(form.peft_type, base),
         **({"fan_in_fan_out": not all(transposed)} if "fan_in_fan_out" in form.ignored_keys else {}),
@@ -83,18 +83,18 @@ def _peeled(
     form: PeftForm, weights: Mapping[str, Weight], known: Mapping[str, Module], original: Mapping[str, Any]
 ) -> dict[str, Layer]:
     """The settings and arrays of every adapted module, by path."""
-    layers, homes = {}, {m.weight.leaf for m in known.values() if m.linear}
+    layers, homes = {}, {m.weight.leaf for m in known.values() if m.takes(form)}
     for name, w in weights.items():
         if name not in homes:
             raise UserError(f"{name} does not belong to a module of the base{nearest(name, homes)}")
         held = {f: getattr(w, f) for f in (*(p.field for p in form.parts), *form.extra)}
         fields = {f: tensors.on_host(x) for f, x in held.items() if x is not None}
         for path, module in known.items():
-            if module.linear and module.weight.leaf == name:
+            if module.takes(form) and module.weight.leaf == name:
                 check_conv1d(form, module)
                 at = ... if module.weight.layer is None else module.weight.layer
                 layer = form.to_layer(w, {f: x[at] for f, x in fields.items()})
-                change = _change(original[name], w.base, at) if layer and original and form.rebase else None
+                change = _change(original[name], w.base, at) if layer and name in original and form.rebase else None
                 if change is not None and np.any(change):
                     layer = form.rebase(layer, change)
                 layers |= {path: layer} if layer else {}

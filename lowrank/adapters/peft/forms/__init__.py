@@ -1,7 +1,7 @@
 """The forms of weights that PEFT's format can hold. A new form is one file and one line of `FORMS`."""
 
 from lowrank.adapters.peft.forms.adalora import ADALORA
-from lowrank.adapters.peft.forms.form import Layer, PeftForm, Settings
+from lowrank.adapters.peft.forms.form import Layer, Part, PeftForm, Settings
 from lowrank.adapters.peft.forms.hira import HIRA
 from lowrank.adapters.peft.forms.ia3 import IA3
 from lowrank.adapters.peft.forms.loha import LOHA
@@ -25,4 +25,4 @@ FORMS: dict[str, PeftForm] = {
     "boft": BOFT_FORM,
 }
 
-__all__ = ["FORMS", "Layer", "PeftForm", "Settings"]
+__all__ = ["FORMS", "Layer", "Part", "PeftForm", "Settings"]

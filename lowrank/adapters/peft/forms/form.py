@@ -35,6 +35,7 @@ class Part:
     field: str
     shape: Callable[[int, int, Settings], tuple[int, ...] | None]  # (in, out, settings) -> shape
     vector: bool = False  # the field is one-dimensional
+    embedding: str = ""  # the suffix on an embedding, if the form adapts embeddings
 
     def to_disk(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """An array of a field in torch's layout."""
@@ -81,6 +82,11 @@ class PeftForm:
     # (adapted weights by name, the leaves under `shared/`) -> the weights with what they share in their own fields
     bind: Callable[[Mapping[str, Weight], Any], dict[str, Weight]] | None = None
     conv1d: bool = True  # whether PEFT supports it on GPT-2's Conv1D
+
+    @property
+    def on_embedding(self) -> bool:
+        """Whether PEFT has the form on an embedding."""
+        return all(part.embedding for part in self.parts)
 
     def present_parts(self, n_in: int, n_out: int, settings: Settings) -> tuple[tuple[Part, tuple[int, ...]], ...]:
         """The tensors of a module `[in, out]`, each with its shape on disk."""

@@ -114,9 +114,10 @@ def _grow_dora(base: Any, layers: Sequence[Layer | None]) -> DoRA:
     return dataclasses.replace(w, magnitude=jnp.asarray(magnitude.reshape(w.magnitude.shape)))
 
 
-_LORA_A = Part(".lora_A.weight", "a", lambda n_in, n_out, s: (s["r"], n_in))
-_LORA_B = Part(".lora_B.weight", "b", lambda n_in, n_out, s: (n_out, s["r"]))
-_MAGNITUDE = Part(".lora_magnitude_vector", "magnitude", lambda n_in, n_out, s: (n_out,), vector=True)
+_LORA_A = Part(".lora_A.weight", "a", lambda n_in, n_out, s: (s["r"], n_in), embedding=".lora_embedding_A")
+_LORA_B = Part(".lora_B.weight", "b", lambda n_in, n_out, s: (n_out, s["r"]), embedding=".lora_embedding_B")
+_NORMS = ".lora_magnitude_vector"
+_MAGNITUDE = Part(_NORMS, "magnitude", lambda n_in, n_out, s: (n_out,), vector=True, embedding=_NORMS)
 
 LORA = PeftForm(
     peft_type="LORA",
