@@ -19,7 +19,6 @@ from lowrank.core.errors import UserError
 from lowrank.core.paths import as_local_path
 from lowrank.merging import adapter_merge
 from lowrank.merging.combine import combine, plan
-from lowrank.merging.output import check_new
 from lowrank.merging.recipe import Recipe, read_recipe
 
 
@@ -42,7 +41,7 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> str:
     if recipe.adapter is not None:
         if options.dry_run:
             adapters = adapter_merge.plan_adapters(recipe)
-            check_new(as_local_path(options.output))
+            adapter_merge.check_output(adapters, as_local_path(options.output))
             return f"{recipe.method} of {len(adapters.adapters)} adapters into one: {len(adapters.paths)} modules"
         report = adapter_merge.combine_adapters(recipe, options.output, progress=_progress)
         return f"merged into {options.output}: largest relative error of a module {report['worst']:.2e}"

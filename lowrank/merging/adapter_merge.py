@@ -7,6 +7,7 @@ updates.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,20 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
     return plan
 
 
+def check_output(plan: AdapterPlan, folder: Path) -> None:
+    """Raises UserError for an output that exists, and for a disk without room for the merged factors in float32."""
+    check_new(folder)
+    total = 0
+    for path in plan.paths:
+        adapters = [adapter for adapter in plan.adapters if path in adapter.modules]
+        size = adapters[0].kernel_shape(path)
+        rank = plan.rank or min(size)
+        if not (plan.rank or any(adapter.needs_kernel for adapter in adapters)):
+            rank = sum(factors.rank for adapter in adapters if (factors := adapter.factors(path)))
+        total += 4 * sum(size) * rank
+    files.require_space(folder, total)
+
+
 def _whole(recipe: Recipe) -> dict[str, Any]:
     return parameters.resolve(recipe.rule, recipe.preset, recipe.parameters, "", 0.0, per_model=False)
 
@@ -142,7 +157,7 @@ def merge_module(plan: AdapterPlan, path: str) -> tuple[Factors, float]:
 def combine_adapters(recipe: Recipe, output: PathLike, *, progress: Progress = iter) -> dict[str, Any]:
     """Writes the merged adapter to a folder, as a plain LoRA with alpha = r, and returns its report."""
     folder, plan = as_local_path(output), plan_adapters(recipe)
-    check_new(folder)
+    check_output(plan, folder)
     arrays, settings, errors = {}, {}, {}
     for path in progress(plan.paths):
         merged, errors[path] = merge_module(plan, path)

@@ -1,10 +1,13 @@
 """Adapters of one base merged into one adapter, or into the base, against dense float64 updates."""
 
 import json
+import shutil
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lowrank import pretrained
 from lowrank.adapters import load, peft
@@ -137,6 +140,33 @@ def test_adapters_of_other_bases_are_refused_by_their_hash(places, tmp_path):
         (same / path.name).write_bytes(path.read_bytes())
     models[1]["model"] = f"{same}+{adapter}"
     plan_adapters(recipe({}, merge_method="linear", adapter={}, models=models))
+
+
+def test_an_output_that_exists_a_full_disk_and_a_broken_adapter(places, tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/file").touch()
+    with pytest.raises(UserError, match="m exists and is not an empty directory"):
+        merge(places, tmp_path / "m", {"lora": 1.0}, adapter={})
+    weight = [{"filter": "q_prj", "value": 1.0}, {"value": 1.0}]
+    with pytest.raises(UserError, match=r"the filter 'q_prj' of weight matches no tensor \(did you mean 'q_proj'"):
+        merge(places, tmp_path / "n", {"lora": 1.0}, adapter={}, parameters={"weight": weight})
+    source = tmp_path / "broken"
+    shutil.copytree(places["lora"].partition("+")[2], source)
+    broken = {**places, "x": f"{places['base']}+{source}"}
+    config = json.loads((source / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_prj"]}))
+    with pytest.raises(UserError, match=r"target_modules \['q_prj'\] match no module"):
+        merge(broken, tmp_path / "n", {"x": 1.0}, adapter={})
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    arrays = load_file(source / "adapter_model.safetensors")
+    next(iter(arrays.values()))[0, 0] = np.nan
+    save_file(arrays, source / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="holds NaN or infinite values: the adapter is broken"):
+        merge(broken, tmp_path / "n", {"x": 1.0}, adapter={})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"n will take .* bytes, and its disk has 1000 left"):
+        merge(places, tmp_path / "n", {"lora": 1.0}, adapter={})
+    assert not (tmp_path / "n").exists()
 
 
 def test_what_a_merge_of_updates_cannot_carry(places, tmp_path):
