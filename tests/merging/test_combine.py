@@ -1,6 +1,7 @@
 """Merges of tiny models from a recipe to a folder."""
 
 import csv
+import importlib
 import json
 import tracemalloc
 
@@ -136,31 +137,41 @@ def test_the_report_measures_distances_conflicts_cosines_and_trimming(models, tm
     assert str(models["b"]) in card
 
 
-def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
-    base = tmp_path / "base"
-    base.mkdir()
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Models with one large tensor of 2 MB in float32, which is stored in bfloat16."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "base").mkdir()
     config = {"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 4096, "architectures": ["LlamaForCausalLM"]}
-    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    (folder / "base/config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     shapes = {"model.embed_tokens.weight": (4096, 128), "lm_head.weight": (4096, 8), Q.format(0): (8, 8)}
     rng = np.random.default_rng(0)
     arrays = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
-    save_file(arrays, base / "model.safetensors")
-    models = {"base": base} | {n: fine_tune(base, tmp_path / n, i, dtype=BFLOAT16) for i, n in enumerate("abc")}
-    del arrays
-    largest = 4096 * 128 * 4
-    for method in ("ties", "breadcrumbs", "della", "model_stock", "karcher", "sce", "multislerp"):
-        rule = RULES[method]
-        own = {"weight": 1.0} | ({"density": 0.6} if "density" in rule.options else {})
-        based = {"base_model": "base"} if rule.base else {}
-        parameters = {k: v for k, v in own.items() if k in rule.options}
-        given = recipe(
-            models, merge_method=method, models=[{"model": n} for n in "abc"], parameters=parameters, **based
-        )
-        tracemalloc.start()
-        combine(given, tmp_path / method)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak <= (3 + 3) * largest, (method, peak / largest)
+    save_file(arrays, folder / "base/model.safetensors")
+    return {"base": folder / "base"} | {
+        n: fine_tune(folder / "base", folder / n, i, 0.05, BFLOAT16) for i, n in enumerate("abc")
+    }
+
+
+FREE = [name for name, rule in RULES.items() if not (rule.select or rule.statistics)]  # of scores and statistics
+WIDEST = ("ties", "breadcrumbs", "sce")  # of 5.2 to 5.5 times the largest tensor; the others take 2.1 to 4.2
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m in WIDEST else pytest.mark.all) for m in FREE])
+def test_memory_is_bounded_by_the_largest_tensor(method, large, tmp_path):
+    importlib.import_module("matplotlib.figure")  # of the report's plot, which is no part of a merge's memory
+    rule = RULES[method]
+    count = min(3, rule.most or 3)
+    given = {"weight": 1.0, "density": 0.6, "t": 0.3, "select_topk": 0.5}
+    parameters = {name: value for name, value in given.items() if name in rule.options}
+    based = {"base_model": "base"} if rule.base or rule.may_have_base else {}
+    listed = [{"model": n} for n in "abc"[:count]]
+    made = recipe(large, merge_method=method, models=listed, parameters=parameters, **based)
+    tracemalloc.start()
+    combine(made, tmp_path / method)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= (count + 3) * 4096 * 128 * 4
 
 
 def test_a_merge_that_was_stopped_continues(models, tmp_path, monkeypatch):
