@@ -17,7 +17,8 @@ from lowrank.pretrained.tensor_reader import StoredTensor, check_finite
 
 CHUNK = 1 << 16  # entries that are read at once
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-BUFFERS = r".*(position_ids|rotary_emb\.inv_freq|attn\.(masked_)?bias)"  # tensors that a loader makes itself
+# The tensors that a loader makes itself; `attn.c_attn.bias` is none of them.
+BUFFERS = r"(.*\.)?(position_ids|rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)"
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 Change = Callable[[str, np.ndarray], np.ndarray]  # (name, tensor) -> the tensor with an adapter, or of a vocabulary
 

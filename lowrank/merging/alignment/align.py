@@ -96,16 +96,25 @@ def _match_layer(ours: Model, theirs: Model, layer: int, moves: Moves, stream: M
     a = ours.layer(layer, ours.checkpoint.read)
     b = theirs.layer(layer, lambda name: stream.apply(name, theirs.checkpoint.read(name)))
     order = matching.match_heads(a, b, ours.free_keys(layer))
-    for place, axis, move in _head_moves(theirs, layer, order):
-        moves.add(place.name, axis, move)
     if options.method == "transport":
         reads, writes = transport.match_units(a, b, options.regularization)
     else:
         reads = writes = matching.match_units(a, b)
-    both = np.concatenate([reads, reads + theirs.units]) if reads.ndim == 1 else scipy.linalg.block_diag(reads, reads)
+    add_layer(moves, theirs, layer, order, reads, writes)
+
+
+def add_layer(
+    moves: Moves, model: Model, layer: int, order: matching.HeadOrder, reads: np.ndarray, writes: np.ndarray
+) -> None:
+    """Adds the moves of a layer's heads, and of its MLP's units: of what these read, and of what they write."""
+    for place, axis, move in _head_moves(model, layer, order):
+        moves.add(place.name, axis, move)
+    both = np.concatenate([reads, reads + model.units]) if reads.ndim == 1 else scipy.linalg.block_diag(reads, reads)
     for leaf, move in (("gate", reads), ("up", reads), ("gate_up", both)):
-        _add_rows(theirs, layer, f"mlp/{leaf}", move, moves)
-    if down := theirs.place(layer, "mlp/down/kernel"):
+        for part in ("kernel", "bias"):
+            if rows := model.place(layer, f"mlp/{leaf}/{part}"):
+                moves.add(rows.name, rows.out if part == "kernel" else 0, move)
+    if down := model.place(layer, "mlp/down/kernel"):
         moves.add(down.name, down.into, writes)
 
 
@@ -126,12 +135,6 @@ def _head_moves(model: Model, layer: int, order: matching.HeadOrder) -> Iterator
             yield norm, 0, move
     if output := model.place(layer, "attn/o/kernel"):
         yield output, output.into, o
-
-
-def _add_rows(model: Model, layer: int, leaf: str, move: np.ndarray, moves: Moves) -> None:
-    for part in ("kernel", "bias"):
-        if place := model.place(layer, f"{leaf}/{part}"):
-            moves.add(place.name, place.out if part == "kernel" else 0, move)
 
 
 def _stream(model: Model) -> Iterator[tuple[Place, int, bool]]:
