@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowrank.core.errors import UserError
+from lowrank.pretrained.tensor_reader import StoredTensor
 
 METADATA = "_METADATA"
+Change = Callable[[np.ndarray], np.ndarray]
 
 
 class StoredArray(NamedTuple):
@@ -60,6 +62,20 @@ def open_arrays(directory: Path) -> dict[str, StoredArray]:
         "/".join(path): StoredArray(tuple(x.shape), np.dtype(x.dtype).name, functools.partial(restore, path))
         for path, x in leaves.items()
     }
+
+
+def stored_tensor(
+    array: StoredArray,
+    change: Callable[[np.ndarray], np.ndarray],
+    finish: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> StoredTensor:
+    """The tensor that `finish(change(array))` is; `change` copies nothing, and `finish` keeps the shape."""
+    shape = change(np.broadcast_to(np.float32(0), array.shape)).shape
+
+    def read(start: int, stop: int) -> np.ndarray:
+        return finish(change(array.read()))[start:stop]
+
+    return StoredTensor(shape, array.dtype, read, readable="float" in array.dtype)
 
 
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:

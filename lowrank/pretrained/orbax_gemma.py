@@ -15,11 +15,10 @@ from absl import logging
 from lowrank.core.errors import UserError, plural
 from lowrank.pretrained import hf_files, tokenizer
 from lowrank.pretrained.families import FAMILIES
-from lowrank.pretrained.orbax_files import StoredArray, is_orbax, open_arrays
+from lowrank.pretrained.orbax_files import Change, StoredArray, is_orbax, open_arrays, stored_tensor
 from lowrank.pretrained.tensor_reader import StoredTensor
 from lowrank.pretrained.tokenizer import Tokenizer
 
-Change = Callable[[np.ndarray], np.ndarray]
 LAYER = re.compile(r"transformer/layer_(\d+)/(.*)")
 NORMS = {"attn/_query_norm": "self_attn.q_norm", "attn/_key_norm": "self_attn.k_norm"}
 NORMS |= {"pre_attention_norm": "input_layernorm"}
@@ -59,7 +58,7 @@ class OrbaxGemmaSource:
         for name, array in self.arrays.items():
             parts = _parts(name, array, norms)
             skipped += [] if parts else [name]
-            tensors |= {hf: _stored(array, change) for hf, change in parts.items()}
+            tensors |= {hf: stored_tensor(array, change) for hf, change in parts.items()}
         if skipped:
             count = plural(len(skipped), "array")
             logging.info("%s: the language model is read alone; %s skipped, such as %s", self.where, count, skipped[0])
@@ -86,6 +85,9 @@ def _hf_config(where: str, arrays: Mapping[str, StoredArray]) -> dict[str, Any]:
     def shape(name: str, rank: int) -> tuple[int, ...]:
         ends = [arrays[n].shape for n in (name, f"{name}/w") if n in arrays]
         if not ends or len(ends[0]) != rank:
+            if any("/token_embedder/" in n for n in arrays):
+                files = "put the config.json and the tokenizer of the same model on Hugging Face into the folder"
+                raise UserError(f"{where} is a checkpoint of MaxText, which holds no config: {files}")
             raise UserError(f"{where} has no array {name!r} of {plural(rank, 'dimension')}: it is not Gemma in Orbax")
         return ends[0]
 
@@ -157,12 +159,3 @@ _KERNELS: dict[str, Callable[[StoredArray], dict[str, Change]]] = {
     "mlp/gating_einsum": _gates,
     "mlp/linear": lambda array: {"mlp.down_proj": np.transpose},
 }
-
-
-def _stored(array: StoredArray, change: Change) -> StoredTensor:
-    shape = change(np.broadcast_to(np.float32(0), array.shape)).shape
-
-    def read(start: int, stop: int) -> np.ndarray:
-        return change(array.read())[start:stop]
-
-    return StoredTensor(shape, array.dtype, read, readable="float" in array.dtype)
