@@ -16,6 +16,7 @@ from experiments.bench import page
 from experiments.bench.step_cases import CASES
 from experiments.bench.tpu_cases import TOPOLOGIES, Case, attention_cases, cases, model_cases
 from experiments.intrinsic_dimension import table as dimensions
+from experiments.merging import table as merges
 from experiments.protocol import table as study_table
 from experiments.protocol.marks import earlier_mark, same_mark
 from lowrank.core.files import write_text
@@ -264,6 +265,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tpu/models": tpu_models,
     "tpu/steps": tpu_steps,
     **{f"studies/{name}": functools.partial(study, name) for name in STUDIES},
+    "studies/merging": lambda: merges.markdown(ROOT / "experiments/merging/results") + _pictures("merging"),
     "studies/intrinsic_dimension": lambda: (
         dimensions.markdown(dimensions.search.results_folder("small")) + _pictures("intrinsic_dimension")
     ),
