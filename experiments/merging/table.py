@@ -46,7 +46,7 @@ def write_tables(size: Size, folder: Path, results: Path) -> None:
 def read(folder: Path, name: str) -> Any:
     """The numbers of a cell. Raises UserError where it has not run."""
     if not (path := folder / f"{name}.json").exists():
-        raise UserError(f"{path} is missing: the same command with --workers=1 computes it")
+        raise UserError(f"{path} is missing: run the study with --workers=1, which computes it")
     return read_json(path)
 
 
