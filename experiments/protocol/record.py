@@ -36,7 +36,10 @@ class Record:
     def __init__(self, folder: AnyPath):
         """Reads the file, if it is there."""
         self.path = folder / CELLS_FILE
-        self.lines: list[Line] = read_rows(self.path) if exists(self.path) else []
+        self.lines = self._read()
+
+    def _read(self) -> list[Line]:
+        return list(read_rows(self.path)) if exists(self.path) else []
 
     def find(self, keys: Sequence[str]) -> list[Line]:
         """The lines of these cells in their order; an empty list if one is missing."""
@@ -44,12 +47,12 @@ class Record:
         return [found[key] for key in keys] if all(key in found for key in keys) else []
 
     def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Writes new lines in place of those of the same task, row and phase."""
+        """Writes new lines in place of those of the same task, row and phase; other commands may have written too."""
         new = list(lines)
         place = lambda line: (line["task"], line["row"], line["phase"])  # noqa: E731
-        kept = [line for line in self.lines if place(line) not in set(map(place, new))]
+        kept = [line for line in self._read() if place(line) not in set(map(place, new))]
         write_csv(self.path, COLUMNS, sorted([*kept, *new], key=lambda line: (*place(line), float(line["lr"]))))
-        self.lines = read_rows(self.path)
+        self.lines = self._read()
 
 
 def line_of(study: StudyFolder, result: Result, workers: int) -> dict[str, Any]:
