@@ -42,9 +42,9 @@ class Moves:
     def apply(self, name: str, values: np.ndarray) -> np.ndarray:
         """A tensor of the model in the reference's order."""
         for axis, move in self.of.get(name, {}).items():
-            if move.ndim == 1:
+            if move.ndim == 1 and not np.array_equal(move, np.arange(len(move))):
                 values = np.take(values, move, axis)
-            else:
+            elif move.ndim == 2:
                 values = np.moveaxis(np.tensordot(move.astype(values.dtype), values, (1, axis)), 0, axis)
         return np.ascontiguousarray(values)
 
