@@ -55,6 +55,8 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> str:
     summary = combine(recipe, options.output, progress=_progress)
     distances = ", ".join(f"{name} {value:.3g}" for name, value in summary["relative_distance"].items())
     merged = f"merged into {options.output}: relative distance to {distances}"
+    for name, share in summary.get("moved_by_alignment", {}).items():
+        merged += f"\n{name}: {share:.1%} of the units and heads were moved to align it"
     whole = recipe.mixture is not None or len(recipe.slices) > 1
     return f"{merged}\nto continue training it:\n{training_command(options.output, merge.hf_config, whole=whole)}"
 

@@ -185,6 +185,9 @@ def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
     chat = raw.get("chat_template")
     if chat and chat != "auto" and "{" not in chat:  # a name such as mergekit's chatml
         raise UserError(f"{where}: chat_template={chat!r} is not a Jinja template: write it out, or auto")
+    align = read_align(where, raw.get("align"))
+    if align:
+        _check_aligned(where, align, slices, vocabulary=bool(raw.get("tokenizer_source") or tokenizer))
     dtype = raw.get("dtype")
     return Recipe(
         method,
@@ -200,7 +203,7 @@ def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
         chat,
         raw.get("adapter"),
         mixture,
-        read_align(where, raw.get("align")),
+        align,
         text,
     )
 
@@ -263,6 +266,17 @@ def _content(where: str, raw: _Recipe) -> tuple[_Module, tuple[Parameters, ...]]
     if bool(module.get("models")) == bool(module.get("slices")):
         raise UserError(f"{where}: a module needs either models or slices")
     return module, (module.get("parameters") or {}, own)
+
+
+def _check_aligned(where: str, align: Options, slices: Sequence[Slice], *, vocabulary: bool) -> None:
+    """Raises UserError for what does not move with the tensors that are aligned, and for layers that do not meet."""
+    for part in slices:
+        if part.rule.statistics:
+            raise UserError(f"{where}: the statistics of {part.method} are of the order before align: leave one out")
+        if len({source.layers for source in part.sources}) > 1:
+            raise UserError(f"{where}: align matches layers of one number, and a slice has layers of several")
+    if align.residual and vocabulary:
+        raise UserError(f"{where}: align.residual moves what tokenizer_source reads: leave one out")
 
 
 def _of_mixture(where: str, mixture: Mixture, base: ModelSpec | None, method: str) -> tuple[Slice, ...]:

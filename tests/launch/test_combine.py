@@ -75,8 +75,9 @@ def test_an_encoder_is_trained_as_a_classifier(files, tmp_path, capsys):
     models = {"a": base, "b": permuted_models.bert(base, tmp_path / "b")}
     given = {"merge_method": "linear", "models": listed(models), "align": {"method": "matching"}}
     combine.main(arguments(tmp_path, **given))
-    run = trained(capsys.readouterr().out, files)
-    assert run.config.objective == "classification"
+    out = capsys.readouterr().out
+    assert "% of the units and heads were moved to align it" in out
+    assert trained(out, files).config.objective == "classification"
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(models, tmp_path, capsys):

@@ -163,6 +163,36 @@ def test_bad_options(case):
         recipe({}, merge_method="uniform_soup", models=[{"model": "a"}], align=keys)
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"merge_method": "fisher", "models": [{"model": "a"}]},
+            "the statistics of fisher are of the order before align",
+        ),
+        (
+            {
+                "merge_method": "linear",
+                "models": [{"model": "a"}],
+                "tokenizer_source": "union",
+                "align": {"residual": True},
+            },
+            "align.residual moves the columns of tokens",
+        ),
+        (
+            {
+                "merge_method": "linear",
+                "slices": [{"sources": [{"model": n, "layer_range": [i, i + 1]} for i, n in enumerate("ab")]}],
+            },
+            "align matches layers of one number",
+        ),
+    ],
+)
+def test_what_does_not_move_with_the_tensors(keys, message):
+    with pytest.raises(UserError, match=message):
+        recipe({}, **{"align": {}} | keys)
+
+
 def test_models_that_have_no_alignment(tmp_path):
     source = tiny.llama(tmp_path / "source")
     other = fine_tune(source, tmp_path / "other", 1)
