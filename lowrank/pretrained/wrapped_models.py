@@ -46,17 +46,18 @@ def text_tensors(where: str, stored: Mapping[str, StoredTensor]) -> dict[str, St
 
     Raises UserError for a checkpoint without any tensor of a language model.
     """
-    found = {new: tensor for name, tensor in stored.items() if (new := _text_name(name))}
+    found = {new: tensor for name, tensor in stored.items() if (new := text_name(name))}
     if not found:
         raise UserError(
             f"{where} has a text_config, but no tensors under 'language_model.': it holds no language model"
         )
-    skipped = [name for name in stored if not _text_name(name)]
+    skipped = [name for name in stored if not text_name(name)]
     if skipped:
         count = plural(len(skipped), "tensor")
         logging.info("%s: the language model is read alone; %s skipped, such as %s", where, count, min(skipped))
     return found
 
 
-def _text_name(name: str) -> str | None:
+def text_name(name: str) -> str | None:
+    """The name of a tensor in the language model alone, or None for a tensor of another model."""
     return next((pattern.sub(new, name) for pattern, new in _NAMES if pattern.match(name)), None)

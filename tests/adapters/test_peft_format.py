@@ -219,7 +219,7 @@ def test_tensors_that_do_not_fit_are_named(base, saved, change, message):
         ({"init_lora_weights": "cordon"}, "init_lora_weights='cordon' is not supported; known: True"),
         ({"init_lora_weights": "corda"}, "has init_lora_weights=corda, which changed its base: convert it in peft"),
         ({"target_modules": ["q_prj"]}, r"match no module of the base"),
-        ({"target_modules": ["input_layernorm"]}, "input_layernorm; LORA is supported on linear layers only"),
+        ({"target_modules": ["input_layernorm"]}, "input_layernorm; LORA is supported on linear layers and the token"),
         ({"target_modules": "*"}, "is not a regular expression"),
         ({"target_modules": None}, "target_modules is empty"),
         ({"target_modules": ".*q_proj", "layers_to_transform": 1}, "layers_to_transform needs"),

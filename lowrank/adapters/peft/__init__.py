@@ -11,9 +11,20 @@ from typing import Any
 
 import jax
 
-from lowrank.adapters.peft import config, embeddings, experts, initial, prompts, reading, tensors, tokens, writing
+from lowrank.adapters.peft import (
+    config,
+    embeddings,
+    experts,
+    initial,
+    prompts,
+    reading,
+    tensors,
+    tokens,
+    wrapped,
+    writing,
+)
 from lowrank.adapters.peft.forms import FORMS
-from lowrank.adapters.peft.modules import Base
+from lowrank.adapters.peft.modules import Base, base_modules
 from lowrank.adapters.peft.reading import AdapterDescription
 from lowrank.core import bounded_regex, files
 from lowrank.core.paths import AnyPath, PathLike, as_path
@@ -55,6 +66,7 @@ def load(directory: PathLike, params: PyTree, base: Base, *, any_base: bool = Fa
     settings, form = config.read_config(directory)
     config.check_base(settings, base.name, directory, any_base)
     settings, found = initial.as_plain_lora(settings, tensors.read_tensors(directory), directory, _folder(base))
+    settings, found = wrapped.language_model(settings, found, base_modules(base), directory)
     params, base = embeddings.resized(found, params, base, directory)
     rows, found = tokens.split_tokens(settings, found, params, base, directory)
     module = experts if settings.get(experts.KEY) else reading

@@ -165,15 +165,49 @@ def attach(
     """`params`, the plain tree of `base`, with the adapter attached; the arguments are those of `reading.attach`."""
     if form.kind is not LoRA:
         raise UserError(f"{as_path(directory) / configs.NAME}: {KEY} is supported with plain LoRA only")
-    theirs = {key: x for key, x in found.items() if _TENSOR.fullmatch(key)}
     targeted = _targeted(config, base)
     leaves = dict(tree.named_leaves(params, is_weight))
+    theirs = {key: x for key, x in found.items() if _TENSOR.fullmatch(key)}
+    if _is_swapped(config, theirs, targeted, leaves, base):
+        theirs = _swapped(config, theirs, targeted, base)
     _check(directory, config, theirs, targeted, leaves, base)
     rest = {key: x for key, x in found.items() if key not in theirs}
     if rest or config["target_modules"]:
         params = reading.attach(config, form, rest, params, base, directory)
     leaves = dict(tree.named_leaves(params, is_weight)) | _grown(config, theirs, targeted, leaves, base)
     return tree.map_named(lambda name, _: leaves[name], params, is_leaf=is_weight)
+
+
+def _is_swapped(config: Any, theirs: Any, targeted: Any, leaves: Any, base: Base) -> bool:
+    """Whether the factors are those of peft before 0.19, which took the outputs of fused experts for their inputs.
+
+    Where the shapes fit both ways, the version decides. Before 0.18, peft wrote none, but every key that it knew.
+    """
+    straight, swapped = [], []
+    for path, stack, _ in _layers(base):
+        for name, (key, _) in _keys(path, targeted.get(path, [])).items():
+            *_, n_in, n_out = leaves[f"{stack}/mlp/experts/{FUSED[name][0]}/kernel"].shape
+            found = theirs[key].shape[-1] if key in theirs else 0
+            straight.append(found == n_in)
+            swapped.append(found == n_out * len(FUSED[name]))
+    if all(straight) and all(swapped):
+        version = config.get("peft_version") or ("0.17" if "megatron_config" in config else "0.19")
+        return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (0, 19)
+    return all(swapped)
+
+
+def _swapped(config: Any, theirs: Mapping[str, np.ndarray], targeted: Any, base: Base) -> dict[str, np.ndarray]:
+    """The factors as peft writes them from 0.19 on: A `[E * r, in]` of what was B `[in, r * E]`, and B of A."""
+    changed = dict(theirs)
+    for path, _, _ in _layers(base):
+        for name, (key_a, key_b) in _keys(path, targeted.get(path, [])).items():
+            if key_a in theirs and key_b in theirs:
+                rank = _settings(config, f"{path}.{name}")[0]
+                a, b = theirs[key_a], theirs[key_b]
+                if len(a) % rank == 0 and b.shape[1] == len(a):  # else the shapes are refused
+                    changed[key_a] = b.reshape(len(b), rank, -1).transpose(2, 1, 0).reshape(len(a), -1)
+                    changed[key_b] = a.reshape(-1, rank, a.shape[1]).transpose(2, 1, 0).reshape(a.shape[1], -1)
+    return changed
 
 
 def _targeted(config: Mapping[str, Any], base: Base) -> dict[str, list[str]]:
