@@ -148,10 +148,14 @@ def _figures(study: StudyFolder, row: Mapping[str, Any]) -> list[str]:
 
 
 def format_mean(mean: float, spread: float, mark: str = "") -> str:
-    """`0.927 ± 0.026`, without an interval if it is NaN, and nothing for no mean; from 10,000 on with three digits."""
+    """`0.927 ± 0.026`, without an interval if it is NaN, and nothing for no mean; from 10,000 on with three digits.
+
+    An interval that three decimals would show as 0.000 has two digits of its own, as in `0.00410 ± 0.00025`.
+    """
     if math.isnan(mean):
         return ""
-    digits = ".3f" if abs(mean) < 1e4 else ".2e"
+    decimals = 1 - math.floor(math.log10(spread)) if 1e-9 < spread < 5e-4 else 3
+    digits = f".{decimals}f" if abs(mean) < 1e4 else ".2e"
     return f"{mean:{digits}}" + ("" if math.isnan(spread) else f" ± {spread:{digits}}") + mark
 
 

@@ -10,7 +10,7 @@ from tensorboard.context import RequestContext
 from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
-from lowrank.sweeps import hparams
+from lowrank.sweeps import hparams, tables
 from lowrank.sweeps.axes import axis, product, seeds
 from lowrank.sweeps.claims import Ledger
 from lowrank.sweeps.folder import open_study
@@ -138,3 +138,18 @@ def test_the_status_counts_states_and_shows_steps_and_time_left(tmp_path):
         ["waiting"],
     ]
     assert not status.finished
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "text"),
+    [
+        (0.9268, 0.0259, "0.927 ± 0.026"),
+        (0.0040963, 0.00025409, "0.00410 ± 0.00025"),
+        (0.5, 0.0, "0.500 ± 0.000"),
+        (0.5, float("nan"), "0.500"),
+        (float("nan"), 0.1, ""),
+        (12345.6, 0.0001, "1.23e+04 ± 1.00e-04"),
+    ],
+)
+def test_an_interval_is_shown_by_digits_of_its_own(mean, spread, text):
+    assert tables.format_mean(mean, spread) == text
