@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from launch import command, merge_statistics
+from launch import command, merge_score, merge_statistics
 from launch.continued import training_command
 from lowrank.core.errors import UserError
 from lowrank.core.paths import as_local_path
@@ -48,11 +48,14 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> str:
     merge = plan(recipe)
     merge.output(as_local_path(options.output)).check()
     merge_statistics.check(recipe)
+    score = merge_score.scorer(recipe.score) if recipe.score else None
     print(merge)
     if options.dry_run:
         return "nothing was written"
     recipe = merge_statistics.with_files(recipe, options.output, _batches)
-    summary = combine(recipe, options.output, progress=_progress)
+    summary = combine(recipe, options.output, progress=_progress, score=score)
+    if "soup" in summary:
+        print(f"the soup of {', '.join(summary['soup']['members'])}")
     distances = ", ".join(f"{name} {value:.3g}" for name, value in summary["relative_distance"].items())
     merged = f"merged into {options.output}: relative distance to {distances}"
     for name, share in summary.get("moved_by_alignment", {}).items():

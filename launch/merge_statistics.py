@@ -55,15 +55,20 @@ def with_files(recipe: Recipe, output: PathLike, progress: Progress = iter) -> R
     check(recipe)
     folder = as_local_path(output).parent / FOLDER
 
-    def filled(source: Source) -> Source:
+    def filled(source: Source, kind: str) -> Source:
         if not isinstance(source.statistics, dict):
             return source
-        path = folder / f"{_digest(source.model, source.statistics, recipe.rule.statistics)}.safetensors"
+        if not kind:  # the rule reads none
+            return dataclasses.replace(source, statistics=None)
+        path = folder / f"{_digest(source.model, source.statistics, kind)}.safetensors"
         if not path.exists():
-            statistics.write(path, compute(source.model, source.statistics, recipe.rule.statistics, progress))
+            statistics.write(path, compute(source.model, source.statistics, kind, progress))
         return dataclasses.replace(source, statistics=str(path))
 
-    slices = [dataclasses.replace(part, sources=tuple(map(filled, part.sources))) for part in recipe.slices]
+    slices = [
+        dataclasses.replace(part, sources=tuple(filled(source, part.rule.statistics) for source in part.sources))
+        for part in recipe.slices
+    ]
     return dataclasses.replace(recipe, slices=tuple(slices))
 
 

@@ -18,6 +18,8 @@ def to_markdown(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     if "share_trimmed" in summary:
         shares = ", ".join(f"{share:.1%}" for share in summary["share_trimmed"])
         lines.append(f"Share of each task vector that was dropped: {shares}.")
+    if "soup" in summary:
+        lines.append(f"Members of the soup: {', '.join(summary['soup']['members'])}.")
     figures = "\n\n".join(lines)
     return (
         f"---\nbase_model:\n{models}tags:\n- merge\n- lowrank\nlibrary_name: transformers\n---\n\n"

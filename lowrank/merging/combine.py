@@ -124,16 +124,19 @@ def combine(
     merge = plan(recipe)
     target = merge.output(folder, shard_bytes)
     target.check()
+    found: dict[str, Any] = {}
     if recipe.rule.select:
-        merge = plan(_selected(recipe, folder, score))
+        selected, found["soup"] = _selected(recipe, folder, score)
+        merge = plan(selected)
         target = merge.output(folder, shard_bytes)
     with target.opened(_digest(merge)) as out:
-        aligned = align_all(merge.checkpoints, merge.first, recipe.align) if recipe.align else {}
+        if recipe.align:
+            found["moved_by_alignment"] = align_all(merge.checkpoints, merge.first, recipe.align)
         surveys = _surveys(merge)
         done = len(out.rows)
         for tensor in progress(merge.tensors[done:]):
             merge_tensor(merge, tensor, surveys, out)
-        summary = _write_companions(merge, out, {"moved_by_alignment": aligned} if recipe.align else {})
+        summary = _write_companions(merge, out, found)
         out.finish()
     return summary
 
@@ -197,12 +200,10 @@ def _digest(merge: Plan) -> str:
     return digest_of(merge.recipe.text, stamps, names, merge.dtype)
 
 
-def _selected(recipe: Recipe, folder: Path, score: Score | None) -> Recipe:
-    """The recipe with the models that its rule selects by their score."""
+def _selected(recipe: Recipe, folder: Path, score: Score | None) -> tuple[Recipe, dict[str, Any]]:
+    """`(the recipe with the models that its rule selects by their score, what was tried and taken)`."""
     if score is None:
-        raise UserError(
-            f"{recipe.method} needs a held-out score, which only Python gives: combine(recipe, output, score=...)"
-        )
+        raise UserError(f"{recipe.method} needs a held-out score: give score: {{config: FILE.py}} in the recipe")
     if len(recipe.slices) != 1:
         raise UserError(f"{recipe.method} selects whole models: list them in models, not in slices")
     (part,) = recipe.slices
@@ -213,16 +214,23 @@ def _selected(recipe: Recipe, folder: Path, score: Score | None) -> Recipe:
         chosen = dataclasses.replace(part, sources=tuple(part.sources[i] for i in indices))
         return dataclasses.replace(recipe, slices=(chosen,))
 
+    tried: list[dict[str, Any]] = []
+
     def score_of(indices: tuple[int, ...]) -> float:
         candidate = folder.with_name(f".{folder.name}.candidate")
         shutil.rmtree(candidate, ignore_errors=True)
         try:
             combine(dataclasses.replace(of(indices), method="uniform_soup"), candidate)
-            return score(candidate)
+            tried.append({"models": names(indices), "score": score(candidate)})
+            return tried[-1]["score"]
         finally:
             shutil.rmtree(candidate, ignore_errors=True)
 
-    return of(select(len(part.sources), score_of))
+    def names(indices: tuple[int, ...]) -> list[str]:
+        return [str(part.sources[i].model) for i in indices]
+
+    members = select(len(part.sources), score_of)
+    return of(members), {"members": names(members), "tried": tried}
 
 
 def _write_companions(merge: Plan, out: Output, found: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,15 @@ class Request(TypedDict, total=False):
     labels: str
 
 
+class Score(TypedDict, total=False):
+    """The held-out score of a rule that selects models: the config of a run, `FILE.py:ARG`, and what it leaves open."""
+
+    config: str
+    split: str
+    metric: str
+    max_examples: int
+
+
 class _Source(TypedDict, total=False):
     model: str
     layer_range: list[int]
@@ -73,6 +82,7 @@ class _Recipe(TypedDict, total=False):
     experts_per_token: int
     architecture: str
     align: AlignKeys
+    score: Score
     parameters: dict[str, Any]
     dtype: str
     out_dtype: str
@@ -136,6 +146,7 @@ class Recipe:
     adapter: Mapping[str, Any] | None
     mixture: Mixture | None
     align: Options | None
+    score: Score | None
     text: str
 
     @property
@@ -204,8 +215,19 @@ def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
         raw.get("adapter"),
         mixture,
         align,
+        _score(where, raw.get("score"), method),
         text,
     )
+
+
+def _score(where: str, score: Score | None, method: str) -> Score | None:
+    if score is None:
+        return None
+    if not RULES[method].select:
+        raise UserError(f"{where}: {method} selects no model by a score: leave out score, or take greedy_soup")
+    if not score.get("config"):
+        raise UserError(f"{where}: score has no config: name the file of a run's config")
+    return score
 
 
 def _without_nulls(value: Any) -> Any:
@@ -234,6 +256,8 @@ def _check_keys(where: str, raw: Any, kind: Any) -> None:
         _check_keys(f"{where}: statistics", raw["statistics"], Request)
         if not raw["statistics"].get("data"):
             raise UserError(f"{where}: the statistics of {raw.get('model')} have no data: name a source of records")
+    if raw.get("score") and "score" in known:
+        _check_keys(f"{where}: score", raw["score"], Score)
     if raw.get("tokenizer"):
         _check_keys(f"{where}: tokenizer", raw["tokenizer"], _Tokenizer)
 
