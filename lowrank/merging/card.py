@@ -23,7 +23,7 @@ def to_markdown(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     figures = "\n\n".join(lines)
     return (
         f"---\nbase_model:\n{models}tags:\n- merge\n- lowrank\nlibrary_name: transformers\n---\n\n"
-        f"# A merge by {recipe.method}\n\n"
+        f"# A merge: {recipe.title.rstrip(',')}\n\n"
         f"Preset of the options that the recipe leaves out: {recipe.preset}. Seed: {recipe.seed}.\n\n"
         f"| parent | relative distance |\n|---|---|\n{table}\n{figures}\n\n"
         f"## Recipe\n\n```yaml\n{recipe.text.strip()}\n```\n"

@@ -63,7 +63,7 @@ class Plan:
         models = ", ".join(map(str, self.recipe.models))
         tensors, count = plural(len(self.tensors), "tensor"), plural(len(self.recipe.models), "model")
         text = f"{tensors}, {entries:,} entries, {size / 1e9:.3f} GB in {self.dtype}"
-        return f"{self.recipe.method} of {count}: {models}\n{text}"
+        return f"{self.recipe.title} of {count}: {models}\n{text}"
 
 
 def plan(recipe: Recipe) -> Plan:

@@ -5,93 +5,30 @@ The deliberate differences from mergekit are listed in docs/guides/merge_models.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import yaml
 
 from lowrank.core import paths, schema
-from lowrank.core.errors import UserError, nearest, unknown
+from lowrank.core.errors import UserError, plural, unknown
 from lowrank.core.paths import PathLike
-from lowrank.merging.alignment.options import AlignKeys, Options, read_align
-from lowrank.merging.expert_recipe import ExpertKeys, Mixture, read_mixture
+from lowrank.merging.alignment.options import Options, read_align
+from lowrank.merging.expert_recipe import Mixture, read_mixture
 from lowrank.merging.model_spec import ModelSpec, parse_model
+from lowrank.merging.recipe_keys import (
+    ModuleKeys,
+    RecipeKeys,
+    Request,
+    Score,
+    SourceKeys,
+    check_keys,
+    without_nulls,
+)
 from lowrank.merging.rule import PRESETS, Rule
 from lowrank.merging.rules import RULES
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 Parameters = Mapping[str, Any]
-
-
-class Request(TypedDict, total=False):
-    """Statistics that are still to be computed, from rows of data; the keys are those of a config's `data` group."""
-
-    data: str
-    split: str
-    template: str
-    completion: str
-    truncate: str
-    seq_len: int
-    seed: int
-    rows: int
-    labels: str
-
-
-class Score(TypedDict, total=False):
-    """The held-out score of a rule that selects models: the config of a run, `FILE.py:ARG`, and what it leaves open."""
-
-    config: str
-    split: str
-    metric: str
-    max_examples: int
-
-
-class _Source(TypedDict, total=False):
-    model: str
-    layer_range: list[int]
-    parameters: dict[str, Any]
-    statistics: str | Request
-
-
-class _Slice(TypedDict, total=False):
-    merge_method: str
-    sources: list[_Source]
-    base_model: str
-    parameters: dict[str, Any]
-
-
-class _Module(TypedDict, total=False):
-    models: list[_Source]
-    slices: list[_Slice]
-    parameters: dict[str, Any]
-
-
-class _Tokenizer(TypedDict, total=False):
-    source: str
-    pad_to_multiple_of: int
-
-
-class _Recipe(TypedDict, total=False):
-    merge_method: str
-    base_model: str
-    models: list[_Source]
-    slices: list[_Slice]
-    modules: dict[str, _Module]
-    experts: list[ExpertKeys]
-    shared_experts: list[ExpertKeys]
-    gate_mode: str
-    experts_per_token: int
-    architecture: str
-    align: AlignKeys
-    score: Score
-    parameters: dict[str, Any]
-    dtype: str
-    out_dtype: str
-    tokenizer_source: str
-    tokenizer: _Tokenizer
-    chat_template: str
-    preset: str
-    seed: int
-    adapter: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +92,13 @@ class Recipe:
         return RULES[self.method]
 
     @property
+    def title(self) -> str:
+        """The rules of its slices in words, and the number of its experts."""
+        methods = " and ".join(dict.fromkeys(part.method for part in self.slices))
+        experts = plural(len(self.mixture.experts), "expert") if self.mixture else ""
+        return f"mixture of {experts}, the rest by {methods}," if experts else methods
+
+    @property
     def models(self) -> tuple[ModelSpec, ...]:
         """Every model that it names, once: the base first."""
         listed = [source.model for part in self.slices for source in part.sources]
@@ -176,11 +120,11 @@ def read_recipe(path: PathLike) -> Recipe:
 def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
     """The recipe in a YAML text. Raises UserError naming the key for a text that is not one."""
     try:
-        raw = _without_nulls(yaml.safe_load(text))
+        raw = without_nulls(yaml.safe_load(text))
     except (yaml.YAMLError, RecursionError) as e:
         raise UserError(f"{where} is not YAML: {' '.join(str(e).split())}") from None
-    _check_keys(where, raw, _Recipe)
-    schema.check(where, raw, _Recipe)
+    check_keys(where, raw, RecipeKeys)
+    schema.check(where, raw, RecipeKeys)
     mixture = read_mixture(where, raw)
     method = _method(where, raw.get("merge_method") or ("uniform_soup" if mixture else None))
     base = parse_model(raw["base_model"]) if raw.get("base_model") else None
@@ -230,38 +174,6 @@ def _score(where: str, score: Score | None, method: str) -> Score | None:
     return score
 
 
-def _without_nulls(value: Any) -> Any:
-    """The value without the keys that are null, which are as good as missing."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _check_keys(where: str, raw: Any, kind: Any) -> None:
-    """Raises UserError for a key that this kind of mapping lacks; mergekit may have it."""
-    if not isinstance(raw, dict):
-        raise UserError(f"{where} is not a mapping of keys to values")
-    known = kind.__annotations__
-    for key in raw:
-        if key not in known:
-            raise UserError(f"{where}: the key {key!r} is not supported{nearest(str(key), known)}")
-    nested = {"models": _Source, "slices": _Slice, "sources": _Source}
-    nested |= {"experts": ExpertKeys, "shared_experts": ExpertKeys}
-    for key, inner in nested.items():
-        for item in raw.get(key) or () if key in known else ():
-            _check_keys(f"{where}: {key}", item, inner)
-    for name, module in (raw.get("modules") or {}).items() if "modules" in known else ():
-        _check_keys(f"{where}: modules.{name}", module, _Module)
-    if isinstance(raw.get("statistics"), dict) and "statistics" in known:
-        _check_keys(f"{where}: statistics", raw["statistics"], Request)
-        if not raw["statistics"].get("data"):
-            raise UserError(f"{where}: the statistics of {raw.get('model')} have no data: name a source of records")
-    if raw.get("score") and "score" in known:
-        _check_keys(f"{where}: score", raw["score"], Score)
-    if raw.get("tokenizer"):
-        _check_keys(f"{where}: tokenizer", raw["tokenizer"], _Tokenizer)
-
-
 def _method(where: str, name: Any) -> str:
     if name not in RULES:
         raise unknown(f"merge_method in {where}:", str(name), RULES)
@@ -274,7 +186,7 @@ def _one_of(where: str, key: str, value: Any, names: Sequence[str]) -> Any:
     return value
 
 
-def _content(where: str, raw: _Recipe) -> tuple[_Module, tuple[Parameters, ...]]:
+def _content(where: str, raw: RecipeKeys) -> tuple[ModuleKeys, tuple[Parameters, ...]]:
     """`(the mapping that has models or slices, parameters of all slices)`."""
     present = [key for key in ("models", "slices", "modules", "experts") if raw.get(key)]
     if len(present) != 1:
@@ -316,7 +228,7 @@ def _of_mixture(where: str, mixture: Mixture, base: ModelSpec | None, method: st
     return (Slice(sources, base if rule.base or rule.may_have_base else None, {}, method),)
 
 
-def _slices(where: str, content: _Module, base: ModelSpec | None, method: str) -> tuple[Slice, ...]:
+def _slices(where: str, content: ModuleKeys, base: ModelSpec | None, method: str) -> tuple[Slice, ...]:
     if content.get("models"):
         sources = tuple(_source(where, s, ranged=False) for s in content["models"])
         return (Slice(sources, base, {}, method),)
@@ -337,7 +249,7 @@ def _slices(where: str, content: _Module, base: ModelSpec | None, method: str) -
     return tuple(slices)
 
 
-def _source(where: str, raw: _Source, *, ranged: bool) -> Source:
+def _source(where: str, raw: SourceKeys, *, ranged: bool) -> Source:
     if not raw.get("model"):
         raise UserError(f"{where}: an entry of {'sources' if ranged else 'models'} has no model")
     layers = raw.get("layer_range")

@@ -79,6 +79,7 @@ def cheap_embed(base: Checkpoint, sets: Sequence[Prompts]) -> np.ndarray:
 
 PROMPTED: dict[str, Callable[[Checkpoint, Sequence[Prompts]], np.ndarray]] = {
     "hidden": hidden,
+    "hidden_last": hidden,
     "hidden_avg": hidden_avg,
     "cheap_embed": cheap_embed,
 }

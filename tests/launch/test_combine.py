@@ -65,7 +65,9 @@ def test_new_routers_and_repeated_layers_are_trained_as_a_whole(files, tmp_path,
     base = str(dense(tmp_path / "base", "llama"))
     experts = [{"source_model": base}] * 2
     combine.main(arguments(tmp_path, base_model=base, gate_mode="random", experts=experts))
-    run = trained(capsys.readouterr().out, files)
+    out = capsys.readouterr().out
+    assert out.startswith("mixture of 2 experts, the rest by uniform_soup, of 1 model: ")
+    run = trained(out, files)
     assert run.config.method["name"] == "full"
     assert all(jax.tree.leaves(run.mask))
 
