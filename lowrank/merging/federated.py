@@ -60,7 +60,7 @@ def gap(clients: Sequence[Factors], weights: Sequence[float]) -> Factors:
 
 def norm(update: Factors) -> float:
     """The Frobenius norm of A B, from the triangles of two QR decompositions."""
-    r_a, r_b = (np.linalg.qr(x, mode="r") for x in (update.a, update.b.T))
+    r_a, r_b = (np.linalg.qr(x).R for x in (update.a, update.b.T))
     return float(np.linalg.norm(r_a @ r_b.T))
 
 
