@@ -60,6 +60,9 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> str:
     merged = f"merged into {options.output}: relative distance to {distances}"
     for name, share in summary.get("moved_by_alignment", {}).items():
         merged += f"\n{name}: {share:.1%} of the units and heads were moved to align it"
+    for name, line in summary.get("barriers", {}).items():
+        before = f"{line['barrier_before']:.4g} before alignment and " if "barrier_before" in line else ""
+        merged += f"\nbarrier on the line to {name}: {before}{line['barrier_after']:.4g} after it"
     whole = recipe.mixture is not None or len(recipe.slices) > 1
     return f"{merged}\nto continue training it:\n{training_command(options.output, merge.hf_config, whole=whole)}"
 

@@ -19,6 +19,7 @@ from lowrank.core.paths import PathLike, as_local_path
 from lowrank.merging import card, report, structure, vocabulary
 from lowrank.merging.adapter_source import add_adapter
 from lowrank.merging.alignment.align import align_all, check_all
+from lowrank.merging.barriers import measure_barriers
 from lowrank.merging.checkpoint import Checkpoint, read_tensor
 from lowrank.merging.experts import plan_mixture
 from lowrank.merging.output import Output, digest_of
@@ -114,8 +115,9 @@ def combine(
     """Writes the merge to a folder, and returns the report's figures of the whole.
 
     `progress` wraps the tensors that are left to be merged; `score` gives the held-out score of a folder with a model,
-    which a greedy soup needs. A merge that was stopped continues. Raises UserError before a tensor is read for all that
-    headers show, and for a tensor with NaN when it is read; InUse while another process writes the folder.
+    which a greedy soup needs, and by which the barriers between models that are aligned are measured. A merge that was
+    stopped continues. Raises UserError before a tensor is read for all that headers show, and for a tensor with NaN
+    when it is read; InUse while another process writes the folder.
     """
     folder = as_local_path(output)
     for source in (source for part in recipe.slices for source in part.sources):
@@ -125,6 +127,8 @@ def combine(
     target = merge.output(folder, shard_bytes)
     target.check()
     found: dict[str, Any] = {}
+    if recipe.align and score:
+        found["barriers"] = measure_barriers(recipe, functools.partial(_score_merge, folder, score))
     if recipe.rule.select:
         selected, found["soup"] = _selected(recipe, folder, score)
         merge = plan(selected)
@@ -217,20 +221,26 @@ def _selected(recipe: Recipe, folder: Path, score: Score | None) -> tuple[Recipe
     tried: list[dict[str, Any]] = []
 
     def score_of(indices: tuple[int, ...]) -> float:
-        candidate = folder.with_name(f".{folder.name}.candidate")
-        shutil.rmtree(candidate, ignore_errors=True)
-        try:
-            combine(dataclasses.replace(of(indices), method="uniform_soup"), candidate)
-            tried.append({"models": names(indices), "score": score(candidate)})
-            return tried[-1]["score"]
-        finally:
-            shutil.rmtree(candidate, ignore_errors=True)
+        value = _score_merge(folder, score, dataclasses.replace(of(indices), method="uniform_soup"))
+        tried.append({"models": names(indices), "score": value})
+        return value
 
     def names(indices: tuple[int, ...]) -> list[str]:
         return [str(part.sources[i].model) for i in indices]
 
     members = select(len(part.sources), score_of)
     return of(members), {"members": names(members), "tried": tried}
+
+
+def _score_merge(folder: Path, score: Score, recipe: Recipe) -> float:
+    """The score of a merge, which is written beside `folder` for as long as that takes."""
+    candidate = folder.with_name(f".{folder.name}.candidate")
+    shutil.rmtree(candidate, ignore_errors=True)
+    try:
+        combine(recipe, candidate)
+        return score(candidate)
+    finally:
+        shutil.rmtree(candidate, ignore_errors=True)
 
 
 def _write_companions(merge: Plan, out: Output, found: dict[str, Any]) -> dict[str, Any]:

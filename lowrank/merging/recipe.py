@@ -159,15 +159,15 @@ def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
         raw.get("adapter"),
         mixture,
         align,
-        _score(where, raw.get("score"), method),
+        _score(where, raw.get("score"), method, align),
         text,
     )
 
 
-def _score(where: str, score: Score | None, method: str) -> Score | None:
+def _score(where: str, score: Score | None, method: str, align: Options | None) -> Score | None:
     if score is None:
         return None
-    if not RULES[method].select:
+    if not RULES[method].select and align is None:
         raise UserError(f"{where}: {method} selects no model by a score: leave out score, or take greedy_soup")
     if not score.get("config"):
         raise UserError(f"{where}: score has no config: name the file of a run's config")

@@ -10,6 +10,7 @@ import yaml
 
 from launch import combine, preflight
 from lowrank.training import build
+from tests.launch.test_merge_score import CONFIG
 from tests.support import permuted_models
 from tests.support import tiny_checkpoint as tiny
 from tests.support.dense_families import dense
@@ -80,6 +81,20 @@ def test_an_encoder_is_trained_as_a_classifier(files, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "% of the units and heads were moved to align it" in out
     assert trained(out, files).config.objective == "classification"
+
+
+@pytest.mark.all
+def test_the_barrier_is_printed_where_the_recipe_has_a_score(tmp_path, capsys):
+    source = tiny.llama(tmp_path / "source")
+    models = {"a": source, "b": permuted_models.llama(source, tmp_path / "b")}
+    records = tiny.records(tmp_path / "records.jsonl", 6)
+    (tmp_path / "config.py").write_text(CONFIG.format(records=records))
+    given = {"merge_method": "linear", "models": listed(models), "align": {}}
+    combine.main(arguments(tmp_path, **given, score={"config": str(tmp_path / "config.py")}))
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("barrier on the line to"))
+    before, after = (float(x.split()[0]) for x in line.partition(f"{models['b']}: ")[2].split(" and "))
+    assert before > 1e-3
+    assert after < 1e-3 * before
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(models, tmp_path, capsys):

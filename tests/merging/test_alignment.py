@@ -8,6 +8,7 @@ from safetensors.numpy import save_file
 
 from lowrank import pretrained
 from lowrank.core.errors import UserError
+from lowrank.merging import report
 from lowrank.merging.adapter_merge import plan_adapters
 from lowrank.merging.alignment import align, matching, transport
 from lowrank.merging.alignment.barrier import line
@@ -81,20 +82,35 @@ def test_a_fine_tune_of_one_base_stays_as_it_is_and_a_permuted_one_comes_back(tm
         np.testing.assert_array_equal(x, tensors(tuned)[name], err_msg=name)
 
 
-def test_the_barrier_of_a_permuted_copy_goes_to_zero(tmp_path):
+def loss_of_mlp(arrays, target):
+    """The squared distance of an MLP's outputs from those of `target`."""
+
+    def outputs(x):
+        gate, up, down = (np.float64(x[f"model.layers.0.mlp.{n}_proj.weight"]) for n in ("gate", "up", "down"))
+        inputs = np.random.default_rng(0).standard_normal((tiny.WIDTH, 20))
+        hidden = gate @ inputs
+        return down @ (hidden / (1 + np.exp(-hidden)) * (up @ inputs))
+
+    return float(np.square(outputs(arrays) - outputs(target)).mean())
+
+
+def test_the_barrier_of_a_permuted_copy_goes_to_zero(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_plot", lambda *rest: None)  # of every merge on the lines
     source = tiny.llama(tmp_path / "source")
-    copy, target = permuted_models.llama(source, tmp_path / "copy"), output(source)
-
-    def score(params):
-        folder = fine_tune(source, tmp_path / "point", 0) if not (tmp_path / "point").exists() else tmp_path / "point"
-        save_file({n: np.float32(x) for n, x in params.items()}, folder / "model.safetensors")
-        return -np.square(output(folder) - target).mean()
-
-    before = line(tensors(source), tensors(copy), score, points=3)
-    after = line(tensors(source), aligned(source, copy), score, points=3)
-    assert before.places == (0, 0.5, 1)
-    assert before.barrier > 0.05
-    assert after.barrier < 1e-9
+    copy, target = permuted_models.llama(source, tmp_path / "copy"), tensors(source)
+    score = lambda params: -loss_of_mlp(params, target)  # noqa: E731
+    before = line(target, tensors(copy), score, points=5)
+    after = line(target, aligned(source, copy), score, points=5)
+    assert before.places == (0, 0.25, 0.5, 0.75, 1)
+    assert before.barrier > 0.01
+    assert after.barrier < 1e-12
+    models = {"source": source, "copy": copy}
+    given = {"merge_method": "uniform_soup", "models": [{"model": n} for n in models], "align": {}}
+    summary = combine(recipe(models, **given), tmp_path / "m", score=lambda folder: score(tensors(folder)))
+    found = summary["barriers"][str(copy)]
+    assert_close(np.array(found["before"]), np.array(before.scores), relative=1e-5)
+    assert found["barrier_before"] > 0.01
+    assert found["barrier_after"] < 1e-12
     with pytest.raises(UserError, match="a line of 2 points has no middle"):
         line({}, {}, score, points=2)
     with pytest.raises(UserError, match=r"the ends of a line differ in the tensor 'lm_head.weight'"):
