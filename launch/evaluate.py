@@ -29,6 +29,8 @@ def evaluate(config: Mapping[str, Any], directory: PathLike) -> dict[str, float]
     found = as_path(directory) / loop.ADAPTER
     if not is_folder(found):
         raise UserError(f"{directory} holds no finished run: {found} does not exist")
+    if run.objective.comparison:
+        run.scorer.remember(run.calibrate(run.attach(run.load().params)[0]))
     model = load.load_adapted(found, run.model.name, model=run.options, param_dtype=run.model.param_dtype)
     params = jax.device_put(model.params, sharding.parameter_shardings(model.params, run.mesh))
     return run.scorer.scores(params) | run.scorer.texts(params)[0]

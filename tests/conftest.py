@@ -25,13 +25,14 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    """A folder with a tiny `llama`, a tiny `bert` and `records.jsonl`. Not to be changed."""
+    """A folder with a tiny `llama`, a tiny `bert`, `records.jsonl` and `pairs.jsonl`. Not to be changed."""
     from tests.support import tiny_checkpoint as tiny  # after the configuration above
 
     folder = tmp_path_factory.mktemp("tiny")
     tiny.bert(folder / "bert")
     tiny.llama(folder / "llama")
     tiny.records(folder / "records.jsonl")
+    tiny.pairs(folder / "pairs.jsonl")
     return folder
 
 

@@ -45,6 +45,29 @@ def evaluate(
     return score.summarize(total)
 
 
+def row_values(
+    objective: Objective,
+    network: Network,
+    params: PyTree,
+    batch: Batch,
+    *,
+    bind: Bind | None = None,
+    put: Put = dict,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> np.ndarray:
+    """`Comparison.row_values` of one batch, `[B, ...]` float32, for an objective that compares with a reference."""
+    assert objective.comparison is not None
+    values = objective.comparison.row_values
+    with sharding.mesh_context(params):
+        found = _replicated_values(values, objective.batch_info, network, bind, chunk_tokens, params, put(batch))
+    return np.asarray(found)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _replicated_values(*arguments: Any) -> jax.Array:
+    return sharding.replicate(_sums(*arguments))
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _sums(
     sums: Callable[[Network, PyTree, Batch, int], PyTree],

@@ -2,19 +2,21 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from lowrank import data
 from lowrank.core import sharding
 from lowrank.core.errors import UserError
-from lowrank.core.typing import Bind, Network, PyTree, Tokenizer
-from lowrank.evaluation.evaluate import evaluate
+from lowrank.core.typing import Batch, Bind, Network, PyTree, Tokenizer
+from lowrank.evaluation.evaluate import evaluate, row_values
 from lowrank.generation import generate, generator
 from lowrank.objectives import Objective
+from lowrank.objectives.objective import REFERENCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Evaluator:
         self._network, self._bind, self._mesh, self._chunk_tokens = network, bind, mesh, chunk_tokens
         self._loader = data.make_loader(held_out, tokenizer, row_format=objective.row_format)
         self._first = self._loader.get_state()
+        self._references: list[np.ndarray] = []  # of each batch, where the objective compares with a reference
         self._records: list[Mapping[str, Any]] = []
         if config.texts:
             _check_texts(config, objective, train)
@@ -84,21 +87,28 @@ class Evaluator:
         """Whether a periodic evaluation falls on `step`."""
         return self.config.every > 0 and step % self.config.every == 0
 
+    def remember(self, params: PyTree) -> None:
+        """Takes these parameters as the reference that the scores compare with, for an objective that has one."""
+        if self._objective.comparison and self._objective.comparison.reference:
+            self._loader.set_state(self._first)
+            values = functools.partial(row_values, self._objective, self._network, params, **self._options)
+            self._references = [values(batch) for batch in self._loader]
+
     def scores(self, params: PyTree) -> dict[str, float]:
         """The objective's scores of the held-out batches by name."""
         self._loader.set_state(self._first)
-        put = functools.partial(
-            sharding.make_global_batch, mesh=self._mesh, per_token=self._objective.row_format.per_token
-        )
-        return evaluate(
-            self._objective,
-            self._network,
-            params,
-            self._loader,
-            bind=self._bind,
-            put=put,
-            chunk_tokens=self._chunk_tokens,
-        )
+        batches: Iterable[Batch] = self._loader
+        if self._references:
+            both = zip(self._loader, self._references, strict=True)
+            batches = ({**batch, REFERENCE: reference} for batch, reference in both)
+        return evaluate(self._objective, self._network, params, batches, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The keywords of `evaluate` and `row_values`."""
+        per_token = self._objective.row_format.per_token
+        put = functools.partial(sharding.make_global_batch, mesh=self._mesh, per_token=per_token)
+        return {"bind": self._bind, "put": put, "chunk_tokens": self._chunk_tokens}
 
     def texts(self, params: PyTree) -> tuple[dict[str, float], list[str]]:
         """`(scores, texts)` of the greedy continuations of the first `config.texts` prompts; empty without prompts."""

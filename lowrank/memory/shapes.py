@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from lowrank.core import parameter_summary, sharding, tree
 from lowrank.core.typing import PyTree
+from lowrank.data.row_format import RECORD
 from lowrank.kernels import cross_entropy
+from lowrank.objectives.objective import REFERENCE, STORED
 from lowrank.training import step
 from lowrank.training.offload import HOST
 from lowrank.training.run import Run
@@ -31,7 +33,8 @@ def step_inputs(run: Run, batch: dict[str, jax.ShapeDtypeStruct] | None = None) 
     trained, frozen = tree.split(_with_shardings(lifted, where), run.mask)  # trained in float32, as by Run.attach
     moments = step.moment_shapes(trained, optimizer, run.mesh, run.paged)
     done = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated_sharding(run.mesh))
-    return StepInputs(step.State(done, trained, moments), frozen, batch or _batch(run))
+    reference = trained if run.copied else None
+    return StepInputs(step.State(done, trained, moments, reference), frozen, batch or _batch(run))
 
 
 def with_rows(batch: dict[str, jax.ShapeDtypeStruct], size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -72,7 +75,11 @@ def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     """The tokens, even if the method computes features of them once: the estimate is then an upper bound."""
     per_token = run.objective.row_format.per_token
     where = {n: sharding.batch_sharding(run.mesh, len(of[0]), n in per_token) for n, of in run.loader.shapes.items()}
-    return {name: jax.ShapeDtypeStruct(*of, sharding=where[name]) for name, of in run.loader.shapes.items()}
+    batch = {name: jax.ShapeDtypeStruct(*of, sharding=where[name]) for name, of in run.loader.shapes.items()}
+    comparison = run.objective.comparison
+    if comparison and comparison.reference == STORED:  # a number for each member of a record
+        batch[REFERENCE] = jax.ShapeDtypeStruct(batch[RECORD].shape, jnp.float32, sharding=where[RECORD])
+    return batch
 
 
 def _like(x: Any, dtype: str) -> jax.ShapeDtypeStruct:

@@ -10,11 +10,17 @@ from lowrank.core import config_schema
 from lowrank.core.errors import unknown
 from lowrank.objectives.causal_lm import causal_lm
 from lowrank.objectives.classification import classification
+from lowrank.objectives.kto import kto
 from lowrank.objectives.objective import Objective, Score
+from lowrank.objectives.preference import preference
+from lowrank.objectives.reward import reward
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "causal_lm": causal_lm,
     "classification": classification,
+    "kto": kto,
+    "preference": preference,
+    "reward": reward,
 }
 
 
@@ -30,4 +36,14 @@ def build_objective(setting: str | Mapping[str, Any]) -> Objective:
     return config_schema.call_with_group(OBJECTIVES[name], group, "objective")
 
 
-__all__ = ["OBJECTIVES", "Objective", "Score", "build_objective", "causal_lm", "classification"]
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "Score",
+    "build_objective",
+    "causal_lm",
+    "classification",
+    "kto",
+    "preference",
+    "reward",
+]

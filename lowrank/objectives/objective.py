@@ -32,6 +32,15 @@ class RowSums(Protocol):
         """`(weighted losses, weights)` float32 `[B]`, summed over each row."""
 
 
+class Observe(Protocol):
+    """`Comparison.row_values` of a batch, without a gradient: of the model as it is, or of the start of the run."""
+
+    def __call__(self, batch: Batch, of_start: bool = False) -> jax.Array:
+        """The values of the rows."""
+
+
+RowValues = Callable[[Network, PyTree, Batch, int], jax.Array]  # as `LossFunction` -> `[B, ...]` float32
+Prepare = Callable[[Observe, Batch], Mapping[str, jax.Array]]  # a whole batch -> arrays `[B, ...]` that are added to it
 ScoreSums = Callable[[Network, PyTree, Batch, int], PyTree]  # as `LossFunction`, and inside a program -> sums
 Summarize = Callable[[PyTree], dict[str, float]]  # the sums of all batches (NumPy, 64 bits) -> scores by name
 ScoreTexts = Callable[[Sequence[str], Sequence[str]], dict[str, float]]  # (texts, references) -> scores by name
@@ -49,6 +58,24 @@ class Score:
     better: Mapping[str, str]  # "min" or "max" by the name of each score that may choose the best checkpoint
 
 
+REFERENCE = "reference"  # the array of a batch with the values of its rows at the start of the run
+STORED, COPIED = "stored", "copied"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """What a loss compares the model with, and what it takes from a whole batch before the microbatches.
+
+    The reference is the model that the run starts from, whatever its method. Where it is `STORED`, its values of each
+    record are computed once, before step 1, and are in the batch as `REFERENCE`, by the record's number. Where it is
+    `COPIED`, a copy of the trained leaves at their start computes them in each step.
+    """
+
+    row_values: RowValues
+    reference: str = ""  # STORED, COPIED, or empty for losses without a reference
+    prepare: Prepare = lambda observe, batch: {}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Objective:
     """One training objective. The rest of the code asks this value, and looks at no name and no keys of a batch."""
@@ -63,4 +90,5 @@ class Objective:
     model_options: ModelOptions = lambda labels: {}
     trainable: tuple[str, ...] = ()  # regexes over leaves that are trained with every method, such as a new head
     score_texts: ScoreTexts | None = None  # None: no texts are generated
+    comparison: Comparison | None = None  # None: the loss looks at a microbatch alone
     on_features: "Objective | None" = None  # the same loss of pooled features `[B, D]`; None: it needs every token

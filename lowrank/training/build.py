@@ -42,6 +42,7 @@ def build_run(
     run = _assemble_run(groups, model, base, tokenizer, loader)
     run.optimizer()  # raises UserError for a regex that does not match
     _ = run.attention  # raises UserError for a form that cannot run
+    run.check_reference()
     return dataclasses.replace(run, scorer=like.scorer if like else _make_evaluator(groups, run) if tokenizer else None)
 
 
@@ -121,7 +122,7 @@ def _make_loader(groups: _Groups, tokenizer: Tokenizer | None, model: Any) -> An
     positions, row_format = model.max_length - model.num_virtual_tokens, groups.objective.row_format
     if tokenizer:
         return data.make_loader(groups.data, tokenizer, positions, row_format)
-    if groups.objective.model_options(()) and not groups.data.labels:
+    if not all(groups.objective.model_options(()).values()) and not groups.data.labels:
         raise UserError(
             f"{groups.model.name} has no tokenizer, so that no data are read: name the classes in data.labels"
         )

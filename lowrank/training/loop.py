@@ -3,10 +3,9 @@
 import contextlib
 import dataclasses
 import math
-import re
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from lowrank.core.paths import AnyPath, PathLike, as_path, exists
 from lowrank.core.tree import flatten_named, unflatten_named
 from lowrank.core.typing import PyTree
 from lowrank.kernels import dispatch
+from lowrank.methods.method import MapBatch
 from lowrank.training import report, step, workdir
 from lowrank.training.best import Best
 from lowrank.training.build import build_run
@@ -26,6 +26,7 @@ from lowrank.training.checkpoint import Checkpointer
 from lowrank.training.log import LOSS, METRICS, RunLog, read_metrics
 from lowrank.training.preemption import StopSignal
 from lowrank.training.profile import Profile
+from lowrank.training.reference import StoredReference
 from lowrank.training.run import Run
 
 SUMMARY, BEFORE, ADAPTER, BEST = "summary.json", "before.json", "adapter", "best"
@@ -106,11 +107,17 @@ class Trainer:
         self.run, self.folder, self.saver, self.log, self.command = run, folder, saver, log, command
         self.stop, self.hold = stop, hold
         base = run.load()
-        _check_new(base.new, run.frozen, run.method)
+        run.check_new(base.new)
         self.base = dataclasses.replace(base, params=None)
         self.optimizer = run.optimizer()
         self.state, self.frozen, self.original = run.start(base.params, self.optimizer)
-        self.map_batch = lambda batch: batch
+        self.reference, params = StoredReference(run), self._params()
+        if run.scorer:
+            run.scorer.remember(params)
+        if saver.latest() is None:
+            self.reference.fill(params)
+        del params
+        self.map_batch: MapBatch = self.reference.join
         if init_map := run.method.hooks.map_batch:
             self.map_batch = init_map(run.network, self.frozen)
             self.run = dataclasses.replace(run, objective=run.objective.on_features or run.objective)
@@ -146,7 +153,8 @@ class Trainer:
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in arrays.items()}
 
     def _place(self, arrays: dict[str, jax.Array]) -> None:
-        """Replaces the state and the changing frozen leaves by the arrays of a checkpoint."""
+        """Replaces the state, the reference and the changing frozen leaves by the arrays of a checkpoint."""
+        arrays = self.reference.restore(arrays)
         frozen = {name: arrays.pop(f"{FROZEN}/{name}") for name in self.run.changing}
         self.state = unflatten_named(self.state, arrays)
         self.frozen = tree.map_named(lambda name, x: frozen.get(name, x), self.frozen)
@@ -240,7 +248,8 @@ class Trainer:
 
     def _arrays(self) -> dict[str, jax.Array]:
         changing = {n: x for n, x in tree.named_leaves(self.frozen) if n in self.run.changing}
-        return flatten_named(self.state) | {f"{FROZEN}/{name}": x for name, x in changing.items()}
+        frozen = {f"{FROZEN}/{name}": x for name, x in changing.items()}
+        return flatten_named(self.state) | frozen | self.reference.arrays()
 
     def _params(self) -> PyTree:
         return tree.join(self.state.trained, self.frozen)
@@ -331,13 +340,3 @@ class Trainer:
             files={ADAPTER: kind, "checkpoints": "trained leaves, optimizer, data position"},
         )
         files.write_json(self.folder / SUMMARY, summary)
-
-
-def _check_new(new: Sequence[str], frozen: Collection[str], method: methods.Method) -> None:
-    """Raises UserError for a leaf that the base's checkpoint lacks and that is not trained: it would stay random."""
-    calibrated = {n for p in method.export.frozen for n in new if re.fullmatch(p, n)}
-    for name in sorted((set(new) - calibrated) & set(frozen)):
-        raise UserError(
-            f"the model's checkpoint lacks {name}, and the method does not train it, so it would stay random: "
-            "choose a method that trains it, or a model that has it"
-        )

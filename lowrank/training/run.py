@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,12 @@ from jax.sharding import Mesh
 
 from lowrank import data, methods, models, pretrained
 from lowrank.core import sharding, tree, weight
+from lowrank.core.errors import UserError
 from lowrank.core.typing import Batch, PyTree, Sums
 from lowrank.evaluation.evaluator import Evaluator
 from lowrank.methods import Method
 from lowrank.objectives import Objective
+from lowrank.objectives.objective import COPIED, REFERENCE
 from lowrank.training import optimizer as optim
 from lowrank.training import random_streams, step
 from lowrank.training.config import CheckpointConfig, ModelConfig, RunConfig
@@ -98,7 +100,7 @@ class Run:
         """`(state, frozen leaves, original)` before the first step; `attach` describes `original`."""
         params, original = self.attach(params)
         trained, frozen = tree.split(self.calibrate(params), self.mask)
-        return step.init_state(trained, optimizer, self.mesh, self.paged), frozen, original
+        return step.init_state(trained, optimizer, self.mesh, self.paged, self.copied), frozen, original
 
     def calibrate(self, params: PyTree) -> PyTree:
         """The adapted parameters after the method's calibration by the data; shapes and shardings stay."""
@@ -106,7 +108,7 @@ class Run:
         if not calibrate:
             return params
         key = random_streams.calibrate_key(self.config.seed)
-        loss = functools.partial(self.loss, rng=None)
+        loss = functools.partial(self._loss_at_start, rng=None)
         context = methods.Context(
             key,
             self.tokenizer,
@@ -138,6 +140,23 @@ class Run:
     def frozen(self) -> frozenset[str]:
         """The names of the leaves that are not trained."""
         return frozenset(tree.leaf_names(tree.split(self.shapes, self.mask)[1]))
+
+    def check_new(self, new: Sequence[str]) -> None:
+        """Raises UserError for one of the leaves that the base's checkpoint lacks if it would stay random."""
+        calibrated = {n for p in self.method.export.frozen for n in new if re.fullmatch(p, n)}
+        for name in sorted((set(new) - calibrated) & self.frozen):
+            raise UserError(
+                f"the model's checkpoint lacks {name}, and the method does not train it, so it would stay random: "
+                "choose a method that trains it, or a model that has it"
+            )
+
+    def check_reference(self) -> None:
+        """Raises UserError where a copy of the trained leaves would not give back the start of the run."""
+        if self.copied and self._changed_by_restarts():
+            raise UserError(
+                f"the method's restarts change frozen leaves, so that {self.config.objective} has no copy of its start "
+                "to compare with: choose another method, or objective=preference with its stored reference"
+            )
 
     @functools.cached_property
     def changing(self) -> frozenset[str]:
@@ -183,10 +202,44 @@ class Run:
             return total_loss(params)
         return regularize(total_loss, params, info, regularizer)
 
+    def _loss_at_start(self, params: PyTree, batch: Batch, rng: jax.Array | None) -> Sums:
+        """`loss` of parameters that are the run's start themselves."""
+        start = jax.lax.stop_gradient(params)
+        return self.loss(params, self.compared(start, start, batch, adds_reference=True), rng)
+
+    @property
+    def copied(self) -> bool:
+        """Whether the loss compares with a copy of the trained leaves at their start."""
+        return self.objective.comparison is not None and self.objective.comparison.reference == COPIED
+
+    def compared(self, params: PyTree, start: PyTree, batch: Batch, adds_reference: bool) -> Batch:
+        """The batch with what the objective takes from all of its rows, without a gradient.
+
+        `start` are the parameters at the start of the run, and None where the batch holds their values. Dropout is off.
+        """
+        if not (comparison := self.objective.comparison):
+            return batch
+
+        def observe(batch: Batch, of_start: bool = False) -> jax.Array:
+            one = functools.partial(self._row_values, start if of_start else params)
+            return jax.lax.stop_gradient(step.map_microbatches(one, batch, self.optim.accumulate))
+
+        if comparison.reference and adds_reference:
+            batch = {**batch, REFERENCE: observe(batch, of_start=True)}
+        return {**batch, **comparison.prepare(observe, batch)}
+
+    def _row_values(self, params: PyTree, batch: Batch) -> jax.Array:
+        assert self.objective.comparison is not None
+        params = self.method.bind(params, self.objective.batch_info(batch), None) if self.method.bind else params
+        return self.objective.comparison.row_values(self.network, params, batch, self.logits_chunk_tokens)
+
     def step(self, optimizer: optax.GradientTransformation) -> Any:
         """The training step, which `step.compile_step` compiles."""
         seed, accumulate = self.config.seed, self.optim.accumulate
-        return step.make_step(self.loss, optimizer, seed=seed, accumulate=accumulate, factors=self.loss_factors)
+        prepare = functools.partial(self.compared, adds_reference=self.copied) if self.objective.comparison else None
+        return step.make_step(
+            self.loss, optimizer, seed=seed, accumulate=accumulate, factors=self.loss_factors, prepare=prepare
+        )
 
     @property
     def loss_factors(self) -> dict[str, Callable[[jax.Array], jax.Array]]:

@@ -19,6 +19,7 @@ from lowrank.core import sharding, tree
 from lowrank.core.typing import Arrays, Batch, PyTree, Sums
 from lowrank.training import offload, random_streams
 
+Prepare = Callable[[PyTree, PyTree, Batch], Batch]  # (params, params at the start or None, batch) -> batch
 Loss = Callable[..., Sums]  # (params, batch, rng, **factors) -> sums
 Differentiated = tuple[PyTree, Arrays]  # (trained leaves, factors of the loss by name)
 
@@ -31,16 +32,21 @@ class State:
     step: jax.Array  # int32 scalar
     trained: PyTree  # None in the place of a frozen leaf
     optimizer: PyTree
+    reference: PyTree = None  # the trained leaves at the start of the run, where the loss compares with a copy of them
 
 
-def init_state(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh, paged: bool = False) -> State:
+def init_state(
+    trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh, paged: bool = False, copied: bool = False
+) -> State:
     """The state before the first step, for trained leaves that have their shardings; the moments follow them.
 
-    With `paged`, the moments lie in the host's memory, and each step streams them to the device for the update.
+    With `paged`, the moments lie in the host's memory, and each step streams them to the device for the update. With
+    `copied`, the state keeps a copy of the trained leaves as they are now.
     """
     where = moment_shapes(trained, optimizer, mesh, paged)
     moments = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, where))(trained)
-    return State(jax.device_put(jnp.int32(0), sharding.replicated_sharding(mesh)), trained, moments)
+    reference = jax.tree.map(jnp.copy, trained) if copied else None  # of its own, as the trained leaves are donated
+    return State(jax.device_put(jnp.int32(0), sharding.replicated_sharding(mesh)), trained, moments, reference)
 
 
 def moment_shapes(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh, paged: bool = False) -> PyTree:
@@ -59,12 +65,13 @@ def make_step(
     seed: int,
     accumulate: int = 1,
     factors: Mapping[str, Callable[[jax.Array], jax.Array]] = MappingProxyType({}),
+    prepare: Prepare | None = None,
 ) -> Callable[[State, PyTree, Mapping[str, jax.Array], jax.Array], tuple[State, dict[str, jax.Array]]]:
     """`step(state, frozen, batch, lr) -> (state, metrics)`, which `compile_step` compiles.
 
     `loss(params, batch, rng)` returns a sum and its weight. The gradient is that of sum / weight over the whole batch,
     for any number of microbatches. The metrics are loss, grad_norm (before the clip), lr, weight, and the means of the
-    loss's named sums.
+    loss's named sums. `prepare` adds to a batch what the loss takes from all of its rows, without a gradient.
 
     `factors` names further arguments of the loss, and their values at a step: factors of terms that add to the gradient
     and not to the sum. The metric of such a name is the value of these terms, the derivative of sum / weight with
@@ -76,6 +83,9 @@ def make_step(
         state: State, frozen: PyTree, batch: Mapping[str, jax.Array], lr: jax.Array
     ) -> tuple[State, dict[str, jax.Array]]:
         rng = random_streams.step_key(seed, state.step)
+        if prepare:
+            start = None if state.reference is None else tree.join(state.reference, frozen)
+            batch = prepare(tree.join(state.trained, frozen), start, batch)
         values = {name: at_step(state.step) for name, at_step in factors.items()}
         gradient_at = functools.partial(_mean_gradient, loss, frozen, batch, rng, accumulate, values)
         sums, (gradient, terms) = gradient_at(state.trained)
@@ -94,7 +104,7 @@ def make_step(
             **{name: _mean(*named) for name, named in sums.metrics.items()},
             **terms,
         }
-        return State(state.step + 1, trained, moments), metrics
+        return State(state.step + 1, trained, moments, state.reference), metrics
 
     return step
 
@@ -139,8 +149,23 @@ def _accumulated(sums_of: Callable, trained: PyTree, batch: Batch, n: int) -> tu
         value = gradient(trained, *part)
         return jax.tree.map(lambda c, v: c + v.astype(c.dtype), carry, value), None
 
-    # Microbatch i takes the rows i, i + n, ..., so each device keeps its rows; a row of several sequences is whole.
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0), dict(batch))
+    parts = _microbatches(batch, n)
     shapes = jax.eval_shape(gradient, trained, jax.tree.map(lambda x: x[0], parts), jnp.int32(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     return jax.lax.scan(add, zeros, (parts, jnp.arange(n)))[0]
+
+
+def _microbatches(batch: Batch, n: int) -> PyTree:
+    """The arrays `[n, B / n, ...]` of `n` microbatches.
+
+    Microbatch i takes the rows i, i + n, ..., so each device keeps its rows; a row of several sequences is whole.
+    """
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0), dict(batch))
+
+
+def map_microbatches(function: Callable[[Batch], jax.Array], batch: Batch, n: int) -> jax.Array:
+    """`function`, which gives one value or several for each row, of `n` microbatches after each other: `[B, ...]`."""
+    if n == 1:
+        return function(batch)
+    values = jax.lax.map(function, _microbatches(batch, n))
+    return jnp.moveaxis(values, 0, 1).reshape(-1, *values.shape[2:])

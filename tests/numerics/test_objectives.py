@@ -7,6 +7,7 @@ import pytest
 from lowrank.core import sharding
 from lowrank.objectives import OBJECTIVES
 from lowrank.training import build, step
+from lowrank.training.reference import StoredReference
 from tests.support.close import assert_close
 from tests.support.tiny_runs import config_of
 
@@ -28,10 +29,13 @@ def labels(network, params, batch):
 
 
 CASES = {"causal_lm": ("llama", next_tokens), "classification": ("bert", labels)}
+# The loss of a comparison where the model is its own reference, and the slope of the loss in a log-ratio of the first
+# answer: of an answer that is not chosen or not desirable, it is the negative of that.
+COMPARED = {"preference": (np.log(2), -0.1 / 2), "kto": (0.5, -0.1 / 4)}
 
 
 def test_every_objective_has_a_case():
-    assert set(CASES) == set(OBJECTIVES)
+    assert {*CASES, *COMPARED, "reward"} == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -64,3 +68,56 @@ def test_a_step_of_the_head_is_that_of_float64(name, files):
     for leaf, before in head.items():
         moved = np.float64(state.trained["head"][leaf]) - before
         assert_close(moved, -LR * expected[leaf], relative=2e-5, name=leaf)
+
+
+def head_step(objective, files):
+    """`(run, parameters before, batch, state and metrics after)` of a step of gradient descent on pairs of answers."""
+    options = {"optim__name": "sgd", "optim__clip": 0.0, "optim__weight_decay": 0.0, "mesh__data": 1}
+    config = config_of(files, "method=head", data__source=f"jsonl:{files / 'pairs.jsonl'}", **options)
+    with config.ignore_type():
+        config.objective = objective
+    run = build.build_run(config)
+    optimizer = run.optimizer()
+    state, frozen, _ = run.start(run.load().params, optimizer)
+    params = jax.device_get(run.attach(run.load().params)[0])
+    reference = StoredReference(run)
+    reference.fill(params)
+    batch = next(run.loader)
+    placed = run.put(reference.join(batch))
+    program = step.compile_step(run.step(optimizer), state, frozen, placed)
+    return run, params, batch, *program(state, frozen, placed, LR)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_the_first_step_of_a_comparison_is_that_of_float64(name, files):
+    run, params, batch, state, metrics = head_step(name, files)
+    loss, slope = COMPARED[name]
+    assert_close(metrics["loss"], loss, relative=1e-6)
+    rows = {key: batch[key].reshape(-1, batch[key].shape[-1]) for key in run.objective.row_format.per_token}
+    features, targets, weights = (np.asarray(x) for x in next_tokens(run.network, params, rows))
+    chosen = batch["desirable"] == 1 if name == "kto" else np.tile([True, False], len(batch["tokens"]))
+    slopes = np.where(chosen, slope, -slope) / len(batch["tokens"])
+    x_NxD = np.float64(features).reshape(-1, features.shape[-1])
+    kernel = np.float64(params["head"]["kernel"])
+    logits_NxV = x_NxD @ kernel
+    probabilities = np.exp(logits_NxV - logits_NxV.max(-1, keepdims=True))
+    gradient_NxV = -probabilities / probabilities.sum(-1, keepdims=True)  # of the log-probability of the target
+    gradient_NxV[np.arange(len(x_NxD)), targets.reshape(-1)] += 1
+    gradient_NxV *= (np.float64(weights) * slopes[:, None]).reshape(-1, 1)
+    moved = np.float64(state.trained["head"]["kernel"]) - kernel
+    assert_close(moved, -LR * (x_NxD.T @ gradient_NxV), relative=5e-5)
+
+
+def test_a_step_of_the_head_of_rewards_is_that_of_float64(files):
+    run, params, batch, state, metrics = head_step({"name": "reward", "centering": 0.1}, files)
+    tokens, segments = (batch[key].reshape(-1, batch[key].shape[-1]) for key in ("tokens", "segments"))
+    pooled = run.network.apply({"params": params}, tokens, segments=segments, method="pooled")
+    pooled_Bx2xD, kernel = np.float64(pooled).reshape(-1, 2, pooled.shape[-1]), np.float64(params["head"]["kernel"])
+    rewards_Bx2 = (pooled_Bx2xD @ kernel)[..., 0]
+    gap_B, sum_B = rewards_Bx2[:, 0] - rewards_Bx2[:, 1] - batch["margin"][:, 0], rewards_Bx2.sum(1)
+    assert_close(metrics["loss"], np.mean(np.log1p(np.exp(-gap_B)) + 0.1 * sum_B**2), relative=1e-5)
+    slope_B = -1 / (1 + np.exp(gap_B))
+    slopes_Bx2 = np.stack([slope_B, -slope_B], 1) + 0.2 * sum_B[:, None]
+    gradient_D = np.einsum("bm,bmd->d", slopes_Bx2, pooled_Bx2xD) / len(gap_B)
+    moved = np.float64(state.trained["head"]["kernel"])[:, 0] - kernel[:, 0]
+    assert_close(moved, -LR * gradient_D, relative=5e-5)

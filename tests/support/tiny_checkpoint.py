@@ -97,6 +97,21 @@ def records(path: Path, count: int = 40) -> Path:
     return path
 
 
+def pairs(path: Path, count: int = 24) -> Path:
+    """Writes records with `prompt`, `chosen` and `rejected`, and with a `completion` that `label` judges."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(count):
+        animal, place = rng.choice(["cat", "dog"]), rng.choice(["sun", "moon"])
+        prompt = f"the {rng.choice(['big', 'small'])} {animal} sat under the {place} . who sat ? :"
+        chosen, rejected = f" the {animal}", f" the {place} sat on the {place}"
+        record = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": 0.5 * (i % 2)}
+        record |= {"completion": rejected if i % 3 else chosen, "label": i % 3 == 0}
+        lines.append(json.dumps(record))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def _write(folder: Path, config: dict, shapes: dict[str, tuple[int, ...]]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)

@@ -1,0 +1,1 @@
+"""Objectives on BBC news: preferences that a stated rule makes of real text."""
