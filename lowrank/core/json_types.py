@@ -25,6 +25,11 @@ class RopeParameters(Struct):
     original_max_position_embeddings: float | None = None
     partial_rotary_factor: float | None = None
     attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
     short_factor: list[float] | None = None
     long_factor: list[float] | None = None
     full_attention: "RopeParameters | None" = None

@@ -42,7 +42,9 @@ class AdapterOptions:
     @property
     def max_length(self) -> int:
         """The context length in tokens: the number of positions that a row may have."""
-        return int(self.max_positions * self.position_factor)  # type: ignore[attr-defined]  # a model config's field
+        scaling = self.rope_scaling  # type: ignore[attr-defined]  # a model config's field
+        own = max(self.max_positions, scaling.positions if scaling else 0)  # type: ignore[attr-defined]
+        return int(own * self.position_factor)
 
     @property
     def num_virtual_tokens(self) -> int:

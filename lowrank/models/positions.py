@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from lowrank.core.errors import UserError, plural
 from lowrank.kernels.attention.mask import Mask
 from lowrank.models import rope
+from lowrank.models.rope_scaling import KINDS, RopeScaling, check_scaling
 
-Rope = tuple[float, rope.RopeScaling | None] | None  # (theta, scaling); None: no rope
+Rope = tuple[float, RopeScaling | None] | None  # (theta, scaling); None: no rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class PositionOptions:
 
     learned_positions: bool = False  # a position table instead of rope
     rope_theta: float = 10000.0
-    rope_scaling: rope.RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     rope_layers: tuple[bool, ...] = ()  # whether each layer has rope; (): all have, without learned positions
     rotary_dim: int = 0  # rope turns this many dimensions of a head; 0: all
     window: int = 0  # in local layers a token sees this many tokens, itself included; 0: all are global
@@ -54,6 +55,8 @@ def check_position_options(config: Any) -> None:
             raise UserError(f"{name} has {plural(len(given), 'value')} for layers={config.layers}")
     if config.rotary_dim % 2 or not 0 <= config.rotary_dim <= config.head_dim:
         raise UserError(f"rotary_dim={config.rotary_dim} is not an even number up to head_dim={config.head_dim}")
+    if config.rope_scaling is not None:
+        check_scaling(config.rope_scaling, config.rotary_dim or config.head_dim, config.rope_theta)
 
 
 class LayerKind(NamedTuple):
@@ -104,10 +107,9 @@ def _rope_tables(
         ones = jnp.ones((*positions_BxT.shape, 1, width // 2), jnp.float32)
         return ones, jnp.zeros_like(ones)
     theta, scaling = kind
-    frequencies = rope.rope_frequencies(width, theta, scaling) / c.position_factor
-    if scaling is None or not scaling.long:
-        return rope.rope_tables(positions_BxT, frequencies)
-    long = rope.rope_frequencies(width, theta, scaling, beyond=True) / c.position_factor
-    beyond_Bx1 = (last_positions() >= scaling.original_positions)[:, None]
-    cos, sin = rope.rope_tables(positions_BxT, jnp.where(beyond_Bx1, long[None], frequencies[None]))
-    return cos * scaling.attention_factor, sin * scaling.attention_factor
+    by_length = scaling is not None and KINDS[scaling.kind].by_length
+    lengths_Bx1 = last_positions()[:, None] + 1 if by_length else 0
+    frequencies = rope.rope_frequencies(width, theta, scaling, lengths_Bx1) / c.position_factor
+    cos, sin = rope.rope_tables(positions_BxT, frequencies)
+    factor = scaling.of_cosines if scaling else 1.0
+    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)

@@ -15,6 +15,7 @@ import numpy as np
 from lowrank.core import schema
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.json_types import ModelConfig
+from lowrank.models.rope_scaling import RopeScaling
 from lowrank.pretrained import gguf_tokenizer, hf_files
 from lowrank.pretrained.families import FAMILIES
 from lowrank.pretrained.gguf_file import GGUF, open_gguf
@@ -203,10 +204,14 @@ def _rope(file: GGUF, arch: str) -> dict[str, Any]:
         return {"rope_theta": theta, "rope_scaling": _llama3_scaling(file, theta)}
     if kind == "none":
         return {"rope_theta": theta}
-    return {
-        "rope_theta": theta,
-        "rope_scaling": {"rope_type": kind, "factor": _number(file, f"{arch}.rope.scaling.factor")},
-    }
+    scaling = {"rope_type": kind, "factor": _number(file, f"{arch}.rope.scaling.factor")}
+    if kind == "yarn":
+        original = _number(file, f"{arch}.rope.scaling.original_context_length", 0)
+        multiplier = _number(file, f"{arch}.rope.scaling.attn_factor", 1.0)  # of YaRN's own factor, as llama.cpp has it
+        attention = multiplier * RopeScaling("yarn", scaling["factor"]).of_cosines
+        scaling |= {"original_max_position_embeddings": original or None}
+        scaling |= {"attention_factor": attention} if multiplier != 1 else {}
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def _llama3_scaling(file: GGUF, theta: float) -> dict[str, Any]:

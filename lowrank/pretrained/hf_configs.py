@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank.core.errors import UserError, unknown
 from lowrank.models import DecoderConfig, EncoderConfig
-from lowrank.models.rope import RopeScaling
+from lowrank.pretrained.hf_rope import read_rope, rope_parameters
 
 HF = Mapping[str, Any]
 
@@ -22,21 +22,6 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 
-SCALINGS = {
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low": "low_freq_factor",
-        "high": "high_freq_factor",
-        "original_positions": "original_max_position_embeddings",
-    },
-    "longrope": {
-        "short": "short_factor",
-        "long": "long_factor",
-        "original_positions": "original_max_position_embeddings",
-        "attention_factor": "attention_factor",
-    },
-}
 LLAMA = {
     "vocab_size": "vocab_size",
     "max_positions": "max_position_embeddings",
@@ -80,40 +65,6 @@ def refuse_options(hf: HF, **unsupported: Any) -> None:
             raise UserError(f"config.json's {key}={hf[key]!r} is not supported (only {fine!r})")
 
 
-def read_rope(params: HF, theta: float) -> tuple[float, RopeScaling | None]:
-    """`(theta, scaling)` of rope parameters in the old form (`type`) or the new one (`rope_type`)."""
-    kind = params.get("rope_type") or params.get("type") or "default"
-    refuse_options(params, partial_rotary_factor=1.0)
-    theta = float(params.get("rope_theta") or theta)
-    if kind == "default":
-        return theta, None
-    if kind not in SCALINGS:
-        raise unknown("rope scaling", kind, ["default", *SCALINGS])
-    for name in SCALINGS[kind].values():
-        if params.get(name) is None:
-            raise UserError(f"config.json's rope scaling {kind!r} has no {name!r}")
-    values = {ours: params[theirs] for ours, theirs in SCALINGS[kind].items()}
-    return theta, RopeScaling(kind, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def rope_parameters(hf: HF) -> HF:
-    """The rope parameters: old configs have `rope_theta` and `rope_scaling`, new ones `rope_parameters`.
-
-    Where a config has both forms, `rope_scaling` replaces `rope_parameters`, and `rope_theta` is for what lacks it.
-    Raises UserError if their thetas differ.
-    """
-    new, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling")
-    top = {"rope_theta": hf["rope_theta"]} if hf.get("rope_theta") else {}
-    params = {**top, **(scaling or new)}
-    theta = params.get("rope_theta", 10000.0)
-    if scaling and new.get("rope_theta", theta) != theta:
-        raise UserError(
-            f"config.json has the rope_theta {new['rope_theta']!r} in rope_parameters, which rope_scaling replaces, "
-            f"and {theta!r} for rope_scaling: leave one of the two out"
-        )
-    return params
-
-
 def read_windows(window: int | None, kinds: Sequence[str]) -> dict[str, Any]:
     """The config's sliding window, and its local layers if not all layers are local."""
     local = tuple(kind == "sliding_attention" for kind in kinds)
@@ -126,7 +77,7 @@ def llama_like(hf: HF, defaults: HF, **fixed: Any) -> dict[str, Any]:
     """The fields of a config with Llama's names; `defaults` are its family's, `fixed` our own fields."""
     hf = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, **defaults, **hf}
     fields = rename_fields(hf, LLAMA)
-    theta, scaling = read_rope(rope_parameters(hf), 10000.0)
+    theta, scaling = read_rope(rope_parameters(hf), 10000.0, hf)
     fields |= {
         "kv_heads": hf.get("num_key_value_heads") or fields["heads"],
         "head_dim": hf.get("head_dim") or fields["width"] // fields["heads"],
@@ -255,9 +206,10 @@ def gemma2(hf: HF) -> DecoderConfig:
 def gemma3(hf: HF) -> DecoderConfig:
     """Gemma 3 text: five local layers per global one, each kind with its own rope, and norms on q and k."""
     nested, old = hf.get("rope_parameters") or {}, rope_parameters({**hf, "rope_parameters": None})
-    theta, scaling = read_rope({**old, **(nested.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}, 1e6)
+    far = {**old, **(nested.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}
+    theta, scaling = read_rope(far, 1e6, hf)
     local = {"rope_theta": hf.get("rope_local_base_freq"), **(nested.get("sliding_attention") or {})}
-    local_theta, local_scaling = read_rope(local, 10000.0)
+    local_theta, local_scaling = read_rope(local, 10000.0, hf)
     if local_scaling is not None:
         raise UserError(f"config.json's rope scaling of local layers ({local_scaling.kind!r}) is not supported")
     ropes = {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta}

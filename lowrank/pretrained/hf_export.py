@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lowrank.models import DecoderConfig, EncoderConfig
-from lowrank.models.rope import RopeScaling
-from lowrank.pretrained.hf_configs import BERT, GPT2, LLAMA, SCALINGS
+from lowrank.pretrained.hf_configs import BERT, GPT2, LLAMA
+from lowrank.pretrained.hf_rope import rope_fields
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "tanh": "tanh"}
 
@@ -21,15 +21,6 @@ def hf_fields(c: Any, model_type: str, fields: dict[str, str], lm: str, classifi
     architecture = classifier if c.num_labels else lm
     renamed = {theirs: getattr(c, ours) for ours, theirs in fields.items()}
     return {"model_type": model_type, "architectures": [architecture], **renamed, **_labels(c.num_labels)}
-
-
-def rope_fields(theta: float, s: RopeScaling | None) -> dict[str, Any]:
-    """`rope_theta`, and `rope_scaling` if rope is scaled: the form that all versions of transformers read."""
-    if s is None:
-        return {"rope_theta": theta}
-    values = {theirs: getattr(s, ours) for ours, theirs in SCALINGS[s.kind].items()}
-    scaling = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return {"rope_theta": theta, "rope_scaling": {"rope_type": s.kind, **scaling}}
 
 
 def llama_like(c: DecoderConfig, model_type: str, name: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ PAD = {"pad_token_id": 0}
 LONGROPE = {
     "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 3.0, 6.0, 9.0]}
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False}
 GEMMA = {**GROUPED, "num_hidden_layers": 4, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 6}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 GPT2 = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
@@ -58,6 +59,7 @@ DECODERS = {
         "max_window_layers": 1,
     },
     "qwen3": {"model_type": "qwen3", **GROUPED, "head_dim": 16},
+    "qwen3-yarn": {"model_type": "qwen3", **GROUPED, "head_dim": 16, "rope_scaling": YARN},
     "gemma-2": {"model_type": "gemma2", **GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 5.0},
     "gemma-3": {
         "model_type": "gemma3_text",
@@ -124,6 +126,8 @@ DECODERS = {
         "tie_word_embeddings": True,
     },
 }
+DYNAMIC = {"model_type": "llama", **GROUPED, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
+DYNAMIC |= {"max_position_embeddings": 16}
 ENCODERS = {
     "bert": {"model_type": "bert", **ENCODER},
     "roberta": {"model_type": "roberta", **ENCODER, "type_vocab_size": 1, "pad_token_id": 1},
@@ -227,9 +231,21 @@ def test_every_decoder_family_computes_the_logits_of_transformers(decoder):
         assert_same(apply(tokens, segments), theirs, segments, name=side or "plain")
 
 
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_dynamic_rope_is_that_of_the_length_of_each_row():
+    """Transformers takes the longest row of a batch, and of those before it: rows alone, the shortest first."""
+    model = reference(transformers.AutoModelForCausalLM, DYNAMIC)
+    family = family_of(DYNAMIC)
+    config = family.config(model.config.to_dict())
+    params, (tokens, segments) = converted(model, config, family), batch("right")
+    ours = build_model(config).apply({"params": params}, tokens, segments=segments)
+    for row, length in reversed(list(enumerate(REAL))):
+        theirs = model(**as_torch(tokens[row : row + 1, :length], None)).logits
+        assert_same(ours[row : row + 1, :length], theirs, name=f"{length} tokens")
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "dynamic", *ENCODERS])
 def test_a_config_survives_the_way_through_transformers_and_back(name):
-    spec = (DECODERS | ENCODERS)[name]
+    spec = (DECODERS | {"dynamic": DYNAMIC} | ENCODERS)[name]
     family = family_of(spec)
     config = family.config(spec)
     written = family.hf_config(config)

@@ -87,6 +87,36 @@ def test_rope_scaling_replaces_rope_parameters():
         FAMILIES["llama"].config(spec("llama", rope_scaling=old, rope_parameters=new))
 
 
+SCALINGS = [
+    {"rope_type": "yarn", "factor": 4.0, "truncate": False, "beta_fast": 16.0, "mscale": 0.7, "mscale_all_dim": 1.0},
+    {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5, "original_max_position_embeddings": 8},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.0, 3.0], "factor": 4.0},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_scaling_written_and_read_again_is_the_same(scaling):
+    family = FAMILIES["llama"]
+    config = family.config(spec("llama", rope_scaling=scaling))
+    assert family.config(family.hf_config(config)) == config
+    written = family.hf_config(config)["rope_scaling"]
+    assert {k: written[k] for k in scaling} == scaling
+
+
+def test_the_original_context_and_the_factor_are_found_where_transformers_finds_them():
+    config, whole = FAMILIES["llama"].config, SIZES["max_position_embeddings"]
+    inside = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": whole // 4}
+    found = config(spec("llama", rope_parameters=inside)).rope_scaling
+    assert (found.original_positions, found.factor) == (whole // 4, 4.0)
+    beside = spec("llama", rope_parameters=inside, original_max_position_embeddings=whole // 2)
+    assert config(beside).rope_scaling.original_positions == whole // 2
+    neither = config(spec("llama", rope_scaling={"rope_type": "yarn", "factor": 2.0}))
+    assert neither.rope_scaling.original_positions == whole
+    phi = spec("phi3", rope_scaling={"type": "su", "short_factor": [1.0, 1.0], "long_factor": [1.0, 2.0]})
+    assert FAMILIES["phi3"].config(phi).rope_scaling.original_positions == 4096
+
+
 def test_gemma_3_fills_in_the_ropes_of_both_kinds():
     kinds = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}}
     thetas = {"rope_theta": 3e6, "rope_local_base_freq": 2e4}
@@ -106,7 +136,11 @@ def test_gemma_3_has_five_local_layers_to_a_global_one_and_a_rope_for_each_kind(
         (spec("lama"), "unknown model type 'lama' .did you mean 'llama'"),
         (SIZES, "config.json has no 'model_type'"),
         ({k: v for k, v in spec("llama").items() if k != "hidden_size"}, "config.json has no 'hidden_size'"),
-        (spec("llama", rope_scaling={"rope_type": "yarn", "factor": 4.0}), "unknown rope scaling 'yarn'"),
+        (spec("llama", rope_scaling={"rope_type": "yran", "factor": 4.0}), "unknown rope scaling 'yran' .did you mean"),
+        (spec("llama", rope_scaling={"rope_type": "yarn"}), "rope scaling 'yarn' has no 'factor'"),
+        (spec("llama", rope_scaling={"type": "dynamic"}), "rope scaling 'dynamic' has no 'factor'"),
+        (spec("llama", rope_scaling={"rope_type": "llama3", "factor": 8.0}), "'llama3' has no 'low_freq_factor'"),
+        (spec("phi3", rope_scaling={"type": "su", "short_factor": [1.0]}), "'longrope' has no 'long_factor'"),
         (spec("llama", rope_scaling={"rope_type": "linear"}), "rope scaling 'linear' has no 'factor'"),
         (spec("qwen3", hidden_act="mish"), "unknown activation in config.json's 'hidden_act', 'mish'"),
         (spec("gpt2", scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True is not supported"),

@@ -97,13 +97,18 @@ def test_the_rope_scaling_of_llama_3_is_found_again(tmp_path, factor):
         describe(str(path))
 
 
-def test_linear_rope_scaling_is_kept_and_others_are_refused(tmp_path):
+def test_linear_and_yarn_scaling_are_kept_and_others_are_refused(tmp_path):
     scaled = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     config, _, _ = describe(str(files.gguf_twin(tmp_path / "a.gguf", LLAMA, files.tensors(LLAMA), "llama", **scaled)))
     assert (config.rope_scaling.kind, config.rope_scaling.factor) == ("linear", 4.0)
-    scaled["llama.rope.scaling.type"] = "yarn"
-    path = files.gguf_twin(tmp_path / "b.gguf", LLAMA, files.tensors(LLAMA), "llama", **scaled)
-    with pytest.raises(UserError, match="unknown rope scaling 'yarn'"):
+    scaled |= {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.original_context_length": 16}
+    scaled["llama.rope.scaling.attn_factor"] = 2.0
+    config, _, _ = describe(str(files.gguf_twin(tmp_path / "b.gguf", LLAMA, files.tensors(LLAMA), "llama", **scaled)))
+    assert (config.rope_scaling.kind, config.rope_scaling.original_positions) == ("yarn", 16)
+    assert_close(config.rope_scaling.of_cosines, 2 * (0.1 * np.log(4) + 1), relative=1e-8)
+    scaled["llama.rope.scaling.type"] = "yearn"
+    path = files.gguf_twin(tmp_path / "c.gguf", LLAMA, files.tensors(LLAMA), "llama", **scaled)
+    with pytest.raises(UserError, match="unknown rope scaling 'yearn'"):
         describe(str(path))
 
 

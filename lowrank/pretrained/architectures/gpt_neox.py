@@ -6,13 +6,14 @@ from lowrank.models import DecoderConfig
 from lowrank.pretrained import hf_configs, hf_export
 from lowrank.pretrained.family import ROPE_TABLES, Family
 from lowrank.pretrained.hf_configs import HF
+from lowrank.pretrained.hf_rope import rope_parameters
 from lowrank.pretrained.hf_tensors import Tensor, decoder_head, linear_rows, norm_rows, stacked, whole
 
 
 def config(hf: HF) -> DecoderConfig:
     """GPT-NeoX's `config.json` as our config."""
     theta, share = hf.get("rotary_emb_base", 10000.0), hf.get("rotary_pct", 0.25)
-    params = {"rope_theta": theta, "partial_rotary_factor": share, **hf_configs.rope_parameters(hf)}
+    params = {"rope_theta": theta, "partial_rotary_factor": share, **rope_parameters(hf)}
     head_dim = hf.get("hidden_size", 0) // hf.get("num_attention_heads", 1)
     rotary = int(head_dim * params.pop("partial_rotary_factor"))
     bias = bool(hf.get("attention_bias", True))

@@ -8,6 +8,7 @@ from lowrank.models import EncoderConfig
 from lowrank.pretrained import hf_configs, hf_export
 from lowrank.pretrained.family import Family
 from lowrank.pretrained.hf_configs import HF
+from lowrank.pretrained.hf_rope import read_rope
 from lowrank.pretrained.hf_tensors import Tensor, linear_rows, norm_rows, stacked, whole
 
 FIELDS = {k: v for k, v in hf_configs.LLAMA.items() if k != "norm_eps"}
@@ -52,7 +53,7 @@ def config(hf: HF) -> EncoderConfig:
 def _theta(hf: HF, kind: str) -> float:
     old, default = THETAS[kind]
     params = (hf.get("rope_parameters") or {}).get(kind) or {}
-    theta, scaling = hf_configs.read_rope({**params, **(hf.get("rope_scaling") or {})}, hf.get(old) or default)
+    theta, scaling = read_rope({**params, **(hf.get("rope_scaling") or {})}, hf.get(old) or default, hf)
     if scaling is not None:
         raise UserError(f"config.json's rope scaling {scaling.kind!r} is not supported in ModernBERT")
     return theta
