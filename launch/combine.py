@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from launch import command, merge_score, merge_statistics
 from launch.continued import training_command
+from lowrank.core import files
 from lowrank.core.errors import UserError
 from lowrank.core.paths import as_local_path
 from lowrank.merging import adapter_merge
@@ -43,7 +44,8 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> str:
             adapters = adapter_merge.plan_adapters(recipe)
             adapter_merge.check_output(adapters, as_local_path(options.output))
             return f"{recipe.method} of {len(adapters.adapters)} adapters into one: {len(adapters.paths)} modules"
-        report = adapter_merge.combine_adapters(recipe, options.output, progress=_progress)
+        with files.held(options.output):
+            report = adapter_merge.combine_adapters(recipe, options.output, progress=_progress)
         return f"merged into {options.output}: largest relative error of a module {report['worst']:.2e}"
     merge = plan(recipe)
     merge.output(as_local_path(options.output)).check()

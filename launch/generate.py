@@ -21,6 +21,7 @@ from launch.adapters import adapter_of_run
 from launch.chat import chat, interruptible, is_utf8
 from lowrank import pretrained
 from lowrank.adapters import adapter_files, load
+from lowrank.core import files
 from lowrank.core.errors import UserError, plural
 from lowrank.core.exit_codes import STOPPED
 from lowrank.core.paths import AnyPath, as_path, is_folder
@@ -102,7 +103,7 @@ def load_model(options: argparse.Namespace) -> Pretrained:
         return pretrained.load(options.model, **_dtypes(options))
     if not is_folder(folder):
         raise UserError(f"{folder} is not a folder: name that of an adapter, which a run leaves in its workdir")
-    return load.load_adapted(folder, spec, any_base=options.any_base, **_dtypes(options))
+    return load.load_adapted(folder, spec, any_base=options.any_base, flag="--model=MODEL", **_dtypes(options))
 
 
 def _source(options: argparse.Namespace) -> tuple[AnyPath | None, str | None]:
@@ -144,7 +145,12 @@ def write_file(options: argparse.Namespace) -> None:
     """Writes the texts of `--prompts`. All records are checked before the model is read."""
     prompts = read_prompts(options.prompts)
     names = ("workdir", "model", "adapter", "dtype", "as_chat", "max_new", "stop", "seed", *SAMPLING)
-    texts = TextFile(options.output, prompts, {name: getattr(options, name) for name in names})
+    settings = {name: getattr(options, name) for name in names}
+    with files.held(options.output):
+        _write_texts(options, prompts, TextFile(options.output, prompts, settings))
+
+
+def _write_texts(options: argparse.Namespace, prompts: Sequence[Prompt], texts: TextFile) -> None:
     keys = _keys(options, len(prompts))  # a prompt's key is the same whatever has been written before
     left = [(prompt, key) for prompt, key in zip(prompts, keys, strict=True) if prompt.line not in texts.lines]
     if texts.lines:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from launch import adapters, command
 from lowrank.adapters import export
+from lowrank.core import files
 from lowrank.core.errors import UserError
-from lowrank.core.paths import as_local_path
 from lowrank.pretrained import hub
 from lowrank.pretrained.load import PARAM_DTYPES
 
@@ -37,11 +37,12 @@ def main(argv: Sequence[str]) -> None:
             raise UserError("--output=DIR is required")
         if options.push:
             hub.check_push(options.push)
-        output, model = as_local_path(options.output), adapters.adapted(options)
-        labels = options.labels.split(",") if options.labels else []
-        print(export.merge_to_hf(model.params, model, output, dtype=options.dtype, labels=labels, codes=options.codes))
-        if options.push:
-            print(f"pushed to {hub.push(output, options.push, private=not options.public)}")
+        with files.held(options.output) as output:
+            model, labels = adapters.adapted(options), options.labels.split(",") if options.labels else []
+            how = {"dtype": options.dtype, "labels": labels, "codes": options.codes}
+            print(export.merge_to_hf(model.params, model, output, **how))
+            if options.push:
+                print(f"pushed to {hub.push(output, options.push, private=not options.public)}")
     except UserError as e:
         command.fail(e)
 

@@ -24,16 +24,18 @@ def load_adapted(
     any_base: bool = False,
     model: Mapping[str, Any] | None = None,
     param_dtype: str = "float32",
+    flag: str = "--base=MODEL",
 ) -> Pretrained:
     """The model `spec` (by default the one that the adapter records) with the adapter in `directory` attached.
 
     The folder, or the hub's `ORG/NAME[@REVISION]`, holds a PEFT adapter or the trained leaves of a run by name. `model`
     are further options of the model's config, and `param_dtype` is the dtype of the base, both as in the run that
-    trained the adapter. An adapter that was trained on a quantized base gets that base. Raises UserError for an adapter
+    trained the adapter. An adapter that was trained on a quantized base gets that base. `flag` is the one that names
+    the base, for error texts. Raises UserError for an adapter
     of another base, unless `any_base` is set, and for the reasons of `pretrained.load` and `peft.load`.
     """
     directory = adapter_folder(directory)
-    read = {"param_dtype": param_dtype, **adapter_files.base_of(directory)}
+    read = {"param_dtype": param_dtype, "flag": flag, **adapter_files.base_of(directory)}
     if paths.exists(as_path(directory) / adapter_files.ABOUT):
         return _with_leaves(as_path(directory), spec, model or {}, read)
     about = peft.describe_adapter(directory)
@@ -74,14 +76,14 @@ def with_tokenizer(base: Pretrained, directory: AnyPath) -> Pretrained:
 
 
 def _base(
-    spec: str | None, recorded: str | None, directory: PathLike, revision: str | None = None, **how: Any
+    spec: str | None, recorded: str | None, directory: PathLike, revision: str | None = None, *, flag: str, **how: Any
 ) -> Pretrained:
     """The model `spec`, or the recorded base, which may be no more than the name of a folder.
 
     A base from the hub is read at the recorded `revision`. That a folder's word alone has it fetched is said on stderr.
     """
     if not (spec or recorded):
-        raise UserError(f"the adapter in {directory} does not record its base: name the base")
+        raise UserError(f"the adapter in {directory} does not record its base: name it, as {flag}")
     if not spec and is_hub_id(recorded):
         at = f" at revision {revision}" if revision else ""
         print(f"reading {recorded}{at} from the hub: the adapter in {directory} names it as its base", file=sys.stderr)
@@ -92,7 +94,7 @@ def _base(
         if spec:
             raise
         where = f"the adapter in {directory} has the base {recorded!r}"
-        raise UserError(f"{where}: {e} (give its place as spec, or as --base=MODEL)") from None
+        raise UserError(f"{where}: {e} (give its place as spec, or as {flag})") from None
 
 
 def _with_leaves(directory: AnyPath, spec: str | None, model: Mapping[str, Any], read: Mapping[str, Any]) -> Pretrained:

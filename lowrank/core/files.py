@@ -15,8 +15,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lowrank.core.errors import UserError
-from lowrank.core.paths import AnyPath, PathLike, as_path, in_bucket, read_text, write_object
+from lowrank.core.errors import InUse, UserError
+from lowrank.core.paths import AnyPath, PathLike, as_local_path, as_path, in_bucket, read_text, write_object
 
 
 def write_text(path: PathLike, text: str) -> AnyPath:
@@ -107,6 +107,45 @@ def _remove(path: pathlib.Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(path: PathLike) -> Iterator[pathlib.Path]:
+    """The local path of what a command writes, held for this process by a locked file beside it.
+
+    A killed process leaves that file unlocked, and the next one takes it. Raises InUse while another process holds it.
+    """
+    output = as_local_path(path)
+    beside = output.absolute().with_name(f".{output.name}.lock")
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        handle = _locked(beside)
+    except OSError as e:
+        raise UserError(f"cannot write {output}: {e.strerror or e}") from None
+    if handle is None:
+        raise InUse(f"{output} is written by another process: wait for it, or name another output")
+    try:
+        yield output
+    finally:
+        beside.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked(path: pathlib.Path) -> int | None:
+    """A descriptor of the file, which is locked, or None while another process has locked it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except OSError:  # a file system without locks
+            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(handle)):
+                return handle
+        os.close(handle)  # its last owner has removed it
 
 
 def require_space(path: PathLike, needed: int) -> None:

@@ -163,6 +163,12 @@ class TokenizerConfig(Struct):
     unk_token: Special = None
 
 
+class GenerationConfig(Struct):
+    """A `generation_config.json`; an id that can be none, such as -1, stands for none."""
+
+    eos_token_id: int | list[int] | None = None
+
+
 class AdapterConfig(Struct):
     """An `adapter_config.json`."""
 

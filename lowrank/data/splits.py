@@ -43,4 +43,7 @@ def bad_split(name: str, split: str, known: Mapping[str, object], error: Excepti
     """The error for a split expression that names no `known` split, or that TFDS refuses for another reason."""
     reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
     reason = "" if reason.startswith("Unknown split") else f" ({reason})"
-    return UserError(f"{name} has no split {split!r}{nearest(split, known)}{reason}; its splits: {', '.join(known)}")
+    listed = f"its splits: {', '.join(known)}"
+    if not reason and list(known) == ["train"]:
+        listed += "; name a folder with a file for each split, or a part of this one, as train[:90%] and train[90%:]"
+    return UserError(f"{name} has no split {split!r}{nearest(split, known)}{reason}; {listed}")

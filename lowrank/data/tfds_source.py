@@ -4,14 +4,13 @@ import contextlib
 import io
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from lowrank.core import files
 from lowrank.core.errors import UserError, nearest
 from lowrank.core.paths import PathLike, as_local_path, expand
 from lowrank.data import gfile, tfds_features
@@ -112,20 +111,18 @@ def prepared(spec: str, data_dir: Path, **kwargs: Any) -> tfds.core.DatasetBuild
     if builder.data_path.exists():
         return builder
     data_dir.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".preparing-", dir=data_dir))
     try:
-        writer = _builder(spec, beside, **kwargs)
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints lines; its progress bar stays
-            writer.download_and_prepare(download_dir=str(data_dir / "downloads"), file_format=FORMAT)
-        builder.data_path.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(writer.data_path, builder.data_path)
+        with files.scratch_beside(data_dir / f"preparing-{builder.name}", folder=True) as beside:
+            writer = _builder(spec, beside, **kwargs)
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints lines; its progress bar stays
+                writer.download_and_prepare(download_dir=str(data_dir / "downloads"), file_format=FORMAT)
+            builder.data_path.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(writer.data_path, builder.data_path)
     except UserError:
         raise
     except Exception as e:
         if not builder.data_path.exists():  # else another process was faster
             raise UserError(f"cannot prepare {spec}: {type(e).__name__}: {_line(e)}") from e
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return _builder(spec, data_dir, **kwargs)
 
 

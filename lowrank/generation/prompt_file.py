@@ -1,5 +1,6 @@
 """Prompts in a JSONL file, and their texts in another one, which the same command completes after a stop."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -69,6 +70,10 @@ def _check(prompt: Prompt) -> None:
         raise UserError(f"{prompt.where}: a prompt has either 'prompt' or {MESSAGES!r}; this record has {fields}")
     if PROMPT in record and not isinstance(record[PROMPT], str):
         raise UserError(f"{prompt.where}: 'prompt' must be text, not {type(record[PROMPT]).__name__}")
+    for name in VARIABLES:
+        found = record.get(name)
+        if found is not None and not (isinstance(found, list) and all(isinstance(item, Mapping) for item in found)):
+            raise UserError(f"{prompt.where}: {name!r} must be a list of objects, not {json.dumps(found)[:80]}")
     turns = record.get(MESSAGES, [{"role": "user"}])
     if not isinstance(turns, list) or not turns or not all(isinstance(t, Mapping) and "role" in t for t in turns):
         raise UserError(f"{prompt.where}: {MESSAGES!r} must be a list of turns, each with a role and a content")
@@ -113,10 +118,15 @@ class TextFile:
         """Appends a text of `tokens` tokens, which ended by a `stop` or at its `length`."""
         found = {LINE: prompt.line, PROMPT: prompt.content, "text": text, "tokens": tokens, "end": end}
         self._texts[prompt.line] = found | {SETTINGS: self._settings}
-        if self._file is None:
-            self._file = self.path.open("a" if len(self._texts) > 1 else "w", encoding="utf-8")
-        self._file.write(_to_line(self._texts[prompt.line]))
-        self._file.flush()
+        try:
+            if self._file is None:
+                self._file = self.path.open("a" if len(self._texts) > 1 else "w", encoding="utf-8")
+            self._file.write(_to_line(self._texts[prompt.line]))
+            self._file.flush()
+        except OSError as e:  # what is written of the line is left out when the command goes on
+            with contextlib.suppress(OSError):  # it tries to write the rest once more
+                self._file.close()
+            raise UserError(f"cannot write {self.path}: {e.strerror or e}: the same command goes on there") from None
 
     def close(self) -> None:
         """Writes the texts in the order of their prompts."""

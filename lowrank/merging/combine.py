@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank.core import files
+from lowrank.core import files, schema
 from lowrank.core.errors import UserError, plural
 from lowrank.core.paths import PathLike, as_local_path
 from lowrank.merging import card, report, structure, vocabulary
@@ -243,6 +243,15 @@ def _score_merge(folder: Path, score: Score, recipe: Recipe) -> float:
         shutil.rmtree(candidate, ignore_errors=True)
 
 
+def _write_template(folder: Path, template: str) -> None:
+    """Writes the one chat template of a checkpoint, in place of that of `tokenizer_config.json`."""
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    if config.exists():
+        kept = {key: value for key, value in schema.decode(config).items() if key != "chat_template"}
+        files.write_json(config, kept)
+
+
 def _write_companions(merge: Plan, out: Output, found: dict[str, Any]) -> dict[str, Any]:
     """Writes all that lies beside the tensors; `found` is for the report."""
     recipe, folder = merge.recipe, merge.first.folder
@@ -258,7 +267,7 @@ def _write_companions(merge: Plan, out: Output, found: dict[str, Any]) -> dict[s
     if merge.vocabulary:
         merge.vocabulary.write(out.scratch)
     if recipe.chat_template and recipe.chat_template != "auto":
-        (out.scratch / "chat_template.jinja").write_text(recipe.chat_template, encoding="utf-8")
+        _write_template(out.scratch, recipe.chat_template)
     (out.scratch / RECIPE).write_text(recipe.text, encoding="utf-8")
     (out.scratch / "README.md").write_text(card.to_markdown(recipe, summary), encoding="utf-8")
     return summary

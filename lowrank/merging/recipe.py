@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lowrank.core import paths, schema
+from lowrank.core import paths, schema, unique_yaml
 from lowrank.core.errors import UserError, plural, unknown
 from lowrank.core.paths import PathLike
 from lowrank.merging.alignment.options import Options, read_align
@@ -120,7 +120,7 @@ def read_recipe(path: PathLike) -> Recipe:
 def parse_recipe(text: str, where: str = "the recipe") -> Recipe:
     """The recipe in a YAML text. Raises UserError naming the key for a text that is not one."""
     try:
-        raw = without_nulls(yaml.safe_load(text))
+        raw = without_nulls(unique_yaml.load(where, text))
     except (yaml.YAMLError, RecursionError) as e:
         raise UserError(f"{where} is not YAML: {' '.join(str(e).split())}") from None
     check_keys(where, raw, RecipeKeys)

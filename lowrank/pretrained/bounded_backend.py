@@ -1,11 +1,17 @@
 """A tokenizer backend whose vocabulary has tokens for which the model has no row."""
 
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tokenizers
 
 from lowrank.core.errors import UserError, plural
+
+# A text of fewer characters than SHORT is read at once. For others, a tokenizer has SECONDS and one more for each
+# SPEED characters, of which it reads ten times as many in a second.
+SHORT, SECONDS, SPEED, POLL = 1000, 20.0, 100_000, 0.05
 
 
 class BoundedBackend:
@@ -41,6 +47,44 @@ class BoundedBackend:
             size = plural(self._rows, "token")
             raise UserError(f"a text holds the token {token!r} of id {index}, and the model has {size}")
         return encoding
+
+
+def encode(backend: Any, text: str, pair: str | None = None, **how: Any) -> tokenizers.Encoding:
+    """As the backend's. Raises UserError where the library panics, or takes too long for the text."""
+    if len(text) + len(pair or "") < SHORT:
+        return without_panic(backend.encode, text, pair, **how)
+    return encode_batch(backend, [text if pair is None else (text, pair)], **how)[0]
+
+
+def encode_batch(backend: Any, texts: Sequence[str | tuple[str, str]], **how: Any) -> list[tokenizers.Encoding]:
+    """As the backend's, with the errors of `encode`.
+
+    The library reads in a thread, without Python's lock. Nothing can stop it: where it takes too long, it goes on until
+    the process ends.
+    """
+    size = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
+    if size < SHORT:
+        return without_panic(backend.encode_batch, list(texts), **how)
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(_caught(backend.encode_batch, list(texts), how)), daemon=True)
+    start, allowed = (time.monotonic(), time.process_time()), SECONDS + size / SPEED
+    thread.start()
+    while not found:
+        thread.join(POLL)
+        # Of both clocks, as other processes may take the processor, and other threads time of this one.
+        if not found and min(time.monotonic() - start[0], time.process_time() - start[1]) > allowed:
+            reads = f"the tokenizer takes more than {allowed:.0f} s for {plural(size, 'character')}"
+            raise UserError(f"{reads}, most likely by a regular expression: {str(texts[0])[:60]!r} ...")
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]
+
+
+def _caught(method: Callable[..., Any], texts: Any, how: Any) -> Any:
+    try:
+        return without_panic(method, texts, **how)
+    except BaseException as e:
+        return e
 
 
 def without_panic(method: Callable[..., Any], *args: Any, **how: Any) -> Any:

@@ -9,9 +9,9 @@ import tokenizers
 
 from lowrank.core import schema
 from lowrank.core.errors import UserError
-from lowrank.core.json_types import TokenizerConfig
+from lowrank.core.json_types import GenerationConfig, TokenizerConfig
 from lowrank.core.paths import is_missing, require_file
-from lowrank.pretrained import chat_template, convert_tokenizer
+from lowrank.pretrained import bounded_backend, chat_template, convert_tokenizer
 from lowrank.pretrained.bounded_backend import bounded, without_panic
 from lowrank.pretrained.chat_template import Messages, Rendered
 
@@ -55,20 +55,20 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without special tokens around it; special tokens that it spells out are recognized."""
-        return without_panic(self.backend.encode, text, add_special_tokens=False).ids
+        return bounded_backend.encode(self.backend, text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, as `encode` returns them, computed on all cores."""
-        encodings = without_panic(self.backend.encode_batch, list(texts), add_special_tokens=False)
+        encodings = bounded_backend.encode_batch(self.backend, list(texts), add_special_tokens=False)
         return [e.ids for e in encodings]
 
     def encode_special(self, text: str) -> list[int]:
         """The ids of `text` with the model's special tokens around it: BERT's [CLS] … [SEP], Gemma's <bos>."""
-        return without_panic(self.backend.encode, text).ids
+        return bounded_backend.encode(self.backend, text).ids
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
         """The ids of two texts joined by the model's special tokens, and the segment type of each token."""
-        encoded = without_panic(self.backend.encode, first, second)
+        encoded = bounded_backend.encode(self.backend, first, second)
         return encoded.ids, encoded.type_ids
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
@@ -81,7 +81,7 @@ class Tokenizer:
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids that `encode` returns, and for each the characters of `text` that it stands for, from and up to."""
-        encoded = without_panic(self.backend.encode, text, add_special_tokens=False)
+        encoded = bounded_backend.encode(self.backend, text, add_special_tokens=False)
         return encoded.ids, encoded.offsets
 
     def chat(self, messages: Messages, add_generation_prompt: bool = False, **variables: Any) -> str:
@@ -112,8 +112,10 @@ def load_tokenizer(directory: Path, hf_config: Mapping[str, Any], stop_ids: Sequ
     Raises UserError for a missing or corrupt file, naming it.
     """
     backend, defaults = _backend(directory)
-    optional = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json")
-    special, config, generation = (_read_optional(directory / name) for name in optional)
+    special, config = (
+        _read_optional(directory / name) for name in ("special_tokens_map.json", "tokenizer_config.json")
+    )
+    generation = _read_optional(directory / "generation_config.json", GenerationConfig)
     config = defaults | special | {key: value for key, value in config.items() if value is not None}
     for key in ("bos", "eos", "pad"):
         token = next((backend.id_to_token(i) for i in token_ids(hf_config.get(f"{key}_token_id"))), None)
@@ -157,9 +159,9 @@ def _read_template(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
+def _read_optional(path: Path, kind: Any = TokenizerConfig) -> dict[str, Any]:
     """The object of a file, empty where there is none. Raises UserError for a value of a type that it cannot have."""
-    return {} if is_missing(path) else schema.decode(path, TokenizerConfig)
+    return {} if is_missing(path) else schema.decode(path, kind)
 
 
 def token_ids(value: Any) -> list[int]:

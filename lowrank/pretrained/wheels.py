@@ -7,11 +7,11 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from lowrank.core import files
 from lowrank.core.errors import UserError, unknown
 
 DEFAULT_CACHE = Path("~/.cache/lowrank")
@@ -97,8 +97,8 @@ def fetch(name: str, cache: Path | str | None = None) -> Path:
     try:
         if not home.exists():
             cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache) as scratch:
-                _rename(_unpack(name, asset, Path(scratch)), home)
+            with files.scratch_beside(home, folder=True) as scratch:
+                _rename(_unpack(name, asset, scratch), home)
         _verify(home / (asset.check or asset.path), asset.sha256, f"delete {home} to fetch it again")
         _verify_records(home, {*asset.parts, asset.check})
     except OSError as e:

@@ -1,6 +1,7 @@
 """Laws of what an adapter's folder says of its base and its tokenizer."""
 
 import json
+import os
 import shutil
 
 import huggingface_hub
@@ -74,3 +75,19 @@ def test_the_generation_config_of_the_adapter_is_written_before_that_of_the_base
     out = export(plain.params, model, tmp_path / "out")
     assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [2, 6]}
     assert load.pretrained.load(str(out)).tokenizer.stop_ids == model.tokenizer.stop_ids == (2, 6)
+
+
+def test_a_base_that_is_gone_is_named_by_the_flag_of_the_command(tmp_path):
+    where = adapter(tmp_path / "a", base_model_name_or_path=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="or as --base=MODEL"):
+        load.load_adapted(where)
+    with pytest.raises(UserError, match="or as --model=MODEL"):
+        load.load_adapted(where, flag="--model=MODEL")
+
+
+def test_tensors_that_are_a_pipe_are_refused_at_once(tmp_path, base):
+    where = adapter(tmp_path / "a")
+    (where / "adapter_model.safetensors").unlink()
+    os.mkfifo(where / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"cannot read .*adapter_model\.safetensors: it is a named pipe, not"):
+        load.load_adapted(where, str(base), any_base=True)

@@ -6,7 +6,7 @@ import pytest
 
 from lowrank.adapters import adapter_files, peft
 from lowrank.core import files, schema
-from lowrank.core.errors import UserError
+from lowrank.core.errors import InUse, UserError
 from lowrank.data.sources import open_source
 
 DEEP = "[" * 200_000 + "]" * 200_000
@@ -61,3 +61,14 @@ def test_a_full_disk_is_named_with_both_sizes(tmp_path):
     with pytest.raises(UserError, match=rf"x will take {2**62} bytes, and its disk has \d+ left"):
         files.require_space(tmp_path / "not" / "yet" / "x", 2**62)
     files.require_space(tmp_path, 1)
+
+
+def test_what_is_held_is_refused_to_another_and_free_after_a_kill(tmp_path):
+    (tmp_path / ".out.lock").touch()  # of a process that was killed
+    with files.held(tmp_path / "out") as path:
+        assert path == tmp_path / "out"
+        with pytest.raises(InUse, match="out is written by another process"), files.held(tmp_path / "out"):
+            pass
+    assert not list(tmp_path.iterdir())
+    with files.held(tmp_path / "new" / "out"):
+        assert (tmp_path / "new").is_dir()

@@ -84,7 +84,14 @@ def test_a_preparation_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="holds no articles"):
         prepared("bbc_news", tmp_path / "tfds", texts=str(tmp_path))
     assert not list((tmp_path / "tfds").glob("*bbc*"))
-    assert not list((tmp_path / "tfds").glob(".preparing*"))
+    assert not list((tmp_path / "tfds").glob(".*"))
+
+
+def test_what_a_kill_left_of_a_preparation_is_removed(news_folder, tmp_path):
+    left = tmp_path / "tfds" / ".preparing-bbc_news.0123456789ab"
+    left.mkdir(parents=True)
+    prepared("bbc_news", tmp_path / "tfds", texts=str(news_folder))
+    assert not left.exists()
 
 
 def test_of_two_processes_that_prepare_at_once_the_first_wins(news_folder, tmp_path, monkeypatch):
@@ -99,7 +106,7 @@ def test_of_two_processes_that_prepare_at_once_the_first_wins(news_folder, tmp_p
     builder = prepared("bbc_news", tmp_path / "tfds", texts=str(news_folder))
     assert os.rename is rename
     assert builder.info.splits.total_num_examples == 60
-    assert not list((tmp_path / "tfds").glob(".preparing*"))
+    assert not list((tmp_path / "tfds").glob(".*"))
 
 
 @pytest.fixture(scope="module")

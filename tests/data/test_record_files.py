@@ -51,6 +51,12 @@ def test_a_file_a_folder_of_shards_and_a_pattern_hold_the_same_records(tmp_path,
         folder[10]
 
 
+def test_a_file_has_one_split_and_the_error_says_how_to_have_two(tmp_path):
+    write_csv(tmp_path / "a.csv", ROWS)
+    with pytest.raises(UserError, match=r"no split 'test'; its splits: train; name a folder .* and train\[90%:\]"):
+        open_source(f"csv:{tmp_path}/a.csv", "test", tmp_path)
+
+
 def test_a_record_of_several_lines_is_named_by_its_first(tmp_path):
     write_csv(tmp_path / "a.csv", ROWS)
     source = open_source(f"csv:{tmp_path}/a.csv", "train", tmp_path)

@@ -12,11 +12,12 @@ from launch import generate as command
 from launch.chat import interruptible
 from lowrank import methods, pretrained
 from lowrank.adapters import peft
-from lowrank.core import weight
+from lowrank.core import files, weight
 from lowrank.core.errors import UserError
 from lowrank.generation import generate
 from lowrank.generation.conversation import Conversation
 from lowrank.generation.generator import Request
+from lowrank.generation.prompt_file import TextFile, read_prompts
 from lowrank.generation.voice import Voice
 from tests.support import tiny_checkpoint
 
@@ -232,3 +233,22 @@ def test_a_quantized_base_writes_what_its_kernels_write(folder, base):
     plain = weight.merge(coded.params)
     prompts = list(PROMPTS[:2])
     assert generate.texts(coded, coded.params, prompts, max_new=6) == generate.texts(coded, plain, prompts, max_new=6)
+
+
+def test_a_full_disk_is_one_line_and_tools_are_objects(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    prompts = read_prompts(tmp_path / "in.jsonl")
+    texts = TextFile(tmp_path / "out.jsonl", prompts, {})
+    texts._file = open("/dev/full", "w")  # noqa: SIM115  # a device that refuses every byte
+    with pytest.raises(UserError, match=r"cannot write .*out\.jsonl: No space left on device: the same command"):
+        texts.add(prompts[0], "b", 1, "stop")
+    (tmp_path / "in.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}], "tools": {"name": "f"}}\n')
+    with pytest.raises(UserError, match=r"in\.jsonl:1: 'tools' must be a list of objects, not \{"):
+        read_prompts(tmp_path / "in.jsonl")
+
+
+def test_two_commands_on_one_output_do_not_mix(capsys, folder, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a dog"}\n')
+    with files.held(tmp_path / "out.jsonl"):
+        arguments = f"--model={folder}", f"--prompts={tmp_path}/in.jsonl", f"--output={tmp_path}/out.jsonl"
+        assert "out.jsonl is written by another process" in refused(capsys, *arguments)

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -46,6 +47,22 @@ def test_a_linear_merge_is_the_mean_rounded_once_and_loads(models, tmp_path):
         np.testing.assert_array_equal(result[name], x.astype(np.float32).astype(BFLOAT16), err_msg=name)
     assert json.loads((tmp_path / "m/config.json").read_text())["torch_dtype"] == "bfloat16"
     pretrained.load(str(tmp_path / "m"))
+
+
+def test_a_template_of_the_recipe_is_the_only_one(models, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(models["a"], folder)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "{{ old }}"}))
+    given = recipe(
+        models | {"a": folder},
+        merge_method="linear",
+        models=entries("ab", weight=[1.0, 1.0]),
+        chat_template="{{ new }}",
+    )
+    combine(given, tmp_path / "m")
+    assert (tmp_path / "m" / "chat_template.jinja").read_text() == "{{ new }}"
+    assert "chat_template" not in json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
 
 
 def test_filters_and_curves_over_the_layers(models, tmp_path):

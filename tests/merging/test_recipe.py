@@ -15,6 +15,8 @@ VALID = "merge_method: linear\nmodels: [{model: a}]\n"
     [
         (b"\xff\xfe", "cannot be read: 'utf-8'"),
         (b"models: &a [*a]", "is not YAML"),
+        (f"{VALID}seed: 1\nseed: 2".encode(), r"recipe\.yaml:4: the key 'seed' is there twice, first on line 3"),
+        (b"models: [{model: a, model: b}]", r"recipe\.yaml:1: the key 'model' is there twice, first on line 1"),
         (f"{VALID}chat_template: chatml".encode(), "chat_template='chatml' is not a Jinja template"),
         (f"{VALID}seed: -1".encode(), "seed=-1 is below 0"),
         (f"{VALID}tokenizer: {{source: base, pad_to_multiple_of: 0}}".encode(), "pad_to_multiple_of=0 is below 1"),

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from lowrank.core.errors import UserError
-from lowrank.pretrained import describe, load
+from lowrank.pretrained import bounded_backend, describe, load
 from tests.support import checkpoint_files as files
 
 
@@ -40,3 +41,18 @@ def test_they_are_saved_with_the_rest(larger, tmp_path):
     _, tokenizer, _ = describe(str(larger))
     tokenizer.save(tmp_path)
     assert len(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]) == 34
+
+
+def test_a_pattern_that_is_slow_on_a_long_text_is_an_error(monkeypatch):
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("a+b"), "isolated")  # searches to the end from every letter
+    monkeypatch.setattr(bounded_backend, "SECONDS", 0.05)
+    assert bounded_backend.encode(backend, 500 * "ab").ids == 500 * [0, 1]
+    with pytest.raises(UserError, match=r"takes more than 0 s for 30000 characters, .* regular expression: 'aaa"):
+        bounded_backend.encode(backend, 30000 * "a")
+
+
+def test_a_list_that_is_no_id_in_a_generation_config_is_named(larger):
+    (larger / "generation_config.json").write_text(json.dumps({"eos_token_id": {"a": 1}}))
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id must be"):
+        describe(str(larger))

@@ -1,6 +1,8 @@
 """`adapter_model.safetensors`: float32 arrays by PEFT's names. A pickle is never read."""
 
-from collections.abc import Mapping
+import contextlib
+import pathlib
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 import jax
@@ -12,7 +14,7 @@ from safetensors.numpy import save
 from lowrank.adapters.peft import names
 from lowrank.core import files
 from lowrank.core.errors import UserError, nearest
-from lowrank.core.paths import AnyPath, PathLike, as_path, exists, local_file
+from lowrank.core.paths import AnyPath, PathLike, as_path, exists, local_file, require_file
 
 NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -36,10 +38,10 @@ def read_tensors(directory: PathLike) -> dict[str, np.ndarray]:
     """All tensors as float32. Raises UserError for a file that is missing, broken or holds NaN or infinity."""
     path = _path(directory)
     try:
-        with local_file(path) as file:
+        with _opened(path) as file:
             tensors = {key: np.asarray(x, np.float32) for key, x in flax.load_file(file).items()}
     except (SafetensorError, OSError, ValueError, TypeError) as e:
-        raise UserError(f"cannot read {path}: {e}") from None
+        raise _unreadable(path, e) from None
     check_finite(path, tensors)
     return _plain(tensors, directory)
 
@@ -55,11 +57,23 @@ def read_shapes(directory: PathLike) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, from the file's header alone."""
     path = _path(directory)
     try:
-        with local_file(path) as local, safe_open(local, framework="numpy") as file:
+        with _opened(path) as local, safe_open(local, framework="numpy") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
-        raise UserError(f"cannot read {path}: {e}") from None
+        raise _unreadable(path, e) from None
     return _plain(shapes, directory)
+
+
+@contextlib.contextmanager
+def _opened(path: AnyPath) -> Iterator[pathlib.Path]:
+    """The local file. Raises OSError at once for a pipe, a device or a folder."""
+    with local_file(path) as local:
+        require_file(local)
+        yield local
+
+
+def _unreadable(path: AnyPath, error: Exception) -> UserError:
+    return UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def _plain(found: Mapping[str, T], directory: PathLike) -> dict[str, T]:

@@ -25,13 +25,16 @@ def _settings(config: Mapping[str, Any], path: str) -> Settings:
     rank, alpha = config["init_r"], config["lora_alpha"]
     if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
         raise UserError(f"the adapter's init_r is {rank!r}: it must be a positive number")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 2**53:
+        raise UserError(f"the adapter's lora_alpha is {alpha!r}: it must be a number")
     kept = (config["rank_pattern"] or {}).get(KEPT.format(path), [True] * rank)
-    if not isinstance(kept, list) or len(kept) != rank or not any(kept):
+    bools = isinstance(kept, list) and all(isinstance(keeps, bool) for keeps in kept)
+    if not bools or len(kept) != rank or not any(kept):
         raise UserError(
             f"the adapter's rank_pattern for {path} must be a list of {plural(rank, 'bool')}, some of them true"
         )
     scale = (alpha if alpha > 0 else rank) / (rank + EPSILON)
-    return {"r": sum(map(bool, kept)), "kept": kept, "scale": scale, "dropout": config["lora_dropout"]}
+    return {"r": sum(kept), "kept": kept, "scale": scale, "dropout": config["lora_dropout"]}
 
 
 def _summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:

@@ -24,6 +24,8 @@ _SERIES_SINCE = (0, 18)  # the PEFT version: earlier ones have another series
 
 def _settings(config: Mapping[str, Any], path: str) -> Settings:
     terms = config["num_cayley_neumann_terms"] if config["use_cayley_neumann"] else 0
+    if not isinstance(terms, int):
+        raise UserError(f"the adapter's num_cayley_neumann_terms is {terms!r}: it must be a whole number")
     if terms and (terms < 3 or _version(config["peft_version"]) < _SERIES_SINCE):
         raise UserError("the adapter's use_cayley_neumann needs PEFT 0.18 or later and at least 3 terms")
     sizes = _one_of(config, "oft_block_size", "r")

@@ -21,7 +21,7 @@ def positive_number(config: Mapping[str, Any], path: str, what: str, key: str, k
     Raises UserError for a value that is not a positive number.
     """
     value = match.pattern_value(config.get(f"{what}_pattern") or {}, path, config[key])
-    if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 2**53:
         raise UserError(f"the adapter's {what} for {path} is {value!r}: it must be a positive number")
     return value
 
