@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from launch import merge
 from lowrank.adapters import load
 from lowrank.core.errors import UserError
 from lowrank.pretrained import export
@@ -91,3 +92,27 @@ def test_tensors_that_are_a_pipe_are_refused_at_once(tmp_path, base):
     os.mkfifo(where / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"cannot read .*adapter_model\.safetensors: it is a named pipe, not"):
         load.load_adapted(where, str(base), any_base=True)
+
+
+def test_what_is_pushed_has_a_model_card(tmp_path, base, monkeypatch, capsys):
+    pushed = {}
+
+    class Hub:
+        def whoami(self):
+            return {}
+
+        def create_repo(self, repo_id, **how):
+            pushed["private"] = how["private"]
+
+        def upload_folder(self, *, folder_path, repo_id, **how):
+            pushed["card"] = (folder_path / "README.md").read_text()
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    where = adapter(tmp_path / "a", base_model_name_or_path="name")
+    merge.main([f"--adapter={where}", f"--base={base}", f"--output={tmp_path}/out", "--push=org/merged"])
+    assert "pushed to https://hub/org/merged" in capsys.readouterr().out
+    assert pushed["private"]
+    assert 'base_model: "name"' in pushed["card"]
+    assert "A merge of LoRA" in pushed["card"]
+    assert not (tmp_path / ".out.lock").exists()
