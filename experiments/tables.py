@@ -15,6 +15,7 @@ from typing import Any
 from experiments.bench import page
 from experiments.bench.step_cases import CASES
 from experiments.bench.tpu_cases import TOPOLOGIES, Case, attention_cases, cases, model_cases
+from experiments.federated import table as federated
 from experiments.intrinsic_dimension import table as dimensions
 from experiments.merging import table as merges
 from experiments.protocol import table as study_table
@@ -265,6 +266,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tpu/models": tpu_models,
     "tpu/steps": tpu_steps,
     **{f"studies/{name}": functools.partial(study, name) for name in STUDIES},
+    "studies/federated": lambda: federated.markdown(ROOT / "experiments/federated/results") + _pictures("federated"),
     "studies/merging": lambda: merges.markdown(ROOT / "experiments/merging/results") + _pictures("merging"),
     "studies/intrinsic_dimension": lambda: (
         dimensions.markdown(dimensions.search.results_folder("small")) + _pictures("intrinsic_dimension")

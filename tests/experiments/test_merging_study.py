@@ -30,7 +30,7 @@ def small_world(tmp_path, monkeypatch):
     texts = {**tasks.TASKS, tasks.ELSEWHERE: source | {"template": "text", "split": "test"}}
     monkeypatch.setattr(tasks, "TEXTS", texts)
     model = tiny_checkpoint.llama(tmp_path / "model")
-    few = tuple(merge for merge in MERGES if merge.name in ("linear", "ties-0.5", "fisher"))
+    few = tuple(merge for merge in MERGES if merge.name in ("linear", "ties-0.5"))
     return dataclasses.replace(SIZES["ci"], model=str(model), merges=few), tmp_path / "cells"
 
 
@@ -39,7 +39,7 @@ def test_every_cell_runs_once_and_the_tables_have_the_seeds(small_world, tmp_pat
     command.run(size, folder)
     table.write_tables(size, folder, tmp_path / "results")
     rows = {row["model"]: row for row in read_rows(tmp_path / "results/table.csv")}
-    assert list(rows) == ["base", "own expert", "joint", "ensemble", "linear", "fisher", "ties"]
+    assert list(rows) == ["base", "own expert", "joint", "ensemble", "linear", "ties"]
     assert {row["seeds"] for row in rows.values()} == {"2"}
     assert rows["ties"]["density"] == "0.5"
     assert float(rows["own expert"]["share_mean"]) == 1.0

@@ -55,6 +55,7 @@ def test_the_fisher_is_the_mean_of_squared_gradients_of_rows_that_have_a_weight(
         statistics.fisher(loss, params, [one], chosen=lambda name: name == "norm/scale")
 
 
+@pytest.mark.all
 def test_labels_that_the_model_draws_give_the_true_fisher():
     """The mean over 400 draws is near the sum over all labels; that of the data's own labels is not."""
     network, params = tiny_models.decoder("llama", layers=1)
