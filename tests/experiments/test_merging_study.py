@@ -34,6 +34,7 @@ def small_world(tmp_path, monkeypatch):
     return dataclasses.replace(SIZES["ci"], model=str(model), merges=few), tmp_path / "cells"
 
 
+@pytest.mark.all
 def test_every_cell_runs_once_and_the_tables_have_the_seeds(small_world, tmp_path, monkeypatch):
     size, folder = small_world
     command.run(size, folder)
