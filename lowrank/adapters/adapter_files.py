@@ -58,8 +58,8 @@ def save(
     rewritten = (is_weight(w) and not is_stored(w) for w in jax.tree.leaves(params, is_leaf=is_weight))
     found = {name: getattr(base.config, name) for name in OPTIONS}
     options = {name: value for name, value in found.items() if value != OPTIONS[name]}
-    if "position_factor" in options:
-        why = "PEFT does not hold model.position_factor"
+    if stretched := [name for name in ("context", "position_factor") if name in options]:
+        why = f"PEFT does not hold model.{stretched[0]}"
     elif peft.can_write(params) or any(rewritten):
         try:
             peft.save(params, base, directory, trained=trained, method=method, original=original)

@@ -27,7 +27,8 @@ def longlora(
     a row in the paper), and half of the heads shift the groups by half a group. Scores and generated texts use full
     attention. A `factor` above 1 interpolates positions as in the paper (Chen et al. 2023, arXiv:2306.15595): positions
     are divided by it, so that rows may be `factor` times as long as the base's positions, in training and after it.
-    This is the `linear` scaling of RoPE, on top of a scaling that the base has.
+    This is `model.rope=linear` with a `model.context` of so many times the base's; other ways to stretch RoPE are
+    chosen there, with a factor of 1. A base whose RoPE is scaled already is refused.
 
     Differs from the paper: the first and the last shifted group are half as long, as in the authors' code with
     FlashAttention (dvlab-research/LongLoRA). The paper, and their code without it, roll the tokens, so that the first

@@ -15,7 +15,7 @@ from lowrank.core.weight import at_least_float32
 from lowrank.models.layers import ACTIVATIONS, Linear
 
 SUBLAYERS = ("attn", "mlp")
-COUNTS = ("num_prompt", "prefix_length", "adapter_width", "routed_width", "routed_experts", "num_labels")
+COUNTS = ("num_prompt", "prefix_length", "adapter_width", "routed_width", "routed_experts", "num_labels", "context")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,9 @@ class AdapterOptions:
     routed_experts: int = 0  # their number, with a router of their own; 0: one beside each expert, with its gates
     routed_per_token: int = 1  # how many of the experts with a router of their own each token uses
     routed_scale: float = 1.0  # the factor of the low-rank experts' output
+    context: int = 0  # > 0: the context in tokens, longer than the base's, to which rope is stretched
+    rope: str = "yarn"  # how it is stretched, a key of context.STRETCHES
+    context_theta: float = 0.0  # the theta of rope=abf
     position_factor: float = 1.0  # > 1: rope's positions are divided by it, and the context is as many times longer
     biases: bool = False  # a bias on every kernel of attention and MLP, zero where the checkpoint has none
     top_layers: int = 0  # how many of the last layers are a stack of their own; -k: all but the first k
@@ -44,7 +47,7 @@ class AdapterOptions:
         """The context length in tokens: the number of positions that a row may have."""
         scaling = self.rope_scaling  # type: ignore[attr-defined]  # a model config's field
         own = max(self.max_positions, scaling.positions if scaling else 0)  # type: ignore[attr-defined]
-        return int(own * self.position_factor)
+        return self.context or int(own * self.position_factor)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -62,7 +65,8 @@ def check_adapter_options(config: Any) -> None:
         raise UserError(f"top_layers={config.top_layers} is not in {allowed}")
     if config.routed_width and not getattr(config, "experts", 0):
         raise UserError("routed_width needs a mixture of experts, and the model has none: set routed_width=0")
-    _check_positions(config)
+    if config.position_factor < 1:
+        raise UserError(f"position_factor={config.position_factor} is below 1: it must be 1 or more")
     if config.routed_experts and not 1 <= config.routed_per_token <= config.routed_experts:
         allowed = f"1..{config.routed_experts}, the number of routed experts"
         raise UserError(f"routed_per_token={config.routed_per_token} is not in {allowed}")
@@ -75,16 +79,6 @@ def check_adapter_options(config: Any) -> None:
         raise UserError(f"adapter_after is empty, so that no layer has an adapter: name some of {', '.join(SUBLAYERS)}")
     if config.adapter_activation not in ACTIVATIONS:
         raise unknown("adapter_activation", config.adapter_activation, ACTIVATIONS)
-
-
-def _check_positions(config: Any) -> None:
-    factor = config.position_factor
-    if factor < 1:
-        raise UserError(f"position_factor={factor} is below 1: it must be 1 or more")
-    if factor > 1 and getattr(config, "learned_positions", True):
-        raise UserError(
-            f"position_factor={factor} divides rope's positions, but the model has learned ones: leave it 1"
-        )
 
 
 class Bottleneck(nn.Module):

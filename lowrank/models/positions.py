@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lowrank.core.errors import UserError, plural
 from lowrank.kernels.attention.mask import Mask
 from lowrank.models import rope
+from lowrank.models.context import check_context, stretched_rope
 from lowrank.models.rope_scaling import KINDS, RopeScaling, check_scaling
 
 Rope = tuple[float, RopeScaling | None] | None  # (theta, scaling); None: no rope
@@ -42,7 +43,7 @@ class PositionOptions:
         layers: int = self.layers  # type: ignore[attr-defined]  # a model config's field
         local = self.local_layers or (True,) * layers if self.window else (False,) * layers
         has_rope = self.rope_layers or (not self.learned_positions,) * layers
-        far = self.rope_theta, self.rope_scaling
+        far = stretched_rope(self)
         near = (self.local_rope_theta, None) if self.local_rope_theta else far
         return tuple((near if x else far) if on else None for x, on in zip(local, has_rope, strict=True))
 
@@ -55,8 +56,10 @@ def check_position_options(config: Any) -> None:
             raise UserError(f"{name} has {plural(len(given), 'value')} for layers={config.layers}")
     if config.rotary_dim % 2 or not 0 <= config.rotary_dim <= config.head_dim:
         raise UserError(f"rotary_dim={config.rotary_dim} is not an even number up to head_dim={config.head_dim}")
-    if config.rope_scaling is not None:
-        check_scaling(config.rope_scaling, config.rotary_dim or config.head_dim, config.rope_theta)
+    check_context(config)
+    theta, scaling = stretched_rope(config)
+    if scaling is not None:
+        check_scaling(scaling, config.rotary_dim or config.head_dim, theta)
 
 
 class LayerKind(NamedTuple):
@@ -109,7 +112,7 @@ def _rope_tables(
     theta, scaling = kind
     by_length = scaling is not None and KINDS[scaling.kind].by_length
     lengths_Bx1 = last_positions()[:, None] + 1 if by_length else 0
-    frequencies = rope.rope_frequencies(width, theta, scaling, lengths_Bx1) / c.position_factor
+    frequencies = rope.rope_frequencies(width, theta, scaling, lengths_Bx1)
     cos, sin = rope.rope_tables(positions_BxT, frequencies)
     factor = scaling.of_cosines if scaling else 1.0
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)

@@ -17,7 +17,8 @@ from lowrank.core.errors import UserError, plural, unknown
 from lowrank.core.paths import PathLike, as_local_path
 from lowrank.core.typing import PyTree
 from lowrank.core.weight import is_stored
-from lowrank.pretrained import companions, quantized_checkpoint
+from lowrank.models import context
+from lowrank.pretrained import companions, hf_context, quantized_checkpoint
 from lowrank.pretrained.families import FAMILIES
 from lowrank.pretrained.hf_files import INDEX, SINGLE
 from lowrank.pretrained.hf_tensors import Tensor
@@ -92,11 +93,11 @@ Part = tuple[str, Tensor, tuple[int, ...]]  # a tensor's name, its leaf, and its
 
 
 def _hf_config(base: Pretrained, dtype: str, labels: Sequence[str]) -> dict[str, Any]:
-    family, config = FAMILIES[base.family], base.config
+    family, config = FAMILIES[base.family], context.as_own(base.config)
     unrecorded = RUNTIME if config.num_labels else (*RUNTIME, "pooling")
     ours = family.hf_config(config)
     added = {name: ours[name] for name in BIASES if name in ours} if config.biases else {}
-    recorded = {**base.hf_config, **added}
+    recorded = {**hf_context.extended_config(family, base.config, base.hf_config), **added}
     source = family.config(recorded)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

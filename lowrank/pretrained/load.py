@@ -17,7 +17,7 @@ from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import Bind, PyTree
 from lowrank.core.weight import is_weight
 from lowrank.models import build_model
-from lowrank.pretrained import hf_files, load_tensors, quantize_config, quantized_checkpoint, upcycle
+from lowrank.pretrained import hf_context, hf_files, load_tensors, quantize_config, quantized_checkpoint, upcycle
 from lowrank.pretrained.families import FAMILIES, Config
 from lowrank.pretrained.hf_tensors import Tensor
 from lowrank.pretrained.quantize_on_load import KernelSource, KernelSources, LoadQuantizer, StoredParts
@@ -133,7 +133,10 @@ class _Conversion(NamedTuple):
         if self.upcycling:
             self.upcycling.check_options(model)
             config = self.upcycling.mixture_config(source.where, config)
-        return config_schema.replace_fields(config, model, "model")
+        config = config_schema.replace_fields(config, model, "model")
+        if not self.upcycling:
+            hf_context.extended_config(FAMILIES[source.hf_config["model_type"]], config, source.hf_config)
+        return config
 
     def tensors(self, source: CheckpointSource, config: Config) -> list[Tensor]:
         tensors = FAMILIES[source.hf_config["model_type"]].tensors(config)

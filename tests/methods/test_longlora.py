@@ -34,11 +34,18 @@ def test_so_many_times_as_many_positions_fit():
         run(model, params, tokens(1, 49))
 
 
-def test_the_adapter_brings_the_factor(tmp_path):
+LONGLORA = {"name": "longlora", "rank": 2, "group": 4}
+
+
+@pytest.mark.parametrize(
+    ("group", "options"),
+    [({**LONGLORA, "factor": 2.0}, {}), (LONGLORA, {"context": 128, "rope": "ntk"})],
+    ids=["factor", "context"],
+)
+def test_the_adapter_brings_the_context(tmp_path, group, options):
     folder = str(directory(tmp_path / "llama", {**LLAMA, "tie_word_embeddings": False}))
-    group = {"name": "longlora", "rank": 2, "group": 4, "factor": 2.0}
     method = methods.build_method(group)
-    base = pretrained.load(folder, model=method.model_options)
+    base = pretrained.load(folder, model={**options, **method.model_options})
     params, _ = adapted(base.params, group)
     mask = methods.trainable_mask(method, params)
     assert adapter_files.save(params, base, tmp_path / "out", mask=mask, method=group) == "trained leaves by name"
@@ -50,8 +57,12 @@ def test_the_adapter_brings_the_factor(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (DecoderConfig, {**GPT2, "position_factor": 2.0}, "position_factor=2.0 divides rope's positions"),
-        (EncoderConfig, {"layers": 1, "position_factor": 2.0}, "position_factor=2.0 divides rope's positions"),
+        (DecoderConfig, {**GPT2, "position_factor": 2.0}, "position_factor=2.0 stretches rope, and the model has none"),
+        (
+            EncoderConfig,
+            {"layers": 1, "position_factor": 2.0},
+            "position_factor=2.0 stretches rope, and the model has none",
+        ),
         (DecoderConfig, {**GPT2, "position_factor": 0.5}, "position_factor=0.5 is below 1"),
     ],
 )

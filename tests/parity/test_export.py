@@ -12,6 +12,7 @@ from lowrank import pretrained
 from lowrank.adapters import export
 from lowrank.adapters import peft as peft_format
 from lowrank.models import build_model
+from lowrank.models.context import STRETCHES
 from tests.support import tiny_checkpoint as tiny
 from tests.support.adapted_model import adapted
 from tests.support.close import assert_close, difference
@@ -45,6 +46,25 @@ def test_transformers_loads_a_merged_checkpoint_and_computes_the_live_logits(fol
     theirs = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     assert_close(theirs, live, relative=2e-4)
     assert difference(live, build_model(base.config).apply({"params": base.params}, TOKENS)) > 0.02
+
+
+WAYS = {name: {"rope": name} for name in STRETCHES}
+WAYS["abf"] |= {"context_theta": 5e5}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_transformers_loads_an_extended_context_and_computes_the_live_logits(folder, way, tmp_path):
+    positions = pretrained.describe(str(folder))[0].max_positions
+    base = pretrained.load(str(folder), model={**WAYS[way], "context": 4 * positions})
+    export.merge_to_hf(base.params, base, tmp_path / "merged")
+    tokens = np.arange(2 * positions, dtype=np.int32)[None] % base.config.vocab_size
+    live = build_model(base.config).apply({"params": base.params}, tokens)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    assert_close(theirs, live, relative=2e-4)
+    plain = pretrained.load(str(folder), model={"max_positions": 4 * positions})
+    assert difference(live, build_model(plain.config).apply({"params": base.params}, tokens)) > 0.02
 
 
 @pytest.mark.parametrize("name", GROUPS)

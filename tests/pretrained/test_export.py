@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from lowrank.core import sharding
 from lowrank.core.errors import UserError
 from lowrank.core.files import write_text
+from lowrank.models.context import as_own
 from lowrank.pretrained import export, load
 from tests.support import checkpoint_files as files
 from tests.support.checkpoint_files import BERT, GEMMA3, GPT2, LLAMA
@@ -53,6 +54,24 @@ def test_the_config_and_tokenizer_come_along(tmp_path, llama):
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+@pytest.mark.parametrize(
+    "options", [{"context": 128}, {"context": 128, "rope": "ntk"}, {"position_factor": 2.0}], ids=str
+)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_context_that_an_option_extends_is_the_checkpoints_own(tmp_path, name, options):
+    base = load(str(files.directory(tmp_path / "in", CONFIGS[name])), model=options)
+    again = load(str(export(base.params, base, tmp_path / "out")))
+    assert again.config == as_own(base.config)
+    assert again.config.max_length == base.config.max_length > CONFIGS[name]["max_position_embeddings"]
+
+
+def test_a_context_that_config_json_cannot_say_is_refused_as_the_model_is_read(tmp_path):
+    folder = str(files.directory(tmp_path / "in", {**LLAMA, "model_type": "phi3", "pad_token_id": 0}))
+    message = "model.context=128 by model.rope=yarn cannot be written to a phi3 config.json: choose another model.rope"
+    with pytest.raises(UserError, match=message):
+        load(folder, model={"context": 128})
 
 
 def test_what_lies_beside_the_tensors_comes_along(tmp_path):
