@@ -73,8 +73,10 @@ def encode_batch(backend: Any, texts: Sequence[str | tuple[str, str]], **how: An
         thread.join(POLL)
         # Of both clocks, as other processes may take the processor, and other threads time of this one.
         if not found and min(time.monotonic() - start[0], time.process_time() - start[1]) > allowed:
-            reads = f"the tokenizer takes more than {allowed:.0f} s for {plural(size, 'character')}"
-            raise UserError(f"{reads}, most likely by a regular expression: {str(texts[0])[:60]!r} ...")
+            text = f"{plural(size, 'character')}, from {str(texts[0])[:40]!r} on"
+            raise UserError(
+                f"the tokenizer takes more than {allowed:.0f} s for {text}, most likely by a regular expression"
+            )
     if isinstance(found[0], BaseException):
         raise found[0]
     return found[0]
