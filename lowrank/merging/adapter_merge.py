@@ -21,10 +21,11 @@ from lowrank.core.errors import UserError, unknown
 from lowrank.core.paths import PathLike, as_local_path
 from lowrank.merging import parameters
 from lowrank.merging.adapter_source import AdapterSource, same_weights, tensor_name
-from lowrank.merging.checkpoint import Checkpoint
+from lowrank.merging.checkpoint import Checkpoint, read_tensor
 from lowrank.merging.combine import RECIPE
 from lowrank.merging.factors import Factors, concatenate, recompress, truncate
 from lowrank.merging.output import check_new
+from lowrank.merging.plan import find_statistics
 from lowrank.merging.recipe import Recipe, Source
 from lowrank.merging.rule import Group, count
 
@@ -82,7 +83,7 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
             raise UserError(f"{source.model} is not of the form BASE+ADAPTER, of which adapter: needs all models to be")
         parameters.check_names({recipe.method: rule}, source.parameters, per_model=True)
     rule.check_count(recipe.method, len(sources))
-    if rule.select or rule.statistics or (rule.survey and rule.surveys(_whole(recipe))):
+    if rule.select or (rule.statistics and not rule.merge_factors) or (rule.survey and rule.surveys(_whole(recipe))):
         raise UserError(
             f"{recipe.method} with these options reads whole models: leave out adapter, and merge into the base"
         )
@@ -101,7 +102,10 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
     parameters.check_filters([*recipe.parameters, *(s.parameters for s in sources)], names)
     for path in plan.paths:
         plan.values(path)
-    if rank is None and not (rule.task_coefficients and all(adapter.has_factors for adapter in adapters)):
+    linear = rule.task_coefficients or rule.merge_factors
+    if rule.merge_factors and any(adapter.needs_kernel for adapter in adapters):
+        raise UserError(f"{recipe.method} merges the factors of LoRA adapters: leave out adapter for the others")
+    if rank is None and not (linear and all(adapter.has_factors for adapter in adapters)):
         raise UserError(
             f"{recipe.method} of these adapters has full rank: give adapter: {{rank: R}}, or merge into the base"
         )
@@ -138,6 +142,11 @@ def merge_module(plan: AdapterPlan, path: str) -> tuple[Factors, float]:
         found = [(coefficients[i], adapter.factors(path)) for i, adapter in present.items()]
         total = concatenate([(c, f) for c, f in found if f])
         return recompress(total, plan.rank) if plan.rank and plan.rank < total.rank else (total, 0.0)
+    if rule.merge_factors:
+        grams = [_gram(plan, source, path) for source in plan.sources]
+        factors = [present[i].factors(path) if i in present else None for i in range(len(plan.adapters))]
+        total = rule.merge_factors(shared, grams, factors)
+        return recompress(total, plan.rank) if plan.rank and plan.rank < total.rank else (total, 0.0)
     stored = plan.base.read(name)
     kernel = stored.T if flipped else stored
     if rule.task_coefficients:
@@ -152,6 +161,15 @@ def merge_module(plan: AdapterPlan, path: str) -> tuple[Factors, float]:
         delta = merged.T if flipped else merged
     assert plan.rank is not None
     return truncate(np.asarray(delta), min(plan.rank, *kernel.shape))
+
+
+def _gram(plan: AdapterPlan, source: Source, path: str) -> np.ndarray:
+    """The Gram matrix of a module's inputs in the statistics of an adapter."""
+    name = tensor_name(path, plan.base)
+    found = find_statistics(plan.recipe.method, source, name, plan.base.tensors[name].shape)
+    if "gram" not in found:
+        raise UserError(f"{source.statistics} lacks the Gram matrix of {name}, which an adapter targets")
+    return read_tensor(f"the Gram matrix of {name}", found["gram"], np.float64)
 
 
 def combine_adapters(recipe: Recipe, output: PathLike, *, progress: Progress = iter) -> dict[str, Any]:

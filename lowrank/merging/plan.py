@@ -14,6 +14,7 @@ from lowrank.merging.checkpoint import Checkpoint
 from lowrank.merging.model_spec import ModelSpec
 from lowrank.merging.recipe import Recipe, Slice, Source
 from lowrank.merging.rule import Rule, Values
+from lowrank.merging.rules import RULES
 from lowrank.pretrained import hf_files
 from lowrank.pretrained.tensor_reader import StoredTensor
 
@@ -207,7 +208,10 @@ def _plan_tensor(
             rule.check(shared, own)
         except UserError as e:
             raise UserError(f"{e} (for {name})") from None
-    found = tuple(_statistics(part, source, tensor, shape) for source, tensor in zip(role.sources, merged, strict=True))
+    found = tuple(
+        find_statistics(part.method, source, tensor.name, shape)
+        for source, tensor in zip(role.sources, merged, strict=True)
+    )
     requested = any(isinstance(source.statistics, dict) for source in role.sources)
     if len({tuple(statistics) for statistics in found}) > 1 and not requested:
         lacking = min(zip(found, role.sources, strict=True), key=lambda pair: len(pair[0]))[1]
@@ -223,19 +227,23 @@ def _shape_text(first: Input, shape: Any, other: Input, other_shape: Any) -> str
     return f"{sizes}, so {what}{remedy}"
 
 
-def _statistics(part: Slice, source: Source, tensor: Input, shape: tuple[int, ...]) -> Mapping[str, StoredTensor]:
-    kind = part.rule.statistics
+def find_statistics(method: str, source: Source, name: str, shape: tuple[int, ...]) -> Mapping[str, StoredTensor]:
+    """The statistics of a model's tensor, by what a rule calls them; none where they are still to be computed.
+
+    Raises UserError for a model without statistics, and for those of another shape.
+    """
+    kind = RULES[method].statistics
     if not kind:
         return {}
     if not source.statistics:
-        needed = f"{part.method} needs the statistics of {source.model}"
+        needed = f"{method} needs the statistics of {source.model}"
         raise UserError(f"{needed}: give statistics: FILE.safetensors with it, or {{data: SOURCE, rows: N}}")
     if isinstance(source.statistics, dict):
         return {}  # they are computed before the merge
     stored = _open_statistics(source.statistics)
-    if kind == "fisher" and tensor.name not in stored:
-        raise UserError(f"{source.statistics} lacks {tensor.name!r}{nearest(tensor.name, stored)}")
-    names = {kind: tensor.name, "output_gram": f"{tensor.name}.output_gram"}
+    if kind == "fisher" and name not in stored:
+        raise UserError(f"{source.statistics} lacks {name!r}{nearest(name, stored)}")
+    names = {kind: name, "output_gram": f"{name}.output_gram"}
     found = {key: stored[name] for key, name in names.items() if name in stored}
     square: list[tuple[int, ...]] = [(n, n) for n in shape]
     fits = {"fisher": [shape], "gram": square, "output_gram": square}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.core.errors import UserError, plural, unknown
+from lowrank.merging.factors import Factors
 
 PRESETS = ("mergekit", "paper", "peft")  # whose defaults the options of a rule have
 REQUIRED: Any = object()  # the default of an option that has none
@@ -77,6 +78,7 @@ class Rule:
     surveys: Callable[[Values], bool] = lambda shared: False
     check: Callable[[Values, Sequence[Values]], None] | None = None
     select: Callable[[int, Callable[[tuple[int, ...]], float]], tuple[int, ...]] | None = None
+    merge_factors: Callable[[Values, Sequence[np.ndarray], Sequence[Factors | None]], Factors] | None = None
     statistics: str = ""  # the statistics of each tensor that the rule needs; "": none
 
     def default(self, name: str, preset: str) -> Any:

@@ -188,3 +188,29 @@ def test_what_a_merge_of_updates_cannot_carry(places, tmp_path):
         with pytest.raises(UserError, match=message):
             merge({**places, "x": f"{places['base']}+{source}"}, tmp_path / "m", {"x": 1.0}, adapter={})
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_regmean_of_adapters_is_that_of_their_models(places, tmp_path, rank):
+    """The base cancels: the sum of the ranks holds the whole update, and a smaller rank its largest part."""
+    listed, grams, kernels = [], [], []
+    for seed, name in enumerate(FACTORED):
+        rows = np.random.default_rng(seed).standard_normal((40, 16)).astype(np.float32)
+        names = [key for key, x in tensors(places["base"]).items() if x.shape[-1] == 16 and x.ndim == 2]
+        save_file(dict.fromkeys(names, rows.T @ rows), tmp_path / f"{name}.safetensors")
+        listed.append({"model": places[name], "statistics": str(tmp_path / f"{name}.safetensors")})
+        grams.append(np.float64(0.9 * rows.T @ rows + 0.1 * np.diag(np.diag(rows.T @ rows))))
+        combine(recipe({}, merge_method="passthrough", models=[{"model": places[name]}]), tmp_path / name)
+        kernels.append(np.float64(tensors(tmp_path / name)[Q]))
+    group = {"rank": rank} if rank else {}
+    keys = {"merge_method": "regmean", "models": listed, "adapter": group}
+    combine_adapters(recipe({}, **keys), tmp_path / "merged")
+    found = load_file(tmp_path / "merged/adapter_model.safetensors")
+    a, b = (np.float64(found[f"base_model.model.{Q.removesuffix('.weight')}.lora_{part}.weight"]) for part in "AB")
+    exact = np.linalg.solve(sum(grams), sum(g @ k.T for g, k in zip(grams, kernels, strict=True))).T
+    exact -= np.float64(tensors(places["base"])[Q])
+    if rank:
+        u, s, v = np.linalg.svd(exact)
+        exact = u[:, :rank] * s[:rank] @ v[:rank]
+    assert a.shape[0] == (rank or 6)
+    assert_close(b @ a, exact, relative=1e-4)

@@ -11,7 +11,8 @@ import numpy as np
 import scipy.linalg
 
 from lowrank.merging.blocks import combine
-from lowrank.merging.rule import Group, Option, Rule, share
+from lowrank.merging.factors import Factors
+from lowrank.merging.rule import Group, Option, Rule, Values, share
 
 
 def shrink(gram: np.ndarray, alpha: float) -> np.ndarray:
@@ -47,4 +48,23 @@ def _merge(group: Group) -> np.ndarray:
     return merged.T if flipped else merged
 
 
-REGMEAN = Rule(merge=_merge, options={"alpha": Option(share, 0.9)}, least=2, statistics="gram")
+def merge_factors(shared: Values, grams: Sequence[np.ndarray], updates: Sequence[Factors | None]) -> Factors:
+    """The merged update of adapters, whose rank is the sum of theirs; None stands for an update of zero.
+
+    The base's kernel cancels, so that only the factors A are solved for.
+    """
+    shrunk = [shrink(g, shared["alpha"]) for g in grams]
+    total, n = np.sum(shrunk, axis=0), len(grams)
+    present = [(g, f) for g, f in zip(shrunk, updates, strict=True) if f is not None]
+    right = np.concatenate([g @ f.a - total @ f.a / n for g, f in present], axis=1)
+    mean = np.concatenate([f.a / n for _, f in present], axis=1)
+    return Factors(mean + solve(total, right), np.concatenate([f.b for _, f in present], axis=0))
+
+
+REGMEAN = Rule(
+    merge=_merge,
+    options={"alpha": Option(share, 0.9)},
+    least=2,
+    statistics="gram",
+    merge_factors=merge_factors,
+)
