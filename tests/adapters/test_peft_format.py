@@ -182,6 +182,23 @@ def test_a_classifier_brings_its_head_along_and_says_how_many_labels_it_has(tmp_
 Q = f"{PREFIX}model.layers.0.self_attn.q_proj"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_alpha": {}}, "lora_alpha is {}: it must be a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000.*: it must be a number"),
+        ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [[], 1, 1, 1]}}, "must be a list of 4 bools"),
+    ],
+)
+def test_numbers_of_adalora_are_numbers(base, trees, tmp_path, change, message):
+    params, trained = trees("adalora")
+    peft.save(params, base, tmp_path, trained=trained, method=GROUPS["adalora"])
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        peft.load(tmp_path, base.params, base)
+
+
 def renamed(tensors, old, new):
     return {new if k == old else k: x for k, x in tensors.items()}
 

@@ -64,6 +64,13 @@ def saved(base, tmp_path_factory):
             {"boft_n_butterfly_factor": 4},
             "block size 4 and boft_n_butterfly_factor=4 do not divide 16 inputs",
         ),
+        ("boft", {"boft_n_butterfly_factor": 2**64}, "boft_n_butterfly_factor=18446744073709551616 do not divide"),
+        ("boft", {"boft_block_num": 10**9, "boft_block_size": 0}, "block size 0 and .* do not divide"),
+        (
+            "oft",
+            {"use_cayley_neumann": True, "peft_version": "0.21.2", "num_cayley_neumann_terms": {}},
+            "num_cayley_neumann_terms is {}: it must be a whole number",
+        ),
         ("boft", {"boft_block_num": 4}, "needs one of boft_block_size and boft_block_num"),
     ],
 )

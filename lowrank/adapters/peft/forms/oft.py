@@ -121,7 +121,8 @@ def _boft_settings(config: Mapping[str, Any], path: str) -> Settings:
 def _boft_shape(n_in: int, n_out: int, s: Settings) -> tuple[int, ...]:
     del n_out
     b, factors = s["block"] or n_in // s["count"], s["factors"]
-    if not isinstance(factors, int) or factors < 1 or n_in % (b * 2 ** (factors - 1)) or (factors > 1 and b % 2):
+    possible = isinstance(factors, int) and 1 <= factors <= n_in.bit_length() and b > 0
+    if not possible or n_in % (b * 2 ** (factors - 1)) or (factors > 1 and b % 2):
         raise UserError(f"block size {b} and boft_n_butterfly_factor={factors} do not divide {plural(n_in, 'input')}")
     return (factors, n_in // b, b, b)
 
