@@ -3,7 +3,8 @@
     python -m experiments.objectives.pairs pairs
     python -m launch.main --config=configs/dpo.py --workdir=runs/dpo --config.data.source=jsonl:pairs
 
-On two cores that other work shared, the loss falls from 0.693 at step 2 to 0.593 at step 4.
+On two cores that much other work shared, 20 min: the loss of a step's pairs falls from 0.693 at the start to 0.432 at
+step 6, 0.321 at step 10 and 0.163 at step 16.
 
 `--config.objective.loss=ipo` is another loss of `lowrank.objectives.preference_losses`, and its options are keys of the
 same group, such as `--config.objective.beta=0.5`. Your own records have `prompt`, `chosen` and `rejected`, as text or
