@@ -13,6 +13,7 @@ from lowrank.core.typing import HostArrays, Tokenizer
 from lowrank.data import mixture
 from lowrank.data.concatenation import Concatenation
 from lowrank.data.config import DataConfig
+from lowrank.data.infill import build_infill
 from lowrank.data.language import LANGUAGE
 from lowrank.data.row_format import RECORD, EncodedSequence, Encoder, RowFormat
 from lowrank.data.sources import Source
@@ -30,11 +31,16 @@ class Examples:
 
     def __init__(self, config: DataConfig, row_format: RowFormat, tokenizer: Tokenizer) -> None:
         """Reads the sources and checks every record. Raises UserError naming a record that cannot be used."""
+        self._infill, self._seed = build_infill(config.infill, tokenizer, config.seq_len), config.seed
         parts = mixture.open_parts(config.source, config.split, config.data_dir)
         self.source = mixture.join([part.source for part in parts])
         self.weights = [part.weight for part in parts if part.weight is not None]
         self._sources = mixture.members(self.source)
         self.encoders = [row_format.encoder(config, tokenizer, source) for source in self._sources]
+        if self._infill and not (row_format is LANGUAGE and all(encoder.document for encoder in self.encoders)):
+            raise UserError(
+                "data.infill moves the middle of documents: leave it out, or set a data.template of one text"
+            )
         sizes = [min(len(source), config.max_examples or len(source)) for source in self._sources]
         self.ranges = [range(end - size, end) for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
         self._places = Concatenation(sizes)
@@ -56,9 +62,11 @@ class Examples:
     def __len__(self) -> int:
         return self.size
 
-    def sequences(self, i: int) -> list[EncodedSequence]:
-        """The sequences of record `i`. Raises UserError naming the record when it cannot be used."""
+    def sequences(self, i: int, epoch: int = 0) -> list[EncodedSequence]:
+        """The sequences of record `i` in an epoch. Raises UserError naming the record when it cannot be used."""
         found = self._encoded(i)[0]
+        if self._infill:
+            found = [self._infill(dict(s), (self._seed, epoch, i, k)) for k, s in enumerate(map(_only, found))]
         return [_numbered(sequence, i) for sequence in found] if self._numbered else found
 
     @property
@@ -144,6 +152,8 @@ class Examples:
                 self.dropped[i] = str(e)
                 return [], False
             raise
+        for sequence in found if self._infill else ():
+            self._infill.check(_only(sequence), where)
         if cut and self._too_long == "error":
             raise TooLong(f"{where}: longer than data.seq_len, and data.too_long=error: raise it, or set cut or drop")
         if cut and self._too_long == "drop":
@@ -158,6 +168,12 @@ _Encoded = tuple[list[EncodedSequence], bool]  # the sequences of a record, and 
 def members_of(sequence: EncodedSequence) -> tuple[HostArrays, ...]:
     """The sequences that make up one row."""
     return sequence if isinstance(sequence, tuple) else (sequence,)
+
+
+def _only(sequence: EncodedSequence) -> HostArrays:
+    """The one member of a row."""
+    (member,) = members_of(sequence)
+    return member
 
 
 def _numbered(sequence: EncodedSequence, record: int) -> EncodedSequence:

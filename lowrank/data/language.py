@@ -13,6 +13,7 @@ import numpy as np
 
 from lowrank.core.errors import UserError
 from lowrank.core.typing import HostArrays, Tokenizer
+from lowrank.data import infill
 from lowrank.data.config import DataConfig
 from lowrank.data.encode import Ids, encode_pieces, fit
 from lowrank.data.render import Piece, Renderer, build_renderer
@@ -139,7 +140,8 @@ class LanguageEncoder:
 def language_encoder(config: DataConfig, tokenizer: Tokenizer, source: Source) -> LanguageEncoder:
     """The encoder of a config. Raises UserError for a template that does not fit the source."""
     renderer = build_renderer(config, config.template, tokenizer, source)
-    return LanguageEncoder(renderer, tokenizer, config.seq_len, config.prompt_loss_weight)
+    added = infill.ADDED if config.infill is not None else 0  # the tokens that a sequence gains
+    return LanguageEncoder(renderer, tokenizer, config.seq_len - added, config.prompt_loss_weight)
 
 
 LANGUAGE = RowFormat(

@@ -33,8 +33,9 @@ from lowrank.data.row_format import EncodedSequence, RowFormat
 class _Sequences(FlatMapTransform):
     examples: Examples
 
-    def flat_map(self, index: int) -> list[EncodedSequence]:
-        return self.examples.sequences(index)
+    def flat_map(self, place: tuple[int, int]) -> list[EncodedSequence]:
+        epoch, index = place
+        return self.examples.sequences(index, epoch)
 
 
 def make_loader(
@@ -120,7 +121,7 @@ def _ordered(config: DataConfig, examples: Examples, indices: Sequence[int], see
     order = grain.MapDataset.source(indices)
     if config.shuffle:
         order = order.shuffle(seed)  # in another order in each epoch
-    order = order.repeat(config.epochs or None)
+    order = order.repeat(config.epochs or None).map_with_index(lambda n, i: (n // len(indices), i))
     read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # one thread reads ahead, behind the batches
     return FlatMapIterDataset(order.to_iter_dataset(read), _Sequences(examples))
 
@@ -130,7 +131,10 @@ def _identity(config: DataConfig, row_format: RowFormat, examples: Examples) -> 
     settings = {"objective": row_format.name} | dataclasses.asdict(config)
     unused = () if config.holdout else ("holdout", "holdout_batches")
     unused += ("too_long",) if config.too_long == "cut" else ()
+    unused += ("infill",) if config.infill is None else ()
     for free in ("data_dir", "prefetch", "source", "labels", *unused):
         settings.pop(free)
     settings |= {"weights": examples.weights} if examples.weights else {}
+    if config.infill is not None:  # as JSON gives it back
+        settings["infill"] = {k: list(v) if isinstance(v, tuple) else v for k, v in config.infill.items()}
     return settings | {"labels": list(examples.labels), "records": examples.source.identity}

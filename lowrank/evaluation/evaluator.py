@@ -59,7 +59,7 @@ class Evaluator:
         data that cannot be read, and for texts that the objective does not generate.
         """
         once = {"epochs": 1, "shuffle": False, "prefetch": 0, "holdout": 0.0}
-        held_out = dataclasses.replace(train, split=config.split, max_examples=config.max_examples, **once)
+        held_out = dataclasses.replace(train, split=config.split, max_examples=config.max_examples, infill=None, **once)
         self.config, self._objective, self._tokenizer = config, objective, tokenizer
         self._network, self._bind, self._mesh, self._chunk_tokens = network, bind, mesh, chunk_tokens
         self._loader = data.make_loader(held_out, tokenizer, row_format=objective.row_format)
