@@ -144,13 +144,13 @@ def _cell(row: Mapping[str, str], key: str) -> str:
 def conclusion(rows: Sequence[Mapping[str, str]]) -> str:
     """Which rungs bring form, and which bring facts."""
     parts = []
-    for key, what in (("json", "form"), ("fact", "facts")):
+    for key, what in (("json", "form comes"), ("fact", "facts come")):
         better = [
             row["rung"]
             for row in rows[1:]
             if not is_tied(as_number(row[f"{key}_p_holm"])) and row[f"{key}_minus"][0] != "-"
         ]
-        parts.append(f"{what} {'come with ' + ', '.join(better) if better else 'not decided'}")
+        parts.append(f"{what} with {', '.join(better)}" if better else f"{what.split()[0]} not decided")
     return f"Compared with a bare prompt: {'; '.join(parts)}."
 
 
