@@ -162,6 +162,8 @@ def check_scaling(s: RopeScaling, width: int, theta: float) -> None:
     wrong = {
         "a factor below 1": "factor" in read and not 1 <= s.factor < math.inf,
         "original positions below 2": "original_positions" in read and not 2 <= s.original_positions < math.inf,
+        "a context beyond the positions of 32 bits": KINDS[s.kind].tells_context
+        and not s.factor * s.original_positions < 2**31,
         f"a high frequency factor of {s.high}, not above the low one of {s.low}": "high" in read
         and not 0 < s.low < s.high,
         f"a beta_fast of {s.beta_fast}, below its beta_slow of {s.beta_slow}": "beta_fast" in read

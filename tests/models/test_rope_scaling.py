@@ -79,6 +79,7 @@ def test_the_factor_of_attention_multiplies_logits_by_its_square_at_every_length
         (RopeScaling("yarn", 4.0, beta_fast=1.0, beta_slow=2.0), "'yarn' has a beta_fast of 1.0, below its beta_slow"),
         (RopeScaling("yarn", 4.0, attention_factor=0.0), "'yarn' has an attention factor of 0.0, not above 0"),
         (RopeScaling("yarn", 4.0, original_positions=0), "'yarn' has original positions below 2"),
+        (RopeScaling("yarn", 1e30, original_positions=1e300), "'yarn' has a context beyond the positions of 32 bits"),
         (RopeScaling("llama3", 8.0, low=4.0, high=4.0), "'llama3' has a high frequency factor of 4.0, not above"),
         (RopeScaling("longrope", short=(1.0,) * 3, long=(1.0,)), "'longrope' has 1 factor in its long list, and rope"),
         (
