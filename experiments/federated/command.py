@@ -9,7 +9,6 @@ Each row and seed is a file of its scores after every round. The same command co
 runs none of them twice.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from experiments import tables
 from experiments.federated import clients, rounds, table
 from experiments.federated.rounds import ROWS, Row
+from experiments.protocol.command import parse_folders
 from launch import command
 from lowrank import pretrained
 from lowrank.core.errors import UserError, unknown
@@ -57,10 +57,10 @@ SIZES = {
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     try:
-        options = _parse(argv)
+        options = parse_folders(NAME, __doc__, argv)
         if options.size not in SIZES:
             raise unknown("size", options.size, SIZES)
-        size, folder, results = SIZES[options.size], Path(options.folder), Path(options.results)
+        size, folder, results = SIZES[options.size], options.folder, options.results
         if options.workers:
             run(size, folder)
         table.write_tables(folder, results, size.seeds)
@@ -70,19 +70,6 @@ def main(argv: Sequence[str]) -> int:
     except (OSError, UserError) as e:
         return command.print_error(e)
     return 0
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = command.Parser(f"experiments.{NAME}", __doc__)
-    parser.add_argument("--size", default="small", help=argparse.SUPPRESS)
-    parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
-    for flag in ("--folder", "--results"):
-        parser.add_argument(flag, default="", help=argparse.SUPPRESS)
-    options = parser.parse_args(list(argv))
-    options.folder = options.folder or f"runs/{NAME}/{options.size}"
-    committed = Path(__file__).parent / "results"
-    options.results = options.results or str(committed if options.size == "small" else Path(options.folder) / "results")
-    return options
 
 
 def run(size: Size, folder: Path) -> None:

@@ -10,7 +10,6 @@ the committed results, the README's. The same command continues a study that was
 one, or the scores of a model are not computed again while their file exists.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from experiments import tables
 from experiments.merging import experts, sizes, soups, table, tasks, world
 from experiments.merging.sizes import Size
 from experiments.merging.world import World
+from experiments.protocol.command import parse_folders
 from launch import command
 from lowrank.core.errors import UserError
 from lowrank.core.files import write_json
@@ -33,30 +33,18 @@ Cell = tuple[str, Callable[[World], Any]]  # the name of a file of numbers, and 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     try:
-        options = _parse(argv)
-        folder, results = Path(options.folder), Path(options.results)
+        options = parse_folders(NAME, __doc__, argv)
+        folder, results = options.folder, options.results
         size = sizes.get_size(options.size)
         if options.workers:
             run(size, folder)
         table.write_tables(size, folder, results)
-        if results == sizes.results_folder("small"):
+        if results == Path(__file__).parent / "results":
             tables.rewrite(Path(__file__).parent / "README.md")
         print(table.markdown(results))
     except (OSError, UserError) as e:
         return command.print_error(e)
     return 0
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = command.Parser(f"experiments.{NAME}", __doc__)
-    parser.add_argument("--size", default="small", help=argparse.SUPPRESS)
-    parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
-    for flag in ("--folder", "--results"):
-        parser.add_argument(flag, default="", help=argparse.SUPPRESS)
-    options = parser.parse_args(list(argv))
-    options.folder = options.folder or f"runs/{NAME}/{options.size}"
-    options.results = options.results or str(sizes.results_folder(options.size))
-    return options
 
 
 def run(size: Size, folder: Path) -> None:

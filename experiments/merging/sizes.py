@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from experiments.protocol import models
@@ -86,8 +85,3 @@ def get_size(name: str) -> Size:
     if name not in SIZES:
         raise unknown("size", name, SIZES)
     return SIZES[name] if SIZES[name].model else dataclasses.replace(SIZES[name], model=first_block())
-
-
-def results_folder(size: str) -> Path:
-    """Where the tables of a size go: beside the study for `small`, else in `runs/`."""
-    return Path(__file__).parent / "results" if size == "small" else Path("runs/merging") / size / "results"
