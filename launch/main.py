@@ -16,7 +16,7 @@ from ml_collections.config_flags import config_flags
 
 from launch import command, processes
 from lowrank.core import config_file
-from lowrank.core.compilation_cache import keep_programs
+from lowrank.core.compilation_cache import FOLDER, keep_programs
 from lowrank.core.errors import InUse, UserError
 from lowrank.core.exit_codes import STOPPED
 from lowrank.core.paths import expand
@@ -29,7 +29,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, logs, report and adapter.")
 
 _PROGRAMS = flags.DEFINE_string(
-    "programs", "~/.cache/lowrank/programs", "The folder of compiled programs; empty: each run compiles its own."
+    "programs", FOLDER, "The folder of compiled programs; empty: each run compiles its own."
 )
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "The number of steps to trace, after the first one, into WORKDIR/profile, which xprof opens."

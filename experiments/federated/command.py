@@ -22,6 +22,7 @@ from experiments.federated.rounds import ROWS, Row
 from experiments.protocol.command import parse_folders
 from launch import command
 from lowrank import pretrained
+from lowrank.core.compilation_cache import keep_programs
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.files import write_json
 from lowrank.data.bbc_news import LABELS
@@ -62,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
             raise unknown("size", options.size, SIZES)
         size, folder, results = SIZES[options.size], options.folder, options.results
         if options.workers:
+            keep_programs()
             run(size, folder)
         table.write_tables(folder, results, size.seeds)
         if results == Path(__file__).parent / "results":

@@ -22,6 +22,7 @@ from experiments.merging.sizes import Size
 from experiments.merging.world import World
 from experiments.protocol.command import parse_folders
 from launch import command
+from lowrank.core.compilation_cache import keep_programs
 from lowrank.core.errors import UserError
 from lowrank.core.files import write_json
 from lowrank.merging.rules import RULES
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
         folder, results = options.folder, options.results
         size = sizes.get_size(options.size)
         if options.workers:
+            keep_programs()
             run(size, folder)
         table.write_tables(size, folder, results)
         if results == Path(__file__).parent / "results":

@@ -7,8 +7,10 @@ import jax
 
 from lowrank.core.processor import processor_name
 
+FOLDER = "~/.cache/lowrank/programs"
 
-def keep_programs(folder: str | Path) -> None:
+
+def keep_programs(folder: str | Path = FOLDER) -> None:
     """Keeps every program that this process compiles in `folder`, and takes from there what is compiled already.
 
     The programs lie in a subfolder for this processor: code for another one may use instructions that it lacks.
