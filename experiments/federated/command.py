@@ -16,14 +16,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import tables
 from experiments.federated import clients, rounds, table
 from experiments.federated.rounds import ROWS, Row
-from experiments.protocol.command import parse_folders
-from launch import command
+from experiments.protocol import plain_command
 from lowrank import pretrained
-from lowrank.core.compilation_cache import keep_programs
-from lowrank.core.errors import UserError, unknown
+from lowrank.core.errors import unknown
 from lowrank.core.files import write_json
 from lowrank.data.bbc_news import LABELS
 from lowrank.evaluation import evaluate
@@ -57,21 +54,19 @@ SIZES = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    try:
-        options = parse_folders(NAME, __doc__, argv)
-        if options.size not in SIZES:
-            raise unknown("size", options.size, SIZES)
-        size, folder, results = SIZES[options.size], options.folder, options.results
-        if options.workers:
-            keep_programs()
-            run(size, folder)
-        table.write_tables(folder, results, size.seeds)
-        if results == Path(__file__).parent / "results":
-            tables.rewrite(Path(__file__).parent / "README.md")
-        print(table.markdown(results))
-    except (OSError, UserError) as e:
-        return command.print_error(e)
-    return 0
+    parts = (get_size, run, _write, table.markdown)
+    return plain_command.main(NAME, __doc__, argv, *parts)
+
+
+def get_size(name: str) -> Size:
+    """The size of a name. Raises UserError for another one."""
+    if name not in SIZES:
+        raise unknown("size", name, SIZES)
+    return SIZES[name]
+
+
+def _write(size: Size, folder: Path, results: Path) -> None:
+    table.write_tables(folder, results, size.seeds)
 
 
 def run(size: Size, folder: Path) -> None:

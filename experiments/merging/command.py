@@ -16,14 +16,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import tables
 from experiments.merging import experts, sizes, soups, table, tasks, world
 from experiments.merging.sizes import Size
 from experiments.merging.world import World
-from experiments.protocol.command import parse_folders
-from launch import command
-from lowrank.core.compilation_cache import keep_programs
-from lowrank.core.errors import UserError
+from experiments.protocol import plain_command
 from lowrank.core.files import write_json
 from lowrank.merging.rules import RULES
 
@@ -33,20 +29,8 @@ Cell = tuple[str, Callable[[World], Any]]  # the name of a file of numbers, and 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    try:
-        options = parse_folders(NAME, __doc__, argv)
-        folder, results = options.folder, options.results
-        size = sizes.get_size(options.size)
-        if options.workers:
-            keep_programs()
-            run(size, folder)
-        table.write_tables(size, folder, results)
-        if results == Path(__file__).parent / "results":
-            tables.rewrite(Path(__file__).parent / "README.md")
-        print(table.markdown(results))
-    except (OSError, UserError) as e:
-        return command.print_error(e)
-    return 0
+    parts = (sizes.get_size, run, table.write_tables, table.markdown)
+    return plain_command.main(NAME, __doc__, argv, *parts)
 
 
 def run(size: Size, folder: Path) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import tables
-from experiments.protocol.experiment import FINAL, PHASES, PLOT_FILE, RATES, ROOT, Experiment
+from experiments.protocol.experiment import FINAL, PHASES, PLOT_FILE, RATES, Experiment
 from experiments.protocol.measures import read_measured
 from experiments.protocol.plot import plot_rows
 from experiments.protocol.rates import write_rates
@@ -54,20 +54,6 @@ def parse(name: str, text: str, argv: Sequence[str], *flags: str) -> tuple[argpa
     for flag in ("--folder", "--results", *flags):
         parser.add_argument(flag, default="", help=argparse.SUPPRESS)
     return parser.parse_with_changes(argv)
-
-
-def parse_folders(name: str, text: str, argv: Sequence[str]) -> argparse.Namespace:
-    """The options of a study without configs, whose folders are filled in: `folder` and `results`, both paths.
-
-    Raises UserError for a change of a config.
-    """
-    options, changes = parse(name, text, argv)
-    if changes:
-        raise UserError(f"{changes[0]}: this study has no config")
-    options.folder = Path(options.folder or f"runs/{name}/{options.size}")
-    committed = ROOT / name / "results" if options.size == "small" else options.folder / "results"
-    options.results = Path(options.results or committed)
-    return options
 
 
 def _run_phase(
