@@ -22,7 +22,7 @@ from experiments.protocol import table as study_table
 from experiments.protocol.marks import earlier_mark, same_mark
 from lowrank.core.files import write_text
 from lowrank.memory.report import format_bytes
-from lowrank.sweeps.tables import format_mean
+from lowrank.sweeps.tables import format_mean, markdown_table
 
 ROOT = Path(__file__).parents[1]
 READMES = sorted((ROOT / "experiments").glob("*/README.md"))
@@ -72,8 +72,7 @@ def bench_ratios() -> str:
         [f"{TITLES[case.method]} {case.precision}", *(_step_ratio(r.get(case.name)) for r in by_processor.values())]
         for case in CASES
     ]
-    lines = [["peft / ours", *by_processor], ["---", *["---:"] * len(by_processor)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(["peft / ours", *by_processor], rows)
 
 
 def _step_ratio(r: dict[str, Any] | None) -> str:

@@ -1,7 +1,6 @@
 """The tables of the study: accuracy after the last round, and the gap of every round."""
 
 import math
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from experiments.protocol.experiment import PLOT_FILE, TABLE_FILE
 from experiments.protocol.table import NOT_RUN, as_number, read_rows
 from lowrank.core.errors import UserError
 from lowrank.core.files import read_json, write_bytes
-from lowrank.sweeps.statistics import holm, interval, is_tied, paired_difference
+from lowrank.sweeps.statistics import holm, is_tied, paired_difference
 from lowrank.sweeps.tables import BASELINE as NO_DIFFERENCE
-from lowrank.sweeps.tables import SAME, format_mean, write_csv
+from lowrank.sweeps.tables import SAME, format_mean, markdown_table, mean_columns, write_csv
 
 BASELINE, ROUNDS_FILE = "FedIT", "rounds.csv"
 
@@ -37,25 +36,21 @@ def write_tables(folder: Path, results: Path, seeds: int) -> None:
     differences = {name: paired_difference(of, last[BASELINE]) for name, of in last.items()}
     adjusted = holm([math.nan if name == BASELINE else of.p for name, of in differences.items()])
     lines = [
-        {"row": name, "seeds": len(last[name]), **_statistics("accuracy", list(last[name].values()))}
-        | _statistics("gap", [of["gap"][-1] for of in found[name].values()])
+        {"row": name, "seeds": len(last[name]), **mean_columns("accuracy", list(last[name].values()))}
+        | mean_columns("gap", [of["gap"][-1] for of in found[name].values()])
         | {"minus_fedit": differences[name].mean, "minus_ci95": differences[name].half, "p_holm": p}
         for name, p in zip(found, adjusted, strict=True)
     ]
     write_csv(results / TABLE_FILE, list(lines[0]), lines)
     rounds = [
         {"row": name, "round": i + 1, "seeds": len(runs)}
-        | _statistics("accuracy", [of["accuracy"][i] for of in runs.values()])
-        | _statistics("gap", [of["gap"][i] for of in runs.values()])
+        | mean_columns("accuracy", [of["accuracy"][i] for of in runs.values()])
+        | mean_columns("gap", [of["gap"][i] for of in runs.values()])
         for name, runs in found.items()
         for i in range(len(runs[0]["gap"]))
     ]
     write_csv(results / ROUNDS_FILE, list(rounds[0]), rounds)
     write_bytes(results / PLOT_FILE, _plot(results))
-
-
-def _statistics(name: str, values: list[float]) -> dict[str, float]:
-    return {f"{name}_mean": statistics.fmean(values), f"{name}_ci95": interval(values)}
 
 
 def _plot(results: Path) -> bytes:
@@ -80,9 +75,7 @@ def markdown(results: Path) -> str:
         return NOT_RUN
     rows = read_rows(results / TABLE_FILE)
     head = ["row", "seeds", "accuracy", f"minus {BASELINE}", "gap of the last round"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *(_cells(row) for row in rows)]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{text}\n\n**{conclusion(rows)}**"
+    return f"{markdown_table(head, map(_cells, rows))}\n\n**{conclusion(rows)}**"
 
 
 def _cells(row: Mapping[str, str]) -> list[str]:

@@ -13,7 +13,7 @@ from experiments.protocol.table import NOT_RUN, read_rows
 from lowrank.core.files import write_bytes
 from lowrank.core.paths import AnyPath, exists
 from lowrank.sweeps.statistics import holm, interval, is_tied, paired_difference
-from lowrank.sweeps.tables import BASELINE, SAME, write_csv
+from lowrank.sweeps.tables import BASELINE, SAME, markdown_table, write_csv
 
 SOURCE = "arXiv:2012.13255, Table 1, MRPC"
 FIELDS = ("d90", "low", "high")
@@ -78,8 +78,7 @@ def markdown(results: AnyPath) -> str:
     rows = read_rows(results / TABLE_FILE)
     labels = list(rows[0])[:3]
     head = [*labels, "seeds", "full tuning", "d90 by seed", "d90", "ratio to the first", f"{SOURCE}: d90"]
-    lines = [head, [*["---"] * 3, *["---:"] * (len(head) - 3)], *(_cells(row, i) for i, row in enumerate(rows))]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = markdown_table(head, [_cells(row, i) for i, row in enumerate(rows)], 3)
     note = (
         f"d90 is the smallest dimension that reaches {SHARE:.0%} of the accuracy of full tuning, as the geometric mean "
         "over the seeds with the 95 % interval of the mean of its logarithm (Student's t). Every seed searches on its "

@@ -24,8 +24,8 @@ from lowrank.core.paths import AnyPath
 from lowrank.data import templates
 from lowrank.generation import generate
 from lowrank.sweeps.folder import StudyFolder
-from lowrank.sweeps.statistics import holm, interval, is_tied, sign_test
-from lowrank.sweeps.tables import SAME, format_mean, write_csv
+from lowrank.sweeps.statistics import holm, is_tied, sign_test
+from lowrank.sweeps.tables import SAME, format_mean, markdown_table, mean_columns, write_csv
 from lowrank.training.loop import ADAPTER
 
 ASK = 'Fill the gap ____ in the news. Answer with JSON of one key, "answer", and nothing else.\n\n'
@@ -112,7 +112,7 @@ def ladder_rows(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict
         tests = [sign_test(of, by_item[0]) for of in by_item]
         for line, of, p in zip(lines, by_item, holm(tests), strict=True):
             values = list(of.values())
-            line |= {f"{key}_mean": statistics.fmean(values), f"{key}_ci95": interval(values)}
+            line |= mean_columns(key, values)
             line |= {
                 f"{key}_minus": statistics.fmean(values) - statistics.fmean(by_item[0].values()),
                 f"{key}_p_holm": p,
@@ -125,9 +125,8 @@ def more(experiment: Experiment, folder: Path) -> str:
     if not (folder / LADDER_FILE).exists():
         return ""
     rows = read_rows(folder / LADDER_FILE)
-    lines = [["rung", "questions", *SCORES.values()], ["---", *["---:"] * (1 + len(SCORES))]]
-    lines += [[row["rung"], row["questions"], *(_cell(row, key) for key in SCORES)] for row in rows]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [[row["rung"], row["questions"], *(_cell(row, key) for key in SCORES)] for row in rows]
+    table = markdown_table(["rung", "questions", *SCORES.values()], lines)
     note = (
         "± is half of Student's 95 % interval over the questions; a trained rung's score of a question is the mean "
         f"over its seeds. {SAME} marks a score that the questions cannot tell from the prompt's (exact sign test "

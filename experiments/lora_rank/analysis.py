@@ -18,7 +18,7 @@ from lowrank.core.paths import AnyPath
 from lowrank.core.weight import materialize
 from lowrank.sweeps.folder import StudyFolder
 from lowrank.sweeps.statistics import interval
-from lowrank.sweeps.tables import format_mean, write_csv
+from lowrank.sweeps.tables import format_mean, markdown_table, write_csv
 from lowrank.training.loop import ADAPTER
 
 KERNELS = ("q", "v")
@@ -117,14 +117,12 @@ def amplification_table(experiment: Experiment, results: Path) -> str:
     del experiment
     norms = (f"W in {where}" for where in ("directions of ΔW", "directions of W", "random directions"))
     head = ["kernel", "rank", "W", "ΔW", *norms, "factor"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], PRINTED]
+    lines: list[Sequence[str]] = [PRINTED]
     for row in read_rows(results / AMPLIFICATIONS):
         factor = format_mean(as_number(row["factor"]), as_number(row["factor_ci95"]))
         figures = (f"{float(row[name]):.3g}" for name in Amplification._fields)
         lines.append([f"MiniLM's {row['kernel']}", row["rank"], *figures, factor])
-    return "Frobenius norms in the middle layer, means over the seeds:\n\n" + "\n".join(
-        "| " + " | ".join(line) + " |" for line in lines
-    )
+    return f"Frobenius norms in the middle layer, means over the seeds:\n\n{markdown_table(head, lines)}"
 
 
 def plot(lines: Sequence[Mapping[str, Any]]) -> bytes:

@@ -13,9 +13,9 @@ from experiments.protocol.experiment import PLOT_FILE, TABLE_FILE
 from experiments.protocol.table import NOT_RUN, as_number, read_rows
 from lowrank.core.errors import UserError
 from lowrank.core.files import read_json, write_bytes
-from lowrank.sweeps.statistics import Difference, holm, interval, is_tied, paired_difference
+from lowrank.sweeps.statistics import Difference, holm, is_tied, paired_difference
 from lowrank.sweeps.tables import BASELINE as NO_DIFFERENCE
-from lowrank.sweeps.tables import SAME, format_mean, write_csv
+from lowrank.sweeps.tables import SAME, format_mean, markdown_table, mean_columns, write_csv
 
 SOUPS_FILE, NEGATION_FILE = "soups.csv", "negation.csv"
 EXPERTS, OTHERS = "own expert", ("joint", "ensemble")
@@ -64,11 +64,10 @@ def _line(name: str, of: Scores, base: Mapping[str, float], own: Scores) -> dict
     rise = [math.exp(nll[tasks.ELSEWHERE]) - math.exp(base[tasks.ELSEWHERE]) for nll in of.values()]
     numbers = {task: [nll[task] for nll in of.values()] for task in tasks.TASKS}
     numbers |= {"share": list(_shares(of, base, own).values()), "rise": rise}
-    return {**label, "seeds": len(of)} | {
-        f"{key}_{part}": value
-        for key, values in numbers.items()
-        for part, value in (("mean", statistics.fmean(values)), ("ci95", interval(values)))
-    }
+    line: dict[str, Any] = {**label, "seeds": len(of)}
+    for key, values in numbers.items():
+        line |= mean_columns(key, values)
+    return line
 
 
 def _add_differences(lines: Sequence[dict[str, Any]], shares: Mapping[str, Mapping[int, float]]) -> None:
@@ -100,7 +99,7 @@ def _negation_line(name: str, removed: str, kept: Sequence[str], of: Scores) -> 
     }
     line: dict[str, Any] = {"model": name, "seeds": len(of)}
     for key, values in numbers.items():
-        line |= {f"{key}_mean": statistics.fmean(values), f"{key}_ci95": interval(values)}
+        line |= mean_columns(key, values)
     return line
 
 
@@ -132,19 +131,16 @@ def markdown(results: Path) -> str:
         return NOT_RUN
     rows, soups, negation = (read_rows(results / file) for file in (TABLE_FILE, SOUPS_FILE, NEGATION_FILE))
     head = ["model", "density", "seeds", *tasks.TASKS, "share of the gains", "minus the mean", "rise elsewhere"]
-    merged = _to_table(head, [_cells(row) for row in rows])
+    merged = markdown_table(head, [_cells(row) for row in rows])
     numbers = ("removed", "kept", "elsewhere")
     columns = ["model", "seeds", "removed task", "other tasks", "perplexity elsewhere"]
-    removed = _to_table(columns, [[r["model"], r["seeds"], *(_mean(r, key) for key in numbers)] for r in negation])
+    removed = markdown_table(columns, [[r["model"], r["seeds"], *(_mean(r, key) for key in numbers)] for r in negation])
     parts = ("mean_run", "best", "uniform", "greedy")
     columns = ["task", "seeds", "mean run", "best run by validation", "uniform soup", "greedy soup", "its members"]
     found = [[r["task"], r["seeds"], *(f"{float(r[part]):.3f}" for part in parts), r["members"]] for r in soups]
-    return "\n\n".join([merged, f"**{conclusion(rows)}**", removed, _to_table(columns, found), soup_conclusion(soups)])
-
-
-def _to_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+    return "\n\n".join(
+        [merged, f"**{conclusion(rows)}**", removed, markdown_table(columns, found), soup_conclusion(soups)]
+    )
 
 
 def _mean(row: Mapping[str, str], key: str) -> str:

@@ -20,7 +20,7 @@ from experiments.protocol.row_by_row import Runs
 from experiments.protocol.table import EDGE, as_number, compare, conclusion, read_rows
 from lowrank.core.files import write_bytes, write_text
 from lowrank.sweeps.statistics import interval
-from lowrank.sweeps.tables import SAME, format_mean, write_csv
+from lowrank.sweeps.tables import SAME, format_mean, markdown_table, mean_columns, write_csv
 
 COLUMNS = ("method", "family", "task", "seeds", "score_mean", "score_ci95", "trained_params", "step_s", "peak_mb")
 COLUMNS += ("adapter_kb", "forgetting", "minus_lora_mean", "minus_lora_ci95", "p_holm", "minus_lora_articles_ci95")
@@ -86,8 +86,7 @@ def _measured_row(runs: Runs, row: Row, lines: Sequence[Line]) -> dict[str, Any]
         "family": ROWS[row.name].family,
         "task": runs.task.experiment.task,
         "seeds": len(scores),
-        "score_mean": statistics.fmean(scores),
-        "score_ci95": interval(scores),
+        **mean_columns("score", scores),
         "trained_params": int(median("trained_params")),
         **{column: median(column) for column in ("step_s", "peak_mb", "adapter_kb")},
         "forgetting": runs.known() - statistics.fmean(known) if known else math.nan,
@@ -139,10 +138,9 @@ def _markdown(runs: Runs, table: Sequence[Mapping[str, Any]]) -> str:
         "minus LoRA's",
         "by article",
     )
-    lines = [[*head, *COSTS, KNOWN[experiment.task]], ["---", "---", *["---:"] * 10]]
-    lines += [[row["method"], row["family"], *_figures(row)] for row in table]
+    lines = [[row["method"], row["family"], *_figures(row)] for row in table]
     title = f"**{experiment.task}** {_cost(runs)}".strip()
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = markdown_table([*head, *COSTS, KNOWN[experiment.task]], lines, 2)
     new = [{**row, "minus_baseline": row["minus_lora_mean"]} for row in table if not row["earlier"]]
     said = f"\n\n**{conclusion(experiment, new)}**" if any(row["method"] == "lora" for row in new[:-1]) else ""
     return f"{title}\n\n{text}{said}"

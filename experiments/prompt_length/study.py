@@ -16,7 +16,7 @@ from experiments.protocol.tasks import headlines
 from lowrank.adapters import nearest_tokens
 from lowrank.core.paths import AnyPath
 from lowrank.sweeps.folder import StudyFolder
-from lowrank.sweeps.tables import write_csv
+from lowrank.sweeps.tables import markdown_table, write_csv
 from lowrank.training.loop import ADAPTER
 
 SMOLLM2, FIRST = "smollm2-135m", 8
@@ -82,10 +82,10 @@ def more(experiment: Experiment, folder: Path) -> str:
     found: dict[tuple[str, ...], list[str]] = {}
     for line in read_rows(folder / WORDS_FILE):
         labels = tuple(line[label] for label in experiment.labels)
-        found.setdefault(labels, []).append(f"`{line['token']}`".replace("|", r"\|"))
+        found.setdefault(labels, []).append(f"`{line['token']}`")
     head = [*experiment.labels, f"nearest tokens of the first {SHOWN} virtual tokens, first seed"]
-    lines = [head, ["---"] * len(head), *([*labels, " ".join(tokens)] for labels, tokens in found.items())]
-    return table + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [[*labels, " ".join(tokens)] for labels, tokens in found.items()]
+    return f"{table}\n\n{markdown_table(head, lines, len(head))}"
 
 
 HEADINGS = {

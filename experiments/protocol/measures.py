@@ -6,7 +6,6 @@ Each model of the final phase is loaded from its adapter, and the numbers are ke
 import dataclasses
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +21,9 @@ from lowrank.core.files import read_json, write_json
 from lowrank.core.paths import AnyPath, exists
 from lowrank.sweeps.cells import Cell
 from lowrank.sweeps.folder import StudyFolder
-from lowrank.sweeps.statistics import interval, is_tied
+from lowrank.sweeps.statistics import is_tied
 from lowrank.sweeps.study import SEEDS
-from lowrank.sweeps.tables import SAME, format_mean, write_csv
+from lowrank.sweeps.tables import SAME, format_mean, markdown_table, mean_columns, write_csv
 from lowrank.training.config import with_precision
 from lowrank.training.loop import ADAPTER
 
@@ -98,9 +97,7 @@ def _add_statistics(
     experiment: Experiment, lines: Sequence[dict[str, Any]], name: str, by_row: Sequence[Mapping[int, float]]
 ) -> None:
     for line, values, difference in zip(lines, by_row, compare(experiment, lines, by_row), strict=True):
-        numbers = list(values.values())
-        mean = statistics.fmean(numbers) if numbers else math.nan
-        line |= {f"{name}_mean": mean, f"{name}_ci95": interval(numbers)}
+        line |= mean_columns(name, list(values.values()))
         line |= {f"{name}_{key}": value for key, value in difference.items()}
 
 
@@ -116,10 +113,9 @@ def markdown(experiment: Experiment, folder: Path, headings: Mapping[str, Headin
     if not (folder / MEASURES_FILE).exists():
         return ""
     rows, labels = read_rows(folder / MEASURES_FILE), list(experiment.labels)
-    lines = [[*labels, *(heading.text for heading in headings.values())]]
-    lines += [[*["---"] * len(labels), *["---:"] * len(headings)]]
-    lines += [[*(row[label] for label in labels), *(_cell(experiment, row, name) for name in headings)] for row in rows]
-    table = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    head = [*labels, *(heading.text for heading in headings.values())]
+    lines = [[*(row[label] for label in labels), *(_cell(experiment, row, name) for name in headings)] for row in rows]
+    table = markdown_table(head, lines, len(labels))
     sentences = [_conclusion(experiment, rows, name, heading) for name, heading in headings.items() if heading.better]
     return "\n\n".join([table, *(f"**{sentence}**" for sentence in sentences)])
 

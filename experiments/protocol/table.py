@@ -14,7 +14,7 @@ from lowrank.sweeps import tables
 from lowrank.sweeps.folder import StudyFolder
 from lowrank.sweeps.results import Result
 from lowrank.sweeps.statistics import holm, is_tied, paired_difference
-from lowrank.sweeps.tables import BASELINE, SAME, format_mean, write_csv
+from lowrank.sweeps.tables import BASELINE, SAME, format_mean, markdown_table, write_csv
 
 FEWEST_SEEDS = 3
 EDGE = "*"  # after a learning rate at an edge of those that were tried
@@ -84,9 +84,7 @@ def markdown(experiment: Experiment, folder: Path) -> str:
     printed = [key for key in rows[0] if key.startswith("printed_")]
     head = [*labels, "lr", "seeds", experiment.metric, f"minus {baseline_name(experiment)}", "parameters"]
     head += [f"{experiment.source}: {key.removeprefix('printed_')}" for key in printed]
-    lines = [head, [*["---"] * len(labels), *["---:"] * (len(head) - len(labels))]]
-    lines += [_cells(experiment, row, printed) for row in rows]
-    text = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    text = markdown_table(head, [_cells(experiment, row, printed) for row in rows], len(labels))
     more = "\n\n" + experiment.more(experiment, folder) if experiment.more else ""
     return f"{text}\n\n{note(rows)}\n\n**{conclusion(experiment, rows)}**{more}"
 

@@ -18,8 +18,7 @@ from experiments.protocol.table import as_number, compare, is_higher_better, rea
 from experiments.quantization.bases import bits_under, find
 from experiments.quantization.rows import BASES, ROWS
 from lowrank.core.files import write_bytes, write_text
-from lowrank.sweeps.statistics import interval
-from lowrank.sweeps.tables import SAME, format_mean, write_csv
+from lowrank.sweeps.tables import SAME, format_mean, markdown_table, mean_columns, write_csv
 
 COLUMNS = ("base", "method", "task", "seeds", "bits_per_weight", "bits_on_disk", "score_mean", "score_ci95", "step_s")
 COLUMNS += ("peak_mb", "minus_float32_mean", "minus_float32_ci95", "p_holm", "lr", "earlier")
@@ -89,8 +88,7 @@ def _tuned_row(runs: Runs, row: Row, lines: Sequence[Line]) -> dict[str, Any]:
         "seeds": len(scores),
         "bits_per_weight": bits_under(runs.config(row)),
         "bits_on_disk": float(base["bits_on_disk"]) if base and in_file else math.nan,
-        "score_mean": statistics.fmean(scores),
-        "score_ci95": interval(scores),
+        **mean_columns("score", scores),
         **{column: statistics.median(numbers(lines, column).values()) for column in ("step_s", "peak_mb")},
         "lr": rate["lr"],
         "earlier": False,
@@ -114,9 +112,7 @@ def markdown(runs: Mapping[str, Runs], table: Sequence[Mapping[str, Any]]) -> st
     parts = [" ".join(NOTE.split())]
     for task, of in runs.items():
         head = ("base", "method", "bits", "on disk", "seeds", "score", "minus float32 + LoRA", "s/step", "peak MB")
-        lines = [[*head], ["---", "---", *["---:"] * (len(head) - 2)]]
-        lines += [_cells(row) for row in table if row["task"] == task]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        text = markdown_table(head, [_cells(row) for row in table if row["task"] == task], 2)
         parts.append(f"**{task}** ({of.task.experiment.metric})\n\n{text}")
     return "\n\n".join(parts)
 

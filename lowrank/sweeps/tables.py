@@ -6,7 +6,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lowrank.core.errors import plural
@@ -51,8 +51,7 @@ def _row(study: StudyFolder, group: Sequence[Result]) -> dict[str, Any]:
         "seeds": len(scores),
         "cells": len(group),
         "not_done": " ".join(f"{count} {state}" for state, count in states.items()),
-        f"{study.metric}_mean": statistics.fmean(scores) if scores else math.nan,
-        f"{study.metric}_ci95": interval(scores),
+        **mean_columns(study.metric, scores),
         "trained_params": done[0].get("trained_params", math.nan) if done else math.nan,
         "seconds": statistics.fmean(summary.get("seconds", math.nan) for summary in done) if done else math.nan,
         "code": " ".join(sorted({str(r.history.last.get("code")) for r in group if r.summary})),
@@ -105,9 +104,14 @@ def write_tables(study: StudyFolder, results: Sequence[Result], folder: AnyPath 
 def markdown(study: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> str:
     """The table in Markdown."""
     head, body = table_cells(study, rows)
-    numeric = len(head) - _num_axes(rows)
-    lines = [head, [*["---"] * _num_axes(rows), *["---:"] * numeric], *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return markdown_table(head, body, _num_axes(rows))
+
+
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """Lines of cells in Markdown: the first `texts` columns are aligned to the left, the others to the right."""
+    rule = [*["---"] * texts, *["---:"] * (len(head) - texts)]
+    rows = [[cell.replace("|", r"\|") for cell in line] for line in (head, rule, *lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def latex(study: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -157,6 +161,11 @@ def format_mean(mean: float, spread: float, mark: str = "") -> str:
     decimals = 1 - math.floor(math.log10(spread)) if 1e-9 < spread < 5e-4 else 3
     digits = f".{decimals}f" if abs(mean) < 1e4 else ".2e"
     return f"{mean:{digits}}" + ("" if math.isnan(spread) else f" ± {spread:{digits}}") + mark
+
+
+def mean_columns(name: str, values: Sequence[float]) -> dict[str, float]:
+    """`{NAME_mean, NAME_ci95}`: the mean and half of its 95 % interval, NaN where there are too few values."""
+    return {f"{name}_mean": statistics.fmean(values) if values else math.nan, f"{name}_ci95": interval(values)}
 
 
 def write_csv(path: AnyPath, columns: Sequence[str], table: Sequence[Mapping[str, Any]]) -> AnyPath:
