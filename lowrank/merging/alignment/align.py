@@ -13,7 +13,7 @@ import numpy as np
 import scipy.linalg
 
 from lowrank.core.errors import UserError
-from lowrank.merging.alignment import matching, transport
+from lowrank.merging.alignment import matching
 from lowrank.merging.alignment.layers import Model, Place
 from lowrank.merging.alignment.options import Options
 from lowrank.merging.checkpoint import Checkpoint
@@ -77,14 +77,7 @@ def find_moves(reference: Checkpoint, model: Checkpoint, options: Options) -> Mo
 
 def check_shapes(ours: Model, theirs: Model, options: Options) -> None:
     """Raises UserError for models between which there are no moves."""
-    for name in (
-        "depth",
-        "width",
-        "heads",
-        "groups",
-        "head_dim",
-        *(() if options.method == "transport" else ("units",)),
-    ):
+    for name in ("depth", "width", "heads", "groups", "head_dim", *([] if options.units.mixes else ["units"])):
         a, b = getattr(ours, name), getattr(theirs, name)
         if a != b:
             remedy = ": align by method: transport" if name == "units" else ""
@@ -96,10 +89,7 @@ def _match_layer(ours: Model, theirs: Model, layer: int, moves: Moves, stream: M
     a = ours.layer(layer, ours.checkpoint.read)
     b = theirs.layer(layer, lambda name: stream.apply(name, theirs.checkpoint.read(name)))
     order = matching.match_heads(a, b, ours.free_keys(layer))
-    if options.method == "transport":
-        reads, writes = transport.match_units(a, b, options.regularization)
-    else:
-        reads = writes = matching.match_units(a, b)
+    reads, writes = options.units.match(a, b, options.regularization)
     add_layer(moves, theirs, layer, order, reads, writes)
 
 
