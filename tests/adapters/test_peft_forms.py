@@ -16,6 +16,7 @@ GROUPS = {
     "lokr": {"name": "lokr", "rank": 2},
     "hira": {"name": "hira", "rank": 2},
     "vera": {"name": "vera", "rank": 4},
+    "adalora": {"name": "adalora", "init_rank": 4, "target_rank": 2},
     "oft": {"name": "oft", "block": 4},
     "boft": {"name": "boft", "block": 4},
 }
@@ -49,6 +50,7 @@ def saved(base, tmp_path_factory):
         ("lokr", {"decompose_factor": 16}, r"lokr_w2_a does not belong to a module|lokr_w1 has shape"),
         ("hira", {"r": 3}, r"hira_A has shape \(2, 16\); this base and config need \(3, 16\)"),
         ("vera", {"save_projection": False}, "base_model.vera_A does not belong to a module"),
+        ("adalora", {"init_r": 2**40, "rank_pattern": None}, r"lora_A has shape \(4, 16\).* \(1099511627776, 16\)"),
         ("vera", {"bias": "lora_only"}, "unknown bias in adapter_config.json: 'lora_only'.*vera_only"),
         ("oft", {"oft_block_size": None}, "needs one of oft_block_size and r above 0"),
         ("oft", {"r": 4}, "needs one of oft_block_size and r above 0 and the other 0"),

@@ -23,18 +23,21 @@ KEPT = "{}.lora_E"  # a module's key in rank_pattern
 
 def _settings(config: Mapping[str, Any], path: str) -> Settings:
     rank, alpha = config["init_r"], config["lora_alpha"]
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < 2**53:
         raise UserError(f"the adapter's init_r is {rank!r}: it must be a positive number")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 2**53:
         raise UserError(f"the adapter's lora_alpha is {alpha!r}: it must be a number")
-    kept = (config["rank_pattern"] or {}).get(KEPT.format(path), [True] * rank)
+    scale = (alpha if alpha > 0 else rank) / (rank + EPSILON)
+    settings = {"r": rank, "kept": None, "scale": scale, "dropout": config["lora_dropout"]}
+    kept = (config["rank_pattern"] or {}).get(KEPT.format(path))
+    if kept is None:  # no list of the rank's length: no tensor of that shape has been seen yet
+        return settings
     bools = isinstance(kept, list) and all(isinstance(keeps, bool) for keeps in kept)
     if not bools or len(kept) != rank or not any(kept):
         raise UserError(
             f"the adapter's rank_pattern for {path} must be a list of {plural(rank, 'bool')}, some of them true"
         )
-    scale = (alpha if alpha > 0 else rank) / (rank + EPSILON)
-    return {"r": sum(kept), "kept": kept, "scale": scale, "dropout": config["lora_dropout"]}
+    return {**settings, "r": sum(kept), "kept": kept}
 
 
 def _summary(modules: Mapping[str, Settings], others: Sequence[str], method: Settings) -> dict[str, Any]:
@@ -71,12 +74,15 @@ def _peel(w: AdaLoRA, arrays: HostArrays) -> Layer | None:
 def _grow(base: Any, layers: Sequence[Layer | None]) -> AdaLoRA:
     """The form with each triplet at its index before the others were pruned."""
     present = [layer for layer in layers if layer]
-    (n_in, n_out), rank, stack = base.shape[-2:], len(present[0].settings["kept"]), base.shape[:-2]
+    (n_in, n_out), stack = base.shape[-2:], base.shape[:-2]
+    rank = max(
+        layer.settings["r"] if layer.settings["kept"] is None else len(layer.settings["kept"]) for layer in present
+    )
     shapes = {"a": (n_in, rank), "e": (rank,), "b": (rank, n_out)}
     fields = {name: np.zeros((len(layers), *shape), np.float32) for name, shape in shapes.items()}
     for i, layer in enumerate(layers):
         if layer:
-            kept = np.flatnonzero(layer.settings["kept"])
+            kept = np.flatnonzero(layer.settings["kept"] or [True] * rank)
             fields["a"][i][:, kept] = layer.arrays["a"]
             fields["e"][i][kept], fields["b"][i][kept] = layer.arrays["e"], layer.arrays["b"]
     return AdaLoRA(
