@@ -67,7 +67,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     """absl's parser for `app.run`; an error in a flag is one line, where absl and ml_collections print pages."""
     try:
         argv = _with_config_expanded(argv)
-        _check_groups(argv)
+        _make_groups(argv)
         rest = command.parse(argv)
         if _CONFIG.value is None or _WORKDIR.value is None:
             raise UserError("--config=FILE and --workdir=DIR are both required")
@@ -87,17 +87,18 @@ def _with_config_expanded(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _check_groups(argv: Sequence[str]) -> None:
-    """Raises UserError for a config that cannot be loaded, and for an override in a group that the config lacks."""
+def _make_groups(argv: Sequence[str]) -> None:
+    """Has the config flag make the groups of the overrides. Raises UserError for a config or a group that is wrong."""
     words = [arg.lstrip("-").partition("=") for arg in argv[1:]]
     names = [name for name, _, _ in words]
     if "config" not in names:
         return
     at = names.index("config")
     config = config_file.load_config(words[at][2] or "".join(argv[at + 2 : at + 3]))  # --config=FILE or --config FILE
-    for name in names:
-        if name.startswith("config."):
-            config_file.check_group(config, name)
+    overrides = [name for name in names if name.startswith("config.")]
+    for name in overrides:
+        config_file.make_groups(config, name)
+    flags.FLAGS["config"].parser = config_file.GroupParser(overrides)
 
 
 if __name__ == "__main__":

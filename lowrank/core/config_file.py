@@ -1,7 +1,7 @@
 """A config file, `FILE.py:ARG`, and the changes that a command line makes to it, `config.group.key=value`."""
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -25,16 +25,38 @@ def load_config(spec: str) -> ConfigDict:
         raise UserError(f"config file {spec.partition(':')[0]!r} is not a config: {e}") from None
 
 
-def check_group(config: Mapping[str, Any], name: str) -> None:
-    """Raises UserError for `config.a.b.key` if the config has no group `a.b`."""
+class GroupParser(config_flags.ConfigFileFlagParser):
+    """The parser of a config flag whose config gets the groups that the overrides in `names` are of."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__("config", lock_config=False)
+        self._names = names
+
+    def parse(self, path: Any) -> ConfigDict:
+        """The config of `FILE.py:ARG`. Raises UserError as `make_groups` does."""
+        config = super().parse(path)
+        for name in self._names:
+            make_groups(config, name)
+        return config
+
+
+def make_groups(config: ConfigDict, name: str) -> ConfigDict:
+    """The group of `config.a.b.key`. One below the top that the config lacks, or that is None, is made empty.
+
+    Whoever reads the group refuses a name that it does not know. Raises UserError if the config has no group `a`, and
+    for a part of the name that is a value.
+    """
     _, *groups, _ = name.split(".")
     for depth, group in enumerate(groups):
-        if group not in config:
-            prefix = ".".join(["config", *groups[:depth]])
-            raise unknown("config key", name, [f"{prefix}.{k}" for k, v in config.items() if hasattr(v, "items")])
+        if depth == 0 and group not in config:
+            raise unknown("config key", name, [f"config.{k}" for k, v in config.items() if hasattr(v, "items")])
+        if config.get(group) is None:
+            with config.ignore_type(), config.unlocked():
+                config[group] = {}
         config = config[group]
         if not hasattr(config, "items"):
             raise UserError(f"unknown config key {name!r}: config.{'.'.join(groups[: depth + 1])} is not a group")
+    return config
 
 
 def override_value(config: ConfigDict, name: str, text: str) -> None:
@@ -42,10 +64,7 @@ def override_value(config: ConfigDict, name: str, text: str) -> None:
 
     Raises UserError for a group that does not exist, and for a text that does not have the key's type.
     """
-    check_group(config, name)
-    _, *groups, key = name.split(".")
-    for group in groups:
-        config = config[group]
+    config, key = make_groups(config, name), name.rpartition(".")[2]
     old = config.get_type(key) if key in config else object
     try:
         value = text if old is str else _literal(text)
@@ -71,7 +90,8 @@ def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
         *groups, key = name.split(".")
         group = copy
         for part in groups:
-            group = group.setdefault(part, {})
+            group[part] = {} if group.get(part) is None else group[part]
+            group = group[part]
         group[key] = value
     return copy
 

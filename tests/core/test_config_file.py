@@ -2,6 +2,7 @@
 
 import pytest
 from absl import flags
+from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from lowrank.core import config_file
@@ -19,6 +20,8 @@ WORDS = (
     "config.model.name=123",
     'config.model.quantize={"name":"nf4","block":64}',
     "config.mesh.fsdp=-1",
+    "config.data.infill.rate=0.9",
+    "config.data.infill.sentinels=('<a>', '<b>', '<c>')",
 )
 
 
@@ -27,12 +30,25 @@ def test_overrides_are_those_of_the_launcher():
     own = flags.FlagValues()
     options = {"flag_values": own, "sys_argv": words, "lock_config": False, "accept_new_attributes": True}
     theirs = config_flags.DEFINE_config_file("config", None, "", **options)  # as launch.main has it
+    own["config"].parser = config_file.GroupParser([word.partition("=")[0] for word in WORDS])
     own(words)
     ours = config_file.load_config(CONFIG)
     for word in WORDS:
         config_file.override_value(ours, *word.split("=", 1))
     assert ours.to_dict() == theirs.value.to_dict()
     assert isinstance(ours.optim.lr, float)
+    assert ours.data.infill.to_dict() == {"rate": 0.9, "sentinels": ("<a>", "<b>", "<c>")}
+
+
+def test_a_group_that_is_none_becomes_one_and_a_value_does_not():
+    config = ConfigDict({"data": {"infill": None}, "model": {"quantize": "nf4"}})
+    config_file.override_value(config, "config.data.infill.rate", "0.9")
+    assert config.data.infill.rate == 0.9
+    with pytest.raises(UserError, match=r"config\.model\.quantize is not a group"):
+        config_file.override_value(config, "config.model.quantize.block", "64")
+    assert config_file.with_changes({"data": {"infill": None}}, {"data.infill.rate": 1}) == {
+        "data": {"infill": {"rate": 1}}
+    }
 
 
 @pytest.mark.parametrize(

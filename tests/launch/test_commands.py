@@ -48,12 +48,14 @@ def test_an_unknown_option_is_one_line_with_the_nearest_name_and_exit_code_2(tmp
 
 def test_an_option_that_the_file_does_not_list_can_be_set(monkeypatch):
     words = ["main", CONFIG, "--workdir=w", "--config.optim.b_ratio=16", "--config.method.rank=3"]
+    words.append("--config.data.infill.rate=0.9")
     monkeypatch.setattr(sys, "argv", words)
     flags.FLAGS.unparse_flags()
     main.parse(words)
     assert "b_ratio" not in tiny_config.get_config().optim
     assert main._CONFIG.value.optim.b_ratio == 16
     assert main._CONFIG.value.method.rank == 3
+    assert main._CONFIG.value.data.infill.rate == 0.9
 
 
 @pytest.mark.parametrize(
