@@ -29,7 +29,10 @@ class OptimConfig:
     name: str = "adamw"  # a key of OPTIMIZERS
     lr: float = 1e-4  # the peak learning rate
     schedule: str = "cosine"  # a key of SCHEDULES
-    warmup: int = 0  # the number of steps of linear warmup from 0
+    warmup: int = 0  # the number of steps of linear warmup
+    # The first value of the warmup, as a fraction of lr. Continued pre-training warms up again from the rate at which
+    # the first one ended (arXiv:2308.04014).
+    initial: float = 0.0
     final: float = 0.0  # the last value of the linear and cosine schedules, as a fraction of lr
     weight_decay: float = 0.0  # decoupled, and multiplied by the learning rate
     # A regex of the model's leaves without decay. Vectors (one per layer in a stack) never decay, and the fields of a
@@ -76,13 +79,14 @@ SCHEDULES: dict[str, Callable[[float, int, float], optax.Schedule]] = {
 
 
 def learning_rate_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """The learning rate by step in a run of `steps` steps: `warmup` steps from 0 to `lr`, then the schedule."""
+    """The learning rate by step in a run of `steps` steps: `warmup` steps to `lr`, then the schedule."""
     if config.schedule not in SCHEDULES:
         raise unknown("schedule", config.schedule, SCHEDULES)
     decay = SCHEDULES[config.schedule](config.lr, max(1, steps - config.warmup), config.final)
     if not config.warmup:
         return decay
-    return optax.join_schedules([optax.linear_schedule(0.0, config.lr, config.warmup), decay], [config.warmup])
+    rise = optax.linear_schedule(config.lr * config.initial, config.lr, config.warmup)
+    return optax.join_schedules([rise, decay], [config.warmup])
 
 
 def learning_rates(config: OptimConfig, steps: int) -> np.ndarray:
@@ -106,13 +110,15 @@ def check_optimizer(config: OptimConfig, steps: int) -> None:
         raise unknown("optimizer", config.name, OPTIMIZERS)
     config_schema.call_with_group(OPTIMIZERS[config.name], config.args, "optim.args")
     learning_rate_schedule(config, steps)
-    for key in ("lr", "warmup", "final", "weight_decay", "clip", "b_ratio"):
+    for key in ("lr", "warmup", "initial", "final", "weight_decay", "clip", "b_ratio"):
         if not 0 <= getattr(config, key) < math.inf:
             raise UserError(f"optim.{key} must be a finite number of at least 0, not {getattr(config, key)}")
     for pattern in (config.no_decay, *(pattern for pattern, _ in config.lr_ratios)):
         tree.compile_regex(pattern, "optim pattern")
     if config.accumulate < 1:
         raise UserError(f"optim.accumulate must be at least 1, not {config.accumulate}")
+    if config.initial and not config.warmup:
+        raise UserError(f"optim.initial={config.initial} is where the warmup begins: set optim.warmup to its steps")
     if config.warmup > steps:
         length = f"optim.warmup={config.warmup} is longer than the run of {plural(steps, 'step')}"
         raise UserError(f"{length}: lower optim.warmup or raise steps")

@@ -113,6 +113,8 @@ def test_schedules_warm_up_and_then_follow_their_curve(name, middle, end):
     rate = optim.learning_rate_schedule(OptimConfig(lr=2.0, schedule=name, warmup=4, final=0.1), 24)
     assert_close([rate(0), rate(2), rate(4)], [0.0, 1.0, 2.0])
     assert_close([rate(14), rate(24)], [2 * middle, 2 * end])
+    again = optim.learning_rate_schedule(OptimConfig(lr=2.0, schedule=name, warmup=4, initial=0.1, final=0.1), 24)
+    assert_close([again(0), again(2), again(4), again(14), again(24)], [0.2, 1.1, 2.0, 2 * middle, 2 * end])
 
 
 @pytest.mark.parametrize("ratios", [(), (("q/.*", 0.0),)])
@@ -130,6 +132,8 @@ def test_a_decay_that_acts_on_no_leaf_is_refused(ratios):
         (OptimConfig(args={"b3": 1.0}), "optim.args.b3"),
         (OptimConfig(lr=-1.0), "optim.lr"),
         (OptimConfig(warmup=11), "optim.warmup=11"),
+        (OptimConfig(initial=0.1), "optim.initial=0.1 is where the warmup begins"),
+        (OptimConfig(initial=-0.1, warmup=2), "optim.initial"),
         (OptimConfig(accumulate=0), "optim.accumulate"),
         (OptimConfig(lr_ratios=(("q/z", 2.0),)), "'q/z' matches no leaf"),
     ],
