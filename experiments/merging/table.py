@@ -122,6 +122,7 @@ def _plot(rows: Sequence[Mapping[str, str]]) -> bytes:
         means, halves = ([as_number(row[f"{key}_{part}"]) for row in rows] for part in ("mean", "ci95"))
         plotting.draw_forest(axes, names if axes is panels[0] else [""] * len(names), means, halves)
         axes.set_xlabel(label)
+    panels[1].set_xscale("symlog", linthresh=10)  # a rule that rescales what it keeps may ruin the model
     return plotting.to_png(figure)
 
 
