@@ -177,13 +177,12 @@ def combine_adapters(recipe: Recipe, output: PathLike, *, progress: Progress = i
     folder, plan = as_local_path(output), plan_adapters(recipe)
     check_output(plan, folder)
     arrays, settings, errors = {}, {}, {}
+    known = base_modules(plan.adapters[0].base)
     for path in progress(plan.paths):
         merged, errors[path] = merge_module(plan, path)
-        arrays[f"{peft_tensors.PREFIX}{path}.lora_A.weight"] = merged.a.T
-        arrays[f"{peft_tensors.PREFIX}{path}.lora_B.weight"] = merged.b.T
+        arrays |= {known[path].key(part): getattr(merged, part.field).T for part in LORA.parts}
         settings[path] = {"r": merged.rank, "scale": 1.0, "dropout": 0.0}
-    known = base_modules(plan.adapters[0].base)
-    flat = not all(weight.transpose for path in settings if (weight := known[path].weight))
+    flat = not all(m.weight.transpose for path in settings if (m := known[path]).weight and m.linear)
     summary: Mapping[str, Any] = {
         **peft_config.common_keys("LORA", plan.adapters[0].base),
         "fan_in_fan_out": flat,

@@ -14,9 +14,9 @@ import numpy as np
 
 from lowrank.adapters import export
 from lowrank.adapters.peft import config as peft_config
-from lowrank.adapters.peft import match
+from lowrank.adapters.peft import match, reading
 from lowrank.adapters.peft import tensors as peft_tensors
-from lowrank.adapters.peft.forms import Layer
+from lowrank.adapters.peft.forms import Layer, PeftForm, Settings
 from lowrank.adapters.peft.modules import HEADS, Module, base_modules
 from lowrank.core.errors import UserError, nearest
 from lowrank.core.weight import Weight
@@ -63,11 +63,21 @@ class AdapterSource:
             raise UserError(f"the adapter in {directory} trains biases, which a merge of updates cannot carry")
         self.base = base_model(checkpoint)
         check_base(self.settings, directory, checkpoint)
-        self.modules = _targets(self.settings, base_modules(self.base))
+        self.modules = _targets(self.settings, self.form, base_modules(self.base))
+        if checkpoint.tied and self.embedding and self.settings.get("ensure_weight_tying"):
+            raise UserError(
+                f"the adapter in {directory} adapts the head of {checkpoint.spec} as its embedding, which a merge of "
+                "updates cannot carry: merge it by launch.merge, and then the models"
+            )
         self.paths = list(self.modules)
         self._found = peft_tensors.read_tensors(directory)
         self._sizes = {path: self.kernel_shape(path) for path in self.paths}
         self._check_tensors()
+
+    @property
+    def embedding(self) -> str | None:
+        """The path of the token embedding, if the adapter adapts it."""
+        return next((path for path, module in self.modules.items() if module.embedding), None)
 
     def kernel_shape(self, path: str) -> tuple[int, int]:
         """`(in, out)` of a module. Raises UserError for a module that the base lacks."""
@@ -85,17 +95,20 @@ class AdapterSource:
         root, sizes = self.form.root, list(self._sizes.values())
         expected = root.shapes(self.settings, sizes) if root else {}
         for path, size in self._sizes.items():
-            for part, shape in self.form.present_parts(*size, self.form.settings(self.settings, path)):
-                expected[f"{peft_tensors.PREFIX}{path}{part.suffix}"] = shape
+            for part, shape in self.form.present_parts(*size, self._settings_of(path)):
+                expected[self.modules[path].key(part)] = shape
         peft_tensors.check_shapes(self.directory, self._found, expected)
         self._root: Mapping[str, np.ndarray] = root.read(self.settings, sizes, self._found) if root else {}
 
+    def _settings_of(self, path: str) -> Settings:
+        return self.form.settings(reading.on_module(self.settings, self.modules[path]), path)
+
     def weight(self, path: str, kernel: Any) -> Weight:
         """The adapter's form on a kernel `[in, out]`, or on the shape of one."""
-        settings, size = self.form.settings(self.settings, path), self._sizes[path]
+        settings, size = self._settings_of(path), self._sizes[path]
         arrays = self.form.root.module_arrays(self._root, *size) if self.form.root else {}
         for part, _ in self.form.present_parts(*size, settings):
-            arrays[part.field] = part.from_disk(self._found[f"{peft_tensors.PREFIX}{path}{part.suffix}"])
+            arrays[part.field] = part.from_disk(self._found[self.modules[path].key(part)])
         base = jnp.asarray(kernel, jnp.float32) if isinstance(kernel, np.ndarray) else kernel
         return self.form.from_layers(base, [Layer(settings, arrays)])
 
@@ -139,14 +152,14 @@ def tensor_name(path: str, checkpoint: Checkpoint) -> str:
     return min(found, key=len)
 
 
-def _targets(settings: Mapping[str, Any], known: Mapping[str, Module]) -> dict[str, Module]:
+def _targets(settings: Mapping[str, Any], form: PeftForm, known: Mapping[str, Module]) -> dict[str, Module]:
     linear = [path for path, module in known.items() if module.linear]
-    paths = match.find_targets(settings, list(known), heads=[p for p in linear if p.split(".")[0] in HEADS])
+    paths = linear if reading.is_all(settings["target_modules"]) else list(known)
+    paths = match.find_targets(settings, paths, heads=[p for p in linear if p.split(".")[0] in HEADS])
     for path in paths:
-        if path not in linear:
-            raise UserError(
-                f"the adapter targets {path}, which is not a linear layer: a merge of updates cannot carry it"
-            )
+        if not known[path].takes(form):
+            kinds = "linear layers and the token embedding" if form.on_embedding else "linear layers"
+            raise UserError(f"the adapter targets {path}, which a merge of updates cannot carry: it carries {kinds}")
     return {path: known[path] for path in paths}
 
 
@@ -176,6 +189,11 @@ def add_adapter(checkpoint: Checkpoint) -> Change:
     """What adds the adapter of a checkpoint's spec to its tensors."""
     source = AdapterSource(str(checkpoint.spec.adapter), checkpoint)
     paths = {tensor_name(path, checkpoint): path for path in source.paths}
+    if checkpoint.tied and source.embedding:
+        raise UserError(
+            f"the adapter in {source.directory} adapts {source.embedding} and not the head of {checkpoint.spec}, which "
+            "is its embedding: merge it by launch.merge, which stores a head of its own, and then the models"
+        )
 
     def change(name: str, values: np.ndarray) -> np.ndarray:
         if name not in paths:

@@ -62,6 +62,23 @@ GRANITE = {
     "attention_multiplier": "attention.scale",
     "logits_scaling": "logit_scale",
 }
+YARN = {  # as llama.cpp's converter stores the numbers of YaRN
+    "attention_factor": "yarn_attn_factor",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+}
+# What changes the computation, and what it is where it does not. OLMo-3, for one, is olmo2 with a window.
+NEUTRAL = {
+    "attention.causal": True,
+    "attention.clamp_kqv": 0,
+    "attention.sliding_window": 0,
+    "attn_logit_softcapping": 0,
+    "final_logit_softcapping": 0,
+    "expert_count": 0,
+    **dict.fromkeys(GRANITE.values(), 0),
+}
+_GEMMA = ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+READ = {"gemma2": _GEMMA, "gemma3": _GEMMA, "phi3": ("attention.sliding_window",), "granite": tuple(GRANITE.values())}
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # read with the config
 
 
@@ -118,6 +135,9 @@ class GGUFSource:
 def _hf_config(file: GGUF, arch: str) -> dict[str, Any]:
     if "token_embd.weight" not in file.tensors:
         raise UserError(f"{file.path}: tensor 'token_embd.weight' is missing: the file is not a complete model")
+    for key, neutral in NEUTRAL.items():
+        if key not in READ.get(arch, ()) and (value := file.metadata.get(f"{arch}.{key}", neutral)) != neutral:
+            raise UserError(f"{file.path}: {arch}.{key}={value!r} is not supported")
     fields = GPT2 if arch == "gpt2" else LLAMA_LIKE
     fields = {**fields, "rms_norm_eps": "attention.layer_norm_epsilon"} if arch == "gptneox" else fields
     config = {"model_type": MODEL_TYPES[arch]} | {hf: _number(file, f"{arch}.{ours}") for hf, ours in fields.items()}
@@ -190,7 +210,13 @@ def _gpt_neox(file: GGUF, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _gemma3(file: GGUF, config: dict[str, Any]) -> dict[str, Any]:
+    del config
+    return {"rope_local_base_freq": _number(file, "gemma3.rope.freq_base_swa", 10000.0)}
+
+
 FIELDS: dict[str, Callable[[GGUF, dict[str, Any]], dict[str, Any]]] = {  # of one architecture alone
+    "gemma3": _gemma3,
     "phi3": _phi3,
     "granite": _granite,
     "gptneox": _gpt_neox,
@@ -211,6 +237,8 @@ def _rope(file: GGUF, arch: str) -> dict[str, Any]:
         attention = multiplier * RopeScaling("yarn", scaling["factor"]).of_cosines
         scaling |= {"original_max_position_embeddings": original or None}
         scaling |= {"attention_factor": attention} if multiplier != 1 else {}
+        keys = {hf: f"{arch}.rope.scaling.{ours}" for hf, ours in YARN.items()}
+        scaling |= {hf: _number(file, key) for hf, key in keys.items() if key in file.metadata}
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 

@@ -14,29 +14,40 @@ from tests.support.close import assert_close, assert_same
 UNTIED = {**LLAMA, "tie_word_embeddings": False}
 ORIGINAL = {"original_max_position_embeddings": 16}
 LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.0, 3.25]}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+NEOX = {k: x for k, x in UNTIED.items() if k not in ("rms_norm_eps", "rope_theta", "num_key_value_heads")}
+NEOX |= {"model_type": "gpt_neox", "rotary_pct": 0.5, "rotary_emb_base": 10000, "layer_norm_eps": 1e-6}
+GRANITE = {
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 12.0,
+}
 TWINS = {
     "llama": ("llama", LLAMA),
     "llama-untied": ("llama", UNTIED),
     "llama-biased": ("llama", {**LLAMA, "attention_bias": True}),
+    "llama-yarn": ("llama", {**LLAMA, "rope_scaling": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0}}),
     "qwen2": ("qwen2", {**UNTIED, "model_type": "qwen2"}),
     "qwen3": ("qwen3", {**LLAMA, "model_type": "qwen3", "head_dim": 8}),
-    "gemma2": ("gemma2", {**GEMMA3, "model_type": "gemma2", "num_hidden_layers": 2}),
-    "gemma3": ("gemma3", {**GEMMA3, "rms_norm_eps": 1e-5, "rope_local_base_freq": 10000.0}),
+    "qwen3-yarn": (
+        "qwen3",
+        {**LLAMA, "model_type": "qwen3", "head_dim": 8, "rope_scaling": {**YARN, "attention_factor": 1.5}},
+    ),
+    "gemma2": ("gemma2", {**GEMMA3, **CAPS, "model_type": "gemma2", "num_hidden_layers": 2, "rope_theta": 10000.0}),
+    "gemma3": ("gemma3", {**GEMMA3, "rope_local_base_freq": 20000.0}),
     "gpt2": ("gpt2", GPT2),
-    "gemma": ("gemma", {**LLAMA, "model_type": "gemma", "head_dim": 8}),
+    "gemma": ("gemma", {**LLAMA, "model_type": "gemma", "head_dim": 8, "rope_theta": 10000.0}),
     "phi3": ("phi3", {**UNTIED, "model_type": "phi3", "partial_rotary_factor": 0.5, "sliding_window": 8}),
     "phi3-longrope": ("phi3", {**UNTIED, "model_type": "phi3", "rope_scaling": LONGROPE, **ORIGINAL}),
-    "olmo2": ("olmo2", {**UNTIED, "model_type": "olmo2"}),
-    "granite": ("granite", {**LLAMA, "model_type": "granite", "residual_multiplier": 0.22, "logits_scaling": 8.0}),
-    "smollm3": ("smollm3", {**LLAMA, "model_type": "smollm3"}),
-    "gptneox": ("gptneox", {**UNTIED, "model_type": "gpt_neox", "rotary_pct": 0.5, "rotary_emb_base": 5000.0}),
-}
-METADATA = {
-    "gemma2": {"gemma2.attn_logit_softcapping": 50.0, "gemma2.final_logit_softcapping": 30.0},
-    "phi3": {"phi3.rope.dimension_count": 2},
-    "phi3-longrope": {"phi3.rope.scaling.original_context_length": 16},
-    "granite": {"granite.residual_scale": 0.22, "granite.logit_scale": 8.0},
-    "gptneox": {"gptneox.rope.dimension_count": 2, "gptneox.use_parallel_residual": True},
+    "phi4": ("phi3", {**UNTIED, "model_type": "phi3", "sliding_window": None}),
+    "olmo2": ("olmo2", {**UNTIED, "model_type": "olmo2", "rms_norm_eps": 1e-6}),
+    "granite": ("granite", {**LLAMA, **GRANITE, "model_type": "granite"}),
+    "granite-biased": ("granite", {**UNTIED, **GRANITE, "model_type": "granite", "attention_bias": True}),
+    "smollm3": ("smollm3", {**LLAMA, "model_type": "smollm3", "num_hidden_layers": 5}),
+    "gptneox": ("gptneox", NEOX),
+    "gptneox-serial": ("gptneox", {**NEOX, "use_parallel_residual": False}),
 }
 FACTORS = {f"rope_factors_{n}.weight": np.array(LONGROPE[f"{n}_factor"], np.float32) for n in ("long", "short")}
 
@@ -48,7 +59,7 @@ def test_a_converted_file_is_the_checkpoint_it_came_from(tmp_path, name):
     arrays = files.tensors(hf)
     arrays |= {k: x.astype(np.float16).astype(np.float32) for k, x in arrays.items() if "norm" in k}  # 1 + x is exact
     folder = files.write_directory(tmp_path / "hf", hf, arrays)
-    metadata = {**files.gguf_metadata(hf, arch), **files.vocabulary(), **METADATA.get(name, {})}
+    metadata = {**files.gguf_metadata(hf, arch), **files.vocabulary()}
     converted = files.converted(arrays, arch) | (FACTORS if name == "phi3-longrope" else {})
     path = files.write_gguf(tmp_path / "twin.gguf", metadata, converted)
     one, two = load(str(folder)), load(str(path))
@@ -126,6 +137,8 @@ def test_the_27b_gemma_scales_attention_by_its_width(tmp_path):
             r"unknown GGUF architecture 'lama' \(did you mean 'llama'\?\); known: gemma, gemma2",
         ),
         ({"llama.attention.head_count": [4, 4, 2]}, "it must be one number, the same for all layers"),
+        ({"llama.attention.sliding_window": 8}, r"x\.gguf: llama\.attention\.sliding_window=8 is not supported"),
+        ({"llama.expert_count": 4}, r"llama\.expert_count=4 is not supported"),
         ({"tokenizer.ggml.model": "bert"}, "unknown GGUF tokenizer 'bert'"),
         ({"tokenizer.ggml.pre": "smolm"}, r"unknown GGUF pre-tokenizer 'smolm' \(did you mean 'smollm'"),
         ({"tokenizer.ggml.eos_token_id": 99}, "eos_token_id 99 is not in the vocabulary of 32"),

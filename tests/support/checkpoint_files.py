@@ -14,6 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from lowrank.core import tree
 from lowrank.models import build_model
 from lowrank.pretrained.families import family_of
+from tests.support.llama_cpp import converted, gguf_metadata
+
+__all__ = ["converted", "gguf_metadata"]
 
 VOCAB = 32
 LLAMA = {
@@ -125,99 +128,6 @@ def vocabulary(size: int = VOCAB) -> dict:
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
-
-
-STEMS = {  # how llama.cpp calls the tensors
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-    "self_attn.qkv_proj": "attn_qkv",
-    "mlp.gate_up_proj": "ffn_up",
-    "gpt_neox.embed_in": "token_embd",
-    "gpt_neox.final_layer_norm": "output_norm",
-    "attention.query_key_value": "attn_qkv",
-    "attention.dense": "attn_output",
-    "mlp.dense_h_to_4h": "ffn_up",
-    "mlp.dense_4h_to_h": "ffn_down",
-    "transformer.wte": "token_embd",
-    "transformer.wpe": "position_embd",
-    "transformer.ln_f": "output_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-    "ln_1": "attn_norm",
-    "ln_2": "ffn_norm",
-}
-
-
-def gguf_name(hf: str, arch: str) -> str:
-    """llama.cpp's name for a tensor of `arch`."""
-    after = "post_attention_norm" if arch in ("gemma2", "gemma3", "olmo2") else "ffn_norm"
-    stems = {**STEMS, "post_attention_layernorm": after}
-    stem, _, kind = hf.rpartition(".")
-    for start in ("model.layers.", "transformer.h.", "gpt_neox.layers."):
-        stem = stem.removeprefix(start)
-    layer = ""
-    if stem[0].isdigit():
-        layer, _, stem = stem.partition(".")
-        layer = f"blk.{layer}."
-    return f"{layer}{stems[stem]}.{kind}"
-
-
-def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to the rows of q and k."""
-    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-def converted(arrays: dict[str, np.ndarray], arch: str, heads: int = 4, kv_heads: int = 2) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint as llama.cpp's converter writes them."""
-    out = {}
-    for hf, x in arrays.items():
-        name = gguf_name(hf, arch)
-        if arch == "gptneox" and ".attn_qkv." in name:
-            x = x.reshape(heads, 3, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
-        if arch in ("llama", "granite", "smollm3") and (".attn_q." in name or ".attn_k." in name):
-            x = interleave(x, heads if ".attn_q." in name else kv_heads)
-        if arch.startswith("gemma") and name.endswith("norm.weight"):
-            x = x + 1
-        if arch == "gpt2" and name.startswith("blk.") and x.ndim == 2:
-            x = x.T
-        out[name] = x
-    return out
-
-
-def gguf_metadata(hf: dict, arch: str) -> dict:
-    """The metadata that llama.cpp's converter writes for a config."""
-    gpt2 = arch == "gpt2"
-    renamed = {
-        "context_length": hf["n_positions" if gpt2 else "max_position_embeddings"],
-        "embedding_length": hf["n_embd" if gpt2 else "hidden_size"],
-        "block_count": hf["n_layer" if gpt2 else "num_hidden_layers"],
-        "feed_forward_length": 4 * hf["n_embd"] if gpt2 else hf["intermediate_size"],
-        "attention.head_count": hf["n_head" if gpt2 else "num_attention_heads"],
-        "attention.layer_norm_epsilon" if arch in ("gpt2", "gptneox") else "attention.layer_norm_rms_epsilon": 1e-5,
-    }
-    if not gpt2:
-        renamed |= {"attention.head_count_kv": hf["num_key_value_heads"], "rope.freq_base": hf["rope_theta"]}
-    if "head_dim" in hf:
-        renamed["attention.key_length"] = hf["head_dim"]
-    if "sliding_window" in hf:
-        renamed["attention.sliding_window"] = hf["sliding_window"]
-    return {"general.architecture": arch} | {f"{arch}.{k}": v for k, v in renamed.items()}
 
 
 def gguf_twin(path: Path, hf: dict, arrays: dict[str, np.ndarray], arch: str, **metadata) -> Path:

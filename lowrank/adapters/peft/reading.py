@@ -66,7 +66,7 @@ def attach(
     known = base_modules(base, per_expert=any(map(PER_EXPERT.search, found)))
     targets, others = _places(config, form, known)
     others |= embeddings.unlisted(known, targets, found)
-    settings = {path: form.settings(_on_module(config, module), path) for path, module in targets.items()}
+    settings = {path: form.settings(on_module(config, module), path) for path, module in targets.items()}
     sizes = [leaves[module.weight.leaf].shape[-2:] for module in targets.values()]
     expected = form.root.shapes(config, sizes) if form.root else {}
     for path, module in targets.items():
@@ -90,7 +90,7 @@ def _places(
 ) -> tuple[dict[str, Module], dict[str, Place]]:
     """The adapted modules by path, and the places of the whole tensors of the adapter by key."""
     linear = [path for path, module in known.items() if module.linear]
-    paths = linear if _is_all(config["target_modules"]) else list(known)
+    paths = linear if is_all(config["target_modules"]) else list(known)
     targets = match.find_targets(config, paths, heads=[p for p in linear if p.split(".")[0] in HEADS])
     for path in targets:
         if not known[path].takes(form):
@@ -110,7 +110,8 @@ def _places(
     return {path: known[path] for path in targets}, others
 
 
-def _is_all(names: Any) -> bool:
+def is_all(names: Any) -> bool:
+    """Whether `target_modules` stands for every linear layer."""
     return isinstance(names, str) and names.lower() == match.ALL_LINEAR
 
 
@@ -143,7 +144,7 @@ def _shapes(form: PeftForm, module: Module, settings: Settings, shape: tuple[int
     return {module.key(part): on_disk for part, on_disk in parts}
 
 
-def _on_module(config: Mapping[str, Any], module: Module) -> Mapping[str, Any]:
+def on_module(config: Mapping[str, Any], module: Module) -> Mapping[str, Any]:
     """The JSON as PEFT obeys it for a module: the inits that change a base leave embeddings as they are."""
     return {**config, initial.KEY: True} if module.embedding else config
 
