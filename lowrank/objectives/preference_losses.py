@@ -58,7 +58,7 @@ class PairLoss:
     loss: Callable[[Pairs], jax.Array]  # pairs -> `[B]`
     beta: float  # a reward is this times a log-ratio
     reference: bool = True  # whether it compares with a reference
-    per_token: bool = False  # whether rewards are those of means over tokens
+    per_token: bool = False  # whether rewards are those of means over tokens, as where no reference weighs the lengths
     shifted: bool = False  # whether it reads `Pairs.shift`
 
     def rewards(self, pairs: Pairs) -> tuple[jax.Array, jax.Array]:
@@ -111,7 +111,7 @@ def ipo(beta: float = 0.1, per_token: bool = True) -> PairLoss:
     def loss(pairs: Pairs) -> jax.Array:
         return jnp.square(_margin(pairs.means if per_token else pairs, 1.0) - 1 / (2 * beta))
 
-    return PairLoss(loss, beta, per_token=per_token)
+    return PairLoss(loss, beta)
 
 
 def exo(beta: float = 0.1, label_smoothing: float = 1e-3) -> PairLoss:
@@ -182,7 +182,7 @@ def apo_down(beta: float = 0.1) -> PairLoss:
 def dpo_norm(beta: float = 0.1) -> PairLoss:
     """DPO on log-ratios that are means over the answers' tokens, so that long answers have no larger margins."""
     _check(beta)
-    return PairLoss(lambda pairs: -jax.nn.log_sigmoid(_margin(pairs.means, beta)), beta, per_token=True)
+    return PairLoss(lambda pairs: -jax.nn.log_sigmoid(_margin(pairs.means, beta)), beta)
 
 
 def dpop(beta: float = 0.1, penalty: float = 5.0) -> PairLoss:

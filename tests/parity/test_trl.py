@@ -87,12 +87,9 @@ def test_a_loss_of_pairs_and_its_metrics_are_those_of_trl(name):
 
     loss = LOSSES[name](beta=0.3, **options)
     assert_close(jnp.mean(loss.loss(pairs())), float(expected), relative=SAME)
-    if not loss.per_token:  # TRL's rewards are those of sums
-        rewards, metrics = loss.rewards(pairs()), dpo._metrics["train"]
-        assert_close(
-            [float(jnp.mean(r)) for r in rewards], [metrics[f"rewards/{k}"][0] for k in ("chosen", "rejected")]
-        )
-        assert_close(float(jnp.mean(rewards[0] > rewards[1])), metrics["rewards/accuracies"][0])
+    rewards, metrics = loss.rewards(pairs()), dpo._metrics["train"]
+    assert_close([float(jnp.mean(r)) for r in rewards], [metrics[f"rewards/{k}"][0] for k in ("chosen", "rejected")])
+    assert_close(float(jnp.mean(rewards[0] > rewards[1])), metrics["rewards/accuracies"][0])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
