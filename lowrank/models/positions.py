@@ -58,6 +58,9 @@ def check_position_options(config: Any) -> None:
         raise UserError(f"rotary_dim={config.rotary_dim} is not an even number up to head_dim={config.head_dim}")
     check_context(config)
     theta, scaling = stretched_rope(config)
+    for name, value in {"rope_theta": theta, "local_rope_theta": config.local_rope_theta or theta}.items():
+        if not 1e-38 < value < 1e38:  # its powers are float32
+            raise UserError(f"{name}={value} turns no position: give a number between 1e-38 and 1e38")
     if scaling is not None:
         check_scaling(scaling, config.rotary_dim or config.head_dim, theta)
 

@@ -36,6 +36,13 @@ def test_what_is_no_count_is_named(tmp_path, value):
         load(folder(tmp_path / "m", max_position_embeddings=value))
 
 
+@pytest.mark.parametrize("value", [-1.0, 1e-300, 1e308])
+@pytest.mark.parametrize(("base", "key"), [(files.LLAMA, "rope_theta"), (files.GEMMA3, "rope_local_base_freq")])
+def test_a_theta_whose_powers_are_no_numbers_is_named(tmp_path, base, key, value):
+    with pytest.raises(UserError, match=r"rope_theta=.* turns no position"):
+        describe(folder(tmp_path / "m", base, **{key: value}))
+
+
 def test_a_model_without_tensors_has_bounds_too(tmp_path):
     where = folder(tmp_path / "m", num_hidden_layers=10**8)
     (tmp_path / "m" / "model.safetensors").unlink()
