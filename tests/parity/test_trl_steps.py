@@ -14,7 +14,6 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from lowrank.adapters import peft as peft_format
 from lowrank.core import tree
-from lowrank.data.sources import open_source
 from lowrank.training import build, step
 from lowrank.training.reference import StoredReference
 from tests.support.close import assert_close, difference
