@@ -64,6 +64,7 @@ def _plot(results: Path) -> bytes:
             look: dict[str, Any] = {"color": plotting.COLORS[i], "marker": plotting.MARKERS[i]}
             axes.errorbar([int(row["round"]) for row in own], means, yerr=halves, label=of.name, linewidth=1.2, **look)
         axes.set_xlabel("round")
+        axes.set_xticks(sorted({int(row["round"]) for row in rows}))
         axes.set_ylabel({"accuracy": "accuracy", "gap": "gap, relative to the mean update"}[key])
     panels[0].legend()
     return plotting.to_png(figure)
