@@ -7,7 +7,6 @@ are not computed again while both stay the same.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -145,7 +144,7 @@ def _request(source: Source) -> Request:
 
 def _digest(spec: ModelSpec, request: Request, kind: str) -> str:
     """A name for the statistics, which changes with the files of the model and with the request."""
-    where = [Checkpoint(spec._replace(adapter=None)).folder, *([Path(spec.adapter)] if spec.adapter else [])]
+    where = [Checkpoint(spec._replace(adapter=None)).folder, *([as_local_path(spec.adapter)] if spec.adapter else [])]
     paths = [path for folder in where for path in (sorted(folder.glob("*.safetensors")) or [folder])]
     stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     return f"{kind}-{digest_of(str(spec), stamps, request)[:16]}"

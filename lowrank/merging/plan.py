@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lowrank.core.errors import UserError, nearest, plural
+from lowrank.core.paths import as_local_path
 from lowrank.merging import parameters, structure
 from lowrank.merging.checkpoint import Checkpoint
 from lowrank.merging.model_spec import ModelSpec
@@ -256,7 +256,7 @@ def find_statistics(method: str, source: Source, name: str, shape: tuple[int, ..
 
 @functools.lru_cache(maxsize=64)
 def _open_statistics(path: str) -> Mapping[str, StoredTensor]:
-    return hf_files.open_file(Path(path))
+    return hf_files.open_file(as_local_path(path))
 
 
 def _check_whole(rule: Rule, planned: Sequence[PlannedTensor]) -> None:

