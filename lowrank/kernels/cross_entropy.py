@@ -37,18 +37,18 @@ def chunked_nll(
     `head` closes over get a gradient only if they are being differentiated: a frozen head costs no dW, and its shards
     are gathered once for all chunks. Targets and weights get no gradient.
     """
-    return _chunked_nll(head, h_BxTxD, targets_BxT, weights_BxT, chunk_tokens, per_row=False)
+    return _chunked_nll(head, h_BxTxD, targets_BxT, weights_BxT, chunk_tokens, per_token=False)
 
 
-def chunked_row_nll(
+def chunked_token_nll(
     head: Head, h_BxTxD: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array, chunk_tokens: int
 ) -> jax.Array:
-    """`[B]`: `chunked_nll` of each row.
+    """`[B, T]`: `weights * token_nll(head(h), targets)`, whose sum is `chunked_nll`.
 
-    The backward pass scales the gradient of each row that the forward pass has computed. The arrays of a trained head
-    need a second pass over the logits, since their gradient is a sum over rows.
+    The backward pass scales the gradient of each token that the forward pass has computed. The arrays of a trained head
+    need a second pass over the logits, since their gradient is a sum over tokens.
     """
-    return _chunked_nll(head, h_BxTxD, targets_BxT, weights_BxT, chunk_tokens, per_row=True)
+    return _chunked_nll(head, h_BxTxD, targets_BxT, weights_BxT, chunk_tokens, per_token=True)
 
 
 def chunk_length(rows: int, length: int, chunk_tokens: int) -> int:
@@ -57,13 +57,13 @@ def chunk_length(rows: int, length: int, chunk_tokens: int) -> int:
 
 
 def _chunked_nll(
-    head: Head, h: jax.Array, targets: jax.Array, weights: jax.Array, chunk_tokens: int, per_row: bool
+    head: Head, h: jax.Array, targets: jax.Array, weights: jax.Array, chunk_tokens: int, per_token: bool
 ) -> jax.Array:
     rows, length = targets.shape
     size = chunk_length(rows, length, chunk_tokens)
     closed, consts = jax.closure_convert(head, h[:, :size])
     order_BxT = jnp.argsort(weights == 0, axis=1, stable=True)
-    return _chunked(_Static(closed, size, per_row), h, targets, weights, order_BxT, *consts)
+    return _chunked(_Static(closed, size, per_token), h, targets, weights, order_BxT, *consts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,23 +72,31 @@ class _Static:
 
     head: Head
     size: int  # K
-    per_row: bool
+    per_token: bool
 
     def nll(self, h_BxKxD: jax.Array, targets_BxK: jax.Array, weights_BxK: jax.Array, consts: Any) -> jax.Array:
-        """The weighted sum of one chunk: a scalar, or `[B]` per row."""
-        nll_BxK = token_nll(self.head(h_BxKxD, *consts), targets_BxK)
-        return jnp.sum(nll_BxK * weights_BxK, axis=-1 if self.per_row else None)
+        """The weighted sum of one chunk, a scalar, or its terms `[B,K]` per token."""
+        nll_BxK = token_nll(self.head(h_BxKxD, *consts), targets_BxK) * weights_BxK
+        return nll_BxK if self.per_token else jnp.sum(nll_BxK)
 
-    def zero(self, rows: int) -> jax.Array:
-        """The sum of no chunk."""
-        return jnp.zeros(rows if self.per_row else (), jnp.float32)
+    def zero(self, order_SxBxK: jax.Array) -> jax.Array:
+        """The sum of no chunk, or `[S,B,K]` per token."""
+        return jnp.zeros(order_SxBxK.shape if self.per_token else (), jnp.float32)
+
+    def add(self, total: jax.Array, i: jax.Array, chunk: jax.Array) -> jax.Array:
+        """The sum with chunk `i`, or the terms with those of chunk `i` in their place."""
+        return total.at[i].set(chunk) if self.per_token else total + chunk
+
+    def result(self, total: jax.Array, order_BxT: jax.Array) -> jax.Array:
+        """The sum, or the terms `[B,T]` in their first order."""
+        return _unchunked(total, order_BxT) if self.per_token else total
 
 
-def _chunks(order_BxT: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array, size: int) -> list[jax.Array]:
-    """The order, and the targets and weights in this order, each `[S,B,K]`; the end is padded: T, 0 and 0."""
+def _chunks(order_BxT: jax.Array, size: int, *arrays_BxT: jax.Array) -> list[jax.Array]:
+    """The order, and the arrays in this order, each `[S,B,K]`; the end is padded: T, and 0 for the arrays."""
     pad = -order_BxT.shape[1] % size
-    ordered = order_BxT, *(jnp.take_along_axis(x, order_BxT, axis=1) for x in (targets_BxT, weights_BxT))
-    fills = (order_BxT.shape[1], 0, 0)
+    ordered = order_BxT, *(jnp.take_along_axis(x, order_BxT, axis=1) for x in arrays_BxT)
+    fills = (order_BxT.shape[1], *(0 for _ in arrays_BxT))
     padded = [jnp.pad(x, ((0, 0), (0, pad)), constant_values=c) for x, c in zip(ordered, fills, strict=True)]
     return [jnp.moveaxis(x.reshape(len(x), -1, size), 1, 0) for x in padded]
 
@@ -98,10 +106,11 @@ def _rows(h_BxTxD: jax.Array, places_BxK: jax.Array) -> jax.Array:
     return jnp.take_along_axis(h_BxTxD, places_BxK[..., None], axis=1, mode="fill", fill_value=0)
 
 
-def _unchunked(x_SxBxKxD: jax.Array, order_BxT: jax.Array) -> jax.Array:
-    """`[B,T,D]`: the rows of all chunks in their first order."""
-    x_BxTxD = jnp.moveaxis(x_SxBxKxD, 0, 1).reshape(x_SxBxKxD.shape[1], -1, x_SxBxKxD.shape[3])
-    return jnp.take_along_axis(x_BxTxD, jnp.argsort(order_BxT, axis=1)[..., None], axis=1)
+def _unchunked(x_SxBxK: jax.Array, order_BxT: jax.Array) -> jax.Array:
+    """`[B,T,...]`: the entries `[S,B,K,...]` of all chunks in their first order."""
+    x_BxT = jnp.moveaxis(x_SxBxK, 0, 1).reshape(x_SxBxK.shape[1], -1, *x_SxBxK.shape[3:])
+    back_BxT = jnp.argsort(order_BxT, axis=1)
+    return jnp.take_along_axis(x_BxT, back_BxT.reshape(*back_BxT.shape, *(1,) * (x_BxT.ndim - 2)), axis=1)
 
 
 def _weighted_chunks(weights_SxBxK: jax.Array) -> jax.Array:
@@ -111,22 +120,23 @@ def _weighted_chunks(weights_SxBxK: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(static: _Static, h: Any, targets: Any, weights: Any, order: Any, *consts: Any) -> jax.Array:
-    order_SxBxK, targets_SxBxK, weights_SxBxK = _chunks(order, targets, weights, static.size)
+    order_SxBxK, targets_SxBxK, weights_SxBxK = _chunks(order, static.size, targets, weights)
     whole = _gathered(consts)
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        return total + static.nll(_rows(h, order_SxBxK[i]), targets_SxBxK[i], weights_SxBxK[i], whole)
+        return static.add(total, i, static.nll(_rows(h, order_SxBxK[i]), targets_SxBxK[i], weights_SxBxK[i], whole))
 
-    return jax.lax.fori_loop(0, _weighted_chunks(weights_SxBxK), add, static.zero(len(targets)))
+    total = jax.lax.fori_loop(0, _weighted_chunks(weights_SxBxK), add, static.zero(order_SxBxK))
+    return static.result(total, order)
 
 
 def _chunked_fwd(static: _Static, *args: Any) -> tuple[jax.Array, Any]:
     """The sum, and its gradients for `h` and for those of `consts` that are perturbed (the others: None)."""
     h, targets, weights, order, *consts = [arg.value for arg in args]
     # Ordered in here and put back by a gather: left to autodiff, the way back would be a scatter.
-    order_SxBxK, targets_SxBxK, weights_SxBxK = _chunks(order, targets, weights, static.size)
+    order_SxBxK, targets_SxBxK, weights_SxBxK = _chunks(order, static.size, targets, weights)
     learned = [i for i, arg in enumerate(args[4:]) if arg.perturbed]
-    in_forward = [] if static.per_row else learned
+    in_forward = [] if static.per_token else learned
     consts = _gathered(consts, leave=in_forward)
 
     def add(i: jax.Array, carry: Any) -> Any:
@@ -136,38 +146,39 @@ def _chunked_fwd(static: _Static, *args: Any) -> tuple[jax.Array, Any]:
         total, dh_SxBxKxD, dconsts = carry
         value, vjp = jax.vjp(nll, _rows(h, order_SxBxK[i]), {n: consts[n] for n in in_forward})
         dh, more = vjp(jnp.ones_like(value))
-        return total + value, dh_SxBxKxD.at[i].set(dh), jax.tree.map(lambda d, m: d + m.astype(d.dtype), dconsts, more)
+        dconsts = jax.tree.map(lambda d, m: d + m.astype(d.dtype), dconsts, more)
+        return static.add(total, i, value), dh_SxBxKxD.at[i].set(dh), dconsts
 
-    start = static.zero(len(targets)), jnp.zeros((*order_SxBxK.shape, h.shape[-1]), h.dtype), _zeros(consts, in_forward)
+    start = static.zero(order_SxBxK), jnp.zeros((*order_SxBxK.shape, h.shape[-1]), h.dtype), _zeros(consts, in_forward)
     total, dh_SxBxKxD, dconsts = jax.lax.fori_loop(0, _weighted_chunks(weights_SxBxK), add, start)
-    dh_BxTxD = _unchunked(dh_SxBxKxD, order)
-    if static.per_row:  # the gradient of the head waits for the rows' cotangents; the dict's keys stay static
+    total, dh_BxTxD = static.result(total, order), _unchunked(dh_SxBxKxD, order)
+    if static.per_token:  # the gradient of the head waits for the tokens' cotangents; the dict's keys stay static
         inputs = (h, targets, weights, order, consts, dict.fromkeys(learned)) if learned else None
         return total, (dh_BxTxD, [None] * len(consts), inputs)
     return total, (dh_BxTxD, [dconsts[n].astype(c.dtype) if n in dconsts else None for n, c in enumerate(consts)])
 
 
 def _chunked_bwd(static: _Static, residuals: tuple, g: jax.Array) -> tuple:
-    if not static.per_row:
+    if not static.per_token:
         dh_BxTxD, dconsts = jax.tree.map(lambda d: d * g.astype(d.dtype), residuals)
         return dh_BxTxD, None, None, None, *dconsts
     dh_BxTxD, dconsts, inputs = residuals
     dconsts = _head_gradient(static, inputs, g) if inputs else dconsts
-    return dh_BxTxD * g[:, None, None].astype(dh_BxTxD.dtype), None, None, None, *dconsts
+    return dh_BxTxD * g[..., None].astype(dh_BxTxD.dtype), None, None, None, *dconsts
 
 
 def _head_gradient(
-    static: _Static, inputs: tuple[Any, Any, Any, Any, Any, dict[int, None]], g_B: Any
+    static: _Static, inputs: tuple[Any, Any, Any, Any, Any, dict[int, None]], g_BxT: Any
 ) -> list[jax.Array | None]:
-    """The gradient of the rows' sums, weighted by `g_B`, for the arrays of the head that are `learned`."""
+    """The gradient of the tokens' terms, weighted by `g`, for the arrays of the head that are `learned`."""
     h, targets, weights, order, consts, learned = inputs
-    order_SxBxK, targets_SxBxK, weights_SxBxK = _chunks(order, targets, weights, static.size)
+    order_SxBxK, targets_SxBxK, weights_SxBxK, g_SxBxK = _chunks(order, static.size, targets, weights, g_BxT)
 
     def add(i: jax.Array, dconsts: Any) -> Any:
         def nll(some: dict[int, jax.Array]) -> jax.Array:
-            return jnp.sum(
-                static.nll(_rows(h, order_SxBxK[i]), targets_SxBxK[i], weights_SxBxK[i], _replaced(consts, some)) * g_B
-            )
+            whole = _replaced(consts, some)
+            nll_BxK = static.nll(_rows(h, order_SxBxK[i]), targets_SxBxK[i], weights_SxBxK[i], whole)
+            return jnp.sum(nll_BxK * g_SxBxK[i])
 
         more = jax.grad(nll)({n: consts[n] for n in learned})
         return jax.tree.map(lambda d, m: d + m.astype(d.dtype), dconsts, more)

@@ -15,7 +15,7 @@ from lowrank import data, models
 from lowrank.core import sharding
 from lowrank.core.errors import UserError
 from lowrank.core.typing import Batch, BatchInfo, Network, PyTree, Sums
-from lowrank.kernels.cross_entropy import chunked_nll, chunked_row_nll, token_nll
+from lowrank.kernels.cross_entropy import chunked_nll, chunked_token_nll, token_nll
 from lowrank.metrics.text import perplexity, text_scores
 from lowrank.objectives.objective import Objective, Score
 
@@ -52,13 +52,21 @@ def language_row_sums(
     network: Network, params: PyTree, batch: Batch, chunk_tokens: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """`(weighted cross-entropy, weights)` `[B]`: the sums of `language_loss` for each row."""
+    nll_BxT = language_token_nll(network, params, batch, chunk_tokens)
+    return jnp.sum(nll_BxT, axis=-1), jnp.sum(batch["weights"], axis=-1)
+
+
+def language_token_nll(
+    network: Network, params: PyTree, batch: Batch, chunk_tokens: int = 0, temperature: float = 1.0
+) -> jax.Array:
+    """`[B, T]`: the terms of `language_loss`, of the logits divided by `temperature`."""
     h_BxTxD, head = _features(network, params, batch)
-    if chunk_tokens:
-        total_CB = chunked_row_nll(head, *_shards_as_rows(h_BxTxD, batch), chunk_tokens)
-        total_B = jnp.sum(total_CB.reshape(-1, len(h_BxTxD)), axis=0)
-    else:
-        total_B = jnp.sum(token_nll(head(h_BxTxD), batch["targets"]) * batch["weights"], axis=-1)
-    return total_B, jnp.sum(batch["weights"], axis=-1)
+    scaled = head if temperature == 1 else lambda h: head(h) / temperature
+    if not chunk_tokens:
+        return token_nll(scaled(h_BxTxD), batch["targets"]) * batch["weights"]
+    nll_CBxT = chunked_token_nll(scaled, *_shards_as_rows(h_BxTxD, batch), chunk_tokens)
+    B, T = batch["targets"].shape
+    return jnp.moveaxis(nll_CBxT.reshape(-1, B, nll_CBxT.shape[1]), 0, 1).reshape(B, T)
 
 
 def check_decoder(name: str, config: Any) -> None:

@@ -57,23 +57,23 @@ def test_token_nll_of_bfloat16_logits_is_float32():
     assert_close(cross_entropy.token_nll(logits, jnp.zeros(3, jnp.int32)), np.log(V))
 
 
-def _both_per_row(rows=4):
-    """The plain sum over rows that weigh differently, and the chunked one, as functions of (body, head)."""
+def _both_per_token(rows=4):
+    """A sum of squares of the tokens' terms, so that each has its own slope, as functions of (body, head)."""
     h, _, targets, weights, _ = _problem()
-    row_weights = jnp.array([3.0, -0.5])
+    weights = weights.at[0, 2:5].set(0)  # of a row that ends up in other chunks than the other one
+    scales = jnp.arange(1.0, 1 + B * T).reshape(B, T) - 9
 
     def plain(body, head):
-        return jnp.sum(jnp.sum(cross_entropy.token_nll(h @ body @ head, targets) * weights, axis=1) * row_weights)
+        return jnp.sum(jnp.square(cross_entropy.token_nll(h @ body @ head, targets) * weights) * scales)
 
     def chunked(body, head):
-        return jnp.sum(
-            cross_entropy.chunked_row_nll(lambda x: x @ head, h @ body, targets, weights, rows) * row_weights
-        )
+        terms = cross_entropy.chunked_token_nll(lambda x: x @ head, h @ body, targets, weights, rows)
+        return jnp.sum(jnp.square(terms) * scales)
 
     return plain, chunked
 
 
-@pytest.mark.parametrize("both", [_both, _both_per_row])
+@pytest.mark.parametrize("both", [_both, _both_per_token])
 @pytest.mark.parametrize("rows", [1, 4, 6, 14, 1000])
 def test_chunked_equals_plain_in_value_and_gradients(rows, both):
     plain, chunked = both(rows)
@@ -113,12 +113,12 @@ def test_a_frozen_head_costs_no_gradient_of_its_own():
     assert matmuls((0, 1)) == matmuls(0) + 1
 
 
-def test_rows_with_a_frozen_head_cost_one_pass_over_the_logits():
+def test_tokens_with_a_frozen_head_cost_one_pass_over_the_logits():
     _, chunked = _both()
-    _, chunked_rows = _both_per_row()
+    _, chunked_tokens = _both_per_token()
     _, head, _, _, body = _problem()
-    one, rows = (str(jax.make_jaxpr(jax.grad(f))(body, head)).count("dot_general") for f in (chunked, chunked_rows))
-    assert rows == one
+    one, each = (str(jax.make_jaxpr(jax.grad(f))(body, head)).count("dot_general") for f in (chunked, chunked_tokens))
+    assert each == one
 
 
 def test_chunked_never_holds_all_logits():
