@@ -8,6 +8,7 @@ from lowrank.data.language import LANGUAGE
 from lowrank.data.loader import Loader, PlannedLoader
 from lowrank.data.pairs import PAIRS, SCORED_PAIRS
 from lowrank.data.pipeline import make_loader
+from lowrank.data.prompts import prompt_rows
 from lowrank.data.row_format import ArraySpec, RowFormat
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "PlannedLoader",
     "RowFormat",
     "make_loader",
+    "prompt_rows",
     "read_examples",
 ]

@@ -17,6 +17,7 @@ from lowrank.data.infill import build_infill
 from lowrank.data.language import LANGUAGE
 from lowrank.data.row_format import RECORD, EncodedSequence, Encoder, RowFormat
 from lowrank.data.sources import Source
+from lowrank.data.templates import Record
 
 KEPT = 20_000  # a dataset of at most this many examples is encoded at the start, checked and kept in memory;
 MEASURED = 2_000  # of a larger one, this many are counted
@@ -73,6 +74,11 @@ class Examples:
     def labels(self) -> tuple[str, ...]:
         """The names of the classes in order; empty without classes."""
         return self.encoders[0].labels
+
+    def record(self, i: int) -> tuple[Record, str]:
+        """The record `i` as it is, and its place for a reader."""
+        source, _, local = self._at(i)
+        return source[local], source.where(local)
 
     def example(self, i: int, reserve: int) -> dict[str, Any]:
         """The record `i` for evaluation, shortened so that `reserve` new tokens fit into a row."""
@@ -177,8 +183,9 @@ def _only(sequence: EncodedSequence) -> HostArrays:
 
 
 def _numbered(sequence: EncodedSequence, record: int) -> EncodedSequence:
-    """The members of a row with the number of their record."""
-    return tuple({**member, RECORD: np.int32(record)} for member in members_of(sequence))
+    """A sequence, or the members of a row, with the number of the record."""
+    numbered = tuple({**member, RECORD: np.int32(record)} for member in members_of(sequence))
+    return numbered if isinstance(sequence, tuple) else numbered[0]
 
 
 def count_tokens(sequence: EncodedSequence) -> int:

@@ -108,12 +108,18 @@ class LanguageEncoder:
     def prompt(self, record: Record, where: str, reserve: int) -> tuple[str, list[int]]:
         """`(text, ids)` of the prompt alone, shortened so that `reserve` more tokens fit into `length`."""
 
+        ids, cut = self.prompt_ids(record, where, reserve)
+        return self.renderer.prompt(record, where, cut), ids
+
+    def prompt_ids(self, record: Record, where: str, reserve: int) -> tuple[list[int], str | None]:
+        """`(ids, cut)` of the prompt alone, as `prompt`; `cut` is what is left of its long text, or None for all."""
+
         def build(long: str | None) -> Ids:
             return self._encode([(self.renderer.prompt(record, where, long), False)])
 
         text = functools.partial(self.renderer.long_text, record, where)
         (ids, _), cut = fit(build, self.tokenizer, text, self.length - reserve, where)
-        return self.renderer.prompt(record, where, cut), ids
+        return ids, cut
 
     def _join(self, pieces: Sequence[Piece], where: str) -> Ids:
         ids, learned = self._encode(pieces)

@@ -12,6 +12,7 @@ from lowrank.core.typing import HostArrays
 from lowrank.data.config import DataConfig
 from lowrank.data.examples import Examples
 from lowrank.data.row_format import RowFormat
+from lowrank.data.templates import Record
 
 
 class Loader:
@@ -55,6 +56,10 @@ class Loader:
         self.close()
         self._start()
         self._live[0].set_state(state["iterator"])
+
+    def record(self, number: int) -> tuple[Record, str]:
+        """The record of this number, as `row_format.RECORD` holds it, and its place for a reader."""
+        return self._examples.record(number)
 
     def describe(self) -> str:
         """What is learned: counts, and one record."""

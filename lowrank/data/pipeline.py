@@ -20,7 +20,7 @@ from grain.experimental import (
 )
 
 from lowrank.core.errors import UserError, plural
-from lowrank.core.typing import Tokenizer
+from lowrank.core.typing import HostArrays, Tokenizer
 from lowrank.data import mixture, packing
 from lowrank.data.config import DataConfig
 from lowrank.data.examples import Examples, count_tokens
@@ -36,6 +36,14 @@ class _Sequences(FlatMapTransform):
     def flat_map(self, place: tuple[int, int]) -> list[EncodedSequence]:
         epoch, index = place
         return self.examples.sequences(index, epoch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copies(FlatMapTransform):
+    count: int
+
+    def flat_map(self, row: HostArrays) -> list[HostArrays]:
+        return [row] * self.count
 
 
 def make_loader(
@@ -99,7 +107,8 @@ def _rows(
     if row_format.packs(config):
         return packing.pack(sequences, row_format.arrays, config.seq_len, config.batch_size, pad_id)
     pad = functools.partial(packing.pad, arrays=row_format.arrays, length=config.seq_len, pad_id=pad_id)
-    return sequences.map(pad)
+    rows = sequences.map(pad)
+    return rows if row_format.copies == 1 else FlatMapIterDataset(rows, _Copies(row_format.copies))
 
 
 def _sequences(config: DataConfig, examples: Examples, indices: Sequence[int]) -> grain.IterDataset:

@@ -72,6 +72,7 @@ class RowFormat:
     arrays: Mapping[str, ArraySpec]
     packable: bool = False  # whether several sequences may share a row
     members: int = 0  # sequences that make up one row `[members, T]`, for losses that compare them; 0: a row is `[T]`
+    copies: int = 1  # rows that each sequence becomes, next to each other
     check: CheckCounts = lambda counts, source: None  # of all records of a source, which it names in a UserError
 
     @property

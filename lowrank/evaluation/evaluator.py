@@ -16,7 +16,8 @@ from lowrank.core.typing import Batch, Bind, Network, PyTree, Tokenizer
 from lowrank.evaluation.evaluate import evaluate, row_values
 from lowrank.generation import generate, generator
 from lowrank.objectives import Objective
-from lowrank.objectives.objective import REFERENCE
+from lowrank.objectives.objective import REFERENCE, Rollout
+from lowrank.objectives.rollouts import write_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Evaluator:
         held_out = dataclasses.replace(train, split=config.split, max_examples=config.max_examples, infill=None, **once)
         self.config, self._objective, self._tokenizer = config, objective, tokenizer
         self._network, self._bind, self._mesh, self._chunk_tokens = network, bind, mesh, chunk_tokens
-        self._loader = data.make_loader(held_out, tokenizer, row_format=objective.row_format)
+        once_each = dataclasses.replace(objective.row_format, copies=1)
+        self._loader = data.make_loader(held_out, tokenizer, row_format=once_each)
         self._first = self._loader.get_state()
         self._references: list[np.ndarray] = []  # of each batch, where the objective compares with a reference
         self._records: list[Mapping[str, Any]] = []
@@ -89,7 +91,8 @@ class Evaluator:
 
     def remember(self, params: PyTree) -> None:
         """Takes these parameters as the reference that the scores compare with, for an objective that has one."""
-        if self._objective.comparison and self._objective.comparison.reference:
+        comparison = self._objective.comparison
+        if comparison and comparison.reference and not self._objective.rollout:
             self._loader.set_state(self._first)
             values = functools.partial(row_values, self._objective, self._network, params, **self._options)
             self._references = [values(batch) for batch in self._loader]
@@ -98,10 +101,25 @@ class Evaluator:
         """The objective's scores of the held-out batches by name."""
         self._loader.set_state(self._first)
         batches: Iterable[Batch] = self._loader
+        if rollout := self._objective.rollout:
+            batches = (self._written(rollout, params, *numbered) for numbered in enumerate(self._loader))
         if self._references:
             both = zip(self._loader, self._references, strict=True)
             batches = ({**batch, REFERENCE: reference} for batch, reference in both)
         return evaluate(self._objective, self._network, params, batches, **self._options)
+
+    def _written(self, rollout: Rollout, params: PyTree, i: int, batch: Batch) -> Batch:
+        """Batch `i` with one text for each prompt, drawn in the same way each time."""
+        return write_texts(
+            rollout,
+            self._network,
+            params,
+            batch,
+            tokenizer=self._tokenizer,
+            records=self._loader.record,
+            rng=jax.random.key(i),
+            bind=self._bind,
+        )
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lowrank.core import tree
 from lowrank.core.typing import PyTree
 from lowrank.memory.collectives import Collective, collectives
 from lowrank.memory.shapes import StepInputs, logits_chunks, step_inputs
-from lowrank.training import step
+from lowrank.training import step, texts
 from lowrank.training.run import Run
 
 # How a compiler says what a program takes: all of it, or its temporaries alone where these are too large already.
@@ -61,19 +61,27 @@ class Compiled:
 
 
 def compile_programs(run: Run, inputs: StepInputs | None = None) -> Compiled:
-    """The memory of the training step of `run`, and of its generation if it evaluates texts, compiled for its mesh."""
+    """The memory of the training step of `run`, and of its generation if it writes texts, compiled for its mesh."""
     r = inputs or step_inputs(run)
     parts = {"weights": r.frozen, "adapter": r.state.trained, "moments": r.state.optimizer, "batch": r.batch}
     optimizer = run.optimizer()
     compile_step = lambda: step.compile_step(run.step(optimizer), r.state, r.frozen, r.batch)  # noqa: E731
     train = analyze_memory(compile_step, logits_chunks(run, r)[0])
-    scorer, params = run.scorer, tree.join(r.state.trained, r.frozen)
+    written = _generation(run, tree.join(r.state.trained, r.frozen))
     return Compiled(
         platform=run.mesh.devices.flat[0].device_kind,
         **{name: argument_bytes(part) for name, part in parts.items()},
         step=train,
-        generation=analyze_memory(lambda: scorer.lowered(params).compile()) if scorer and scorer.prompts else None,
+        generation=analyze_memory(written) if written else None,
     )
+
+
+def _generation(run: Run, params: PyTree) -> Callable[[], jax.stages.Compiled] | None:
+    """Compiles what reads the prompts of a step's texts, or else those of an evaluation's; None without texts."""
+    if run.objective.rollout:
+        return lambda: texts.lowered(run, params).compile()
+    scorer = run.scorer
+    return (lambda: scorer.lowered(params).compile()) if scorer and scorer.prompts else None
 
 
 def analyze_memory(compile_program: Callable[[], jax.stages.Compiled], chunks: int = 1) -> Program:

@@ -14,7 +14,7 @@ from lowrank.core import parameter_summary, sharding, tree
 from lowrank.core.weight import is_weight
 from lowrank.memory import residuals
 from lowrank.memory.shapes import StepInputs, device_bytes, head_table, logits_chunks, step_inputs
-from lowrank.training import offload
+from lowrank.training import offload, texts
 from lowrank.training.offload import HOST
 from lowrank.training.run import Run
 from lowrank.weights.quantized import base
@@ -31,7 +31,7 @@ class Memory:
     gradients: int = 0  # with accumulation, those of a microbatch and their sum
     activations: int = 0  # the residuals of the backward pass
     temporary: int = 0  # a recomputed block, logits and their gradient, decoded codes, gathered shards
-    kv_cache: int = 0  # of the texts that an evaluation generates
+    kv_cache: int = 0  # of the texts that a step or an evaluation generates
     host: int = 0  # in the host's memory
 
     @property
@@ -161,11 +161,13 @@ def _moved_bits(run: Run, x: Any) -> int:
 def kv_cache_bytes(run: Run) -> int:
     """The keys and values of all texts that are written at a time, as `models.init_cache` stores them."""
     c = run.network.config
-    if run.scorer is None or not run.scorer.prompts or not isinstance(c, models.DecoderConfig):
+    if not isinstance(c, models.DecoderConfig):
         return 0
-    shape = (c.layers, run.scorer.text_sizes.rows, c.kv_heads, run.scorer.text_sizes.slots, c.head_dim)
-    shard = NamedSharding(run.mesh, sharding.slots_spec(shape, run.mesh)).shard_shape(shape)
-    return 2 * math.prod(shard) * parameter_summary.bits_per_element(c.dtype) // 8
+    written = [run.scorer.text_sizes] if run.scorer and run.scorer.prompts else []
+    written += [texts.text_sizes(run)] if run.objective.rollout else []
+    shapes = [(c.layers, sizes.rows, c.kv_heads, sizes.slots, c.head_dim) for sizes in written]
+    shards = [NamedSharding(run.mesh, sharding.slots_spec(shape, run.mesh)).shard_shape(shape) for shape in shapes]
+    return max((2 * math.prod(s) * parameter_summary.bits_per_element(c.dtype) // 8 for s in shards), default=0)
 
 
 def _forms(shapes: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from lowrank.core import config_schema
 from lowrank.core.errors import unknown
 from lowrank.objectives.causal_lm import causal_lm
 from lowrank.objectives.classification import classification
+from lowrank.objectives.grpo import grpo
 from lowrank.objectives.kto import kto
 from lowrank.objectives.objective import Objective, Score
 from lowrank.objectives.preference import preference
@@ -18,6 +19,7 @@ from lowrank.objectives.reward import reward
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "causal_lm": causal_lm,
     "classification": classification,
+    "grpo": grpo,
     "kto": kto,
     "preference": preference,
     "reward": reward,
@@ -43,6 +45,7 @@ __all__ = [
     "build_objective",
     "causal_lm",
     "classification",
+    "grpo",
     "kto",
     "preference",
     "reward",

@@ -9,8 +9,10 @@ from typing import Any, Protocol
 
 import jax
 
-from lowrank.core.typing import Batch, BatchInfo, Network, PyTree, Sums
+from lowrank.core.typing import Batch, BatchInfo, HostArrays, Network, PyTree, Sums
 from lowrank.data import RowFormat
+from lowrank.generation.sampling import Sampling
+from lowrank.objectives.rewards import Sample
 
 
 class LossFunction(Protocol):
@@ -77,6 +79,22 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Rollout:
+    """Texts that the model writes to the prompts of a batch, and what the loss reads of them.
+
+    The texts of a batch of a training run depend on nothing but the parameters, the prompts, the run's seed and the
+    step. Every process of a run writes and judges all of them; the rewards of the first one count.
+    """
+
+    max_new: int  # at most this many tokens
+    sampling: Sampling
+    judge: Callable[[Sequence[Sample]], HostArrays]  # texts -> arrays `[B]` of a batch; raises UserError
+    compare: Callable[[HostArrays], HostArrays]  # a judged batch -> arrays `[B]` that compare the texts of each prompt
+    updates: int = 1  # steps that learn from the same texts
+    old: str = ""  # the array with `Comparison.row_values` when the texts were written; "": none, as a step is the only
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Objective:
     """One training objective. The rest of the code asks this value, and looks at no name and no keys of a batch."""
 
@@ -91,4 +109,5 @@ class Objective:
     trainable: tuple[str, ...] = ()  # regexes over leaves that are trained with every method, such as a new head
     score_texts: ScoreTexts | None = None  # None: no texts are generated
     comparison: Comparison | None = None  # None: the loss looks at a microbatch alone
+    rollout: Rollout | None = None  # None: the batches of the loader are complete
     on_features: "Objective | None" = None  # the same loss of pooled features `[B, D]`; None: it needs every token

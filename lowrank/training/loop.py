@@ -28,6 +28,7 @@ from lowrank.training.preemption import StopSignal
 from lowrank.training.profile import Profile
 from lowrank.training.reference import StoredReference
 from lowrank.training.run import Run
+from lowrank.training.texts import Texts
 
 SUMMARY, BEFORE, ADAPTER, BEST = "summary.json", "before.json", "adapter", "best"
 UNSCORED: dict[str, Any] = {"scores": {}, "texts": []}  # of a model that is not scored
@@ -111,7 +112,7 @@ class Trainer:
         self.base = dataclasses.replace(base, params=None)
         self.optimizer = run.optimizer()
         self.state, self.frozen, self.original = run.start(base.params, self.optimizer)
-        self.reference, params = StoredReference(run), self._params()
+        self.reference, self.texts, params = StoredReference(run), Texts(run), self._params()
         if run.scorer:
             run.scorer.remember(params)
         if saver.latest() is None:
@@ -154,7 +155,7 @@ class Trainer:
 
     def _place(self, arrays: dict[str, jax.Array]) -> None:
         """Replaces the state, the reference and the changing frozen leaves by the arrays of a checkpoint."""
-        arrays = self.reference.restore(arrays)
+        arrays = self.texts.restore(self.reference.restore(arrays))
         frozen = {name: arrays.pop(f"{FROZEN}/{name}") for name in self.run.changing}
         self.state = unflatten_named(self.state, arrays)
         self.frozen = tree.map_named(lambda name, x: frozen.get(name, x), self.frozen)
@@ -189,9 +190,9 @@ class Trainer:
         self.state = dataclasses.replace(self.state, trained=trained)
 
     def _batch(self, done: int, saves: bool) -> dict[str, jax.Array]:
-        """The next batch. Where the data cannot be read any more, what is done is saved first if it `saves`."""
+        """The next batch. Where it cannot be read or judged, what is done is saved first if it `saves`."""
         try:
-            batch = next(self.run.loader, None)
+            batch = self.texts.batch(self.map_batch, self._params, done)
         except UserError:
             if saves:
                 self._save(done, block=True)
@@ -200,7 +201,7 @@ class Trainer:
             self.log.say(line)
         if batch is None:
             raise UserError(f"the data ended after step {done} of {self.run.config.steps}: raise data.epochs")
-        return self.run.put(self.map_batch(batch))
+        return self.run.put(batch)
 
     def _compile(self, batch: Mapping[str, jax.Array]) -> jax.stages.Compiled:
         started = time.monotonic()
@@ -249,7 +250,7 @@ class Trainer:
     def _arrays(self) -> dict[str, jax.Array]:
         changing = {n: x for n, x in tree.named_leaves(self.frozen) if n in self.run.changing}
         frozen = {f"{FROZEN}/{name}": x for name, x in changing.items()}
-        return flatten_named(self.state) | frozen | self.reference.arrays()
+        return flatten_named(self.state) | frozen | self.reference.arrays() | self.texts.arrays()
 
     def _params(self) -> PyTree:
         return tree.join(self.state.trained, self.frozen)

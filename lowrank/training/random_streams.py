@@ -13,6 +13,7 @@ class Stream(enum.IntEnum):
 
     CALIBRATE = 1  # a method's calibration by the data before the first step
     RESTART = 2  # a method's change of the parameters every n steps
+    ROLLOUT = 3  # the texts that the model writes before a step
 
 
 def attach_key(seed: int) -> jax.Array:
@@ -28,6 +29,11 @@ def calibrate_key(seed: int) -> jax.Array:
 def restart_key(seed: int, step: int) -> jax.Array:
     """The key of `Hooks.every_n_steps` before step `step` (from 0)."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), Stream.RESTART), step)
+
+
+def rollout_key(seed: int, step: int) -> jax.Array:
+    """The key of the texts that are written before step `step` (from 0); each row folds its own index into it."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), Stream.ROLLOUT), step)
 
 
 def step_key(seed: int, step: jax.Array | int) -> jax.Array:

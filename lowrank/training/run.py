@@ -108,7 +108,7 @@ class Run:
         if not calibrate:
             return params
         key = random_streams.calibrate_key(self.config.seed)
-        loss = functools.partial(self._loss_at_start, rng=None)
+        loss = _refuse_loss if self.objective.rollout else functools.partial(self._loss_at_start, rng=None)
         context = methods.Context(
             key,
             self.tokenizer,
@@ -253,6 +253,12 @@ class Run:
         """`[steps]`: the learning rate of each step."""
         rates, change = optim.learning_rates(self.optim, self.config.steps), self.method.hooks.learning_rates
         return change(rates) if change else rates
+
+
+def _refuse_loss(params: PyTree, batch: Batch) -> Sums:
+    raise UserError(
+        "the method starts from gradients of the first batches, which hold prompts without texts: choose another start"
+    )
 
 
 def _key() -> jax.Array:

@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from lowrank.core import sharding
+from lowrank.core import sharding, tree
 from lowrank.objectives import OBJECTIVES
 from lowrank.training import build, step
 from lowrank.training.reference import StoredReference
+from lowrank.training.texts import Texts
 from tests.support.close import assert_close
 from tests.support.tiny_runs import config_of
 
@@ -35,7 +36,7 @@ COMPARED = {"preference": (np.log(2), -0.1 / 2), "kto": (0.5, -0.1 / 4)}
 
 
 def test_every_objective_has_a_case():
-    assert {*CASES, *COMPARED, "reward"} == set(OBJECTIVES)
+    assert {*CASES, *COMPARED, "grpo", "reward"} == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -70,10 +71,10 @@ def test_a_step_of_the_head_is_that_of_float64(name, files):
         assert_close(moved, -LR * expected[leaf], relative=2e-5, name=leaf)
 
 
-def head_step(objective, files):
-    """`(run, parameters before, batch, state and metrics after)` of a step of gradient descent on pairs of answers."""
+def head_step(objective, files, records="pairs"):
+    """`(run, parameters before, batch, state and metrics after)` of a step of gradient descent on these records."""
     options = {"optim__name": "sgd", "optim__clip": 0.0, "optim__weight_decay": 0.0, "mesh__data": 1}
-    config = config_of(files, "method=head", data__source=f"jsonl:{files / 'pairs.jsonl'}", **options)
+    config = config_of(files, "method=head", data__source=f"jsonl:{files / f'{records}.jsonl'}", **options)
     with config.ignore_type():
         config.objective = objective
     run = build.build_run(config)
@@ -82,7 +83,7 @@ def head_step(objective, files):
     params = jax.device_get(run.attach(run.load().params)[0])
     reference = StoredReference(run)
     reference.fill(params)
-    batch = next(run.loader)
+    batch = Texts(run).write(next(run.loader), lambda: tree.join(state.trained, frozen), 0)
     placed = run.put(reference.join(batch))
     program = step.compile_step(run.step(optimizer), state, frozen, placed)
     return run, params, batch, *program(state, frozen, placed, LR)
@@ -97,15 +98,38 @@ def test_the_first_step_of_a_comparison_is_that_of_float64(name, files):
     features, targets, weights = (np.asarray(x) for x in next_tokens(run.network, params, rows))
     chosen = batch["desirable"] == 1 if name == "kto" else np.tile([True, False], len(batch["tokens"]))
     slopes = np.where(chosen, slope, -slope) / len(batch["tokens"])
-    x_NxD = np.float64(features).reshape(-1, features.shape[-1])
     kernel = np.float64(params["head"]["kernel"])
-    logits_NxV = x_NxD @ kernel
+    moved = np.float64(state.trained["head"]["kernel"]) - kernel
+    gradient = head_gradient(features, kernel, targets, np.float64(weights) * slopes[:, None])
+    assert_close(moved, -LR * gradient, relative=5e-5)
+
+
+def head_gradient(features, kernel, targets, slopes, temperature=1.0):
+    """`[D, V]`: of the sum of the targets' log-probabilities times `slopes` `[R, T]`, where the kernel makes logits."""
+    x_NxD = np.float64(features).reshape(-1, features.shape[-1])
+    logits_NxV = x_NxD @ kernel / temperature
     probabilities = np.exp(logits_NxV - logits_NxV.max(-1, keepdims=True))
     gradient_NxV = -probabilities / probabilities.sum(-1, keepdims=True)  # of the log-probability of the target
     gradient_NxV[np.arange(len(x_NxD)), targets.reshape(-1)] += 1
-    gradient_NxV *= (np.float64(weights) * slopes[:, None]).reshape(-1, 1)
+    return x_NxD.T @ (gradient_NxV * slopes.reshape(-1, 1)) / temperature
+
+
+@pytest.mark.parametrize("loss", ["dapo", "rloo"])
+def test_a_step_on_texts_with_rewards_is_that_of_float64(loss, files):
+    options = {"loss": loss, "reward_funcs": "grounded", "group_size": 4, "max_new": 8, "temperature": 0.7}
+    run, params, batch, state, metrics = head_step({"name": "grpo", **options}, files, "records")
+    features, targets, learned = (np.asarray(x) for x in next_tokens(run.network, params, batch))
+    rewards = np.float64(batch["reward"]).reshape(-1, 4)
+    away = rewards - rewards.mean(1, keepdims=True)
+    advantages = away / (rewards.std(1, ddof=1, keepdims=True) + 1e-4) if loss == "dapo" else away * 4 / 3
+    weight = learned.sum() if loss == "dapo" else len(learned)
+    counted = learned.sum(1) if loss == "dapo" else 1
+    assert np.abs(advantages).max() > 0.1
+    assert_close(metrics["loss"], -np.sum(advantages.reshape(-1) * counted) / weight, relative=1e-5, size=1)
+    kernel = np.float64(params["head"]["kernel"])
+    slopes = -np.float64(learned) * advantages.reshape(-1, 1) / weight
     moved = np.float64(state.trained["head"]["kernel"]) - kernel
-    assert_close(moved, -LR * (x_NxD.T @ gradient_NxV), relative=5e-5)
+    assert_close(moved, -LR * head_gradient(features, kernel, targets, slopes, 0.7), relative=5e-5)
 
 
 def test_a_step_of_the_head_of_rewards_is_that_of_float64(files):

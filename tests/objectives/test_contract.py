@@ -14,6 +14,7 @@ from lowrank.objectives import OBJECTIVES
 from lowrank.training import build, loop, step
 from lowrank.training.log import read_metrics
 from lowrank.training.reference import StoredReference
+from lowrank.training.texts import Texts
 from tests.support.close import assert_close
 from tests.support.pair_objective import pairs
 from tests.support.thinning import leave
@@ -21,6 +22,7 @@ from tests.support.tiny_runs import config_of
 
 NAMES = (*OBJECTIVES, "pairs")
 ON_PAIRS = ("kto", "preference", "reward")  # objectives that the records of `pairs.jsonl` are for
+OPTIONS = {"grpo": {"reward_funcs": "grounded", "group_size": 2, "max_new": 8, "beta": 0.1}}  # which need some
 SUMS = 2e-5  # float32 sums in another order, of a loss that is a small difference of large ones
 
 
@@ -37,7 +39,11 @@ def _case(name, files):
     run = build.build_run(_config(name, files, **changes))
     batches, objective, params = list(run.loader), run.objective, run.load().params
     start = jax.tree.map(lambda x: 0.9 * x, params)
-    prepare = lambda batch: jax.device_get(dict(run.compared(params, start, batch, adds_reference=True)))  # noqa: E731
+
+    def prepare(batch):
+        written = Texts(run).write(batch, lambda: params, 0)
+        return jax.device_get(dict(run.compared(params, start, written, adds_reference=True)))
+
     return types.SimpleNamespace(
         run=run,
         objective=objective,
@@ -57,8 +63,17 @@ def case(request, files):
 
 def _config(name, files, **changes):
     """A config of full tuning; the data of a last batch do not fill it."""
-    source = {"data__source": f"jsonl:{files / 'pairs.jsonl'}", "data__max_examples": 22} if name in ON_PAIRS else {}
-    return config_of(files, "method=full", objective=name, steps=4, **source, **changes)
+    source = {"data__source": f"jsonl:{files / 'pairs.jsonl'}"} if name in ON_PAIRS else {}
+    source |= {"data__max_examples": 22} if name in (*ON_PAIRS, *OPTIONS) else {}
+    config = config_of(files, "method=full", steps=4, **source, **changes)
+    with config.ignore_type():
+        config.objective = {"name": name, **OPTIONS.get(name, {})}
+    return config
+
+
+def _written(run, state, frozen):
+    """The first batch of a run, with texts where its objective writes some."""
+    return Texts(run).write(next(run.loader), lambda: tree.join(state.trained, frozen), 0)
 
 
 def _rows(batch, index):
@@ -142,7 +157,7 @@ def test_the_scores_are_finite_leave_out_filled_rows_and_have_a_better_end(case)
 
 @pytest.mark.parametrize("name", leave(NAMES, ["reward"]))  # which is the classification of pairs
 def test_a_step_on_a_mesh_in_microbatches_is_the_step_of_the_whole_batch(name, files):
-    found = {}
+    found, texts = {}, None
     for shards, accumulate in ((1, 1), (2, 2)):
         mesh = dict.fromkeys(("data", "fsdp", "context"), shards)
         changes = {"optim__accumulate": accumulate, "optim__name": "sgd", "optim__clip": 0.0, "mesh": mesh}
@@ -151,7 +166,8 @@ def test_a_step_on_a_mesh_in_microbatches_is_the_step_of_the_whole_batch(name, f
         state, frozen, _ = run.start(run.load().params, optimizer)
         reference = StoredReference(run)
         reference.fill(jax.tree.map(lambda x: 0.9 * x, tree.join(state.trained, frozen)))  # not the start: no ties
-        batch = run.put(reference.join(next(run.loader)))
+        texts = texts or _written(run, state, frozen)
+        batch = run.put(reference.join(texts))
         program = step.compile_step(run.step(optimizer), state, frozen, batch)
         state, metrics = program(state, frozen, batch, np.float32(0.1))
         found[shards] = jax.device_get((metrics, state.trained))
