@@ -12,7 +12,7 @@ import pathlib
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lowrank.core.errors import InUse, UserError
@@ -163,11 +163,20 @@ def sync_folder(folder: pathlib.Path) -> None:
 
     Libraries write some files with modes of their own, whatever the umask says.
     """
+    _sync([*folder.iterdir(), folder], folder)
+
+
+def sync_file(path: pathlib.Path) -> None:
+    """`sync_folder` of one local file, which is then renamed."""
+    _sync([path], path.parent)
+
+
+def _sync(paths: Iterable[pathlib.Path], folder: pathlib.Path) -> None:
     probe = folder / f".{secrets.token_hex(6)}"
     probe.touch()
     mode = probe.stat().st_mode
     probe.unlink()
-    for path in [*folder.iterdir(), folder]:
+    for path in paths:
         if path.is_file():
             path.chmod(mode)
         handle = os.open(path, os.O_RDONLY)

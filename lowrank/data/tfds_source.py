@@ -117,6 +117,7 @@ def prepared(spec: str, data_dir: Path, **kwargs: Any) -> tfds.core.DatasetBuild
             with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints lines; its progress bar stays
                 writer.download_and_prepare(download_dir=str(data_dir / "downloads"), file_format=FORMAT)
             builder.data_path.parent.mkdir(parents=True, exist_ok=True)
+            files.sync_folder(Path(writer.data_path))
             os.rename(writer.data_path, builder.data_path)
     except UserError:
         raise

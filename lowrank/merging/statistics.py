@@ -205,4 +205,5 @@ def write(path: Path, arrays: HostArrays) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.scratch_beside(path) as scratch:
         save_file(arrays, scratch)
+        files.sync_file(scratch)
         scratch.rename(path)

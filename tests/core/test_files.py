@@ -1,13 +1,19 @@
 """Laws of JSON that is read: what Python's reader gives up on is an error of one line, and no other exception."""
 
 import json
+import os
+import pathlib
 
+import numpy as np
 import pytest
 
 from lowrank.adapters import adapter_files, peft
 from lowrank.core import files, schema
 from lowrank.core.errors import InUse, UserError
 from lowrank.data.sources import open_source
+from lowrank.merging import statistics
+from lowrank.quantization import write_quantized
+from tests.support import checkpoint_files
 
 DEEP = "[" * 200_000 + "]" * 200_000
 BAD = {"deep": f'{{"a": {DEEP}}}', "long": f'{{"a": {"9" * 5000}}}', "cut": '{"a": 1', "other": "{'a': 1}"}
@@ -72,3 +78,31 @@ def test_what_is_held_is_refused_to_another_and_free_after_a_kill(tmp_path):
     assert not list(tmp_path.iterdir())
     with files.held(tmp_path / "new" / "out"):
         assert (tmp_path / "new").is_dir()
+
+
+@pytest.mark.parametrize("name", ["text", "statistics", "quantized base"])
+def test_what_is_renamed_is_on_the_disk_before(tmp_path, monkeypatch, name):
+    synced, renamed = set(), []
+    sync, rename = os.fsync, {name: getattr(pathlib.Path, name) for name in ("rename", "replace")}
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.add(os.fstat(handle).st_ino), sync(handle)))
+
+    def checked(how):
+        def move(path, target):
+            assert {p.stat().st_ino for p in [path, *path.rglob("*")]} <= synced
+            renamed.append(target)
+            return rename[how](path, target)
+
+        return move
+
+    for how in rename:
+        monkeypatch.setattr(pathlib.Path, how, checked(how))
+    if name == "text":
+        files.write_text(tmp_path / "x", "text")
+    elif name == "statistics":
+        statistics.write(tmp_path / "x", {"w": np.ones((2, 2), np.float32)})
+    else:
+        base = checkpoint_files.directory(
+            tmp_path / "base", {**checkpoint_files.LLAMA, "hidden_size": 64, "head_dim": 16}
+        )
+        write_quantized(str(base), {"name": "int8"}, tmp_path / "x")
+    assert tmp_path / "x" in renamed
