@@ -18,6 +18,7 @@ from experiments.bench.tpu_cases import TOPOLOGIES, Case, attention_cases, cases
 from experiments.federated import table as federated
 from experiments.intrinsic_dimension import table as dimensions
 from experiments.merging import table as merges
+from experiments.objectives import command as objectives
 from experiments.protocol import table as study_table
 from experiments.protocol.marks import earlier_mark, same_mark
 from lowrank.core.files import write_text
@@ -267,6 +268,9 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"studies/{name}": functools.partial(study, name) for name in STUDIES},
     "studies/federated": lambda: federated.markdown(ROOT / "experiments/federated/results") + _pictures("federated"),
     "studies/merging": lambda: merges.markdown(ROOT / "experiments/merging/results") + _pictures("merging"),
+    "studies/objectives": lambda: (
+        objectives.markdown(ROOT / "experiments/objectives/results") + _pictures("objectives")
+    ),
     "studies/intrinsic_dimension": lambda: (
         dimensions.markdown(dimensions.search.results_folder("small")) + _pictures("intrinsic_dimension")
     ),

@@ -1,1 +1,1 @@
-"""Objectives on BBC news: preferences that a stated rule makes of real text."""
+"""Objectives beside supervised tuning on real text: what they win, and what the model forgets."""
