@@ -26,12 +26,15 @@ from tests.support.close import assert_close, difference
 from tests.support.parity_bases import LLAMA, TOKENS, assert_same_weights, our_logits, randomize, their_logits
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
     # It looks for the keys among modules, and obeys them on parameters all the same.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]
 SPECS = {
     "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "tied mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True},
     "olmoe": {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2},
 }
 
@@ -42,7 +45,8 @@ def bases(tmp_path_factory):
 
 
 def make(name, folder):
-    config = transformers.AutoConfig.for_model(name, **SPECS[name])
+    spec, name = SPECS[name], name.removeprefix("tied ")
+    config = transformers.AutoConfig.for_model(name, **spec)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     randomize(model.named_parameters(), seed=0)
     with torch.no_grad():
@@ -77,6 +81,7 @@ OURS = {
         {"rank": 3, "alpha": 5.0, "rslora": True, "target": EXPERTS, "rank_pattern": {r"layers/1/.*": 1}},
     ),
     "with attention": ("mixtral", {"rank": 2, "alpha": 5.0, "target": rf"{EXPERTS}|.*attn/(q|v)/kernel"}),
+    "with a tied embedding": ("tied mixtral", {"rank": 2, "alpha": 5.0, "target": rf"{EXPERTS}|embed/embedding"}),
 }
 
 
@@ -99,6 +104,10 @@ THEIRS = {
     "gate and up": ("olmoe", {"target_parameters": ["mlp.experts.gate_up_proj"]}),
     "one layer": ("olmoe", {"target_parameters": ["layers.1.mlp.experts.down_proj"]}),
     "with attention": ("olmoe", {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}),
+    "with a tied embedding": (
+        "tied mixtral",
+        {"target_modules": ["embed_tokens"], "target_parameters": ["experts.down_proj"]},
+    ),
 }
 
 
@@ -113,7 +122,8 @@ def test_we_load_experts_of_peft_and_compute_its_logits(case, bases, tmp_path):
     mine = peft_format.load(tmp_path, plain, base)
     expected = their_logits(theirs)
     assert difference(their_logits(model), expected) > 0.01
-    assert_close(our_logits(base, mine), expected, relative=2e-5)
+    config = dataclasses.replace(base.config, tied="head" not in mine)
+    assert_close(our_logits(types.SimpleNamespace(config=config), mine), expected, relative=2e-5)
     again = peft_format.save(mine, base, tmp_path / "again")
     assert_same_weights(mine, peft_format.load(again, plain, base))
 
@@ -128,7 +138,7 @@ def test_a_parameter_that_is_no_expert_is_named(bases, tmp_path):
         peft_format.load(tmp_path, plain, base)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_transformers_loads_the_merged_experts_and_computes_the_live_logits(name, tmp_path):
     spec = {"model_type": name, **SPECS[name], "vocab_size": VOCAB, "architectures": [ARCHITECTURES[name]]}
     folder = write_directory(tmp_path / "base", spec, tensors(spec))
