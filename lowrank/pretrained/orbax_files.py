@@ -36,9 +36,13 @@ def open_arrays(directory: Path) -> dict[str, StoredArray]:
 
     checkpointer = ocp.PyTreeCheckpointer()
     try:
-        tree = checkpointer.metadata(directory).item_metadata.tree
+        found = checkpointer.metadata(directory).item_metadata
+        tree = found.tree if found else None
     except Exception as e:  # Orbax raises errors of many kinds for a damaged file
         raise UserError(f"{directory} cannot be read as an Orbax checkpoint: {_first_line(e)}") from None
+
+    if tree is None:
+        raise UserError(f"{directory} cannot be read as an Orbax checkpoint: its metadata are damaged")
 
     @functools.lru_cache(maxsize=1)
     def restore(path: tuple[str, ...]) -> np.ndarray:

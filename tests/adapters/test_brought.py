@@ -114,7 +114,8 @@ def test_an_init_that_changed_the_base_is_undone_by_the_initial_adapter(tmp_path
 def test_an_init_that_quantized_the_base_needs_that_base(tmp_path, base):
     where = adapter(tmp_path / "a", init_lora_weights="loftq")
     with pytest.raises(
-        UserError, match="loftq, which changed its base: save that base in residual_base inside the folder"
+        UserError,
+        match="loftq, which changed its base: save that base and its tokenizer in residual_base inside the folder",
     ):
         load.load_adapted(where, str(base), any_base=True)
     files.directory(where / "residual_base", files.LLAMA)

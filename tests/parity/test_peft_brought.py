@@ -9,7 +9,9 @@ import peft
 import pytest
 from safetensors.torch import save_file
 
+from lowrank.adapters import load
 from lowrank.adapters import peft as peft_format
+from tests.support.checkpoint_files import write_tokenizer
 from tests.support.close import assert_close, difference
 from tests.support.parity_bases import QKVO, VOCAB, make, our_logits, randomize, their_logits
 
@@ -71,6 +73,25 @@ def test_a_randomized_pissa_with_its_initial_adapter_or_converted(bases, tmp_pat
     expected = copy.deepcopy(theirs)
     theirs.save_pretrained(where, **extra)
     assert_ours_is(expected, bases, where)
+
+
+def test_loftq_with_the_base_that_it_quantized(bases, tmp_path):
+    # PEFT quantizes on a GPU alone: rounding stands for it, and the file is that of any other start, but for the name.
+    rounded = copy.deepcopy(bases["llama"][0])
+    for name, p in rounded.named_parameters():
+        if any(target in name for target in QKVO):
+            p.data = p.data.mul(16).round() / 16
+    theirs = trained(rounded, init_lora_weights="gaussian")
+    train(theirs)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "loftq"}))
+    expected = their_logits(theirs)
+    theirs.unload().save_pretrained(tmp_path / "residual_base")
+    write_tokenizer(tmp_path / "residual_base", VOCAB)
+    found = load.load_adapted(tmp_path)
+    assert difference(their_logits(bases["llama"][0]), expected) > 0.005
+    assert_close(our_logits(found, found.params), expected, relative=1e-4)
 
 
 def test_the_names_of_torch(bases, tmp_path):

@@ -77,7 +77,7 @@ def _joined(key: str, trained: np.ndarray, start: np.ndarray) -> np.ndarray:
 
 
 def _advice(init: str) -> str:
-    base = f"save that base in {RESIDUAL_BASE[1]} inside the folder"
+    base = f"save that base and its tokenizer in {RESIDUAL_BASE[1]} inside the folder"
     if init == QUANTIZED:
         return f"{base} (model.unload().save_pretrained), or merge it in peft"
     convert = "model.save_pretrained(DIR, path_initial_model_for_weight_conversion=INITIAL)"
