@@ -207,7 +207,8 @@ def gemma3(hf: HF) -> DecoderConfig:
     """Gemma 3 text: five local layers per global one, each kind with its own rope, and norms on q and k."""
     nested, old = hf.get("rope_parameters") or {}, rope_parameters({**hf, "rope_parameters": None})
     far = {**old, **(nested.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}
-    theta, scaling = read_rope(far, 1e6, hf)
+    # Parameters of a kind of layer have an original context of their own, not that of the top level.
+    theta, scaling = read_rope(far, 1e6, {**hf, "original_max_position_embeddings": None})
     local = {"rope_theta": hf.get("rope_local_base_freq"), **(nested.get("sliding_attention") or {})}
     local_theta, local_scaling = read_rope(local, 10000.0, hf)
     if local_scaling is not None:

@@ -59,6 +59,8 @@ def read_rope(params: HF, theta: float, hf: HF) -> tuple[float, RopeScaling | No
         raise unknown("rope scaling", kind, ["default", *KINDS])
     fields = {ours: params.get(NAMES[ours]) for ours in KINDS[kind].fields}
     fields |= _from_config(kind, params, hf)
+    if "truncate" in fields and "truncate" in params:
+        fields["truncate"] = bool(params["truncate"])  # a null is false to transformers
     for ours in KINDS[kind].fields:
         if fields[ours] is None and ours not in KINDS[kind].optional:
             raise UserError(f"config.json's rope scaling {kind!r} has no {NAMES[ours]!r}")

@@ -1,6 +1,7 @@
 """The angles of rotary positions are those of transformers: to the last bit, as positions multiply what is off."""
 
 import copy
+import random
 
 import numpy as np
 import pytest
@@ -48,6 +49,75 @@ def test_every_kind_has_the_frequencies_and_the_attention_factor_of_transformers
     assert_close(ours, frequencies.numpy(), relative=1.2e-6, per_element=True)
     assert scaling.kind in ("dynamic", "llama3") or np.array_equal(ours, frequencies.numpy())
     assert_close(scaling.of_cosines, attention_factor, relative=1e-12)
+
+
+FAMILY_NAMES = [
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmoe", "olmo2", "phi3", "granite"),
+    *("smollm3", "gemma2", "gemma3_text"),
+]
+OPTIONAL = {  # the numbers that a config may leave out, each with some of its values
+    "yarn": {
+        "original_max_position_embeddings": [512, 1024],
+        "beta_fast": [16, 64.0, None],
+        "beta_slow": [2, 1.0, None],
+        "mscale": [0.707, 1.0, 0, None],
+        "mscale_all_dim": [1.0, 0.5, 0, None],
+        "attention_factor": [1.3, None],
+        "truncate": [True, False, None],
+    },
+    "llama3": {"original_max_position_embeddings": [512, 1024]},
+    "longrope": {
+        "original_max_position_embeddings": [512, 1024],
+        "factor": [3.0, None],
+        "attention_factor": [1.2, None],
+    },
+}
+NEEDED = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope": {"short_factor": FACTORS, "long_factor": [2 * x for x in FACTORS]},
+}
+
+
+def drawn(rng, family):
+    """A config of the family with rope parameters in the old form, the new one or both, some of them left out."""
+
+    def some(options):
+        return {k: rng.choice(values) for k, values in options.items() if rng.random() < 0.5}
+
+    kind = "longrope" if family == "phi3" else rng.choice(sorted(NEEDED))  # transformers has no other kind in Phi-3
+    gemma = family == "gemma3_text"  # transformers ignores its `type`, and finds `truncate` in no kind of layer
+    key = "rope_type" if gemma else rng.choice(["type", "rope_type"])
+    rope = {key: kind, **NEEDED[kind], **some(OPTIONAL.get(kind, {}))}
+    if gemma:
+        rope.pop("truncate", None)
+    if kind == "yarn" and rng.random() < 0.3:
+        rope["factor"] = None
+    beside = some({"original_max_position_embeddings": [512, 256], "rope_theta": [1e4, 5e5]})
+    form = "old" if gemma else rng.choice(["old", "new", "both"])
+    if form == "new":
+        return {**beside, "rope_parameters": {**rope, **some({"rope_theta": [1e4, 3e5]})}}
+    return {**beside, "rope_scaling": rope, **({"rope_parameters": {"rope_type": "default"}} if form == "both" else {})}
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_drawn_configs_are_read_as_transformers_reads_them(family):
+    rng = random.Random(family)
+    for _ in range(60):
+        sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
+        sizes |= {"max_position_embeddings": 2048, "num_hidden_layers": 6, "intermediate_size": 8, "vocab_size": 99}
+        sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+        spec, tokens = {**sizes, **drawn(rng, family)}, rng.choice([300, 600, 2048, 2049, 4096])
+        ours = FAMILIES[family].config({"model_type": family, **copy.deepcopy(spec)})
+        config = transformers.AutoConfig.for_model(family, **copy.deepcopy(spec))
+        layer = {"layer_type": "full_attention"} if "full_attention" in config.rope_parameters else {}
+        kind = (config.rope_parameters["full_attention"] if layer else config.rope_parameters)["rope_type"]
+        expected, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=tokens, **layer)
+        found = rope_frequencies(64, ours.rope_theta, ours.rope_scaling, np.array([[tokens]]))
+        assert_close(np.asarray(found).reshape(-1), expected.numpy(), relative=3e-6, per_element=True)
+        assert_close(ours.rope_scaling.of_cosines, factor, relative=1e-12)
 
 
 def theirs(theta, head_dim, **scaling):
