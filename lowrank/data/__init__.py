@@ -1,7 +1,7 @@
 """Data: records from files and datasets, mixtures, templates, packing and batches."""
 
 from lowrank.data.config import DataConfig
-from lowrank.data.examples import read_examples
+from lowrank.data.examples import read_documents, read_examples
 from lowrank.data.judged import JUDGED
 from lowrank.data.labeled import LABELED
 from lowrank.data.language import LANGUAGE
@@ -24,5 +24,6 @@ __all__ = [
     "RowFormat",
     "make_loader",
     "prompt_rows",
+    "read_documents",
     "read_examples",
 ]

@@ -1,6 +1,7 @@
 """The records of a config, encoded: checked, counted, and kept in memory if there are few."""
 
 import collections
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -19,6 +20,7 @@ from lowrank.data.row_format import RECORD, EncodedSequence, Encoder, RowFormat
 from lowrank.data.sources import Source
 from lowrank.data.templates import Record
 
+LONGEST = 2**30  # tokens of a record that is read whole
 KEPT = 20_000  # a dataset of at most this many examples is encoded at the start, checked and kept in memory;
 MEASURED = 2_000  # of a larger one, this many are counted
 
@@ -203,3 +205,19 @@ def read_examples(
     """
     encoded = Examples(config, row_format, tokenizer)
     return [encoded.example(i, reserve) for i in range(len(encoded))]
+
+
+def read_documents(config: DataConfig, tokenizer: Tokenizer, tokens: int = 0) -> list[np.ndarray]:
+    """The token ids int32 of each record of texts, whole, with the tokens that start and end it, in order.
+
+    Of a record with an answer these are the prompt and the answer. At most `tokens` in all; 0: all. Raises UserError as
+    `make_loader` does.
+    """
+    encoded = Examples(dataclasses.replace(config, seq_len=LONGEST, infill=None), LANGUAGE, tokenizer)
+    found, left = list[np.ndarray](), tokens or LONGEST
+    for i in range(len(encoded)):
+        for sequence in map(_only, encoded.sequences(i)) if left > 0 else ():
+            ids = np.concatenate([sequence["tokens"], sequence["targets"][-1:]])[:left]
+            found.append(ids.astype(np.int32))
+            left -= len(ids)
+    return found

@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lowrank import data
-from lowrank.core import sharding
+from lowrank.core import config_schema, sharding
 from lowrank.core.errors import UserError
 from lowrank.core.typing import Batch, Bind, Network, PyTree, Tokenizer
+from lowrank.evaluation import long_context
 from lowrank.evaluation.evaluate import evaluate, row_values
 from lowrank.generation import generate, generator
 from lowrank.objectives import Objective
@@ -31,13 +32,15 @@ class EvalConfig:
     texts: int = 0  # the number of prompts to continue before and after training, for the scores of texts
     max_new: int = 40  # tokens per text
     samples: int = 3  # the number of texts that the report shows
+    long: Mapping[str, Any] | None = None  # the group of long_context.LongConfig, for `launch.evaluate --long`
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.name != "split" and getattr(self, field.name) < 0:
+            if field.name not in ("split", "long") and getattr(self, field.name) < 0:
                 raise UserError(f"eval.{field.name}={getattr(self, field.name)} is below 0: set it to 0 or more")
         if not self.split and (self.every or self.texts):
             raise UserError("eval.split is not set: name the split of the data to score the model on")
+        config_schema.call_with_group(long_context.LongConfig, self.long or {}, "eval.long")
 
 
 class Evaluator:
@@ -63,6 +66,7 @@ class Evaluator:
         held_out = dataclasses.replace(train, split=config.split, max_examples=config.max_examples, infill=None, **once)
         self.config, self._objective, self._tokenizer = config, objective, tokenizer
         self._network, self._bind, self._mesh, self._chunk_tokens = network, bind, mesh, chunk_tokens
+        self.held_out = held_out  # the config of its data
         once_each = dataclasses.replace(objective.row_format, copies=1)
         self._loader = data.make_loader(held_out, tokenizer, row_format=once_each)
         self._first = self._loader.get_state()
