@@ -29,8 +29,8 @@ class DataConfig:
       where there are too many records to look at all of them first), `drop` (it is left out) or `error`.
     prompt_loss_weight: the weight of a prompt's tokens in the loss, 0 to 1; an answer's tokens weigh 1. A weight of 0.1
       regularizes short answers (Huerta-Enochian & Ko, arXiv:2401.13586).
-    infill: the group of `infill.InfillConfig`: the middle of documents is moved to their end. Evaluation reads them
-      from left to right.
+    infill, denoise: the groups of `infill.InfillConfig`, the middle of documents is moved to their end, and of
+      `denoise.DenoiseConfig`, spans of documents are lost and follow them. Evaluation reads them from left to right.
     epochs: passes over the data; 0 or None never ends. max_examples: only this many records of each source; 0 or None
       takes all.
     holdout: the share of the records that batches 1, 3, ... (from 0) are drawn from, and no others; the rest of the
@@ -53,6 +53,7 @@ class DataConfig:
     packing: bool = True
     prompt_loss_weight: float = 0.1
     infill: Mapping[str, Any] | None = None
+    denoise: Mapping[str, Any] | None = None
     shuffle: bool = True
     seed: int = 0
     epochs: int | None = None

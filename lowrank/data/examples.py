@@ -14,11 +14,11 @@ from lowrank.core.typing import HostArrays, Tokenizer
 from lowrank.data import mixture
 from lowrank.data.concatenation import Concatenation
 from lowrank.data.config import DataConfig
-from lowrank.data.infill import build_infill
 from lowrank.data.language import LANGUAGE
 from lowrank.data.row_format import RECORD, EncodedSequence, Encoder, RowFormat
 from lowrank.data.sources import Source
 from lowrank.data.templates import Record
+from lowrank.data.transforms import NONE, build_transform, name_of
 
 LONGEST = 2**30  # tokens of a record that is read whole
 KEPT = 20_000  # a dataset of at most this many examples is encoded at the start, checked and kept in memory;
@@ -34,15 +34,15 @@ class Examples:
 
     def __init__(self, config: DataConfig, row_format: RowFormat, tokenizer: Tokenizer) -> None:
         """Reads the sources and checks every record. Raises UserError naming a record that cannot be used."""
-        self._infill, self._seed = build_infill(config.infill, tokenizer, config.seq_len), config.seed
+        self._transform, self._seed = build_transform(config, tokenizer), config.seed
         parts = mixture.open_parts(config.source, config.split, config.data_dir)
         self.source = mixture.join([part.source for part in parts])
         self.weights = [part.weight for part in parts if part.weight is not None]
         self._sources = mixture.members(self.source)
         self.encoders = [row_format.encoder(config, tokenizer, source) for source in self._sources]
-        if self._infill and not (row_format is LANGUAGE and all(encoder.document for encoder in self.encoders)):
+        if self._transform and not (row_format is LANGUAGE and all(encoder.document for encoder in self.encoders)):
             raise UserError(
-                "data.infill moves the middle of documents: leave it out, or set a data.template of one text"
+                f"data.{name_of(config)} changes documents: leave it out, or set a data.template of one text"
             )
         sizes = [min(len(source), config.max_examples or len(source)) for source in self._sources]
         self.ranges = [range(end - size, end) for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
@@ -68,8 +68,8 @@ class Examples:
     def sequences(self, i: int, epoch: int = 0) -> list[EncodedSequence]:
         """The sequences of record `i` in an epoch. Raises UserError naming the record when it cannot be used."""
         found = self._encoded(i)[0]
-        if self._infill:
-            found = [self._infill(dict(s), (self._seed, epoch, i, k)) for k, s in enumerate(map(_only, found))]
+        if self._transform:
+            found = [self._transform(dict(s), (self._seed, epoch, i, k)) for k, s in enumerate(map(_only, found))]
         return [_numbered(sequence, i) for sequence in found] if self._numbered else found
 
     @property
@@ -160,8 +160,8 @@ class Examples:
                 self.dropped[i] = str(e)
                 return [], False
             raise
-        for sequence in found if self._infill else ():
-            self._infill.check(_only(sequence), where)
+        for sequence in found if self._transform else ():
+            self._transform.check(_only(sequence), where)
         if cut and self._too_long == "error":
             raise TooLong(f"{where}: longer than data.seq_len, and data.too_long=error: raise it, or set cut or drop")
         if cut and self._too_long == "drop":
@@ -213,7 +213,7 @@ def read_documents(config: DataConfig, tokenizer: Tokenizer, tokens: int = 0) ->
     Of a record with an answer these are the prompt and the answer. At most `tokens` in all; 0: all. Raises UserError as
     `make_loader` does.
     """
-    encoded = Examples(dataclasses.replace(config, seq_len=LONGEST, infill=None), LANGUAGE, tokenizer)
+    encoded = Examples(dataclasses.replace(config, seq_len=LONGEST, **NONE), LANGUAGE, tokenizer)
     found, left = list[np.ndarray](), tokens or LONGEST
     for i in range(len(encoded)):
         for sequence in map(_only, encoded.sequences(i)) if left > 0 else ():

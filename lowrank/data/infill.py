@@ -12,8 +12,16 @@ import numpy as np
 from lowrank.core import config_schema
 from lowrank.core.errors import UserError, unknown
 from lowrank.core.typing import HostArrays, Tokenizer
+from lowrank.data.sentinels import (
+    Ids,
+    asked_sequence,
+    check_unspelled,
+    known_family,
+    sequence_ids,
+    split_ends,
+    token_ids,
+)
 
-Ids = list[int]
 SENTINELS = (  # the marks of prefix, suffix and middle in the vocabularies of models that infill
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
     ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
@@ -75,12 +83,14 @@ class Infill:
     length: int
     ids: tuple[int, ...]
 
+    @property
+    def room(self) -> int:
+        """The most tokens of a sequence."""
+        return self.length - ADDED
+
     def check(self, sequence: Mapping[str, Any], where: str) -> None:
         """Raises UserError if a text spells out a sentinel."""
-        found = set(self.ids) & {*_ids(sequence)}
-        if found:
-            name = self.tokenizer.token(min(found))
-            raise UserError(f"{where}: the text holds {name!r}, which data.infill takes for a sentinel: leave it out")
+        check_unspelled(sequence_ids(sequence), self.ids, self.tokenizer, "data.infill", where)
 
     def __call__(self, sequence: HostArrays, draw: Sequence[int]) -> HostArrays:
         """The sequence with its middle at the end, or as it is; `draw` seeds the choice and the two cuts.
@@ -93,9 +103,7 @@ class Infill:
         if random.random() >= self.config.rate:
             return sequence
         order = self.config.order if random.random() < self.config.spm else "psm"
-        ids = _ids(sequence)
-        start = ids[:1] if ids[0] == self.tokenizer.bos_id else []
-        body = ids[len(start) : -1] if ids[-1] == self.tokenizer.eos_id else ids[len(start) :]
+        start, body = split_ends(sequence, self.tokenizer)
         parts = CUT[self.config.cuts](self.tokenizer, body, random)
         if parts is None:
             return sequence
@@ -104,22 +112,7 @@ class Infill:
         if excess > len(suffix):
             return sequence
         before = [*start, *ORDERS[order](prefix, suffix[: len(suffix) - excess], self.ids)]
-        return self._sequence(before, [*middle, self.tokenizer.eos_id])
-
-    def _sequence(self, before: Ids, learned: Ids) -> HostArrays:
-        ids, everything = [*before, *learned], self.config.learned == "all"
-        middle = np.arange(1, len(ids)) >= len(before)  # whether a target is of the middle
-        weights = np.ones(len(middle)) if everything else middle
-        return {
-            "tokens": np.asarray(ids[:-1], np.int32),
-            "targets": np.asarray(ids[1:], np.int32),
-            "weights": weights.astype(np.float32),
-            "prompt": np.arange(len(middle)) < (1 if everything else len(before)),
-        }
-
-
-def _ids(sequence: Mapping[str, Any]) -> Ids:
-    return [int(sequence["tokens"][0]), *map(int, sequence["targets"])]
+        return asked_sequence(before, [*middle, self.tokenizer.eos_id], self.config.learned == "all")
 
 
 def _cut_tokens(tokenizer: Tokenizer, ids: Ids, random: np.random.Generator) -> tuple[Ids, Ids, Ids]:
@@ -143,34 +136,23 @@ CUT: dict[str, Callable[[Tokenizer, Ids, np.random.Generator], tuple[Ids, ...] |
 }
 
 
-def build_infill(group: Mapping[str, Any] | None, tokenizer: Tokenizer, length: int) -> Infill | None:
-    """The transform of the group `data.infill` for rows of `length` tokens; None without the group.
+def build_infill(group: Mapping[str, Any], tokenizer: Tokenizer, length: int) -> Infill:
+    """The transform of the group `data.infill` for rows of `length` tokens.
 
     Raises UserError for a wrong option, for sentinels that the vocabulary lacks, and for cuts that it cannot make.
     """
-    if group is None:
-        return None
     config = config_schema.call_with_group(InfillConfig, group, "data.infill")
     if length <= ADDED:
         raise UserError(f"data.seq_len={length} has no room for what data.infill adds: raise it above {ADDED}")
-    sentinels = config.sentinels or next((s for s in SENTINELS if all(_id(tokenizer, x) is not None for x in s)), ())
+    sentinels = config.sentinels or known_family(tokenizer, SENTINELS)
     if not sentinels:
         raise UserError(
             "the vocabulary has no sentinels of infilling: name three of its tokens in data.infill.sentinels, "
             "and train them with method.also_tokens"
         )
-    ids = [_id(tokenizer, name) for name in sentinels]
-    for name, found in zip(sentinels, ids, strict=True):
-        if found is None:
-            raise UserError(f"data.infill.sentinels: {name!r} is not one token of the vocabulary: name one that is")
     if config.cuts == "characters" and tokenizer.token(tokenizer.encode("b")[0]).startswith("▁"):
         raise UserError(
             "the tokenizer puts a space before every text, so that parts of a text do not join: "
             "set data.infill.cuts=tokens"
         )
-    return Infill(config, tokenizer, length, tuple(i for i in ids if i is not None))
-
-
-def _id(tokenizer: Tokenizer, name: str) -> int | None:
-    ids = tokenizer.encode(name)
-    return ids[0] if len(ids) == 1 and tokenizer.token(ids[0]) == name else None
+    return Infill(config, tokenizer, length, token_ids(tokenizer, sentinels, "data.infill.sentinels"))

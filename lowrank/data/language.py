@@ -13,13 +13,13 @@ import numpy as np
 
 from lowrank.core.errors import UserError
 from lowrank.core.typing import HostArrays, Tokenizer
-from lowrank.data import infill
 from lowrank.data.config import DataConfig
 from lowrank.data.encode import Ids, encode_pieces, fit
 from lowrank.data.render import Piece, Renderer, build_renderer
 from lowrank.data.row_format import INDEX, TOKENS, ArraySpec, EncodedSequence, RowFormat
 from lowrank.data.sources import Source
 from lowrank.data.templates import Record
+from lowrank.data.transforms import build_transform
 
 LEARNED = "⟦⟧"  # around what is learned, where a record is shown
 
@@ -146,8 +146,9 @@ class LanguageEncoder:
 def language_encoder(config: DataConfig, tokenizer: Tokenizer, source: Source) -> LanguageEncoder:
     """The encoder of a config. Raises UserError for a template that does not fit the source."""
     renderer = build_renderer(config, config.template, tokenizer, source)
-    added = infill.ADDED if config.infill is not None else 0  # the tokens that a sequence gains
-    return LanguageEncoder(renderer, tokenizer, config.seq_len - added, config.prompt_loss_weight)
+    transform = build_transform(config, tokenizer)
+    length = transform.room if transform else config.seq_len
+    return LanguageEncoder(renderer, tokenizer, length, config.prompt_loss_weight)
 
 
 LANGUAGE = RowFormat(

@@ -20,6 +20,7 @@ from grain.experimental import (
 )
 
 from lowrank.core.errors import UserError, plural
+from lowrank.core.files import to_json
 from lowrank.core.typing import HostArrays, Tokenizer
 from lowrank.data import mixture, packing
 from lowrank.data.config import DataConfig
@@ -27,6 +28,7 @@ from lowrank.data.examples import Examples, count_tokens
 from lowrank.data.language import LANGUAGE
 from lowrank.data.loader import Loader, check_length
 from lowrank.data.row_format import EncodedSequence, RowFormat
+from lowrank.data.transforms import TRANSFORMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +142,9 @@ def _identity(config: DataConfig, row_format: RowFormat, examples: Examples) -> 
     settings = {"objective": row_format.name} | dataclasses.asdict(config)
     unused = () if config.holdout else ("holdout", "holdout_batches")
     unused += ("too_long",) if config.too_long == "cut" else ()
-    unused += ("infill",) if config.infill is None else ()
+    unused += tuple(name for name in TRANSFORMS if getattr(config, name) is None)
     for free in ("data_dir", "prefetch", "source", "labels", *unused):
         settings.pop(free)
     settings |= {"weights": examples.weights} if examples.weights else {}
-    if config.infill is not None:  # as JSON gives it back
-        settings["infill"] = {k: list(v) if isinstance(v, tuple) else v for k, v in config.infill.items()}
+    settings |= {name: to_json(settings[name], name) for name in TRANSFORMS if name in settings}  # as JSON has it
     return settings | {"labels": list(examples.labels), "records": examples.source.identity}

@@ -152,5 +152,5 @@ def test_a_text_that_spells_a_sentinel_is_named(write, tokenizer):
 
 def test_records_with_answers_are_refused(write, tokenizer):
     config = DataConfig(source=write([{"prompt": "a", "completion": "b"}]), seq_len=48, infill={"sentinels": MARKS})
-    with pytest.raises(UserError, match=r"data\.infill moves the middle of documents"):
+    with pytest.raises(UserError, match=r"data\.infill changes documents"):
         make_loader(config, tokenizer)
