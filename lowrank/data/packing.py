@@ -56,6 +56,14 @@ def pad(sequence: EncodedSequence, arrays: Arrays, length: int, pad_id: int) -> 
     return row
 
 
+def padded_batches(
+    sequences: Sequence[HostArrays], arrays: Arrays, length: int, size: int, pad_id: int
+) -> list[HostArrays]:
+    """Batches `[size, length]` of sequences that are at hand, one to a row; see `pad` and `batch`."""
+    rows = [pad(sequence, arrays, length, pad_id) for sequence in sequences]
+    return [_stack(rows[i : i + size], arrays, size) for i in range(0, len(rows), size)]
+
+
 def _padding(spec: ArraySpec, pad_id: int) -> float:
     return pad_id if spec.padding == PAD_ID else spec.padding
 

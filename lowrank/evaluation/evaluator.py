@@ -2,23 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from lowrank import data
 from lowrank.core import config_schema, sharding
 from lowrank.core.errors import UserError
-from lowrank.core.typing import Batch, Bind, Network, PyTree, Tokenizer
+from lowrank.core.typing import Bind, Network, PyTree, Tokenizer
+from lowrank.data.transforms import NONE
 from lowrank.evaluation import long_context
-from lowrank.evaluation.evaluate import evaluate, row_values
+from lowrank.evaluation.held_out import HeldOut, named_configs
+from lowrank.evaluation.infilling import Base, build_infilling
 from lowrank.generation import generate, generator
 from lowrank.objectives import Objective
-from lowrank.objectives.objective import REFERENCE, Rollout
-from lowrank.objectives.rollouts import write_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +28,28 @@ class EvalConfig:
     before: bool = True  # whether the model is scored before the first step
     every: int = 0  # steps between two evaluations; 0: only before the first step and after the last one
     max_examples: int = 0  # the number of records to score; 0: all
+    # Sources that are scored apart, in place of the training data's: name -> source, or keys of the group `data`.
+    sources: Mapping[str, Any] | None = None
     texts: int = 0  # the number of prompts to continue before and after training, for the scores of texts
     max_new: int = 40  # tokens per text
+    # The group of `infilling.InfillingConfig`: gaps in held-out documents are filled in before and after training.
+    infill: Mapping[str, Any] | None = None
     samples: int = 3  # the number of texts that the report shows
     long: Mapping[str, Any] | None = None  # the group of long_context.LongConfig, for `launch.evaluate --long`
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.name not in ("split", "long") and getattr(self, field.name) < 0:
+            if field.type is int and getattr(self, field.name) < 0:
                 raise UserError(f"eval.{field.name}={getattr(self, field.name)} is below 0: set it to 0 or more")
-        if not self.split and (self.every or self.texts):
+        if not self.split and (self.every or self.texts or self.sources or self.infill is not None):
             raise UserError("eval.split is not set: name the split of the data to score the model on")
         config_schema.call_with_group(long_context.LongConfig, self.long or {}, "eval.long")
+
+    def better(self, of_objective: Mapping[str, str]) -> dict[str, str]:
+        """`Score.better` of an objective under the names of the run's scores: `old/perplexity` of the source `old`."""
+        return {
+            f"{name}/{key}" if name else key: v for name in self.sources or ("",) for key, v in of_objective.items()
+        }
 
 
 class Evaluator:
@@ -62,15 +71,14 @@ class Evaluator:
         About `chunk_tokens` tokens have their logits in memory at a time; 0: all of a batch's. Raises UserError for
         data that cannot be read, and for texts that the objective does not generate.
         """
-        once = {"epochs": 1, "shuffle": False, "prefetch": 0, "holdout": 0.0}
-        held_out = dataclasses.replace(train, split=config.split, max_examples=config.max_examples, infill=None, **once)
+        once = {"epochs": 1, "shuffle": False, "prefetch": 0, "holdout": 0.0, **NONE}
+        held_out = dataclasses.replace(train, split=config.split, max_examples=config.max_examples, **once)
         self.config, self._objective, self._tokenizer = config, objective, tokenizer
         self._network, self._bind, self._mesh, self._chunk_tokens = network, bind, mesh, chunk_tokens
         self.held_out = held_out  # the config of its data
-        once_each = dataclasses.replace(objective.row_format, copies=1)
-        self._loader = data.make_loader(held_out, tokenizer, row_format=once_each)
-        self._first = self._loader.get_state()
-        self._references: list[np.ndarray] = []  # of each batch, where the objective compares with a reference
+        named = named_configs(config.sources, held_out)
+        self._held_out = {name: HeldOut(one, tokenizer, objective) for name, one in named.items()}
+        self._infilling = build_infilling(config.infill, train, held_out, tokenizer)
         self._records: list[Mapping[str, Any]] = []
         if config.texts:
             _check_texts(config, objective, train)
@@ -95,35 +103,13 @@ class Evaluator:
 
     def remember(self, params: PyTree) -> None:
         """Takes these parameters as the reference that the scores compare with, for an objective that has one."""
-        comparison = self._objective.comparison
-        if comparison and comparison.reference and not self._objective.rollout:
-            self._loader.set_state(self._first)
-            values = functools.partial(row_values, self._objective, self._network, params, **self._options)
-            self._references = [values(batch) for batch in self._loader]
+        for held_out in self._held_out.values():
+            held_out.remember(self._network, params, **self._options)
 
     def scores(self, params: PyTree) -> dict[str, float]:
-        """The objective's scores of the held-out batches by name."""
-        self._loader.set_state(self._first)
-        batches: Iterable[Batch] = self._loader
-        if rollout := self._objective.rollout:
-            batches = (self._written(rollout, params, *numbered) for numbered in enumerate(self._loader))
-        if self._references:
-            both = zip(self._loader, self._references, strict=True)
-            batches = ({**batch, REFERENCE: reference} for batch, reference in both)
-        return evaluate(self._objective, self._network, params, batches, **self._options)
-
-    def _written(self, rollout: Rollout, params: PyTree, i: int, batch: Batch) -> Batch:
-        """Batch `i` with one text for each prompt, drawn in the same way each time."""
-        return write_texts(
-            rollout,
-            self._network,
-            params,
-            batch,
-            tokenizer=self._tokenizer,
-            records=self._loader.record,
-            rng=jax.random.key(i),
-            bind=self._bind,
-        )
+        """The objective's scores of the held-out batches by name, those of a named source as `NAME/SCORE`."""
+        found = {name: one.scores(self._network, params, **self._options) for name, one in self._held_out.items()}
+        return {f"{name}/{key}" if name else key: value for name, of in found.items() for key, value in of.items()}
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -133,12 +119,18 @@ class Evaluator:
         return {"bind": self._bind, "put": put, "chunk_tokens": self._chunk_tokens}
 
     def texts(self, params: PyTree) -> tuple[dict[str, float], list[str]]:
-        """`(scores, texts)` of the greedy continuations of the first `config.texts` prompts; empty without prompts."""
+        """`(scores, texts)` of the greedy continuations of the first `config.texts` prompts; empty without prompts.
+
+        The scores of infilling are among them, as `infill/SCORE`.
+        """
+        model = self._network.config, self._network
+        filled = self._infilling.scores(*model, params, **self._options) if self._infilling else {}
+        scores = {f"infill/{name}": value for name, value in filled.items()}
         if not self._records:
-            return {}, []
-        base = _Base(self._network.config, self._tokenizer)
+            return scores, []
+        base = Base(self._network.config, self._tokenizer)
         texts = generate.texts(base, params, self.prompts, max_new=self.config.max_new, bind=self._bind)
-        return self._objective.score_texts(texts, [record["completion"] for record in self._records]), texts
+        return scores | self._objective.score_texts(texts, [r["completion"] for r in self._records]), texts
 
     def lowered(self, params: PyTree) -> jax.stages.Lowered:
         """The program that reads the longest prompts of the texts for `params` in shapes, ready to compile."""
@@ -161,11 +153,3 @@ def _check_texts(config: EvalConfig, objective: Objective, train: data.DataConfi
         raise UserError(f"{asked}: set eval.texts=0, or objective=causal_lm")
     if not 0 < config.max_new < train.seq_len:
         raise UserError(f"eval.max_new={config.max_new} must be between 1 and data.seq_len={train.seq_len} - 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Base:
-    """The part of a model that generation reads beside the parameters."""
-
-    config: Any
-    tokenizer: Tokenizer

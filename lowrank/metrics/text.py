@@ -39,6 +39,22 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     return sum(normalize(p) == normalize(r) for p, r in pairs) / len(pairs)
 
 
+def edit_similarity(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """The mean of 1 - edit distance / length of the longer text, in [0, 1]; two empty texts are alike."""
+    pairs = _pairs(predictions, references)
+    return float(np.mean([1 - edit_distance(p, r) / max(len(p), len(r), 1) for p, r in pairs]))
+
+
+def edit_distance(a: str, b: str) -> int:
+    """The insertions, deletions and replacements of characters that lead from one text to the other (Levenshtein)."""
+    steps = np.arange(len(b) + 1)
+    letters, row = np.array(list(b), dtype=str), steps
+    for i, letter in enumerate(a, 1):
+        least = np.concatenate([[i], np.minimum(row[1:] + 1, row[:-1] + (letters != letter))])
+        row = np.minimum.accumulate(least - steps) + steps  # insertions, one after another
+    return int(row[-1])
+
+
 def rouge(predictions: Sequence[str], references: Sequence[str], stemmer: bool = False) -> dict[str, float]:
     """Mean F-measures `rouge1`, `rouge2`, `rougeL` in [0, 1], by the rouge-score package (Lin 2004).
 

@@ -89,8 +89,9 @@ def _read_groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
 
 def _check_best(groups: _Groups) -> None:
     """Raises UserError if `checkpoint.best` names a score that the objective lacks or that the run never computes."""
-    if groups.checkpoint.best and groups.checkpoint.best not in groups.objective.score.better:
-        raise unknown("score in checkpoint.best", groups.checkpoint.best, groups.objective.score.better)
+    known = groups.eval.better(groups.objective.score.better)
+    if groups.checkpoint.best and groups.checkpoint.best not in known:
+        raise unknown("score in checkpoint.best", groups.checkpoint.best, known)
     if groups.checkpoint.best and not (groups.eval.split and groups.eval.every):
         asked = f"checkpoint.best={groups.checkpoint.best} compares periodic evaluations"
         raise UserError(f"{asked}: set eval.split to the held-out data and eval.every to the steps between two of them")

@@ -124,7 +124,8 @@ class Trainer:
             self.run = dataclasses.replace(run, objective=run.objective.on_features or run.objective)
         self.metrics: Mapping[str, jax.Array] | None = None  # of the last finished step
         self.compile_seconds = 0.0
-        self.best = Best(run.checkpoint, run.objective.score.better)
+        better = run.objective.score.better
+        self.best = Best(run.checkpoint, run.scorer.config.better(better) if run.scorer else better)
         self.scores: dict[int, dict[str, float]] = {}  # step -> scores, of the evaluations in this process
         latest = saver.latest()
         if latest is not None:
@@ -261,7 +262,7 @@ class Trainer:
             assert self.run.scorer is not None
             with self.log.paused():
                 self.scores[done] = scores = self.run.scorer.scores(self._params())
-            self.log.scalars(done, {f"eval/{'loss' if name == 'nll' else name}": v for name, v in scores.items()})
+            self.log.scalars(done, {report.logged_name(name): value for name, value in scores.items()})
         return self.scores[done]
 
     def _evaluate(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lowrank.core.files import to_json, write_bytes, write_text
 from lowrank.core.paths import AnyPath, PathLike, as_path, exists, size
 from lowrank.training.log import LOSS, METRICS, read_metrics
 
-EVAL_LOSS = "eval/loss"
+EVAL = "eval/"
 _SKIPPED = ("before", "after", "samples")  # keys of a summary that have a section of their own
 
 
@@ -65,8 +65,9 @@ def plot_losses(workdir: PathLike) -> AnyPath | None:
     """Draws `loss.png` from the `metrics.jsonl` of `workdir`; returns None if no finite loss was logged."""
     path = as_path(workdir) / METRICS
     lines = read_metrics(path) if exists(path) else []
-    train, held_out = _series(lines, LOSS), _series(lines, EVAL_LOSS)
-    if not len(train) and not len(held_out):
+    names = dict.fromkeys(key for line in lines for key in line if key.startswith(EVAL) and key.endswith("/loss"))
+    train, held_out = _series(lines, LOSS), {name: _series(lines, name) for name in names}
+    if not len(train) and not any(map(len, held_out.values())):
         return None
     from matplotlib.figure import Figure  # here, as the import takes half a second; without pyplot's global state
 
@@ -76,6 +77,12 @@ def plot_losses(workdir: PathLike) -> AnyPath | None:
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return write_bytes(path.parent / "loss.png", png.getvalue())
+
+
+def logged_name(score: str) -> str:
+    """The name under which the log has a score of held-out data: `nll` is `eval/loss`, `old/nll` is `eval/old/loss`."""
+    source, slash, name = score.rpartition("/")
+    return f"{EVAL}{source}{slash}{'loss' if name == 'nll' else name}"
 
 
 def peak_memory() -> dict[str, int]:
@@ -108,15 +115,16 @@ def _series(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.array(points, np.float64).reshape(-1, 2)
 
 
-def _draw(axes: Any, train: np.ndarray, held_out: np.ndarray) -> None:
+def _draw(axes: Any, train: np.ndarray, held_out: Mapping[str, np.ndarray]) -> None:
     window = max(1, len(train) // 20)
     if len(train):
         axes.plot(*train.T, color="tab:blue", alpha=0.3 if window > 1 else 1, lw=1.2, label="train")
     if window > 1:
         label = f"train, mean of {window} logged values"
         axes.plot(train[:, 0], trailing_mean(train[:, 1], window), color="tab:blue", lw=2, label=label)
-    if len(held_out):
-        axes.plot(*held_out.T, color="tab:orange", lw=1.6, marker="o", ms=4.5, label="evaluation")
+    for i, (name, points) in enumerate(held_out.items()):
+        source = name.removeprefix(EVAL).removesuffix("loss").rstrip("/")
+        axes.plot(*points.T, color=f"C{i + 1}", lw=1.6, marker="o", ms=4.5, label=source or "evaluation")
     axes.set_xlabel("training step")
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)

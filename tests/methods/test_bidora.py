@@ -99,7 +99,7 @@ def test_the_plan_holds_records_out_and_evaluation_does_not(tmp_path):
     run = build.build_run(config_of(tmp_path, "method=bidora,rank=2,holdout=0.25", eval__split="train"))
     data = run.loader.get_state()["data"]
     assert (data["holdout"], data["holdout_batches"]) == (0.25, run.method.hooks.holdout.batches(run.config.steps))
-    assert "holdout" not in run.scorer._loader.get_state()["data"]
+    assert "holdout" not in run.scorer._held_out[""]._loader.get_state()["data"]
     with pytest.raises(UserError, match=r"data.holdout=0.001 cuts 40 records into 40 and 0"):
         build.build_run(config_of(tmp_path, "method=bidora,rank=2,holdout=0.001"))
 

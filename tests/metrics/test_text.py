@@ -1,6 +1,8 @@
 import math
 
+import numpy as np
 import pytest
+from nltk import edit_distance
 
 from lowrank.core.errors import UserError
 from lowrank.metrics import text
@@ -37,6 +39,19 @@ def test_bleu_equals_the_formula():
     assert_close(text.bleu([reference], [reference]), 100.0, relative=1e-12)
 
 
+def test_edit_distances_are_those_of_nltk():
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        a, b = ("".join(rng.choice(list("ab €"), rng.integers(0, 12))) for _ in range(2))
+        assert text.edit_distance(a, b) == edit_distance(a, b)
+
+
+def test_edit_similarity_is_a_mean_of_texts():
+    assert_close(
+        text.edit_similarity(["kitten", "", ""], ["sitting", "ab", ""]), (1 - 3 / 7 + 0 + 1) / 3, relative=1e-12
+    )
+
+
 def test_perplexity_of_a_uniform_guess_is_the_number_of_choices():
     assert_close(text.perplexity(10 * math.log(7), 10), 7.0, relative=1e-12)
     assert text.perplexity(1e6, 1) == math.inf
@@ -47,6 +62,7 @@ def test_perplexity_of_a_uniform_guess_is_the_number_of_choices():
     "score",
     [
         lambda: text.exact_match([], []),
+        lambda: text.edit_similarity([], []),
         lambda: text.rouge([], []),
         lambda: text.bleu([], []),
         lambda: text.perplexity(0.0, 0),

@@ -27,9 +27,10 @@ def logged(workdir, losses, evaluations=()):
             log.scalars(step, {"eval/loss": loss})
 
 
-def axes_of(train, held_out=()):
+def axes_of(train, **held_out):
     axes = Figure().add_subplot()
-    report._draw(axes, np.array(train, float).reshape(-1, 2), np.array(held_out, float).reshape(-1, 2))
+    series = {name: np.array(points, float).reshape(-1, 2) for name, points in held_out.items()}
+    report._draw(axes, np.array(train, float).reshape(-1, 2), series)
     return axes
 
 
@@ -84,10 +85,10 @@ def test_the_plot_is_a_picture_of_the_logged_losses(tmp_path):
 
 def test_the_curves_are_labelled_and_the_smoothing_is_stated():
     train = [(step, 1.0) for step in range(100)]
-    axes = axes_of(train, [(0, 2.0), (99, 1.0)])
+    axes = axes_of(train, **{"eval/loss": [(0, 2.0), (99, 1.0)], "eval/old/loss": [(0, 3.0)]})
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("training step", "loss")
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["train", "train, mean of 5 logged values", "evaluation"]
+    assert labels == ["train", "train, mean of 5 logged values", "evaluation", "old"]
     assert [t.get_text() for t in axes_of(train[:10]).get_legend().get_texts()] == ["train"]
 
 
