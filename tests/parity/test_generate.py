@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from lowrank import methods, pretrained
+from lowrank.adapters import export
 from lowrank.adapters import peft as adapters
 from lowrank.core import weight
 from lowrank.generation import generate, sampling
@@ -77,6 +78,29 @@ def test_greedy_tokens_of_smollm2_are_those_of_transformers_and_peft(ours, their
 
 def moved(w):
     return dataclasses.replace(w, b=0.02 * jax.random.normal(jax.random.key(1), w.b.shape))
+
+
+def test_a_merged_checkpoint_has_our_probabilities_text_and_ends_in_transformers(ours, tmp_path):
+    params = methods.attach(methods.build_method({"name": "lora", "rank": 4}), ours.params, jax.random.key(0))
+    params = jax.tree.map(lambda w: moved(w) if weight.is_weight(w) else w, params, is_leaf=weight.is_weight)
+    export.merge_to_hf(params, ours, tmp_path / "merged")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    ends = model.generation_config.eos_token_id
+    assert set(ours.tokenizer.stop_ids) == {*([ends] if isinstance(ends, int) else ends)}
+    prompts, network = [ours.tokenizer.encode(p) for p in PROMPTS], build_model(ours.config)
+    decided = 0
+    for ids, text in zip(prompts, found(ours, params, prompts, ours.tokenizer.stop_ids), strict=True):
+        whole = np.array([[*ids, *text]], np.int32)
+        live = jax.nn.log_softmax(network.apply({"params": params}, whole[:, :-1]))[0]
+        with torch.no_grad():
+            there = model(torch.tensor(whole[:, :-1], dtype=torch.long)).logits.log_softmax(-1)[0].numpy()
+        at = np.arange(len(live)), whole[0, 1:]
+        assert_close(np.asarray(live)[at], there[at], relative=2e-4, size=1)
+        best = np.sort(there[len(ids) - 1 :], -1)
+        sure = int(np.argmin(np.append(best[:, -1] - best[:, -2] >= 1e-3, False)))  # the first step that is a toss-up
+        assert there[len(ids) - 1 :].argmax(-1)[:sure].tolist() == text[:sure]
+        decided += sure
+    assert decided > NEW
 
 
 CASES = {
