@@ -8,7 +8,7 @@ from lowrank.core.errors import UserError
 from lowrank.core.json_types import RunConfig
 from lowrank.core.paths import AnyPath, PathLike, as_path
 from lowrank.pretrained import Pretrained
-from lowrank.training import loop, workdir
+from lowrank.training import loop, start, workdir
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def adapter_of_run(directory: PathLike) -> tuple[AnyPath, str]:
         model = schema.decode(as_path(directory) / workdir.CONFIG, RunConfig)["model"]["name"]
     except UserError as e:
         raise UserError(f"{directory} is not the folder of a run: {e}") from None
-    return as_path(directory) / loop.ADAPTER, model
+    return as_path(directory) / loop.ADAPTER, start.base_name(as_path(directory), model)
 
 
 def _source(options: argparse.Namespace) -> tuple[AnyPath, str | None]:

@@ -40,15 +40,17 @@ def main(argv: Sequence[str]) -> None:
 
 def _run(recipe: Recipe, options: argparse.Namespace) -> str:
     if recipe.adapter is not None:
+        adapters = adapter_merge.plan_adapters(recipe)
         if options.dry_run:
-            adapters = adapter_merge.plan_adapters(recipe)
             merge_statistics.check(recipe)
             adapter_merge.check_output(adapters, as_local_path(options.output))
             return f"{recipe.method} of {len(adapters.adapters)} adapters into one: {len(adapters.paths)} modules"
         with files.held(options.output):
             recipe = merge_statistics.with_files(recipe, options.output, _batches)
         report = adapter_merge.combine_adapters(recipe, options.output, progress=_progress)
-        return f"merged into {options.output}: largest relative error of a module {report['worst']:.2e}"
+        base, merged = adapters.base, f"merged into {options.output}: largest relative error of a module "
+        again = training_command(base.spec.path, base.hf_config, adapter=options.output)
+        return f"{merged}{report['worst']:.2e}\nto continue training it:\n{again}"
     merge = plan(recipe)
     merge.output(as_local_path(options.output)).check()
     merge_statistics.check(recipe)

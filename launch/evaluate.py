@@ -21,7 +21,7 @@ from lowrank.adapters import load
 from lowrank.core import files, sharding
 from lowrank.core.errors import UserError
 from lowrank.core.paths import PathLike, as_path, is_folder
-from lowrank.training import build, loop
+from lowrank.training import build, loop, start
 
 _LONG = flags.DEFINE_list("long", [], "Long-context scores: sliding, positions, price, passkey, kv.")
 
@@ -39,8 +39,10 @@ def evaluate(config: Mapping[str, Any], directory: PathLike, long: Sequence[str]
     found = as_path(directory) / loop.ADAPTER
     if not is_folder(found):
         raise UserError(f"{directory} holds no finished run: {found} does not exist")
+    run = start.with_merged_base(run, as_path(directory))
+    assert run.scorer is not None
     if run.objective.comparison:
-        run.scorer.remember(run.calibrate(run.attach(run.load().params)[0]))
+        run.scorer.remember(run.start_params(run.load().params)[0])
     model = load.load_adapted(found, run.model.name, model=run.options, param_dtype=run.model.param_dtype)
     params = jax.device_put(model.params, sharding.parameter_shardings(model.params, run.mesh))
     scores = run.scorer.scores(params) | run.scorer.texts(params)[0]

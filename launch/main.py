@@ -4,7 +4,7 @@ The exit code is 0 for a run that is done, whose `summary.json` then exists; 42 
 stopped after it saved, or whose folder another run holds, which the same command continues; 2 for bad input and 3 for a
 loss that is not finite, each with one line on stderr. Several processes form one run by `--local_processes=N` on one
 machine, by `--config.distributed=True` on a cluster that JAX knows, and by `--coordinator_address`, `--num_processes`
-and `--process_id` on any other.
+and `--process_id` on any other. A config with `stages` runs them one after another, each in a folder of its own.
 """
 
 import shlex
@@ -20,7 +20,7 @@ from lowrank.core.compilation_cache import FOLDER, keep_programs
 from lowrank.core.errors import InUse, UserError
 from lowrank.core.exit_codes import STOPPED
 from lowrank.core.paths import expand
-from lowrank.training import loop
+from lowrank.training import loop, stages
 
 # New keys are accepted so that options that the file does not list can be set; the dataclasses refuse unknown keys.
 _CONFIG = config_flags.DEFINE_config_file(
@@ -54,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         processes.connect(config.get("distributed", False) is True)
         again = shlex.join(["python", "-m", "launch.main", *sys.argv[1:]])
-        summary = loop.run(config, _WORKDIR.value, command=again, profile=_PROFILE.value)
+        run = stages.run if stages.STAGES in config else loop.run
+        summary = run(config, _WORKDIR.value, command=again, profile=_PROFILE.value)
     except InUse as e:
         code = command.print_error(e)
         return STOPPED if _IN_USE.value == STOP else code

@@ -1,6 +1,6 @@
-"""The state of a study: `python -m launch.status FOLDER`, from any machine that sees the folder.
+"""The state of a study, or of a run in stages: `python -m launch.status FOLDER`, from any machine that sees the folder.
 
-    --tables=DIR    write the results to DIR: table.csv, table.md, table.tex, report.html, and hparams for TensorBoard
+    --tables=DIR    write the results of a study to DIR: table.csv, .md and .tex, report.html, hparams for TensorBoard
 
 Nothing is written to the study's folder. The exit code is 0.
 """
@@ -14,6 +14,7 @@ from lowrank.core.paths import as_path
 from lowrank.sweeps.folder import read_folder
 from lowrank.sweeps.outputs import write_outputs
 from lowrank.sweeps.status import Status
+from lowrank.training import stage_report, stages
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,6 +24,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tables")
     try:
         args = parser.parse_args(argv)
+        if staged := stages.recorded(args.folder):
+            print(stage_report.status(as_path(args.folder), staged))
+            return 0
         status = Status(read_folder(as_path(args.folder)))
         print(status.text())
         if args.tables:

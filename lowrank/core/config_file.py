@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from lowrank.core.errors import UserError, unknown
+from lowrank.core.errors import UserError, plural, unknown
 from lowrank.core.paths import expand
 
 
@@ -43,20 +43,30 @@ class GroupParser(config_flags.ConfigFileFlagParser):
 def make_groups(config: ConfigDict, name: str) -> ConfigDict:
     """The group of `config.a.b.key`. One below the top that the config lacks, or that is None, is made empty.
 
-    Whoever reads the group refuses a name that it does not know. Raises UserError if the config has no group `a`, and
-    for a part of the name that is a value.
+    `config.a[1].key` is of the second group of a list. Whoever reads the group refuses a name that it does not know.
+    Raises UserError if the config has no group `a`, and for a part of the name that is a value.
     """
     _, *groups, _ = name.split(".")
     for depth, group in enumerate(groups):
-        if depth == 0 and group not in config:
+        key, _, index = group.removesuffix("]").partition("[")
+        if depth == 0 and key not in config:
             raise unknown("config key", name, [f"config.{k}" for k, v in config.items() if hasattr(v, "items")])
-        if config.get(group) is None:
+        if config.get(key) is None:
             with config.ignore_type(), config.unlocked():
-                config[group] = {}
-        config = config[group]
+                config[key] = {}
+        config = _item(config[key], index, name) if index else config[key]
         if not hasattr(config, "items"):
             raise UserError(f"unknown config key {name!r}: config.{'.'.join(groups[: depth + 1])} is not a group")
     return config
+
+
+def _item(items: Any, index: str, name: str) -> Any:
+    """The group of a list, which the list gets as a ConfigDict."""
+    if not isinstance(items, list) or not index.isdigit() or int(index) >= len(items):
+        what = f"has {plural(len(items), 'group')}, counted from 0" if isinstance(items, list) else "is no list"
+        raise UserError(f"unknown config key {name!r}: what [{index}] is of {what}")
+    items[int(index)] = ConfigDict(items[int(index)])
+    return items[int(index)]
 
 
 def override_value(config: ConfigDict, name: str, text: str) -> None:

@@ -194,11 +194,12 @@ class AdapterConfig(Struct):
 
 
 class TrainedLeaves(Struct):
-    """A `trained.json`, beside trained leaves by name."""
+    """A `trained.json`, beside trained leaves by name, or a `method.json`, beside an adapter in the PEFT format."""
 
     base: str
     model: Group
     method: Group
+    base_hash: str = ""
 
 
 class RunModel(Struct):

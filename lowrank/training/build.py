@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from lowrank import data, methods, models, pretrained
+from lowrank.adapters.saved_adapter import SavedAdapter
 from lowrank.core import config_schema, parameter_summary, sharding, tree
 from lowrank.core.errors import UserError, plural, unknown
 from lowrank.core.typing import PyTree, Tokenizer
@@ -16,10 +17,11 @@ from lowrank.evaluation.evaluator import EvalConfig, Evaluator
 from lowrank.methods import Method
 from lowrank.objectives import Objective, build_objective
 from lowrank.training import optimizer
-from lowrank.training.config import CheckpointConfig, Group, ModelConfig, RunConfig, with_precision
+from lowrank.training.config import CARRY, CheckpointConfig, Group, ModelConfig, RunConfig, with_precision
 from lowrank.training.offload import HOST, has_host
 from lowrank.training.optimizer import OptimConfig
 from lowrank.training.run import Run
+from lowrank.training.start import check_start, read_start
 
 
 def build_run(
@@ -31,6 +33,10 @@ def build_run(
     the same data, whose loader and scorer are used again. A `planned` run is never started: its model may lack tensors
     and a tokenizer, and without a tokenizer no data are read. Raises UserError for a config that cannot run.
     """
+    if "stages" in config:
+        raise UserError(
+            "the config has stages, which python -m launch.main runs one after another: name one run's config"
+        )
     groups = _read_groups(config, devices)
     name, options = groups.model.name, {**_load_options(groups.model), "planned": planned or like is not None}
     model, tokenizer, base = pretrained.describe(name, groups.options, **options)
@@ -40,6 +46,8 @@ def build_run(
         groups.options.update(labels)
         model, _, base = pretrained.describe(name, groups.options, **options)
     run = _assemble_run(groups, model, base, tokenizer, loader)
+    if run.adapter and run.model.start == CARRY:
+        check_start(run.adapter, groups.top.method, run.shapes, base, model)
     run.optimizer()  # raises UserError for a regex that does not match
     _ = run.attention  # raises UserError for a form that cannot run
     run.check_reference()
@@ -60,15 +68,18 @@ class _Groups:
     mesh: Mesh
     model: ModelConfig
     options: dict[str, Any]  # of the model's own config, including the method's
+    adapter: SavedAdapter | None
 
 
 def _read_groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
     top = config_schema.call_with_group(RunConfig, config, "config")
+    own, others = _partition_keys(with_precision(top.model), {f.name for f in dataclasses.fields(ModelConfig)})
+    model = config_schema.call_with_group(ModelConfig, own, "model")
+    top, adapter = read_start(top, model)
     objective, method = build_objective(top.objective), methods.build_method(top.method)
     held = method.hooks.holdout
     asked = {"holdout": held.share, "holdout_batches": held.batches(top.steps)} if held else {}
     make_mesh = sharding.make_mesh if devices is None else functools.partial(sharding.make_mesh_of_devices, devices)
-    own, others = _partition_keys(with_precision(top.model), {f.name for f in dataclasses.fields(ModelConfig)})
     groups = _Groups(
         top=top,
         objective=objective,
@@ -78,8 +89,9 @@ def _read_groups(config: Group, devices: Sequence[Any] | None) -> _Groups:
         data=config_schema.call_with_group(data.DataConfig, {**top.data, **asked}, "data"),
         eval=config_schema.call_with_group(EvalConfig, top.eval, "eval"),
         mesh=config_schema.call_with_group(make_mesh, top.mesh, "mesh"),
-        model=config_schema.call_with_group(ModelConfig, own, "model"),
+        model=model,
         options=others | dict(method.model_options),
+        adapter=adapter,
     )
     optimizer.check_optimizer(groups.optim, top.steps)
     _check_best(groups)
@@ -152,6 +164,7 @@ def _assemble_run(groups: _Groups, model: Any, base: PyTree, tokenizer: Tokenize
         tokens_per_step=_tokens_per_step(groups.data, groups.objective, loader),
         tokenizer=tokenizer,
         notes=notes,
+        adapter=groups.adapter,
     )
 
 

@@ -9,6 +9,8 @@ from lowrank.training.loggers import check_loggers
 
 Group = Mapping[str, Any]
 MODES = ("auto", "min", "max")
+# An adapter is trained further, or it is merged into its base, on which a new method begins.
+STARTS = CARRY, MERGE = "carry", "merge"
 # The dtype of the frozen leaves, and that of the activations. Products of float32 activations with bfloat16 weights
 # round the activations to bfloat16, and sum in float32.
 PRECISIONS = {
@@ -58,6 +60,14 @@ class ModelConfig:
     precision: str = ""  # a key of PRECISIONS, which sets `param_dtype` and the option `dtype`; "": they are as given
     quantize: Group | str | None = None  # the name of a scheme, or its name, target and options
     upcycle: Group | None = None  # experts and top_k: each MLP becomes a mixture of experts
+    adapter: str = ""  # the folder or hub id of the adapter that the run starts from
+    start: str = CARRY  # what becomes of it, one of STARTS
+
+    def __post_init__(self) -> None:
+        if self.start not in STARTS:
+            raise unknown("model.start", self.start, STARTS)
+        if self.start != CARRY and not self.adapter:
+            raise UserError(f"model.start={self.start} needs an adapter: name its folder or hub id in model.adapter")
 
 
 def with_precision(group: Group) -> Group:

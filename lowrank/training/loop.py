@@ -19,7 +19,8 @@ from lowrank.core.tree import flatten_named, unflatten_named
 from lowrank.core.typing import PyTree
 from lowrank.kernels import dispatch
 from lowrank.methods.method import MapBatch
-from lowrank.training import report, step, workdir
+from lowrank.pretrained.fingerprint import fingerprint
+from lowrank.training import report, start, step, workdir
 from lowrank.training.best import Best
 from lowrank.training.build import build_run
 from lowrank.training.checkpoint import Checkpointer
@@ -65,12 +66,13 @@ def run(
         hold = held.enter_context(workdir.lock(folder))
     every, keep = run.checkpoint.every, run.checkpoint.keep
     with held, StopSignal() as stop, Checkpointer(folder / "checkpoints", every, keep) as saver:
-        start = saver.latest() or 0
-        if (summary := _finished_summary(folder, start)) is not None:
+        done = saver.latest() or 0
+        if (summary := _finished_summary(folder, done)) is not None:
             return summary
-        traces = Profile(folder, profile, run.config.steps - start)
+        run = start.with_merged_base(run, folder)
+        traces = Profile(folder, profile, run.config.steps - done)
         settings = {"loggers": run.config.loggers, "config": files.to_json(config)}
-        with RunLog(folder, run.config.steps, start=start, tokens_per_step=run.tokens_per_step, **settings) as log:
+        with RunLog(folder, run.config.steps, start=done, tokens_per_step=run.tokens_per_step, **settings) as log:
             log.say(run.table)
             log.say(dispatch.describe(run.mesh.devices.flat[0].device_kind))
             log.say(run.attention)
@@ -145,6 +147,7 @@ class Trainer:
 
     def _restore(self, last: int) -> None:
         arrays, meta = self.saver.restore(last, self._like())
+        start.check_digest(self.run, meta.get("adapter", ""), self.folder)
         self._place(arrays)
         self.run.loader.set_state(meta["host"])
         self.best.restore(meta["best"])
@@ -226,7 +229,8 @@ class Trainer:
         self.saver.save(done, self._arrays(), self._meta(done), block=block, host=self.run.loader.get_state())
 
     def _meta(self, done: int) -> dict[str, Any]:
-        return {"step": done, "config": files.to_json(vars(self.run.config)), "best": self.best.to_meta()}
+        facts = {"step": done, "config": files.to_json(vars(self.run.config)), "adapter": start.digest(self.run)}
+        return facts | {"best": self.best.to_meta()}
 
     def _note_best(self, done: int, scores: Mapping[str, float]) -> None:
         """Saves step `done` beside the newest checkpoints if its scores are the best so far."""
@@ -286,7 +290,7 @@ class Trainer:
     def _finish(self, before: Mapping[str, Any], after: Mapping[str, Any], done: int) -> dict[str, Any]:
         c, texts = self.run.config, (before["texts"], after["texts"])
         saved = tree.map_named(lambda name, learns: learns or name in self.run.changing, self.run.mask)
-        params, mask = methods.exported_leaves(self.run.method, self._params(), saved)
+        params, mask = methods.exported_leaves(self.run.method, own := self._params(), saved)
         kind = adapter_files.save(
             params,
             self.base,
@@ -294,6 +298,8 @@ class Trainer:
             mask=mask,
             method=files.to_json(c.method),
             original=self.original,
+            base_hash=fingerprint(self.run.model.name),
+            exact=(own, saved),
         )
         summary = {
             "model": self.run.model.name,

@@ -49,14 +49,14 @@ def write(
     plot = plot_losses(workdir)
     parts = [
         f"# {title}",
-        _fenced(command, "sh") if command else "",
+        fenced(command, "sh") if command else "",
         _comparison(summary.get("before") or {}, summary.get("after") or {}),
         f"![Loss by step]({plot.name})" if plot else "",
         _section("The run", _facts(summary)),
-        _section("Trained parameters", _fenced(rules) if rules else ""),
+        _section("Trained parameters", fenced(rules) if rules else ""),
         _section("Samples", "\n\n".join(_sample(i, s) for i, s in enumerate(samples, 1))),
         _section("Files", _files(workdir, files or {})),
-        _section("Config", _fenced(json.dumps(to_json(config), indent=2), "json") if config else ""),
+        _section("Config", fenced(json.dumps(to_json(config), indent=2), "json") if config else ""),
     ]
     return write_text(workdir / "report.md", "\n\n".join(part for part in parts if part) + "\n")
 
@@ -136,7 +136,7 @@ def _section(heading: str, body: str) -> str:
     return f"## {heading}\n\n{body}" if body else ""
 
 
-def _fenced(text: str, language: str = "") -> str:
+def fenced(text: str, language: str = "") -> str:
     """A code block whose fence is longer than any run of backticks in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
@@ -148,11 +148,11 @@ def _comparison(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         old, new = before.get(name), after.get(name)
         change = "" if old is None or new is None else f"{float(new) - float(old):+.4g}"
         rows.append((name, *("" if v is None else f"{float(v):.4g}" for v in (old, new)), change))
-    return _table(("metric", "before", "after", "change"), rows)
+    return table(("metric", "before", "after", "change"), rows)
 
 
 def _facts(summary: Mapping[str, Any]) -> str:
-    return _table(
+    return table(
         ("quantity", "value"), [(name, _value(name, v)) for name, v in summary.items() if name not in _SKIPPED]
     )
 
@@ -168,7 +168,8 @@ def _value(name: str, value: Any) -> str:
     return f"{value:.4g} %" if name.endswith("_percent") else f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, empty without rows."""
     if not rows:
         return ""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
@@ -176,11 +177,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _sample(number: int, sample: Mapping[str, str]) -> str:
-    return "\n\n".join([f"### Sample {number}", *(f"**{name}**\n\n{_fenced(text)}" for name, text in sample.items())])
+    return "\n\n".join([f"### Sample {number}", *(f"**{name}**\n\n{fenced(text)}" for name, text in sample.items())])
 
 
 def _files(workdir: AnyPath, files: Mapping[str, str]) -> str:
     known = {METRICS: "every logged number", "tensorboard": "the same for TensorBoard", "config.json": "the config"}
     shown = {path: what for path, what in {**files, **known}.items() if exists(workdir / path)}
     sizes = {path: tqdm.format_sizeof(size(workdir / path), "B") for path in shown}
-    return _table(("path", "size", "what"), [(f"`{path}`", sizes[path], what) for path, what in shown.items()])
+    return table(("path", "size", "what"), [(f"`{path}`", sizes[path], what) for path, what in shown.items()])

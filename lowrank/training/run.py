@@ -14,6 +14,8 @@ import optax
 from jax.sharding import Mesh
 
 from lowrank import data, methods, models, pretrained
+from lowrank.adapters import saved_adapter
+from lowrank.adapters.saved_adapter import SavedAdapter
 from lowrank.core import sharding, tree, weight
 from lowrank.core.errors import UserError
 from lowrank.core.typing import Batch, PyTree, Sums
@@ -23,7 +25,7 @@ from lowrank.objectives import Objective
 from lowrank.objectives.objective import COPIED, REFERENCE
 from lowrank.training import optimizer as optim
 from lowrank.training import random_streams, step
-from lowrank.training.config import CheckpointConfig, ModelConfig, RunConfig
+from lowrank.training.config import CARRY, CheckpointConfig, ModelConfig, RunConfig
 from lowrank.training.offload import has_host
 from lowrank.training.optimizer import OptimConfig
 from lowrank.training.passthrough import jit_passthrough, output_sources
@@ -50,6 +52,7 @@ class Run:
     tokenizer: Any
     notes: tuple[str, ...] = ()  # those of the config; features that the devices lack, and the replacements
     scorer: Evaluator | None = None
+    adapter: SavedAdapter | None = None  # that the run starts from
 
     @property
     def paged(self) -> bool:
@@ -98,9 +101,19 @@ class Run:
         self, params: PyTree, optimizer: optax.GradientTransformation
     ) -> tuple[step.State, PyTree, PyTree | None]:
         """`(state, frozen leaves, original)` before the first step; `attach` describes `original`."""
-        params, original = self.attach(params)
-        trained, frozen = tree.split(self.calibrate(params), self.mask)
+        params, original = self.start_params(params)
+        trained, frozen = tree.split(params, self.mask)
         return step.init_state(trained, optimizer, self.mesh, self.paged, self.copied), frozen, original
+
+    def start_params(self, params: PyTree) -> tuple[PyTree, PyTree | None]:
+        """`(the adapted parameters that the run starts from, original)`, as `attach` describes it.
+
+        They are calibrated by the data, or those of the adapter that the run trains further.
+        """
+        adapted, original = self.attach(params)
+        if self.adapter and self.model.start == CARRY:
+            return saved_adapter.carried(self.adapter, params, adapted, self.mask), original
+        return self.calibrate(adapted), original
 
     def calibrate(self, params: PyTree) -> PyTree:
         """The adapted parameters after the method's calibration by the data; shapes and shardings stay."""

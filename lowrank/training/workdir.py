@@ -131,9 +131,12 @@ def _show(value: Any) -> str:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{a: {b: 1}}` -> `{a.b: 1}`; an empty group stays, so that it differs from a missing group."""
-    out = {}
+    """`{a: {b: 1}}` -> `{a.b: 1}`, `{a: [{b: 1}]}` -> `{a[0].b: 1}`; an empty group stays: it is no missing group."""
+    out: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            out |= _flat({f"{key}[{i}]": item for i, item in enumerate(value)}, prefix)
+            continue
         nested = isinstance(value, dict) and value
         out.update(_flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
     return out

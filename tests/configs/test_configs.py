@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pathlib
 import re
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from lowrank.core.errors import UserError
 from lowrank.evaluation import evaluator
 from lowrank.models import DecoderConfig, EncoderConfig
 from lowrank.objectives import build_objective
-from lowrank.training import config, optimizer
+from lowrank.training import config, optimizer, stages
 from lowrank.training.checkpoint import Checkpointer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -35,21 +36,28 @@ def _config(name: str, arg: str = "") -> ConfigDict:
     return importlib.import_module(f"configs.{name}").get_config(arg)
 
 
+def _runs(name: str) -> list[Any]:
+    """The configs of the runs that a config describes: its own, or those of its stages."""
+    made = _config(name)
+    return [stage.config for stage in stages.read_stages(made, "w")] if stages.STAGES in made else [made]
+
+
 def test_there_is_a_config_for_each_main_job():
     assert {"smollm2_headlines", "minilm_bbc_classify", "llama_sft_jsonl", "tiny"} <= set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_group_of_a_config_fits_what_reads_it(name):
-    top = config_schema.call_with_group(config.RunConfig, _config(name), "config")
-    config_schema.call_with_group(evaluator.EvalConfig, top.eval, "eval")
-    config_schema.call_with_group(config.CheckpointConfig, top.checkpoint, "checkpoint")
-    config_schema.call_with_group(data.DataConfig, top.data, "data")
-    assert build_objective(top.objective)
-    optimizer.check_optimizer(config_schema.call_with_group(optimizer.OptimConfig, top.optim, "optim"), top.steps)
-    assert methods.build_method(top.method)
-    assert config_schema.call_with_group(sharding.make_mesh, top.mesh, "mesh").size == 8
-    assert set(top.model) <= MODEL_OPTIONS
+    for run in _runs(name):
+        top = config_schema.call_with_group(config.RunConfig, run, "config")
+        config_schema.call_with_group(evaluator.EvalConfig, top.eval, "eval")
+        config_schema.call_with_group(config.CheckpointConfig, top.checkpoint, "checkpoint")
+        config_schema.call_with_group(data.DataConfig, top.data, "data")
+        assert build_objective(top.objective)
+        optimizer.check_optimizer(config_schema.call_with_group(optimizer.OptimConfig, top.optim, "optim"), top.steps)
+        assert methods.build_method(top.method)
+        assert config_schema.call_with_group(sharding.make_mesh, top.mesh, "mesh").size == 8
+        assert set(top.model) <= MODEL_OPTIONS
 
 
 @pytest.mark.parametrize("name", CONFIGS)

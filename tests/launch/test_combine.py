@@ -9,10 +9,13 @@ import pytest
 import yaml
 
 from launch import combine, preflight
+from lowrank import pretrained
+from lowrank.adapters import peft
 from lowrank.training import build
 from tests.launch.test_merge_score import CONFIG
 from tests.support import permuted_models
 from tests.support import tiny_checkpoint as tiny
+from tests.support.adapted_model import adapted
 from tests.support.dense_families import dense
 from tests.support.merged_models import family
 
@@ -60,6 +63,17 @@ def test_the_command_merges_and_says_how_to_train_on(models, files, tmp_path):
     with pytest.raises(SystemExit) as stop:
         combine.main(words)
     assert stop.value.code == 2
+
+
+def test_a_merged_adapter_is_trained_further_with_its_own_settings(files, tmp_path, capsys):
+    base = pretrained.load(str(files / "llama"))
+    params, _ = adapted(base.params, {"name": "lora", "rank": 2, "target": ".*attn/q/kernel"})
+    peft.save(params, base, tmp_path / "a")
+    models = [{"model": f"{files}/llama+{tmp_path}/a", "parameters": {"weight": 0.5}}] * 2
+    combine.main(arguments(tmp_path, merge_method="linear", models=models, adapter={"rank": 3}))
+    run = trained(capsys.readouterr().out, files)
+    assert (run.adapter.folder, run.model.name) == (tmp_path / "merged", f"{files}/llama")
+    assert (run.config.method["name"], run.config.method["rank"]) == ("lora", 3)
 
 
 def test_new_routers_and_repeated_layers_are_trained_as_a_whole(files, tmp_path, capsys):

@@ -24,6 +24,7 @@ from lowrank.adapters.peft import (
     writing,
 )
 from lowrank.adapters.peft.forms import FORMS
+from lowrank.adapters.peft.method_group import method_group
 from lowrank.adapters.peft.modules import Base, base_modules
 from lowrank.adapters.peft.reading import AdapterDescription
 from lowrank.core import bounded_regex, files
@@ -52,8 +53,11 @@ def describe_adapter(directory: PathLike) -> AdapterDescription:
 
 
 @bounded_regex.budget()
-def load(directory: PathLike, params: PyTree, base: Base, *, any_base: bool = False) -> PyTree:
+def load(directory: PathLike, params: PyTree, base: Base, *, any_base: bool = False, rebased: bool = True) -> PyTree:
     """`params`, the plain tree of `base`, with the adapter in `directory` attached.
+
+    The change that PiSSA's or OLoRA's init makes to the base joins the update. Where it is not `rebased`, the factors
+    stay those of the file, for the caller to put on a base that the init has changed.
 
     Raises:
       UserError: naming the culprit, for an unknown `peft_type`, JSON keys that would change the computation, another
@@ -66,6 +70,7 @@ def load(directory: PathLike, params: PyTree, base: Base, *, any_base: bool = Fa
     settings, form = config.read_config(directory)
     config.check_base(settings, base.name, directory, any_base)
     settings, found = initial.as_plain_lora(settings, tensors.read_tensors(directory), directory, _folder(base))
+    settings = settings if rebased else {**settings, initial.KEY: True}
     settings, found = wrapped.language_model(settings, found, base_modules(base), directory)
     params, base = embeddings.resized(found, params, base, directory)
     rows, found = tokens.split_tokens(settings, found, params, base, directory)
@@ -118,4 +123,4 @@ def save(
     return as_path(directory)
 
 
-__all__ = ["FORMS", "AdapterDescription", "can_write", "describe_adapter", "load", "save"]
+__all__ = ["FORMS", "AdapterDescription", "can_write", "describe_adapter", "load", "method_group", "save"]

@@ -64,7 +64,7 @@ def attach(
     """
     leaves = dict(tree.named_leaves(params, is_weight))
     known = base_modules(base, per_expert=any(map(PER_EXPERT.search, found)))
-    targets, others = _places(config, form, known)
+    targets, others = find_places(config, form, known)
     others |= embeddings.unlisted(known, targets, found)
     settings = {path: form.settings(on_module(config, module), path) for path, module in targets.items()}
     sizes = [leaves[module.weight.leaf].shape[-2:] for module in targets.values()]
@@ -85,7 +85,7 @@ def attach(
     return tree.map_named(lambda name, _: leaves[name], params, is_leaf=is_weight)
 
 
-def _places(
+def find_places(
     config: Mapping[str, Any], form: PeftForm, known: Mapping[str, Module]
 ) -> tuple[dict[str, Module], dict[str, Place]]:
     """The adapted modules by path, and the places of the whole tensors of the adapter by key."""
