@@ -221,7 +221,7 @@ def decode(
     _, state = jax.lax.while_loop(
         running, lambda carry: (carry[0] + 1, states.step(model, params, carry[1])), (jnp.int32(0), state)
     )
-    return state
+    return states.placed(state)
 
 
 _release = jax.jit(states.release, donate_argnums=0)

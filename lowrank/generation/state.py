@@ -180,6 +180,14 @@ def _draw(state: State, logits_nxV: jax.Array, rows_n: jax.Array) -> State:
         active_B=state.active_B.at[at_n].set(~ended_n, mode="drop"),
         seen_BxV=state.seen_BxV.at[at_n, token_n].set(True, mode="drop"),
     )
+    return placed(state)
+
+
+def placed(state: State) -> State:
+    """The state over the program's mesh: the slots of the cache sharded, all else on every device.
+
+    A program that returns it from a loop places it once more behind the loop, where the compiler would choose.
+    """
     return jax.tree.map(lambda x: sharding.shard_slots(x) if _is_slots(x) else sharding.replicate(x), state)
 
 

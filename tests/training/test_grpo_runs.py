@@ -1,6 +1,8 @@
 """Runs that learn from rewards of texts that they write: they learn, resume bit for bit, and refuse bad input."""
 
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -186,3 +188,29 @@ def test_an_empty_prompt_is_refused_with_its_record(files, tmp_path):
     changes = {"data__source": f"jsonl:{tmp_path / 'r.jsonl'}"}
     with pytest.raises(UserError, match=r"r.jsonl:2: the prompt is empty"):
         build.build_run(config(files, changes=changes))
+
+
+TWO_HOSTS = """
+from tests.support.tiny_runs import config_of
+
+
+def get_config(arg=None):
+    config = config_of(pathlib.Path(arg), "rank=2", steps=3, optim__lr=0.05, mesh__data=2, mesh__fsdp=2)
+    with config.ignore_type():
+        config.objective = {"name": "grpo", "reward_funcs": ("grounded",), "group_size": 4, "max_new": 8, "updates": 2}
+    return config
+"""
+
+
+@pytest.mark.all
+def test_two_processes_write_the_texts_of_one(files, tmp_path):
+    (tmp_path / "two.py").write_text(f"import pathlib\n{TWO_HOSTS}")
+    words = [f"--config={tmp_path / 'two.py'}:{files}", f"--workdir={tmp_path / 'two'}", "--local_processes=2"]
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-m", "launch.main", *words], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    changes = {"steps": 3, "optim__lr": 0.05, "mesh__data": 2, "mesh__fsdp": 2}
+    loop.run(config(files, "rank=2", changes, reward_funcs="grounded", updates=2), tmp_path / "one")
+    for one, two in zip(numbers(tmp_path / "one"), numbers(tmp_path / "two"), strict=True):
+        assert one["train/reward"] == two["train/reward"] > 0
+        assert_close(two["train/grad_norm"], one["train/grad_norm"], relative=1e-4)
