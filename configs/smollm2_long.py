@@ -7,9 +7,9 @@
 
 `:method=longlora,group=8192` trains norms and embeddings too, with attention in groups of a quarter of a row.
 
-It is for a slice of 16 TPU chips, one row on each. `python -m launch.preflight --topology=v5e:4x4` with LongLoRA
-compiles it in 5 minutes of a CPU: a chip needs 3.005 GB of its 16 GiB (2.743 GB by formula), and a step at least
-0.89 s. With LoRA it is 2.487 GB by formula.
+It is for a slice of 16 TPU chips, one row on each. `python -m launch.preflight --topology=v5e:4x4` compiles it with
+LongLoRA: a chip needs 3.005 GB of its 16 GiB (2.743 GB by formula), and a step at least 0.89 s. With LoRA it needs
+2.487 GB by formula.
 
 The records have long texts in the field `text`; shorter ones are packed. `--config.model.rope=ntk` is another way to
 stretch RoPE.

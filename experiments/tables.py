@@ -17,6 +17,7 @@ from experiments.bench.step_cases import CASES
 from experiments.bench.tpu_cases import TOPOLOGIES, Case, attention_cases, cases, model_cases
 from experiments.federated import table as federated
 from experiments.intrinsic_dimension import table as dimensions
+from experiments.long_context import table as long_context
 from experiments.merging import table as merges
 from experiments.objectives import command as objectives
 from experiments.protocol import table as study_table
@@ -267,6 +268,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "tpu/steps": tpu_steps,
     **{f"studies/{name}": functools.partial(study, name) for name in STUDIES},
     "studies/federated": lambda: federated.markdown(ROOT / "experiments/federated/results") + _pictures("federated"),
+    "studies/long_context": lambda: (
+        long_context.markdown(ROOT / "experiments/long_context/results") + _pictures("long_context")
+    ),
     "studies/merging": lambda: merges.markdown(ROOT / "experiments/merging/results") + _pictures("merging"),
     "studies/objectives": lambda: (
         objectives.markdown(ROOT / "experiments/objectives/results") + _pictures("objectives")

@@ -37,7 +37,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _grid(cells: Sequence[Cell]) -> tuple[list[int], list[float], list[list[float]]]:
+def grid(cells: Sequence[Cell]) -> tuple[list[int], list[float], list[list[float]]]:
     """`(lengths, depths, found [depth][length])`."""
     lengths, depths = sorted({cell.length for cell in cells}), sorted({cell.depth for cell in cells})
     found = {(cell.depth, cell.length): cell.found for cell in cells}
@@ -46,7 +46,7 @@ def _grid(cells: Sequence[Cell]) -> tuple[list[int], list[float], list[list[floa
 
 def retrieval_table(cells: Sequence[Cell]) -> str:
     """The shares that were found as Markdown: a row for each depth, a column for each length."""
-    lengths, depths, found = _grid(cells)
+    lengths, depths, found = grid(cells)
     head = ["depth", *(f"{n} tokens" for n in lengths)]
     rows = [[f"{depth:g}", *(f"{x:.0%}" for x in row)] for depth, row in zip(depths, found, strict=True)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---", *["---:"] * len(lengths)], *rows))
@@ -56,7 +56,7 @@ def heat_map(cells: Sequence[Cell]) -> bytes:
     """The shares that were found, by depth and length, as PNG."""
     from matplotlib.figure import Figure  # half a second, which no other score needs
 
-    lengths, depths, found = _grid(cells)
+    lengths, depths, found = grid(cells)
     figure = Figure(figsize=(2.2 + 0.7 * len(lengths), 1.4 + 0.4 * len(depths)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(found, vmin=0, vmax=1, cmap="viridis", aspect="auto")
