@@ -100,17 +100,26 @@ def test_microbatches_change_nothing(name, files):
         assert_close(other[1], found[0][1], relative=1e-4)
 
 
-@pytest.mark.parametrize("objective", keep(["preference", "copied", "kto"], ["preference"]))
-def test_a_resumed_run_is_the_same_bit_for_bit(objective, files, tmp_path, monkeypatch):
-    made = config(files, objective=OBJECTIVES[objective], optim__lr=0.05, mesh__fsdp=2)
+RESUMED = [
+    f"{objective} {method}"
+    for objective in ("preference", "copied", "kto", "reward")
+    for method in METHODS
+    if method != "relora" or objective in ("preference", "reward")  # a copy of the start is refused with its restarts
+]
+KEPT = ["preference lora", "kto lora", "kto bitfit", "reward pissa", "reward intrinsic"]
+
+
+@pytest.mark.parametrize("case", keep(RESUMED, KEPT))
+def test_a_resumed_run_is_the_same_bit_for_bit(case, files, tmp_path, monkeypatch):
+    objective, method = case.split()
+    made = config(files, method, OBJECTIVES[objective], steps=2, optim__lr=0.05, mesh__fsdp=2)
     loop.run(made, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(loop.StopSignal, "requested", lambda self, step: step >= 2)
-        assert loop.run(made, tmp_path / "stopped") == {"stopped_at": 2}
+        patch.setattr(loop.StopSignal, "requested", lambda self, step: step >= 1)
+        assert loop.run(made, tmp_path / "stopped") == {"stopped_at": 1}
     loop.run(made, tmp_path / "stopped")
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
-    losses = [line["train/loss"] for line in numbers(tmp_path / "whole") if "train/loss" in line]
-    assert losses[-1] < losses[0]
+    assert any(line.get("train/grad_norm", 0) > 0 for line in numbers(tmp_path / "whole"))
 
 
 @pytest.mark.all
