@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments.merging.sizes import first_block
-from experiments.objectives import preferences, table
+from experiments.objectives import infilling, preferences, replay, table
 from experiments.objectives.part import Part, Size
 from experiments.protocol import measures, plain_command
 from lowrank.core.config_file import with_changes
@@ -27,7 +27,7 @@ from lowrank.core.files import write_json
 from lowrank.training import loop
 
 NAME = "objectives"
-PARTS = {part.name: part for part in (preferences.PART,)}
+PARTS = {part.name: part for part in (preferences.PART, infilling.PART, replay.PART)}
 SIZES = {
     "ci": Size("", steps=2, seeds=2, records=4, start_steps=2),
     "small": Size("smollm2-135m", steps=16, seeds=3, records=36, start_steps=24),

@@ -3,7 +3,6 @@
 The start is SmolLM2-135M-Instruct after supervised tuning on chosen and rejected lines alike, so that it writes both.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,7 @@ def measure(model: Model, start: Model, size: Size) -> Numbers:
         "accuracy": float(np.mean(won[:, 0] > won[:, 1])),
         "likelier": float(np.mean(means[:, 0] > means[:, 1])),
         "rule": float(np.mean(rule_holds(model, size))),
-        "chosen": math.nan if model is start else float(np.mean(ratios[:, 0])),
+        "chosen": float(np.mean(ratios[:, 0])),
         "elsewhere": perplexity_elsewhere(model, size.records),
     }
 

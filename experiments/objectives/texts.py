@@ -4,10 +4,18 @@ from typing import Any
 
 from experiments.merging import tasks
 from experiments.protocol.model import Model
+from lowrank.core.paths import expand
+from lowrank.data.config import DATA_DIR
+from lowrank.data.sources import open_source
 from lowrank.objectives import causal_lm
 
-ELSEWHERE = "language reference"  # the prose of Python's language reference
 LENGTH = 128
+
+
+def articles(count: int) -> list[str]:
+    """The first articles of the test split."""
+    source = open_source("bbc_news", "test", expand(DATA_DIR))
+    return [source[i]["text"] for i in range(count)]
 
 
 def perplexity_elsewhere(model: Model, paragraphs: int) -> float:
