@@ -176,7 +176,8 @@ def combine_adapters(recipe: Recipe, output: PathLike, *, progress: Progress = i
     """Writes the merged adapter to a folder, as a plain LoRA with alpha = r, and returns its report."""
     folder, plan = as_local_path(output), plan_adapters(recipe)
     check_output(plan, folder)
-    arrays, settings, errors = {}, {}, {}
+    arrays: dict[str, np.ndarray] = {}
+    settings, errors = dict[str, Any](), dict[str, float]()
     known = base_modules(plan.adapters[0].base)
     for path in progress(plan.paths):
         merged, errors[path] = merge_module(plan, path)
