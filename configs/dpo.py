@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct learns to prefer headlines to first sentences from pairs of both: DPO with LoRA.
+"""SmolLM2-135M-Instruct learns to prefer an article's own headline to worse lines: DPO with LoRA.
 
     python -m experiments.objectives.pairs pairs
     python -m launch.main --config=configs/dpo.py --workdir=runs/dpo --config.data.source=jsonl:pairs
 
-On two cores that much other work shared, 20 min: the loss of a step's pairs falls from 0.693 at the start to 0.432 at
-step 6, 0.321 at step 10 and 0.163 at step 16.
+On two cores, 165 s: on 32 held-out pairs the loss falls from 0.693 to 0.317 and the accuracy is 0.97. The rejected
+lines are headlines of other articles, first sentences, and headlines in quoted capitals.
 
 `--config.objective.loss=ipo` is another loss of `lowrank.objectives.preference_losses`, and its options are keys of the
 same group, such as `--config.objective.beta=0.5`. Your own records have `prompt`, `chosen` and `rejected`, as text or

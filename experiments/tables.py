@@ -90,6 +90,13 @@ def bench_answers() -> str:
     return f"{head}\n{'|---:' * 5}|\n{row}"
 
 
+def bench_preference() -> str:
+    """A step on pairs beside a supervised one on the same tokens, from `experiments/bench/results/preference.json`."""
+    r = _json("experiments/bench/results/preference.json")
+    rows = [[side, f"{seconds:.2f}", f"**{r['ratio'][side]:.2f}**"] for side, seconds in r["seconds"].items()]
+    return markdown_table(["objective", "s/step", "times supervised"], rows)
+
+
 def nf4() -> str:
     """NF4 beside bitsandbytes', from `experiments/bench/results/nf4.json`."""
     head = "| kernel | double | error, ours / bitsandbytes | quantize, ms | dequantize, ms | 512 rows times it, ms |"
@@ -255,6 +262,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench/answers": bench_answers,
     "bench/nf4": nf4,
     "bench/page": page.table,
+    "bench/preference": bench_preference,
     "bench/ratios": bench_ratios,
     "bench/step": bench_step,
     "counts": counts,

@@ -43,7 +43,7 @@ SIDES: dict[str, dict[str, Any]] = {
 def step_of(folder: Path, objective: Any, source: str, batch_size: int) -> Callable[[], float]:
     """A step of an objective on the first records of a source."""
     config = dpo.get_config()
-    config.steps = 1  # which a stored reference is computed for
+    config.steps, config.optim.warmup = 1, 0  # which a stored reference is computed for
     config.data.update(source=f"jsonl:{folder / source}", batch_size=batch_size, seq_len=LENGTH, shuffle=False)
     config.data.update(packing=False, prompt_loss_weight=0.0)
     config.eval = {}
