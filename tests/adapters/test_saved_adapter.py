@@ -143,7 +143,7 @@ def test_a_pattern_that_matches_the_same_weights_agrees(files, tmp_path):
 @pytest.mark.parametrize("init", ["loftq", "pissa_niter_4"])
 def test_an_init_that_changed_the_base_is_refused_with_what_to_do(init, files, tmp_path):
     foreign(tmp_path / "a", init_lora_weights=init)
-    with pytest.raises(UserError, match=r"which changed its base: .*save that base in residual_base"):
+    with pytest.raises(UserError, match=r"which changed its base: .*save that base and its tokenizer in residual_base"):
         start_of(files, tmp_path / "a")
 
 
