@@ -12,7 +12,7 @@ from lowrank.adapters import adapter_files, load
 from lowrank.core import sharding, tree
 from lowrank.core.errors import UserError
 from lowrank.core.weight import is_weight, materialize
-from lowrank.evaluation import evaluator
+from lowrank.evaluation import held_out
 from lowrank.training import build, loop
 from lowrank.training.checkpoint import Checkpointer
 from lowrank.training.log import read_metrics
@@ -330,7 +330,7 @@ def test_a_corrupt_checkpoint_file_is_named(files, tmp_path):
 
 def test_scores_hold_as_many_logits_a_device_as_a_step(files, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluator, "evaluate", lambda *_, chunk_tokens, **__: seen.append(chunk_tokens) or {})
+    monkeypatch.setattr(held_out, "evaluate", lambda *_, chunk_tokens, **__: seen.append(chunk_tokens) or {})
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     build.build_run(config_of(files, logits_chunk_tokens=3, mesh=mesh, eval={"split": "train"})).scorer.scores({})
     assert seen == [3 * 4]
