@@ -38,9 +38,14 @@ _TEKKEN = (
 )
 _LLAMA3 = Split(_CONTRACTIONS + "{1,3}" + _REST, whole_words=True, bos=True)
 _QWEN2 = Split(_CONTRACTIONS + _REST, nfc=True)
-SPLITS = {
+_DIGITS = Split(digits=True)
+SPLITS = {  # names that llama.cpp treats alike are values of their own
     "gpt-2": Split(),
-    "smollm": Split(digits=True),
+    "olmo": Split(),
+    "smollm": _DIGITS,
+    "refact": _DIGITS,
+    "starcoder": _DIGITS,
+    "dbrx": Split(_CONTRACTIONS + "{1,3}" + _REST),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,

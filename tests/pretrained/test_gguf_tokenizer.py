@@ -52,6 +52,8 @@ SPLITS = {  # as the models' own tokenizer.json has them
     ],
 }
 
+SPLITS |= {"olmo": SPLITS["gpt-2"], "refact": SPLITS["smollm"], "dbrx": SPLITS["llama-bpe"]}
+
 
 @pytest.mark.parametrize("pre", SPLITS)
 def test_byte_level_ids_are_those_of_the_trained_tokenizer(tmp_path, pre):
