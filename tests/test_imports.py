@@ -30,6 +30,7 @@ ALLOWED = {  # module -> the modules of the project that it may import (by prefi
     "lowrank/adapters": ADAPTERS,
     "lowrank/merging": (*ADAPTERS, "lowrank.merging"),
     "lowrank/quantization": (*PRETRAINED, "lowrank.data", "lowrank.quantization"),
+    "lowrank/compression": (*PRETRAINED, "lowrank.data", "lowrank.quantization", "lowrank.compression"),
     "lowrank/generation": GENERATION,
     "lowrank/metrics": (CORE, "lowrank.metrics"),
     "lowrank/objectives": OBJECTIVES,

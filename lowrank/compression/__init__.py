@@ -1,0 +1,1 @@
+"""Smaller models: pruning and factorisation, of kernels by the statistics of their inputs."""
