@@ -15,9 +15,9 @@ from lowrank.core.errors import UserError
 from lowrank.data import DataConfig, make_loader, prompt_rows
 from lowrank.pretrained import describe
 from lowrank.training import build, loop, step
-from lowrank.training.log import read_metrics
 from lowrank.training.texts import Texts
 from tests.support.close import assert_close
+from tests.support.resumed_runs import numbers, whole_and_resumed
 from tests.support.thinning import keep
 from tests.support.tiny_runs import config_of
 
@@ -46,11 +46,6 @@ def config(files, arg="method=full", changes=None, **objective):
     with made.ignore_type():
         made.objective = {"name": "grpo", "reward_funcs": (DOGS,), "group_size": 4, "max_new": 8, **objective}
     return made
-
-
-def numbers(folder):
-    lines = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if "seconds" not in k and "per_s" not in k} for line in lines]
 
 
 def first_batch(made):
@@ -87,13 +82,9 @@ METHODS |= {"intrinsic": "method=intrinsic,dim=16"}
 def test_a_run_that_stops_between_two_updates_of_its_texts_resumes_bit_for_bit(method, files, tmp_path, monkeypatch):
     changes = {"steps": 3, "optim__lr": 0.05, "mesh__fsdp": 1 if method == "lora" else 2}
     made = config(files, METHODS[method], changes, reward_funcs="grounded", beta=0.1, updates=2, loss="grpo")
-    loop.run(made, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.StopSignal, "requested", lambda self, step: step >= 1)
-        assert loop.run(made, tmp_path / "stopped") == {"stopped_at": 1}
-    loop.run(made, tmp_path / "stopped")
-    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
-    first, second, third = (line["train/reward"] for line in numbers(tmp_path / "whole"))
+    whole, resumed = whole_and_resumed(made, tmp_path, monkeypatch, stop=1)
+    assert resumed == whole
+    first, second, third = (line["train/reward"] for line in whole)
     assert first == second != third
 
 

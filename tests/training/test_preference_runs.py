@@ -11,9 +11,9 @@ from lowrank.core import tree
 from lowrank.core.errors import UserError
 from lowrank.objectives.preference_losses import LOSSES
 from lowrank.training import build, loop, step
-from lowrank.training.log import read_metrics
 from lowrank.training.reference import StoredReference
 from tests.support.close import assert_close
+from tests.support.resumed_runs import whole_and_resumed
 from tests.support.thinning import keep
 from tests.support.tiny_runs import config_of
 
@@ -49,11 +49,6 @@ def first_step(made):
     program = step.compile_step(run.step(optimizer), state, frozen, batch)
     state, metrics = program(state, frozen, batch, np.float32(0.1))
     return jax.device_get((metrics, state.trained))
-
-
-def numbers(folder):
-    lines = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if "seconds" not in k and "per_s" not in k} for line in lines]
 
 
 @pytest.mark.parametrize("method", keep(METHODS, ["lora", "pissa", "prompt", "bitfit", "intrinsic"]))
@@ -113,13 +108,9 @@ KEPT = ["preference lora", "kto lora", "kto bitfit", "reward pissa", "reward int
 def test_a_resumed_run_is_the_same_bit_for_bit(case, files, tmp_path, monkeypatch):
     objective, method = case.split()
     made = config(files, method, OBJECTIVES[objective], steps=2, optim__lr=0.05, mesh__fsdp=2)
-    loop.run(made, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.StopSignal, "requested", lambda self, step: step >= 1)
-        assert loop.run(made, tmp_path / "stopped") == {"stopped_at": 1}
-    loop.run(made, tmp_path / "stopped")
-    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
-    assert any(line.get("train/grad_norm", 0) > 0 for line in numbers(tmp_path / "whole"))
+    whole, resumed = whole_and_resumed(made, tmp_path, monkeypatch, stop=1)
+    assert resumed == whole
+    assert any(line.get("train/grad_norm", 0) > 0 for line in whole)
 
 
 @pytest.mark.all

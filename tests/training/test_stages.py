@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 from launch import adapters, status
 from lowrank.core.errors import UserError
 from lowrank.training import build, loop, stages, start
-from lowrank.training.log import read_metrics
 from tests.support.close import assert_close
+from tests.support.resumed_runs import numbers
 from tests.support.tiny_runs import config_of
 
 DPO = {"name": "dpo", "objective": {"name": "preference"}, "start": "merge", "method": {"rank": 3}}
@@ -32,11 +32,6 @@ def config(files, *groups, arg="rank=2", **changes):
 
 def three(files, **changes):
     return config(files, {"name": "continued", "optim": {"lr": 0.02}}, {"name": "sft"}, DPO, **changes)
-
-
-def numbers(folder):
-    lines = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if "seconds" not in k and "per_s" not in k} for line in lines]
 
 
 def test_continued_then_supervised_then_preferences_in_one_command(files, tmp_path, capsys, monkeypatch):
