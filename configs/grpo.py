@@ -16,11 +16,8 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from configs import common
+from configs.quickstart import PROMPT
 
-PROMPT = (
-    "<|im_start|>user\nWrite a headline of at most six words for this BBC News article.\n\n{text}<|im_end|>\n"
-    "<|im_start|>assistant\nHeadline:"
-)
 MAX_NEW = 16  # tokens
 
 

@@ -59,11 +59,8 @@ def get_size(name: str) -> Size:
 
 def run(size: Size, folder: Path) -> None:
     """Runs every part, row and seed whose file is missing."""
-    seeds = range(size.seeds)
-    cells = [(part, row, seed) for part in PARTS.values() for row in (table.START, *part.rows) for seed in seeds]
-    missing = [
-        cell for cell in cells if not table.path(folder, *cell).exists() and (cell[1] != table.START or cell[2] == 0)
-    ]
+    cells = [(part, *cell) for part in PARTS.values() for cell in table.cells(part, size.seeds)]
+    missing = [cell for cell in cells if not table.path(folder, *cell).exists()]
     for part in PARTS.values():
         if any(cell[0] is part for cell in missing):
             part.prepare(size)
@@ -72,13 +69,12 @@ def run(size: Size, folder: Path) -> None:
 
 
 def run_cell(size: Size, folder: Path, part: Part, row: str, seed: int) -> None:
-    """Trains a row on a seed, and writes the numbers of its model; the start is measured alone."""
-    start = measures.load_model(part.config(size).to_dict())
-    model, runs = start, folder / "runs" / table.path(folder, part, row, seed).stem
+    """Trains a row on a seed, and writes the numbers of its model; the start is measured as it is."""
+    path, config, adapter = table.path(folder, part, row, seed), part.config(size).to_dict(), None
+    runs = folder / "runs" / path.stem
     if row != table.START:
-        changes = {**part.rows[row], "seed": seed, "data.seed": seed}
-        config = ConfigDict(with_changes(part.config(size).to_dict(), changes))
-        loop.run(config, runs)
-        model = measures.load_model(config.to_dict(), runs / loop.ADAPTER)
-    write_json(table.path(folder, part, row, seed), dict(part.measure(model, start, size)))
+        config = with_changes(config, {**part.rows[row], "seed": seed, "data.seed": seed})
+        loop.run(ConfigDict(config), runs)
+        adapter = runs / loop.ADAPTER
+    write_json(path, dict(part.measure(measures.load_model(config, adapter), size)))
     shutil.rmtree(runs, ignore_errors=True)

@@ -39,9 +39,8 @@ def config(size: Size) -> ConfigDict:
     )
 
 
-def measure(model: Model, start: Model, size: Size) -> Numbers:
+def measure(model: Model, size: Size) -> Numbers:
     """The scores of gaps in test articles, and the perplexity of the articles and of other text, left to right."""
-    del start
     documents = articles(size.records)
     found = infill_scores(model.base, documents, length=LENGTH, max_new=24, longest=48, sentinels=SENTINELS)
     return {

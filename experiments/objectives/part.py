@@ -34,5 +34,5 @@ class Part:
     baseline: str  # the row that the others are compared with
     prepare: Callable[[Size], None]  # makes the files that the runs read
     config: Callable[[Size], ConfigDict]  # of a run, without the keys of its row
-    measure: Callable[[Model, Model, Size], Numbers]  # (a model, the model that the runs start from, size) -> numbers
+    measure: Callable[[Model, Size], Numbers]
     headings: Mapping[str, Heading]  # of the numbers that the table shows; the first is the one of the plot

@@ -3,6 +3,7 @@
 The start is SmolLM2-135M-Instruct after supervised tuning on chosen and rejected lines alike, so that it writes both.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from lowrank.training.loop import ADAPTER
 
 FOLDER = Path("runs/objectives/texts")
 STARTED, PAIRS, JUDGED = (FOLDER / name for name in ("start", "pairs", "judged"))
-START = Path("runs/objectives/start")  # and the names of the model and of its steps
 LORA = {"name": "lora", "rank": 8, "alpha": 16.0, "target": r".*/(q|k|v|o|gate|up|down)/kernel"}
 MAX_NEW = 24
 ROWS: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ def prepare(size: Size) -> None:
 
 def start_folder(size: Size) -> Path:
     """The checkpoint that the runs of a size start from."""
-    return START.with_name(f"start-{Path(size.model).name}-{size.start_steps}")
+    return FOLDER.with_name(f"start-{Path(size.model).name}-{size.start_steps}")
 
 
 def _answer(pair: pairs.Pair, key: str) -> dict[str, str]:
@@ -100,23 +100,28 @@ def config(size: Size) -> ConfigDict:
     return _config(str(start_folder(size)), size.steps, 2e-4)
 
 
-def measure(model: Model, start: Model, size: Size) -> Numbers:
+def measure(model: Model, size: Size) -> Numbers:
     """The accuracy on held-out pairs, how often generated lines follow the rule, and perplexity elsewhere.
 
-    A pair is won if the log-ratio of the model and its start is larger for the chosen answer; of the start itself,
-    which has none, if the chosen answer's mean log-probability is the higher one.
+    A pair is won if the log-ratio of the model and its start is larger for the chosen answer. All pairs of the start
+    itself are ties, which are not won.
     """
-    own, before = (answer_log_probs(each, size) for each in (model, start))
-    ratios = np.float64(own[0]) - np.float64(before[0])
-    means = own[0] / own[1]
-    won = means if model is start else ratios
+    own, tokens = answer_log_probs(model, size)
+    ratios = np.float64(own) - np.float64(start_log_probs(size))
+    means = own / tokens
     return {
-        "accuracy": float(np.mean(won[:, 0] > won[:, 1])),
+        "accuracy": float(np.mean(ratios[:, 0] > ratios[:, 1])),
         "likelier": float(np.mean(means[:, 0] > means[:, 1])),
         "rule": float(np.mean(rule_holds(model, size))),
         "chosen": float(np.mean(ratios[:, 0])),
         "elsewhere": perplexity_elsewhere(model, size.records),
     }
+
+
+@functools.cache
+def start_log_probs(size: Size) -> np.ndarray:
+    """The log-probabilities `[N, 2]` of `answer_log_probs` by the model that the runs of a size start from."""
+    return answer_log_probs(measures.load_model(config(size).to_dict()), size)[0]
 
 
 def answer_log_probs(model: Model, size: Size) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,6 @@ writes train.jsonl and test.jsonl of `text`, one record for each topic; the topi
 `configs/continued.py` replays the one and scores the other.
 """
 
-import json
 import pydoc_data.topics
 import sys
 import zlib
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.merging.tasks import paragraphs
-from lowrank.core.files import write_text
+from experiments.objectives.pairs import write
 
 SPLITS = ("train", "train", "train", "test")  # of a topic, by a hash of its name
 
@@ -39,9 +38,7 @@ def _topics(split: str) -> Iterator[tuple[str, list[str]]]:
 
 def main(folder: str) -> None:
     """Writes both files."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for split in ("train", "test"):
-        write_text(Path(folder) / f"{split}.jsonl", "".join(f"{json.dumps(one)}\n" for one in documents(split)))
+    write(Path(folder), {split: list(documents(split)) for split in ("train", "test")})
 
 
 if __name__ == "__main__":

@@ -36,9 +36,8 @@ def config(size: Size) -> ConfigDict:
     return made
 
 
-def measure(model: Model, start: Model, size: Size) -> Numbers:
+def measure(model: Model, size: Size) -> Numbers:
     """The perplexity of held-out documents of the new text and of the old one."""
-    del start
     old = [record["text"] for _, record in zip(range(size.records), reference.documents("test"), strict=False)]
     texts = {"new": articles(size.records), "old": old}
     return {name: document_scores(model.base, of, length=LENGTH)["perplexity"] for name, of in texts.items()}

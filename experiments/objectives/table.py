@@ -25,14 +25,18 @@ def path(folder: Path, part: Part, row: str, seed: int) -> Path:
     return folder / "numbers" / f"{part.name}-{row.lower().replace(' ', '-').replace('.', '_')}-{seed}.json"
 
 
+def cells(part: Part, seeds: int) -> list[tuple[str, int]]:
+    """`(row, seed)` of every model that is measured; the start has one."""
+    return [(START, 0), *((row, seed) for row in part.rows for seed in range(seeds))]
+
+
 def write_table(part: Part, seeds: int, folder: Path, results: Path) -> None:
     """Writes the part's CSV file and plot. Raises UserError for a row that has not run."""
     found: dict[str, dict[int, Numbers]] = {}
-    for row in (START, *part.rows):
-        for seed in range(1 if row == START else seeds):
-            if not (file := path(folder, part, row, seed)).exists():
-                raise UserError(f"{file} is missing: run the study with --workers=1, which computes it")
-            found.setdefault(row, {})[seed] = read_json(file)
+    for row, seed in cells(part, seeds):
+        if not (file := path(folder, part, row, seed)).exists():
+            raise UserError(f"{file} is missing: run the study with --workers=1, which computes it")
+        found.setdefault(row, {})[seed] = read_json(file)
     lines: list[dict[str, Any]] = [{"row": row, "seeds": len(of)} for row, of in found.items()]
     for name in found[START][0]:
         by_row = {row: {seed: of[seed][name] for seed in of} for row, of in found.items()}

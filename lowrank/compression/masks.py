@@ -7,6 +7,7 @@ was asked.
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -30,12 +31,12 @@ def check_sparsity(sparsity: float) -> None:
 def by_kernel(scores: np.ndarray, sparsity: float) -> np.ndarray:
     """Bool `[in, out]`: the best entries of a kernel, wherever they are."""
     kept = scores.size - pruned_count(scores.size, sparsity)
-    return (_ranks(scores.reshape(-1), 0) < kept).reshape(scores.shape)
+    return (ranks(scores.reshape(-1), 0) < kept).reshape(scores.shape)
 
 
 def by_output(scores: np.ndarray, sparsity: float) -> np.ndarray:
     """Bool `[in, out]`: the best entries of each output, which all keep equally many."""
-    return _ranks(scores, 0) < len(scores) - pruned_count(len(scores), sparsity)
+    return ranks(scores, 0) < len(scores) - pruned_count(len(scores), sparsity)
 
 
 WITHIN: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {"kernel": by_kernel, "output": by_output}
@@ -51,7 +52,7 @@ def within(name: str) -> Callable[[np.ndarray, float], np.ndarray]:
 def by_model(scores: Mapping[str, np.ndarray], sparsity: float) -> dict[str, np.ndarray]:
     """Bool by name: the best entries of all kernels together, whose scores must be comparable."""
     flat = np.concatenate([x.reshape(-1) for x in scores.values()])
-    kept = _ranks(flat, 0) < flat.size - pruned_count(flat.size, sparsity)
+    kept = ranks(flat, 0) < flat.size - pruned_count(flat.size, sparsity)
     ends = np.cumsum([x.size for x in scores.values()])[:-1]
     return {name: part.reshape(scores[name].shape) for name, part in zip(scores, np.split(kept, ends), strict=True)}
 
@@ -63,7 +64,7 @@ def n_of_m(scores: np.ndarray, kept: int, group: int) -> np.ndarray:
     """
     check_n_of_m(len(scores), kept, group)
     groups = scores.reshape(-1, group, scores.shape[-1])
-    return (_ranks(groups, 1) < kept).reshape(scores.shape)
+    return (ranks(groups, 1) < kept).reshape(scores.shape)
 
 
 def check_n_of_m(inputs: int, kept: int, group: int) -> None:
@@ -74,10 +75,10 @@ def check_n_of_m(inputs: int, kept: int, group: int) -> None:
         raise UserError(f"{kept}:{group} needs kernels whose inputs are divisible by {group}, and one has {inputs}")
 
 
-def _ranks(scores: np.ndarray, axis: int) -> np.ndarray:
+def ranks(scores: Any, axis: int = 0) -> Any:
     """The place of each score along an axis, 0 for the highest; of equal ones the lower index comes first.
 
-    A NaN has no place, so that scores must be numbers.
+    The scores are an array of NumPy or of JAX, and so are their places. A NaN has no place: scores must be numbers.
     """
-    order = np.argsort(-scores, axis=axis, kind="stable")
-    return np.argsort(order, axis=axis, kind="stable")
+    xp = scores.__array_namespace__()
+    return xp.argsort(xp.argsort(-scores, axis=axis, stable=True), axis=axis, stable=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.compression.masks import check_n_of_m, pruned_count
+from lowrank.compression.masks import check_n_of_m, pruned_count, ranks
 from lowrank.quantization.compensation import compensate, damped_hessian, inverse_factor
 
 BLOCK = 128  # inputs whose mask is chosen at once
@@ -65,7 +65,7 @@ def _solve(
         if pattern:
             return (start, jnp.zeros((pattern[1], rows.shape[1]), bool)), ()
         flat = scores(rows, start).reshape(-1)
-        return (start, (_ranks(flat) < kept[start // block]).reshape(rows.shape)), ()
+        return (start, (ranks(flat) < kept[start // block]).reshape(rows.shape)), ()
 
     def change(plan: tuple[jax.Array, jax.Array], rows: jax.Array, i: jax.Array):
         start, mask = plan
@@ -73,15 +73,9 @@ def _solve(
             n, m = pattern
             first = i // m * m
             group = scores(jax.lax.dynamic_slice_in_dim(rows, first, m), start + first)
-            mask = jnp.where(i == first, _ranks(group) < n, mask)
+            mask = jnp.where(i == first, ranks(group) < n, mask)
         here = mask[i % len(mask)]
         row = jnp.where(here, rows[i], 0)
         return (start, mask), row, (row, here)
 
     return compensate(w, u, block, begin, change)[0]
-
-
-def _ranks(scores: jax.Array) -> jax.Array:
-    """The place of each score along the first axis, 0 for the highest; of equal ones the lower index comes first."""
-    order = jnp.argsort(-scores, axis=0, stable=True)
-    return jnp.argsort(order, axis=0, stable=True)
